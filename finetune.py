@@ -1,0 +1,21 @@
+#!/usr/bin/env python3
+"""Fine-tune a language model on your own rows with a LoRA adapter.
+
+python finetune.py --data_path rows.json --output_path lora-checkpoints/mine
+"""
+
+import sys
+
+from onecard import config
+from onecard.errors import run_program
+
+
+def main() -> None:
+    options = config.parse(config.FinetuneConfig, sys.argv[1:], description=__doc__)
+    from onecard import chat, hub, report, train  # after the options, so that --help needs no torch
+
+    train.run(options, locate=hub.locate, sample=chat.reply, draw=report.loss_curve)
+
+
+if __name__ == "__main__":
+    run_program(main)

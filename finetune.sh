@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Fine-tune a model on your rows. Without arguments: the demo model on sample/instruct.json, in minutes.
+#
+#   TOT_CUDA="0,1" DATA_PATH=rows.json OUTPUT_PATH=lora-checkpoints/mine MODEL_PATH=huggyllama/llama-7b \
+#   TEST_SIZE=200 bash finetune.sh --num_epochs 1
+#
+# TOT_CUDA: the cards to use (several: torchrun, one process each, PORT for their meeting); unset: all are
+# visible and the first is used. Everything after the name goes to finetune.py; see finetune.py --help.
+set -euo pipefail
+cd "$(dirname "$0")"
+bash tools/setup.sh train
+
+arguments=()
+[ -n "${DATA_PATH:-}" ] && arguments+=(--data_path "$DATA_PATH")
+[ -n "${OUTPUT_PATH:-}" ] && arguments+=(--output_path "$OUTPUT_PATH")
+[ -n "${MODEL_PATH:-}" ] && arguments+=(--model_path "$MODEL_PATH")
+[ -n "${TEST_SIZE:-}" ] && arguments+=(--test_size "$TEST_SIZE")
+# the demo: about 40,000 tokens, enough to change the form of the answers
+if [ ${#arguments[@]} -eq 0 ] && [ $# -eq 0 ]; then
+  arguments=(--batch_size 16 --num_epochs 2 --learning_rate 3e-3)
+fi
+
+processes=1
+if [ -n "${TOT_CUDA:-}" ]; then
+  export CUDA_VISIBLE_DEVICES=$TOT_CUDA
+  IFS=, read -ra cards <<<"$TOT_CUDA"
+  processes=${#cards[@]}
+fi
+if [ "$processes" -gt 1 ]; then
+  exec .venv/bin/python -m torch.distributed.run --nproc_per_node="$processes" --master_port="${PORT:-12345}" \
+    finetune.py "${arguments[@]}" "$@"
+fi
+exec .venv/bin/python finetune.py "${arguments[@]}" "$@"

@@ -1,0 +1,147 @@
+"""Causal attention inside each document of a packed row, registered through transformers' own interface.
+
+A packed row holds several documents one after the other; a token sees only earlier tokens of its own
+document. One causal scaled_dot_product_attention call per document needs no mask: neither its memory nor the
+time spent on pairs that the mask would throw away. On a CPU the backward pass of short documents is done
+for many of them at once (benchmarks/attention_speed.py says what that brings). This file knows no model.
+
+Shapes: H heads, K key/value heads (G = H / K share one), T tokens, D head size; n documents of up to L.
+"""
+
+import math
+from itertools import accumulate, groupby, pairwise
+
+import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface
+
+NAME = "onecard_packed"  # attn_implementation of a model that is trained on packed rows
+SHORT = 320  # tokens; longer documents are faster through torch's own backward pass
+GROUP = 4096  # tokens of short documents, padding included, in one batch of the backward pass
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [1, H, T, D]
+    key: torch.Tensor,  # [1, K, T, D]
+    value: torch.Tensor,  # [1, K, T, D]
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    document_lengths: tuple[int, ...] | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention output [1, T, H, D] of a packed row; document_lengths must add up to T.
+
+    Raises ValueError when called without document_lengths: every model in use must hand them through.
+    """
+    if document_lengths is None or attention_mask is not None or query.shape[0] != 1:
+        raise ValueError(f"{NAME} attention needs one packed row and its document_lengths, and no mask")
+    assert sum(document_lengths) == query.shape[2] == key.shape[2]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    batched = query.device.type == "cpu" and dropout == 0
+    outputs, start = [], 0
+    for short, run in groupby(document_lengths, key=lambda length: batched and length <= SHORT):
+        lengths = tuple(run)
+        end = start + sum(lengths)
+        parts = [tensor[:, :, start:end] for tensor in (query, key, value)]
+        if short:
+            outputs.append(_ShortDocuments.apply(*parts, lengths, scaling))
+        else:
+            outputs.append(each_document(*parts, lengths, scaling, dropout))
+        start = end
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return output.transpose(1, 2), None
+
+
+def each_document(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: tuple[int, ...],
+    scaling: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """One causal call per document: [1, H, T, D] out of [1, H, T, D], [1, K, T, D], [1, K, T, D]."""
+    outputs = [
+        scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            dropout_p=dropout,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        for start, end in pairwise(accumulate(lengths, initial=0))
+    ]
+    return torch.cat(outputs, dim=2)
+
+
+class _ShortDocuments(torch.autograd.Function):
+    """The same as each_document, with a backward pass in fp32 over batches of documents of similar length."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, lengths, scaling):
+        output = each_document(query, key, value, lengths, scaling)
+        ctx.save_for_backward(query, key, value, output)
+        ctx.lengths, ctx.scaling = lengths, scaling
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        tensors = [*ctx.saved_tensors, grad_output]
+        gradients = [torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]]
+        for group in similar_lengths(ctx.lengths):
+            longest = max(end - start for start, end in group)
+            padded = [_padded(tensor, group, longest) for tensor in tensors]
+            for gradient, parts in zip(gradients, _backward(*padded, ctx.scaling), strict=True):
+                for part, (start, end) in zip(parts, group, strict=True):
+                    gradient[0, :, start:end] = part[:, : end - start]
+        return *gradients, None, None
+
+
+def similar_lengths(lengths: tuple[int, ...]) -> list[list[tuple[int, int]]]:
+    """(start, end) of documents in groups whose padding to the longest is small: at most a fifth of it."""
+    groups: list[list[tuple[int, int]]] = []
+    places = list(pairwise(accumulate(lengths, initial=0)))
+    for place in sorted(places, key=lambda place: place[0] - place[1]):
+        longest = groups[-1][0][1] - groups[-1][0][0] if groups else math.inf
+        near = (place[1] - place[0]) * 5 >= longest * 4
+        if near and (len(groups[-1]) + 1) * longest <= GROUP:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
+def _padded(tensor: torch.Tensor, group: list[tuple[int, int]], longest: int) -> torch.Tensor:
+    """[1, X, T, D] -> fp32 [n, X, L, D]; zeros after a document's end, which no earlier token sees."""
+    parts = [pad(tensor[0, :, start:end], (0, 0, 0, longest - (end - start))) for start, end in group]
+    return torch.stack(parts).float()
+
+
+def _backward(query, key, value, output, grad_output, scaling):
+    """Gradients of softmax attention from its inputs and output, the probabilities computed again.
+
+    query, output, grad_output [n, H, L, D]; key, value [n, K, L, D]; all fp32.
+    """
+    (n, heads, length, size), kv_heads = query.shape, key.shape[1]
+    shared = (n * kv_heads, heads // kv_heads * length, size)  # the G heads of a key one after the other
+    query, output, grad_output = (tensor.reshape(shared) for tensor in (query, output, grad_output))
+    key, value = key.reshape(-1, length, size), value.reshape(-1, length, size)
+    future = torch.full((length, length), -math.inf).triu_(1)
+    scores = torch.bmm(query, key.transpose(1, 2)).view(n * kv_heads, -1, length, length)
+    weights = torch.softmax(torch.add(future, scores, alpha=scaling), -1).view(n * kv_heads, -1, length)
+    grad_value = torch.bmm(weights.transpose(1, 2), grad_output)
+    inner = (grad_output * output).sum(-1, keepdim=True)
+    grad_scores = torch.bmm(grad_output, value.transpose(1, 2)).sub_(inner).mul_(weights).mul_(scaling)
+    grad_query, grad_key = torch.bmm(grad_scores, key), torch.bmm(grad_scores.transpose(1, 2), query)
+    return (
+        grad_query.view(n, heads, length, size),
+        grad_key.view(n, kv_heads, length, size),
+        grad_value.view(n, kv_heads, length, size),
+    )
+
+
+AttentionInterface.register(NAME, packed_attention)

@@ -1,0 +1,16 @@
+"""Conversation in, text out. The same `prompt.encode` as in training, whichever engine answers."""
+
+from typing import Any
+
+from onecard import engine_hf, prompt
+from onecard.prompt import Conversation, Template
+
+
+def reply(
+    model: Any, tokenizer: Any, template: Template, conversations: list[Conversation], max_new_tokens: int
+) -> list[str]:
+    """One greedy answer for each conversation; an `output` it may have is not looked at."""
+    questions = [Conversation(c.instruction, c.input) for c in conversations]
+    prompts = [prompt.encode(question, template, tokenizer)[0] for question in questions]
+    answers = engine_hf.greedy(model, prompts, max_new_tokens, tokenizer.eos_token_id)
+    return [prompt.decode(tokenizer, ids) for ids in answers]

@@ -1,0 +1,264 @@
+"""Every option of every command, declared once: flag, JSON key, default, unit, help and role.
+
+Role `learned` marks what changes the adapter that comes out; `execution` marks what only changes how the
+work is carried out. This file knows nothing of torch, so that `--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from onecard.errors import UserError
+
+LEARNED, EXECUTION = "learned", "execution"
+Settings = TypeVar("Settings")
+Check = Callable[[Any], str | None]  # a value -> what is wrong with it, or None
+
+
+def option(
+    default: Any, role: str, text: str, choices: Sequence[Any] = (), check: Check | None = None
+) -> Any:
+    """One option: its default, role, help with the unit, the values it may take."""
+    metadata = {"role": role, "help": text, "choices": tuple(choices), "check": check}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def at_least(low: float) -> Check:
+    return lambda value: None if value >= low else f"must be {low} or more"
+
+
+def above(low: float) -> Check:
+    return lambda value: None if value > low else f"must be above {low}"
+
+
+def fraction(value: float) -> str | None:
+    return None if 0 <= value < 1 else "must be 0 or more and below 1"
+
+
+def auto_or_at_least(low: int) -> Check:
+    return lambda value: None if value == "auto" or value >= low else f"must be auto, or {low} or more"
+
+
+def rows_or_fraction(value: float) -> str | None:
+    if value < 0 or (value >= 1 and value != int(value)):
+        return "must be a fraction below 1 or a whole number of rows"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """Options of finetune.py. Defaults are those users of LLaMA LoRA recipes know."""
+
+    data_path: str = option(
+        "sample/instruct.json", LEARNED, "rows: a JSON array or JSONL file of {instruction, input, output}"
+    )
+    model_path: str = option("demo", LEARNED, "base model: a folder, a hub name, or demo")
+    output_path: str = option(
+        "lora-checkpoints/demo", EXECUTION, "folder of this run: log, checkpoints, adapter"
+    )
+    bits: int = option(8, LEARNED, "bits of a frozen base weight", choices=(16, 8, 4))
+    cutoff_len: int = option(
+        256, LEARNED, "longest row, in tokens; longer rows are cut at the right", check=at_least(8)
+    )
+    batch_size: int = option(128, LEARNED, "rows per optimizer step, over all processes", check=at_least(1))
+    micro_batch_tokens: int | str = option(
+        "auto", EXECUTION, "tokens per forward pass; does not change the gradient", check=auto_or_at_least(1)
+    )
+    num_epochs: float = option(3.0, LEARNED, "passes over the rows", check=above(0))
+    max_steps: int | None = option(None, LEARNED, "optimizer steps; overrides num_epochs", check=at_least(1))
+    learning_rate: float = option(3e-4, LEARNED, "peak rate of the optimizer", check=at_least(0))
+    warmup_steps: int = option(
+        100, LEARNED, "steps until the peak rate; at most a fifth of the run", check=at_least(0)
+    )
+    warmup_ratio: float | None = option(
+        None, LEARNED, "warm-up as a fraction of all steps; overrides warmup_steps", check=fraction
+    )
+    lr_scheduler: str = option(
+        "linear", LEARNED, "rate after the warm-up", choices=("linear", "cosine", "constant")
+    )
+    weight_decay: float = option(0.0, LEARNED, "AdamW weight decay", check=at_least(0))
+    max_grad_norm: float = option(
+        1.0, LEARNED, "clip the gradient to this norm; 0 = never", check=at_least(0)
+    )
+    lora_r: int = option(8, LEARNED, "rank of the adapter", check=at_least(1))
+    lora_alpha: float = option(16.0, LEARNED, "scale of the adapter: alpha / rank", check=above(0))
+    lora_dropout: float = option(0.05, LEARNED, "dropout before the adapter", check=fraction)
+    lora_target_modules: str = option(
+        "q_proj,v_proj", LEARNED, "module names with commas between, or all-linear"
+    )
+    template: str = option("alpaca", LEARNED, "prompt template: a name in onecard/templates")
+    train_on_inputs: bool = option(False, LEARNED, "loss on the prompt too, not only on the response")
+    test_size: float = option(
+        0.05,
+        LEARNED,
+        "validation rows: a fraction (at most 200 rows then) or a number of rows; 0 = none",
+        check=rows_or_fraction,
+    )
+    eval_steps: int = option(200, LEARNED, "steps between two evaluations", check=at_least(1))
+    save_steps: int = option(200, EXECUTION, "steps between two checkpoints", check=at_least(1))
+    save_total_limit: int | None = option(
+        None, EXECUTION, "checkpoints kept (the best and the newest always are)", check=at_least(1)
+    )
+    seed: int = option(42, LEARNED, "seed of row order, split, adapter start and dropout", check=at_least(0))
+    device: str = option("auto", EXECUTION, "auto, cpu, cuda or cuda:N")
+    dtype: str = option(
+        "auto",
+        LEARNED,
+        "floating point type of the base's arithmetic",
+        choices=("auto", "fp32", "fp16", "bf16"),
+    )
+    gradient_checkpointing: str = option(
+        "auto", EXECUTION, "recompute instead of keeping activations", choices=("auto", "on", "off")
+    )
+    optimizer: str = option(
+        "adamw", LEARNED, "optimizer of the adapter", choices=("adamw", "adamw_8bit", "paged_adamw_8bit")
+    )
+    log_steps: int = option(
+        1, EXECUTION, "steps between two lines on a screen without a progress bar", check=at_least(1)
+    )
+    wandb: bool = option(
+        False, EXECUTION, "also log to Weights & Biases (WANDB_MODE=offline stays on this machine)"
+    )
+    overwrite: bool = option(False, EXECUTION, "delete what --output_path holds and start anew")
+    skip_bad_rows: bool = option(
+        False, LEARNED, "leave out unreadable rows, writing them to rejected_rows.jsonl in the output folder"
+    )
+
+
+def parse(settings: type[Settings], argv: Sequence[str] | None = None, description: str = "") -> Settings:
+    """Command line (and `--config FILE`, which flags override) -> settings; all mistakes in one UserError."""
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    parser.add_argument(
+        "--config", metavar="FILE", help="JSON file with any of these options; flags override it"
+    )
+    for field in dataclasses.fields(settings):
+        _add_flag(parser, field)
+    flags = vars(parser.parse_args(argv))
+    file = flags.pop("config")
+    values = {**(_read_json(file) if file else {}), **flags}
+    return build(settings, values, source=file)
+
+
+def build(settings: type[Settings], values: dict[str, Any], source: str | None = None) -> Settings:
+    """Raw values (texts or JSON values) -> checked settings; raises one UserError naming every bad one."""
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    hints = typing.get_type_hints(settings)
+    mistakes = [
+        f"{source or 'options'}: no option is called {name!r}" for name in values if name not in fields
+    ]
+    checked = {}
+    for name, value in values.items():
+        if name in fields:
+            try:
+                checked[name] = _checked(value, hints[name], fields[name].metadata)
+            except ValueError as error:
+                mistakes.append(f"--{name} {value}: {error}")
+    if mistakes:
+        raise UserError("; ".join(mistakes) + ".", "See --help.")
+    return settings(**checked)
+
+
+def roles(settings: type) -> dict[str, str]:
+    """Option name -> `learned` or `execution`."""
+    return {field.name: field.metadata["role"] for field in dataclasses.fields(settings)}
+
+
+def _checked(value: Any, hint: Any, metadata: Any) -> Any:
+    value = _converted(value, hint)
+    if value is None:
+        return None
+    if metadata["choices"] and value not in metadata["choices"]:
+        raise ValueError("choose from " + ", ".join(map(str, metadata["choices"])))
+    problem = metadata["check"](value) if metadata["check"] else None
+    if problem:
+        raise ValueError(problem)
+    return value
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    if bool in kinds:
+        return _boolean(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("must be a number" if float in kinds or int in kinds else "must be a text")
+    if str in kinds and (len(kinds) == 1 or value == "auto"):
+        return str(value)
+    number = _number(value)
+    if int in kinds:
+        if number != int(number):
+            raise ValueError("must be a whole number" + (" or auto" if str in kinds else ""))
+        return int(number)
+    return number
+
+
+def _number(value: str | int | float) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError("must be a number") from None
+    if not math.isfinite(number):
+        raise ValueError("must be a finite number")
+    return number
+
+
+def _boolean(value: Any) -> bool:
+    words = {
+        "true": True,
+        "yes": True,
+        "1": True,
+        "on": True,
+        "false": False,
+        "no": False,
+        "0": False,
+        "off": False,
+    }
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() not in words:
+        raise ValueError("must be true or false")
+    return words[str(value).lower()]
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}.", "Name a JSON file of options.") from None
+    except ValueError as error:
+        raise UserError(f"--config {path}: not JSON ({error}).", 'It should look like {"bits": 4}.') from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: holds no JSON object.", 'It should look like {"bits": 4}.')
+    return values
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    default = (
+        "none"
+        if field.default is None
+        else str(field.default).lower()
+        if field.type is bool
+        else field.default
+    )
+    text = f"{field.metadata['help']} [{default}; {field.metadata['role']}]".replace("%", "%%")
+    choices = "|".join(map(str, field.metadata["choices"]))
+    extra = {"nargs": "?", "const": "true"} if field.type is bool else {}
+    metavar = choices or ("true|false" if field.type is bool else field.name.upper())
+    parser.add_argument(f"--{field.name}", metavar=metavar, default=argparse.SUPPRESS, help=text, **extra)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}.", f"See {self.prog} --help.")

@@ -1,0 +1,31 @@
+"""Dropout that draws four elements' chances from one random number, for the CPU.
+
+torch's CPU dropout draws one number per element; before the adapters that took a tenth of the time of a
+training step. The probability is rounded to 1/65536, the mask is kept as one byte an element.
+"""
+
+import torch
+
+LEVELS = 1 << 16  # values of a 16-bit chance
+
+
+class CheapDropout(torch.nn.Module):
+    """Zero each element with probability p and scale the others by 1 / (1 - p), while training."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return x
+        return torch.where(self.keep(x), x, 0) * (1 / (1 - self.p))
+
+    def keep(self, x: torch.Tensor) -> torch.Tensor:
+        """A new mask of x's shape, True where an element stays."""
+        numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        chances = numbers.view(torch.int16)[: x.numel()]  # each of -32768..32767 equally likely
+        return (chances >= round(self.p * LEVELS) - LEVELS // 2).view(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"

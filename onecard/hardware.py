@@ -1,0 +1,160 @@
+"""What this machine can do, each answer with its reason. No torch at module level: words load instantly."""
+
+import ctypes
+import dataclasses
+import functools
+import os
+import platform
+import shutil
+import subprocess
+from typing import Any
+
+from onecard.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A value that was chosen, and why."""
+
+    value: Any
+    reason: str
+
+
+def choose_device(wanted: str, local_rank: int = 0) -> Choice:
+    """The torch device name; raises UserError when a card is there that torch cannot use."""
+    import torch
+
+    if wanted == "cpu":
+        return Choice("cpu", "asked for")
+    usable = torch.cuda.is_available()
+    if wanted.startswith("cuda"):
+        if not usable:
+            raise UserError(
+                f"--device {wanted}: torch sees no CUDA card.", _card_problem() or "Use --device cpu."
+            )
+        return Choice(wanted if ":" in wanted else f"cuda:{local_rank}", "asked for")
+    if wanted != "auto":
+        raise UserError(f"--device {wanted}: unknown.", "Choose auto, cpu, cuda or cuda:N.")
+    if usable:
+        return Choice(f"cuda:{local_rank}", torch.cuda.get_device_name(local_rank))
+    problem = _card_problem()
+    if problem:
+        raise UserError(
+            "nvidia-smi shows a card, but torch cannot use it.",
+            f"{problem} Or train on the CPU: --device cpu.",
+        )
+    return Choice("cpu", "no CUDA card found")
+
+
+def choose_dtype(wanted: str, device: str) -> Choice:
+    """fp32, fp16 or bf16. torch.cuda.is_bf16_supported() counts slow emulation, so it is not asked."""
+    if wanted != "auto":
+        return Choice(wanted, "asked for")
+    if device.startswith("cuda"):
+        import torch
+
+        major, minor = torch.cuda.get_device_capability(device)
+        if major >= 8:
+            return Choice("bf16", f"compute capability {major}.{minor} has it")
+        return Choice(
+            "fp16", f"compute capability {major}.{minor} is below 8.0: no real bf16; loss scaler on"
+        )
+    if cpu_has_bf16():
+        return Choice("bf16", "this processor multiplies bf16 itself")
+    return Choice("fp32", "this processor has no bf16 arithmetic")
+
+
+def choose_checkpointing(wanted: str, device: str) -> Choice:
+    if wanted != "auto":
+        return Choice(wanted == "on", "asked for")
+    if device.startswith("cuda"):
+        return Choice(True, "a card's memory is scarcer than its speed")
+    return Choice(False, "on a CPU memory is cheaper than computing twice")
+
+
+def check_optimizer(name: str, device: str) -> None:
+    if name == "paged_adamw_8bit" and not device.startswith("cuda"):
+        raise UserError(
+            "--optimizer paged_adamw_8bit needs a CUDA card: it pages to unified memory.", "Use adamw_8bit."
+        )
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bf16 in hardware (AVX512-BF16, AMX or Arm's bf16)."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            words = set(file.read().split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def describe_machine() -> str:
+    """Processor, cores and memory, for reports."""
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        model = names[0] if names else model
+    except OSError:
+        pass
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{model}, {os.cpu_count()} cores, {gib:.0f} GiB RAM, {platform.system()} {platform.release()}"
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Most memory used so far: allocated on the card, or by the whole process on the CPU."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def release_free_memory(device: str) -> None:
+    """Give memory that is free inside the C library back to the system.
+
+    Micro-batches differ in length, so freed pieces seldom fit the next ones and the process would grow with
+    every step. Cards have torch's caching allocator instead.
+    """
+    if device == "cpu" and platform.libc_ver()[0] == "glibc":
+        _libc().malloc_trim(0)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+def _card_problem() -> str | None:
+    """Why torch cannot use the card nvidia-smi shows, and the pip line that fits; None without a card."""
+    smi = shutil.which("nvidia-smi")
+    if not smi:
+        return None
+    command = [smi, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = [line for line in answer.stdout.splitlines() if "," in line]
+    if answer.returncode or not lines:
+        return None
+    import torch
+
+    name, driver = (part.strip() for part in lines[0].rsplit(",", 1))
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+    version = torch.__version__.split("+")[0]
+    facts = f"Card: {name}; driver: {driver}; torch {torch.__version__}: {build}."
+    return f"{facts} {_pip_line(driver, version)}"
+
+
+def _pip_line(driver: str, version: str) -> str:
+    install = f".venv/bin/pip install --force-reinstall torch=={version}"
+    major = int(driver.split(".")[0]) if driver.split(".")[0].isdigit() else 0
+    if major >= 580:  # CUDA 13, what the package index serves
+        return f"Run: {install}"
+    if major >= 525:  # CUDA 12.x: the build for 12.6 is on PyTorch's own index only
+        return f"Run: {install} --index-url URL (the cu126 one of pytorch.org), or update the driver to 580."
+    return f"Update the driver to 580 or newer, then run: {install}"

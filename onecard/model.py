@@ -1,0 +1,235 @@
+"""Base model in 16, 8 or 4 bits plus adapter, through transformers, peft and bitsandbytes.
+
+The only file that touches peft. It does not know rows, steps or run folders.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
+
+from onecard import attention, frozen
+from onecard.dropout import CheapDropout
+from onecard.errors import CHECKPOINT, UserError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraShape:
+    """What an adapter looks like: rank, alpha, dropout and module names (or all-linear)."""
+
+    r: int
+    alpha: float
+    dropout: float
+    target_modules: str
+
+    def targets(self) -> str | list[str]:
+        names = [name.strip() for name in self.target_modules.split(",") if name.strip()]
+        return "all-linear" if names == ["all-linear"] else names
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Tokenizer of a base model; raises UserError when there is none or it has no end token."""
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"--model_path {path}: the folder has no tokenizer.",
+            f"It needs one of: {', '.join(TOKENIZER_FILES)}.",
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(path, "its tokenizer", error) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"--model_path {path}: the tokenizer has no end token.", "Set eos_token in tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def load_config(path: str) -> Any:
+    """transformers config of a base model; raises UserError when there is none."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(path, "its config.json", error) from None
+
+
+def check_targets(config: Any, shape: LoraShape) -> None:
+    """Raise UserError, before any weight is read, when a target module is not in the model."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    head = skeleton.get_output_embeddings()
+    linear = {
+        name
+        for name, module in skeleton.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    found = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    targets = shape.targets()
+    if targets == "all-linear":
+        return
+    missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in linear)]
+    if missing or not targets:
+        wrong = ", ".join(missing) or "no name given"
+        raise UserError(
+            f"--lora_target_modules: {wrong}: not in this model.",
+            f"Found: {', '.join(found)}; or all-linear.",
+        )
+
+
+def load_base(path: str, bits: int, dtype: str, device: str) -> torch.nn.Module:
+    """Frozen causal language model with per-document attention and frozen products.
+
+    bits 8: LLM.int8 row-wise weights; bits 4: NF4 with double quantisation (QLoRA, arXiv 2305.14314).
+    """
+    torch_dtype = DTYPES[dtype]
+    quantisation = None
+    if bits == 8:
+        quantisation = BitsAndBytesConfig(load_in_8bit=True)
+    elif bits == 4:
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch_dtype,
+        )
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch_dtype,
+            quantization_config=quantisation,
+            device_map={"": device},
+            attn_implementation="sdpa",
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(path, "its weights", error) from None
+    base.requires_grad_(False)
+    frozen.use_frozen_products(base)
+    return base
+
+
+def add_adapter(base: torch.nn.Module, shape: LoraShape, seed: int) -> PeftModel:
+    """Wrap the base with a new LoRA adapter in fp32; its start is a pure function of the seed."""
+    config = LoraConfig(
+        r=shape.r,
+        lora_alpha=shape.alpha,
+        lora_dropout=shape.dropout,
+        target_modules=shape.targets(),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = get_peft_model(base, config)
+    if next(base.parameters()).device.type == "cpu":
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.lora_dropout["default"] = CheapDropout(shape.dropout)
+    for parameter in trainable(model):
+        assert parameter.dtype == torch.float32, "adapter weights are kept in fp32"
+    return model
+
+
+def prepare_for_packed_training(model: PeftModel, checkpointing: bool) -> None:
+    """Packed attention, and recomputation of each layer's activations when `checkpointing`."""
+    base = model.get_base_model()
+    base.set_attn_implementation(attention.NAME)
+    if checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+
+
+def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def describe_adapter(model: PeftModel) -> str:
+    """Trainable-parameter report; quantised weights are counted by their shapes, not by their bytes."""
+    count, total = model.get_nb_trainable_parameters()
+    names = sorted(
+        {
+            name.split(".lora_")[0].rsplit(".", 1)[-1]
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
+    )
+    share = f"{count:,} of {total:,} parameters ({100 * count / total:.2f} %)"
+    return f"{share}, {count * 4 / 2**20:.1f} MiB, in {', '.join(names)}"
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors on the CPU under their portable names; nothing else is gathered."""
+    return {
+        name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()
+    }
+
+
+def set_adapter_tensors(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Put saved tensors into the adapter; raises UserError (exit 4) when names do not match exactly."""
+    wanted = set(get_peft_model_state_dict(model))
+    if wanted != set(tensors):
+        strange = ", ".join(sorted(wanted ^ set(tensors))[:6])
+        raise UserError(
+            f"The adapter does not fit this base model: {strange}.", "Check --model_path.", CHECKPOINT
+        )
+    set_peft_model_state_dict(model, tensors)
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, then read them back and compare.
+
+    Raises UserError (exit 4) when the adapter is empty, not finite, all zero, or not the same after reading.
+    """
+    tensors = adapter_tensors(model)
+    wanted = {
+        name.replace(".default.", ".").replace(".default", "")
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    if not tensors or {name.rsplit(".", 1)[0] for name in tensors} != {
+        name.rsplit(".", 1)[0] for name in wanted
+    }:
+        raise UserError(
+            f"The adapter has {len(tensors)} tensors, {len(wanted)} were trained; not saved.", "", CHECKPOINT
+        )
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise UserError(
+            f"The adapter is not finite ({bad[0]}); not saved.", "Lower --learning_rate.", CHECKPOINT
+        )
+    if not any(tensor.any() for tensor in tensors.values()):
+        raise UserError("The adapter holds only zeros; not saved.", "", CHECKPOINT)
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    model.peft_config["default"].save_pretrained(str(folder))
+    read = load_file(folder / ADAPTER_WEIGHTS)
+    if read.keys() != tensors.keys() or any(not torch.equal(read[name], tensors[name]) for name in tensors):
+        raise UserError(
+            f"{folder / ADAPTER_WEIGHTS}: not the same after reading back.", "Check the disk.", CHECKPOINT
+        )
+
+
+def changes_answers(model: PeftModel) -> bool:
+    """Whether the adapter does anything: some B has a norm above zero (B starts at zero)."""
+    return any(tensor.any() for name, tensor in adapter_tensors(model).items() if ".lora_B" in name)
+
+
+def _cannot_load(path: str, what: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(
+        f"--model_path {path}: cannot load {what}: {reason[:200]}",
+        "Give a model folder, a hub name, or demo.",
+    )

@@ -1,0 +1,75 @@
+"""Several processes, each with a replica of the frozen base: who am I, and sums over all.
+
+Works under torchrun (gloo on CPU, nccl on CUDA) and, with one process, without it.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def start(device: torch.device) -> None:
+    """Join the other processes when torchrun started several."""
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter], also: torch.Tensor) -> torch.Tensor:
+    """Sum every gradient and the vector `also` over all processes, in one flat fp32 buffer.
+
+    A process without micro-batches in this step brings zeros. Returns the summed `also`.
+    """
+    if not dist.is_initialized():
+        return also
+    parameters = list(parameters)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([*(g.float().flatten() for g in gradients), also.float().flatten()])
+    dist.all_reduce(flat)
+    pieces = flat.split([p.numel() for p in parameters] + [also.numel()])
+    for parameter, piece in zip(parameters, pieces, strict=False):
+        parameter.grad = piece.view_as(parameter).to(parameter.dtype)
+    return pieces[-1].to(also.dtype).view_as(also)
+
+
+def gather(value: Any) -> list[Any]:
+    """One value of every process, in rank order."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

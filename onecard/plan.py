@@ -1,0 +1,217 @@
+"""Options -> a plan: everything about a run that can be known and checked before weights are loaded.
+
+Nothing is written into the run folder here.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from onecard import checkpoint, config, data, hardware, model, parallel, prompt
+from onecard.config import FinetuneConfig
+from onecard.errors import DATA, UserError
+from onecard.journal import check_wandb, say
+
+HELD_OUT_PROMPTS = 8
+SHORT_RUN = 5  # warm-up takes at most one of this many steps
+
+
+@dataclasses.dataclass
+class Plan:
+    """All that is known about a run before its weights are loaded."""
+
+    options: FinetuneConfig
+    base_path: str  # folder or hub name that transformers loads
+    base_config: Any
+    tokenizer: Any
+    template: prompt.Template
+    device: str
+    dtype: str
+    checkpointing: bool
+    examples: data.Examples
+    train_rows: np.ndarray  # places in examples
+    validation_rows: np.ndarray
+    held_out: list[prompt.Conversation]
+    data_record: dict[str, Any]
+    rejected: list[data.BadRow]
+    total_steps: int
+    total_rows: int
+    warmup_steps: int
+    micro_batch_tokens: int = 0  # 0 until the free memory of the card is known
+
+
+def finished_before(options: FinetuneConfig, folder: Path) -> bool:
+    """Whether this very run is finished; raises UserError when the folder holds another or an unfinished."""
+    stored = checkpoint.read_json(folder / checkpoint.CONFIG)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_path {folder}: this is a file.", "Name a folder.")
+    if stored is None or options.overwrite:
+        return False
+    ways = "Choose another --output_path, or start anew with --overwrite."
+    learned = [name for name, role in config.roles(FinetuneConfig).items() if role == config.LEARNED]
+    now = dataclasses.asdict(options)
+    changed = [
+        f"{name} {stored['options'].get(name)} -> {now[name]}"
+        for name in learned
+        if stored["options"].get(name) != now[name]
+    ]
+    if changed:
+        raise UserError(f"{folder} holds a run with other options: {'; '.join(changed)}.", ways)
+    finished = checkpoint.read_json(folder / checkpoint.FINISHED)
+    if finished is None:
+        steps = checkpoint.checkpoint_steps(folder)
+        at = f"saved up to step {max(steps)}" if steps else "with nothing saved"
+        raise UserError(f"{folder} holds an unfinished run, {at}.", ways)
+    loss = finished["eval_loss_after"]
+    say(
+        f"This run is finished: {finished['steps']} steps"
+        + (f", validation loss {loss:.4f}." if loss is not None else ".")
+    )
+    say(f"The adapter is in {folder}, with the log {checkpoint.LOG} and the picture loss.png.")
+    say("To train it again: --overwrite. To train another: other --output_path, --data_path, --model_path.")
+    return True
+
+
+def prepare(options: FinetuneConfig, locate: Callable[[str], str]) -> Plan:
+    """Check everything that can be checked before weights are loaded; writes nothing into the run folder."""
+    template = prompt.load_template(options.template)
+    if not Path(options.data_path).is_file():
+        raise UserError(
+            f"--data_path {options.data_path}: no such file.", "Name a JSON or JSONL file of rows.", DATA
+        )
+    if options.wandb:
+        check_wandb()
+    device = hardware.choose_device(options.device, parallel.local_rank())
+    dtype = hardware.choose_dtype(options.dtype, device.value)
+    recompute = hardware.choose_checkpointing(options.gradient_checkpointing, device.value)
+    hardware.check_optimizer(options.optimizer, device.value)
+    checkpoint.check_room(Path(options.output_path), needed_bytes=64 << 20)
+    base_path = locate(options.model_path)
+    base_config = model.load_config(base_path)
+    model.check_targets(base_config, lora_shape(options))
+    tokenizer = model.load_tokenizer(base_path)
+
+    encoding = read_examples(options, template, tokenizer)
+    examples = encoding.examples
+    train_rows, validation_rows = data.split(len(examples), options.test_size, options.seed)
+    held_out = data.pick_rows(
+        options.data_path, examples.numbers[validation_rows[:HELD_OUT_PROMPTS]].tolist()
+    )
+    per_epoch = data.steps_per_epoch(len(train_rows), options.batch_size)
+    total_steps = options.max_steps or math.ceil(options.num_epochs * per_epoch)
+    warmup = (
+        options.warmup_steps
+        if options.warmup_ratio is None
+        else math.ceil(options.warmup_ratio * total_steps)
+    )
+    shorter = min(warmup, total_steps // SHORT_RUN)
+    epochs, rest = divmod(total_steps, per_epoch)
+
+    plan = Plan(
+        options=options,
+        base_path=base_path,
+        base_config=base_config,
+        tokenizer=tokenizer,
+        template=template,
+        device=device.value,
+        dtype=dtype.value,
+        checkpointing=recompute.value,
+        examples=examples,
+        train_rows=train_rows,
+        validation_rows=validation_rows,
+        held_out=held_out,
+        data_record={
+            "sha256": data.file_sha256(options.data_path),
+            "train_rows": len(train_rows),
+            "validation_rows": len(validation_rows),
+            "cut": encoding.cut,
+            "dropped": encoding.dropped,
+            "rejected": len(encoding.rejected),
+        },
+        rejected=encoding.rejected,
+        total_steps=total_steps,
+        total_rows=epochs * len(train_rows) + min(rest * options.batch_size, len(train_rows)),
+        warmup_steps=shorter,
+    )
+    reasons = {"device": device.reason, "arithmetic": dtype.reason, "recompute": recompute.reason}
+    describe(plan, reasons, encoding, per_epoch, warmup)
+    return plan
+
+
+def describe(
+    plan: Plan, reasons: dict[str, str], encoding: data.Encoding, per_epoch: int, asked_warmup: int
+) -> None:
+    """Say what was chosen and why, what happened to the rows, and show three of them."""
+    options, lengths = plan.options, plan.examples.lengths
+    say(f"device      {plan.device}: {reasons['device']}")
+    say(f"arithmetic  {plan.dtype}: {reasons['arithmetic']}; adapter weights and optimizer in fp32")
+    say(
+        f"base        {options.bits} bits"
+        + ("" if options.bits == 16 else " by bitsandbytes, multiplied by frozen products")
+    )
+    say("attention   one causal call per row of a packed micro-batch: no mask, no padding")
+    recompute = "on" if plan.checkpointing else "off"
+    say(f"recompute   {recompute} (gradient checkpointing): {reasons['recompute']}")
+    say(
+        f"rows        {len(plan.train_rows)} to train on, {len(plan.validation_rows)} for validation; "
+        f"{int(lengths.sum())} tokens, median row {int(np.median(lengths))}, longest {int(lengths.max())}"
+    )
+    say(
+        f"            {encoding.cut} cut at {options.cutoff_len} tokens (they lose their end token), "
+        f"{encoding.dropped} dropped (no target left), {len(encoding.rejected)} rejected"
+    )
+    say(
+        f"steps       {plan.total_steps} of {options.batch_size} rows ({per_epoch} an epoch), "
+        f"rate {options.learning_rate:g} {options.lr_scheduler}, warm-up {plan.warmup_steps} steps"
+    )
+    if plan.warmup_steps < asked_warmup:
+        say(f"            a short run: {plan.warmup_steps} warm-up steps, not {asked_warmup} (a fifth)")
+    if options.learning_rate == 0:
+        say("warning: --learning_rate is 0, so nothing will be learned.")
+    say("\nThree rows as the model sees them; what it learns to say stands between « and »:")
+    for row in plan.train_rows[:3]:
+        ids, is_target = plan.examples[row]
+        say("-" * 60 + "\n" + prompt.show(plan.tokenizer, ids.tolist(), is_target.tolist()))
+    say("-" * 60)
+
+
+def read_examples(options: FinetuneConfig, template: prompt.Template, tokenizer: Any) -> data.Encoding:
+    """Encode the rows of --data_path; raises UserError (exit 3) at a bad row or when none is usable."""
+
+    def encode(conversation: prompt.Conversation) -> tuple[list[int], list[bool]]:
+        return prompt.encode(conversation, template, tokenizer, options.train_on_inputs)
+
+    rows = data.read_rows(options.data_path)
+    if not options.skip_bad_rows:
+        rows = stop_at_bad_row(rows, options.data_path)
+    rows = tqdm(rows, desc="reading rows", unit="row", disable=None if parallel.is_main() else True)
+    encoding = data.encode_rows(rows, encode, options.cutoff_len)
+    if not len(encoding.examples):
+        problem = (
+            f"{options.data_path}: no usable row: {len(encoding.rejected)} rejected, "
+            f"{encoding.dropped} with no target left after the cut at {options.cutoff_len} tokens."
+        )
+        raise UserError(problem, "Raise --cutoff_len or check the rows.", DATA)
+    return encoding
+
+
+def stop_at_bad_row(rows: Iterator[Any], path: str) -> Iterator[prompt.Conversation]:
+    for row in rows:
+        if isinstance(row, data.BadRow):
+            raise UserError(
+                f"{row.describe(Path(path))}.",
+                "Mend the row, or leave bad rows out with --skip_bad_rows.",
+                DATA,
+            )
+        yield row
+
+
+def lora_shape(options: FinetuneConfig) -> model.LoraShape:
+    return model.LoraShape(
+        options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target_modules
+    )

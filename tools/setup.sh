@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Make .venv and install what a program needs, once: bash tools/setup.sh train|test
+# The entries call this on first use. requirements.txt fixes every version. PYTHON chooses the interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+what=${1:-}
+case "$what" in
+  train | test) ;;
+  *) echo "error: tools/setup.sh: unknown part '$what'. Use: bash tools/setup.sh train|test" >&2; exit 2 ;;
+esac
+
+python=${PYTHON:-python3}
+if ! command -v "$python" >/dev/null; then
+  echo "error: $python was not found. Install Python 3.11 or newer, or set PYTHON to its path." >&2
+  exit 2
+fi
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "error: OneCard needs Python 3.11 or newer, $python is $("$python" -V 2>&1 | cut -d" " -f2). Install a newer one, or set PYTHON to its path." >&2
+  exit 2
+fi
+
+stamp=.venv/onecard-$what-$(cat requirements.txt pyproject.toml | cksum | cut -d" " -f1)
+[ -e "$stamp" ] && exit 0
+
+echo "Setting up .venv for '$what' (once; a few minutes) ..."
+if [ ! -x .venv/bin/python ] && ! "$python" -m venv .venv; then
+  echo "error: $python could not make .venv. On Debian or Ubuntu: apt install python3-venv" >&2
+  exit 2
+fi
+.venv/bin/python -m pip install --quiet --upgrade "pip>=25" || { echo "error: pip could not reach the package index; check the network." >&2; exit 2; }
+if ! .venv/bin/python -m pip install --quiet --progress-bar off -c requirements.txt -e ".[$what]"; then
+  echo "error: the packages could not be installed; what pip says is above. Run the same command again to go on." >&2
+  exit 2
+fi
+touch "$stamp" # written last: it means complete
