@@ -11,15 +11,15 @@ cd "$(dirname "$0")"
 bash tools/setup.sh train
 
 arguments=()
+# the demo's own rate and length: about 40,000 tokens change the form of the answers; later flags win
+case "${DATA_PATH:+set}${MODEL_PATH:+set} $* " in
+  set* | *" --data_path"* | *" --model_path"* | *" --config"*) ;;
+  *) arguments=(--batch_size 16 --num_epochs 2 --learning_rate 3e-3) ;;
+esac
 [ -n "${DATA_PATH:-}" ] && arguments+=(--data_path "$DATA_PATH")
 [ -n "${OUTPUT_PATH:-}" ] && arguments+=(--output_path "$OUTPUT_PATH")
 [ -n "${MODEL_PATH:-}" ] && arguments+=(--model_path "$MODEL_PATH")
 [ -n "${TEST_SIZE:-}" ] && arguments+=(--test_size "$TEST_SIZE")
-# the demo: about 40,000 tokens, enough to change the form of the answers
-if [ ${#arguments[@]} -eq 0 ] && [ $# -eq 0 ]; then
-  arguments=(--batch_size 16 --num_epochs 2 --learning_rate 3e-3)
-fi
-
 processes=1
 if [ -n "${TOT_CUDA:-}" ]; then
   export CUDA_VISIBLE_DEVICES=$TOT_CUDA

@@ -221,7 +221,7 @@ def finish(trainer: Trainer, before: list[str], after: list[str], draw: Draw) ->
         say(f"\n? {asked}\n  before: {indent(old)}\n  after:  {indent(new)}")
     speed = progress.tokens / progress.seconds
     say(
-        f"\n{progress.step} steps, {progress.tokens} tokens in {progress.seconds:.0f} s ({speed:.0f} tokens/s)."
+        f"\n{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s ({speed:.0f} tokens/s)."
     )
     if first is not None:
         say(f"Validation loss {first:.4f} before, {progress.best_loss:.4f} after (best at step {best}).")

@@ -1,4 +1,4 @@
-"""The moving parts of a run, put together from its plan: base, adapter, optimizer, scaler, folder, journal."""
+"""The moving parts of a run, put together from its plan: base, adapter, optimizer, folder, journal."""
 
 import dataclasses
 import importlib.metadata
