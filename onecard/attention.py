@@ -91,7 +91,7 @@ class _ShortDocuments(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         tensors = [*ctx.saved_tensors, grad_output]
-        gradients = [torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]]
+        gradients = [torch.empty_like(tensor) for tensor in tensors[:3]]
         for group in similar_lengths(ctx.lengths):
             longest = max(end - start for start, end in group)
             padded = [_padded(tensor, group, longest) for tensor in tensors]

@@ -4,6 +4,7 @@ The only file that touches peft. It does not know rows, steps or run folders.
 """
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,8 @@ def add_adapter(base: torch.nn.Module, shape: LoraShape, seed: int) -> PeftModel
         target_modules=shape.targets(),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers by a name that will go
         torch.manual_seed(seed)
         model = get_peft_model(base, config)
     if next(base.parameters()).device.type == "cpu":
@@ -149,7 +151,7 @@ def prepare_for_packed_training(model: PeftModel, checkpointing: bool) -> None:
     base = model.get_base_model()
     base.set_attn_implementation(attention.NAME)
     if checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
 
 

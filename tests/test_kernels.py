@@ -1,0 +1,133 @@
+"""Attention, loss and dropout of packed rows against their plain versions."""
+
+import math
+
+import pytest
+import torch
+
+from onecard import attention, loss
+from onecard.dropout import CheapDropout
+
+
+def dense_reference(query, key, value, lengths, scaling):
+    """Softmax attention with a dense block-diagonal causal mask."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    seen = (document[:, None] == document[None]) & torch.ones(len(document), len(document)).tril().bool()
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~seen, -math.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "lengths", [(5,), (7, 7, 3, 1), (40, 2, 33, 1, 1, 30), (attention.SHORT + 20, 9, 350, 8)]
+)
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_packed_attention_is_dense_masked_attention(lengths, scaling):
+    """Output and all three gradients, in fp64, for short and long documents and grouped heads."""
+    torch.manual_seed(0)
+    total = sum(lengths)
+    shapes = ((1, 6, total, 8), (1, 2, total, 8), (1, 2, total, 8))
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    output, _ = attention.packed_attention(
+        torch.nn.Identity(), *inputs, None, scaling=scaling, document_lengths=lengths
+    )
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    reference = dense_reference(*exact, lengths, scaling or 8**-0.5)
+    grad = torch.randn_like(output)
+    assert torch.allclose(output.double(), reference, atol=1e-5)
+    ours = torch.autograd.grad(output, inputs, grad)
+    theirs = torch.autograd.grad(reference, exact, grad.double())
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine.double(), other, atol=2e-5)
+
+
+def test_short_documents_are_grouped_without_much_padding():
+    """Every document once; padding at most a fifth of a group's longest; groups within the limit."""
+    lengths = tuple(int(x) for x in torch.randint(1, 300, (60,), generator=torch.Generator().manual_seed(1)))
+    groups = attention.similar_lengths(lengths)
+    places = sorted(place for group in groups for place in group)
+    assert [end - start for start, end in places] == list(lengths)
+    assert places[0][0] == 0
+    assert all(a[1] == b[0] for a, b in zip(places, places[1:], strict=False))
+    for group in groups:
+        sizes = [end - start for start, end in group]
+        assert min(sizes) * 5 >= max(sizes) * 4
+        assert len(group) * max(sizes) <= attention.GROUP
+
+
+def test_attention_refuses_what_it_cannot_do():
+    """Without document lengths, with a mask, or with two rows it says so instead of mixing documents."""
+    q = torch.randn(1, 2, 4, 8)
+    for arguments in ({}, {"document_lengths": (4,), "mask": torch.ones(1, 1, 4, 4)}):
+        with pytest.raises(ValueError, match="document_lengths"):
+            attention.packed_attention(None, q, q, q, arguments.pop("mask", None), **arguments)
+
+
+@pytest.mark.parametrize("targets", [1, loss.CHUNK - 1, loss.CHUNK, 3 * loss.CHUNK + 5])
+def test_loss_is_the_full_cross_entropy(targets):
+    """Sum and gradient equal those from full logits, for chunk borders and one target."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(32, 700, bias=False).requires_grad_(False)
+    hidden = torch.randn(targets, 32, requires_grad=True)
+    wanted = torch.randint(0, 700, (targets,))
+    ours = loss.loss_sum(hidden, head, wanted)
+    reference = torch.nn.functional.cross_entropy(head(hidden), wanted, reduction="sum")
+    assert ours.item() == pytest.approx(reference.item(), rel=1e-5)
+    mine, other = torch.autograd.grad(ours, hidden)[0], torch.autograd.grad(reference, hidden)[0]
+    assert torch.allclose(mine, other, atol=1e-5)
+    total, correct = loss.loss_and_correct(hidden.detach(), head, wanted)
+    assert total.item() == pytest.approx(reference.item(), rel=1e-5)
+    assert correct.item() == (head(hidden).argmax(-1) == wanted).sum().item()
+
+
+def test_full_logits_never_exist():
+    """No tensor as large as [targets, vocabulary] is made on the way forth or back."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            sizes = [t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+            largest = max([largest, *sizes])
+            return result
+
+    head = torch.nn.Linear(16, 2000, bias=False).requires_grad_(False)
+    hidden = torch.randn(8 * loss.CHUNK, 16, requires_grad=True)
+    with Largest():
+        loss.loss_sum(hidden, head, torch.randint(0, 2000, (8 * loss.CHUNK,))).backward()
+    assert largest <= loss.CHUNK * 2000
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_cheap_dropout_is_dropout(p):
+    """The share of zeros is p, the others are scaled, and forward and backward use one mask."""
+    torch.manual_seed(0)
+    dropout = CheapDropout(p)
+    x = torch.ones(499, 1001, requires_grad=True)
+    y = dropout(x)
+    y.sum().backward()
+    zeros = (y == 0).double().mean().item()
+    assert zeros == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / x.numel()) + 2e-5)
+    assert torch.allclose(y[y != 0], torch.tensor(1 / (1 - p)))
+    assert torch.equal(x.grad, y.detach())
+    assert not torch.equal(dropout(x), y)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_cheap_dropout_follows_the_seed():
+    """The same seed gives the same mask; neighbouring elements are independent."""
+    dropout = CheapDropout(0.5)
+    x = torch.ones(1 << 16)
+    torch.manual_seed(7)
+    first = dropout(x)
+    torch.manual_seed(7)
+    assert torch.equal(dropout(x), first)
+    kept = (first != 0).double()
+    for distance in (1, 2, 3, 4):
+        together = (kept[:-distance] * kept[distance:]).mean().item()
+        assert together == pytest.approx(0.25, abs=0.01)

@@ -1,0 +1,83 @@
+"""A tiny random Llama with a real tokenizer, as an ordinary model folder, and rows to train it on."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "small",
+    "large",
+    "warm",
+    "cold",
+    "old",
+    "new",
+    "quick",
+    "slow",
+    "quiet",
+    "loud",
+    "bright",
+    "dark",
+    "soft",
+    "hard",
+]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE: every text has ids, <end> is the end token."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<start>", "<end>"], initial_alphabet=alphabet
+    )
+    core.train_from_iterator(WORDS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<start>", eos_token="<end>")
+
+
+def config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=300,
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.2,  # large enough that logits differ
+    )
+
+
+def save_model(folder: Path) -> Path:
+    torch.manual_seed(0)
+    LlamaForCausalLM(config()).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rows(count: int) -> list[dict[str, str]]:
+    """Different rows of different lengths, some with an input."""
+    made = []
+    for number in range(count):
+        word, other = WORDS[number % len(WORDS)], WORDS[(number * 7 + 3) % len(WORDS)]
+        made.append(
+            {
+                "instruction": f"Say {word} {number}",
+                "input": other if number % 3 == 0 else "",
+                "output": " ".join([word, other] * (1 + number % 5)),
+            }
+        )
+    return made
+
+
+def save_rows(path: Path, count: int) -> Path:
+    path.write_text(json.dumps(rows(count)), encoding="utf-8")
+    return path
