@@ -14,7 +14,7 @@ arguments=()
 # the demo's own rate and length: about 40,000 tokens change the form of the answers; later flags win
 case "${DATA_PATH:+set}${MODEL_PATH:+set} $* " in
   set* | *" --data_path"* | *" --model_path"* | *" --config"*) ;;
-  *) arguments=(--batch_size 16 --num_epochs 2 --learning_rate 3e-3) ;;
+  *) arguments=(--batch_size 16 --num_epochs 2 --learning_rate 3e-3 --eval_steps 13) ;;
 esac
 [ -n "${DATA_PATH:-}" ] && arguments+=(--data_path "$DATA_PATH")
 [ -n "${OUTPUT_PATH:-}" ] && arguments+=(--output_path "$OUTPUT_PATH")

@@ -186,14 +186,19 @@ def publish(checkpoint: Path, folder: Path) -> str:
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors named <parameter>.<key>, everything that is not a tensor)."""
+    """(tensors named <parameter>.<key>, everything that is not a tensor); nested states keep their path."""
     tensors, scalars = {}, {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            place = tensors if isinstance(value, torch.Tensor) else scalars
-            place[f"{index}.{key}"] = (
-                value.detach().cpu().contiguous().clone() if isinstance(value, torch.Tensor) else value
-            )
+
+    def collect(path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                collect(f"{path}.{key}" if path else str(key), inner)
+        elif isinstance(value, torch.Tensor):
+            tensors[path] = value.detach().cpu().contiguous().clone()
+        else:
+            scalars[path] = value
+
+    collect("", optimizer.state_dict()["state"])
     return tensors, scalars
 
 

@@ -7,6 +7,7 @@ chat are always the first ids of the row that was trained. Control tokens writte
 import dataclasses
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,19 @@ def show(
 
 
 def _encode_text(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    """Ids of a text in which no control token can appear, whatever the text says."""
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    control = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    if control.isdisjoint(ids):
+        return ids
+    # some Unigram vocabularies hold control tokens as ordinary pieces: cut the text inside each of them
+    names = "|".join(re.escape(name) for name in sorted(tokenizer.all_special_tokens, key=len, reverse=True))
+    cuts = [0, *(found.start() + 1 for found in re.finditer(names, text)), len(text)]
+    parts = [text[start:end] for start, end in pairwise(cuts)]
+    pieces = [
+        tokenizer(part, add_special_tokens=False, split_special_tokens=True).input_ids for part in parts
+    ]
+    return [token for piece in pieces for token in piece]
 
 
 def _beginning(tokenizer: Any) -> list[int]:

@@ -1,6 +1,7 @@
 """Attention, loss and dropout of packed rows against their plain versions."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_short_documents_are_grouped_without_much_padding():
     places = sorted(place for group in groups for place in group)
     assert [end - start for start, end in places] == list(lengths)
     assert places[0][0] == 0
-    assert all(a[1] == b[0] for a, b in zip(places, places[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(places))
     for group in groups:
         sizes = [end - start for start, end in group]
         assert min(sizes) * 5 >= max(sizes) * 4

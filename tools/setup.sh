@@ -28,8 +28,9 @@ if [ ! -x .venv/bin/python ] && ! "$python" -m venv .venv; then
   exit 2
 fi
 .venv/bin/python -m pip install --quiet --upgrade "pip>=25" || { echo "error: pip could not reach the package index; check the network." >&2; exit 2; }
-if ! .venv/bin/python -m pip install --quiet --progress-bar off -c requirements.txt -e ".[$what]"; then
+if ! .venv/bin/python -m pip install -c requirements.txt -e ".[$what]"; then
   echo "error: the packages could not be installed; what pip says is above. Run the same command again to go on." >&2
   exit 2
 fi
 touch "$stamp" # written last: it means complete
+if [ "$what" = test ]; then touch "${stamp/test/train}"; fi # what tests need contains what training needs

@@ -1,0 +1,393 @@
+"""Whole runs on the tiny model: what the run folder holds, what stops a run, what is refused."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from onecard import chat, checkpoint, data, model, report, step, train, trainer
+from onecard.config import FinetuneConfig, build
+from onecard.errors import UserError
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+QUICK = {
+    "bits": 16,
+    "dtype": "fp32",
+    "device": "cpu",
+    "batch_size": 6,
+    "num_epochs": 2,
+    "learning_rate": 1e-2,
+}
+
+
+def options(model_path, data_path, output_path, **changes) -> FinetuneConfig:
+    paths = {"model_path": str(model_path), "data_path": str(data_path), "output_path": str(output_path)}
+    return build(
+        FinetuneConfig, {**QUICK, "warmup_steps": 0, "test_size": 5, "eval_steps": 3, **paths, **changes}
+    )
+
+
+def run(settings: FinetuneConfig) -> Path:
+    train.run(settings, locate=lambda path: path, sample=chat.reply, draw=report.loss_curve)
+    return Path(settings.output_path)
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def tree(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory) -> tuple[FinetuneConfig, Path]:
+    """A finished run that other tests only read."""
+    folder = tmp_path_factory.mktemp("finished")
+    settings = options(tiny_model, tiny.save_rows(folder / "rows.json", 24), folder / "run", save_steps=2)
+    return settings, run(settings)
+
+
+def test_run_folder_holds_what_is_promised(finished):
+    """Configuration, log, checkpoints, adapter, picture, finished.json, with the fields of the docs."""
+    settings, folder = finished
+    names = {path.name for path in folder.iterdir()}
+    assert {"finetune_config.json", "log.jsonl", "loss.png", "finished.json"} <= names
+    assert {"adapter_config.json", "adapter_model.safetensors", "checkpoint-2", "checkpoint-8"} <= names
+    assert not any(name.startswith(".") for name in names)
+    steps = [record for record in log(folder) if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 9))  # 19 rows: 6 + 6 + 6 + 1, twice
+    assert [record["rows"] for record in steps] == [6, 6, 6, 1] * 2
+    fields = "step loss learning_rate grad_norm rows tokens target_tokens rows_seen epoch seconds"
+    assert set(steps[0]) == {*fields.split(), "peak_memory_bytes"}
+    assert steps[-1]["rows_seen"] == 38
+    assert steps[-1]["epoch"] == 2
+    evaluations = [record for record in log(folder) if "eval_loss" in record]
+    assert [record["step"] for record in evaluations] == [0, 3, 6, 8]
+    assert set(evaluations[0]) == {"step", "eval_loss", "eval_token_accuracy"}
+    stored = json.loads((folder / "finetune_config.json").read_text())
+    assert stored["resolved"]["micro_batch_tokens"] == 2048
+    assert stored["options"]["data_path"] == settings.data_path
+    report_ = json.loads((folder / "finished.json").read_text())
+    assert (
+        report_["adapter_sha256"]
+        == hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    )
+    assert report_["eval_loss_after"] == min(record["eval_loss"] for record in evaluations[1:])
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_rows_of_a_run_are_those_of_the_plan(finished):
+    """Tokens and targets of every step are those of rows_at: each row once an epoch."""
+    _, folder = finished
+    records = [record for record in log(folder) if "loss" in record]
+    for epoch in (records[:4], records[4:]):
+        assert sum(record["tokens"] for record in epoch) == sum(record["tokens"] for record in records[:4])
+    assert [r["tokens"] for r in records[:4]] != [r["tokens"] for r in records[4:]]
+
+
+def test_peft_loads_the_adapter_as_it_is(finished, tiny_model):
+    """The published adapter gives the logits of the best checkpoint; its product BA is not zero."""
+    _, folder = finished
+    best = json.loads((folder / "finished.json").read_text())["best_step"]
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        plain = base(ids).logits
+        published = PeftModel.from_pretrained(base, folder)(ids).logits
+    assert not torch.allclose(plain, published, atol=1e-3)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert tensors.keys() == load_file(folder / f"checkpoint-{best}" / "adapter_model.safetensors").keys()
+    a, b = (sorted(name for name in tensors if key in name) for key in ("lora_A", "lora_B"))
+    assert all((tensors[y] @ tensors[x]).norm() > 0 for x, y in zip(a, b, strict=True))
+
+
+def test_the_same_command_again_changes_nothing(finished, capsys):
+    """A finished run says so, names the ways on and leaves every file as it is."""
+    settings, folder = finished
+    before = tree(folder)
+    run(settings)
+    said = capsys.readouterr().out
+    assert "finished" in said
+    assert "--overwrite" in said
+    assert tree(folder) == before
+
+
+def test_other_options_are_refused(finished, tiny_model):
+    """A folder with another run is left alone: exit 2, the option with old and new value, the ways on."""
+    settings, folder = finished
+    before = tree(folder)
+    other = options(tiny_model, settings.data_path, folder, save_steps=2, learning_rate=0.5)
+    with pytest.raises(UserError, match=r"learning_rate 0.01 -> 0.5.*--overwrite") as caught:
+        run(other)
+    assert caught.value.code == 2
+    assert tree(folder) == before
+
+
+def test_unfinished_run_is_refused_and_overwrite_clears_only_the_run(tiny_model, tiny_rows, tmp_path):
+    """--overwrite deletes what a run wrote; a file of the user's stays."""
+    settings = options(tiny_model, tiny_rows, tmp_path / "run", max_steps=2)
+    folder = run(settings)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "finished.json").unlink()
+    with pytest.raises(UserError, match="unfinished run, saved up to step 2"):
+        run(settings)
+    first = log(folder)
+    run(options(tiny_model, tiny_rows, tmp_path / "run", max_steps=1, overwrite=True))
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert checkpoint.checkpoint_steps(folder) == [1]
+    assert len(log(folder)) < len(first)
+
+
+def test_the_best_adapter_is_published(tiny_model, tiny_rows, tmp_path):
+    """With a rate that ruins the model later, the adapter of the lowest validation loss is what comes out."""
+    folder = run(
+        options(
+            tiny_model, tiny_rows, tmp_path / "run", eval_steps=1, learning_rate=0.3, lr_scheduler="constant"
+        )
+    )
+    losses = {
+        record["step"]: record["eval_loss"]
+        for record in log(folder)
+        if "eval_loss" in record and record["step"]
+    }
+    best = min(losses, key=losses.get)
+    assert best != max(losses), "the rate should have ruined the end of the run"
+    published = (folder / "adapter_model.safetensors").read_bytes()
+    assert published == (folder / f"checkpoint-{best}" / "adapter_model.safetensors").read_bytes()
+
+
+def test_without_validation_rows_the_last_adapter_is_published(tiny_model, tiny_rows, tmp_path):
+    """test_size 0: no evaluation, no answers, the last checkpoint; older ones pruned."""
+    folder = run(
+        options(tiny_model, tiny_rows, tmp_path / "run", test_size=0, save_steps=1, save_total_limit=2)
+    )
+    assert all("eval_loss" not in record for record in log(folder))
+    assert sorted(checkpoint.checkpoint_steps(folder)) == [7, 8]
+    assert json.loads((folder / "finished.json").read_text())["best_step"] == 8
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_two_fresh_processes_give_the_same_bytes(tiny_model, tiny_rows, tmp_path, bits):
+    """The same run twice, dropout on: equal adapters and losses (T24)."""
+    outcomes = []
+    for name in ("one", "two"):
+        flags = {**QUICK, "bits": bits, "model_path": tiny_model, "data_path": tiny_rows, "test_size": 4}
+        flags |= {"output_path": tmp_path / name, "max_steps": 3, "lora_dropout": 0.1}
+        command = [sys.executable, "finetune.py", *(f"--{key}={value}" for key, value in flags.items())]
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=300)
+        losses = [record["loss"] for record in log(tmp_path / name) if "loss" in record]
+        outcomes.append((losses, (tmp_path / name / "adapter_model.safetensors").read_bytes()))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_two_processes_train_like_one(tiny_model, tiny_rows, tmp_path):
+    """A whole run under torchrun with two gloo processes: the losses and the adapter of one process."""
+    flags = {**QUICK, "model_path": tiny_model, "data_path": tiny_rows, "test_size": 4, "lora_dropout": 0}
+    start = [
+        [sys.executable],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+    ]
+    for number, command in enumerate(start, start=1):
+        arguments = [
+            f"--{key}={value}" for key, value in {**flags, "output_path": tmp_path / str(number)}.items()
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(
+            [*command, "finetune.py", *arguments], check=True, cwd=ROOT, env=environment, timeout=300
+        )
+    one, two = log(tmp_path / "1"), log(tmp_path / "2")
+    assert [record["step"] for record in one] == [record["step"] for record in two]
+    for mine, other in zip(one, two, strict=True):
+        key = "loss" if "loss" in mine else "eval_loss"
+        assert other[key] == pytest.approx(mine[key], rel=1e-4)
+    tensors = [load_file(tmp_path / name / "adapter_model.safetensors") for name in "12"]
+    assert all(torch.allclose(tensors[0][name], tensors[1][name], atol=1e-4) for name in tensors[0])
+
+
+def poison(monkeypatch, at_step: int, value: float, gradient_only: bool = False, times: int = 1) -> None:
+    """Make loss or gradient of optimizer step `at_step` (and the next times - 1) equal `value`."""
+    plain, seen = step.optimizer_step, []
+
+    def poisoned(step_model, micro_batches, targets, *rest):
+        seen.append(1)
+        if not at_step <= len(seen) < at_step + times:
+            return plain(step_model, micro_batches, targets, *rest)
+        if gradient_only:
+            hook = next(iter(model.trainable(step_model))).register_hook(lambda g: g * value)
+            try:
+                return plain(step_model, micro_batches, targets, *rest)
+            finally:
+                hook.remove()
+        forward = step_model.forward
+        with monkeypatch.context() as patch:
+            patch.setattr(step_model, "forward", lambda packed: (forward(packed)[0] * value, 1, None))
+            return plain(step_model, micro_batches, targets, *rest)
+
+    monkeypatch.setattr(step, "optimizer_step", poisoned)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("gradient_only", [False, True])
+@pytest.mark.parametrize("log_steps", [1, 100])
+def test_a_loss_that_is_no_number_stops_before_the_update(
+    tiny_model, tiny_rows, tmp_path, monkeypatch, value, gradient_only, log_steps
+):
+    """Exit 5 with step and rows, the raw value in the log, no checkpoint with it (T15)."""
+    poison(monkeypatch, 3, value, gradient_only)
+    settings = options(
+        tiny_model, tiny_rows, tmp_path / "run", save_steps=1, log_steps=log_steps, test_size=0
+    )
+    with pytest.raises(UserError, match=r"Step 3: .*rows \d+") as caught:
+        run(settings)
+    assert caught.value.code == 5
+    folder = tmp_path / "run"
+    assert checkpoint.checkpoint_steps(folder) and max(checkpoint.checkpoint_steps(folder)) == 2  # noqa: PT018
+    for path in folder.glob("checkpoint-*/*.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
+    last = log(folder)[-1]
+    assert last["step"] == 3
+    assert str(value) in (last.get("loss") or last.get("grad_norm"), "nan") or last.get("grad_norm") == "nan"
+    rows = data.rows_at(settings.seed, 12, 6, 24)
+    assert set(last["row_numbers"]) <= {int(row) + 1 for row in rows}
+    assert last["row_numbers"]
+    assert not (folder / "finished.json").exists()
+    assert not (folder / "adapter_model.safetensors").exists()
+
+
+def test_fp16_overflow_skips_the_step(tiny_model, tiny_rows, tmp_path, monkeypatch):
+    """The scaler leaves the update out, halves its scale, keeps the rate, counts the rows (T16)."""
+    poison(monkeypatch, 3, float("inf"), gradient_only=True)
+    folder = run(options(tiny_model, tiny_rows, tmp_path / "run", dtype="fp16", test_size=0, save_steps=1))
+    records = log(folder)
+    assert [record["skipped_steps"] for record in records] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert [record["loss_scale"] for record in records[:4]] == [1024, 1024, 512, 512]
+    rates = [record["learning_rate"] for record in records]
+    assert rates[2] == rates[3]  # not advanced
+    assert rates[1] > rates[2]
+    assert [record["rows_seen"] for record in records] == [6, 12, 18, 24, 30, 36, 42, 48]
+    before, after = (
+        load_file(folder / f"checkpoint-{number}" / "adapter_model.safetensors") for number in (2, 3)
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((folder / "finished.json").read_text())["skipped_steps"] == 1
+
+
+def test_fp16_gives_up_when_it_only_overflows(tiny_model, tiny_rows, tmp_path, monkeypatch):
+    """A scale below 1 or 20 skips in a row end with exit 5."""
+    poison(monkeypatch, 1, float("inf"), gradient_only=True, times=99)
+    settings = options(tiny_model, tiny_rows, tmp_path / "run", dtype="fp16", test_size=0, max_steps=40)
+    with pytest.raises(UserError, match="fp16 overflows") as caught:
+        run(settings)
+    assert caught.value.code == 5
+    assert len(log(tmp_path / "run")) == 11  # 1024 halved eleven times is below 1
+
+    monkeypatch.setattr(trainer, "FIRST_SCALE", 2.0**60)
+    with pytest.raises(UserError, match="20 steps skipped in a row"):
+        run(options(tiny_model, tiny_rows, tmp_path / "other", dtype="fp16", test_size=0, max_steps=40))
+
+
+def test_adapter_weights_are_fp32_for_every_dtype(tiny_model):
+    """What the scaler unscales and the optimizer updates is never half precision."""
+    for dtype in ("fp16", "bf16", "fp32"):
+        adapted = model.add_adapter(
+            model.load_base(str(tiny_model), 8, dtype, "cpu"), model.LoraShape(4, 8, 0, "all-linear"), 0
+        )
+        assert {parameter.dtype for parameter in model.trainable(adapted)} == {torch.float32}
+
+
+def test_a_loss_of_exactly_zero_is_warned_about(tiny_model, tiny_rows, tmp_path, monkeypatch, capsys):
+    """T17: said at once."""
+    poison(monkeypatch, 1, 0.0)
+    run(options(tiny_model, tiny_rows, tmp_path / "run", test_size=0, max_steps=2))
+    assert "loss of step 1 is exactly 0" in capsys.readouterr().out
+
+
+def test_a_rate_of_zero_is_warned_about_and_not_published(tiny_model, tiny_rows, tmp_path, capsys):
+    """T17, T20: nothing is learned, so no adapter is called finished."""
+    with pytest.raises(UserError, match="learned nothing") as caught:
+        run(options(tiny_model, tiny_rows, tmp_path / "run", learning_rate=0, max_steps=2))
+    assert caught.value.code == 4
+    assert "--learning_rate is 0" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "finished.json").exists()
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("fault", ["empty", "renamed", "zero", "nan"])
+def test_a_bad_adapter_is_not_saved(tiny_model, tiny_rows, tmp_path, monkeypatch, fault):
+    """T20: an empty state dict, wrong keys, zeros or NaN are refused (exit 4), no checkpoint appears."""
+    faults = {
+        "empty": lambda tensors: {},
+        "renamed": lambda tensors: {"base_model." + name: tensor for name, tensor in tensors.items()},
+        "zero": lambda tensors: {name: torch.zeros_like(tensor) for name, tensor in tensors.items()},
+        "nan": lambda tensors: {name: tensor * float("nan") for name, tensor in tensors.items()},
+    }
+    plain = model.adapter_tensors
+    monkeypatch.setattr(model, "adapter_tensors", lambda adapted: faults[fault](plain(adapted)))
+    with pytest.raises(UserError) as caught:
+        run(options(tiny_model, tiny_rows, tmp_path / "run", save_steps=1, test_size=0))
+    assert caught.value.code == 4
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == []
+    assert list((tmp_path / "run").glob(".saving-*")) == []
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path):
+    """verify finds a flipped bit, a missing file and a missing manifest."""
+    import shutil
+
+    _, folder = finished
+    copy = tmp_path / "checkpoint-8"
+    shutil.copytree(folder / "checkpoint-8", copy)
+    checkpoint.verify(copy)
+    for path in sorted(copy.iterdir()):
+        content = path.read_bytes()
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        with pytest.raises(UserError) as caught:
+            checkpoint.verify(copy)
+        assert caught.value.code == 4
+        path.unlink()
+        with pytest.raises(UserError):
+            checkpoint.verify(copy)
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_optimizers_lower_the_loss(tiny_model, tiny_rows, tmp_path, optimizer):
+    """Every optimizer that runs here learns these rows."""
+    folder = run(
+        options(tiny_model, tiny_rows, tmp_path / "run", optimizer=optimizer, num_epochs=6, test_size=0)
+    )
+    losses = [record["loss"] for record in log(folder)]
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+
+
+def test_wandb_offline_keeps_the_run_on_this_machine(tiny_model, tiny_rows, tmp_path, monkeypatch):
+    """--wandb with WANDB_MODE=offline writes an offline run into the output folder and talks to nobody."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = run(options(tiny_model, tiny_rows, tmp_path / "run", wandb=True, max_steps=2))
+    runs = list((folder / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(runs) == 1
+    assert runs[0].stat().st_size > 1000
+    assert (folder / "finished.json").exists()
+
+
+def test_all_linear_and_inputs_as_targets(tiny_model, tiny_rows, tmp_path):
+    """all-linear reaches seven modules a layer; --train_on_inputs has more targets."""
+    few = run(options(tiny_model, tiny_rows, tmp_path / "few", max_steps=1))
+    many = run(
+        options(tiny_model, tiny_rows, tmp_path / "many", max_steps=1, lora_target_modules="all-linear",
+                train_on_inputs=True, gradient_checkpointing="on", micro_batch_tokens=64)
+    )  # fmt: skip
+    count = [len(load_file(folder / "adapter_model.safetensors")) for folder in (few, many)]
+    assert count == [2 * 2 * 2, 2 * 7 * 2]
+    assert log(many)[1]["target_tokens"] == log(many)[1]["tokens"] - 6 > log(few)[1]["target_tokens"]
