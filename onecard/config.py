@@ -139,19 +139,24 @@ def parse(settings: type[Settings], argv: Sequence[str] | None = None, descripti
     )
     for field in dataclasses.fields(settings):
         _add_flag(parser, field)
-    flags = vars(parser.parse_args(argv))
+    known, unknown = parser.parse_known_args(argv)
+    flags = vars(known)
     file = flags.pop("config")
     values = {**(_read_json(file) if file else {}), **flags}
-    return build(settings, values, source=file)
+    return build(settings, values, source=file, unknown=unknown)
 
 
-def build(settings: type[Settings], values: dict[str, Any], source: str | None = None) -> Settings:
+def build(
+    settings: type[Settings], values: dict[str, Any], source: str | None = None, unknown: Sequence[str] = ()
+) -> Settings:
     """Raw values (texts or JSON values) -> checked settings; raises one UserError naming every bad one."""
     fields = {field.name: field for field in dataclasses.fields(settings)}
     hints = typing.get_type_hints(settings)
     mistakes = [
         f"{source or 'options'}: no option is called {name!r}" for name in values if name not in fields
     ]
+    if unknown:
+        mistakes.insert(0, f"unrecognized arguments: {' '.join(unknown)}")
     checked = {}
     for name, value in values.items():
         if name in fields:
@@ -191,6 +196,8 @@ def _converted(value: Any, hint: Any) -> Any:
         raise ValueError("must be a number" if float in kinds or int in kinds else "must be a text")
     if str in kinds and (len(kinds) == 1 or value == "auto"):
         return str(value)
+    if int in kinds and str(value).strip().lstrip("+-").isdecimal():
+        return int(value)  # not by way of float, which holds 53 bits
     number = _number(value)
     if int in kinds:
         if number != int(number):
@@ -204,6 +211,8 @@ def _number(value: str | int | float) -> float:
         number = float(value)
     except ValueError:
         raise ValueError("must be a number") from None
+    except OverflowError:
+        raise ValueError("must be a finite number") from None
     if not math.isfinite(number):
         raise ValueError("must be a finite number")
     return number

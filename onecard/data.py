@@ -199,7 +199,7 @@ def _line_values(file: Iterable[str]) -> Iterator[tuple[int, int, Any, str]]:
         if not text.strip():
             continue
         try:
-            yield line, 1, _DECODER.decode(text), text
+            yield line, 1, _DECODER.decode(text.rstrip()), text
         except ValueError as error:
             column = getattr(error, "colno", 1)
             yield line, column, BadRow(line, column, _reason(error), text[max(0, column - 40) :]), text
@@ -215,6 +215,7 @@ def _array_values(file: io.TextIOBase) -> Iterator[tuple[int, int, Any, str]]:
     first = True
     while True:
         window.skip(_BLANK)
+        lost = False
         if window.peek() == "]":
             window.advance(1)
             window.skip(_BLANK)
@@ -227,8 +228,7 @@ def _array_values(file: io.TextIOBase) -> Iterator[tuple[int, int, Any, str]]:
         if not first:
             if window.peek() != ",":
                 yield *window.place(), window.bad("a comma is missing between two rows", window.position), ""
-                if not window.to_next_row():
-                    return
+                lost = True
             else:
                 window.advance(1)
             window.skip(_BLANK)
@@ -239,14 +239,16 @@ def _array_values(file: io.TextIOBase) -> Iterator[tuple[int, int, Any, str]]:
         except ValueError as error:
             bad = window.bad(_reason(error), getattr(error, "pos", window.position))
             skipped = window.to_next_row()
-            yield line, column, bad, ""
+            if not lost:
+                yield line, column, bad, ""
             first = True  # to_next_row has already passed the comma
             if not skipped:
                 return
             continue
         text = window.text[window.position : min(end, window.position + 200)]
         window.advance(end - window.position)
-        yield line, column, value, text
+        if not lost:
+            yield line, column, value, text
 
 
 class _Window:
@@ -254,10 +256,7 @@ class _Window:
 
     def __init__(self, file: io.TextIOBase):
         self.file, self.text, self.position, self.ended = file, "", 0, False
-        self.lines_before, self.line_start = (
-            0,
-            0,
-        )  # newlines before `text`; where the line of text[0] began (<= 0)
+        self.line, self.column = 1, 1  # of `position`
 
     def more(self) -> bool:
         if len(self.text) - self.position > LONGEST_ROW:
@@ -269,12 +268,7 @@ class _Window:
         return not self.ended
 
     def _forget(self) -> None:
-        gone = self.text[: self.position]
-        if gone:
-            self.lines_before += gone.count("\n")
-            newline = gone.rfind("\n")
-            self.line_start = newline + 1 - len(gone) if newline >= 0 else self.line_start - len(gone)
-            self.text, self.position = self.text[self.position :], 0
+        self.text, self.position = self.text[self.position :], 0
 
     def peek(self) -> str:
         while self.position >= len(self.text) and self.more():
@@ -286,22 +280,26 @@ class _Window:
             self.advance(1)
 
     def advance(self, count: int) -> None:
+        self.line, self.column = self.place(self.position + count)
         self.position += count
         if self.position > CHUNK:
             self._forget()
 
     def place(self, position: int | None = None) -> tuple[int, int]:
-        """(line, column) of a position, both counted from 1."""
-        position = self.position if position is None else position
-        newline = self.text.rfind("\n", 0, position)
-        column = position - newline if newline >= 0 else position - self.line_start + 1
-        return self.lines_before + self.text.count("\n", 0, position) + 1, column
+        """(line, column), both counted from 1, of a position that is not behind `self.position`."""
+        ahead = self.text[self.position : position] if position is not None else ""
+        newlines = ahead.count("\n")
+        return self.line + newlines, len(ahead) - ahead.rfind("\n") if newlines else self.column + len(ahead)
 
     def decode(self) -> tuple[Any, int]:
         """The JSON value at `position` and where it ends; reads on while the value may be incomplete."""
         while True:
             try:
-                return _DECODER.raw_decode(self.text, self.position)
+                before = self.position
+                value, end = _DECODER.raw_decode(self.text, before)
+                # a number at the border may go on behind it
+                if end < len(self.text) - 2 or not isinstance(value, int | float) or not self.more():
+                    return value, end - before + self.position
             except json.JSONDecodeError as error:
                 unfinished = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - 16
                 before = self.position
@@ -324,7 +322,10 @@ class _Window:
             if found:
                 self.advance(found.end() - self.position)
                 return True
-            if not self.more():
+            try:
+                if not self.more():
+                    return False
+            except ValueError:
                 return False
 
 
@@ -336,7 +337,7 @@ def _conversation(value: Any, line: int, column: int, text: str) -> Conversation
             return BadRow(line, column, f"the row has no {key!r}", text)
     fields = {
         "instruction": value["instruction"],
-        "input": value.get("input") or "",
+        "input": "" if value.get("input") is None else value["input"],
         "output": value["output"],
     }
     for key, field in fields.items():

@@ -40,7 +40,9 @@ def run_program(main: Callable[[], int | None]) -> None:
     except UserError as error:
         code = error.code
         _say(error, f"error: {error}")
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
         code = MEMORY
         _say(error, "error: out of memory. Try a smaller --micro_batch_tokens, --cutoff_len or --bits.")
     except KeyboardInterrupt as error:
@@ -54,6 +56,12 @@ def run_program(main: Callable[[], int | None]) -> None:
         )
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """MemoryError, or how torch words it for cards and for its CPU allocator (a RuntimeError)."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words
 
 
 def _say(error: BaseException, message: str) -> None:

@@ -32,7 +32,12 @@ def choose_device(wanted: str, local_rank: int = 0) -> Choice:
             raise UserError(
                 f"--device {wanted}: torch sees no CUDA card.", _card_problem() or "Use --device cpu."
             )
-        return Choice(wanted if ":" in wanted else f"cuda:{local_rank}", "asked for")
+        name = wanted if wanted != "cuda" else f"cuda:{local_rank}"
+        if name not in {f"cuda:{number}" for number in range(torch.cuda.device_count())}:
+            raise UserError(
+                f"--device {wanted}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}."
+            )
+        return Choice(name, "asked for")
     if wanted != "auto":
         raise UserError(f"--device {wanted}: unknown.", "Choose auto, cpu, cuda or cuda:N.")
     if usable:
@@ -108,6 +113,11 @@ def peak_memory_bytes(device: str) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status", encoding="utf-8") as file:  # getrusage would inherit the parent's peak
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)

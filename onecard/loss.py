@@ -1,42 +1,52 @@
 """Cross entropy at target positions only, in chunks: the logits of all tokens never exist at once.
 
-Shapes: T tokens, N target tokens, H hidden size, V vocabulary.
+torch's own linear_cross_entropy does this too, but its sum comes back in the dtype of its input: rounded to
+16 units in bf16, infinite above 65504 in fp16. Here the sum and its gradient's scale stay in fp32.
+
+Shapes: N target tokens, H hidden size, V vocabulary.
 """
 
 import torch
-from torch.nn import LinearCrossEntropyOptions
-from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
+from torch.nn.functional import linear
 
 CHUNK = 256  # target tokens whose logits [CHUNK, V] exist at the same time
 
 
-def loss_sum(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
-    """Sum over targets of -log p(target), fp32 scalar, differentiable in `hidden`.
-
-    hidden [N, H]: final hidden states of the positions that predict; head: the frozen output layer, weight
-    [V, H]; targets [N]: token ids. torch computes the gradient chunk by chunk during the forward pass.
-    """
-    options = LinearCrossEntropyOptions(
-        batch_chunk_size=CHUNK, chunking_method=None, acc_policy=_policy(hidden)
-    )
-    return linear_cross_entropy(
-        hidden, head.weight, targets, linear_bias=head.bias, reduction="sum", options=options
-    ).float()
-
-
-@torch.no_grad()
 def loss_and_correct(
     hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of -log p(target), number of targets that are the most probable token); no gradient."""
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    correct = torch.zeros((), dtype=torch.long, device=hidden.device)
-    for part, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-        logits = linear(part, head.weight, head.bias)  # [CHUNK, V]
-        total += cross_entropy(logits.float(), wanted, reduction="sum")
-        correct += (logits.argmax(-1) == wanted).sum()
-    return total, correct
+    """(sum over targets of -log p(target), fp32 scalar; how many targets are the most probable token).
+
+    hidden [N, H]: final hidden states of the positions that predict, the loss is differentiable in it; head:
+    the frozen output layer, weight [V, H]; targets [N]: token ids.
+    """
+    return _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, targets)
 
 
-def _policy(hidden: torch.Tensor) -> str:
-    return "auto" if hidden.dtype == torch.float32 else "balanced"
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The gradient of a chunk is made while its logits exist, so backward only has to scale it."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        loss = torch.zeros((), device=hidden.device)
+        correct = torch.zeros((), dtype=torch.long, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # [N, H]
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            wanted = targets[part].unsqueeze(1)
+            logits = linear(hidden[part], weight, bias).float()  # [CHUNK, V]
+            correct += (logits.argmax(-1, keepdim=True) == wanted).sum()
+            log_total = logits.logsumexp(-1, keepdim=True)
+            loss += (log_total - logits.gather(1, wanted)).sum()
+            if gradient is not None:
+                probabilities = logits.sub_(log_total).exp_()
+                probabilities.scatter_add_(1, wanted, torch.full_like(log_total, -1.0))
+                gradient[part] = probabilities.to(weight.dtype) @ weight
+        ctx.mark_non_differentiable(correct)
+        ctx.save_for_backward(gradient)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        (gradient,) = ctx.saved_tensors
+        return (gradient.float() * grad_loss).to(gradient.dtype), None, None, None

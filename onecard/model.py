@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -117,7 +118,7 @@ def load_base(path: str, bits: int, dtype: str, device: str) -> torch.nn.Module:
             device_map={"": device},
             attn_implementation="sdpa",
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _cannot_load(path, "its weights", error) from None
     base.requires_grad_(False)
     frozen.use_frozen_products(base)

@@ -42,15 +42,16 @@ class Plan:
     total_steps: int
     total_rows: int
     warmup_steps: int
-    micro_batch_tokens: int = 0  # 0 until the free memory of the card is known
 
 
 def finished_before(options: FinetuneConfig, folder: Path) -> bool:
     """Whether this very run is finished; raises UserError when the folder holds another or an unfinished."""
-    stored = checkpoint.read_json(folder / checkpoint.CONFIG)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_path {folder}: this is a file.", "Name a folder.")
-    if stored is None or options.overwrite:
+    if options.overwrite:
+        return False
+    stored = checkpoint.read_json(folder / checkpoint.CONFIG)
+    if stored is None:
         return False
     ways = "Choose another --output_path, or start anew with --overwrite."
     learned = [name for name, role in config.roles(FinetuneConfig).items() if role == config.LEARNED]

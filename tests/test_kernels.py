@@ -66,20 +66,42 @@ def test_attention_refuses_what_it_cannot_do():
 
 
 @pytest.mark.parametrize("targets", [1, loss.CHUNK - 1, loss.CHUNK, 3 * loss.CHUNK + 5])
-def test_loss_is_the_full_cross_entropy(targets):
-    """Sum and gradient equal those from full logits, for chunk borders and one target."""
+@pytest.mark.parametrize("bias", [False, True])
+def test_loss_is_the_full_cross_entropy(targets, bias):
+    """Sum, gradient and hits equal those from full logits, for chunk borders and one target."""
     torch.manual_seed(0)
-    head = torch.nn.Linear(32, 700, bias=False).requires_grad_(False)
+    head = torch.nn.Linear(32, 700, bias=bias).requires_grad_(False)
     hidden = torch.randn(targets, 32, requires_grad=True)
     wanted = torch.randint(0, 700, (targets,))
-    ours = loss.loss_sum(hidden, head, wanted)
+    ours, correct = loss.loss_and_correct(hidden, head, wanted)
     reference = torch.nn.functional.cross_entropy(head(hidden), wanted, reduction="sum")
     assert ours.item() == pytest.approx(reference.item(), rel=1e-5)
-    mine, other = torch.autograd.grad(ours, hidden)[0], torch.autograd.grad(reference, hidden)[0]
-    assert torch.allclose(mine, other, atol=1e-5)
-    total, correct = loss.loss_and_correct(hidden.detach(), head, wanted)
-    assert total.item() == pytest.approx(reference.item(), rel=1e-5)
+    scale = 1 / targets
+    mine, other = (torch.autograd.grad(total * scale, hidden)[0] for total in (ours, reference))
+    assert torch.allclose(mine, other, atol=1e-6)
     assert correct.item() == (head(hidden).argmax(-1) == wanted).sum().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_of_many_half_precision_targets_is_not_rounded(dtype):
+    """20,000 targets sum to far more than fp16 holds; the sum and the gradient's scale stay exact."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 300, bias=False).requires_grad_(False).to(dtype)
+    hidden = torch.randn(20_000, 16).to(dtype).requires_grad_()
+    wanted = torch.randint(0, 300, (20_000,))
+    ours, _ = loss.loss_and_correct(hidden, head, wanted)
+    assert ours.dtype == torch.float32
+    logits = head(hidden.detach()).double()
+    assert ours.item() == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item(), rel=1e-5
+    )
+    (gradient,) = torch.autograd.grad(ours / 997, hidden)
+    exact = hidden.detach().double().requires_grad_()
+    loss_exact = (
+        torch.nn.functional.cross_entropy(exact @ head.weight.double().T, wanted, reduction="sum") / 997
+    )
+    (expected,) = torch.autograd.grad(loss_exact, exact)
+    assert gradient.double().norm().item() == pytest.approx(expected.norm().item(), rel=2e-3)
 
 
 def test_full_logits_never_exist():
@@ -100,7 +122,7 @@ def test_full_logits_never_exist():
     head = torch.nn.Linear(16, 2000, bias=False).requires_grad_(False)
     hidden = torch.randn(8 * loss.CHUNK, 16, requires_grad=True)
     with Largest():
-        loss.loss_sum(hidden, head, torch.randint(0, 2000, (8 * loss.CHUNK,))).backward()
+        loss.loss_and_correct(hidden, head, torch.randint(0, 2000, (8 * loss.CHUNK,)))[0].backward()
     assert largest <= loss.CHUNK * 2000
 
 
