@@ -160,10 +160,10 @@ def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from onecard import data, hardware, hub, model, plan, prompt, trainer
+    from onecard import data, hardware, hub, model, plan, prompt, reader, trainer
 
     base_path = hub.locate(args.model_path)
-    rows = plan.stop_at_bad_row(data.read_rows(args.data_path), args.data_path)
+    rows = plan.stop_at_bad_row(reader.read_rows(args.data_path), args.data_path)
     lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in islice(rows, args.rows)]
     (folder / ROWS).write_text("\n".join(lines) + "\n", encoding="utf-8")
 

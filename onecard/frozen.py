@@ -8,14 +8,11 @@ do neither. This file does not know what a LoRA is.
 Shapes: T tokens, I inputs, O outputs.
 """
 
-import logging
 from collections.abc import Callable
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it misses a kernel not used here
-
-import bitsandbytes as bnb  # noqa: E402 (after the line above)
-import torch  # noqa: E402 (after the line above)
-from bitsandbytes.functional import dequantize_4bit  # noqa: E402 (after the line above)
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import dequantize_4bit
 
 Dequantise = Callable[[torch.dtype], torch.Tensor]  # dtype -> W [O, I]
 

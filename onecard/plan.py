@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from onecard import checkpoint, config, data, hardware, model, parallel, prompt
+from onecard import checkpoint, config, data, hardware, model, parallel, prompt, reader
 from onecard.config import FinetuneConfig
 from onecard.errors import DATA, UserError
 from onecard.journal import check_wandb, say
@@ -38,7 +38,7 @@ class Plan:
     validation_rows: np.ndarray
     held_out: list[prompt.Conversation]
     data_record: dict[str, Any]
-    rejected: list[data.BadRow]
+    rejected: list[reader.BadRow]
     total_steps: int
     total_rows: int
     warmup_steps: int
@@ -100,7 +100,7 @@ def prepare(options: FinetuneConfig, locate: Callable[[str], str]) -> Plan:
     encoding = read_examples(options, template, tokenizer)
     examples = encoding.examples
     train_rows, validation_rows = data.split(len(examples), options.test_size, options.seed)
-    held_out = data.pick_rows(
+    held_out = reader.pick_rows(
         options.data_path, examples.numbers[validation_rows[:HELD_OUT_PROMPTS]].tolist()
     )
     per_epoch = data.steps_per_epoch(len(train_rows), options.batch_size)
@@ -187,7 +187,7 @@ def read_examples(options: FinetuneConfig, template: prompt.Template, tokenizer:
     def encode(conversation: prompt.Conversation) -> tuple[list[int], list[bool]]:
         return prompt.encode(conversation, template, tokenizer, options.train_on_inputs)
 
-    rows = data.read_rows(options.data_path)
+    rows = reader.read_rows(options.data_path)
     if not options.skip_bad_rows:
         rows = stop_at_bad_row(rows, options.data_path)
     rows = tqdm(rows, desc="reading rows", unit="row", disable=None if parallel.is_main() else True)
@@ -203,7 +203,7 @@ def read_examples(options: FinetuneConfig, template: prompt.Template, tokenizer:
 
 def stop_at_bad_row(rows: Iterator[Any], path: str) -> Iterator[prompt.Conversation]:
     for row in rows:
-        if isinstance(row, data.BadRow):
+        if isinstance(row, reader.BadRow):
             raise UserError(
                 f"{row.describe(Path(path))}.",
                 "Mend the row, or leave bad rows out with --skip_bad_rows.",

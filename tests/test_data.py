@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onecard import batching, data
-from onecard.data import BadRow
+from onecard import batching, data, reader
 from onecard.errors import DATA, UserError
 from onecard.prompt import Conversation
+from onecard.reader import BadRow
 
 GOOD = [
     {"instruction": "Say red", "input": "", "output": "red"},
@@ -30,7 +30,7 @@ FAULTS = {  # a broken row, and where in it the fault begins
 
 def read(path: Path, content: str | bytes) -> list[Conversation | BadRow]:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return list(data.read_rows(path))
+    return list(reader.read_rows(path))
 
 
 def conversation(row: dict) -> Conversation:
@@ -78,7 +78,7 @@ def test_indented_array_is_read_as_json_reads_it(tmp_path):
 @pytest.mark.parametrize("chunk", [16, 1 << 20])
 def test_byte_order_mark_and_crlf_change_nothing(tmp_path, monkeypatch, kind, chunk):
     """A file saved by a Windows editor holds the same rows at the same places."""
-    monkeypatch.setattr(data, "CHUNK", chunk)
+    monkeypatch.setattr(reader, "CHUNK", chunk)
     content = layout([*texts_of(GOOD), FAULTS["no comma"][0]], kind)
     plain = read(tmp_path / "rows", content)
     assert isinstance(plain[-1], BadRow)
@@ -91,7 +91,7 @@ def test_escapes_are_the_characters_they_stand_for(tmp_path, monkeypatch, kind):
     content = layout([json.dumps(row, ensure_ascii=True) for row in GOOD], kind)
     assert r"\ud83d\ude00" in content
     for chunk in range(2, len(content) + 2, 3):
-        monkeypatch.setattr(data, "CHUNK", chunk)
+        monkeypatch.setattr(reader, "CHUNK", chunk)
         assert read(tmp_path / "rows", content) == [conversation(row) for row in GOOD]
 
 
@@ -113,7 +113,7 @@ def test_broken_row_is_named_by_file_line_and_column(tmp_path, monkeypatch, faul
     content = layout([*texts_of(GOOD)[:where], text, *texts_of(GOOD)[where:]], kind)
     line, column = place(content, content.index(text) + text.index(part))
     for chunk in [*range(2, len(content) + 2, 11), 1 << 20]:
-        monkeypatch.setattr(data, "CHUNK", chunk)
+        monkeypatch.setattr(reader, "CHUNK", chunk)
         rows = read(path, content)
         bad = [row for row in rows if isinstance(row, BadRow)]
         assert [row.describe(path).split(": ")[0] for row in bad] == [f"{path}:{line}:{column}"]
@@ -127,7 +127,7 @@ def test_broken_row_across_the_real_chunk_border_is_placed(tmp_path):
     broken = json.dumps(long, ensure_ascii=False).replace(', "output"', ' "output"')
     content = layout([*texts_of([long] * 3), broken, *texts_of([long] * 3)], "array")
     start = content.index(broken)
-    assert start < data.CHUNK < start + len(broken)
+    assert start < reader.CHUNK < start + len(broken)
     rows = read(tmp_path / "rows", content)
     bad = [row for row in rows if isinstance(row, BadRow)]
     assert len(rows) == 7
@@ -184,7 +184,7 @@ def test_reading_does_not_depend_on_the_chunk(tmp_path, monkeypatch, content):
 
     whole = rows()
     for chunk in range(1, len(content) + 1):
-        monkeypatch.setattr(data, "CHUNK", chunk)
+        monkeypatch.setattr(reader, "CHUNK", chunk)
         assert rows() == whole, f"with {chunk} characters at a time: {content}"
 
 
@@ -294,8 +294,8 @@ def test_deep_nesting_is_rejected_not_a_crash(tmp_path, kind):
 
 def test_endless_row_is_rejected_not_a_crash(tmp_path, monkeypatch):
     """A row beyond the limit, such as after a lost quote, is one bad row with its place."""
-    monkeypatch.setattr(data, "CHUNK", 64)
-    monkeypatch.setattr(data, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(reader, "CHUNK", 64)
+    monkeypatch.setattr(reader, "LONGEST_ROW", 1000)
     content = layout([*texts_of(GOOD), '{"instruction": "' + "a" * 5000], "array")
     rows = read(tmp_path / "rows", content)
     assert rows[:4] == [conversation(row) for row in GOOD]
@@ -329,7 +329,7 @@ def test_what_is_no_file_is_an_error_that_names_it(tmp_path, name):
     """A directory, a device and a missing file: exit code 3, with the path."""
     path = tmp_path / name
     with pytest.raises(UserError) as caught:
-        list(data.read_rows(path))
+        list(reader.read_rows(path))
     assert caught.value.code == DATA
     assert str(path) in str(caught.value)
 
@@ -340,7 +340,7 @@ def test_picked_rows_are_the_rows_of_those_numbers(tmp_path):
     texts[6] = FAULTS["no comma"][0]
     rows = read(tmp_path / "rows", layout(texts, "array"))
     for numbers in ([1], [30, 2, 8], [29, 9, 8, 1], []):
-        assert data.pick_rows(tmp_path / "rows", numbers) == [rows[number - 1] for number in numbers]
+        assert reader.pick_rows(tmp_path / "rows", numbers) == [rows[number - 1] for number in numbers]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "array"])

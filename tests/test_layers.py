@@ -27,6 +27,7 @@ LAYERS = {  # from the lowest
         "model",
         "parallel",
         "plan",
+        "reader",
         "step",
         "trainer",
     },
