@@ -28,16 +28,23 @@ class Journal:
         self, folder: Path, total_steps: int, total_rows: int, log_steps: int, wandb: dict | None, loud: bool
     ):
         """wandb: the settings to show there, or None for no W&B; loud: whether this process speaks at all."""
-        self.loud, self.total_steps, self.total_rows, self.log_steps = (
-            loud,
-            total_steps,
-            total_rows,
-            log_steps,
-        )
+        self.loud, self.log_steps = loud, log_steps
+        self.total_steps, self.total_rows = total_steps, total_rows
+        self.show_bars = loud and sys.stderr.isatty()
         self.file = (folder / "log.jsonl").open("a", encoding="utf-8", buffering=1) if loud else None
         self.wandb = start_wandb(folder, wandb) if loud and wandb is not None else None
-        self.bar = tqdm(total=total_rows, unit="row", desc="training", disable=None if loud else True)
+        self.bar: tqdm | None = None
+        self.started = 0.0
+
+    def begin(self) -> None:
+        """Start the bar and the clock of the time left, right before the first step."""
+        self.bar = tqdm(total=self.total_rows, unit="row", desc="training", disable=not self.show_bars)
         self.started = time.monotonic()
+
+    def end(self) -> None:
+        """Take the bar down after the last step; harmless when there is none."""
+        if self.bar is not None:
+            self.bar.close()
 
     def advance(self, rows: int) -> None:
         self.bar.update(rows)
@@ -55,7 +62,7 @@ class Journal:
             f"step {record['step']}/{self.total_steps}, loss {record['loss']:.3f}, {speed}, {memory}"
         )
         due = record["step"] % self.log_steps == 0 or record["step"] == self.total_steps
-        if self.loud and self.bar.disable and due:  # no terminal: lines instead of a bar
+        if self.loud and not self.show_bars and due:  # no terminal: lines instead of a bar
             place = f"step {record['step']}/{self.total_steps}"
             print(f"{place}  loss {record['loss']:.3f}  {speed}  {memory}  {left:.0f} s left", flush=True)
 
@@ -74,7 +81,7 @@ class Journal:
             sys.stdout.flush()
 
     def close(self) -> None:
-        self.bar.close()
+        self.end()
         if self.file:
             self.file.close()
         if self.wandb:

@@ -56,6 +56,7 @@ def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:
     before = answers(trainer, sample)
     if len(plan.validation_rows):
         evaluate(trainer)
+    journal.begin()
     while progress.step < plan.total_steps:
         one_step(trainer)
         last = progress.step == plan.total_steps
@@ -65,7 +66,7 @@ def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:
             improved = False
         if improved or last or progress.step % options.save_steps == 0:
             save(trainer)
-    journal.bar.close()
+    journal.end()
     if parallel.is_main():
         finish(trainer, before, answers(trainer, sample), draw)
     parallel.barrier()
@@ -149,7 +150,7 @@ def evaluate(trainer: Trainer) -> bool:
         desc="validation",
         unit="row",
         leave=False,
-        disable=trainer.journal.bar.disable,
+        disable=not trainer.journal.show_bars,
     ) as bar:
         loss, accuracy = step.evaluate(
             trainer.step_model, on_device(trainer, plan.validation_rows), bar.update
