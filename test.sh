@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what the tests need and run them; arguments go to pytest (-m long runs the long ones).
+# Set up what the tests need and run them; arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")"
 bash tools/setup.sh test

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 
 NAME = "onecard_packed"  # attn_implementation of a model that is trained on packed rows
 SHORT = 320  # tokens; longer documents are faster through torch's own backward pass
-GROUP = 4096  # tokens of short documents, padding included, in one batch of the backward pass
+GROUP = 1024  # tokens of short documents, padding included, in one batch of the backward pass
 
 
 def packed_attention(
@@ -29,14 +29,20 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     document_lengths: tuple[int, ...] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention output [1, T, H, D] of a packed row; document_lengths must add up to T.
 
-    Raises ValueError when called without document_lengths: every model in use must hand them through.
+    Raises ValueError when called without document_lengths, which every model in use must hand through, and
+    for attention of another kind: soft-capped, with sinks, or with a window shorter than a document.
     """
     if document_lengths is None or attention_mask is not None or query.shape[0] != 1:
         raise ValueError(f"{NAME} attention needs one packed row and its document_lengths, and no mask")
+    if softcap is not None or s_aux is not None or (sliding_window or math.inf) < max(document_lengths):
+        raise ValueError(f"{NAME} attention has no soft cap, no sinks and no window shorter than a row")
     assert sum(document_lengths) == query.shape[2] == key.shape[2]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     batched = query.device.type == "cpu" and dropout == 0

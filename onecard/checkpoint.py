@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from onecard.errors import CHECKPOINT, DISK, UserError
 
 CONFIG, LOG, FINISHED, REJECTED = "finetune_config.json", "log.jsonl", "finished.json", "rejected_rows.jsonl"
+PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "loss.png", "adapter_config.json", "adapter_model.safetensors"
 MANIFEST, PROGRESS, OPTIMIZER = "manifest.json", "progress.json", "optimizer.safetensors"
 FORMAT = 1
 
@@ -83,23 +85,29 @@ def check_room(folder: Path, needed_bytes: int) -> None:
         )
 
 
+def contents(folder: Path) -> list[Path]:
+    """What a run has written into `folder`, or would write over."""
+    found = [folder / f"checkpoint-{step}" for step in sorted(checkpoint_steps(folder))]
+    names = (CONFIG, LOG, FINISHED, REJECTED, PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    found += [folder / name for name in names if (folder / name).exists()]
+    if (folder / CONFIG).exists():  # otherwise these are not ours to name
+        found += [*folder.glob("wandb"), *folder.glob(".saving-*")]
+    return found
+
+
+def has_log(folder: Path) -> bool:
+    """Whether a run in `folder` got as far as its first evaluation or step."""
+    log = folder / LOG
+    return log.is_file() and log.stat().st_size > 0
+
+
 def clear(folder: Path) -> None:
     """Delete what a run wrote into `folder`; other files stay."""
-    for path in folder.glob("*"):
-        if path.name.startswith("checkpoint-") or path.name == "wandb":
+    for path in contents(folder):
+        if path.is_dir():
             shutil.rmtree(path)
-        elif path.name in (
-            CONFIG,
-            LOG,
-            FINISHED,
-            REJECTED,
-            "loss.png",
-            "adapter_config.json",
-            "adapter_model.safetensors",
-        ):
+        else:
             path.unlink()
-    for path in folder.glob(".saving-*"):
-        shutil.rmtree(path)
 
 
 def save(
@@ -112,6 +120,7 @@ def save(
     """Write folder/checkpoint-<step>, whole or not at all; returns it. An existing one is left as it is."""
     target = folder / f"checkpoint-{progress.step}"
     if target.exists():
+        verify(target)
         return target
     temporary = folder / f".saving-{progress.step}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -130,7 +139,7 @@ def save(
         _sync_folder(temporary)
         temporary.rename(target)
         _sync_folder(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise disk_error(target, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -138,8 +147,9 @@ def save(
     return target
 
 
-def disk_error(path: Path, error: OSError) -> UserError:
-    problem = f"{path}: could not be written: {error.strerror or error}."
+def disk_error(path: Path, error: Exception) -> UserError:
+    """What to say when writing failed; safetensors has an error of its own for a full disk."""
+    problem = f"{path}: could not be written: {getattr(error, 'strerror', None) or error}."
     return UserError(problem, "Make room or check the rights; what was saved before is whole.", DISK)
 
 
@@ -169,20 +179,20 @@ def prune(folder: Path, keep: int | None, best_step: int) -> None:
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    names = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
-    return [int(name) for name in names if name.isdigit()]
+    names = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if path.is_dir()]
+    return [int(name) for name in names if name.isdecimal()]
 
 
 def publish(checkpoint: Path, folder: Path) -> str:
     """Copy the adapter of a verified checkpoint to the run folder; returns the SHA-256 of its weights."""
     verify(checkpoint)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         temporary = folder / f".{name}.tmp"
         shutil.copyfile(checkpoint / name, temporary)
         _sync_file(temporary)
         temporary.replace(folder / name)
     _sync_folder(folder)
-    return _sha256(folder / "adapter_model.safetensors")
+    return _sha256(folder / ADAPTER_WEIGHTS)
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -33,6 +33,10 @@ def at_least(low: float) -> Check:
     return lambda value: None if value >= low else f"must be {low} or more"
 
 
+def between(low: float, high: float) -> Check:
+    return lambda value: None if low <= value <= high else f"must be from {low} to {high}"
+
+
 def above(low: float) -> Check:
     return lambda value: None if value > low else f"must be above {low}"
 
@@ -72,9 +76,9 @@ class FinetuneConfig:
     )
     num_epochs: float = option(3.0, LEARNED, "passes over the rows", check=above(0))
     max_steps: int | None = option(None, LEARNED, "optimizer steps; overrides num_epochs", check=at_least(1))
-    learning_rate: float = option(3e-4, LEARNED, "peak rate of the optimizer", check=at_least(0))
+    learning_rate: float = option(3e-4, LEARNED, "peak rate of the optimizer", check=between(0, 100))
     warmup_steps: int = option(
-        100, LEARNED, "steps until the peak rate; at most a fifth of the run", check=at_least(0)
+        100, LEARNED, "steps until the peak rate, at most a fifth of the run", check=at_least(0)
     )
     warmup_ratio: float | None = option(
         None, LEARNED, "warm-up as a fraction of all steps; overrides warmup_steps", check=fraction
@@ -105,7 +109,9 @@ class FinetuneConfig:
     save_total_limit: int | None = option(
         None, EXECUTION, "checkpoints kept (the best and the newest always are)", check=at_least(1)
     )
-    seed: int = option(42, LEARNED, "seed of row order, split, adapter start and dropout", check=at_least(0))
+    seed: int = option(
+        42, LEARNED, "seed of row order, split, adapter start and dropout", check=between(0, 2**63 - 1)
+    )
     device: str = option("auto", EXECUTION, "auto, cpu, cuda or cuda:N")
     dtype: str = option(
         "auto",

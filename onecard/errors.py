@@ -15,7 +15,6 @@ CHECKPOINT = 4  # an adapter or checkpoint that is bad or does not belong here
 NON_FINITE = 5  # the loss or the gradient is not a number
 MEMORY = 6
 DISK = 7
-UNSAFE = 8  # refused because running it could run someone else's code
 SIGINT = 130
 
 

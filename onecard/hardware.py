@@ -11,6 +11,8 @@ from typing import Any
 
 from onecard.errors import UserError
 
+NEWEST_DRIVER = 580  # what the CUDA 13 build of torch asks for
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -37,10 +39,12 @@ def choose_device(wanted: str, local_rank: int = 0) -> Choice:
             raise UserError(
                 f"--device {wanted}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}."
             )
+        check_build(int(name.split(":")[1]))
         return Choice(name, "asked for")
     if wanted != "auto":
         raise UserError(f"--device {wanted}: unknown.", "Choose auto, cpu, cuda or cuda:N.")
     if usable:
+        check_build(local_rank)
         return Choice(f"cuda:{local_rank}", torch.cuda.get_device_name(local_rank))
     problem = _card_problem()
     if problem:
@@ -49,6 +53,33 @@ def choose_device(wanted: str, local_rank: int = 0) -> Choice:
             f"{problem} Or train on the CPU: --device cpu.",
         )
     return Choice("cpu", "no CUDA card found")
+
+
+def check_build(number: int) -> None:
+    """Raise UserError when this torch build holds no code for the card, which would fail much later."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(number)
+    if not has_code_for(major, minor, torch.cuda.get_arch_list()):
+        name, builds = torch.cuda.get_device_name(number), " ".join(torch.cuda.get_arch_list())
+        problem = (
+            f"{name} has compute capability {major}.{minor}, torch {torch.__version__} is built for {builds}."
+        )
+        raise UserError(problem, f"Run: {_pip_line(torch.__version__)} Or train on the CPU: --device cpu.")
+
+
+def has_code_for(major: int, minor: int, builds: list[str]) -> bool:
+    """Whether one of `builds` (sm_75, compute_90, ...) runs on this capability: code of the same major and no
+    later minor version, or intermediate code of any earlier one (CUDA's binary compatibility rules)."""
+    for build in builds:
+        kind, _, digits = build.partition("_")
+        digits = digits.rstrip("af")
+        version = (int(digits[:-1]), int(digits[-1]))
+        if kind == "compute" and version <= (major, minor):
+            return True
+        if kind == "sm" and version[0] == major and version[1] <= minor:
+            return True
+    return False
 
 
 def choose_dtype(wanted: str, device: str) -> Choice:
@@ -154,17 +185,17 @@ def _card_problem() -> str | None:
     import torch
 
     name, driver = (part.strip() for part in lines[0].rsplit(",", 1))
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
-    version = torch.__version__.split("+")[0]
     facts = f"Card: {name}; driver: {driver}; torch {torch.__version__}: {build}."
-    return f"{facts} {_pip_line(driver, version)}"
+    if hidden is not None and torch.version.cuda:
+        facts += f" CUDA_VISIBLE_DEVICES is {hidden!r}: do these cards exist?"
+    major = int(driver.split(".")[0]) if driver.split(".")[0].isdecimal() else 0
+    update = "" if major >= NEWEST_DRIVER else f"Update the driver to {NEWEST_DRIVER} or newer. "
+    return f"{facts} {update}Run: {_pip_line(torch.__version__)}"
 
 
-def _pip_line(driver: str, version: str) -> str:
-    install = f".venv/bin/pip install --force-reinstall torch=={version}"
-    major = int(driver.split(".")[0]) if driver.split(".")[0].isdigit() else 0
-    if major >= 580:  # CUDA 13, what the package index serves
-        return f"Run: {install}"
-    if major >= 525:  # CUDA 12.x: the build for 12.6 is on PyTorch's own index only
-        return f"Run: {install} --index-url URL (the cu126 one of pytorch.org), or update the driver to 580."
-    return f"Update the driver to 580 or newer, then run: {install}"
+def _pip_line(version: str) -> str:
+    """Installs the package index's CUDA build of this torch and what it needs; the other versions stay."""
+    torch = f"torch=={version.split('+')[0]}"
+    return f".venv/bin/pip install --force-reinstall --no-cache-dir -c requirements.txt {torch}"

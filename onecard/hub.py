@@ -43,8 +43,11 @@ def _make_demo(folder: Path) -> None:
             gguf = _download_gguf(Path(temporary))
             made = Path(temporary) / "made"
             _convert(gguf, made)
-            if not folder.is_dir():  # another process may have been faster
+            try:
                 made.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # otherwise another process was faster
+                    raise
     except OSError as error:
         fix = "Set ONECARD_CACHE to a folder with 600 MB free."
         raise UserError(

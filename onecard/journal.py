@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from onecard import parallel
+from onecard.checkpoint import LOG
 from onecard.errors import UserError
 
 
@@ -31,7 +32,7 @@ class Journal:
         self.loud, self.log_steps = loud, log_steps
         self.total_steps, self.total_rows = total_steps, total_rows
         self.show_bars = loud and sys.stderr.isatty()
-        self.file = (folder / "log.jsonl").open("a", encoding="utf-8", buffering=1) if loud else None
+        self.file = (folder / LOG).open("a", encoding="utf-8", buffering=1) if loud else None
         self.wandb = start_wandb(folder, wandb) if loud and wandb is not None else None
         self.bar: tqdm | None = None
         self.started = 0.0
@@ -100,7 +101,11 @@ def start_wandb(folder: Path, settings: dict[str, Any]) -> Any:
     check_wandb()
     import wandb
 
-    return wandb.init(project="onecard", name=folder.name, dir=str(folder), config=settings)
+    try:
+        return wandb.init(project="onecard", name=folder.name, dir=str(folder), config=settings)
+    except wandb.errors.Error as error:
+        fix = "Run .venv/bin/wandb login, or set WANDB_MODE=offline."
+        raise UserError(f"--wandb: Weights & Biases did not start: {error}", fix) from None
 
 
 def check_wandb() -> None:

@@ -9,7 +9,7 @@ Shapes: N target tokens, H hidden size, V vocabulary.
 import torch
 from torch.nn.functional import linear
 
-CHUNK = 256  # target tokens whose logits [CHUNK, V] exist at the same time
+CHUNK = 128  # target tokens whose logits [CHUNK, V] exist at the same time
 
 
 def loss_and_correct(

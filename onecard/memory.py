@@ -5,7 +5,8 @@ An estimate from shapes alone; tests compare it with what a forward pass really 
 
 from typing import Any
 
-CHUNK_LOGITS = 256  # target tokens whose logits exist at once (loss.py)
+from onecard import loss
+
 SAFETY = 0.8  # share of the free memory that is planned for
 
 
@@ -24,6 +25,6 @@ def bytes_per_token(config: Any, element: int, checkpointing: bool) -> int:
 
 def tokens_that_fit(free_bytes: int, config: Any, element: int, checkpointing: bool) -> int:
     """Micro-batch budget in tokens for `free_bytes` of free memory; at least 1."""
-    logits = 3 * 4 * CHUNK_LOGITS * config.vocab_size
+    logits = 3 * 4 * loss.CHUNK * config.vocab_size
     usable = free_bytes * SAFETY - logits
     return max(1, int(usable // bytes_per_token(config, element, checkpointing)))

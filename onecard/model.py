@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,11 +23,20 @@ from transformers import (
 )
 
 from onecard import attention, frozen
+from onecard.checkpoint import ADAPTER_WEIGHTS
 from onecard.dropout import CheapDropout
 from onecard.errors import CHECKPOINT, UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# what transformers raises for folders that hold no model, or a damaged one
+NOT_A_MODEL = (OSError, ValueError, KeyError, TypeError, SafetensorError, StrictDataclassError)
+# settings that change logits or attention, and their values that do not
+PLAIN = {
+    "logits_scaling": 1,
+    "logit_scale": 1,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -54,7 +64,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except NOT_A_MODEL as error:
         raise _cannot_load(path, "its tokenizer", error) from None
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -67,31 +77,43 @@ def load_config(path: str) -> Any:
     """transformers config of a base model; raises UserError when there is none."""
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except NOT_A_MODEL as error:
         raise _cannot_load(path, "its config.json", error) from None
 
 
-def check_targets(config: Any, shape: LoraShape) -> None:
-    """Raise UserError, before any weight is read, when a target module is not in the model."""
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+def check_architecture(path: str, config: Any, shape: LoraShape) -> int:
+    """Number of parameters the adapter will have; no weight is read.
+
+    Raises UserError when a target module is not in the model, or when the model is of a kind whose logits or
+    attention are not the plain ones that loss.py and attention.py compute.
+    """
+    strange = [name for name, plain in PLAIN.items() if getattr(config, name, plain) not in (plain, None)]
+    if strange:
+        problem = f"--model_path {path}: models with {', '.join(strange)} cannot be trained yet."
+        raise UserError(problem, "Choose a Llama-like model: Llama, Mistral, Qwen, SmolLM.")
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+    except NOT_A_MODEL as error:
+        raise _cannot_load(path, "a causal language model from its config.json", error) from None
     head = skeleton.get_output_embeddings()
     linear = {
-        name
+        name: module
         for name, module in skeleton.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     }
-    found = sorted({name.rsplit(".", 1)[-1] for name in linear})
     targets = shape.targets()
     if targets == "all-linear":
-        return
-    missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in linear)]
+        return sum(shape.r * (layer.in_features + layer.out_features) for layer in linear.values())
+    missing = [t for t in targets if not any(_is_named(name, t) for name in linear)]
     if missing or not targets:
         wrong = ", ".join(missing) or "no name given"
+        found = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
         raise UserError(
-            f"--lora_target_modules: {wrong}: not in this model.",
-            f"Found: {', '.join(found)}; or all-linear.",
+            f"--lora_target_modules: {wrong}: not in this model.", f"Found: {found}; or all-linear."
         )
+    chosen = [layer for name, layer in linear.items() if any(_is_named(name, t) for t in targets)]
+    return sum(shape.r * (layer.in_features + layer.out_features) for layer in chosen)
 
 
 def load_base(path: str, bits: int, dtype: str, device: str) -> torch.nn.Module:
@@ -118,7 +140,7 @@ def load_base(path: str, bits: int, dtype: str, device: str) -> torch.nn.Module:
             device_map={"": device},
             attn_implementation="sdpa",
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except NOT_A_MODEL as error:
         raise _cannot_load(path, "its weights", error) from None
     base.requires_grad_(False)
     frozen.use_frozen_products(base)
@@ -181,21 +203,11 @@ def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
     }
 
 
-def set_adapter_tensors(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
-    """Put saved tensors into the adapter; raises UserError (exit 4) when names do not match exactly."""
-    wanted = set(get_peft_model_state_dict(model))
-    if wanted != set(tensors):
-        strange = ", ".join(sorted(wanted ^ set(tensors))[:6])
-        raise UserError(
-            f"The adapter does not fit this base model: {strange}.", "Check --model_path.", CHECKPOINT
-        )
-    set_peft_model_state_dict(model, tensors)
-
-
-def save_adapter(model: PeftModel, folder: Path) -> None:
+def save_adapter(model: PeftModel, folder: Path, was_updated: bool) -> None:
     """Write adapter_config.json and adapter_model.safetensors, then read them back and compare.
 
-    Raises UserError (exit 4) when the adapter is empty, not finite, all zero, or not the same after reading.
+    was_updated: at a rate above zero, so that some B must have left zero, where it starts. Raises UserError
+    (exit 4) when the adapter is empty, not finite, does nothing though updated, or reads back differently.
     """
     tensors = adapter_tensors(model)
     wanted = {
@@ -214,8 +226,9 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
         raise UserError(
             f"The adapter is not finite ({bad[0]}); not saved.", "Lower --learning_rate.", CHECKPOINT
         )
-    if not any(tensor.any() for tensor in tensors.values()):
-        raise UserError("The adapter holds only zeros; not saved.", "", CHECKPOINT)
+    if was_updated and not any(tensor.any() for name, tensor in tensors.items() if ".lora_B" in name):
+        problem = "The adapter learned nothing: all of its B matrices are zero; not saved."
+        raise UserError(problem, "Raise --learning_rate, and start anew with --overwrite.", CHECKPOINT)
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     model.peft_config["default"].save_pretrained(str(folder))
     read = load_file(folder / ADAPTER_WEIGHTS)
@@ -225,9 +238,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
         )
 
 
-def changes_answers(model: PeftModel) -> bool:
-    """Whether the adapter does anything: some B has a norm above zero (B starts at zero)."""
-    return any(tensor.any() for name, tensor in adapter_tensors(model).items() if ".lora_B" in name)
+def _is_named(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
 
 
 def _cannot_load(path: str, what: str, error: Exception) -> UserError:

@@ -5,7 +5,6 @@ Works under torchrun (gloo on CPU, nccl on CUDA) and, with one process, without 
 
 import os
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,10 +65,10 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], also: torch.Tensor) 
     return pieces[-1].to(also.dtype).view_as(also)
 
 
-def gather(value: Any) -> list[Any]:
-    """One value of every process, in rank order."""
+def gather_rows(rows: list[int]) -> list[int]:
+    """The row numbers of all processes, in rank order."""
     if not dist.is_initialized():
-        return [value]
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
+        return rows
+    lists = [None] * world_size()
+    dist.all_gather_object(lists, rows)
+    return [row for part in lists for row in part]

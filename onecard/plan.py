@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from onecard import checkpoint, config, data, hardware, model, parallel, prompt, reader
 from onecard.config import FinetuneConfig
-from onecard.errors import DATA, UserError
+from onecard.errors import CHECKPOINT, DATA, UserError
 from onecard.journal import check_wandb, say
 
 HELD_OUT_PROMPTS = 8
-SHORT_RUN = 5  # warm-up takes at most one of this many steps
+SHORT_RUN = 5  # --warmup_steps takes at most one of this many steps
+LEAST_ROOM = 16 << 20  # bytes on the disk for log, picture and the like
 
 
 @dataclasses.dataclass
@@ -50,22 +51,30 @@ def finished_before(options: FinetuneConfig, folder: Path) -> bool:
         raise UserError(f"--output_path {folder}: this is a file.", "Name a folder.")
     if options.overwrite:
         return False
+    ways = "Choose another --output_path, or start anew with --overwrite."
     stored = checkpoint.read_json(folder / checkpoint.CONFIG)
     if stored is None:
+        found = checkpoint.contents(folder)
+        if found:
+            raise UserError(f"{folder} holds {found[0].name}, which this run would write over.", ways)
         return False
-    ways = "Choose another --output_path, or start anew with --overwrite."
+    try:
+        before = stored["options"]
+    except (KeyError, TypeError):
+        problem = f"{folder / checkpoint.CONFIG}: damaged (no options)."
+        raise UserError(problem, ways, CHECKPOINT) from None
     learned = [name for name, role in config.roles(FinetuneConfig).items() if role == config.LEARNED]
     now = dataclasses.asdict(options)
     changed = [
-        f"{name} {stored['options'].get(name)} -> {now[name]}"
-        for name in learned
-        if stored["options"].get(name) != now[name]
+        f"{name} {before.get(name)} -> {now[name]}" for name in learned if before.get(name) != now[name]
     ]
     if changed:
         raise UserError(f"{folder} holds a run with other options: {'; '.join(changed)}.", ways)
     finished = checkpoint.read_json(folder / checkpoint.FINISHED)
     if finished is None:
         steps = checkpoint.checkpoint_steps(folder)
+        if not steps and not checkpoint.has_log(folder):
+            return False  # it stopped before its first step: nothing is lost by starting
         at = f"saved up to step {max(steps)}" if steps else "with nothing saved"
         raise UserError(f"{folder} holds an unfinished run, {at}.", ways)
     loss = finished["eval_loss_after"]
@@ -91,10 +100,12 @@ def prepare(options: FinetuneConfig, locate: Callable[[str], str]) -> Plan:
     dtype = hardware.choose_dtype(options.dtype, device.value)
     recompute = hardware.choose_checkpointing(options.gradient_checkpointing, device.value)
     hardware.check_optimizer(options.optimizer, device.value)
-    checkpoint.check_room(Path(options.output_path), needed_bytes=64 << 20)
+    checkpoint.check_room(Path(options.output_path), LEAST_ROOM)
     base_path = locate(options.model_path)
     base_config = model.load_config(base_path)
-    model.check_targets(base_config, lora_shape(options))
+    parameters = model.check_architecture(options.model_path, base_config, lora_shape(options))
+    # weights and two moments in fp32, for the best and the newest checkpoint and for one being written
+    checkpoint.check_room(Path(options.output_path), LEAST_ROOM + 3 * 3 * 4 * parameters)
     tokenizer = model.load_tokenizer(base_path)
 
     encoding = read_examples(options, template, tokenizer)
@@ -104,13 +115,11 @@ def prepare(options: FinetuneConfig, locate: Callable[[str], str]) -> Plan:
         options.data_path, examples.numbers[validation_rows[:HELD_OUT_PROMPTS]].tolist()
     )
     per_epoch = data.steps_per_epoch(len(train_rows), options.batch_size)
-    total_steps = options.max_steps or math.ceil(options.num_epochs * per_epoch)
-    warmup = (
-        options.warmup_steps
-        if options.warmup_ratio is None
-        else math.ceil(options.warmup_ratio * total_steps)
-    )
-    shorter = min(warmup, total_steps // SHORT_RUN)
+    total_steps = options.max_steps or round_up(options.num_epochs * per_epoch)
+    if options.warmup_ratio is None:
+        warmup = min(options.warmup_steps, total_steps // SHORT_RUN)
+    else:
+        warmup = round_up(options.warmup_ratio * total_steps)
     epochs, rest = divmod(total_steps, per_epoch)
 
     plan = Plan(
@@ -137,16 +146,19 @@ def prepare(options: FinetuneConfig, locate: Callable[[str], str]) -> Plan:
         rejected=encoding.rejected,
         total_steps=total_steps,
         total_rows=epochs * len(train_rows) + min(rest * options.batch_size, len(train_rows)),
-        warmup_steps=shorter,
+        warmup_steps=warmup,
     )
     reasons = {"device": device.reason, "arithmetic": dtype.reason, "recompute": recompute.reason}
-    describe(plan, reasons, encoding, per_epoch, warmup)
+    describe(plan, reasons, encoding, per_epoch)
     return plan
 
 
-def describe(
-    plan: Plan, reasons: dict[str, str], encoding: data.Encoding, per_epoch: int, asked_warmup: int
-) -> None:
+def round_up(number: float) -> int:
+    """The next whole number, not taken in by floating point: 0.07 * 100 is 7."""
+    return math.ceil(round(number, 6))
+
+
+def describe(plan: Plan, reasons: dict[str, str], encoding: data.Encoding, per_epoch: int) -> None:
     """Say what was chosen and why, what happened to the rows, and show three of them."""
     options, lengths = plan.options, plan.examples.lengths
     say(f"device      {plan.device}: {reasons['device']}")
@@ -170,8 +182,9 @@ def describe(
         f"steps       {plan.total_steps} of {options.batch_size} rows ({per_epoch} an epoch), "
         f"rate {options.learning_rate:g} {options.lr_scheduler}, warm-up {plan.warmup_steps} steps"
     )
-    if plan.warmup_steps < asked_warmup:
-        say(f"            a short run: {plan.warmup_steps} warm-up steps, not {asked_warmup} (a fifth)")
+    asked = options.warmup_steps
+    if options.warmup_ratio is None and plan.warmup_steps < asked:
+        say(f"            a short run: {plan.warmup_steps} warm-up steps, not {asked} (at most a fifth)")
     if options.learning_rate == 0:
         say("warning: --learning_rate is 0, so nothing will be learned.")
     say("\nThree rows as the model sees them; what it learns to say stands between « and »:")

@@ -22,15 +22,16 @@ LONGEST_ROW = 64 << 20  # characters; anything longer is a mistake in the file
 
 @dataclasses.dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used: where it starts to be wrong, why, and its text."""
+    """A row that cannot be used: where it starts to be wrong, why, its whole text, and the part around."""
 
     line: int
     column: int
     reason: str
     text: str
+    near: str = ""
 
     def describe(self, path: Path) -> str:
-        excerpt = " ".join(self.text[:80].split())
+        excerpt = " ".join((self.near or self.text)[:80].split())
         return f"{path}:{self.line}:{self.column}: {self.reason}; near: {excerpt!r}"
 
 
@@ -88,9 +89,10 @@ def _line_values(file: Iterable[str]) -> Iterator[tuple[int, int, Any, str]]:
             yield line, 1, _DECODER.decode(text.rstrip()), text
         except ValueError as error:
             column = getattr(error, "colno", 1)
-            yield line, column, BadRow(line, column, _reason(error), text[max(0, column - 40) :]), text
+            near = text[max(0, column - 40) : column + 80]
+            yield line, column, BadRow(line, column, _reason(error), text.rstrip("\n"), near), text
         except RecursionError:
-            yield line, 1, BadRow(line, 1, "nested too deeply", text), text
+            yield line, 1, BadRow(line, 1, "nested too deeply", text.rstrip("\n"), text[:80]), text
 
 
 def _array_values(file: io.TextIOBase) -> Iterator[tuple[int, int, Any, str]]:
@@ -101,7 +103,6 @@ def _array_values(file: io.TextIOBase) -> Iterator[tuple[int, int, Any, str]]:
     first = True
     while True:
         window.skip(_BLANK)
-        lost = False
         if window.peek() == "]":
             window.advance(1)
             window.skip(_BLANK)
@@ -111,30 +112,27 @@ def _array_values(file: io.TextIOBase) -> Iterator[tuple[int, int, Any, str]]:
         if not window.peek():
             yield *window.place(), window.bad("the file ends before the closing bracket", window.position), ""
             return
-        if not first:
-            if window.peek() != ",":
-                yield *window.place(), window.bad("a comma is missing between two rows", window.position), ""
-                lost = True
-            else:
-                window.advance(1)
+        lost = None  # what is wrong with the row that follows, before it is read
+        if not first and window.peek() != ",":
+            lost = window.bad("a comma is missing between two rows", window.position)
+        elif not first:
+            window.advance(1)
             window.skip(_BLANK)
         first = False
         line, column = window.place()
         try:
             value, end = window.decode()
         except ValueError as error:
-            bad = window.bad(_reason(error), getattr(error, "pos", window.position))
+            bad = lost or window.bad(_reason(error), getattr(error, "pos", window.position))
             skipped = window.to_next_row()
-            if not lost:
-                yield line, column, bad, ""
+            yield line, column, dataclasses.replace(bad, text=skipped), ""
             first = True  # to_next_row has already passed the comma
-            if not skipped:
+            if window.ended and not window.peek():
                 return
             continue
-        text = window.text[window.position : min(end, window.position + 200)]
+        text = window.text[window.position : end]
         window.advance(end - window.position)
-        if not lost:
-            yield line, column, value, text
+        yield line, column, dataclasses.replace(lost, text=text) if lost else value, text
 
 
 class _Window:
@@ -197,27 +195,29 @@ class _Window:
 
     def bad(self, reason: str, position: int) -> BadRow:
         position = min(position, len(self.text))
-        return BadRow(
-            *self.place(position), reason, self.text[max(self.position, position - 40) : position + 80]
-        )
+        near = self.text[max(self.position, position - 40) : position + 80]
+        return BadRow(*self.place(position), reason, near, near)
 
-    def to_next_row(self) -> bool:
-        """Move to what looks like the start of the next row: a brace after a closing brace and a comma."""
+    def to_next_row(self) -> str:
+        """Move to what looks like the next row, a brace after a closing brace and a comma, or to the end.
+
+        Returns the text that was passed over, without the comma.
+        """
         while True:
             found = _NEXT_ROW.search(self.text, self.position)
-            if found:
-                self.advance(found.end() - self.position)
-                return True
-            try:
-                if not self.more():
-                    return False
-            except ValueError:
-                return False
+            if found or self.ended or len(self.text) - self.position > LONGEST_ROW:
+                end = found.start() + 1 if found else len(self.text)
+                skipped = self.text[self.position : end]
+                self.advance((found.end() if found else end) - self.position)
+                if not found:
+                    self.ended, self.text = True, self.text[: self.position]
+                return skipped
+            self.more()
 
 
 def _conversation(value: Any, line: int, column: int, text: str) -> Conversation | BadRow:
     if not isinstance(value, dict):
-        return BadRow(line, column, f"a row must be an object, this is {_kind(value)}", text)
+        return BadRow(line, column, f"a row must be an object, this is {_kind(value)}", text.strip())
     for key in ("instruction", "output"):
         if key not in value:
             return BadRow(line, column, f"the row has no {key!r}", text)

@@ -79,14 +79,13 @@ def optimizer_step(
         progress(len(packed.row_numbers))
     value = (parallel.sum_gradients(parameters, total.to(parameters[0].device)) / targets_in_step).item()
     if not math.isfinite(value):
-        raise NonFiniteError("loss", value, [row for rows in parallel.gather(bad_rows) for row in rows])
+        raise NonFiniteError("loss", value, parallel.gather_rows(bad_rows))
 
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf).item()
     if not math.isfinite(norm) and not scaler.is_enabled():
-        raise NonFiniteError(
-            "gradient norm", norm, [row for packed in micro_batches for row in packed.row_numbers]
-        )
+        mine = [row for packed in micro_batches for row in packed.row_numbers]
+        raise NonFiniteError("gradient norm", norm, parallel.gather_rows(mine))
     scaler.step(optimizer)  # the fp16 scaler leaves the update out when a gradient is not finite,
     scaler.update()  # and halves its scale then
     return StepResult(value, norm, updated=math.isfinite(norm))

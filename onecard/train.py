@@ -18,7 +18,7 @@ from tqdm import tqdm
 from onecard import checkpoint, data, hardware, model, parallel, prompt, step
 from onecard.batching import PackedBatch, micro_batches
 from onecard.config import FinetuneConfig
-from onecard.errors import CHECKPOINT, NON_FINITE, UserError
+from onecard.errors import NON_FINITE, UserError
 from onecard.journal import say
 from onecard.plan import finished_before, prepare
 from onecard.trainer import Trainer, load, versions
@@ -86,6 +86,11 @@ def one_step(trainer: Trainer) -> None:
     torch.manual_seed(
         int(np.random.SeedSequence([options.seed, progress.step, parallel.rank()]).generate_state(1)[0])
     )
+
+    def after_micro_batch(rows_done: int) -> None:
+        trainer.journal.advance(rows_done)
+        hardware.release_free_memory(plan.device)
+
     packed = on_device(trainer, rows)
     try:
         result = step.optimizer_step(
@@ -95,12 +100,11 @@ def one_step(trainer: Trainer) -> None:
             trainer.optimizer,
             trainer.scaler,
             options.max_grad_norm,
-            trainer.journal.advance,
+            after_micro_batch,
         )
     except step.NonFiniteError as problem:
         raise stop_non_finite(trainer, problem) from None
 
-    hardware.release_free_memory(plan.device)
     seconds = time.monotonic() - started
     progress.step += 1
     progress.updates += result.updated
@@ -155,12 +159,13 @@ def evaluate(trainer: Trainer) -> bool:
         loss, accuracy = step.evaluate(
             trainer.step_model, on_device(trainer, plan.validation_rows), bar.update
         )
+    hardware.release_free_memory(plan.device)
+    if not math.isfinite(loss):
+        trainer.journal.event({"step": progress.step, "eval_loss": str(loss), "stopped": "validation loss"})
+        problem = f"Step {progress.step}: the validation loss is {loss}."
+        raise UserError(problem, "Lower --learning_rate, or use --dtype fp32 or bf16.", NON_FINITE)
     trainer.journal.evaluation({"step": progress.step, "eval_loss": loss, "eval_token_accuracy": accuracy})
-    improved = (
-        progress.step > 0
-        and math.isfinite(loss)
-        and (progress.best_loss is None or loss < progress.best_loss)
-    )
+    improved = progress.step > 0 and (progress.best_loss is None or loss < progress.best_loss)
     if improved:
         progress.best_step, progress.best_loss = progress.step, loss
     return improved
@@ -168,10 +173,12 @@ def evaluate(trainer: Trainer) -> bool:
 
 def save(trainer: Trainer) -> None:
     if parallel.is_main():
+        # the first update of a warm-up has a rate of zero
+        was_updated = trainer.progress.updates > (1 if trainer.plan.warmup_steps else 0)
         checkpoint.save(
             trainer.folder,
             trainer.progress,
-            lambda folder: model.save_adapter(trainer.model, folder),
+            lambda folder: model.save_adapter(trainer.model, folder, was_updated),
             trainer.optimizer,
             trainer.scaler,
         )
@@ -182,17 +189,12 @@ def save(trainer: Trainer) -> None:
 def finish(trainer: Trainer, before: list[str], after: list[str], draw: Draw) -> None:
     """The best adapter, the picture, the answers, and finished.json last."""
     plan, progress, folder = trainer.plan, trainer.progress, trainer.folder
-    if not model.changes_answers(trainer.model):
-        fix = "Raise --learning_rate, and start anew with --overwrite."
-        raise UserError(
-            "The adapter learned nothing (all of its B matrices are zero); not published.", fix, CHECKPOINT
-        )
     best = progress.best_step or progress.step
     sha256 = checkpoint.publish(folder / f"checkpoint-{best}", folder)
     records = [
         json.loads(line) for line in (folder / checkpoint.LOG).read_text(encoding="utf-8").splitlines()
     ]
-    draw(records, folder / "loss.png")
+    draw(records, folder / checkpoint.PICTURE)
     evaluations = [record for record in records if "eval_loss" in record]
     first = evaluations[0]["eval_loss"] if evaluations else None
     checkpoint.write_json(
@@ -228,7 +230,7 @@ def finish(trainer: Trainer, before: list[str], after: list[str], draw: Draw) ->
         say(f"Validation loss {first:.4f} before, {progress.best_loss:.4f} after (best at step {best}).")
         if progress.best_loss > first:
             say("warning: the validation loss is higher than before training. Try a lower --learning_rate.")
-    say(f"The adapter lies in {folder}: {model.ADAPTER_WEIGHTS} and {model.ADAPTER_CONFIG}.")
+    say(f"The adapter lies in {folder}: {checkpoint.ADAPTER_WEIGHTS} and {checkpoint.ADAPTER_CONFIG}.")
     say(f"Its log is {folder / checkpoint.LOG}, its picture {folder / 'loss.png'}.")
 
 

@@ -50,6 +50,7 @@ def load(plan: Plan, folder: Path) -> Trainer:
     model.prepare_for_packed_training(adapted, plan.checkpointing)
     optimizer = make_optimizer(options, model.trainable(adapted))
     scaler = torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE, enabled=plan.dtype == "fp16")
+    scaler.scale(torch.zeros((), device=device))  # it wakes up here: a process may have no row in a step
     if parallel.is_main():
         start_folder(plan, folder, budget)
     parallel.barrier()
@@ -98,8 +99,7 @@ def make_optimizer(options: FinetuneConfig, parameters: list[torch.nn.Parameter]
 def start_folder(plan: Plan, folder: Path, budget: int) -> None:
     """Make the run folder: options, what auto became, what the rows were, and rejected rows."""
     try:
-        if plan.options.overwrite:
-            checkpoint.clear(folder)
+        checkpoint.clear(folder)  # asked for, or what a run left that stopped before its first step
         folder.mkdir(parents=True, exist_ok=True)
         if plan.rejected:
             lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in plan.rejected)

@@ -382,12 +382,12 @@ class TestCardThatTorchCannotUse:
         ("driver", "words"),
         [
             ("580.65", ["pip install"]),
-            ("550.54", ["pip install", "cu126"]),
+            ("550.54", ["Update the driver to 580", "pip install"]),
             ("470.82", ["pip install", "Update the driver"]),
         ],
     )
     def test_advice_fits_the_driver(self, bad_run, card_without_torch, driver, words):
-        """An old driver gets a build it can run, or the advice to update it."""
+        """The pip line always, and the advice to update a driver that is too old for it."""
         card_without_torch(f'echo "Tesla T4, {driver}"')
         check(bad_run("--device", "auto"), USAGE, "Tesla T4", driver, *words)
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from onecard import attention, loss
+from onecard import attention, hardware, loss
 from onecard.dropout import CheapDropout
 
 
@@ -55,6 +55,15 @@ def test_short_documents_are_grouped_without_much_padding():
         sizes = [end - start for start, end in group]
         assert min(sizes) * 5 >= max(sizes) * 4
         assert len(group) * max(sizes) <= attention.GROUP
+
+
+@pytest.mark.parametrize("other", [{"softcap": 30.0}, {"sliding_window": 3}, {"s_aux": torch.zeros(2)}])
+def test_attention_of_another_kind_is_refused(other):
+    """Soft caps, sinks and windows shorter than a row are not computed, so they are not ignored either."""
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="soft cap"):
+        attention.packed_attention(None, q, q, q, None, document_lengths=(4,), **other)
+    attention.packed_attention(None, q, q, q, None, document_lengths=(4,), sliding_window=4)
 
 
 def test_attention_refuses_what_it_cannot_do():
@@ -154,3 +163,19 @@ def test_cheap_dropout_follows_the_seed():
     for distance in (1, 2, 3, 4):
         together = (kept[:-distance] * kept[distance:]).mean().item()
         assert together == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("capability", "builds", "runs"),
+    [
+        ((7, 5), ["sm_75", "sm_80"], True),
+        ((8, 6), ["sm_75", "sm_80"], True),  # code of the same major, earlier minor
+        ((7, 0), ["sm_75", "sm_80"], False),
+        ((9, 0), ["sm_75", "sm_80"], False),
+        ((9, 0), ["sm_75", "compute_80"], True),  # intermediate code is compiled by the driver
+        ((12, 0), ["sm_90a", "sm_120a"], True),
+    ],
+)
+def test_a_card_needs_code_in_the_build(capability, builds, runs):
+    """CUDA's rules of binary compatibility, as far as they can be checked without a card."""
+    assert hardware.has_code_for(*capability, builds) == runs

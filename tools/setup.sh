@@ -27,7 +27,7 @@ if [ ! -x .venv/bin/python ] && ! "$python" -m venv .venv; then
   echo "error: $python could not make .venv. On Debian or Ubuntu: apt install python3-venv" >&2
   exit 2
 fi
-.venv/bin/python -m pip install --quiet --upgrade "pip>=25" || { echo "error: pip could not reach the package index; check the network." >&2; exit 2; }
+.venv/bin/python -m pip install --quiet "pip==26.3" || { echo "error: pip could not reach the package index; check the network." >&2; exit 2; }
 if ! .venv/bin/python -m pip install -c requirements.txt -e ".[$what]"; then
   echo "error: the packages could not be installed; what pip says is above. Run the same command again to go on." >&2
   exit 2
