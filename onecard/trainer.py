@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from onecard import checkpoint, memory, model, parallel, step
+from onecard import checkpoint, hardware, memory, model, parallel, step
 from onecard.checkpoint import Progress
 from onecard.config import FinetuneConfig
 from onecard.journal import Journal, say
@@ -43,6 +43,7 @@ def load(plan: Plan, folder: Path) -> Trainer:
     device = torch.device(plan.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    hardware.keep_large_memory_apart(plan.device)
     base = model.load_base(plan.base_path, options.bits, plan.dtype, plan.device)
     adapted = model.add_adapter(base, lora_shape(options), options.seed)
     say(f"adapter     {model.describe_adapter(adapted)}")
