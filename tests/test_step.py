@@ -12,30 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_utils import SaveStrategy
 
-from onecard import attention, data, model, prompt, step
+from onecard import attention, data, model, step
 from onecard.batching import micro_batches, pack
 from onecard.config import FinetuneConfig
 from onecard.train import learning_rate
-from tests import tiny
-
-NO_DROPOUT = model.LoraShape(4, 8.0, 0.0, "q_proj,v_proj")
-
-
-def encode_tiny(count: int) -> data.Examples:
-    tokenizer, template = tiny.tokenizer(), prompt.load_template("alpaca")
-    rows = [prompt.Conversation(**row) for row in tiny.rows(count)]
-    return data.encode_rows(rows, lambda row: prompt.encode(row, template, tokenizer), 256).examples
-
-
-def tiny_step_model(folder: Path, bits: int = 16, checkpointing: bool = False) -> step.StepModel:
-    base = model.load_base(str(folder), bits, "fp32", "cpu")
-    adapted = model.add_adapter(base, NO_DROPOUT, seed=3)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:  # away from zero, so that A has a gradient too
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
-    model.prepare_for_packed_training(adapted, checkpointing)
-    return step.StepModel(adapted, torch.float32)
+from tests import two_processes
+from tests.two_processes import NO_DROPOUT, encode_tiny, tiny_step_model
 
 
 def gradient(step_model: step.StepModel, batches: list, targets: int) -> tuple[float, torch.Tensor]:
@@ -230,25 +212,13 @@ def test_gradient_does_not_depend_on_the_token_budget(tiny_model):
 
 def test_two_processes_give_the_gradient_of_one(tiny_model, tmp_path):
     """Two gloo processes with unequal shares of a step of 5 rows: the update of one process."""
-    outcomes = []
-    for processes in (1, 2):
-        output = tmp_path / f"gradient-{processes}.json"
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={processes}",
-            "--master_port=0",
-            "--standalone",
-            "-m",
-            "tests.two_processes",
-            str(tiny_model),
-            str(output),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parent.parent, timeout=300)
-        outcomes.append(json.loads(output.read_text()))
-    one, two = outcomes
+    one = two_processes.one_step(tiny_model)
+    output = tmp_path / "two.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "tests.two_processes", str(tiny_model), str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parent.parent, timeout=300)
+    two = json.loads(output.read_text())
     assert one["micro_batches"] != two["micro_batches"]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
