@@ -39,7 +39,7 @@ class StepModel(torch.nn.Module):
         self.model, self.dtype = model, dtype
 
     def forward(self, packed: PackedBatch) -> tuple[torch.Tensor, int, torch.Tensor]:
-        """Loss sum (fp32 scalar), target tokens, and how many of them are the most probable token."""
+        """Loss sum (fp32 scalar), target tokens, and in eval mode how many are the most probable token."""
         base = self.model.get_base_model()
         mixed = self.dtype != torch.float32  # the adapter's fp32 weights multiply in the base's dtype
         with torch.autocast(packed.input_ids.device.type, self.dtype, enabled=mixed):
@@ -50,7 +50,8 @@ class StepModel(torch.nn.Module):
                 use_cache=False,  # with a cache, packed documents would see each other
             ).last_hidden_state  # [1, T, H]
         predicting = hidden[0, packed.predicts]  # [N, H]
-        loss_sum, correct = loss.loss_and_correct(predicting, base.get_output_embeddings(), packed.targets)
+        head = base.get_output_embeddings()
+        loss_sum, correct = loss.loss_and_correct(predicting, head, packed.targets, count=not self.training)
         return loss_sum, len(packed.targets), correct
 
 

@@ -86,11 +86,6 @@ def one_step(trainer: Trainer) -> None:
     torch.manual_seed(
         int(np.random.SeedSequence([options.seed, progress.step, parallel.rank()]).generate_state(1)[0])
     )
-
-    def after_micro_batch(rows_done: int) -> None:
-        trainer.journal.advance(rows_done)
-        hardware.release_free_memory(plan.device)
-
     packed = on_device(trainer, rows)
     try:
         result = step.optimizer_step(
@@ -100,11 +95,12 @@ def one_step(trainer: Trainer) -> None:
             trainer.optimizer,
             trainer.scaler,
             options.max_grad_norm,
-            after_micro_batch,
+            trainer.journal.advance,
         )
     except step.NonFiniteError as problem:
         raise stop_non_finite(trainer, problem) from None
 
+    hardware.release_free_memory(plan.device)
     seconds = time.monotonic() - started
     progress.step += 1
     progress.updates += result.updated
