@@ -25,7 +25,7 @@ import torch
 from onecard import attention, hardware
 from onecard.dropout import CheapDropout
 
-LENGTHS = (64, 105, 184, 256, 320, 512)
+LENGTHS = (64, 105, 184, 256, 320, 512, 1024, 2048)
 HEADS, KV_HEADS, SIZE, HIDDEN = 9, 3, 64, 576
 DROPOUT = 0.05
 

@@ -24,7 +24,7 @@ import time
 from datetime import date
 from itertools import islice
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,7 +209,7 @@ def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def matmul_speeds(dtype: Any, hidden: int, inner: int) -> dict[str, float]:
-    """Shape -> FLOP per second, best of several: the model's own products, and a large square one."""
+    """Shape -> FLOP per second, median of several: the model's own products, and a large square one."""
     import torch
 
     square = MATMUL_SQUARE
@@ -223,7 +223,7 @@ def matmul_speeds(dtype: Any, hidden: int, inner: int) -> dict[str, float]:
             torch.nn.functional.linear(x, weight)
             times.append(time.perf_counter() - started)
         name = f"{tokens}x{inputs}x{outputs}"
-        speeds[name] = 2 * tokens * inputs * outputs / min(times)
+        speeds[name] = 2 * tokens * inputs * outputs / median(times)
         print(f"matmul {name} {speeds[name] / 1e9:.0f} GFLOP/s", flush=True)
     return speeds
 
@@ -402,7 +402,7 @@ def report(
         "Tokens are real ones, without padding; the plain side's micro-batches are "
         f"{padding:.0f} % padding. Memory is the whole process's peak; the plain one had reached "
         f"{plain['loaded'] / 2**30:.2f} GiB before its first step. Steps leave out loading and saving.",
-        f"Matrix products in {prepared['dtype']}, best of several, GFLOP/s (tokens x inputs x outputs): "
+        f"Matrix products in {prepared['dtype']}, median of several, GFLOP/s (tokens x inputs x outputs): "
         f"{matmul}. The share is of the fastest, counting 4 FLOP per token for each of the "
         f"{prepared['frozen_weights']:,} frozen weights of the linear layers and 4 per target for each of "
         f"the {prepared['head_weights']:,} of the head: {work / 1e12:.2f} TFLOP for the run. The plain side "

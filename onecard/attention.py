@@ -16,8 +16,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "onecard_packed"  # attn_implementation of a model that is trained on packed rows
-SHORT = 256  # tokens; longer documents are faster through torch's own backward pass
+SHORT = 1024  # tokens; longer documents are as fast through torch's own backward pass
 GROUP = 1024  # tokens of short documents, padding included, in one batch of the backward pass
+BLOCK = 128  # queries whose scores exist at the same time
 
 
 def packed_attention(
@@ -85,7 +86,7 @@ def each_document(
 
 
 class _ShortDocuments(torch.autograd.Function):
-    """The same as each_document, with a backward pass in fp32 over batches of documents of similar length."""
+    """The same as each_document, with a backward pass over batches of documents of similar length."""
 
     @staticmethod
     def forward(ctx, query, key, value, lengths, scaling):
@@ -122,30 +123,40 @@ def similar_lengths(lengths: tuple[int, ...]) -> list[list[tuple[int, int]]]:
 
 
 def _padded(tensor: torch.Tensor, group: list[tuple[int, int]], longest: int) -> torch.Tensor:
-    """[1, X, T, D] -> fp32 [n, X, L, D]; zeros after a document's end, which no earlier token sees."""
+    """[1, X, T, D] -> [n, X, L, D]; zeros after a document's end, which no earlier token sees."""
     parts = [pad(tensor[0, :, start:end], (0, 0, 0, longest - (end - start))) for start, end in group]
-    return torch.stack(parts).float()
+    batch = torch.stack(parts)
+    return batch if batch.dtype == torch.bfloat16 else batch.float()
 
 
 def _backward(query, key, value, output, grad_output, scaling):
     """Gradients of softmax attention from its inputs and output, the probabilities computed again.
 
-    query, output, grad_output [n, H, L, D]; key, value [n, K, L, D]; all fp32.
+    query, output, grad_output [n, H, L, D]; key, value [n, K, L, D]; all bf16 or all fp32. BLOCK queries at a
+    time, which see only the keys up to their own end: about half of the products, and scores that stay small.
     """
     (n, heads, length, size), kv_heads = query.shape, key.shape[1]
-    shared = (n * kv_heads, heads // kv_heads * length, size)  # the G heads of a key one after the other
-    query, output, grad_output = (tensor.reshape(shared) for tensor in (query, output, grad_output))
-    key, value = key.reshape(-1, length, size), value.reshape(-1, length, size)
-    future = torch.full((length, length), -math.inf).triu_(1)
-    scores = torch.bmm(query, key.transpose(1, 2)).view(n * kv_heads, -1, length, length)
-    weights = torch.softmax(torch.add(future, scores, alpha=scaling), -1).view(n * kv_heads, -1, length)
-    grad_value = torch.bmm(weights.transpose(1, 2), grad_output)
-    inner = (grad_output * output).sum(-1, keepdim=True)
-    grad_scores = torch.bmm(grad_output, value.transpose(1, 2)).sub_(inner).mul_(weights).mul_(scaling)
-    grad_query, grad_key = torch.bmm(grad_scores, key), torch.bmm(grad_scores.transpose(1, 2), query)
+    batch, groups = n * kv_heads, heads // kv_heads  # the G heads of a key one after the other
+    by_key = (batch, groups, length, size)
+    query, output, grad_output = (tensor.reshape(by_key) for tensor in (query, output, grad_output))
+    key, value = key.reshape(batch, length, size), value.reshape(batch, length, size)
+    inner = -(grad_output.float() * output.float()).sum(-1, keepdim=True).to(query.dtype)
+    grad_query = torch.empty_like(query)
+    grad_key, grad_value = torch.zeros(2, batch, length, size)
+    for start in range(0, length, BLOCK):
+        end = min(start + BLOCK, length)
+        stacked = (batch, groups * (end - start), -1)
+        q, grad, minus = (t[:, :, start:end].reshape(stacked) for t in (query, grad_output, inner))
+        k, v = key[:, :end], value[:, :end]
+        future = torch.full((end - start, end), -math.inf, dtype=q.dtype).triu_(start + 1).repeat(groups, 1)
+        weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=scaling).softmax(-1)
+        grad_scores = torch.baddbmm(minus, grad, v.transpose(1, 2)).mul_(weights)
+        grad_value[:, :end] += torch.bmm(weights.transpose(1, 2), grad)
+        grad_key[:, :end] += torch.bmm(grad_scores.transpose(1, 2), q)
+        grad_query[:, :, start:end] = torch.bmm(grad_scores, k).view(batch, groups, -1, size)
     return (
-        grad_query.view(n, heads, length, size),
-        grad_key.view(n, kv_heads, length, size),
+        grad_query.mul_(scaling).view(n, heads, length, size),
+        grad_key.mul_(scaling).view(n, kv_heads, length, size),
         grad_value.view(n, kv_heads, length, size),
     )
 

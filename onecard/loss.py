@@ -9,7 +9,7 @@ Shapes: N target tokens, H hidden size, V vocabulary.
 import torch
 from torch.nn.functional import linear
 
-CHUNK = 128  # target tokens whose logits [CHUNK, V] exist at the same time
+CHUNK = 256  # target tokens whose logits [CHUNK, V] exist at the same time
 
 
 def loss_and_correct(
@@ -35,14 +35,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
             wanted = targets[part].unsqueeze(1)
-            logits = linear(hidden[part], weight, bias).float()  # [CHUNK, V]
+            logits = linear(hidden[part], weight, bias)  # [CHUNK, V]
             if count:
                 correct += (logits.argmax(-1, keepdim=True) == wanted).sum()
-            log_total = logits.logsumexp(-1, keepdim=True)
-            loss += (log_total - logits.gather(1, wanted)).sum()
+            log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
+            hit = log_probabilities.gather(1, wanted)
+            loss -= hit.sum()
             if gradient is not None:
-                probabilities = logits.sub_(log_total).exp_()
-                probabilities.scatter_add_(1, wanted, torch.full_like(log_total, -1.0))
+                probabilities = log_probabilities.exp_()
+                probabilities.scatter_add_(1, wanted, torch.full_like(hit, -1.0))
                 gradient[part] = probabilities.to(weight.dtype) @ weight
         ctx.mark_non_differentiable(correct)
         ctx.save_for_backward(gradient)

@@ -5,12 +5,14 @@ The only file that touches peft. It does not know rows, steps or run folders.
 
 import dataclasses
 import warnings
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -176,6 +178,12 @@ def prepare_for_packed_training(model: PeftModel, checkpointing: bool) -> None:
     if checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
+
+
+def without_casts(model: PeftModel) -> AbstractContextManager:
+    """For training steps: peft would cast every adapter's input to fp32, because it does not look for
+    autocast on a CPU; autocast then takes it to the base's dtype anyway."""
+    return disable_input_dtype_casting(model)
 
 
 def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:

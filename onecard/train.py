@@ -88,15 +88,16 @@ def one_step(trainer: Trainer) -> None:
     )
     packed = on_device(trainer, rows)
     try:
-        result = step.optimizer_step(
-            trainer.step_model,
-            packed,
-            targets,
-            trainer.optimizer,
-            trainer.scaler,
-            options.max_grad_norm,
-            trainer.journal.advance,
-        )
+        with model.without_casts(trainer.model):
+            result = step.optimizer_step(
+                trainer.step_model,
+                packed,
+                targets,
+                trainer.optimizer,
+                trainer.scaler,
+                options.max_grad_norm,
+                trainer.journal.advance,
+            )
     except step.NonFiniteError as problem:
         raise stop_non_finite(trainer, problem) from None
 
@@ -152,9 +153,9 @@ def evaluate(trainer: Trainer) -> bool:
         leave=False,
         disable=not trainer.journal.show_bars,
     ) as bar:
-        loss, accuracy = step.evaluate(
-            trainer.step_model, on_device(trainer, plan.validation_rows), bar.update
-        )
+        rows = on_device(trainer, plan.validation_rows)
+        with model.without_casts(trainer.model):
+            loss, accuracy = step.evaluate(trainer.step_model, rows, bar.update)
     hardware.release_free_memory(plan.device)
     if not math.isfinite(loss):
         trainer.journal.event({"step": progress.step, "eval_loss": str(loss), "stopped": "validation loss"})
