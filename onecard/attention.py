@@ -134,26 +134,32 @@ def _backward(query, key, value, output, grad_output, scaling):
 
     query, output, grad_output [n, H, L, D]; key, value [n, K, L, D]; all bf16 or all fp32. BLOCK queries at a
     time, which see only the keys up to their own end: about half of the products, and scores that stay small.
+    Scores and what is subtracted from one another are fp32, for large numbers cancel there; the products with
+    the results run in the dtype of the inputs.
     """
-    (n, heads, length, size), kv_heads = query.shape, key.shape[1]
+    (n, heads, length, size), kv_heads, low = query.shape, key.shape[1], query.dtype
     batch, groups = n * kv_heads, heads // kv_heads  # the G heads of a key one after the other
     by_key = (batch, groups, length, size)
     query, output, grad_output = (tensor.reshape(by_key) for tensor in (query, output, grad_output))
     key, value = key.reshape(batch, length, size), value.reshape(batch, length, size)
-    inner = -(grad_output.float() * output.float()).sum(-1, keepdim=True).to(query.dtype)
+    query32, key32, value32, grad32 = (tensor.float() for tensor in (query, key, value, grad_output))
+    minus = -(grad32 * output.float()).sum(-1, keepdim=True)
     grad_query = torch.empty_like(query)
     grad_key, grad_value = torch.zeros(2, batch, length, size)
     for start in range(0, length, BLOCK):
         end = min(start + BLOCK, length)
-        stacked = (batch, groups * (end - start), -1)
-        q, grad, minus = (t[:, :, start:end].reshape(stacked) for t in (query, grad_output, inner))
-        k, v = key[:, :end], value[:, :end]
-        future = torch.full((end - start, end), -math.inf, dtype=q.dtype).triu_(start + 1).repeat(groups, 1)
-        weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=scaling).softmax(-1)
-        grad_scores = torch.baddbmm(minus, grad, v.transpose(1, 2)).mul_(weights)
-        grad_value[:, :end] += torch.bmm(weights.transpose(1, 2), grad)
-        grad_key[:, :end] += torch.bmm(grad_scores.transpose(1, 2), q)
-        grad_query[:, :, start:end] = torch.bmm(grad_scores, k).view(batch, groups, -1, size)
+
+        def block(tensor, start=start, end=end):
+            return tensor[:, :, start:end].reshape(batch, groups * (end - start), -1)
+
+        future = torch.full((end - start, end), -math.inf).triu_(start + 1).repeat(groups, 1)
+        scores = torch.baddbmm(future, block(query32), key32[:, :end].transpose(1, 2), alpha=scaling)
+        weights = scores.softmax(-1)
+        grad_scores = torch.baddbmm(block(minus), block(grad32), value32[:, :end].transpose(1, 2))
+        weights, grad_scores = weights.to(low), grad_scores.mul_(weights).to(low)
+        grad_value[:, :end] += torch.bmm(weights.transpose(1, 2), block(grad_output))
+        grad_key[:, :end] += torch.bmm(grad_scores.transpose(1, 2), block(query))
+        grad_query[:, :, start:end] = torch.bmm(grad_scores, key[:, :end]).view(batch, groups, -1, size)
     return (
         grad_query.mul_(scaling).view(n, heads, length, size),
         grad_key.mul_(scaling).view(n, kv_heads, length, size),

@@ -46,6 +46,9 @@ def choose_device(wanted: str, local_rank: int = 0) -> Choice:
     if wanted != "auto":
         raise UserError(f"--device {wanted}: unknown.", "Choose auto, cpu, cuda or cuda:N.")
     if usable:
+        if local_rank >= torch.cuda.device_count():
+            problem = f"Process {local_rank} has no card: torch sees {torch.cuda.device_count()}."
+            raise UserError(problem, "Name as many cards in TOT_CUDA as this machine has.")
         check_build(local_rank)
         return Choice(f"cuda:{local_rank}", torch.cuda.get_device_name(local_rank))
     problem = _card_problem()
@@ -67,6 +70,8 @@ def check_build(number: int) -> None:
         problem = (
             f"{name} has compute capability {major}.{minor}, torch {torch.__version__} is built for {builds}."
         )
+        if (major, minor) < (7, 5):  # torch 2.13 is built for Turing and later
+            raise UserError(problem, "No build of it serves this card. Train on the CPU: --device cpu.")
         raise UserError(problem, f"Run: {_pip_line(torch.__version__)} Or train on the CPU: --device cpu.")
 
 
@@ -159,8 +164,8 @@ def peak_memory_bytes(device: str) -> int:
 def keep_large_memory_apart(device: str) -> None:
     """Let the C library map each large tensor on its own, so that freeing it gives the memory back at once.
 
-    Otherwise the activations of unequal micro-batches leave holes that nothing fits, a third of the process's
-    peak. With huge pages (onecard/__init__.py) this costs no speed.
+    Otherwise the activations of unequal micro-batches leave holes that nothing fits. Huge pages
+    (onecard/__init__.py) keep the page faults few.
     """
     if device == "cpu" and platform.libc_ver()[0] == "glibc":
         _libc().mallopt(M_MMAP_THRESHOLD, LARGE)
@@ -174,6 +179,15 @@ def release_free_memory(device: str) -> None:
     """
     if device == "cpu" and platform.libc_ver()[0] == "glibc":
         _libc().malloc_trim(0)
+
+
+def forget_cached_memory(device: str) -> None:
+    """After running out of memory: give everything that is free back before trying smaller pieces."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
+    release_free_memory(device)
 
 
 @functools.cache

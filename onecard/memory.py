@@ -25,6 +25,6 @@ def bytes_per_token(config: Any, element: int, checkpointing: bool) -> int:
 
 def tokens_that_fit(free_bytes: int, config: Any, element: int, checkpointing: bool) -> int:
     """Micro-batch budget in tokens for `free_bytes` of free memory; at least 1."""
-    logits = 3 * 4 * loss.CHUNK * config.vocab_size
+    logits = 4 * 4 * loss.CHUNK * config.vocab_size
     usable = free_bytes * SAFETY - logits
     return max(1, int(usable // bytes_per_token(config, element, checkpointing)))

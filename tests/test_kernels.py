@@ -43,6 +43,29 @@ def test_packed_attention_is_dense_masked_attention(lengths, scaling):
         assert torch.allclose(mine.double(), other, atol=2e-5)
 
 
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_bf16_gradients_are_as_good_as_those_of_torch(offset):
+    """Against fp64, with numbers that cancel too (an offset shared by all queries and keys)."""
+    torch.manual_seed(0)
+    lengths = (130, 200, 64, 300)
+    inputs = [
+        (torch.randn(1, heads, sum(lengths), 16) + offset).bfloat16().requires_grad_() for heads in (6, 2, 2)
+    ]
+    grad = torch.randn(1, sum(lengths), 6, 16).bfloat16()
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    reference = torch.autograd.grad(dense_reference(*exact, lengths, 0.25), exact, grad.double())
+    ours, _ = attention.packed_attention(torch.nn.Identity(), *inputs, None, document_lengths=lengths)
+    plain = attention.each_document(*inputs, lengths, 0.25).transpose(1, 2)
+    errors = [
+        [
+            ((mine.double() - right).norm() / right.norm()).item()
+            for mine, right in zip(torch.autograd.grad(output, inputs, grad), reference, strict=True)
+        ]
+        for output in (ours, plain)
+    ]
+    assert all(mine <= 1.3 * theirs for mine, theirs in zip(*errors, strict=True)), errors
+
+
 def test_short_documents_are_grouped_without_much_padding():
     """Every document once; padding at most a fifth of a group's longest; groups within the limit."""
     lengths = tuple(int(x) for x in torch.randint(1, 300, (60,), generator=torch.Generator().manual_seed(1)))

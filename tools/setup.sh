@@ -24,6 +24,7 @@ stamp=.venv/onecard-$what-$(cat requirements.txt pyproject.toml | cksum | cut -d
 
 echo "Setting up .venv for '$what' (once; a few minutes) ..."
 if [ ! -x .venv/bin/python ] && ! "$python" -m venv .venv; then
+  rm -rf .venv # what is there has no pip and would be taken for whole
   echo "error: $python could not make .venv. On Debian or Ubuntu: apt install python3-venv" >&2
   exit 2
 fi
