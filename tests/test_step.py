@@ -15,7 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 from onecard import attention, data, model, step
 from onecard.batching import micro_batches, pack
 from onecard.config import FinetuneConfig
-from onecard.train import learning_rate
+from onecard.plan import learning_rate
 from tests import two_processes
 from tests.two_processes import NO_DROPOUT, encode_tiny, tiny_step_model
 
@@ -66,11 +66,10 @@ def test_steps_equal_those_of_transformers_trainer(tiny_model, tmp_path, schedul
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(options, number, total, options.warmup_steps)
         targets = int(examples.target_counts[rows].sum())
-        result = step.optimizer_step(
-            ours, micro_batches(examples, rows, 300), targets, optimizer, scaler, 1.0
-        )
+        batches = micro_batches(examples, rows, 300)
+        losses.append(step.gradient(ours, batches, targets, model.trainable(ours), scaler))
+        step.update(optimizer, scaler, 1.0, rows)
         steps.append(rows)
-        losses.append(result.loss)
         seen += len(rows)
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager")
@@ -224,6 +223,19 @@ def test_two_processes_give_the_gradient_of_one(tiny_model, tmp_path):
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
     assert close(torch.tensor(two["adapter"]), torch.tensor(one["adapter"]), 1e-6)
     assert close(torch.tensor(two["gradient"]), torch.tensor(one["gradient"]), 1e-5)
+
+
+def test_out_of_memory_in_one_process_is_redone_by_all(tiny_model, tmp_path):
+    """Both drop the partial gradient; the second try gives the gradient of one process."""
+    output = tmp_path / "two.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "tests.two_processes", str(tiny_model), str(output), "no-memory"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parent.parent, timeout=300)
+    two, one = json.loads(output.read_text()), two_processes.one_step(tiny_model)
+    assert two["losses"] == [None, pytest.approx(one["loss"], rel=1e-6)]
+    assert two["dropped"] == [True, False]
+    assert two["norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
 
 
 def test_accuracy_counts_the_most_probable_token(tiny_model):

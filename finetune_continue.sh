@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Go on with a run exactly where it stopped.
+#
+#   OUTPUT_PATH=lora-checkpoints/mine bash finetune_continue.sh
+#   LORA_CHECKPOINT=lora-checkpoints/mine/checkpoint-400 FROM_DATA_BEGINNING=true bash finetune_continue.sh
+#
+# OUTPUT_PATH: the run (default: the demo's); its newest whole checkpoint is taken. LORA_CHECKPOINT: another
+# one. FROM_DATA_BEGINNING=true: the rows start anew. TOT_CUDA and PORT: as in finetune.sh. Everything after
+# the name goes to finetune_continue.py; see finetune_continue.py --help.
+set -euo pipefail
+cd "$(dirname "$0")"
+bash tools/setup.sh train
+
+arguments=()
+[ -n "${OUTPUT_PATH:-}" ] && arguments+=(--output_path "$OUTPUT_PATH")
+[ -n "${LORA_CHECKPOINT:-}" ] && arguments+=(--resume_from_checkpoint "$LORA_CHECKPOINT")
+[ -n "${FROM_DATA_BEGINNING:-}" ] && arguments+=(--from_data_beginning "$FROM_DATA_BEGINNING")
+source tools/launch.sh
+launch finetune_continue.py "${arguments[@]}" "$@"

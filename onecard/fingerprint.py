@@ -1,0 +1,78 @@
+"""What a run was started with: SHA-256 of rows, tokenizer and base model.
+
+A full hash is taken once; after that it is kept with the file's size, times and inode, and read again only
+when one of these differs, or when asked to. The change time cannot be set back by a program.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+CACHE = "fingerprints.json"
+CHUNK = 1 << 22  # bytes
+
+
+def cache_folder() -> Path:
+    """Where OneCard keeps what it fetched or counted; the variable ONECARD_CACHE moves it."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ONECARD_CACHE") or Path(base) / "onecard")
+
+
+def of_files(paths: list[Path], again: bool = False, quiet: bool = False) -> dict[Path, str]:
+    """SHA-256 of each file; `again` reads them whatever the cache says."""
+    known, result = _read_cache(), {}
+    for path in paths:
+        stamp = _stamp(path)
+        entry = known.get(str(path.resolve()))
+        if again or entry is None or entry[0] != stamp:
+            entry = known[str(path.resolve())] = [stamp, _sha256(path, quiet)]
+        result[path] = entry[1]
+    _write_cache(known)
+    return result
+
+
+def of_folder(paths: list[Path], again: bool = False, quiet: bool = False) -> str:
+    """One SHA-256 of several files' names and contents."""
+    parts = of_files(sorted(paths), again, quiet)
+    text = "".join(f"{path.name} {sha256}\n" for path, sha256 in parts.items())
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _sha256(path: Path, quiet: bool) -> str:
+    digest, size = hashlib.sha256(), path.stat().st_size
+    hide = True if quiet or size < 100 * CHUNK else None
+    with (
+        open(path, "rb") as file,
+        tqdm(total=size, desc=f"hashing {path.name}", unit="B", unit_scale=True, disable=hide) as bar,
+    ):
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def _read_cache() -> dict[str, list]:
+    try:
+        known = json.loads((cache_folder() / CACHE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write_cache(known: dict[str, list]) -> None:
+    """Best effort: without a cache every run reads its files again."""
+    known = {path: entry for path, entry in known.items() if Path(path).exists()}
+    with contextlib.suppress(OSError):
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        temporary = cache_folder() / f".{CACHE}-{os.getpid()}"
+        temporary.write_text(json.dumps(known), encoding="utf-8")
+        temporary.replace(cache_folder() / CACHE)

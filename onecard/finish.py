@@ -1,0 +1,67 @@
+"""The end of a run: the best adapter, the picture, the answers, and finished.json last.
+
+Everything here can be done again: a run that was killed on the way goes on with it.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from onecard import checkpoint, hardware, runfolder
+from onecard.journal import say
+from onecard.plan import versions
+from onecard.trainer import Trainer
+
+Draw = Callable[[list[dict[str, Any]], Path], None]
+
+
+def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
+    """The best adapter, the picture, the answers, and finished.json last."""
+    plan, progress, folder = trainer.plan, trainer.progress, trainer.folder
+    before = progress.answers
+    best = progress.best_step or progress.step
+    sha256 = checkpoint.publish(folder / f"checkpoint-{best}", folder)
+    records = [json.loads(line) for line in (folder / runfolder.LOG).read_text(encoding="utf-8").splitlines()]
+    draw(records, folder / runfolder.PICTURE)
+    evaluations = [record for record in records if "eval_loss" in record]
+    first = evaluations[0]["eval_loss"] if evaluations else None
+    runfolder.write_json(
+        folder / runfolder.FINISHED,
+        {
+            "steps": progress.step,
+            "best_step": best,
+            "eval_loss_before": first,
+            "eval_loss_after": progress.best_loss,
+            "tokens": progress.tokens,
+            "training_seconds": round(progress.seconds, 2),
+            "tokens_per_second": round(progress.tokens / progress.seconds, 1),
+            "peak_memory_bytes": hardware.peak_memory_bytes(plan.device),
+            "skipped_steps": progress.skipped_steps,
+            "adapter_sha256": sha256,
+            "data_sha256": plan.fingerprints["rows"],
+            "answers": [
+                {"instruction": question.instruction, "input": question.input, "before": old, "after": new}
+                for question, old, new in zip(plan.held_out, before, after, strict=False)
+            ],
+            "versions": versions(),
+            "machine": hardware.describe_machine(),
+        },
+    )
+    for question, old, new in zip(plan.held_out, before, after, strict=False):
+        asked = question.instruction + (f" | {question.input}" if question.input else "")
+        say(f"\n? {asked}\n  before: {indent(old)}\n  after:  {indent(new)}")
+    speed = progress.tokens / progress.seconds
+    say(
+        f"\n{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s ({speed:.0f} tokens/s)."
+    )
+    if first is not None:
+        say(f"Validation loss {first:.4f} before, {progress.best_loss:.4f} after (best at step {best}).")
+        if progress.best_loss > first:
+            say("warning: the validation loss is higher than before training. Try a lower --learning_rate.")
+    say(f"The adapter lies in {folder}: {runfolder.ADAPTER_WEIGHTS} and {runfolder.ADAPTER_CONFIG}.")
+    say(f"Its log is {folder / runfolder.LOG}, its picture {folder / 'loss.png'}.")
+
+
+def indent(text: str) -> str:
+    return text.replace("\n", "\n          ")

@@ -1,0 +1,225 @@
+"""Older checkpoint folders, read only: those of transformers' Trainer and of Chinese-Vicuna.
+
+Weights, optimizer moments, place in the schedule and step arrive; nothing in the folder is changed. Pickled
+files are read by a child process that knows tensors and plain values only: a hostile file runs nothing.
+"""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from onecard.errors import CHECKPOINT, UNSAFE, UserError
+
+SAFE_WEIGHTS = "adapter_model.safetensors"
+PICKLED_WEIGHTS = ("adapter_model.bin", "pytorch_model.bin")
+STATE, OPTIMIZER, SCALER, ADAPTER_CONFIG = (
+    "trainer_state.json",
+    "optimizer.pt",
+    "scaler.pt",
+    "adapter_config.json",
+)
+MARKS = (STATE, OPTIMIZER, *PICKLED_WEIGHTS)  # any of these makes a folder an older checkpoint
+NAME = re.compile(r"(?P<module>.*\.(?P<last>[^.]+))\.lora_(?P<side>[AB])(\.default)?\.weight")
+SECONDS = 600  # the child's time
+
+
+@dataclasses.dataclass
+class Legacy:
+    """What an older checkpoint holds."""
+
+    tensors: dict[str, torch.Tensor]  # adapter, under peft's portable names
+    rank: int
+    alpha: float | None  # None: nowhere written
+    targets: str  # module names with commas between
+    step: int
+    planned_steps: int | None
+    optimizer: dict[str, Any] | None  # flat, as checkpoint.restore_optimizer takes it
+    scale: float | None  # of the fp16 loss scaler
+    notes: list[str]
+
+
+def is_legacy(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in MARKS)
+
+
+def read(folder: Path) -> Legacy:
+    """Read an older checkpoint; raises UserError: exit 4 when it is damaged, 8 when a file would run code."""
+    notes: list[str] = []
+    tensors = _adapter(folder)
+    ranks = {t.shape[0] for name, t in tensors.items() if ".lora_A." in name}
+    if len(ranks) != 1:
+        raise UserError(f"{folder}: its adapter has ranks {sorted(ranks)}, not one.", "", CHECKPOINT)
+    targets = sorted({NAME.fullmatch(name)["last"] for name in tensors})
+    state = _json(folder / STATE)
+    settings = _json(folder / ADAPTER_CONFIG)
+    moments = scale = None
+    if (folder / OPTIMIZER).is_file():
+        moments = _moments(unpickle(folder / OPTIMIZER)) or None
+    if (folder / SCALER).is_file():
+        scale = unpickle(folder / SCALER).get("scale")
+    if settings.get("r", next(iter(ranks))) not in ranks:
+        notes.append(
+            f"{ADAPTER_CONFIG} says rank {settings['r']}, its tensors have {min(ranks)}: theirs counts"
+        )
+    return Legacy(
+        tensors=tensors,
+        rank=ranks.pop(),
+        alpha=settings.get("lora_alpha"),
+        targets=",".join(targets),
+        step=int(state.get("global_step", 0)),
+        planned_steps=state.get("max_steps"),
+        optimizer=moments,
+        scale=scale,
+        notes=notes,
+    )
+
+
+def _adapter(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / SAFE_WEIGHTS
+    if path.is_file():
+        try:
+            found = load_file(path)
+        except Exception as error:  # safetensors' own error derives from Exception alone
+            raise UserError(f"{path}: damaged ({error}).", "", CHECKPOINT) from None
+    else:
+        path = next((folder / name for name in PICKLED_WEIGHTS if (folder / name).is_file()), None)
+        if path is None:
+            raise UserError(f"{folder}: holds no adapter weights.", "", CHECKPOINT)
+        found = unpickle(path)
+    adapter = {}
+    for name, tensor in found.items():
+        match = NAME.fullmatch(name)
+        if match and isinstance(tensor, torch.Tensor):
+            adapter[f"{match['module']}.lora_{match['side']}.weight"] = tensor.float()
+    if not adapter:
+        problem = f"{path}: holds no LoRA tensor ({path.stat().st_size} bytes)."
+        raise UserError(problem, "Such files came from saving an adapter twice; take another.", CHECKPOINT)
+    return adapter
+
+
+def _moments(saved: dict[str, Any]) -> dict[str, Any]:
+    """The moments in our flat form; the numbers are those of the parameters in the model's order."""
+    states = saved.get("state", {}) if isinstance(saved, dict) else {}
+    flat = {}
+
+    def collect(path: str, value: Any) -> None:  # bitsandbytes nests some of its states
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                collect(f"{path}.{key}", inner)
+        elif isinstance(value, torch.Tensor | int | float):
+            flat[path] = value
+
+    for number, (_, state) in enumerate(sorted(states.items())):
+        collect(str(number), state)
+    return flat
+
+
+def first_moment(moments: dict[str, Any], number: int) -> torch.Tensor | None:
+    """The first moment of parameter `number`, under torch's or bitsandbytes' name."""
+    start, ends = f"{number}.", (".exp_avg", ".state1")
+    names = (name for name in moments if name.startswith(start) and name.endswith(ends))
+    return moments.get(next(names, ""))
+
+
+def is_bitsandbytes(moments: dict[str, Any]) -> bool:
+    return any(name.endswith(".state1") for name in moments)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}).", "", CHECKPOINT) from None
+
+
+def unpickle(path: Path) -> dict[str, Any]:
+    """Content of a pickled file, through a child process that only knows tensors and plain values.
+
+    Raises UserError: exit 8 when the file asks for anything else, 4 when it cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="onecard-legacy-") as place:
+        output = Path(place) / "plain"
+        command = [sys.executable, "-m", "onecard.legacy", str(path.resolve()), str(output)]
+        try:
+            result = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+                check=False,
+                cwd=Path(__file__).resolve().parent.parent,
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(f"{path}: not read within {SECONDS} s.", "", UNSAFE) from None
+        if result.returncode:
+            reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1][:300]
+            code = UNSAFE if result.returncode == UNSAFE else CHECKPOINT
+            what = "would run code" if code == UNSAFE else "cannot be read"
+            raise UserError(f"{path}: {what}: {reason}", "It was not loaded.", code)
+        tensors = load_file(output.with_suffix(".safetensors"))
+        tree = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+        return _join(tree, tensors)
+
+
+def _split(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Plain values as JSON, tensors by their number: a key's type is kept beside it."""
+    if isinstance(value, torch.Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        items = [[isinstance(key, int), str(key), _split(inner, tensors)] for key, inner in value.items()]
+        return {"dict": items}
+    if isinstance(value, list | tuple):
+        return {"list": [_split(inner, tensors) for inner in value]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"plain": value}
+    return {"plain": None}
+
+
+def _join(tree: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
+    if "tensor" in tree:
+        return tensors[tree["tensor"]]
+    if "dict" in tree:
+        return {int(key) if whole else key: _join(inner, tensors) for whole, key, inner in tree["dict"]}
+    if "list" in tree:
+        return [_join(inner, tensors) for inner in tree["list"]]
+    return tree["plain"]
+
+
+def _child(source: str, output: str) -> int:
+    """What the child does: torch's restricted unpickler, then safetensors and JSON."""
+    import pickle
+    import resource
+
+    from safetensors.torch import save_file
+
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # no process of its own
+    torch.set_num_threads(1)
+    try:
+        value = torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        print(str(error).replace("\n", " ")[:300], file=sys.stderr)
+        return UNSAFE
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}".replace("\n", " ")[:300], file=sys.stderr)
+        return CHECKPOINT
+    tensors: dict[str, torch.Tensor] = {}
+    tree = _split(value, tensors)
+    save_file(tensors, f"{output}.safetensors")
+    Path(f"{output}.json").write_text(json.dumps(tree), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_child(sys.argv[1], sys.argv[2]))

@@ -1,0 +1,68 @@
+"""What test_resume.py and benchmarks/resilience.py compare: a small run, stopped in many ways, and whole."""
+
+import json
+import shutil
+from pathlib import Path
+
+from onecard import runfolder
+
+STEPS = 12
+FLAGS = {
+    "bits": 16,
+    "dtype": "fp32",
+    "device": "cpu",
+    "batch_size": 6,
+    "micro_batch_tokens": 150,  # three micro-batches a step
+    "num_epochs": 3,  # 19 rows: 4 steps an epoch, the last of one row
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "lora_dropout": 0.1,
+    "test_size": 5,
+    "eval_steps": 3,
+    "save_steps": 1,
+    "lora_r": 4,
+}
+VARIANTS = {
+    "16 bits": {},
+    "8 bits": {"bits": 8},
+    "4 bits": {"bits": 4},
+    "8-bit optimizer": {"optimizer": "adamw_8bit", "lora_r": 48},  # smaller tensors keep 32-bit states
+    "cosine, no validation": {"lr_scheduler": "cosine", "test_size": 0, "weight_decay": 0.1},
+    "fp16 with its scaler": {"dtype": "fp16"},
+}
+
+
+def flags(model: Path, rows: Path, output: Path, **changes) -> dict:
+    return {**FLAGS, "model_path": model, "data_path": rows, "output_path": output, **changes}
+
+
+def outcome(run: Path) -> dict:
+    """All that must be equal: adapters, last optimizer state and position, log without its clocks."""
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for record in records:
+        record.pop("seconds", None)
+        record.pop("peak_memory_bytes", None)
+    last = max(runfolder.checkpoint_steps(run))
+    state = json.loads((run / f"checkpoint-{last}" / "progress.json").read_text())
+    state["progress"].pop("seconds")
+    names = ["adapter_model.safetensors", f"checkpoint-{last}/adapter_model.safetensors"]
+    names.append(f"checkpoint-{last}/optimizer.safetensors")
+    return {"log": records, "state": state, **{name: (run / name).read_bytes() for name in names}}
+
+
+def differences(one: dict, other: dict) -> list[str]:
+    return [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)]
+
+
+def stopped_at(source: Path, step: int, target: Path) -> Path:
+    """A copy of a run folder as it was when it had just saved `step`, with what a kill may leave behind."""
+    target.mkdir()
+    for name in ("finetune_config.json", "log.jsonl"):
+        shutil.copy(source / name, target / name)
+    for number in runfolder.checkpoint_steps(source):
+        if number <= step:
+            shutil.copytree(source / f"checkpoint-{number}", target / f"checkpoint-{number}")
+    with open(target / "log.jsonl", "a") as log:
+        log.write('{"step": 99, "lo')  # torn off
+    (target / ".saving-9-1").mkdir()
+    return target

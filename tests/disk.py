@@ -1,0 +1,171 @@
+"""Small checkpoints, and every state of the disk that a power failure may leave after saving one."""
+
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from onecard import checkpoint
+from onecard.checkpoint import Progress
+
+
+def optimizer(step: int) -> torch.optim.Optimizer:
+    """AdamW over one small parameter whose state depends on `step`."""
+    parameter = torch.nn.Parameter(torch.full((3, 5), float(step)))
+    made = torch.optim.AdamW([parameter], lr=0.1)
+    parameter.grad = torch.full_like(parameter, step + 1.0)
+    made.step()
+    return made
+
+
+def save(folder: Path, step: int, keep: int | None = None) -> Path:
+    def save_adapter(place: Path) -> None:
+        save_file({"a": torch.full((4,), float(step))}, place / "adapter_model.safetensors")
+        (place / "adapter_config.json").write_text(json.dumps({"r": step}))
+
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    path = checkpoint.save(folder, Progress(step=step), save_adapter, optimizer(step), scaler)
+    checkpoint.prune(folder, keep, best_step=0)
+    return path
+
+
+class Disk:
+    """What a save did to the disk, so that every state a power failure may leave can be rebuilt.
+
+    The model is that of a journalling file system: a write is safe after fsync of the file, a name (create,
+    rename, delete) after fsync of its folder; whatever is not safe may be lost, each thing by itself.
+    """
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, fsync_works: bool = True):
+        self.folder, self.log, self.seen = folder, [], self.tree(folder)
+        plain = {
+            name: getattr(os, name) for name in ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
+        }
+
+        def fsync(handle: int) -> None:
+            self.notice()
+            if fsync_works:
+                self.log.append(("sync", Path(f"/proc/self/fd/{handle}").readlink()))
+
+        def moved(name: str):
+            def move(source, target, **keywords):
+                self.notice()
+                plain[name](source, target, **keywords)
+                self.log.append(("rename", Path(source), Path(target)))
+                self.seen = self.tree(self.folder)
+
+            return move
+
+        def changed(name: str):
+            def change(*arguments, **keywords):
+                self.notice()
+                plain[name](*arguments, **keywords)
+                self.notice()
+
+            return change
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        for name in ("rename", "replace"):
+            monkeypatch.setattr(os, name, moved(name))
+        for name in ("mkdir", "rmdir", "unlink"):
+            monkeypatch.setattr(os, name, changed(name))
+
+    @staticmethod
+    def tree(folder: Path) -> dict[Path, bytes | None]:
+        return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+    def notice(self) -> None:
+        """Log what changed on the disk since the last look."""
+        now = self.tree(self.folder)
+        for path in sorted(now.keys() - self.seen.keys()):
+            self.log.append(("mkdir", path) if now[path] is None else ("create", path))
+        for path in sorted(
+            path for path in now if now[path] is not None and now[path] != self.seen.get(path)
+        ):
+            self.log.append(("write", path, now[path]))
+        for path in sorted(self.seen.keys() - now.keys(), reverse=True):
+            self.log.append(("delete", path))
+        self.seen = now
+
+    def states(self, before: dict[Path, bytes | None]):
+        """(operations done, disk) for every prefix of the log minus up to three unsafe operations."""
+        for length in range(len(self.log) + 1):
+            done = self.log[:length]
+            unsafe = [place for place, operation in enumerate(done) if not self.is_safe(place, done)]
+            for count in range(min(3, len(unsafe)) + 1):
+                for lost in itertools.combinations(unsafe, count):
+                    yield length, self.replay(before, [done[i] for i in range(length) if i not in lost])
+
+    @staticmethod
+    def is_safe(place: int, done: list) -> bool:
+        operation, later = done[place], done[place + 1 :]
+        if operation[0] == "sync":
+            return True
+        if operation[0] == "write":
+            names = {operation[1]}
+            for other in later:
+                if other[0] == "rename" and other[1] in names:
+                    names.add(other[2])
+                if other[0] == "sync" and other[1] in names:
+                    return True
+            return False
+        folders = {path.parent for path in operation[1:]}
+        return all(any(other == ("sync", folder) for other in later) for folder in folders)
+
+    @staticmethod
+    def replay(before: dict[Path, bytes | None], operations: list) -> dict[Path, bytes | None]:
+        disk = dict(before)
+        for kind, path, *rest in operations:
+            if kind == "mkdir":
+                disk[path] = None
+            elif kind == "create":
+                disk[path] = b""
+            elif kind == "write" and path in disk:
+                disk[path] = rest[0]
+            elif kind == "delete":
+                disk.pop(path, None)
+            elif kind == "rename" and path in disk:
+                for old in [name for name in disk if name == path or path in name.parents]:
+                    disk[rest[0] / old.relative_to(path)] = disk.pop(old)
+        return disk
+
+
+def survivors(states, folder: Path, after: int, place: Path) -> tuple[int, int]:
+    """(states with a whole old or new checkpoint, states in all); acknowledged ones must have the new one."""
+    good = total = 0
+    checked: dict[frozenset, str | None] = {}
+    for length, disk in states:
+        key = frozenset(disk.items())
+        if key not in checked:
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            for path in sorted(disk):
+                target = place / path.relative_to(folder)
+                if target.parent.is_dir():  # a file whose folder was lost is lost too
+                    target.mkdir() if disk[path] is None else target.write_bytes(disk[path])
+            newest, _ = checkpoint.newest(place)
+            checked[key] = newest and newest.name
+        total += 1
+        good += checked[key] == "checkpoint-2" or (checked[key] == "checkpoint-1" and length < after)
+    return good, total
+
+
+def power_failures(place: Path, patch: pytest.MonkeyPatch, fsync_works: bool = True) -> tuple[int, int]:
+    """(states survived, states) of the second of two saves, the first deleted after it."""
+    folder = place / "run"
+    folder.mkdir()
+    save(folder, 1)
+    before = Disk.tree(folder)
+    disk = Disk(folder, patch, fsync_works)
+    save(folder, 2, keep=1)
+    disk.notice()
+    patch.undo()
+    renamed = next(n for n, operation in enumerate(disk.log) if operation[-1] == folder / "checkpoint-2")
+    synced = [n for n, operation in enumerate(disk.log) if n > renamed and operation == ("sync", folder)]
+    acknowledged = (synced[0] if synced else renamed) + 1
+    return survivors(disk.states(before), folder, acknowledged, place / "state")

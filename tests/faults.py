@@ -1,0 +1,205 @@
+"""Faults planted into a training: kills at a chosen place, no memory, and mutants of our own code.
+
+A mutant breaks one thing that a promise rests on; the tests show that it is noticed.
+"""
+
+import builtins
+import contextlib
+import dataclasses
+import io
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def planted(fault: dict[str, Any]) -> Iterator[None]:
+    """The faults that a request names, for one child process; nothing is undone."""
+    for name, value in fault.items():
+        PLANT[name](value)
+    yield
+
+
+def kill_in_step(where: list[int]) -> None:
+    """SIGKILL in optimizer step `where[0]` after micro-batch `where[1]` of it (0: before the first)."""
+    from onecard import step
+
+    plain, place = step.gradient, {"step": 0, "micro_batch": 0}
+
+    def gradient(step_model: Any, micro_batches: Any, *rest: Any) -> Any:
+        place["step"] += 1
+        place["micro_batch"] = 0
+        forward = step_model.forward
+
+        def counted(packed: Any) -> Any:
+            if [place["step"], place["micro_batch"]] == where:
+                os.kill(os.getpid(), signal.SIGKILL)
+            place["micro_batch"] += 1
+            return forward(packed)
+
+        step_model.forward = counted
+        try:
+            return plain(step_model, micro_batches, *rest)
+        finally:
+            step_model.forward = forward
+
+    step.gradient = gradient
+
+
+def kill_at_operation(number: int) -> None:
+    """SIGKILL right before the process's file operation `number`, counted from 1."""
+    done = {"count": 0}
+
+    def before() -> None:
+        done["count"] += 1
+        if done["count"] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    watch_operations(before)
+
+
+def watch_operations(before: Callable[[], None]) -> None:
+    """Call `before` ahead of every open for writing, sync, rename, mkdir, delete."""
+    for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
+        plain = getattr(os, name)
+
+        def counted(*arguments: Any, plain: Any = plain, **keywords: Any) -> Any:
+            before()
+            return plain(*arguments, **keywords)
+
+        setattr(os, name, counted)
+    plain_open = io.open
+
+    def counted_open(file: Any, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
+        if set(mode) & set("wax+"):
+            before()
+        return plain_open(file, mode, *arguments, **keywords)
+
+    builtins.open = io.open = counted_open  # pathlib uses the second
+
+
+def no_memory_above(tokens: int) -> None:
+    """Every micro-batch of more than `tokens` tokens runs out of memory in its backward pass."""
+    from onecard import step
+
+    plain = step.StepModel.forward
+
+    def forward(self: Any, packed: Any) -> Any:
+        loss_sum, targets, correct = plain(self, packed)
+        if packed.input_ids.numel() > tokens and loss_sum.requires_grad:
+            loss_sum.register_hook(_no_memory)
+        return loss_sum, targets, correct
+
+    step.StepModel.forward = forward
+
+
+def no_memory_at(calls: list[int]) -> None:
+    """The forward passes with these numbers, counted from 1 after the dry run, run out of memory."""
+    from onecard import step, train
+
+    plain, made, dry_run = step.StepModel.forward, {"count": 0, "dry": False}, train.dry_run
+
+    def forward(self: Any, packed: Any) -> Any:
+        if not made["dry"] and self.training:
+            made["count"] += 1
+            if made["count"] in calls:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return plain(self, packed)
+
+    def dry(trainer: Any) -> None:
+        made["dry"] = True
+        dry_run(trainer)
+        made["dry"] = False
+
+    step.StepModel.forward, train.dry_run = forward, dry
+
+
+def _no_memory(_: Any) -> None:
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+
+
+def mutate(name: str) -> None:
+    """Break one promise of the code under test."""
+    MUTANTS[name]()
+
+
+def _mutant_no_seed() -> None:
+    """Dropout follows whatever the generator holds, as where random states are not restored."""
+    from onecard import train
+
+    class Deaf:
+        def __init__(self, *_: Any) -> None:
+            self.generate_state = lambda _: [torch.initial_seed() % 2**32]
+
+    train.np.random.SeedSequence = Deaf
+
+
+def _mutant_no_moments() -> None:
+    """The optimizer starts fresh."""
+    from onecard import checkpoint
+
+    checkpoint.restore_optimizer = lambda *_: None
+
+
+def _mutant_fresh_rows() -> None:
+    """The rows start from their beginning."""
+    _change_progress(rows_seen=0)
+
+
+def _mutant_rate_restarts() -> None:
+    """The schedule starts from its beginning."""
+    _change_progress(updates=0)
+
+
+def _mutant_off_by_one() -> None:
+    """A step is counted twice."""
+    from onecard import checkpoint
+
+    plain = checkpoint.read_progress
+
+    def read(path: Any) -> Any:
+        progress = plain(path)
+        progress.step += 1
+        return progress
+
+    checkpoint.read_progress = read
+    checkpoint.verify = lambda _: []
+
+
+def _mutant_no_adapter() -> None:
+    """The adapter starts from the seed."""
+    from onecard import model
+
+    model.load_adapter = lambda *_: None
+
+
+def _mutant_log_kept() -> None:
+    """The log keeps what came after the checkpoint."""
+    from onecard import runfolder
+
+    runfolder.cut_log = lambda *_: 0
+
+
+def _change_progress(**changes: Any) -> None:
+    from onecard import checkpoint
+
+    plain = checkpoint.read_progress
+    checkpoint.read_progress = lambda path: dataclasses.replace(plain(path), **changes)
+
+
+MUTANTS = {
+    name.removeprefix("_mutant_"): made
+    for name, made in list(globals().items())
+    if name.startswith("_mutant_")
+}
+PLANT = {
+    "signals": lambda _: None,  # sent by the harness
+    "kill_in_step": kill_in_step,
+    "kill_at_operation": kill_at_operation,
+    "no_memory_above": no_memory_above,
+    "no_memory_at": no_memory_at,
+    "mutant": mutate,
+}
