@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=200, help="SIGKILLs at random moments")
     parser.add_argument("--flips", type=int, default=1000, help="flipped bits")
-    parser.add_argument("--trainer_kills", type=int, default=20, help="SIGKILLs of the Trainer")
+    parser.add_argument("--trainer_kills", type=int, default=20, help="SIGKILLs and flips of the Trainer")
     parser.add_argument("--output", metavar="FILE.md", help="also write the report here")
     parser.add_argument("--trainer", nargs=3, help=argparse.SUPPRESS)  # model, folder, checkpoint or -
     args = parser.parse_args()
@@ -225,30 +226,31 @@ def trainer_rows(model: Path, place: Path, kills: int) -> dict[str, tuple[int, i
         last = folder / f"checkpoint-{STEPS}" / "adapter_model.safetensors"
         return result == 0 and last.is_file() and last.read_bytes() == expected
 
-    cells = []
-    for step in bar(range(1, STEPS), "Trainer, resumes"):
+    def resumes(step: int) -> bool:
         folder = place / f"trainer-{step}"
         shutil.copytree(whole / f"checkpoint-{step}", folder / f"checkpoint-{step}")
-        cells.append(goes_on(folder, str(folder / f"checkpoint-{step}")))
-    resumed = count("Trainer, resumes", cells)
+        return goes_on(folder, str(folder / f"checkpoint-{step}"))
 
-    generator, cells = random.Random(SEED), []
-    for number in bar(range(kills), "Trainer, SIGKILL"):
-        folder = place / f"trainer-kill-{number}"
-        run_trainer(model, folder, kill_in_step=generator.randint(1, STEPS))
-        cells.append(goes_on(folder, "last"))
-    killed = count("Trainer, SIGKILL", cells)
+    def survives(item: tuple[int, int]) -> bool:
+        folder = place / f"trainer-kill-{item[0]}"
+        run_trainer(model, folder, kill_in_step=item[1])
+        return goes_on(folder, "last")
 
-    cells = []
-    for number in bar(range(kills), "Trainer, flips"):
-        folder = place / f"trainer-flip-{number}"
+    def notices(item: tuple[int, int]) -> bool:
+        generator, folder = random.Random(item[1]), place / f"trainer-flip-{item[0]}"
         for step in (5, 6):
             shutil.copytree(whole / f"checkpoint-{step}", folder / f"checkpoint-{step}")
         path = generator.choice([p for p in sorted((folder / "checkpoint-6").iterdir()) if p.stat().st_size])
         path.write_bytes(flipped(path.read_bytes(), generator))
-        result = run_trainer(model, folder, "last")
-        cells.append(result != 0)
-    return {"T1": resumed, "T14": killed, "C8": count("Trainer, flips", cells)}
+        return run_trainer(model, folder, "last") != 0
+
+    generator = random.Random(SEED)
+    places = [(number, generator.randint(1, STEPS)) for number in range(kills)]
+    with ThreadPoolExecutor(2) as pool:
+        resumed = count("Trainer, resumes", list(pool.map(resumes, range(1, STEPS))))
+        killed = count("Trainer, SIGKILL", list(pool.map(survives, places)))
+        noticed = count("Trainer, flips", list(pool.map(notices, places)))
+    return {"T1": resumed, "T14": killed, "C8": noticed}
 
 
 def run_trainer(model: Path, folder: Path, resume: str = "-", kill_in_step: int = 0) -> int:

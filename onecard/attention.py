@@ -16,7 +16,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "onecard_packed"  # attn_implementation of a model that is trained on packed rows
-SHORT = 768  # tokens; longer documents are as fast through torch's own backward pass
+SHORT = 512  # tokens; longer documents are as fast through torch's own backward pass
 GROUP = 1024  # tokens of short documents, padding included, in one batch of the backward pass
 BLOCK = 128  # queries whose scores exist at the same time
 
