@@ -5,7 +5,7 @@
 #   bash finetune_others_continue.sh
 #
 # LORA_CHECKPOINT: a run, one of its checkpoints, or an adapter folder (then only its weights are taken);
-# LORA_REMOTE_CHECKPOINT: an adapter's name on the hub. OUTPUT_PATH: a new folder. TOT_CUDA and PORT: as in
+# LORA_REMOTE_CHECKPOINT: an adapter's name on the hub, MODEL_PATH its base. OUTPUT_PATH: a new folder. TOT_CUDA and PORT: as in
 # finetune.sh. Everything after the name goes to finetune_continue.py; see finetune_continue.py --help.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -15,6 +15,7 @@ arguments=()
 [ -n "${LORA_CHECKPOINT:-}" ] && arguments+=(--resume_from_checkpoint "$LORA_CHECKPOINT")
 [ -n "${LORA_REMOTE_CHECKPOINT:-}" ] && arguments+=(--lora_remote_checkpoint "$LORA_REMOTE_CHECKPOINT")
 [ -n "${DATA_PATH:-}" ] && arguments+=(--data_path "$DATA_PATH")
+[ -n "${MODEL_PATH:-}" ] && arguments+=(--model_path "$MODEL_PATH")
 [ -n "${OUTPUT_PATH:-}" ] && arguments+=(--output_path "$OUTPUT_PATH")
 source tools/launch.sh
 launch finetune_continue.py "${arguments[@]}" "$@"

@@ -12,6 +12,7 @@ Bit-equality is claimed for one machine, one number of threads and one set of ve
 """
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest
 from tqdm import tqdm
 
-from onecard import checkpoint, hardware, plan
+from onecard import checkpoint, hardware, plan, runfolder
 from tests import disk, faults, tiny
 from tests.cells import STEPS, VARIANTS, differences, flags, outcome, stopped_at
 from tests.harness import Harness, started
@@ -57,18 +58,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="onecard-resilience-") as name, started() as harness:
         place = Path(name)
         model, rows = tiny.save_model(place / "model"), tiny.save_rows(place / "rows.json", 24)
+        resumed = resumes(harness, model, rows, place)
+        killed = signals(harness, model, rows, place, args.kills, -9)
+        stopped = signals(harness, model, rows, place, args.kills // 2, 143)
         table = [
-            ("resumed bit-equal, every step of 6 variants (T1)", *resumes(harness, model, rows, place)),
+            ("resumed bit-equal, every step of 6 variants (T1)", *resumed),
             ("resumed bit-equal, uneven ends (T4)", *uneven_ends(harness, model, place)),
             (
                 "killed in every step of one run, bit-equal at the end (T2)",
                 *chain(harness, model, rows, place),
             ),
-            (
-                "SIGKILL at random moments survived (T14)",
-                *signals(harness, model, rows, place, args.kills, -9),
-            ),
-            ("SIGTERM survived, last step saved (T12)", *signals(harness, model, rows, place, 50, 143)),
+            ("SIGKILL at random moments survived (T14)", *killed),
+            ("SIGTERM survived, last step saved (T12)", *stopped),
             ("power-loss states survived (C3)", *power_loss(place)),
             ("flipped bits detected (C8)", *flips(place, args.flips)),
             ("mutants killed", *mutants(harness, model, rows, place)),
@@ -137,9 +138,12 @@ def uneven_ends(harness: Harness, model: Path, place: Path) -> tuple[int, int]:
 
 def chain(harness: Harness, model: Path, rows: Path, place: Path) -> tuple[int, int]:
     run = place / "chain"
-    harness.run("finetune", flags(model, rows, run), kill_in_step=[1, 0])
+    codes = [harness.run("finetune", flags(model, rows, run), kill_in_step=[1, 0])["code"]]
     for number in range(STEPS - 1):
-        harness.run("finetune_continue", {"output_path": run}, kill_in_step=[3, int(number % 4 != 2)])
+        fault = [3, int(number % 4 != 2)]
+        codes.append(harness.run("finetune_continue", {"output_path": run}, kill_in_step=fault)["code"])
+    if set(codes) != {-signal.SIGKILL}:
+        return count("chain", [False])
     return count("chain", [go_on_and_compare(harness, run, outcome(place / "whole-0"))])
 
 
@@ -159,6 +163,10 @@ def signals(
         hit[0] += answer["code"] == code
         if answer["code"] not in (0, code):
             return False
+        if name == "SIGTERM" and list(run.glob("checkpoint-*")):  # the last finished step is saved
+            logged = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+            if max(logged, default=0) != max(runfolder.checkpoint_steps(run)):
+                return False
         if not (run / "finetune_config.json").exists():  # it stopped before anything was written
             straight(harness, settings)
         return go_on_and_compare(harness, run, expected)

@@ -32,6 +32,7 @@ from onecard.runfolder import (
     write_json,
 )
 
+REPLACED = ".replaced-"
 MANIFEST, PROGRESS, OPTIMIZER = "manifest.json", "progress.json", "optimizer.safetensors"
 FORMAT = 1
 IN_LOG = ("evaluated", "best_step", "best_loss")  # not kept in checkpoints
@@ -64,10 +65,14 @@ def save(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> Path:
-    """Write folder/checkpoint-<step>, whole or not at all; returns it. An existing one is left as it is."""
+    """Write folder/checkpoint-<step>, whole or not at all; returns it.
+
+    An existing one with the same state is left as it is; one with another state (the rows were started anew,
+    the budget changed) is replaced.
+    """
     target = folder / f"checkpoint-{progress.step}"
-    if target.exists():
-        verify(target)
+    state = {k: v for k, v in dataclasses.asdict(progress).items() if k not in IN_LOG}
+    if target.exists() and _same_state(verified_progress(target), progress):
         return target
     temporary = folder / f".saving-{progress.step}-{os.getpid()}"
     tensors, scalars = _optimizer_state(optimizer)
@@ -78,16 +83,16 @@ def save(
         temporary.mkdir()
         save_adapter(temporary)
         save_file(tensors, temporary / OPTIMIZER)
-        state = {
-            "progress": {k: v for k, v in dataclasses.asdict(progress).items() if k not in IN_LOG},
-            "optimizer": scalars,
-            "scaler": scaler.state_dict(),
-        }
-        write_json(temporary / PROGRESS, state)
+        values = {"progress": state, "optimizer": scalars, "scaler": scaler.state_dict()}
+        write_json(temporary / PROGRESS, values)
         write_json(temporary / MANIFEST, _manifest(temporary, progress.step))
         sync_folder(temporary)
+        replaced = folder / f"{REPLACED}{progress.step}"
+        if target.exists():
+            target.rename(replaced)
         temporary.rename(target)
         sync_folder(folder)
+        delete([replaced] if replaced.exists() else [])
     except (OSError, SafetensorError) as error:
         raise disk_error(target, error) from None
     finally:
@@ -132,6 +137,10 @@ def verify(checkpoint: Path) -> list[str]:
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run folder, or None; and what was wrong with newer ones."""
     problems = []
+    for replaced in folder.glob(f"{REPLACED}*"):  # a kill came between the two renames
+        target = folder / f"checkpoint-{replaced.name.removeprefix(REPLACED)}"
+        if not target.exists():
+            replaced.rename(target)
     for step in sorted(checkpoint_steps(folder), reverse=True):
         path = folder / f"checkpoint-{step}"
         try:
@@ -141,6 +150,17 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         else:
             return path, problems
     return None, problems
+
+
+def verified_progress(checkpoint: Path) -> Progress:
+    verify(checkpoint)
+    return read_progress(checkpoint)
+
+
+def _same_state(one: Progress, other: Progress) -> bool:
+    """Whether two states of the same step lead to the same steps; answers can be given again."""
+    names = ("updates", "rows_seen", "micro_batch_tokens")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def read_progress(checkpoint: Path) -> Progress:

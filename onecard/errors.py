@@ -26,6 +26,7 @@ OUT_OF_MEMORY = (  # in lower case
     "cudnn_status_alloc_failed",
     "cublas_status_not_initialized",  # how a full card refuses cuBLAS its workspace
     "cudaerrormemoryallocation",
+    "std::bad_alloc",
 )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard import checkpoint, hardware, runfolder
+from onecard.errors import CHECKPOINT, UserError
 from onecard.journal import say
 from onecard.plan import versions
 from onecard.trainer import Trainer
@@ -21,7 +22,14 @@ def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
     plan, progress, folder = trainer.plan, trainer.progress, trainer.folder
     before = progress.answers
     best = progress.best_step or progress.step
-    sha256 = checkpoint.publish(folder / f"checkpoint-{best}", folder)
+    try:
+        sha256 = checkpoint.publish(folder / f"checkpoint-{best}", folder)
+    except UserError as error:
+        if best == progress.step or error.code != CHECKPOINT:
+            raise
+        say(f"warning: {error.problem} It was the best; the last adapter is taken instead.")
+        best = progress.step
+        sha256 = checkpoint.publish(folder / f"checkpoint-{best}", folder)
     records = [json.loads(line) for line in (folder / runfolder.LOG).read_text(encoding="utf-8").splitlines()]
     draw(records, folder / runfolder.PICTURE)
     evaluations = [record for record in records if "eval_loss" in record]

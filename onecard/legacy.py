@@ -64,7 +64,8 @@ def read(folder: Path) -> Legacy:
     if (folder / OPTIMIZER).is_file():
         moments = _moments(unpickle(folder / OPTIMIZER)) or None
     if (folder / SCALER).is_file():
-        scale = unpickle(folder / SCALER).get("scale")
+        saved = unpickle(folder / SCALER)
+        scale = saved.get("scale") if isinstance(saved, dict) else None
     if settings.get("r", next(iter(ranks))) not in ranks:
         notes.append(
             f"{ADAPTER_CONFIG} says rank {settings['r']}, its tensors have {min(ranks)}: theirs counts"
@@ -94,11 +95,17 @@ def _adapter(folder: Path) -> dict[str, torch.Tensor]:
         if path is None:
             raise UserError(f"{folder}: holds no adapter weights.", "", CHECKPOINT)
         found = unpickle(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds no tensors by name.", "", CHECKPOINT)
     adapter = {}
     for name, tensor in found.items():
         match = NAME.fullmatch(name)
         if match and isinstance(tensor, torch.Tensor):
             adapter[f"{match['module']}.lora_{match['side']}.weight"] = tensor.float()
+    other = [str(name) for name in found if "modules_to_save" in str(name) or "lora_magnitude" in str(name)]
+    if other:
+        problem = f"{path}: holds more than a plain LoRA adapter ({other[0]})."
+        raise UserError(problem, "Only plain LoRA adapters can be trained further.", CHECKPOINT)
     if not adapter:
         problem = f"{path}: holds no LoRA tensor ({path.stat().st_size} bytes)."
         raise UserError(problem, "Such files came from saving an adapter twice; take another.", CHECKPOINT)
@@ -123,10 +130,12 @@ def _moments(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_moment(moments: dict[str, Any], number: int) -> torch.Tensor | None:
-    """The first moment of parameter `number`, under torch's or bitsandbytes' name."""
+    """The first moment of parameter `number`, under torch's or bitsandbytes' name; None without a second."""
     start, ends = f"{number}.", (".exp_avg", ".state1")
     names = (name for name in moments if name.startswith(start) and name.endswith(ends))
-    return moments.get(next(names, ""))
+    name = next(names, "")
+    second = name.replace(".exp_avg", ".exp_avg_sq").replace(".state1", ".state2")
+    return moments.get(name) if second in moments else None
 
 
 def is_bitsandbytes(moments: dict[str, Any]) -> bool:
@@ -210,7 +219,7 @@ def _child(source: str, output: str) -> int:
         value = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         print(str(error).replace("\n", " ")[:300], file=sys.stderr)
-        return UNSAFE
+        return CHECKPOINT if "invalid load key" in str(error) else UNSAFE
     except Exception as error:
         print(f"{type(error).__name__}: {error}".replace("\n", " ")[:300], file=sys.stderr)
         return CHECKPOINT

@@ -51,14 +51,14 @@ def check_free(folder: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         return
     try:
-        _take(handle, folder)
+        _take(handle, folder, fcntl.LOCK_SH)  # several may ask at the same time
     finally:
         os.close(handle)
 
 
-def _take(handle: int, folder: Path) -> None:
+def _take(handle: int, folder: Path, kind: int = fcntl.LOCK_EX) -> None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = os.pread(handle, 20, 0).decode() or "unknown"
         problem = f"{folder}: process {owner} is training there."

@@ -49,6 +49,7 @@ PLAIN = {
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 TOKENIZER_EXTRAS = ("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
 SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
+NOT_LOADED = ["*/*", "consolidated*"]  # what transformers leaves alone
 PICKLED_WEIGHTS = ("*.bin", "*.bin.index.json", "config.json")
 
 
@@ -90,16 +91,21 @@ def identity_files(path: str) -> dict[str, list[Path]]:
     folder, names = Path(path), (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(path, allow_patterns=[*names, *SAFE_WEIGHTS]))
+            folder = Path(
+                snapshot_download(path, allow_patterns=[*names, *SAFE_WEIGHTS], ignore_patterns=NOT_LOADED)
+            )
             if not list(folder.glob(SAFE_WEIGHTS[0])):  # repositories often hold both kinds
-                folder = Path(snapshot_download(path, allow_patterns=[*names, *PICKLED_WEIGHTS]))
+                folder = Path(
+                    snapshot_download(
+                        path, allow_patterns=[*names, *PICKLED_WEIGHTS], ignore_patterns=NOT_LOADED
+                    )
+                )
         except (OSError, ValueError, HfHubHTTPError) as error:
             raise _cannot_load(path, "its files", error) from None
+    patterns = SAFE_WEIGHTS if list(folder.glob(SAFE_WEIGHTS[0])) else PICKLED_WEIGHTS
     return {
         "tokenizer": [folder / name for name in names if (folder / name).is_file()],
-        "weights": sorted(
-            {file for pattern in (*SAFE_WEIGHTS, *PICKLED_WEIGHTS) for file in folder.glob(pattern)}
-        ),
+        "weights": sorted({file for pattern in patterns for file in folder.glob(pattern)}),
     }
 
 

@@ -50,12 +50,16 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
 
 def all_processes(flag: bool) -> bool:
     """Whether `flag` is true in every process."""
+    return bool(smallest(int(flag)))
+
+
+def smallest(number: int) -> int:
+    """The smallest of all processes' numbers."""
     if not dist.is_initialized():
-        return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    value = torch.tensor(int(flag), device=device)
+        return number
+    value = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(value, dist.ReduceOp.MIN)
-    return bool(value.item())
+    return value.item()
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], also: torch.Tensor) -> torch.Tensor:

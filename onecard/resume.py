@@ -115,7 +115,9 @@ def _same_run(folder: Path, chosen: Path | None, wish: ContinueConfig, given: fr
     options = dataclasses.replace(options, output_path=str(folder))  # the folder may have moved
     finished = runfolder.read_json(folder / runfolder.FINISHED)
     start = Start(options, Progress(), stored=stored, same_run=True, changes=changes)
-    if finished and not (_longer(start) or chosen or wish.from_data_beginning):
+    start.begun_from = stored.get("begun_from")
+    earlier = chosen and finished and checkpoint.read_progress(chosen).step < finished["steps"]
+    if finished and not (_longer(start) or earlier or wish.from_data_beginning):
         say_finished(folder, finished)
         return None
     lock.check_free(folder)
@@ -127,6 +129,9 @@ def _same_run(folder: Path, chosen: Path | None, wish: ContinueConfig, given: fr
             raise UserError(f"{folder}: no checkpoint is whole.", fix, CHECKPOINT)
     else:
         _verify_chosen(chosen, folder)
+    if chosen is None and stored.get("begun_from"):
+        problem = f"{folder}: stopped before its first save, and it began from {stored['begun_from']}."
+        raise UserError(problem, "Give the same command as then, with --overwrite.", CHECKPOINT)
     if chosen is None:
         say("Nothing was saved yet: the run starts from its first step.")
         start.progress.micro_batch_tokens = stored["resolved"]["micro_batch_tokens"]
@@ -152,7 +157,7 @@ def _other_rows(source: Path, wish: ContinueConfig, given: frozenset[str]) -> St
     old = checkpoint.read_progress(source)
     progress = Progress(step=old.step, updates=old.updates)
     say(f"Adapter, optimizer and rate go on from {source}; {options.data_path} from its beginning.")
-    return Start(options, progress, source, stored=stored, changes=changes)
+    return Start(options, progress, source, stored=stored, changes=changes, begun_from=str(source))
 
 
 def _read_run(folder: Path) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def contents(folder: Path) -> list[Path]:
 
 def leftovers(folder: Path) -> list[Path]:
     """What a save that was killed left behind."""
-    return [path for path in folder.glob(".saving-*") if re.fullmatch(r"\.saving-\d+-\d+", path.name)]
+    return [path for path in folder.glob(".*-*") if re.fullmatch(r"\.(saving-\d+|replaced)-\d+", path.name)]
 
 
 def has_log(folder: Path) -> bool:

@@ -60,8 +60,11 @@ def _on_signal(number: int, frame: object) -> None:
     if _state.number is None:
         _state.number, _state.arrived = number, time.monotonic()
         _tell()
-    elif number == signal.SIGINT and time.monotonic() - _state.arrived > ECHO:
-        os._exit(128 + number)
+    elif time.monotonic() - _state.arrived > ECHO:
+        if number == signal.SIGINT:
+            os._exit(128 + number)
+        _state.told = False  # it may have been raised where Python swallows it
+        _tell()
 
 
 def _tell() -> None:

@@ -5,7 +5,7 @@ how the rows were cut into micro-batches does not change it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -48,7 +48,7 @@ class StepModel(torch.nn.Module):
 
 def gradient(
     step_model: StepModel,
-    micro_batches: list[PackedBatch],
+    micro_batches: Iterable[PackedBatch],
     targets_in_step: int,
     parameters: list[torch.nn.Parameter],
     scaler: torch.amp.GradScaler,
@@ -112,7 +112,7 @@ def _drop_gradient(parameters: list[torch.nn.Parameter]) -> None:
 @torch.no_grad()
 def evaluate(
     step_model: StepModel,
-    micro_batches: list[PackedBatch],
+    micro_batches: Iterable[PackedBatch],
     progress: Callable[[int], None] = lambda rows: None,
 ):
     """(loss in nats per target token, next-token accuracy) over all processes' micro-batches."""

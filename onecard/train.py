@@ -7,7 +7,7 @@ adapter. Fetching models, answering prompts and drawing are other verbs' work an
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from onecard import (
     parallel,
     prompt,
     resume,
+    runfolder,
     signals,
     step,
 )
@@ -74,6 +75,8 @@ def carry_out(plan: Plan, start: Start | None, sample: Sample, draw: Draw) -> No
     parallel.start(torch.device(plan.device))
     try:
         with lock.owned(folder) if parallel.is_main() else contextlib.nullcontext():
+            if not start and not plan.options.overwrite and (folder / runfolder.FINISHED).exists():
+                raise UserError(f"{folder}: another process has just finished a run there.")
             trainer = load(plan, folder, start)
             try:
                 train(trainer, sample, draw)
@@ -87,13 +90,14 @@ def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:
     """All steps of a run, evaluations and checkpoints between them, and the finished adapter."""
     plan, progress, journal = trainer.plan, trainer.progress, trainer.journal
     try:
+        save(trainer)  # before anything that takes time: from here on the run can be killed
         if progress.answers is None:
             progress.answers = answers(trainer, sample)
         if evaluation_is_due(trainer):
             evaluate(trainer)
         if progress.step < plan.total_steps:
             dry_run(trainer)
-        save(trainer)
+            save(trainer)  # again, if the budget is another now
         journal.begin(progress.rows_seen)
         while progress.step < plan.total_steps:
             one_step(trainer)
@@ -304,8 +308,8 @@ def answers(trainer: Trainer, sample: Sample) -> list[str]:
     )
 
 
-def on_device(trainer: Trainer, rows: np.ndarray) -> list[PackedBatch]:
-    """This process's micro-batches of these rows."""
+def on_device(trainer: Trainer, rows: np.ndarray) -> Iterator[PackedBatch]:
+    """This process's micro-batches of these rows, each moved when its turn comes."""
     packed = micro_batches(
         trainer.plan.examples,
         rows.tolist(),
@@ -313,7 +317,7 @@ def on_device(trainer: Trainer, rows: np.ndarray) -> list[PackedBatch]:
         parallel.rank(),
         parallel.world_size(),
     )
-    return [batch.to(trainer.device) for batch in packed]
+    return (batch.to(trainer.device) for batch in packed)
 
 
 def stop_non_finite(trainer: Trainer, problem: step.NonFiniteError) -> UserError:

@@ -59,7 +59,8 @@ def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
     progress = start.progress if start else Progress()
     if start:
         restore(start, adapted, optimizer, scaler)
-    progress.micro_batch_tokens = progress.micro_batch_tokens or micro_batch_budget(plan, device)
+    budget = progress.micro_batch_tokens or micro_batch_budget(plan, device)
+    progress.micro_batch_tokens = parallel.smallest(budget)  # one for all: they halve it together
     if parallel.is_main():
         start_folder(plan, folder, progress, start)
     parallel.barrier()
@@ -140,6 +141,7 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: Start | No
             "resolved": resolved,
             "data": rows,
             "fingerprints": plan.fingerprints,
+            "begun_from": start.begun_from if start else None,
             "versions": versions(),
         }
         runfolder.write_json(folder / runfolder.CONFIG, record)

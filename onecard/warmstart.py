@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from onecard import legacy, runfolder
+from onecard import checkpoint, legacy, runfolder
 from onecard.checkpoint import Progress
 from onecard.config import ContinueConfig, FinetuneConfig
 from onecard.errors import CHECKPOINT, UserError
@@ -15,15 +15,20 @@ from onecard.journal import say
 from onecard.plan import finished_before
 from onecard.start import Start
 
+# of adapter_config.json: what changes scale or tensors
+OTHER_KINDS = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save", "lora_bias")
+
 
 def from_adapter(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Start | None:
     """Weights only, everything else fresh; None when that run is finished."""
     options = with_shape(source, read_shape(source), wish, given)
     if finished_before(options, Path(wish.output_path)):
         return None
+    if (source / checkpoint.MANIFEST).is_file():  # outside of its run its options and rows are not known
+        checkpoint.verify(source)
     tensors = read_tensors(source / runfolder.ADAPTER_WEIGHTS)
     say(f"Warm start: the weights of {source}; optimizer, rate and rows start anew.")
-    return Start(options, Progress(), adapter=tensors)
+    return Start(options, Progress(), adapter=tensors, begun_from=str(source))
 
 
 def from_older(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Start | None:
@@ -59,7 +64,13 @@ def from_older(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Sta
         moments=old.optimizer,
         scale=old.scale,
         planned_steps=old.planned_steps,
+        begun_from=str(source),
     )
+
+
+def _plain(value: Any) -> Any:
+    """Module names in any order are the same."""
+    return sorted(name.strip() for name in value.split(",")) if isinstance(value, str) else value
 
 
 def with_shape(
@@ -69,7 +80,7 @@ def with_shape(
     wrong = [
         f"{name} {value} -> {getattr(wish, name)}"
         for name, value in shape.items()
-        if name in given and getattr(wish, name) != value
+        if name in given and _plain(getattr(wish, name)) != _plain(value)
     ]
     if wrong:
         raise UserError(f"{source}: the adapter has another shape: {'; '.join(wrong)}.", "", CHECKPOINT)
@@ -83,6 +94,12 @@ def read_shape(source: Path) -> dict[str, Any]:
     if values is None or not (source / runfolder.ADAPTER_WEIGHTS).is_file():
         problem = f"{source}: no checkpoint and no adapter ({runfolder.ADAPTER_WEIGHTS}) is there."
         raise UserError(problem, "Name a checkpoint folder, a run folder or an adapter folder.", CHECKPOINT)
+    other = [name for name in OTHER_KINDS if values.get(name)] if isinstance(values, dict) else []
+    if other:
+        problem = (
+            f"{source / runfolder.ADAPTER_CONFIG}: adapters with {', '.join(other)} are of another kind."
+        )
+        raise UserError(problem, "Only plain LoRA adapters can be trained further.", CHECKPOINT)
     try:
         rank, alpha, targets = int(values["r"]), float(values["lora_alpha"]), values["target_modules"]
         names = targets if isinstance(targets, str) else ",".join(sorted(map(str, targets)))

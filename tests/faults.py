@@ -9,6 +9,7 @@ import dataclasses
 import io
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ def planted(fault: dict[str, Any]) -> Iterator[None]:
 
 
 def kill_in_step(where: list[int]) -> None:
-    """SIGKILL in optimizer step `where[0]` after micro-batch `where[1]` of it (0: before the first)."""
+    """SIGKILL in gradient `where[0]` (the dry run's is number 1) after `where[1]` of its micro-batches."""
     from onecard import step
 
     plain, place = step.gradient, {"step": 0, "micro_batch": 0}
@@ -117,6 +118,22 @@ def no_memory_at(calls: list[int]) -> None:
     step.StepModel.forward, train.dry_run = forward, dry
 
 
+def slow_save(seconds: float) -> None:
+    """Saving takes this much longer once the first checkpoint is there."""
+    from onecard import model
+
+    plain, saves = model.save_adapter, []
+
+    def slow(*arguments: Any) -> None:
+        saves.append(1)
+        if len(saves) > 1:
+            print("saving slowly", flush=True)
+            time.sleep(seconds)
+        plain(*arguments)
+
+    model.save_adapter = slow
+
+
 def _no_memory(_: Any) -> None:
     raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
 
@@ -202,4 +219,5 @@ PLANT = {
     "no_memory_above": no_memory_above,
     "no_memory_at": no_memory_at,
     "mutant": mutate,
+    "slow_save": slow_save,
 }

@@ -142,7 +142,7 @@ def test_another_format_is_refused(copy):
 
 @pytest.mark.parametrize("call", range(1, 11))
 def test_a_failing_sync_is_a_failing_save(tmp_path, monkeypatch, call):
-    """C5: an error of fsync is exit 7; nothing is promoted, nothing temporary is left."""
+    """C5: an error of fsync is exit 7, before the rename nothing is promoted; nothing temporary is left."""
     save(tmp_path, 1)
     plain, calls = os.fsync, itertools.count(1)
 

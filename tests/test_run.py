@@ -439,14 +439,14 @@ def test_overwrite_leaves_what_no_run_writes(tiny_model, tiny_rows, tmp_path):
     assert (folder / "checkpoint-notes.txt").exists()
 
 
-def test_a_run_that_stopped_before_its_first_step_starts_again(tiny_model, tiny_rows, tmp_path, monkeypatch):
+def test_a_run_that_stopped_before_its_first_save_starts_again(tiny_model, tiny_rows, tmp_path, monkeypatch):
     """Nothing is lost by starting, so nothing is asked."""
     settings = options(tiny_model, tiny_rows, tmp_path / "run", max_steps=1)
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(step, "evaluate", interrupted)
+    monkeypatch.setattr(checkpoint, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(settings)
     monkeypatch.undo()
@@ -543,6 +543,7 @@ def test_what_chat_asks_is_the_beginning_of_what_training_saw(tiny_model, tiny_r
     plain_step, plain_greedy = step.gradient, engine_hf.greedy
 
     def spy_step(step_model, micro_batches, *rest):
+        micro_batches = list(micro_batches)
         for packed in micro_batches:
             documents = packed.input_ids[0].split(packed.document_lengths)
             trained.extend(zip(packed.row_numbers, (ids.tolist() for ids in documents), strict=True))
