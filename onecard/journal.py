@@ -3,6 +3,7 @@
 It does not know how training works; it is told records.
 """
 
+import contextlib
 import json
 import netrc
 import os
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from onecard import parallel
 from onecard.errors import UserError
-from onecard.runfolder import LOG
+from onecard.runfolder import LOG, disk_error
 
 
 def say(text: str) -> None:
@@ -65,7 +66,10 @@ class Journal:
     def sync(self) -> None:
         """Have what was written so far survive a power failure."""
         if self.file:
-            os.fsync(self.file.fileno())
+            try:
+                os.fsync(self.file.fileno())
+            except OSError as error:
+                raise disk_error(Path(self.file.name), error) from None
 
     def step(self, record: dict[str, Any]) -> None:
         self._write(record)
@@ -99,7 +103,8 @@ class Journal:
     def close(self) -> None:
         self.end()
         if self.file:
-            self.file.close()
+            with contextlib.suppress(OSError):  # what could not be written was told when it was tried
+                self.file.close()
         if self.wandb:
             self.wandb.finish()
 
@@ -112,7 +117,10 @@ class Journal:
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.file:
-            self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            try:
+                self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            except OSError as error:
+                raise disk_error(Path(self.file.name), error) from None
         if self.wandb:
             numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
             self.wandb.log(numbers, step=record["step"])
