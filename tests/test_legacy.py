@@ -18,10 +18,19 @@ from tests import tiny
 RANK, ALPHA, TARGETS = 4, 12, ["q_proj", "v_proj"]
 
 
-@pytest.fixture(scope="module", params=["adamw_torch", "adamw_bnb_8bit"])
-def written(request, tiny_model, tmp_path_factory) -> Path:
+@pytest.fixture(scope="module")
+def written(tiny_model, tmp_path_factory) -> Path:
     """A folder that the Trainer wrote after 3 of 6 planned steps."""
-    place = tmp_path_factory.mktemp("trainer")
+    return write(tiny_model, tmp_path_factory.mktemp("trainer"), "adamw_torch")
+
+
+@pytest.fixture(scope="module")
+def written_8bit(tiny_model, tmp_path_factory) -> Path:
+    """The same with bitsandbytes' optimizer."""
+    return write(tiny_model, tmp_path_factory.mktemp("trainer8"), "adamw_bnb_8bit")
+
+
+def write(tiny_model: Path, place: Path, optimizer: str) -> Path:
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     adapted = get_peft_model(
         base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
@@ -33,7 +42,7 @@ def written(request, tiny_model, tmp_path_factory) -> Path:
         per_device_train_batch_size=4,
         learning_rate=1e-2,
         save_steps=3,
-        optim=request.param,
+        optim=optimizer,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
@@ -69,9 +78,12 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("layout", ["trainer", "vicuna"])
-def test_an_older_checkpoint_goes_on(harness, written, tiny_model, tmp_path, layout):
+@pytest.mark.parametrize(
+    ("layout", "kind"), [("trainer", "written"), ("vicuna", "written"), ("trainer", "written_8bit")]
+)
+def test_an_older_checkpoint_goes_on(harness, request, tiny_model, tmp_path, layout, kind):
     """Weights, moments, schedule and step arrive, said aloud; the folder is not changed."""
+    written = request.getfixturevalue(kind)
     source = written if layout == "trainer" else vicuna(written, tmp_path / "old")
     before = content(source)
     wish = flags(tiny_model, tmp_path, resume_from_checkpoint=source)
@@ -130,8 +142,15 @@ class Touch:
         return (open, (str(self.canary), "w"))
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "optimizer.pt", "scaler.pt"])
-@pytest.mark.parametrize("how", ["torch", "pickle"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("adapter_model.bin", "torch"),
+        ("pytorch_model.bin", "pickle"),
+        ("optimizer.pt", "torch"),
+        ("scaler.pt", "pickle"),
+    ],
+)
 def test_a_hostile_file_is_refused_and_runs_nothing(harness, written, tiny_model, tmp_path, name, how):
     """C20, S1: exit 8, no canary, no run folder."""
     source, canary = vicuna(written, tmp_path / "old"), tmp_path / "canary"

@@ -54,7 +54,7 @@ def test_a_run_goes_on_bit_for_bit_from_any_step(harness, straight, tmp_path, va
     whole = straight(variant)
     expected = outcome(whole)
     assert len([record for record in expected["log"] if "loss" in record]) == STEPS
-    steps = range(STEPS) if variant in ("16 bits", "fp16 with its scaler") else (0, 3, 7, 11)
+    steps = range(STEPS) if variant == "16 bits" else (0, 3, 7)  # all of them: benchmarks/resilience.py
 
     def cell(step: int) -> list[str]:
         run = stopped_at(whole, step, tmp_path / str(step))
@@ -97,9 +97,13 @@ def moments(count: int, seconds: float) -> list[float]:
     return [generator.uniform(0.05, 1.0) * seconds for _ in range(count)]
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGKILL", -9), ("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_at_any_moment_loses_nothing(harness, straight, tiny_model, rows, tmp_path, name, code):
-    """T12, T13, T14: at 10 random moments; SIGTERM and Ctrl-C save the last finished step first."""
+@pytest.mark.parametrize(
+    ("name", "code", "count"), [("SIGKILL", -9, 10), ("SIGTERM", 143, 10), ("SIGINT", 130, 4)]
+)
+def test_a_signal_at_any_moment_loses_nothing(
+    harness, straight, tiny_model, rows, tmp_path, name, code, count
+):
+    """T12, T13, T14: at random moments; SIGTERM and Ctrl-C save the last finished step first."""
     whole = straight("16 bits")
     expected, seconds = (
         outcome(whole),
@@ -129,8 +133,8 @@ def test_a_signal_at_any_moment_loses_nothing(harness, straight, tiny_model, row
         assert differences(expected, outcome(run)) == [], answer["said"] + again["said"]
         return answer["code"], answer["seconds"] - delay
 
-    answers = harness.map(cell, list(enumerate(moments(10, seconds))))
-    assert sum(stopped == code for stopped, _ in answers) >= 5
+    answers = harness.map(cell, list(enumerate(moments(count, seconds))))
+    assert sum(stopped == code for stopped, _ in answers) >= count // 2
     assert max(after for stopped, after in answers if stopped == code) < 5
 
 
@@ -502,7 +506,7 @@ def test_training_goes_on_when_its_terminal_is_gone(tiny_model, rows, tmp_path):
     """T23: the terminal is closed, the run finishes, its log is whole."""
     run, (near, far) = tmp_path / "run", pty.openpty()
     fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    arguments = [f"--{key}={value}" for key, value in flags(tiny_model, rows, run, num_epochs=20).items()]
+    arguments = [f"--{key}={value}" for key, value in flags(tiny_model, rows, run, num_epochs=5).items()]
     process = subprocess.Popen(
         [sys.executable, "finetune.py", *arguments],
         cwd=Path(__file__).parent.parent,
@@ -519,7 +523,7 @@ def test_training_goes_on_when_its_terminal_is_gone(tiny_model, rows, tmp_path):
     os.close(near)
     assert process.wait(timeout=120) == 0
     assert (run / "finished.json").exists()
-    assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["step"] == 80
+    assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["step"] == 20
 
 
 def test_several_processes_stop_and_go_on_as_one(tiny_model, rows, tmp_path):
