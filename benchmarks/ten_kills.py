@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 14
-OPTIONS = ["--batch_size=4", "--cutoff_len=128", f"--max_steps={STEPS}", "--test_size=8", "--eval_steps=5"]
+OPTIONS = ["--batch_size=4", "--cutoff_len=128", f"--max_steps={STEPS}", "--test_size=2", "--eval_steps=5"]
 OPTIONS += ["--save_steps=1", "--learning_rate=1e-3"]
 
 
