@@ -9,16 +9,15 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 bash tools/setup.sh train
+source tools/launch.sh
 
-arguments=()
 # the demo's own rate and length: about 40,000 tokens change the form of the answers; later flags win
 case "${DATA_PATH:+set}${MODEL_PATH:+set} $* " in
   set* | *" --data_path"* | *" --model_path"* | *" --config"*) ;;
   *) arguments=(--batch_size 16 --num_epochs 2 --learning_rate 3e-3 --eval_steps 13) ;;
 esac
-[ -n "${DATA_PATH:-}" ] && arguments+=(--data_path "$DATA_PATH")
-[ -n "${OUTPUT_PATH:-}" ] && arguments+=(--output_path "$OUTPUT_PATH")
-[ -n "${MODEL_PATH:-}" ] && arguments+=(--model_path "$MODEL_PATH")
-[ -n "${TEST_SIZE:-}" ] && arguments+=(--test_size "$TEST_SIZE")
-source tools/launch.sh
-launch finetune.py "${arguments[@]}" "$@"
+option --data_path "${DATA_PATH:-}"
+option --output_path "${OUTPUT_PATH:-}"
+option --model_path "${MODEL_PATH:-}"
+option --test_size "${TEST_SIZE:-}"
+launch finetune.py "$@"

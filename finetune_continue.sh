@@ -10,10 +10,9 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 bash tools/setup.sh train
-
-arguments=()
-[ -n "${OUTPUT_PATH:-}" ] && arguments+=(--output_path "$OUTPUT_PATH")
-[ -n "${LORA_CHECKPOINT:-}" ] && arguments+=(--resume_from_checkpoint "$LORA_CHECKPOINT")
-[ -n "${FROM_DATA_BEGINNING:-}" ] && arguments+=(--from_data_beginning "$FROM_DATA_BEGINNING")
 source tools/launch.sh
-launch finetune_continue.py "${arguments[@]}" "$@"
+
+option --output_path "${OUTPUT_PATH:-}"
+option --resume_from_checkpoint "${LORA_CHECKPOINT:-}"
+option --from_data_beginning "${FROM_DATA_BEGINNING:-}"
+launch finetune_continue.py "$@"

@@ -10,12 +10,11 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 bash tools/setup.sh train
-
-arguments=()
-[ -n "${LORA_CHECKPOINT:-}" ] && arguments+=(--resume_from_checkpoint "$LORA_CHECKPOINT")
-[ -n "${LORA_REMOTE_CHECKPOINT:-}" ] && arguments+=(--lora_remote_checkpoint "$LORA_REMOTE_CHECKPOINT")
-[ -n "${DATA_PATH:-}" ] && arguments+=(--data_path "$DATA_PATH")
-[ -n "${MODEL_PATH:-}" ] && arguments+=(--model_path "$MODEL_PATH")
-[ -n "${OUTPUT_PATH:-}" ] && arguments+=(--output_path "$OUTPUT_PATH")
 source tools/launch.sh
-launch finetune_continue.py "${arguments[@]}" "$@"
+
+option --resume_from_checkpoint "${LORA_CHECKPOINT:-}"
+option --lora_remote_checkpoint "${LORA_REMOTE_CHECKPOINT:-}"
+option --data_path "${DATA_PATH:-}"
+option --model_path "${MODEL_PATH:-}"
+option --output_path "${OUTPUT_PATH:-}"
+launch finetune_continue.py "$@"

@@ -21,20 +21,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from itertools import islice
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
+
+import speed_report  # beside this file; it imports the standard library only
 
 ROOT = Path(__file__).resolve().parent.parent
 MICRO_BATCH = 4  # rows that the plain side pads to one length
 RATE, SEED = 3e-4, 42
 RANK, ALPHA, DROPOUT, MODULES = 8, 16, 0.05, ("q_proj", "v_proj")
 SMALL = 1024  # tokens of the small micro-batch, at most: half of the automatic one
-TARGET_SPEED, TARGET_MEMORY = 2.0, 0.6  # at least, at most; OneCard / plain
 MATMUL_TOKENS, MATMUL_SQUARE, MATMUL_SECONDS = 2048, 4096, 1.5
-CURVE_LINES = 20  # steps shown of the loss curves
 PREPARED, ROWS, ENCODED = "prepared.json", "rows.jsonl", "encoded.json"
 
 
@@ -54,7 +53,12 @@ def main() -> None:
         auto = run_side("onecard", args, folder, "OneCard, micro-batch auto")
         small = run_side("onecard", args, folder, f"OneCard, micro-batch {same} tokens", same)
         plain = run_side("plain", args, folder, f"plain Trainer + peft, {MICRO_BATCH} rows padded")
-    text = report(args, prepared, auto, small, plain, same, load)
+    names = [
+        "OneCard, micro-batch auto",
+        f"OneCard, micro-batch {same} tokens",
+        f"plain Trainer + peft, {MICRO_BATCH} rows padded",
+    ]
+    text = speed_report.report(args, prepared, dict(zip(names, (auto, small, plain), strict=True)), load)
     print(f"\n{text}", end="", flush=True)
     if args.output:
         Path(args.output).write_text(text, encoding="utf-8")
@@ -352,87 +356,6 @@ def plain_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "peak": peak_memory_bytes("cpu"),
         "loaded": meter.loaded,
     }
-
-
-def report(
-    args: argparse.Namespace, prepared: dict, auto: dict, small: dict, plain: dict, same: int, load: float
-) -> str:
-    """The Markdown text; same: tokens of the small micro-batch, load: other work when this began."""
-    sides = {
-        "OneCard, micro-batch auto": auto,
-        f"OneCard, micro-batch {same} tokens": small,
-        f"plain Trainer + peft, {MICRO_BATCH} rows padded": plain,
-    }
-    work = 4 * (
-        prepared["frozen_weights"] * prepared["tokens"] + prepared["head_weights"] * prepared["targets"]
-    )
-    fastest = max(prepared["matmul"].values())
-    table = [
-        "| | tokens/s | ratio | peak memory | ratio | steps, s | matmul share |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    plain_speed = plain["tokens"] / plain["seconds"]
-    verdicts = []
-    for name, side in sides.items():
-        speed, share = side["tokens"] / side["seconds"], work / side["seconds"] / fastest
-        faster, smaller = speed / plain_speed, side["peak"] / plain["peak"]
-        table.append(
-            f"| {name} | {speed:.0f} | {faster:.2f} | {side['peak'] / 2**30:.2f} GiB | {smaller:.2f} "
-            f"| {side['seconds']:.1f} | {100 * share:.0f} % |"
-        )
-        if side is not plain:
-            speed_met = "met" if faster >= TARGET_SPEED else "NOT met"
-            memory_met = "met" if smaller <= TARGET_MEMORY else "NOT met"
-            verdicts.append(
-                f"- {name}: {faster:.2f}x tokens/s (target at least {TARGET_SPEED}: {speed_met}), "
-                f"{smaller:.2f}x peak memory (target at most {TARGET_MEMORY}: {memory_met})"
-            )
-    padding = 100 * (1 - prepared["tokens"] / prepared["padded"])
-    matmul = ", ".join(f"{shape} {speed / 1e9:.0f}" for shape, speed in prepared["matmul"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in prepared["versions"].items())
-    weights = "no quantisation" if args.bits == 16 else "bitsandbytes"
-    parts = [
-        "# Training speed: OneCard against plain Trainer + peft",
-        f"{date.today().isoformat()}; {prepared['machine']}; {prepared['threads']} torch threads, "
-        f"load average {load:.1f} at the start.\n"
-        f"Python {sys.version.split()[0]}, {versions}.",
-        f"{args.model_path}, {args.bits} bits ({weights}), {prepared['dtype']} "
-        f"({prepared['dtype_reason']}), {prepared['rows']} rows of {Path(args.data_path).name}, "
-        f"{prepared['tokens']} tokens of which {prepared['targets']} targets, longest row "
-        f"{prepared['longest']}, cut at {args.cutoff_len}; batch {args.batch_size} rows, one epoch.",
-        "\n".join(table),
-        "\n".join(verdicts),
-        "Tokens are real ones, without padding; the plain side's micro-batches are "
-        f"{padding:.0f} % padding. Memory is the whole process's peak; the plain one had reached "
-        f"{plain['loaded'] / 2**30:.2f} GiB before its first step. Steps leave out loading and saving.",
-        f"Matrix products in {prepared['dtype']}, median of several, GFLOP/s (tokens x inputs x outputs): "
-        f"{matmul}. The share is of the fastest, counting 4 FLOP per token for each of the "
-        f"{prepared['frozen_weights']:,} frozen weights of the linear layers and 4 per target for each of "
-        f"the {prepared['head_weights']:,} of the head: {work / 1e12:.2f} TFLOP for the run. The plain side "
-        "computes its padding and the head at every place besides, which is not counted.",
-        curves(auto, small, plain),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def curves(auto: dict, small: dict, plain: dict) -> str:
-    """The loss of every step, and how far the sides lie apart."""
-    losses = list(zip(auto["losses"], small["losses"], plain["losses"], strict=True))
-    every = -(-len(losses) // CURVE_LINES)
-    lines = ["| step | OneCard, auto | OneCard, small | plain |", "|---:|---:|---:|---:|"]
-    for step, row in enumerate(losses, start=1):
-        if step == 1 or step % every == 0 or step == len(losses):
-            lines.append(f"| {step} | " + " | ".join(f"{loss:.4f}" for loss in row) + " |")
-    apart = [abs(one - other) for one, _, other in losses]
-    itself = [abs(one - other) for one, other, _ in losses]
-    norms = ", ".join(f"{side['first_norm']:.4f}" for side in (auto, small, plain))
-    return (
-        "Loss in nats per target token:\n\n" + "\n".join(lines) + "\n\n"
-        f"OneCard (auto) and plain differ by at most {max(apart):.4f}, {mean(apart):.4f} on average; OneCard "
-        f"differs from itself with small micro-batches by at most {max(itself):.4f}, {mean(itself):.4f} on "
-        "average. Rows, their order and the adapter's start are the same; the dropout masks are not, and "
-        f"low-precision sums are rounded in another order. Gradient norms of the first step: {norms}."
-    )
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ checkpoint-<step> is whole or not there. No pickle anywhere.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from onecard.errors import CHECKPOINT, UserError
+from onecard.fingerprint import sha256
 from onecard.runfolder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -124,9 +124,9 @@ def verify(checkpoint: Path) -> list[str]:
     missing = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER, PROGRESS} - files.keys()
     if missing:
         raise refuse(f"{checkpoint / MANIFEST}: does not name {', '.join(sorted(missing))}.")
-    for name, (size, sha256) in files.items():
+    for name, (size, digest) in files.items():
         path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != size or _sha256(path) != sha256:
+        if not path.is_file() or path.stat().st_size != size or sha256(path) != digest:
             raise refuse(f"{path}: missing or changed since it was saved.")
     numbered = re.fullmatch(r"checkpoint-\d+", checkpoint.name)
     if read_progress(checkpoint).step != step or (numbered and checkpoint.name != f"checkpoint-{step}"):
@@ -177,10 +177,17 @@ def read_progress(checkpoint: Path) -> Progress:
 def restore(checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
     """Give optimizer and scaler the state they had; the adapter is loaded by model.load_adapter."""
     state = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-    tensors = load_file(checkpoint / OPTIMIZER)
-    restore_optimizer(optimizer, {**tensors, **state["optimizer"]})
+    restore_optimizer(optimizer, {**read_tensors(checkpoint / OPTIMIZER), **state["optimizer"]})
     if scaler.is_enabled() and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file; raises UserError (exit 4) when it cannot be read."""
+    try:
+        return load_file(path)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}).", "Use another checkpoint.", CHECKPOINT) from None
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Any]) -> None:
@@ -215,37 +222,35 @@ def publish(checkpoint: Path, folder: Path) -> str:
         sync_file(temporary)
         temporary.replace(folder / name)
     sync_folder(folder)
-    return _sha256(folder / ADAPTER_WEIGHTS)
+    return sha256(folder / ADAPTER_WEIGHTS)
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors named <parameter>.<key>, everything that is not a tensor); nested states keep their path."""
     tensors, scalars, seen = {}, {}, set()
-
-    def collect(path: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                collect(f"{path}.{key}" if path else str(key), inner)
-        elif isinstance(value, torch.Tensor):
+    for path, value in flattened(optimizer.state_dict()["state"]):
+        if isinstance(value, torch.Tensor):
             tensor = value.detach().cpu().contiguous()
             shared = tensor.untyped_storage().data_ptr() in seen  # which safetensors refuses
             tensors[path] = tensor.clone() if shared else tensor
             seen.add(tensor.untyped_storage().data_ptr())
         else:
             scalars[path] = value
-
-    collect("", optimizer.state_dict()["state"])
     return tensors, scalars
+
+
+def flattened(nested: dict[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """(keys joined by dots, value) of everything in nested dictionaries; restore_optimizer takes it apart."""
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            yield from flattened(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
 
 
 def _manifest(folder: Path, step: int) -> dict[str, Any]:
     files = {}
     for path in sorted(folder.iterdir()):
         sync_file(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     return {"format": FORMAT, "step": step, "files": files}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 CACHE = "fingerprints.json"
 CHUNK = 1 << 22  # bytes
+LARGE = 100 * CHUNK
 
 
 def cache_folder() -> Path:
@@ -22,23 +23,23 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ONECARD_CACHE") or Path(base) / "onecard")
 
 
-def of_files(paths: list[Path], again: bool = False, quiet: bool = False) -> dict[Path, str]:
+def of_files(paths: list[Path], again: bool = False) -> dict[Path, str]:
     """SHA-256 of each file; `again` reads them whatever the cache says."""
-    known, result = _read_cache(), {}
-    for path in paths:
-        stamp = _stamp(path)
-        entry = known.get(str(path.resolve()))
+    known = _read_cache()
+    found = {str(path.resolve()): known.get(str(path.resolve())) for path in paths}
+    for name, entry in found.items():
+        stamp = _stamp(Path(name))
         if again or entry is None or entry[0] != stamp:
-            entry = known[str(path.resolve())] = [stamp, _sha256(path, quiet)]
-        result[path] = entry[1]
-    _write_cache(known)
-    return result
+            found[name] = [stamp, sha256(Path(name))]
+    if any(known.get(name) != entry for name, entry in found.items()):
+        _write_cache({**known, **found})
+    return {path: found[str(path.resolve())][1] for path in paths}
 
 
-def of_folder(paths: list[Path], again: bool = False, quiet: bool = False) -> str:
+def of_folder(paths: list[Path], again: bool = False) -> str:
     """One SHA-256 of several files' names and contents."""
-    parts = of_files(sorted(paths), again, quiet)
-    text = "".join(f"{path.name} {sha256}\n" for path, sha256 in parts.items())
+    parts = of_files(sorted(paths), again)
+    text = "".join(f"{path.name} {digest}\n" for path, digest in parts.items())
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -47,9 +48,10 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def _sha256(path: Path, quiet: bool) -> str:
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, with a progress bar when it is large."""
     digest, size = hashlib.sha256(), path.stat().st_size
-    hide = True if quiet or size < 100 * CHUNK else None
+    hide = True if size < LARGE else None
     with (
         open(path, "rb") as file,
         tqdm(total=size, desc=f"hashing {path.name}", unit="B", unit_scale=True, disable=hide) as bar,

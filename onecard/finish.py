@@ -32,15 +32,15 @@ def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
         sha256 = checkpoint.publish(folder / f"checkpoint-{best}", folder)
     records = [json.loads(line) for line in (folder / runfolder.LOG).read_text(encoding="utf-8").splitlines()]
     draw(records, folder / runfolder.PICTURE)
-    evaluations = [record for record in records if "eval_loss" in record]
-    first = evaluations[0]["eval_loss"] if evaluations else None
+    losses = {record["step"]: record["eval_loss"] for record in records if "eval_loss" in record}
+    first, last = next(iter(losses.values()), None), losses.get(best)
     runfolder.write_json(
         folder / runfolder.FINISHED,
         {
             "steps": progress.step,
             "best_step": best,
             "eval_loss_before": first,
-            "eval_loss_after": progress.best_loss,
+            "eval_loss_after": last,
             "tokens": progress.tokens,
             "training_seconds": round(progress.seconds, 2),
             "tokens_per_second": round(progress.tokens / progress.seconds, 1),
@@ -64,8 +64,8 @@ def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
         f"\n{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s ({speed:.0f} tokens/s)."
     )
     if first is not None:
-        say(f"Validation loss {first:.4f} before, {progress.best_loss:.4f} after (best at step {best}).")
-        if progress.best_loss > first:
+        say(f"Validation loss {first:.4f} before, {last:.4f} after (best at step {best}).")
+        if last > first:
             say("warning: the validation loss is higher than before training. Try a lower --learning_rate.")
     say(f"The adapter lies in {folder}: {runfolder.ADAPTER_WEIGHTS} and {runfolder.ADAPTER_CONFIG}.")
     say(f"Its log is {folder / runfolder.LOG}, its picture {folder / 'loss.png'}.")

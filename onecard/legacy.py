@@ -16,18 +16,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from onecard.checkpoint import flattened, read_tensors
 from onecard.errors import CHECKPOINT, UNSAFE, UserError
+from onecard.runfolder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-SAFE_WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = ("adapter_model.bin", "pytorch_model.bin")
-STATE, OPTIMIZER, SCALER, ADAPTER_CONFIG = (
-    "trainer_state.json",
-    "optimizer.pt",
-    "scaler.pt",
-    "adapter_config.json",
-)
+STATE, OPTIMIZER, SCALER = "trainer_state.json", "optimizer.pt", "scaler.pt"
 MARKS = (STATE, OPTIMIZER, *PICKLED_WEIGHTS)  # any of these makes a folder an older checkpoint
 NAME = re.compile(r"(?P<module>.*\.(?P<last>[^.]+))\.lora_(?P<side>[AB])(\.default)?\.weight")
+PLAIN = torch.Tensor | int | float  # of an optimizer's state
 SECONDS = 600  # the child's time
 
 
@@ -84,12 +81,9 @@ def read(folder: Path) -> Legacy:
 
 
 def _adapter(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / SAFE_WEIGHTS
+    path = folder / ADAPTER_WEIGHTS
     if path.is_file():
-        try:
-            found = load_file(path)
-        except Exception as error:  # safetensors' own error derives from Exception alone
-            raise UserError(f"{path}: damaged ({error}).", "", CHECKPOINT) from None
+        found = read_tensors(path)
     else:
         path = next((folder / name for name in PICKLED_WEIGHTS if (folder / name).is_file()), None)
         if path is None:
@@ -115,18 +109,8 @@ def _adapter(folder: Path) -> dict[str, torch.Tensor]:
 def _moments(saved: dict[str, Any]) -> dict[str, Any]:
     """The moments in our flat form; the numbers are those of the parameters in the model's order."""
     states = saved.get("state", {}) if isinstance(saved, dict) else {}
-    flat = {}
-
-    def collect(path: str, value: Any) -> None:  # bitsandbytes nests some of its states
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                collect(f"{path}.{key}", inner)
-        elif isinstance(value, torch.Tensor | int | float):
-            flat[path] = value
-
-    for number, (_, state) in enumerate(sorted(states.items())):
-        collect(str(number), state)
-    return flat
+    numbered = dict(enumerate(state for _, state in sorted(states.items())))
+    return {path: value for path, value in flattened(numbered) if isinstance(value, PLAIN)}
 
 
 def first_moment(moments: dict[str, Any], number: int) -> torch.Tensor | None:

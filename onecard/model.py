@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from onecard import attention, frozen
+from onecard.checkpoint import read_tensors
 from onecard.dropout import CheapDropout
 from onecard.errors import CHECKPOINT, UserError
 from onecard.runfolder import ADAPTER_WEIGHTS
@@ -258,7 +259,7 @@ def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
 
 def load_adapter(model: PeftModel, weights: Path) -> None:
     """Give the adapter the tensors of a safetensors file; raises UserError (exit 4) unless all fit."""
-    set_adapter(model, load_file(weights), str(weights))
+    set_adapter(model, read_tensors(weights), str(weights))
 
 
 def set_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], source: str) -> None:

@@ -1,7 +1,8 @@
 """Which run goes on, from where, and with which options: decided before weights are loaded.
 
 A run goes on in its own folder (the same rows, bit for bit as if it had not stopped), or in a new folder on
-other rows (optimizer and rate go on), or an adapter alone starts a new run warm. Nothing is written here.
+other rows (optimizer and rate go on), or an adapter alone starts a new run warm. Nothing is written here, but
+for the last rename of a save that a kill cut in two.
 """
 
 import dataclasses
@@ -114,8 +115,8 @@ def _same_run(folder: Path, chosen: Path | None, wish: ContinueConfig, given: fr
     options, changes = _merged(before, wish, given, _fixed_in_same_run)
     options = dataclasses.replace(options, output_path=str(folder))  # the folder may have moved
     finished = runfolder.read_json(folder / runfolder.FINISHED)
-    start = Start(options, Progress(), stored=stored, same_run=True, changes=changes)
-    start.begun_from = stored.get("begun_from")
+    begun_from = stored.get("begun_from")
+    start = Start(options, Progress(), stored=stored, same_run=True, begun_from=begun_from, changes=changes)
     earlier = chosen and finished and checkpoint.read_progress(chosen).step < finished["steps"]
     if finished and not (_longer(start) or earlier or wish.from_data_beginning):
         say_finished(folder, finished)
@@ -129,8 +130,8 @@ def _same_run(folder: Path, chosen: Path | None, wish: ContinueConfig, given: fr
             raise UserError(f"{folder}: no checkpoint is whole.", fix, CHECKPOINT)
     else:
         _verify_chosen(chosen, folder)
-    if chosen is None and stored.get("begun_from"):
-        problem = f"{folder}: stopped before its first save, and it began from {stored['begun_from']}."
+    if chosen is None and begun_from:
+        problem = f"{folder}: stopped before its first save, and it began from {begun_from}."
         raise UserError(problem, "Give the same command as then, with --overwrite.", CHECKPOINT)
     if chosen is None:
         say("Nothing was saved yet: the run starts from its first step.")
@@ -138,8 +139,11 @@ def _same_run(folder: Path, chosen: Path | None, wish: ContinueConfig, given: fr
     else:
         start.checkpoint, start.progress = chosen, checkpoint.read_progress(chosen)
         say(f"Going on from {chosen} (step {start.progress.step} of {stored['resolved']['total_steps']}).")
-    if "micro_batch_tokens" in given and wish.micro_batch_tokens != "auto":
-        start.progress.micro_batch_tokens = wish.micro_batch_tokens
+    asked = options.micro_batch_tokens
+    if "micro_batch_tokens" in given and asked != "auto":
+        start.progress.micro_batch_tokens = asked
+    elif asked != before.micro_batch_tokens:  # auto now: it is found again
+        start.progress.micro_batch_tokens = 0
     if wish.from_data_beginning:
         start.progress.rows_seen = 0
         changes.append("the rows start from the beginning; adapter, optimizer and rate go on")
@@ -150,14 +154,14 @@ def _other_rows(source: Path, wish: ContinueConfig, given: frozenset[str]) -> St
     _verify_chosen(source, source.parent)
     stored = _read_run(source.parent)
     before = config.build(FinetuneConfig, stored["options"])
-    options, changes = _merged(before, wish, given, _fixed_with_other_rows)
+    options, _ = _merged(before, wish, given, _fixed_with_other_rows)
     options = dataclasses.replace(options, output_path=wish.output_path)
     if finished_before(options, Path(wish.output_path)):
         return None
     old = checkpoint.read_progress(source)
     progress = Progress(step=old.step, updates=old.updates)
     say(f"Adapter, optimizer and rate go on from {source}; {options.data_path} from its beginning.")
-    return Start(options, progress, source, stored=stored, changes=changes, begun_from=str(source))
+    return Start(options, progress, source, stored=stored, begun_from=str(source))
 
 
 def _read_run(folder: Path) -> dict[str, Any]:

@@ -95,9 +95,8 @@ def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:
             progress.answers = answers(trainer, sample)
         if evaluation_is_due(trainer):
             evaluate(trainer)
-        if progress.step < plan.total_steps:
-            dry_run(trainer)
-            save(trainer)  # again, if the budget is another now
+        if progress.step < plan.total_steps and not dry_run(trainer):
+            save(trainer)  # again, with the budget that does fit
         journal.begin(progress.rows_seen)
         while progress.step < plan.total_steps:
             one_step(trainer)
@@ -205,8 +204,12 @@ def halve_budget(trainer: Trainer, rows: np.ndarray) -> None:
     trainer.journal.say(f"out of memory with micro-batches of {before} tokens: {now}.")
 
 
-def dry_run(trainer: Trainer) -> None:
-    """Find out before the first step whether the most expensive micro-batch fits; changes nothing else."""
+def dry_run(trainer: Trainer) -> bool:
+    """Find out before the first step whether the most expensive micro-batch fits; if not, lower the budget.
+
+    Nothing else is changed. Returns whether the budget did fit.
+    """
+    planned = trainer.progress.micro_batch_tokens
     while True:
         rows = fullest(trainer.plan, trainer.progress.micro_batch_tokens)
         packed = [pack(trainer.plan.examples, rows.tolist()).to(trainer.device)]
@@ -219,7 +222,7 @@ def dry_run(trainer: Trainer) -> None:
         trainer.optimizer.zero_grad(set_to_none=True)
         hardware.release_free_memory(trainer.plan.device)
         if loss is not None:
-            return
+            return trainer.progress.micro_batch_tokens == planned
         halve_budget(trainer, rows)
 
 

@@ -4,9 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-
 from onecard import checkpoint, legacy, runfolder
 from onecard.checkpoint import Progress
 from onecard.config import ContinueConfig, FinetuneConfig
@@ -26,7 +23,7 @@ def from_adapter(source: Path, wish: ContinueConfig, given: frozenset[str]) -> S
         return None
     if (source / checkpoint.MANIFEST).is_file():  # outside of its run its options and rows are not known
         checkpoint.verify(source)
-    tensors = read_tensors(source / runfolder.ADAPTER_WEIGHTS)
+    tensors = checkpoint.read_tensors(source / runfolder.ADAPTER_WEIGHTS)
     say(f"Warm start: the weights of {source}; optimizer, rate and rows start anew.")
     return Start(options, Progress(), adapter=tensors, begun_from=str(source))
 
@@ -107,13 +104,3 @@ def read_shape(source: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         problem = f"{source / runfolder.ADAPTER_CONFIG}: not a LoRA adapter's ({error!r})."
         raise UserError(problem, "", CHECKPOINT) from None
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}).", "", CHECKPOINT) from None
-    except Exception as error:  # safetensors' own error derives from Exception alone
-        raise UserError(f"{path}: damaged ({error}).", "", CHECKPOINT) from None

@@ -110,10 +110,11 @@ def no_memory_at(calls: list[int]) -> None:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return plain(self, packed)
 
-    def dry(trainer: Any) -> None:
+    def dry(trainer: Any) -> bool:
         made["dry"] = True
-        dry_run(trainer)
+        fits = dry_run(trainer)
         made["dry"] = False
+        return fits
 
     step.StepModel.forward, train.dry_run = forward, dry
 

@@ -79,7 +79,7 @@ def test_the_dry_run_changes_nothing(tiny_model, tiny_rows, tmp_path, monkeypatc
     """Adapter, optimizer and random state are bit-equal before and after it."""
     plain, seen = train.dry_run, []
 
-    def watched(trainer) -> None:
+    def watched(trainer) -> bool:
         def state() -> list[torch.Tensor]:
             parameters = [p.detach().clone() for p in model.trainable(trainer.model)]
             assert all(p.grad is None for p in model.trainable(trainer.model))
@@ -88,8 +88,9 @@ def test_the_dry_run_changes_nothing(tiny_model, tiny_rows, tmp_path, monkeypatc
 
         torch.manual_seed(123)
         before = state()
-        plain(trainer)
+        fits = plain(trainer)
         seen.append(all(torch.equal(a, b) for a, b in zip(before, state(), strict=True)))
+        return fits
 
     monkeypatch.setattr(train, "dry_run", watched)
     settings = options(tiny_model, tiny_rows, tmp_path / "run", max_steps=1, lora_dropout=0.3)

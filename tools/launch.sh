@@ -1,7 +1,17 @@
-# launch PROGRAM ARGUMENTS...: replaces the shell by the program; sourced by the entries.
+# Sourced by the entries, which are options from the environment and one program.
 # TOT_CUDA: the cards to use (several: torchrun, one process each, PORT for their meeting).
+
+arguments=()
+
+# option --name VALUE: one more argument of the program, unless the value is empty
+option() {
+  if [ -n "$2" ]; then arguments+=("$1" "$2"); fi
+}
+
+# launch PROGRAM ARGUMENTS...: replaces the shell by the program, so that signals arrive
 launch() {
-  local processes=1 cards
+  local program=$1 processes=1 cards
+  shift
   if [ -n "${TOT_CUDA:-}" ]; then
     export CUDA_VISIBLE_DEVICES=$TOT_CUDA
     IFS=, read -ra cards <<<"$TOT_CUDA"
@@ -9,7 +19,7 @@ launch() {
   fi
   if [ "$processes" -gt 1 ]; then
     exec .venv/bin/python -m torch.distributed.run --nproc_per_node="$processes" \
-      --master_port="${PORT:-12345}" "$@"
+      --master_port="${PORT:-12345}" "$program" "${arguments[@]}" "$@"
   fi
-  exec .venv/bin/python "$@"
+  exec .venv/bin/python "$program" "${arguments[@]}" "$@"
 }
