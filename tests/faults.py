@@ -119,6 +119,53 @@ def no_memory_at(calls: list[int]) -> None:
     step.StepModel.forward, train.dry_run = forward, dry
 
 
+def signal_in_update(number: int) -> None:
+    """SIGTERM arrives when update `number` has changed the adapter, before the run has noted it."""
+    from onecard import step
+
+    plain, made = step.update, {"count": 0}
+
+    def update(*arguments: Any) -> Any:
+        result = plain(*arguments)
+        made["count"] += 1
+        if made["count"] == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    step.update = update
+
+
+def address_space(more: int) -> None:
+    """From the first dry run on the process may hold `more` bytes beyond what it holds (RLIMIT_AS)."""
+    import resource
+
+    from onecard import train
+
+    plain = train.dry_run
+
+    def dry_run(trainer: Any) -> bool:
+        with open("/proc/self/statm", encoding="utf-8") as file:
+            held = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + more, held + more))
+        return plain(trainer)
+
+    train.dry_run = dry_run
+
+
+def torn_updates(_: Any) -> None:
+    """A mutant: signals do not wait for the end of an update or a save."""
+    from onecard import signals
+
+    signals.later = contextlib.nullcontext
+
+
+def partial_gradients(_: Any) -> None:
+    """A mutant: what a micro-batch without memory should have added is left out."""
+    from onecard import parallel
+
+    parallel.all_processes = lambda _: True
+
+
 def slow_save(seconds: float) -> None:
     """Saving takes this much longer once the first checkpoint is there."""
     from onecard import model
@@ -220,5 +267,9 @@ PLANT = {
     "no_memory_above": no_memory_above,
     "no_memory_at": no_memory_at,
     "mutant": mutate,
+    "signal_in_update": signal_in_update,
+    "address_space": address_space,
+    "torn_updates": torn_updates,
+    "partial_gradients": partial_gradients,
     "slow_save": slow_save,
 }

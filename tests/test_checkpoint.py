@@ -3,8 +3,10 @@
 import itertools
 import os
 import random
+import resource
 import shutil
 import signal
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -12,9 +14,10 @@ import pytest
 import torch
 
 from onecard import checkpoint, lock, runfolder
+from onecard.checkpoint import Progress
 from onecard.errors import UserError
 from tests import faults
-from tests.disk import optimizer, power_failures, save
+from tests.disk import memory_rise, optimizer, power_failures, save, save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,54 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, keep):
         assert checkpoint.newest(folder)[0].name == "checkpoint-4"
     assert newest.name == "checkpoint-3"
     assert killed >= 15
+
+
+SYSTEM_CALLS = ["mkdir", "openat", "ftruncate", "write", "renameat", "fsync", "rename", "unlinkat", "rmdir"]
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace (Debian package strace)")
+@pytest.mark.parametrize("call", SYSTEM_CALLS)
+def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(tmp_path, call):
+    """C2: like C1, seen from outside of Python, so with those that safetensors' own code makes."""
+    killed = 0
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save(folder, 1)
+        save(folder, 2)
+        code = traced(lambda folder=folder: save(folder, 3, keep=1), f"{call}:signal=SIGKILL:when={number}")
+        newest, problems = checkpoint.newest(folder)
+        assert newest is not None
+        assert newest.name in ("checkpoint-2", "checkpoint-3")
+        assert problems == []
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        killed += 1
+    assert newest.name == "checkpoint-3"
+    assert killed >= 1
+
+
+def traced(work, inject: str) -> int:
+    """Exit code of work() in a forked child whose system calls strace interferes with."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.read(reader, 1)
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    os.close(reader)
+    command = ["strace", "-f", "-p", str(pid), "-e", f"inject={inject}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
+        first = tracer.stderr.readline()
+        assert "attached" in first or os.kill(pid, signal.SIGKILL), first
+        os.write(writer, b"x")
+        os.close(writer)
+        tracer.stderr.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.mark.parametrize("fsync_works", [True, False])
@@ -160,6 +211,63 @@ def test_a_failing_sync_is_a_failing_save(tmp_path, monkeypatch, call):
     assert checkpoint.newest(tmp_path)[0].name == ("checkpoint-1" if call < 10 else "checkpoint-2")
 
 
+def test_a_quota_is_a_failing_save(tmp_path):
+    """C6: files may not grow beyond a limit, whichever; never "saved", and nothing temporary is left."""
+    save(tmp_path, 1)
+    largest = max(path.stat().st_size for path in (tmp_path / "checkpoint-1").iterdir())
+    for limit in range(0, largest, 16):
+
+        def work(limit: int = limit) -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            refused_with(7, lambda: save(tmp_path, 2))
+
+        assert in_child(work) == 0, limit
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert save(tmp_path, 2).is_dir()
+
+
+def test_a_folder_without_the_right_to_write_is_a_failing_save(tmp_path, monkeypatch):
+    """C6: exit 7; for root, who may write everywhere, as an ordinary user."""
+    save(tmp_path, 1)
+    tmp_path.chmod(0o555)
+    monkeypatch.chdir(tmp_path)  # an ordinary user may not come here through the folders above
+
+    def work() -> None:
+        if os.getuid() == 0:
+            os.setuid(65534)
+        refused_with(7, lambda: save(Path(), 2))
+
+    assert in_child(work) == 0
+    tmp_path.chmod(0o755)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def refused_with(code: int, work) -> None:
+    with pytest.raises(UserError) as caught:
+        work()
+    assert caught.value.code == code
+
+
+def test_saving_needs_no_memory_beyond_the_adapters(tmp_path):
+    """C21: the base's weights (here 400 MB) are never gathered; the rise is at most adapter and moments."""
+
+    def work() -> None:
+        frozen = torch.ones(100 << 20)
+        made = optimizer(1, rows=2 << 20)  # 42 MB, and twice that in moments
+        adapter = made.param_groups[0]["params"][0]
+        scaler, trained = torch.amp.GradScaler("cpu", enabled=False), 3 * adapter.nbytes
+
+        def saved() -> None:
+            checkpoint.save(
+                tmp_path, Progress(step=1), lambda place: save_adapter(place, adapter.detach()), made, scaler
+            )
+
+        assert memory_rise(saved) < 1.1 * trained + (8 << 20) < frozen.nbytes
+
+    assert in_child(work) == 0
+
+
 def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     """C18: exit 7 with MiB, at a save too."""
     save(tmp_path, 1)
@@ -233,12 +341,14 @@ def test_a_lock_dies_with_its_owner(tmp_path):
             signal.pause()
         os._exit(0)
     os.read(reader, 1)
-    for attempt in (lambda: lock.check_free(tmp_path), lambda: lock.owned(tmp_path).__enter__()):
-        with pytest.raises(UserError, match=f"process {pid} is training there") as caught:
-            attempt()
-        assert caught.value.code == 2
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    try:
+        for attempt in (lambda: lock.check_free(tmp_path), lambda: lock.owned(tmp_path).__enter__()):
+            with pytest.raises(UserError, match=f"process {pid} is training there") as caught:
+                attempt()
+            assert caught.value.code == 2
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     lock.check_free(tmp_path)
     with lock.owned(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())

@@ -117,6 +117,7 @@ def test_the_default_run_again_is_finished(readme, copy):
     assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_four_bits_learn_too(tmp_path):
     """NF4 with double quantisation on the demo model: the loss falls below 0.8 of its start."""
     changes = {"bits": 4, "batch_size": 8, "max_steps": 16, "learning_rate": 4e-3, "test_size": 0}

@@ -25,6 +25,8 @@ FLAGS = {
     "warmup_steps": 0,
 }
 
+LIMIT = 60 << 20  # bytes beyond what a run holds before its first step
+
 
 def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -58,6 +60,20 @@ def test_the_step_is_redone_with_the_same_gradient(harness, untroubled, tmp_path
     assert all(torch.allclose(tensors[0][name], tensors[1][name], atol=1e-6) for name in tensors[0])
     last = json.loads((run / "checkpoint-4" / "progress.json").read_text())
     assert last["progress"]["micro_batch_tokens"] < 400
+
+
+def test_a_real_limit_of_memory(harness, tiny_model, tmp_path):
+    """T18: the system itself gives no more; the budget goes down until the rows fit, with the same loss."""
+    rows = tiny.save_rows(tmp_path / "rows.json", 130)
+    flags = {**FLAGS, "model_path": tiny_model, "data_path": rows, "max_steps": 1, "batch_size": 126}
+    flags["micro_batch_tokens"] = 20000
+    losses = []
+    for name, fault in (("free", {}), ("limited", {"address_space": LIMIT})):
+        answer = harness.run("finetune", {**flags, "output_path": tmp_path / name}, **fault)
+        assert answer["code"] == 0, answer["said"]
+        assert ("out of memory with micro-batches of 20000" in answer["said"]) == bool(fault), answer["said"]
+        losses += [record["loss"] for record in records(tmp_path / name) if "loss" in record]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 def test_the_dry_run_finds_the_limit_before_the_first_step(harness, untroubled, tmp_path):

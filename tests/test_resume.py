@@ -19,8 +19,10 @@ import torch
 from safetensors.torch import load_file
 
 from onecard import checkpoint, config, hardware, resume, runfolder, train
-from tests import faults, tiny
+from tests import fake_hub, faults, tiny
 from tests.cells import STEPS, VARIANTS, differences, flags, outcome, stopped_at
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +138,17 @@ def test_a_signal_at_any_moment_loses_nothing(
     answers = harness.map(cell, list(enumerate(moments(count, seconds))))
     assert sum(stopped == code for stopped, _ in answers) >= count // 2
     assert max(after for stopped, after in answers if stopped == code) < 5
+
+
+@pytest.mark.parametrize("mutant", [{}])
+def test_a_signal_within_an_update_waits_for_its_end(harness, straight, tiny_model, rows, tmp_path, mutant):
+    """T12: between the change of the adapter and its record nothing stops; the run goes on bit for bit."""
+    run = tmp_path / "run"
+    settings = flags(tiny_model, rows, run, save_steps=100)
+    assert harness.run("finetune", settings, signal_in_update=3, **mutant)["code"] == 143
+    assert max(runfolder.checkpoint_steps(run)) == 3
+    assert harness.run("finetune_continue", {"output_path": run})["code"] == 0
+    assert differences(outcome(straight("16 bits")), outcome(run)) == []
 
 
 def test_a_second_ctrl_c_leaves_at_once(harness, tiny_model, rows, tmp_path):
@@ -434,6 +447,39 @@ def test_an_adapter_alone_is_a_warm_start(harness, straight, tiny_model, rows, t
     answer = harness.run("finetune_continue", {**settings, "resume_from_checkpoint": adapter, "lora_r": 9})
     assert answer["code"] == 4
     assert "lora_r 4 -> 9" in answer["said"]
+
+
+def test_an_adapter_from_the_hub_is_a_warm_start(straight, tiny_model, rows, tmp_path):
+    """--lora_remote_checkpoint: only the adapter's files are fetched; an unknown name is one clear error."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(straight("16 bits") / name, adapter / name)
+    (adapter / "handler.py").write_text("raise SystemExit")
+    settings = flags(tiny_model, rows, tmp_path / "new", max_steps=1, learning_rate=1e-9)
+    del settings["lora_r"]
+    with fake_hub.serving("someone/adapter", adapter) as address:
+        said = {}
+        for wish, code in (("someone/nothing", 2), ("someone/adapter", 0)):
+            given = {**settings, "lora_remote_checkpoint": wish}
+            command = [sys.executable, "finetune_continue.py", *(f"--{k}={v}" for k, v in given.items())]
+            home = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+            ended = subprocess.run(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **home},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            said[wish] = ended.stdout
+            assert ended.returncode == code, ended.stdout
+    assert "--lora_remote_checkpoint someone/nothing: cannot be fetched" in said["someone/nothing"]
+    assert "Traceback" not in said["someone/nothing"]
+    assert "Warm start" in said["someone/adapter"]
+    assert not list((tmp_path / "home").rglob("handler.py"))
+    given, got = (load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "new"))
+    assert all(torch.allclose(given[name], got[name], atol=1e-6) for name in given)
 
 
 def test_two_trainers_do_not_share_a_folder(harness, tiny_model, rows, tmp_path):

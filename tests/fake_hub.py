@@ -1,0 +1,64 @@
+"""A stand-in for the model hub on the loopback address: one repository, the folder it is given.
+
+It speaks what huggingface_hub's snapshot_download asks for: the revision, the list of files, the files.
+"""
+
+import contextlib
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@contextlib.contextmanager
+def serving(name: str, folder: Path) -> Iterator[str]:
+    """The address of a hub that holds `folder` under `name` (owner/repository) while the block runs."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            path = urlsplit(self.path).path
+            file = folder / path.removeprefix(f"/{name}/resolve/{COMMIT}/")
+            files = [item for item in sorted(folder.iterdir()) if item.is_file()]
+            if path.startswith(f"/api/models/{name}/tree/"):
+                listed = [
+                    {"type": "file", "path": item.name, "size": item.stat().st_size, "oid": digest(item)}
+                    for item in files
+                ]
+                self.answer(json.dumps(listed).encode())
+            elif path.startswith(f"/api/models/{name}"):
+                siblings = [{"rfilename": item.name} for item in files]
+                self.answer(json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
+            elif path.startswith(f"/{name}/resolve/{COMMIT}/") and file in files:
+                self.answer(file.read_bytes(), ETag=f'"{digest(file)}"', **{"X-Repo-Commit": COMMIT})
+            else:
+                self.answer(b'{"error": "Repository not found"}', 404, **{"X-Error-Code": "RepoNotFound"})
+
+        def answer(self, content: bytes, status: int = 200, **headers: str) -> None:
+            self.send_response(status)
+            for key, value in {"Content-Length": str(len(content)), **headers}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes(), usedforsecurity=False).hexdigest()
