@@ -3,8 +3,8 @@
 
     .venv/bin/python benchmarks/save_cost.py
 
-Each size is saved 20 times with AdamW's moments in a process of its own: written, synced, hashed, renamed, read
-back. The rise is that of the process's peak memory over what it held before the first save.
+Each size is saved 20 times with AdamW's moments in a process of its own: written, synced, hashed, renamed,
+read back. The rise is that of the process's peak memory over what it held before the first save.
 """
 
 import multiprocessing
