@@ -214,7 +214,7 @@ def mutants(harness: Harness, model: Path, rows: Path, place: Path) -> tuple[int
         run = stopped_at(whole, 6, place / f"mutant-{name}")
         shutil.copy(whole / "log.jsonl", run / "log.jsonl")
         answer = harness.run("finetune_continue", {"output_path": run}, mutant=name)
-        return answer["code"] != 0 or bool(differences(expected, outcome(run)))
+        return answer["code"] == 0 and bool(differences(expected, outcome(run)))
 
     cells = harness.map(cell, list(faults.MUTANTS))
     (place / "power-mutant").mkdir()

@@ -72,8 +72,8 @@ def read(folder: Path) -> Legacy:
         rank=ranks.pop(),
         alpha=settings.get("lora_alpha"),
         targets=",".join(targets),
-        step=int(state.get("global_step", 0)),
-        planned_steps=state.get("max_steps"),
+        step=_whole(state.get("global_step")),
+        planned_steps=_whole(state.get("max_steps")) or None,
         optimizer=moments,
         scale=scale,
         notes=notes,
@@ -96,7 +96,11 @@ def _adapter(folder: Path) -> dict[str, torch.Tensor]:
         match = NAME.fullmatch(name)
         if match and isinstance(tensor, torch.Tensor):
             adapter[f"{match['module']}.lora_{match['side']}.weight"] = tensor.float()
-    other = [str(name) for name in found if "modules_to_save" in str(name) or "lora_magnitude" in str(name)]
+    other = [
+        str(name)
+        for name in found
+        if "modules_to_save" in str(name) or ("lora_" in str(name) and not NAME.fullmatch(str(name)))
+    ]
     if other:
         problem = f"{path}: holds more than a plain LoRA adapter ({other[0]})."
         raise UserError(problem, "Only plain LoRA adapters can be trained further.", CHECKPOINT)
@@ -124,6 +128,11 @@ def first_moment(moments: dict[str, Any], number: int) -> torch.Tensor | None:
 
 def is_bitsandbytes(moments: dict[str, Any]) -> bool:
     return any(name.endswith(".state1") for name in moments)
+
+
+def _whole(value: Any) -> int:
+    """A number of steps; 0 for what is none."""
+    return value if isinstance(value, int) and value > 0 else 0
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -251,9 +251,10 @@ def describe_adapter(model: PeftModel) -> str:
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's tensors on the CPU under their portable names; nothing else is gathered."""
+    """The adapter's tensors on the CPU under their portable names; nothing else is gathered or asked for."""
     return {
-        name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
 
 

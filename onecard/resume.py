@@ -90,6 +90,8 @@ def make_plan(start: Start, locate: Callable[[str], str], wish: ContinueConfig) 
         _keep_or_lengthen(start, plan, planned)
         _announce(start, plan, resolved)
         return plan
+    if resolved and resolved["dtype"] != plan.dtype:
+        say(f"Changed: dtype {resolved['dtype']} -> {plan.dtype}.")
     if planned > plan.total_steps:
         say(f"The run was planned for {planned} steps, these rows alone give {plan.total_steps}.")
         say(f"It stays {planned}, as if these rows stood behind the old ones: the rate goes on evenly.")
@@ -112,13 +114,18 @@ def _keep_or_lengthen(start: Start, plan: Plan, planned: int) -> None:
 def _same_run(folder: Path, chosen: Path | None, wish: ContinueConfig, given: frozenset[str]) -> Start | None:
     stored = _read_run(folder)
     before = config.build(FinetuneConfig, stored["options"])
+    if before.max_steps and "num_epochs" in given and "max_steps" not in given:
+        before = dataclasses.replace(before, max_steps=None, num_epochs=0)  # which had no say so far
     options, changes = _merged(before, wish, given, _fixed_in_same_run)
     options = dataclasses.replace(options, output_path=str(folder))  # the folder may have moved
     finished = runfolder.read_json(folder / runfolder.FINISHED)
     begun_from = stored.get("begun_from")
     start = Start(options, Progress(), stored=stored, same_run=True, begun_from=begun_from, changes=changes)
+    if finished and wish.from_data_beginning and not _longer(start):
+        problem = f"{folder}: all {finished['steps']} planned steps are done: none is left for the rows."
+        raise UserError(problem, "Give a larger --num_epochs or --max_steps too.")
     earlier = chosen and finished and checkpoint.read_progress(chosen).step < finished["steps"]
-    if finished and not (_longer(start) or earlier or wish.from_data_beginning):
+    if finished and not (_longer(start) or earlier):
         say_finished(folder, finished)
         return None
     lock.check_free(folder)
@@ -141,6 +148,10 @@ def _same_run(folder: Path, chosen: Path | None, wish: ContinueConfig, given: fr
         say(f"Going on from {chosen} (step {start.progress.step} of {stored['resolved']['total_steps']}).")
     asked = options.micro_batch_tokens
     if "micro_batch_tokens" in given and asked != "auto":
+        if (
+            asked == before.micro_batch_tokens != start.progress.micro_batch_tokens
+        ):  # out of memory lowered it
+            changes.append(f"micro_batch_tokens {start.progress.micro_batch_tokens} -> {asked}")
         start.progress.micro_batch_tokens = asked
     elif asked != before.micro_batch_tokens:  # auto now: it is found again
         start.progress.micro_batch_tokens = 0
@@ -167,8 +178,11 @@ def _other_rows(source: Path, wish: ContinueConfig, given: frozenset[str]) -> St
 def _read_run(folder: Path) -> dict[str, Any]:
     stored = runfolder.read_json(folder / runfolder.CONFIG)
     if stored is None:
-        fix = "Name the --output_path of a run, or a checkpoint with --resume_from_checkpoint."
-        raise UserError(f"{folder}: holds no run ({runfolder.CONFIG} is missing).", fix, CHECKPOINT)
+        fix = "Start it (again) with finetune.py, or name the --output_path of another run."
+        problem = (
+            f"{folder}: holds no run: none was started there, or it stopped before its first checkpoint."
+        )
+        raise UserError(problem, fix, CHECKPOINT)
     try:
         stored["options"], stored["resolved"]["total_steps"], stored["fingerprints"]
     except (KeyError, TypeError):
@@ -215,14 +229,14 @@ def _arithmetic(options: FinetuneConfig, resolved: dict[str, Any]) -> dict[str, 
     """What `auto` became when the run began; only bf16 and fp16 change places with the card."""
     if not resolved:
         return {}
-    kept = {"dtype": resolved["dtype"]}
+    kept = {}
     if options.gradient_checkpointing == "auto":
         kept["gradient_checkpointing"] = resolved["gradient_checkpointing"]
     if options.dtype == "auto":
         device = hardware.choose_device(options.device, parallel.local_rank()).value
         now = hardware.choose_dtype("auto", device).value
-        if device != "cpu" and {now, resolved["dtype"]} == {"bf16", "fp16"}:
-            kept["dtype"] = now
+        if device == "cpu" or {now, resolved["dtype"]} != {"bf16", "fp16"}:
+            kept["dtype"] = resolved["dtype"]
     return kept
 
 

@@ -7,12 +7,14 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from onecard.errors import CHECKPOINT, DISK, UserError
 
 CONFIG, LOG, FINISHED, REJECTED = "finetune_config.json", "log.jsonl", "finished.json", "rejected_rows.jsonl"
+PROBE = ".onecard-"  # of a folder that only shows whether there can be one
 DROPPED, ASIDE = "log.dropped.jsonl", "set-aside-"
 PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "loss.png", "adapter_config.json", "adapter_model.safetensors"
 
@@ -50,10 +52,8 @@ def _replace(path: Path, content: bytes) -> None:
 def check_room(folder: Path, needed_bytes: int) -> None:
     """Raise UserError (exit 7) when `folder` cannot be written or less than needed_bytes are free."""
     parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    probe = parent / f".onecard-{os.getpid()}"
     try:
-        probe.mkdir()
-        probe.rmdir()
+        Path(tempfile.mkdtemp(prefix=PROBE, dir=parent)).rmdir()
     except OSError as error:
         raise UserError(
             f"--output_path {folder}: cannot write in {parent}: {error.strerror}.", "Choose another.", DISK
@@ -79,7 +79,8 @@ def contents(folder: Path) -> list[Path]:
 
 def leftovers(folder: Path) -> list[Path]:
     """What a save that was killed left behind."""
-    return [path for path in folder.glob(".*-*") if re.fullmatch(r"\.(saving-\d+|replaced)-\d+", path.name)]
+    ours = re.compile(r"\.(saving-\d+|replaced)-\d+|" + re.escape(PROBE) + r"\w+")
+    return [path for path in folder.glob(".*-*") if ours.fullmatch(path.name)]
 
 
 def has_log(folder: Path) -> bool:
@@ -146,7 +147,8 @@ def _belongs(line: bytes, step: int) -> bool:
         record = json.loads(line)
     except ValueError:
         return False
-    return record["step"] <= step and line.endswith(b"\n")
+    known = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return known and record["step"] <= step and line.endswith(b"\n")
 
 
 def evaluations(folder: Path) -> tuple[int, int, float | None]:

@@ -40,6 +40,7 @@ Locate = Callable[[str], str]
 Sample = Callable[[Any, Any, prompt.Template, list[prompt.Conversation], int], list[str]]
 ANSWER_TOKENS = 128
 SAVE_SECONDS = 600  # a checkpoint at least this often
+MOMENTS = 3  # of the size of the adapter: what AdamW keeps, and what an update needs beside it
 MOST_SKIPS = 20  # steps in a row that the fp16 scaler may skip
 
 
@@ -213,13 +214,17 @@ def dry_run(trainer: Trainer) -> bool:
     while True:
         rows = fullest(trainer.plan, trainer.progress.micro_batch_tokens)
         packed = [pack(trainer.plan.examples, rows.tolist()).to(trainer.device)]
+        parameters = model.trainable(trainer.model)
+        spare = [
+            torch.empty_like(p) for p in parameters for _ in range(MOMENTS)
+        ]  # the first update makes them
         with torch.random.fork_rng(), model.without_casts(trainer.model):
             try:
-                parameters = model.trainable(trainer.model)
                 loss = step.gradient(trainer.step_model, packed, 1, parameters, trainer.scaler)
             except step.NonFiniteError:  # the step that has these rows will tell
                 loss = math.nan
         trainer.optimizer.zero_grad(set_to_none=True)
+        del spare
         hardware.release_free_memory(trainer.plan.device)
         if loss is not None:
             return trainer.progress.micro_batch_tokens == planned

@@ -30,6 +30,7 @@ def from_adapter(source: Path, wish: ContinueConfig, given: frozenset[str]) -> S
 
 def from_older(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Start | None:
     """What an older checkpoint has of weights, optimizer, scaler, place in schedule and rows."""
+    _refuse_other_kinds(source, runfolder.read_json(source / runfolder.ADAPTER_CONFIG))
     old = legacy.read(source)
     shape = {"lora_r": old.rank, "lora_target_modules": old.targets}
     if old.alpha is not None:
@@ -91,12 +92,7 @@ def read_shape(source: Path) -> dict[str, Any]:
     if values is None or not (source / runfolder.ADAPTER_WEIGHTS).is_file():
         problem = f"{source}: no checkpoint and no adapter ({runfolder.ADAPTER_WEIGHTS}) is there."
         raise UserError(problem, "Name a checkpoint folder, a run folder or an adapter folder.", CHECKPOINT)
-    other = [name for name in OTHER_KINDS if values.get(name)] if isinstance(values, dict) else []
-    if other:
-        problem = (
-            f"{source / runfolder.ADAPTER_CONFIG}: adapters with {', '.join(other)} are of another kind."
-        )
-        raise UserError(problem, "Only plain LoRA adapters can be trained further.", CHECKPOINT)
+    _refuse_other_kinds(source, values)
     try:
         rank, alpha, targets = int(values["r"]), float(values["lora_alpha"]), values["target_modules"]
         names = targets if isinstance(targets, str) else ",".join(sorted(map(str, targets)))
@@ -104,3 +100,11 @@ def read_shape(source: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         problem = f"{source / runfolder.ADAPTER_CONFIG}: not a LoRA adapter's ({error!r})."
         raise UserError(problem, "", CHECKPOINT) from None
+
+
+def _refuse_other_kinds(source: Path, values: Any) -> None:
+    other = [name for name in OTHER_KINDS if values.get(name)] if isinstance(values, dict) else []
+    if other:
+        path = source / runfolder.ADAPTER_CONFIG
+        problem = f"{path}: adapters with {', '.join(other)} are of another kind."
+        raise UserError(problem, "Only plain LoRA adapters can be trained further.", CHECKPOINT)

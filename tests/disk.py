@@ -24,11 +24,15 @@ def optimizer(step: int, rows: int = 3) -> torch.optim.Optimizer:
     return made
 
 
-def save(folder: Path, step: int, keep: int | None = None) -> Path:
+def save(folder: Path, step: int, keep: int | None = None, budget: int = 0) -> Path:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     weights = torch.full((4,), float(step))
     path = checkpoint.save(
-        folder, Progress(step=step), lambda place: save_adapter(place, weights), optimizer(step), scaler
+        folder,
+        Progress(step=step, micro_batch_tokens=budget),
+        lambda place: save_adapter(place, weights),
+        optimizer(step),
+        scaler,
     )
     checkpoint.prune(folder, keep, best_step=0)
     return path

@@ -160,10 +160,21 @@ def torn_updates(_: Any) -> None:
 
 
 def partial_gradients(_: Any) -> None:
-    """A mutant: what a micro-batch without memory should have added is left out."""
-    from onecard import parallel
+    """A mutant: what was added before memory ran out is kept when the step is done again."""
+    from onecard import parallel, step
 
-    parallel.all_processes = lambda _: True
+    plain, drop, keep = parallel.all_processes, step._drop_gradient, {"times": 0}
+
+    def all_processes(flag: bool) -> bool:
+        keep["times"] = 0 if flag else 2  # at the end of this try and at the beginning of the next
+        return plain(flag)
+
+    def drop_gradient(parameters: Any) -> None:
+        keep["times"] -= 1
+        if keep["times"] < 0:
+            drop(parameters)
+
+    parallel.all_processes, step._drop_gradient = all_processes, drop_gradient
 
 
 def slow_save(seconds: float) -> None:

@@ -91,7 +91,8 @@ def test_a_broken_resume_would_be_noticed(harness, straight, tmp_path, mutant):
         text = (whole / "log.jsonl").read_text()
         (run / "log.jsonl").write_text(text)
     answer = go_on(harness, run, mutant=mutant)
-    assert answer["code"] != 0 or differences(outcome(whole), outcome(run))
+    assert answer["code"] == 0, answer["said"]
+    assert differences(outcome(whole), outcome(run))
 
 
 def moments(count: int, seconds: float) -> list[float]:
@@ -350,6 +351,13 @@ def test_adapters_of_another_kind_are_refused(harness, straight, tiny_model, row
     answer = harness.run("finetune_continue", wish)
     assert answer["code"] == 4
     assert setting in answer["said"]
+    (adapter / "trainer_state.json").write_text('{"global_step": null}')  # now an older checkpoint
+    answer = harness.run("finetune_continue", wish)
+    assert answer["code"] == 4
+    assert setting in answer["said"]
+    (adapter / "adapter_config.json").write_text(json.dumps(values))
+    answer = harness.run("finetune_continue", {**wish, "max_steps": 1})
+    assert answer["code"] == 0, answer["said"]
 
 
 def test_a_checkpoint_outside_of_its_run_is_checked_too(harness, straight, tiny_model, rows, tmp_path):
@@ -380,6 +388,27 @@ def test_a_run_is_made_longer(harness, straight, tiny_model, rows, tmp_path):
     assert rates[12:] == pytest.approx([1e-2 * (20 - done) / 18 for done in range(12, 20)])
     assert json.loads((run / "finished.json").read_text())["steps"] == 20
     assert harness.run("finetune_continue", {"output_path": run, "num_epochs": 5})["code"] == 0
+
+
+def test_a_run_of_max_steps_is_made_longer_by_epochs(harness, tiny_model, rows, tmp_path):
+    """The number given last has the last word; rows from the beginning need steps that are left."""
+    run = tmp_path / "run"
+    assert harness.run("finetune", flags(tiny_model, rows, run, max_steps=2))["code"] == 0
+    answer = harness.run("finetune_continue", {"output_path": run, "from_data_beginning": True})
+    assert answer["code"] == 2
+    assert "none is left" in answer["said"]
+    answer = harness.run("finetune_continue", {"output_path": run, "num_epochs": 1})
+    assert answer["code"] == 0, answer["said"]
+    assert "The run is made longer: 2 -> 4 steps" in answer["said"]
+
+
+@pytest.mark.parametrize(("given", "taken"), [({"dtype": "bf16"}, "bf16"), ({"dtype": "auto"}, "fp32")])
+def test_other_rows_in_another_arithmetic(monkeypatch, given, taken):
+    """What is asked for counts; auto stays what it was."""
+    options = config.FinetuneConfig(**given, device="cpu")
+    resolved = {"dtype": "fp32", "gradient_checkpointing": False}
+    kept = resume._arithmetic(options, resolved).get("dtype")
+    assert (kept or options.dtype) == taken
 
 
 def test_rows_from_the_beginning(harness, straight, tmp_path):
@@ -626,7 +655,7 @@ def test_auto_arithmetic_changes_with_the_card_only(monkeypatch, before, now, de
     monkeypatch.setattr(resume.hardware, "choose_device", lambda *_: hardware.Choice(device, ""))
     monkeypatch.setattr(resume.hardware, "choose_dtype", lambda *_: hardware.Choice(now, ""))
     resolved = {"dtype": before, "gradient_checkpointing": False}
-    assert resume._arithmetic(config.FinetuneConfig(), resolved)["dtype"] == taken
+    assert resume._arithmetic(config.FinetuneConfig(), resolved).get("dtype", now) == taken
 
 
 def test_a_stop_within_the_last_evaluation(harness, straight, tiny_model, rows, tmp_path):
