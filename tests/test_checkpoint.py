@@ -40,6 +40,7 @@ def in_child(work) -> int:
     """Exit code of work() in a forked child, negative for a signal."""
     pid = os.fork()
     if pid == 0:
+        torch.set_num_threads(1)  # the parent's pool of threads was not forked
         try:
             work()
         except BaseException:

@@ -1,0 +1,231 @@
+"""The rows of a run as token ids: read and encoded once, then kept in the user's cache.
+
+What is kept is found again by everything it depends on: the files' contents, the tokenizer, the templates, and how
+rows were cut. Any of these changed gives another key, so nothing stale is ever used.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from onecard import data, fingerprint, parallel, prompt, reader
+from onecard.config import FinetuneConfig
+from onecard.errors import DATA, DISK, UserError
+from onecard.prompt import Conversation
+from onecard.reader import Source
+from onecard.schemas import BadRow
+from onecard.template import Template
+
+FORMAT = 1  # of what is kept; the next number when encoding changes
+ROOM = 20 << 30  # bytes of the cache
+SFT, PRETRAIN = "sft", "pretrain"
+DOCUMENTS = ("context", "text")  # roles that are pre-trained on
+
+
+@dataclasses.dataclass
+class Rows:
+    """The encoded rows of all files of a run."""
+
+    encoding: data.Encoding
+    sources: list[Source]
+    ends: np.ndarray  # int64 [sources], number of the last row of each file
+    task: str
+    fingerprint: str  # of the files' contents, their order and weights
+
+    @property
+    def for_validation(self) -> np.ndarray:
+        """Whether each example comes from a file of --eval_data_path, bool [N]."""
+        return np.array([source.validation for source in self.sources])[self._source()]
+
+    @property
+    def weights(self) -> np.ndarray:  # float [N]
+        return np.array([source.weight for source in self.sources])[self._source()]
+
+    def _source(self) -> np.ndarray:
+        """Which file each example begins in, int [N]."""
+        return np.searchsorted(self.ends, self.encoding.examples.numbers)
+
+
+def fingerprint_of(sources: list[Source], again: bool = False) -> str:
+    """SHA-256 of the files' contents, and of their order and weights where there are several."""
+    digests = fingerprint.of_files([source.path for source in sources], again)
+    if len(sources) == 1 and sources[0].weight == 1:
+        return digests[sources[0].path]
+    lines = [f"{digests[source.path]} {source.weight:g} {source.validation}\n" for source in sources]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def encode(
+    options: FinetuneConfig,
+    sources: list[Source],
+    templates: list[Template],
+    tokenizer: Any,
+    tokenizer_print: str,
+    again: bool = False,
+) -> Rows:
+    """Encode all rows, or take them from the cache; raises UserError (exit 3) at a bad row or without any.
+
+    Of several templates each row has the one that the seed and its number choose.
+    """
+    task = options.task if options.task != "auto" else _task(sources[0], options.schema)
+    content = fingerprint_of(sources, again)
+    depends = {
+        "format": FORMAT,
+        "rows": [content, [source.path.suffix for source in sources]],
+        "tokenizer": tokenizer_print,
+        "templates": [template.texts() for template in templates],
+        "seed": options.seed if len(templates) > 1 else None,
+        "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers")},
+        "task": task,
+        **{name: getattr(options, name) for name in _HOW},
+    }
+    key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+    folder = fingerprint.cache_folder() / "rows" / key
+    kept, ends = _kept(folder)
+    if kept is None:
+        kept, ends = _make(folder, options, sources, templates, tokenizer, task)
+    if not len(kept.examples):
+        problem = (
+            f"{options.data_path}: no usable row: {len(kept.rejected)} rejected, "
+            f"{kept.dropped} with no target left after the cut at {options.cutoff_len} tokens."
+        )
+        raise UserError(problem, "Raise --cutoff_len or check the rows.", DATA)
+    return Rows(kept, sources, np.array(ends), task, content)
+
+
+_HOW = ("cutoff_len", "train_on", "train_on_inputs", "overlap", "schema", "skip_bad_rows")
+ENDS = "ends.json"
+
+
+def _task(source: Source, schema: str | None) -> str:
+    """Raw text is pre-trained on, everything else is fine-tuned on: the first good row tells."""
+    for row in reader.read_rows(source.path, schema):
+        if isinstance(row, Conversation):
+            return PRETRAIN if row.turns[-1].role in DOCUMENTS else SFT
+    return SFT
+
+
+def _kept(folder: Path) -> tuple[data.Encoding | None, list[int]]:
+    with contextlib.suppress(OSError, ValueError):
+        ends = json.loads((folder / ENDS).read_text(encoding="utf-8"))
+        os.utime(folder)  # the last to be thrown out
+        return data.load(folder), ends
+    return None, []
+
+
+def _make(
+    folder: Path,
+    options: FinetuneConfig,
+    sources: list[Source],
+    templates: list[Template],
+    tokenizer: Any,
+    task: str,
+) -> tuple[data.Encoding, list[int]]:
+    """Read and encode all rows into the cache; what is half done when it fails is deleted."""
+    how = (options.train_on_inputs, options.train_on)
+
+    def sft(row: Conversation, number: int) -> tuple[list[int], list[bool], bool]:
+        if options.task == "auto" and row.turns[-1].role in DOCUMENTS:
+            raise ValueError("raw text among conversations: choose --task sft or pretrain")
+        template = templates[_choice(options.seed, number, len(templates))]
+        return prompt.encode_within(row, options.cutoff_len, template, tokenizer, *how)
+
+    def document(row: Conversation, number: int) -> tuple[list[int], list[bool], bool]:
+        if not row.is_raw:
+            raise ValueError("a conversation among raw text: choose --task sft")
+        return (*prompt.encode(row, templates[0], tokenizer, *how), False)
+
+    ends: list[int] = []
+
+    def border(number: int) -> bool:
+        """Whether training rows end before this row and validation rows begin."""
+        before = len([end for end in ends if end < number])
+        return before > 0 and sources[before].validation != sources[before - 1].validation
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place = folder.parent
+    except OSError:
+        place = None  # a cache that cannot be written: for this run only
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=place, prefix=".making-"))
+        try:
+            found = _read(sources, options, ends)
+            if task == PRETRAIN:
+                made = data.encode_documents(
+                    found, document, options.cutoff_len, options.overlap, border, temporary
+                )
+            else:
+                made = data.encode_rows(found, sft, temporary)
+            bad = next(iter(made.rejected), None)
+            if bad and not options.skip_bad_rows:  # one that only its encoding showed
+                where = ", ".join(str(source.path) for source in sources)
+                raise UserError(f"{bad.describe(Path(where))}.", BAD_ROW, DATA)
+            (temporary / ENDS).write_text(json.dumps(ends), encoding="utf-8")
+            if place is None:
+                return made, ends
+            with contextlib.suppress(OSError):  # another process was faster
+                temporary.rename(folder)
+            _make_room(folder)
+            kept, _ = _kept(folder)
+            return kept or made, ends
+        finally:
+            if place is not None:
+                shutil.rmtree(temporary, ignore_errors=True)  # what is mapped stays readable
+    except OSError as error:
+        fix = "Make room, or set ONECARD_CACHE to a folder elsewhere."
+        raise UserError(f"{folder.parent}: encoded rows: {error.strerror}.", fix, DISK) from None
+
+
+BAD_ROW = "Mend the row, or leave bad rows out with --skip_bad_rows."
+
+
+def _read(
+    sources: list[Source], options: FinetuneConfig, ends: list[int]
+) -> Iterator[Conversation | BadRow]:
+    """The rows of all files with a bar; notes in `ends` the number of each file's last row."""
+    number, show = 0, None if parallel.is_main() else True
+    with tqdm(desc="reading rows", unit="row", disable=show) as bar:
+        for source in sources:
+            for row in reader.read_rows(source.path, options.schema):
+                if isinstance(row, BadRow) and not options.skip_bad_rows:
+                    raise UserError(f"{row.describe(source.path)}.", BAD_ROW, DATA)
+                number += 1
+                yield row
+                bar.update()
+            ends.append(number)
+
+
+def _choice(seed: int, number: int, count: int) -> int:
+    """Which of `count` templates a row has: a pure function of seed and number."""
+    if count == 1:
+        return 0
+    return hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()[0] % count
+
+
+def _make_room(newest: Path) -> None:
+    """Throw out what was not used for longest, until the cache is small enough again."""
+    with contextlib.suppress(OSError):
+        folders = sorted(newest.parent.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
+        used = 0
+        for folder in folders:
+            used += sum(file.stat().st_size for file in folder.iterdir())
+            if used > ROOM and folder != newest:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def picked(rows: Rows, places: np.ndarray, schema: str | None) -> list[Conversation]:
+    """The conversations of these examples, read again."""
+    numbers = rows.encoding.examples.numbers[places].tolist()
+    return reader.pick_rows([source.path for source in rows.sources], numbers, schema)

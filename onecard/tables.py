@@ -1,0 +1,77 @@
+"""CSV and Parquet files -> values, one row at a time, with the place of whatever is wrong."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from onecard.errors import DATA, UserError
+from onecard.schemas import BadRow
+
+LONGEST_FIELD = 64 << 20  # characters
+ROWS = 1000  # of a Parquet file, held at a time
+
+
+def csv_values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
+    """(line, column, value or BadRow, text) of each row of a CSV file (TSV by its name) with a header.
+
+    Raises UserError (exit 3) when there is no header.
+    """
+    csv.field_size_limit(LONGEST_FIELD)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.reader(file, strict=True, delimiter="\t" if path.suffix == ".tsv" else ",")
+        header = _header(rows, path)
+        while True:
+            line = rows.line_num + 1
+            try:
+                fields = next(rows, None)
+            except csv.Error as error:
+                yield line, 1, BadRow(line, 1, f"broken CSV, {error}", ""), ""
+                continue
+            if fields is None:
+                return
+            text = ",".join(fields)
+            if len(fields) == len(header):
+                yield line, 1, dict(zip(header, fields, strict=True)), text
+            elif fields:
+                reason = f"the row has {len(fields)} fields, the header {len(header)}"
+                yield line, 1, BadRow(line, 1, reason, text), text
+
+
+def _header(rows: Any, path: Path) -> list[str]:
+    try:
+        header = next(rows, [])
+    except csv.Error as error:
+        raise UserError(f"{path}:1:1: broken CSV, {error}.", "Is it a text file?", DATA) from None
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if not header or twice:
+        problem = f"two columns are called {twice[0]!r}" if twice else "the file is empty"
+        raise UserError(f"{path}: {problem}.", "Its first line must name the columns, each once.", DATA)
+    return header
+
+
+def parquet_values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
+    """(number, 0, value, text) of each row of a Parquet file; columns that are null in a row are left out.
+
+    Raises UserError (exit 3) when the file is damaged.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    value = {name: field for name, field in row.items() if field is not None}
+                    yield number, 0, value, json.dumps(value, ensure_ascii=False, default=str)
+            promised = file.metadata.num_rows
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        problem = f"{path}: not a whole Parquet file, after row {number}: {reason[0][:200]}."
+        raise UserError(problem, "Write or fetch it again.", DATA) from None
+    if number != promised:
+        problem = f"{path}: holds {number} rows and promises {promised}."
+        raise UserError(problem, "Write or fetch it again.", DATA)
