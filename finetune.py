@@ -14,7 +14,8 @@ def main() -> None:
     options = config.parse(config.FinetuneConfig, sys.argv[1:], description=__doc__)
     from onecard import chat, hub, report, train  # after the options, so that --help needs no torch
 
-    train.run(options, locate=hub.locate, sample=chat.reply, draw=report.loss_curve)
+    work = {"sample": chat.reply, "draw": report.loss_curve, "fetch_data": hub.fetch_dataset}
+    train.run(options, locate=hub.locate, **work)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ def main() -> None:
     wish, given = config.parse_given(config.ContinueConfig, sys.argv[1:], description=__doc__)
     from onecard import chat, hub, report, train  # after the options, so that --help needs no torch
 
-    train.go_on(wish, given, hub.locate, hub.fetch_adapter, sample=chat.reply, draw=report.loss_curve)
+    work = {"sample": chat.reply, "draw": report.loss_curve, "fetch_data": hub.fetch_dataset}
+    train.go_on(wish, given, hub.locate, hub.fetch_adapter, **work)
 
 
 if __name__ == "__main__":

@@ -161,22 +161,23 @@ def onecard_options(args: argparse.Namespace, folder: Path) -> Any:
 
 def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Write the rows as text for OneCard and encoded, in OneCard's order, for the plain side; measure."""
-    import dataclasses
     import importlib.metadata
 
     import torch
     from transformers import AutoModelForCausalLM
 
-    from onecard import data, hardware, hub, model, plan, prompt, reader, trainer
+    from onecard import data, hardware, hub, model, reader, rows, template, trainer
 
     base_path = hub.locate(args.model_path)
-    rows = plan.stop_at_bad_row(reader.read_rows(args.data_path), args.data_path)
-    lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in islice(rows, args.rows)]
+    values = (value for _, _, value, _ in reader.values(Path(args.data_path)))
+    lines = [json.dumps(value, ensure_ascii=False) for value in islice(values, args.rows)]
     (folder / ROWS).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     options = onecard_options(args, folder)
-    template, tokenizer = prompt.load_template(options.template), model.load_tokenizer(base_path)
-    examples = plan.read_examples(options, template, tokenizer).examples
+    tokenizer = model.load_tokenizer(base_path)
+    form = template.load(options.template, tokenizer)
+    found = rows.encode(options, reader.sources(options.data_path), [form], tokenizer, base_path)
+    examples = found.encoding.examples
     order = [
         int(place)
         for start in range(0, len(examples), args.batch_size)

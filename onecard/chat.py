@@ -9,8 +9,7 @@ from onecard.prompt import Conversation, Template
 def reply(
     model: Any, tokenizer: Any, template: Template, conversations: list[Conversation], max_new_tokens: int
 ) -> list[str]:
-    """One greedy answer for each conversation; an `output` it may have is not looked at."""
-    questions = [Conversation(c.instruction, c.input) for c in conversations]
-    prompts = [prompt.encode(question, template, tokenizer)[0] for question in questions]
+    """One greedy answer for each conversation; an answer it may end with is not looked at."""
+    prompts = [prompt.encode(c.question, template, tokenizer)[0] for c in conversations]
     answers = engine_hf.greedy(model, prompts, max_new_tokens, tokenizer.eos_token_id)
     return [prompt.decode(tokenizer, ids) for ids in answers]

@@ -1,32 +1,48 @@
 """Conversations -> examples; the order of examples as a pure function of (seed, epoch).
 
-Rows come one at a time and are kept as token ids in flat arrays, never as a second copy of the texts. This
-file does not know files' formats, templates or models: encoding is passed in.
+Rows come one at a time and go to flat files of token ids, which are mapped, never held. This file knows no
+formats, templates or models: encoding is passed in.
 """
 
 import dataclasses
 import functools
 import hashlib
+import json
 from array import array
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from onecard.errors import DATA, UserError
 from onecard.prompt import Conversation
-from onecard.reader import BadRow
+from onecard.schemas import BadRow
 
-Encode = Callable[[Conversation], tuple[list[int], list[bool]]]
+Encode = Callable[
+    [Conversation, int], tuple[list[int], list[bool], bool]
+]  # row, number -> ids, flags, was cut
+FIELDS = {  # of Examples, each a file of its own
+    "ids": np.int32,
+    "is_target": np.bool_,
+    "offsets": np.int64,
+    "numbers": np.int64,
+    "target_counts": np.int32,
+    "hashes": np.uint64,
+}
+RECORD = "encoding.json"  # written last: the folder is whole
 
 
 @dataclasses.dataclass
 class Examples:
-    """N encoded rows in flat arrays: row i is ids[offsets[i]:offsets[i+1]]."""
+    """N encoded rows in flat arrays mapped from files: row i is ids[offsets[i]:offsets[i+1]]."""
 
     ids: np.ndarray  # int32 [sum of T]
     is_target: np.ndarray  # bool [sum of T]
     offsets: np.ndarray  # int64 [N+1]
-    numbers: np.ndarray  # int64 [N], place of the row in its file, counted from 1
+    numbers: np.ndarray  # int64 [N], place of the row in its files, counted from 1
+    target_counts: np.ndarray  # int32 [N], target tokens of each row
+    hashes: np.ndarray  # uint64 [N], equal for rows with equal ids
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -35,56 +51,162 @@ class Examples:
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.ids[part], self.is_target[part]
 
-    def sha256(self) -> str:
-        """Of all ids, targets and borders: what the model will see."""
-        digest = hashlib.sha256()
-        for array_ in (self.ids, self.is_target, self.offsets):
-            digest.update(np.ascontiguousarray(array_).data)
-        return digest.hexdigest()
-
     @functools.cached_property
     def lengths(self) -> np.ndarray:  # tokens of each row [N]
         return np.diff(self.offsets)
 
-    @functools.cached_property
-    def target_counts(self) -> np.ndarray:  # target tokens of each row [N]
-        counts = np.concatenate([[0], np.cumsum(self.is_target, dtype=np.int64)])
-        return counts[self.offsets[1:]] - counts[self.offsets[:-1]]
-
 
 @dataclasses.dataclass
 class Encoding:
-    """Examples and what happened to the rows on the way: rows read = kept + dropped + rejected."""
+    """Examples and what happened to the rows on the way: rows read = used + dropped + rejected."""
 
     examples: Examples
-    cut: int = 0  # rows longer than cutoff_len, cut at the right
+    sha256: str  # of all ids, targets and borders: what the model will see
+    read: int = 0
+    cut: int = 0  # rows that lost something to cutoff_len
     dropped: int = 0  # rows with no target left after the cut
     rejected: list[BadRow] = dataclasses.field(default_factory=list)
 
+    @property
+    def used(self) -> int:
+        return self.read - self.dropped - len(self.rejected)
 
-def encode_rows(rows: Iterable[Conversation | BadRow], encode: Encode, cutoff_len: int) -> Encoding:
-    """Encode rows, cut them at cutoff_len tokens, drop those with no target left; bad rows are collected."""
-    ids, is_target, offsets, numbers = array("i"), array("b"), array("q", [0]), array("q")
-    result = Encoding(Examples(*[np.empty(0)] * 4))
+
+class Writer:
+    """Writes examples to a folder, row by row, so that memory stays flat however many there are."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.digest, self.end = folder, hashlib.sha256(), 0
+        self.files = {name: open(folder / name, "wb") for name in FIELDS}  # noqa: SIM115 (closed in done)
+        self.counts = dataclasses.asdict(Encoding(None, ""))
+        self._put("offsets", array("q", [0]).tobytes())
+
+    def add(self, number: int, ids: list[int], is_target: list[bool]) -> None:
+        raw = array("i", ids).tobytes()
+        self.end += len(ids)
+        self._put("ids", raw)
+        self._put("is_target", bytes(is_target))
+        self._put("offsets", array("q", [self.end]).tobytes())
+        self._put("numbers", array("q", [number]).tobytes())
+        self._put("target_counts", array("i", [sum(is_target)]).tobytes())
+        self._put("hashes", hashlib.blake2b(raw, digest_size=8).digest())
+
+    def _put(self, name: str, raw: bytes) -> None:
+        self.files[name].write(raw)
+        if name in ("ids", "is_target", "offsets"):
+            self.digest.update(raw)
+
+    def done(self, **counts: Any) -> Encoding:
+        for file in self.files.values():
+            file.close()
+        sizes = {name: (self.folder / name).stat().st_size for name in FIELDS}
+        record = {**self.counts, **counts, "sha256": self.digest.hexdigest(), "bytes": sizes}
+        text = json.dumps(record, default=dataclasses.asdict)
+        (self.folder / RECORD).write_text(text, encoding="utf-8", errors="surrogatepass")
+        return load(self.folder)
+
+
+def load(folder: Path) -> Encoding | None:
+    """What a Writer left in a folder, mapped; None when it is not whole."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8", errors="surrogatepass"))
+        if any((folder / name).stat().st_size != record["bytes"][name] for name in FIELDS):
+            return None
+        examples = Examples(**{name: _mapped(folder / name, dtype) for name, dtype in FIELDS.items()})
+        rejected = [BadRow(**row) for row in record["rejected"]]
+        counts = {name: record[name] for name in ("sha256", "read", "cut", "dropped")}
+        return Encoding(examples, rejected=rejected, **counts)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _mapped(path: Path, dtype: type) -> np.ndarray:
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+
+
+def encode_rows(rows: Iterable[Conversation | BadRow], encode: Encode, folder: Path) -> Encoding:
+    """Encode rows into a folder and drop those with no target; bad rows are collected.
+
+    encode raises ValueError where a row does not fit its template.
+    """
+    writer, rejected = Writer(folder), []
+    number = cut = dropped = 0
     for number, row in enumerate(rows, start=1):
-        if isinstance(row, BadRow):
-            result.rejected.append(row)
+        made = _encoded(row, number, encode)
+        if isinstance(made, BadRow):
+            rejected.append(made)
             continue
-        row_ids, row_targets = encode(row)
-        result.cut += len(row_ids) > cutoff_len
-        row_ids, row_targets = row_ids[:cutoff_len], row_targets[:cutoff_len]
-        if not any(row_targets):
-            result.dropped += 1
+        ids, is_target, was_cut = made
+        cut += was_cut
+        if any(is_target):
+            writer.add(number, ids, is_target)
+        else:
+            dropped += 1
+    return writer.done(read=number, cut=cut, dropped=dropped, rejected=rejected)
+
+
+def encode_documents(
+    rows: Iterable[Conversation | BadRow],
+    encode: Encode,
+    length: int,
+    overlap: int,
+    borders: Callable[[int], bool],
+    folder: Path,
+) -> Encoding:
+    """Documents one after the other, cut into blocks of exactly `length` tokens, the last one shorter.
+
+    A document that goes on in the next block repeats its last `overlap` tokens there, untrained. No block
+    holds rows from both sides of a border: borders(number) tells whether one lies before that row. A block
+    has the number of the row in which it begins.
+    """
+    writer, rejected = Writer(folder), []
+    ids: list[int] = []
+    is_target: list[bool] = []
+    places: list[int] = []  # the row that each token comes from
+    number = 0
+
+    def put(count: int) -> None:
+        flags = [False, *is_target[1:count]]  # nothing comes before the first token
+        if any(flags):
+            writer.add(places[0], ids[:count], flags)
+        again = min(overlap, count) if len(ids) > count else 0
+        while again and places[count - again] != places[count]:
+            again -= 1  # another document's end is no beginning of this one
+        for kept in (ids, is_target, places):
+            del kept[: count - again]
+        is_target[:again] = [False] * again
+
+    for number, row in enumerate(rows, start=1):
+        if ids and borders(number):
+            put(len(ids))
+        made = _encoded(row, number, encode)
+        if isinstance(made, BadRow):
+            rejected.append(made)
             continue
-        ids.extend(row_ids)
-        is_target.extend(row_targets)
-        offsets.append(len(ids))
-        numbers.append(number)
-    flags = np.frombuffer(is_target, dtype=np.bool_) if is_target else np.empty(0, np.bool_)
-    result.examples = Examples(
-        _view(ids, np.int32), flags, _view(offsets, np.int64), _view(numbers, np.int64)
-    )
-    return result
+        ids += made[0]
+        is_target += made[1]
+        places += [number] * len(made[0])
+        while len(ids) > length:
+            put(length)
+    if ids:
+        put(len(ids))
+    return writer.done(read=number, rejected=rejected)
+
+
+def _encoded(row: Conversation | BadRow, number: int, encode: Encode) -> Any:
+    if isinstance(row, BadRow):
+        return row
+    try:
+        return encode(row, number)
+    except ValueError as error:
+        return BadRow(number, 0, str(error), row.turns[-1].text[:2000])
+
+
+def repeated(places: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:
+    """Places as often as their weights say; of a fraction, rows that the seed chooses once."""
+    whole = np.floor(weights).astype(np.int64)
+    luck = np.random.default_rng([seed, 0x3E16]).random(len(places))
+    return np.repeat(places, whole + (luck < weights - whole))
 
 
 def split(count: int, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +245,3 @@ def rows_at(seed: int, rows_seen: int, batch_size: int, count: int) -> np.ndarra
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def _view(values: array, dtype: type) -> np.ndarray:
-    return np.frombuffer(values, dtype=dtype) if len(values) else np.empty(0, dtype)

@@ -32,6 +32,7 @@ def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
         sha256 = checkpoint.publish(folder / f"checkpoint-{best}", folder)
     records = [json.loads(line) for line in (folder / runfolder.LOG).read_text(encoding="utf-8").splitlines()]
     draw(records, folder / runfolder.PICTURE)
+    questions = [conversation.question.turns[-1] for conversation in plan.held_out]
     losses = {record["step"]: record["eval_loss"] for record in records if "eval_loss" in record}
     first, last = next(iter(losses.values()), None), losses.get(best)
     runfolder.write_json(
@@ -49,16 +50,16 @@ def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
             "adapter_sha256": sha256,
             "data_sha256": plan.fingerprints["rows"],
             "answers": [
-                {"instruction": question.instruction, "input": question.input, "before": old, "after": new}
-                for question, old, new in zip(plan.held_out, before, after, strict=False)
+                {"instruction": asked.text, "input": asked.input, "before": old, "after": new}
+                for asked, old, new in zip(questions, before, after, strict=False)
             ],
             "versions": versions(),
             "machine": hardware.describe_machine(),
         },
     )
-    for question, old, new in zip(plan.held_out, before, after, strict=False):
-        asked = question.instruction + (f" | {question.input}" if question.input else "")
-        say(f"\n? {asked}\n  before: {indent(old)}\n  after:  {indent(new)}")
+    for asked, old, new in zip(questions, before, after, strict=False):
+        question = asked.text + (f" | {asked.input}" if asked.input else "")
+        say(f"\n? {question}\n  before: {indent(old)}\n  after:  {indent(new)}")
     speed = progress.tokens / progress.seconds
     say(
         f"\n{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s ({speed:.0f} tokens/s)."

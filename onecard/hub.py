@@ -13,6 +13,7 @@ from pathlib import Path
 
 from onecard.errors import DISK, UserError
 from onecard.fingerprint import cache_folder
+from onecard.reader import FORMATS
 
 DEMO = "demo"
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
@@ -32,17 +33,30 @@ def locate(model_path: str) -> str:
 
 def fetch_adapter(name: str) -> str:
     """Folder of an adapter on the hub, in the hub's own cache."""
+    instead = "name a local folder with --resume_from_checkpoint"
+    return _fetch(name, "model", ADAPTER_FILES, "--lora_remote_checkpoint", instead)
+
+
+def fetch_dataset(name: str) -> str:
+    """Folder with the files of rows of a dataset on the hub, in the hub's own cache; no code of it is run."""
+    patterns = [f"*{ending}" for ending in FORMATS if ending != ".pkl"]
+    return _fetch(name, "dataset", patterns, "--data_path", "name a local file or folder")
+
+
+def _fetch(name: str, kind: str, patterns: list[str], flag: str, instead: str) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return snapshot_download(name, allow_patterns=ADAPTER_FILES)
+        return snapshot_download(name, repo_type=kind, allow_patterns=patterns)
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(
-            f"--lora_remote_checkpoint {name}: cannot be fetched: {reason}",
-            "Check the name and the network, or name a local folder with --resume_from_checkpoint.",
-        ) from None
+        problem = (
+            f"{flag} {name}: no such file here, and as a {kind} of the hub it cannot be fetched: {reason}"
+        )
+        if kind == "model":
+            problem = f"{flag} {name}: cannot be fetched: {reason}"
+        raise UserError(problem, f"Check the name and the network, or {instead}.") from None
 
 
 def _make_demo(folder: Path) -> None:

@@ -4,6 +4,7 @@ The only file that touches peft. It does not know rows, steps or run folders.
 """
 
 import dataclasses
+import json
 import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -56,16 +57,57 @@ PICKLED_WEIGHTS = ("*.bin", "*.bin.index.json", "config.json")
 
 @dataclasses.dataclass(frozen=True)
 class LoraShape:
-    """What an adapter looks like: rank, alpha, dropout and module names (or all-linear)."""
+    """What an adapter looks like: rank, alpha, dropout, module names (or all-linear), further settings."""
 
     r: int
     alpha: float
     dropout: float
     target_modules: str
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # of peft's LoraConfig
 
     def targets(self) -> str | list[str]:
         names = [name.strip() for name in self.target_modules.split(",") if name.strip()]
         return "all-linear" if names == ["all-linear"] else names
+
+
+# of LoraConfig: what --peft_config may say; a checkpoint stays an adapter that any tool can load
+EXTRAS = {
+    "alpha_pattern": dict,
+    "exclude_modules": list,
+    "init_lora_weights": (bool, str),
+    "layers_pattern": str,
+    "layers_to_transform": list,
+    "rank_pattern": dict,
+    "use_dora": bool,
+    "use_rslora": bool,
+}
+PLAIN_STARTS = (True, "gaussian", "orthogonal")  # others change the base's weights, or need rows
+
+
+def read_extras(path: str | None, rslora: bool) -> dict[str, Any]:
+    """Further settings of the adapter, of --peft_config and --rslora; raises UserError naming a wrong one."""
+    extras: dict[str, Any] = {}
+    if path:
+
+        def wrong(problem: str) -> UserError:
+            return UserError(f"--peft_config {path}: {problem}.", f"It may hold: {', '.join(EXTRAS)}.")
+
+        try:
+            extras = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise wrong(f"cannot be read ({error})") from None
+        if not isinstance(extras, dict):
+            raise wrong("holds no JSON object")
+        for name, value in extras.items():
+            if name not in EXTRAS:
+                raise wrong(f"{name!r} is another kind of adapter, or has an option of its own")
+            if not isinstance(value, EXTRAS[name]):
+                raise wrong(f"{name!r} cannot be {value!r}")
+        if extras.get("init_lora_weights", True) not in PLAIN_STARTS:
+            raise wrong(f"init_lora_weights can be {', '.join(map(str, PLAIN_STARTS))}")
+    if rslora:
+        extras["use_rslora"] = True
+    return extras
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -203,6 +245,7 @@ def add_adapter(base: torch.nn.Module, shape: LoraShape, seed: int) -> PeftModel
         lora_dropout=shape.dropout,
         target_modules=shape.targets(),
         task_type="CAUSAL_LM",
+        **shape.extra,
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers by a name that will go

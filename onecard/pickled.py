@@ -1,7 +1,7 @@
 """Pickled lists of rows (CuteGPT's) -> a JSONL file in the cache, converted once.
 
-A pickle is a program. This one is run by a child process with limits, in an unpickler that knows no class and no
-function at all: lists, dictionaries, texts and numbers come through, anything else is refused.
+A pickle is a program. This one is run by a child process with limits, in an unpickler that knows no class and
+no function at all: lists, dictionaries, texts and numbers come through, anything else is refused.
 """
 
 import json

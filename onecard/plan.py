@@ -6,14 +6,26 @@ Nothing is written into the run folder here.
 import dataclasses
 import importlib.metadata
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from onecard import config, data, fingerprint, hardware, lock, model, parallel, prompt, reader, runfolder
+from onecard import (
+    config,
+    data,
+    fingerprint,
+    hardware,
+    lock,
+    model,
+    parallel,
+    prompt,
+    reader,
+    rows,
+    runfolder,
+    template,
+)
 from onecard.config import FinetuneConfig
 from onecard.errors import CHECKPOINT, DATA, UserError
 from onecard.journal import check_wandb, say
@@ -32,13 +44,16 @@ class Plan:
     base_path: str  # folder or hub name that transformers loads
     base_config: Any
     tokenizer: Any
-    template: prompt.Template
+    template: prompt.Template  # of several the first, which asks the held-out prompts
     device: str
     dtype: str
     checkpointing: bool
     examples: data.Examples
-    train_rows: np.ndarray  # places in examples
+    sources: list[reader.Source]
+    task: str  # sft or pretrain
+    train_rows: np.ndarray  # places in examples; as often as its weight in an epoch
     validation_rows: np.ndarray
+    overlapping: int  # validation rows that are training rows too
     held_out: list[prompt.Conversation]
     encoding: data.Encoding
     fingerprints: dict[str, str]  # what must be the same when the run goes on -> SHA-256
@@ -73,15 +88,13 @@ def finished_before(options: FinetuneConfig, folder: Path) -> bool:
             raise UserError(f"{folder} holds {found[0].name}, which this run would write over.", ways)
         return False
     try:
-        before = stored["options"]
+        before = {**dataclasses.asdict(FinetuneConfig()), **stored["options"]}  # options that came later
     except (KeyError, TypeError):
         problem = f"{folder / runfolder.CONFIG}: damaged (no options)."
         raise UserError(problem, ways, CHECKPOINT) from None
     learned = [name for name, role in config.roles(FinetuneConfig).items() if role == config.LEARNED]
     now = dataclasses.asdict(options)
-    changed = [
-        f"{name} {before.get(name)} -> {now[name]}" for name in learned if before.get(name) != now[name]
-    ]
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in learned if before[name] != now[name]]
     if changed:
         raise UserError(f"{folder} holds a run with other options: {'; '.join(changed)}.", ways)
     finished = runfolder.read_json(folder / runfolder.FINISHED)
@@ -92,12 +105,20 @@ def finished_before(options: FinetuneConfig, folder: Path) -> bool:
         at = f"saved up to step {max(steps)}" if steps else "with nothing saved"
         go_on = f"Continue it: .venv/bin/python finetune_continue.py --output_path {folder}"
         raise UserError(f"{folder} holds an unfinished run, {at}.", f"{go_on} Or: {ways}")
-    data_path = Path(options.data_path)
-    rows = fingerprint.of_files([data_path])[data_path] if data_path.is_file() else None
-    if rows and rows != stored.get("fingerprints", {}).get("rows", rows):
-        raise UserError(f"{folder} holds a finished run, and {data_path} has changed since.", ways)
+    before_rows = stored.get("fingerprints", {}).get("rows")
+    if before_rows and before_rows != _rows_now(options, before_rows):
+        problem = f"{folder} holds a finished run, and {options.data_path} has changed since."
+        raise UserError(problem, ways)
     say_finished(folder, finished)
     return True
+
+
+def _rows_now(options: FinetuneConfig, before: str) -> str:
+    """The fingerprint of the rows as they are; rows that are gone have not changed."""
+    try:
+        return rows.fingerprint_of(reader.sources(options.data_path, options.eval_data_path))
+    except UserError:
+        return before
 
 
 def say_finished(folder: Path, finished: dict[str, Any]) -> None:
@@ -115,19 +136,20 @@ def say_finished(folder: Path, finished: dict[str, Any]) -> None:
 def prepare(
     options: FinetuneConfig,
     locate: Callable[[str], str],
+    fetch_data: reader.Fetch | None = None,
     resolved: dict[str, Any] | None = None,
     again: bool = False,
 ) -> Plan:
     """Check everything that can be checked before weights are loaded; writes nothing into the run folder.
 
-    resolved: what `auto` became when the run began, taken as it was; again: read all of rows and base anew.
+    locate, fetch_data: name of a model, of a dataset on the hub -> folder; resolved: what `auto` became when
+    the run began, taken as it was; again: read all of rows and base anew.
     """
     resolved = resolved or {}
-    template = prompt.load_template(options.template)
-    if not Path(options.data_path).is_file():
-        raise UserError(
-            f"--data_path {options.data_path}: no such file.", "Name a JSON or JSONL file of rows.", DATA
-        )
+    names = [name.strip() for name in options.template.split(",")]
+    for name in names:
+        template.check(name)
+    sources = reader.sources(options.data_path, options.eval_data_path, fetch_data)
     if options.wandb:
         check_wandb()
     device = hardware.choose_device(options.device, parallel.local_rank())
@@ -144,45 +166,67 @@ def prepare(
     runfolder.check_room(Path(options.output_path), LEAST_ROOM + 3 * 3 * 4 * parameters)
     tokenizer = model.load_tokenizer(base_path)
 
-    encoding = read_examples(options, template, tokenizer)
-    examples = encoding.examples
+    templates = [template.load(name, tokenizer) for name in names]
+    files = model.identity_files(base_path)
+    tokenizer_print = fingerprint.of_folder(files["tokenizer"], again)
+    found = rows.encode(options, sources, templates, tokenizer, tokenizer_print, again)
+    examples = found.encoding.examples
     model.check_window(options.model_path, base_config, int(examples.lengths.max()))
-    train_rows, validation_rows = data.split(len(examples), options.test_size, options.seed)
-    held_out = reader.pick_rows(
-        options.data_path, examples.numbers[validation_rows[:HELD_OUT_PROMPTS]].tolist()
-    )
+    train_rows, validation_rows = _split(options, found)
+    is_double = np.isin(examples.hashes[validation_rows], examples.hashes[train_rows])
+    asked = validation_rows[:HELD_OUT_PROMPTS] if found.task == rows.SFT else validation_rows[:0]
+    held_out = rows.picked(found, asked, options.schema)
     per_epoch = data.steps_per_epoch(len(train_rows), options.batch_size)
     total_steps = options.max_steps or round_up(options.num_epochs * per_epoch)
     if options.warmup_ratio is None:
         warmup = min(options.warmup_steps, total_steps // SHORT_RUN)
     else:
         warmup = round_up(options.warmup_ratio * total_steps)
-    files = model.identity_files(base_path)
     prints = {
-        "rows": fingerprint.of_files([Path(options.data_path)], again)[Path(options.data_path)],
-        "encoded rows": examples.sha256(),
-        "tokenizer": fingerprint.of_folder(files["tokenizer"], again),
+        "rows": found.fingerprint,
+        "encoded rows": found.encoding.sha256,
+        "tokenizer": tokenizer_print,
         "base model": fingerprint.of_folder(files["weights"], again),
     }
+    if options.peft_config:
+        prints["adapter settings"] = fingerprint.of_files([Path(options.peft_config)])[
+            Path(options.peft_config)
+        ]
     return Plan(
         options=options,
         base_path=base_path,
         base_config=base_config,
         tokenizer=tokenizer,
-        template=template,
+        template=templates[0],
         device=device.value,
         dtype=dtype.value,
         checkpointing=recompute.value,
         examples=examples,
+        sources=sources,
+        task=found.task,
         train_rows=train_rows,
         validation_rows=validation_rows,
+        overlapping=int(is_double.sum()),
         held_out=held_out,
-        encoding=encoding,
+        encoding=found.encoding,
         fingerprints=prints,
         reasons={"device": device.reason, "arithmetic": dtype.reason, "recompute": recompute.reason},
         total_steps=total_steps,
         warmup_steps=warmup,
     )
+
+
+def _split(options: FinetuneConfig, found: rows.Rows) -> tuple[np.ndarray, np.ndarray]:
+    """(training, validation) places: from files of their own, or by --test_size; weights are training's."""
+    apart = found.for_validation
+    ours, validation = np.flatnonzero(~apart), np.flatnonzero(apart)
+    if not options.eval_data_path:
+        chosen, held = data.split(len(ours), options.test_size, options.seed)
+        ours, validation = ours[chosen], ours[held]
+    elif not len(ours) or not len(validation):
+        which = "--eval_data_path" if len(ours) else "--data_path"
+        raise UserError(f"{which}: no usable row is in it.", "Raise --cutoff_len or check the rows.", DATA)
+    return data.repeated(ours, found.weights[ours], options.seed), validation
 
 
 def _as_before(value: Any) -> hardware.Choice | None:
@@ -206,14 +250,21 @@ def describe(plan: Plan) -> None:
     say("attention   one causal call per row of a packed micro-batch: no mask, no padding")
     recompute = "on" if plan.checkpointing else "off"
     say(f"recompute   {recompute} (gradient checkpointing): {reasons['recompute']}")
+    used = [source for source in plan.sources if not source.validation]
+    if len(plan.sources) > 1:
+        weights = "".join(f", {s.path.name} x {s.weight:g}" for s in used if s.weight != 1)
+        say(f"files       {len(used)} to train on, {len(plan.sources) - len(used)} for validation{weights}")
+    what = "blocks of raw text" if plan.task == rows.PRETRAIN else "rows"
     say(
-        f"rows        {len(plan.train_rows)} to train on, {len(plan.validation_rows)} for validation; "
-        f"{int(lengths.sum())} tokens, median row {int(np.median(lengths))}, longest {int(lengths.max())}"
+        f"{what:<11} {len(plan.train_rows)} to train on, {len(plan.validation_rows)} for validation; "
+        f"{int(lengths.sum())} tokens, median {int(np.median(lengths))}, longest {int(lengths.max())}"
     )
     say(
-        f"            {encoding.cut} cut at {options.cutoff_len} tokens (they lose their end token), "
+        f"            of {encoding.read} rows {encoding.cut} were cut at {options.cutoff_len} tokens, "
         f"{encoding.dropped} dropped (no target left), {len(encoding.rejected)} rejected"
     )
+    if plan.overlapping:
+        say(f"warning: {plan.overlapping} validation rows are training rows too.")
     say(
         f"steps       {plan.total_steps} of {options.batch_size} rows ({plan.steps_per_epoch} an epoch), "
         f"rate {options.learning_rate:g} {options.lr_scheduler}, warm-up {plan.warmup_steps} steps"
@@ -228,37 +279,6 @@ def describe(plan: Plan) -> None:
         ids, is_target = plan.examples[row]
         say("-" * 60 + "\n" + prompt.show(plan.tokenizer, ids.tolist(), is_target.tolist()))
     say("-" * 60)
-
-
-def read_examples(options: FinetuneConfig, template: prompt.Template, tokenizer: Any) -> data.Encoding:
-    """Encode the rows of --data_path; raises UserError (exit 3) at a bad row or when none is usable."""
-
-    def encode(conversation: prompt.Conversation) -> tuple[list[int], list[bool]]:
-        return prompt.encode(conversation, template, tokenizer, options.train_on_inputs)
-
-    rows = reader.read_rows(options.data_path)
-    if not options.skip_bad_rows:
-        rows = stop_at_bad_row(rows, options.data_path)
-    rows = tqdm(rows, desc="reading rows", unit="row", disable=None if parallel.is_main() else True)
-    encoding = data.encode_rows(rows, encode, options.cutoff_len)
-    if not len(encoding.examples):
-        problem = (
-            f"{options.data_path}: no usable row: {len(encoding.rejected)} rejected, "
-            f"{encoding.dropped} with no target left after the cut at {options.cutoff_len} tokens."
-        )
-        raise UserError(problem, "Raise --cutoff_len or check the rows.", DATA)
-    return encoding
-
-
-def stop_at_bad_row(rows: Iterator[Any], path: str) -> Iterator[prompt.Conversation]:
-    for row in rows:
-        if isinstance(row, reader.BadRow):
-            raise UserError(
-                f"{row.describe(Path(path))}.",
-                "Mend the row, or leave bad rows out with --skip_bad_rows.",
-                DATA,
-            )
-        yield row
 
 
 def learning_rate(options: FinetuneConfig, updates: int, total: int, warmup: int) -> float:
@@ -276,5 +296,9 @@ def versions() -> dict[str, str]:
 
 def lora_shape(options: FinetuneConfig) -> model.LoraShape:
     return model.LoraShape(
-        options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target_modules
+        options.lora_r,
+        options.lora_alpha,
+        options.lora_dropout,
+        options.lora_target_modules,
+        model.read_extras(options.peft_config, options.rslora),
     )

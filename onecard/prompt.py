@@ -1,77 +1,138 @@
-"""Conversation -> token ids, and which of them are targets. The only place that knows a template.
+"""Conversation -> token ids, and which of them are targets. What training and chat share.
 
-Training and chat call the same `encode`. Prompt and response are encoded apart, so the ids of a prompt in
-chat are always the first ids of the row that was trained. Control tokens written inside a row are text.
+The turns of the model are encoded apart from everything else, so the ids of a prompt in chat are always the
+first ids of the row that was trained. Control tokens come from the template alone: written inside a row they
+are text. Where templates come from: template.py.
 """
 
 import dataclasses
-import json
 import re
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from onecard.errors import UserError
+ASSISTANT = "assistant"
+RAW = ("context", "text", "prompt", "completion")  # written as they are, by no template
+TARGETS = (ASSISTANT, "text", "completion")
+ALL, LAST = "all", "last"  # assistant turns that are trained
 
-FOLDER = Path(__file__).parent / "templates"
+
+class Turn(NamedTuple):
+    role: str  # system, user, function, assistant, or one of RAW
+    text: str
+    input: str = ""  # of a user's turn: what an instruction is about
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Conversation:
-    """One instruction with an optional input; `output` is None while the answer is still to be made."""
+    """Turns in their order; it ends with a target, or with what the model shall answer."""
 
-    instruction: str
-    input: str = ""
-    output: str | None = None
+    turns: tuple[Turn, ...]
+
+    @property
+    def is_raw(self) -> bool:
+        return self.turns[0].role in RAW
+
+    @property
+    def question(self) -> "Conversation":
+        """The same without its last answer."""
+        answered = self.turns[-1].role in TARGETS
+        return Conversation(self.turns[:-1]) if answered else self
+
+    @property
+    def answer(self) -> str | None:
+        last = self.turns[-1]
+        return last.text if last.role in TARGETS else None
+
+
+Part = tuple[str, str]  # (what, text): a place of PLACES, "control" with its token, "literal" with its text
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """Prompt texts with the places {instruction} and {input}."""
+    """How each turn is written; () where nothing is, None where the template has no such turn."""
 
     name: str
-    prompt: str
-    prompt_with_input: str
+    user: tuple[Part, ...]
+    assistant: tuple[Part, ...]
+    opening: tuple[Part, ...] = ()  # before the first turn of a conversation without a system turn
+    opening_with_input: tuple[Part, ...] | None = None  # the same when its first turn has an input
+    system: tuple[Part, ...] | None = None
+    user_with_input: tuple[Part, ...] | None = None  # None: the input follows the text on a line of its own
+    function: tuple[Part, ...] | None = None  # what a function gave back, after the answer that called it
+    between: tuple[Part, ...] = ()  # after an answer, before the user's next turn
 
-    def fill(self, conversation: Conversation) -> str:
-        text = self.prompt_with_input if conversation.input else self.prompt
-        values = {"{instruction}": conversation.instruction, "{input}": conversation.input}
-        # in one pass, so that braces inside a row stay as they are
-        return re.sub(r"\{instruction\}|\{input\}", lambda place: values[place.group()], text)
+    def texts(self) -> dict[str, Any]:
+        """All of it as JSON values: what two runs compare."""
+        return dataclasses.asdict(self)
+
+    def controls(self) -> set[str]:
+        values = [value for value in dataclasses.asdict(self).values() if isinstance(value, tuple)]
+        return {text for parts in values for what, text in parts if what == "control"}
 
 
-def template_names() -> list[str]:
-    return sorted(path.stem for path in FOLDER.glob("*.json"))
-
-
-def load_template(name: str) -> Template:
-    """Read templates/NAME.json; raises UserError with the names there are."""
-    if name not in template_names():
-        raise UserError(
-            f"--template {name}: no such template.", f"Choose from: {', '.join(template_names())}."
-        )
-    values = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    return Template(name, values["prompt"], values["prompt_with_input"])
+def single(instruction: str, input: str = "", output: str | None = None) -> Conversation:
+    """One instruction with an optional input, and its answer."""
+    asked = (Turn("user", instruction, input),)
+    return Conversation(asked if output is None else (*asked, Turn(ASSISTANT, output)))
 
 
 def encode(
-    conversation: Conversation, template: Template, tokenizer: Any, train_on_inputs: bool = False
+    conversation: Conversation,
+    template: Template,
+    tokenizer: Any,
+    train_on_inputs: bool = False,
+    train_on: str = ALL,
 ) -> tuple[list[int], list[bool]]:
     """Token ids and is_target flags, both of length T, uncut.
 
-    With an output: prompt + response + end token, the last two being targets (with train_on_inputs all but
-    the beginning-of-text token). Without: the prompt alone.
+    Targets are the assistant's turns (the last one alone with train_on "last") with their end tokens; with
+    train_on_inputs all but the first token. Raises ValueError when the template has no such turn.
     """
-    start = _beginning(tokenizer)
-    prompt = _encode_text(tokenizer, template.fill(conversation))
-    response = []
-    if conversation.output is not None:
-        response = [*_encode_text(tokenizer, conversation.output), tokenizer.eos_token_id]
-    ids = start + prompt + response
-    is_target = [False] * len(start) + [train_on_inputs] * len(prompt) + [True] * len(response)
-    if is_target and not start:
-        is_target[0] = False  # nothing comes before the first token, so nothing can predict it
-    return ids, is_target
+    row = _Row(tokenizer, train_on_inputs)
+    turns = conversation.turns
+    last = max((i for i, turn in enumerate(turns) if turn.role == ASSISTANT), default=-1)
+    if not conversation.is_raw and turns[0].role != "system":
+        with_input = turns[0].input and template.opening_with_input is not None
+        row.write(template.opening_with_input if with_input else template.opening)
+    for number, turn in enumerate(turns):
+        if turn.role == "user" and number and turns[number - 1].role == ASSISTANT:
+            row.write(template.between)
+        if turn.role in RAW:
+            row.write((("{text}", ""),), turn, turn.role in TARGETS)
+            if turn.role in TARGETS:
+                row.write((("{end}", ""),), None, True)
+        elif turn.role == ASSISTANT:
+            row.write(template.assistant, turn, train_on == ALL or number == last)
+        else:
+            row.write(_form(template, turn), turn)
+    return row.done()
+
+
+def encode_within(
+    conversation: Conversation, limit: int, template: Template, tokenizer: Any, *how: Any
+) -> tuple[list[int], list[bool], bool]:
+    """Like encode, at most `limit` tokens, and whether something was left out.
+
+    Whole oldest turns go first, a question with its answer, never the system's; what is still too long is cut
+    at the right.
+    """
+    ids, is_target = encode(conversation, template, tokenizer, *how)
+    if len(ids) <= limit:
+        return ids, is_target, False
+    system = conversation.turns[:1] if conversation.turns[0].role == "system" else ()
+    starts = [number for number, turn in enumerate(conversation.turns) if turn.role == "user"]
+    low, high = 1, len(starts) - 1  # how many of the oldest to leave out
+    while low <= high:
+        middle = (low + high) // 2
+        shorter = Conversation(system + conversation.turns[starts[middle] :])
+        tried = encode(shorter, template, tokenizer, *how)
+        if len(tried[0]) <= limit or middle == len(starts) - 1:
+            ids, is_target = tried
+        if len(tried[0]) <= limit:
+            high = middle - 1
+        else:
+            low = middle + 1
+    return ids[:limit], is_target[:limit], True
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:
@@ -83,7 +144,14 @@ def show(
     tokenizer: Any, ids: list[int], is_target: list[bool], opening: str = "«", closing: str = "»"
 ) -> str:
     """A row as text, runs of target tokens between the two marks, control tokens visible."""
-    text, position = "", 0
+    return "".join(
+        f"{opening}{piece}{closing}" if target else piece for piece, target in runs(tokenizer, ids, is_target)
+    )
+
+
+def runs(tokenizer: Any, ids: list[int], is_target: list[bool]) -> list[tuple[str, bool]]:
+    """A row as (text, is it trained), one for each run of tokens of one kind."""
+    found, position = [], 0
     while position < len(ids):
         end = position
         while end < len(ids) and is_target[end] == is_target[position]:
@@ -91,9 +159,80 @@ def show(
         piece = tokenizer.decode(
             ids[position:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        text += f"{opening}{piece}{closing}" if is_target[position] else piece
+        found.append((piece, is_target[position]))
         position = end
-    return text
+    return found
+
+
+class _Row:
+    """Ids and flags in the making; texts that follow one another are encoded as one."""
+
+    def __init__(self, tokenizer: Any, train_on_inputs: bool):
+        self.tokenizer, self.train_on_inputs = tokenizer, train_on_inputs
+        self.ids = _beginning(tokenizer)
+        self.is_target = [False] * len(self.ids)
+        self.waiting = ""
+
+    def write(self, parts: tuple[Part, ...] | None, turn: Turn | None = None, target: bool = False) -> None:
+        """Add the parts of a turn; a target's texts are encoded apart from what stands before and behind."""
+        if target or (turn is not None and turn.role in (ASSISTANT, *RAW)):
+            self.flush()
+        for what, text in parts or ():
+            if what in ("{end}", "control"):
+                self.flush(target)
+                self.control(self.tokenizer.eos_token_id if what == "{end}" else self.id_of(text), target)
+            else:
+                self.waiting += {"{text}": turn and turn.text, "{input}": turn and turn.input}.get(what, text)
+        if target or (turn is not None and turn.role in (ASSISTANT, *RAW)):
+            self.flush(target)
+
+    def control(self, token: int, target: bool) -> None:
+        doubled = self.ids[-1:] == [token] and token in (
+            self.tokenizer.bos_token_id,
+            self.tokenizer.eos_token_id,
+        )
+        if not doubled:
+            self.ids.append(token)
+            self.is_target.append(target or self.train_on_inputs)
+
+    def flush(self, target: bool = False) -> None:
+        made = _encode_text(self.tokenizer, self.waiting) if self.waiting else []
+        self.ids += made
+        self.is_target += [target or self.train_on_inputs] * len(made)
+        self.waiting = ""
+
+    def id_of(self, token: str) -> int:
+        found = token_id(self.tokenizer, token)
+        assert found is not None, token  # template.load has checked it
+        return found
+
+    def done(self) -> tuple[list[int], list[bool]]:
+        self.flush()
+        if self.is_target:
+            self.is_target[0] = False  # nothing comes before the first token, so nothing can predict it
+        return self.ids, self.is_target
+
+
+def token_id(tokenizer: Any, token: str) -> int | None:
+    """The id of a token by its name, None when the tokenizer does not have it."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    return (
+        None if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token) else found
+    )
+
+
+def _form(template: Template, turn: Turn) -> tuple[Part, ...]:
+    """How a turn that is not the assistant's is written."""
+    if turn.role == "user" and turn.input:
+        beside = (("{text}", ""), ("literal", "\n"), ("{input}", ""))
+        plain = (part for part in template.user)
+        return template.user_with_input or tuple(
+            inner for part in plain for inner in (beside if part[0] == "{text}" else (part,))
+        )
+    form = getattr(template, turn.role)
+    if form is None:
+        raise ValueError(f"template {template.name} has no {turn.role} turn")
+    return form
 
 
 def _encode_text(tokenizer: Any, text: str) -> list[int]:

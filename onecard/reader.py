@@ -1,255 +1,111 @@
-"""Files -> conversations, one at a time: JSON arrays and JSONL, with the place of whatever is wrong.
+"""What --data_path names -> conversations, one at a time: files of any format, folders, several with weights.
 
-A file is read through a window that moves forward, so neither its text nor its rows are held as a whole, and
-reading can go on behind a broken row. This file does not know templates, tokens or models.
+Which format: by the file's ending; which schema: by looking at each row (schemas.py). This file does not know
+templates, tokens or models.
 """
 
 import dataclasses
-import io
-import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
+from onecard import json_rows, pickled, schemas, tables
 from onecard.errors import DATA, UserError
 from onecard.prompt import Conversation
+from onecard.schemas import BadRow
 
-CHUNK = 1 << 20  # characters read at a time
-LONGEST_ROW = 64 << 20  # characters; anything longer is a mistake in the file
+FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".pkl")
+WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>\d+(\.\d+)?)")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+Fetch = Callable[[str], str]  # name of a dataset on the hub -> local folder
 
 
 @dataclasses.dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be used: where it starts to be wrong, why, its whole text, and the part around."""
+class Source:
+    """A file of rows; `weight` is how often each of its rows comes up in an epoch."""
 
-    line: int
-    column: int
-    reason: str
-    text: str
-    near: str = ""
-
-    def describe(self, path: Path) -> str:
-        excerpt = " ".join((self.near or self.text)[:80].split())
-        return f"{path}:{self.line}:{self.column}: {self.reason}; near: {excerpt!r}"
+    path: Path
+    weight: float = 1.0
+    validation: bool = False
 
 
-def read_rows(path: str | Path) -> Iterator[Conversation | BadRow]:
-    """Stream the rows of a JSON array or JSONL file of {instruction, input, output}.
+def sources(data_path: str, eval_data_path: str | None = None, fetch: Fetch | None = None) -> list[Source]:
+    """The files behind --data_path, then those behind --eval_data_path.
 
-    Raises UserError (exit 3) when there is no such file, it is empty, or holds something else.
+    Raises UserError (exit 3) when one does not exist or a folder holds none.
     """
+    found = [source for text in _parts(data_path) for source in _source(text, "--data_path", fetch)]
+    if eval_data_path:
+        for source in (
+            s for text in _parts(eval_data_path) for s in _source(text, "--eval_data_path", fetch)
+        ):
+            found.append(dataclasses.replace(source, validation=True))
+    return found
+
+
+def _parts(text: str) -> list[str]:
+    """Commas separate files, unless a file is called so."""
+    return [text] if Path(text).exists() else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _source(text: str, flag: str, fetch: Fetch | None) -> list[Source]:
+    path, weight = Path(text), 1.0
+    weighted = WEIGHTED.fullmatch(text)
+    if not path.exists() and weighted:
+        path, weight = Path(weighted["path"]), float(weighted["weight"])
+    if weight == 0:
+        raise UserError(f"{flag} {text}: a weight of 0 takes no row.", "Leave the file out.", DATA)
+    if not path.exists() and fetch and HUB_NAME.fullmatch(str(path)) and path.suffix not in FORMATS:
+        path = Path(fetch(str(path)))
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in FORMATS and not p.name.startswith("."))
+        if not files:
+            problem = f"{flag} {path}: the folder holds no file of rows."
+            raise UserError(problem, f"Name a file, or a folder of {', '.join(FORMATS)}.", DATA)
+        return [Source(file, weight) for file in files]
+    if not path.is_file():
+        problem = f"{flag} {path}: " + ("this is not a regular file." if path.exists() else "no such file.")
+        raise UserError(problem, "Name a file of rows (JSON, JSONL, CSV, Parquet) or a folder of them.", DATA)
+    return [Source(path, weight)]
+
+
+def read_rows(path: str | Path, schema: str | None = None) -> Iterator[Conversation | BadRow]:
+    """Stream the rows of one file; raises UserError (exit 3) when it is empty or holds something else."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"--data_path {path}: no such file.", "Name a JSON or JSONL file of rows.", DATA)
+        raise UserError(f"--data_path {path}: no such file.", "Name a file of rows.", DATA)
     try:
-        with path.open("rb") as raw:
-            if raw.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-                raise UserError(f"{path}: UTF-16 text.", "Save it as UTF-8.", DATA)
-        # bytes that are not UTF-8 become lone surrogates, which _conversation reports by line
-        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-            start = _first_character(file, path)
-            values = _array_values(file) if start == "[" else _line_values(file)
-            for line, column, value, text in values:
-                yield value if isinstance(value, BadRow) else _conversation(value, line, column, text)
+        for line, column, value, text in values(path):
+            if isinstance(value, BadRow):
+                yield value
+                continue
+            try:
+                made = schemas.conversation(value, schema)
+            except schemas.RowError as error:
+                made = BadRow(line, column, str(error), text.strip())
+            yield made
     except PermissionError as error:
         raise UserError(f"{path}: {error.strerror}.", "Check the rights of the file.", DATA) from None
 
 
-def pick_rows(path: str | Path, numbers: list[int]) -> list[Conversation]:
-    """The rows with these numbers (counted from 1), read again, in the order of `numbers`."""
+def values(path: Path) -> Iterator[tuple[int, int, object, str]]:
+    """(line, column, value or BadRow, text) of each row, whatever the format."""
+    if path.suffix in (".csv", ".tsv"):
+        return tables.csv_values(path)
+    if path.suffix == ".parquet":
+        return tables.parquet_values(path)
+    if path.suffix == ".pkl":
+        return (
+            (line, 0, value["row"], text) for line, _, value, text in json_rows.values(pickled.as_jsonl(path))
+        )
+    return json_rows.values(path)
+
+
+def pick_rows(files: list[Path], numbers: list[int], schema: str | None = None) -> list[Conversation]:
+    """The rows with these numbers (counted from 1 over all files), read again, in the order of `numbers`."""
     wanted = set(numbers)
-    rows = islice(read_rows(path), max(wanted, default=0))
+    rows = (row for path in files for row in read_rows(path, schema))
+    rows = islice(rows, max(wanted, default=0))
     found = {number: row for number, row in enumerate(rows, start=1) if number in wanted}
     return [found[number] for number in numbers]
-
-
-def _first_character(file: io.TextIOBase, path: Path) -> str:
-    head = file.read(CHUNK).lstrip()
-    file.seek(0)
-    if not head:
-        raise UserError(
-            f"{path}: the file is empty.", "It should hold rows of {instruction, input, output}.", DATA
-        )
-    if head[0] not in "[{":
-        problem = f"{path}:1:1: neither a JSON array nor JSONL; it begins with {head[:20]!r}."
-        raise UserError(
-            problem, 'A row looks like {"instruction": "...", "input": "", "output": "..."}.', DATA
-        )
-    return head[0]
-
-
-def _line_values(file: Iterable[str]) -> Iterator[tuple[int, int, Any, str]]:
-    """(line, column, value or BadRow, text) of each line of a JSONL file."""
-    for line, text in enumerate(file, start=1):
-        if not text.strip():
-            continue
-        try:
-            yield line, 1, _DECODER.decode(text.rstrip()), text
-        except ValueError as error:
-            column = getattr(error, "colno", 1)
-            near = text[max(0, column - 40) : column + 80]
-            yield line, column, BadRow(line, column, _reason(error), text.rstrip("\n"), near), text
-        except RecursionError:
-            yield line, 1, BadRow(line, 1, "nested too deeply", text.rstrip("\n"), text[:80]), text
-
-
-def _array_values(file: io.TextIOBase) -> Iterator[tuple[int, int, Any, str]]:
-    """(line, column, value or BadRow, text) of each element of a JSON array, read in pieces."""
-    window = _Window(file)
-    window.skip(_BLANK)
-    window.advance(1)  # the opening bracket
-    first = True
-    while True:
-        window.skip(_BLANK)
-        if window.peek() == "]":
-            window.advance(1)
-            window.skip(_BLANK)
-            if window.peek():
-                yield *window.place(), window.bad("text after the closing bracket", window.position), ""
-            return
-        if not window.peek():
-            yield *window.place(), window.bad("the file ends before the closing bracket", window.position), ""
-            return
-        lost = None  # what is wrong with the row that follows, before it is read
-        if not first and window.peek() != ",":
-            lost = window.bad("a comma is missing between two rows", window.position)
-        elif not first:
-            window.advance(1)
-            window.skip(_BLANK)
-        first = False
-        line, column = window.place()
-        try:
-            value, end = window.decode()
-        except ValueError as error:
-            bad = lost or window.bad(_reason(error), getattr(error, "pos", window.position))
-            skipped = window.to_next_row()
-            yield line, column, dataclasses.replace(bad, text=skipped), ""
-            first = True  # to_next_row has already passed the comma
-            if window.ended and not window.peek():
-                return
-            continue
-        text = window.text[window.position : end]
-        window.advance(end - window.position)
-        yield line, column, dataclasses.replace(lost, text=text) if lost else value, text
-
-
-class _Window:
-    """A part of a text file that moves forward: `position` is where the next value is looked for."""
-
-    def __init__(self, file: io.TextIOBase):
-        self.file, self.text, self.position, self.ended = file, "", 0, False
-        self.line, self.column = 1, 1  # of `position`
-
-    def more(self) -> bool:
-        if len(self.text) - self.position > LONGEST_ROW:
-            raise ValueError(f"a row of more than {LONGEST_ROW >> 20} million characters")
-        self._forget()
-        piece = "" if self.ended else self.file.read(max(CHUNK, len(self.text)))
-        self.ended = not piece
-        self.text += piece
-        return not self.ended
-
-    def _forget(self) -> None:
-        self.text, self.position = self.text[self.position :], 0
-
-    def peek(self) -> str:
-        while self.position >= len(self.text) and self.more():
-            pass
-        return self.text[self.position : self.position + 1]
-
-    def skip(self, pattern: re.Pattern) -> None:
-        while self.peek() and pattern.match(self.text, self.position):
-            self.advance(1)
-
-    def advance(self, count: int) -> None:
-        self.line, self.column = self.place(self.position + count)
-        self.position += count
-        if self.position > CHUNK:
-            self._forget()
-
-    def place(self, position: int | None = None) -> tuple[int, int]:
-        """(line, column), both counted from 1, of a position that is not behind `self.position`."""
-        ahead = self.text[self.position : position] if position is not None else ""
-        newlines = ahead.count("\n")
-        return self.line + newlines, len(ahead) - ahead.rfind("\n") if newlines else self.column + len(ahead)
-
-    def decode(self) -> tuple[Any, int]:
-        """The JSON value at `position` and where it ends; reads on while the value may be incomplete."""
-        while True:
-            try:
-                before = self.position
-                value, end = _DECODER.raw_decode(self.text, before)
-                # a number at the border may go on behind it
-                if end < len(self.text) - 2 or not isinstance(value, int | float) or not self.more():
-                    return value, end - before + self.position
-            except json.JSONDecodeError as error:
-                unfinished = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - 16
-                before = self.position
-                if not unfinished or not self.more():
-                    error.pos += self.position - before
-                    raise
-            except RecursionError:
-                raise ValueError("nested too deeply") from None
-
-    def bad(self, reason: str, position: int) -> BadRow:
-        position = min(position, len(self.text))
-        near = self.text[max(self.position, position - 40) : position + 80]
-        return BadRow(*self.place(position), reason, near, near)
-
-    def to_next_row(self) -> str:
-        """Move to what looks like the next row, a brace after a closing brace and a comma, or to the end.
-
-        Returns the text that was passed over, without the comma.
-        """
-        while True:
-            found = _NEXT_ROW.search(self.text, self.position)
-            if found or self.ended or len(self.text) - self.position > LONGEST_ROW:
-                end = found.start() + 1 if found else len(self.text)
-                skipped = self.text[self.position : end]
-                self.advance((found.end() if found else end) - self.position)
-                if not found:
-                    self.ended, self.text = True, self.text[: self.position]
-                return skipped
-            self.more()
-
-
-def _conversation(value: Any, line: int, column: int, text: str) -> Conversation | BadRow:
-    if not isinstance(value, dict):
-        return BadRow(line, column, f"a row must be an object, this is {_kind(value)}", text.strip())
-    for key in ("instruction", "output"):
-        if key not in value:
-            return BadRow(line, column, f"the row has no {key!r}", text)
-    fields = {
-        "instruction": value["instruction"],
-        "input": "" if value.get("input") is None else value["input"],
-        "output": value["output"],
-    }
-    for key, field in fields.items():
-        if not isinstance(field, str):
-            return BadRow(line, column, f"{key!r} must be text, this is {_kind(field)}", text)
-        if _SURROGATE.search(field):
-            return BadRow(line, column, f"{key!r} holds bytes that are not UTF-8 or half a \\u pair", text)
-    if not fields["instruction"].strip():
-        return BadRow(line, column, "'instruction' is empty", text)
-    return Conversation(**fields)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _reason(error: ValueError) -> str:
-    return f"broken JSON, {error.msg.lower()}" if isinstance(error, json.JSONDecodeError) else str(error)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
-_BLANK = re.compile(r"[ \t\r\n]")
-_NEXT_ROW = re.compile(r"\}\s*,\s*(?=\{)")
-_SURROGATE = re.compile("[\ud800-\udfff]")

@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Pictures of a run and of rows."""
 
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,27 @@ def loss_curve(records: list[dict[str, Any]], path: Path) -> None:
         linestyle=":",
     )
     rate.set_ylabel("learning rate (dotted)", color="#777777")
+    _save(figure, path)
+
+
+def lengths(tokens: list[int], cutoff_len: int, path: Path) -> None:
+    """Draw how long rows are, in tokens, and where they are cut."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.hist(tokens, bins=40, color="#4477aa")
+    axes.axvline(cutoff_len, color="#cc6677", label=f"cutoff_len {cutoff_len}")
+    axes.set(xlabel="tokens of a row", ylabel="rows")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp.png")
     figure.savefig(temporary, dpi=120)
     temporary.replace(path)

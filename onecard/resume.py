@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from onecard import checkpoint, config, hardware, legacy, lock, parallel, runfolder, warmstart
+from onecard import checkpoint, config, hardware, legacy, lock, parallel, reader, runfolder, warmstart
 from onecard.checkpoint import Progress
 from onecard.config import ContinueConfig, FinetuneConfig
 from onecard.errors import CHECKPOINT, UserError
@@ -28,6 +28,8 @@ TIED = (
     "lora_r",
     "lora_alpha",
     "lora_target_modules",
+    "rslora",
+    "peft_config",
     "optimizer",
     "learning_rate",
     "lr_scheduler",
@@ -72,13 +74,15 @@ def decide(wish: ContinueConfig, given: frozenset[str], fetch: Callable[[str], s
     return warmstart.from_adapter(source, wish, given)
 
 
-def make_plan(start: Start, locate: Callable[[str], str], wish: ContinueConfig) -> Plan:
+def make_plan(
+    start: Start, locate: Callable[[str], str], fetch_data: reader.Fetch | None, wish: ContinueConfig
+) -> Plan:
     """The plan of a run that goes on; raises UserError (exit 4) when rows or base are not what they were."""
     resolved = start.stored["resolved"] if start.stored else {}
     options = start.options
     if start.same_run and options.device == "auto" and resolved["device"] == "cpu":
         options = dataclasses.replace(options, device="cpu")  # a card that came later is not used by itself
-    plan = prepare(options, locate, _arithmetic(options, resolved), again=wish.verify)
+    plan = prepare(options, locate, fetch_data, _arithmetic(options, resolved), again=wish.verify)
     plan.options = start.options
     if start.stored:
         _check_same(start, plan)

@@ -1,7 +1,7 @@
 """The rows of a run as token ids: read and encoded once, then kept in the user's cache.
 
-What is kept is found again by everything it depends on: the files' contents, the tokenizer, the templates, and how
-rows were cut. Any of these changed gives another key, so nothing stale is ever used.
+What is kept is found again by all that it depends on: the files' contents, the tokenizer, the templates, and
+how rows were cut. Any of these changed gives another key, so nothing stale is ever used.
 """
 
 import contextlib
@@ -22,10 +22,9 @@ from tqdm import tqdm
 from onecard import data, fingerprint, parallel, prompt, reader
 from onecard.config import FinetuneConfig
 from onecard.errors import DATA, DISK, UserError
-from onecard.prompt import Conversation
+from onecard.prompt import Conversation, Template
 from onecard.reader import Source
 from onecard.schemas import BadRow
-from onecard.template import Template
 
 FORMAT = 1  # of what is kept; the next number when encoding changes
 ROOM = 20 << 30  # bytes of the cache
@@ -191,9 +190,7 @@ def _make(
 BAD_ROW = "Mend the row, or leave bad rows out with --skip_bad_rows."
 
 
-def _read(
-    sources: list[Source], options: FinetuneConfig, ends: list[int]
-) -> Iterator[Conversation | BadRow]:
+def _read(sources: list[Source], options: FinetuneConfig, ends: list[int]) -> Iterator[Conversation | BadRow]:
     """The rows of all files with a bar; notes in `ends` the number of each file's last row."""
     number, show = 0, None if parallel.is_main() else True
     with tqdm(desc="reading rows", unit="row", disable=show) as bar:

@@ -1,6 +1,6 @@
 """The shapes that rows come in -> conversations: one small function for each, recognised by looking.
 
-A row is recognised by its own keys, so neither the order of rows nor a registry matters. This file does not know
+A row is recognised by its own keys, so neither the order of rows nor a registry matters. This file knows no
 files, templates or tokens.
 """
 
@@ -82,8 +82,8 @@ def alpaca(value: Any) -> Conversation:
 
 def dialogue(value: Any) -> Conversation:
     """CuteGPT: a list of alpaca rows is one conversation."""
-    if not isinstance(value, list) or not value:
-        raise RowError("a dialogue must be a list of {instruction, input, output}")
+    if not isinstance(value, list) or not value or not all(isinstance(row, dict) for row in value):
+        raise RowError("a row that is a list must be one of {instruction, input, output} objects")
     turns = []
     for row in value:
         turns += [_user(row), Turn(ASSISTANT, _text(row, "output"))]
@@ -136,7 +136,9 @@ def context_completion(value: Any) -> Conversation:
 
 
 def prompt_completion(value: Any) -> Conversation:
-    return Conversation((Turn("prompt", _text(value, "prompt")), Turn("completion", _text(value, "completion"))))
+    return Conversation(
+        (Turn("prompt", _text(value, "prompt")), Turn("completion", _text(value, "completion")))
+    )
 
 
 KEYS = {  # the first whose keys a row has
@@ -150,18 +152,12 @@ KEYS = {  # the first whose keys a row has
     "text": {"text"},
     "content": {"content"},
 }
-SCHEMAS: dict[str, Callable[[Any], Conversation]] = {
-    name: globals()[name] for name in (*KEYS, "dialogue")
-}
+SCHEMAS: dict[str, Callable[[Any], Conversation]] = {name: globals()[name] for name in (*KEYS, "dialogue")}
 
 
 def check(made: Conversation) -> None:
     """Raise RowError when the turns cannot be a conversation: nothing is mended or merged silently."""
     turns = made.turns
-    for turn in turns:
-        for field in (turn.text, turn.input):
-            if SURROGATE.search(field):
-                raise RowError(f"the {turn.role} text holds bytes that are not UTF-8 or half a \\u pair")
     if made.is_raw:
         if not turns[-1].text.strip():
             raise RowError(f"{turns[-1].role!r} is empty")
@@ -184,7 +180,10 @@ def kind(value: Any) -> str:
 
 
 def _user(row: Any) -> Turn:
-    return Turn("user", _text(row, "instruction"), _text(row, "input", optional=True))
+    asked = Turn("user", _text(row, "instruction"), _text(row, "input", optional=True))
+    if not asked.text.strip():
+        raise RowError("'instruction' is empty")
+    return asked
 
 
 def _system(value: dict[str, Any]) -> list[Turn]:
@@ -222,6 +221,8 @@ def _checked(field: Any, key: str) -> str:
         field = "".join(_text(part, "text") for part in parts)  # OpenAI's content in parts
     if not isinstance(field, str):
         raise RowError(f"{key!r} must be text, this is {kind(field)}")
+    if SURROGATE.search(field):
+        raise RowError(f"{key!r} holds bytes that are not UTF-8 or half a \\u pair")
     return field
 
 

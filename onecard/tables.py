@@ -1,12 +1,15 @@
-"""CSV and Parquet files -> values, one row at a time, with the place of whatever is wrong."""
+"""CSV and Parquet files -> values, one row at a time, with the place of what is wrong; rows -> Parquet."""
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from onecard.errors import DATA, UserError
+from tqdm import tqdm
+
+from onecard.errors import DATA, DISK, UserError
 from onecard.schemas import BadRow
 
 LONGEST_FIELD = 64 << 20  # characters
@@ -75,3 +78,58 @@ def parquet_values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
     if number != promised:
         problem = f"{path}: holds {number} rows and promises {promised}."
         raise UserError(problem, "Write or fetch it again.", DATA)
+
+
+def write_parquet(
+    paths: list[Path], values: Callable[[Path], Iterator[Any]], target: Path
+) -> tuple[int, list[str]]:
+    """All rows in one Parquet file whose columns are those of any row; returns (rows, columns).
+
+    Reads twice, once for the columns. Raises UserError (exit 3) at a bad row or where a column's types do not
+    agree; the target is whole or as it was.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    def pieces(what: str) -> Iterator[list[dict[str, Any]]]:
+        rows = (row for path in paths for row in _objects(path, values(path)))
+        bar = tqdm(rows, desc=what, unit="row", disable=None)
+        while piece := list(islice(bar, 10 * ROWS)):
+            yield piece
+
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        schema = pyarrow.schema([])
+        for piece in pieces("looking at columns"):
+            found = pyarrow.Table.from_pylist(_filled(piece)).schema
+            schema = pyarrow.unify_schemas([schema, found], promote_options="permissive")
+        count = 0
+        with parquet.ParquetWriter(temporary, schema) as writer:
+            for piece in pieces("writing"):
+                writer.write_table(pyarrow.Table.from_pylist(piece, schema=schema))
+                count += len(piece)
+        temporary.replace(target)
+    except pyarrow.ArrowException as error:
+        problem = f"{', '.join(map(str, paths))}: a column holds values of different types: {error}."
+        raise UserError(problem, "Make each column of one type.", DATA) from None
+    except OSError as error:
+        problem = f"{target}: could not be written: {error.strerror or error}."
+        raise UserError(problem, "Make room or choose another place.", DISK) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count, schema.names
+
+
+def _objects(path: Path, values: Iterator[Any]) -> Iterator[dict[str, Any]]:
+    for line, column, value, _ in values:
+        bad = value if isinstance(value, BadRow) else None
+        if bad is None and not isinstance(value, dict):
+            bad = BadRow(line, column, "a row of a table must be an object", str(value)[:200])
+        if bad:
+            raise UserError(f"{bad.describe(path)}.", "Mend the row.", DATA)
+        yield value
+
+
+def _filled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows with every key in the first, which alone names the columns."""
+    return [{**dict.fromkeys(key for row in rows for key in row), **rows[0]}, *rows[1:]]

@@ -1,17 +1,17 @@
 """Prompt templates: a data file, or the tokenizer's own chat template -> the parts that turns are written in.
 
-A file in onecard/templates/ is a JSON object of texts with the places {text}, {input} and {end} (the tokenizer's
-end token). `control` names tokens of the template that must be single tokens of the tokenizer. Everything else
-in a template is plain text. Adding a file adds a template.
+A file in onecard/templates/ is a JSON object of texts with the places {text}, {input} and {end} (the
+tokenizer's end token). `control` names tokens of the template that must be single tokens of the tokenizer.
+Everything else in a template is plain text. Adding a file adds a template.
 """
 
-import dataclasses
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 from onecard.errors import UserError
+from onecard.prompt import Part, Template, token_id
 
 FOLDER = Path(__file__).parent / "templates"
 AUTO = "auto"  # the tokenizer's own
@@ -20,44 +20,22 @@ PLACES = ("{text}", "{input}", "{end}")
 REQUIRED = {"user": "{text}", "assistant": "{text}"}
 OPTIONAL = ("opening", "opening_with_input", "system", "user_with_input", "function", "between")
 
-Part = tuple[str, str]  # (what, text): a place of PLACES, "control" with its token, "literal" with its text
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-    """How each turn is written; () where nothing is, None where the template has no such turn."""
-
-    name: str
-    user: tuple[Part, ...]
-    assistant: tuple[Part, ...]
-    opening: tuple[Part, ...] = ()  # before the first turn of a conversation without a system turn
-    opening_with_input: tuple[Part, ...] | None = None  # the same when its first turn has an input
-    system: tuple[Part, ...] | None = None
-    user_with_input: tuple[Part, ...] | None = None  # None: the input follows the text on a line of its own
-    function: tuple[Part, ...] | None = None
-    between: tuple[Part, ...] = ()  # after an assistant's turn, before the next one
-
-    def texts(self) -> dict[str, Any]:
-        """All of it as JSON values: what two runs compare."""
-        return dataclasses.asdict(self)
-
-    def controls(self) -> set[str]:
-        values = [value for value in dataclasses.asdict(self).values() if isinstance(value, tuple)]
-        return {text for parts in values for what, text in parts if what == "control"}
-
 
 def names() -> list[str]:
     return [AUTO, *sorted(path.stem for path in FOLDER.glob("*.json"))]
+
+
+def check(name: str) -> None:
+    """Raise UserError when there is no such template, or its file is wrong; the tokenizer is not needed."""
+    if name != AUTO:
+        read(_path(name))
 
 
 def load(name: str, tokenizer: Any) -> Template:
     """A template by its name, its file, or `auto`; raises UserError naming what is wrong with it."""
     if name == AUTO:
         return from_tokenizer(tokenizer)
-    path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
-    if not path.is_file():
-        raise UserError(f"--template {name}: no such template.", f"Choose from: {', '.join(names())}.")
-    template = read(path)
+    template = read(_path(name))
     missing = sorted(token for token in template.controls() if token_id(tokenizer, token) is None)
     if missing:
         raise UserError(
@@ -65,6 +43,13 @@ def load(name: str, tokenizer: Any) -> Template:
             "Choose a template without control tokens, or add them with tools/prepare_base_model.py.",
         )
     return template
+
+
+def _path(name: str) -> Path:
+    path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
+    if not path.is_file():
+        raise UserError(f"--template {name}: no such template.", f"Choose from: {', '.join(names())}.")
+    return path
 
 
 def read(path: Path) -> Template:
@@ -114,12 +99,6 @@ def parts(text: str, control: list[str]) -> tuple[Part, ...]:
         elif piece:
             found.append(("control" if piece in control else "literal", piece))
     return tuple(found)
-
-
-def token_id(tokenizer: Any, token: str) -> int | None:
-    """The id of a token by its name, None when the tokenizer does not have it."""
-    found = tokenizer.convert_tokens_to_ids(token)
-    return None if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token) else found
 
 
 def from_tokenizer(tokenizer: Any) -> Template:
@@ -178,9 +157,9 @@ def _inferred(tokenizer: Any) -> Template:
         before = None
     try:  # what a function gave back follows the assistant's call
         _, _, called, answered, _ = render("user", "assistant", "tool", "assistant")
-        if not called.startswith(end + between):
-            raise _UnfitError("a function's turn does not follow like a user's")
-        function = parts(called.removeprefix(end + between) + "{text}" + answered, control)
+        if not called.startswith(end):
+            raise _UnfitError("an answer that calls a function ends in another way")
+        function = parts(called.removeprefix(end) + "{text}" + answered, control)
     except _UnfitError:
         function = None
     made = Template(

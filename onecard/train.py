@@ -33,6 +33,7 @@ from onecard.config import ContinueConfig, FinetuneConfig
 from onecard.errors import MEMORY, NON_FINITE, Stopped, UserError
 from onecard.finish import Draw, finish
 from onecard.plan import Plan, describe, finished_before, learning_rate, prepare
+from onecard.reader import Fetch
 from onecard.start import Start
 from onecard.trainer import Trainer, load
 
@@ -44,14 +45,17 @@ MOMENTS = 3  # of the size of the adapter: what AdamW keeps, and what an update 
 MOST_SKIPS = 20  # steps in a row that the fp16 scaler may skip
 
 
-def run(options: FinetuneConfig, locate: Locate, sample: Sample, draw: Draw) -> None:
+def run(
+    options: FinetuneConfig, locate: Locate, sample: Sample, draw: Draw, fetch_data: Fetch | None = None
+) -> None:
     """Fine-tune as the options say; raises UserError with the exit code of what went wrong.
 
-    locate: model name -> folder or hub name; sample: answers prompts; draw: log records -> picture.
+    locate: model name -> folder or hub name; sample: answers prompts; draw: log records -> picture;
+    fetch_data: name of a dataset on the hub -> folder.
     """
     with signals.watch():
         if not finished_before(options, Path(options.output_path)):
-            carry_out(prepare(options, locate), None, sample, draw)
+            carry_out(prepare(options, locate, fetch_data), None, sample, draw)
 
 
 def go_on(
@@ -61,12 +65,13 @@ def go_on(
     fetch: Callable[[str], str],
     sample: Sample,
     draw: Draw,
+    fetch_data: Fetch | None = None,
 ) -> None:
     """Continue a run, or start one from a checkpoint or an adapter (resume.py); otherwise like run."""
     with signals.watch():
         start = resume.decide(wish, given, fetch)
         if start is not None:
-            carry_out(resume.make_plan(start, locate, wish), start, sample, draw)
+            carry_out(resume.make_plan(start, locate, fetch_data, wish), start, sample, draw)
 
 
 def carry_out(plan: Plan, start: Start | None, sample: Sample, draw: Draw) -> None:

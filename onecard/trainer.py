@@ -126,6 +126,7 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: Start | No
             "micro_batch_tokens": progress.micro_batch_tokens,
             "processes": parallel.world_size(),
             "threads": torch.get_num_threads(),
+            "task": plan.task,
             "total_steps": plan.total_steps,
             "warmup_steps": plan.warmup_steps,
         }

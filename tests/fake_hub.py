@@ -6,6 +6,9 @@ It speaks what huggingface_hub's snapshot_download asks for: the revision, the l
 import contextlib
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,8 +19,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextlib.contextmanager
-def serving(name: str, folder: Path) -> Iterator[str]:
+def serving(name: str, folder: Path, kind: str = "models") -> Iterator[str]:
     """The address of a hub that holds `folder` under `name` (owner/repository) while the block runs."""
+    prefix = "" if kind == "models" else f"/{kind}"
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -25,18 +29,18 @@ def serving(name: str, folder: Path) -> Iterator[str]:
 
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
-            file = folder / path.removeprefix(f"/{name}/resolve/{COMMIT}/")
+            file = folder / path.removeprefix(f"{prefix}/{name}/resolve/{COMMIT}/")
             files = [item for item in sorted(folder.iterdir()) if item.is_file()]
-            if path.startswith(f"/api/models/{name}/tree/"):
+            if path.startswith(f"/api/{kind}/{name}/tree/"):
                 listed = [
                     {"type": "file", "path": item.name, "size": item.stat().st_size, "oid": digest(item)}
                     for item in files
                 ]
                 self.answer(json.dumps(listed).encode())
-            elif path.startswith(f"/api/models/{name}"):
+            elif path.startswith(f"/api/{kind}/{name}"):
                 siblings = [{"rfilename": item.name} for item in files]
                 self.answer(json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
-            elif path.startswith(f"/{name}/resolve/{COMMIT}/") and file in files:
+            elif path.startswith(f"{prefix}/{name}/resolve/{COMMIT}/") and file in files:
                 self.answer(file.read_bytes(), ETag=f'"{digest(file)}"', **{"X-Repo-Commit": COMMIT})
             else:
                 self.answer(b'{"error": "Repository not found"}', 404, **{"X-Error-Code": "RepoNotFound"})
@@ -58,6 +62,19 @@ def serving(name: str, folder: Path) -> Iterator[str]:
             yield f"http://127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
+
+
+def fetch(address: str, home: Path, function: str, name: str) -> str:
+    """What onecard.hub's function says for a name, in a process whose hub is at this address."""
+    code = (
+        "import sys; from onecard import errors, hub\n"
+        f"try: print(hub.{function}(sys.argv[1]))\n"
+        "except errors.UserError as error: print(error.problem)"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", code, name]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return ended.stdout.strip()
 
 
 def digest(path: Path) -> str:

@@ -1,6 +1,7 @@
 """finetune.py from end to end on input that is wrong: one message, its exit code, and nothing written."""
 
 import json
+import os
 import shutil
 import sys
 from collections import namedtuple
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import finetune
-from onecard import chat, config, hub, prompt, report, runfolder, train
+from onecard import chat, config, hub, report, runfolder, template, train
 from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, run_program
 from tests import tiny
 
@@ -82,9 +83,20 @@ def test_missing_data_file(bad_run, tmp_path):
     )
 
 
-def test_directory_as_data_file(bad_run, tmp_path):
-    """Exit 3, the path, and what it should be."""
-    check(bad_run("--data_path", tmp_path), DATA, "--data_path", tmp_path, "Name a")
+def test_empty_directory_as_data(bad_run, tmp_path):
+    """A folder is read file by file; one without files of rows is named."""
+    (tmp_path / "nothing").mkdir()
+    check(bad_run("--data_path", tmp_path / "nothing"), DATA, "--data_path", "nothing", "no file of rows")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+def test_what_is_no_file_is_refused_at_once(bad_run, tmp_path, kind):
+    """D4: nothing is waited for."""
+    path = Path("/dev/zero")
+    if kind == "pipe":
+        path = tmp_path / "pipe.json"
+        os.mkfifo(path)
+    check(bad_run("--data_path", path), DATA, "--data_path", path, "not a regular file")
 
 
 @pytest.mark.parametrize("text", ["", "\n \n"])
@@ -141,9 +153,7 @@ def test_no_row_left_to_train_on(bad_run, size):
 
 def test_unknown_template(bad_run):
     """Exit 2 and the templates there are."""
-    check(
-        bad_run("--template", "alpacca"), USAGE, "--template alpacca", "Choose from", *prompt.template_names()
-    )
+    check(bad_run("--template", "alpacca"), USAGE, "--template alpacca", "Choose from", *template.names())
 
 
 @pytest.mark.parametrize("names", ["query_key_value", "q_proj,w_proj", "proj", "lm_head", ",", ""])

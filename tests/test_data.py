@@ -2,16 +2,17 @@
 
 import json
 import random
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from onecard import batching, data, reader
+from onecard import batching, data, json_rows, reader
 from onecard.errors import DATA, UserError
-from onecard.prompt import Conversation
-from onecard.reader import BadRow
+from onecard.prompt import Conversation, single
+from onecard.schemas import BadRow
 
 GOOD = [
     {"instruction": "Say red", "input": "", "output": "red"},
@@ -34,7 +35,7 @@ def read(path: Path, content: str | bytes) -> list[Conversation | BadRow]:
 
 
 def conversation(row: dict) -> Conversation:
-    return Conversation(row["instruction"], row.get("input") or "", row["output"])
+    return single(row["instruction"], row.get("input") or "", row["output"])
 
 
 def layout(texts: list[str], kind: str) -> str:
@@ -52,15 +53,17 @@ def texts_of(rows: list[dict]) -> list[str]:
     return [json.dumps(row, ensure_ascii=False) for row in rows]
 
 
-def as_letters(row: Conversation) -> tuple[list[int], list[bool]]:
+def as_letters(row: Conversation, number: int = 0, limit: int = 10**6) -> tuple[list[int], list[bool], bool]:
     """An encoding that can be counted by hand: one token a character, targets are the output and its end."""
-    prompt, response = row.instruction + row.input, row.output + "\0"
-    return [ord(c) for c in prompt + response], [False] * len(prompt) + [True] * len(response)
+    asked = row.turns[0]
+    prompt, response = asked.text + asked.input, row.answer + "\0"
+    ids, is_target = [ord(c) for c in prompt + response], [False] * len(prompt) + [True] * len(response)
+    return ids[:limit], is_target[:limit], len(ids) > limit
 
 
 def random_rows(count: int, seed: int = 0) -> list[Conversation]:
     draw = random.Random(seed)
-    return [Conversation(f"{i}" * draw.randint(1, 6), "", "x" * draw.randint(0, 20)) for i in range(count)]
+    return [single(f"{i}" * draw.randint(1, 6), "", "x" * draw.randint(0, 20)) for i in range(count)]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "array", "one line"])
@@ -78,7 +81,7 @@ def test_indented_array_is_read_as_json_reads_it(tmp_path):
 @pytest.mark.parametrize("chunk", [16, 1 << 20])
 def test_byte_order_mark_and_crlf_change_nothing(tmp_path, monkeypatch, kind, chunk):
     """A file saved by a Windows editor holds the same rows at the same places."""
-    monkeypatch.setattr(reader, "CHUNK", chunk)
+    monkeypatch.setattr(json_rows, "CHUNK", chunk)
     content = layout([*texts_of(GOOD), FAULTS["no comma"][0]], kind)
     plain = read(tmp_path / "rows", content)
     assert isinstance(plain[-1], BadRow)
@@ -91,7 +94,7 @@ def test_escapes_are_the_characters_they_stand_for(tmp_path, monkeypatch, kind):
     content = layout([json.dumps(row, ensure_ascii=True) for row in GOOD], kind)
     assert r"\ud83d\ude00" in content
     for chunk in range(2, len(content) + 2, 3):
-        monkeypatch.setattr(reader, "CHUNK", chunk)
+        monkeypatch.setattr(json_rows, "CHUNK", chunk)
         assert read(tmp_path / "rows", content) == [conversation(row) for row in GOOD]
 
 
@@ -113,7 +116,7 @@ def test_broken_row_is_named_by_file_line_and_column(tmp_path, monkeypatch, faul
     content = layout([*texts_of(GOOD)[:where], text, *texts_of(GOOD)[where:]], kind)
     line, column = place(content, content.index(text) + text.index(part))
     for chunk in [*range(2, len(content) + 2, 11), 1 << 20]:
-        monkeypatch.setattr(reader, "CHUNK", chunk)
+        monkeypatch.setattr(json_rows, "CHUNK", chunk)
         rows = read(path, content)
         bad = [row for row in rows if isinstance(row, BadRow)]
         assert [row.describe(path).split(": ")[0] for row in bad] == [f"{path}:{line}:{column}"]
@@ -127,7 +130,7 @@ def test_broken_row_across_the_real_chunk_border_is_placed(tmp_path):
     broken = json.dumps(long, ensure_ascii=False).replace(', "output"', ' "output"')
     content = layout([*texts_of([long] * 3), broken, *texts_of([long] * 3)], "array")
     start = content.index(broken)
-    assert start < reader.CHUNK < start + len(broken)
+    assert start < json_rows.CHUNK < start + len(broken)
     rows = read(tmp_path / "rows", content)
     bad = [row for row in rows if isinstance(row, BadRow)]
     assert len(rows) == 7
@@ -184,7 +187,7 @@ def test_reading_does_not_depend_on_the_chunk(tmp_path, monkeypatch, content):
 
     whole = rows()
     for chunk in range(1, len(content) + 1):
-        monkeypatch.setattr(reader, "CHUNK", chunk)
+        monkeypatch.setattr(json_rows, "CHUNK", chunk)
         assert rows() == whole, f"with {chunk} characters at a time: {content}"
 
 
@@ -294,8 +297,8 @@ def test_deep_nesting_is_rejected_not_a_crash(tmp_path, kind):
 
 def test_endless_row_is_rejected_not_a_crash(tmp_path, monkeypatch):
     """A row beyond the limit, such as after a lost quote, is one bad row with its place."""
-    monkeypatch.setattr(reader, "CHUNK", 64)
-    monkeypatch.setattr(reader, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(json_rows, "CHUNK", 64)
+    monkeypatch.setattr(json_rows, "LONGEST_ROW", 1000)
     content = layout([*texts_of(GOOD), '{"instruction": "' + "a" * 5000], "array")
     rows = read(tmp_path / "rows", content)
     assert rows[:4] == [conversation(row) for row in GOOD]
@@ -340,7 +343,7 @@ def test_picked_rows_are_the_rows_of_those_numbers(tmp_path):
     texts[6] = FAULTS["no comma"][0]
     rows = read(tmp_path / "rows", layout(texts, "array"))
     for numbers in ([1], [30, 2, 8], [29, 9, 8, 1], []):
-        assert reader.pick_rows(tmp_path / "rows", numbers) == [rows[number - 1] for number in numbers]
+        assert reader.pick_rows([tmp_path / "rows"], numbers) == [rows[number - 1] for number in numbers]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "array"])
@@ -362,24 +365,24 @@ def test_rows_read_are_kept_dropped_or_rejected(tmp_path, kind):
         if fate in ("kept", "cut"):
             expected["kept"].append((number, conversation(row)))
     rows = read(tmp_path / "rows", layout(texts, kind))
-    encoding = data.encode_rows(rows, as_letters, cutoff_len=40)
+    encoding = data.encode_rows(rows, partial(as_letters, limit=40), tmp_path)
     examples = encoding.examples
     assert len(rows) == 200 == len(examples) + encoding.dropped + len(encoding.rejected)
     assert (encoding.dropped, len(encoding.rejected)) == (expected["dropped"], expected["rejected"])
     assert encoding.cut == expected["cut"]
     assert examples.numbers.tolist() == [number for number, _ in expected["kept"]]
     for i, (_, row) in enumerate(expected["kept"]):
-        ids, is_target = as_letters(row)
+        ids, is_target, _ = as_letters(row)
         assert examples[i][0].tolist() == ids[:40]
         assert examples[i][1].tolist() == is_target[:40]
         assert examples.lengths[i] == len(ids[:40])
         assert examples.target_counts[i] == sum(is_target[:40])
 
 
-def test_no_usable_row_gives_no_examples():
+def test_no_usable_row_gives_no_examples(tmp_path):
     """Rows that are all dropped or rejected leave empty arrays, not an error."""
-    rows = [Conversation("a" * 50, "", "b"), BadRow(1, 1, "why", "text")]
-    encoding = data.encode_rows(rows, as_letters, cutoff_len=20)
+    rows = [single("a" * 50, "", "b"), BadRow(1, 1, "why", "text")]
+    encoding = data.encode_rows(rows, partial(as_letters, limit=20), tmp_path)
     assert (len(encoding.examples), encoding.dropped, encoding.rejected) == (0, 1, rows[1:])
     assert len(encoding.examples.lengths) == len(encoding.examples.target_counts) == 0
 
@@ -477,10 +480,10 @@ def test_plan_is_a_partition_within_the_budget(budget):
         assert all(a + b > budget for a, b in pairwise(sums))  # no two could be one
 
 
-def test_packed_rows_are_the_rows():
+def test_packed_rows_are_the_rows(tmp_path):
     """Tokens, positions, row numbers, and what predicts which target, agree with each row's is_target."""
     rows = [BadRow(1, 1, "why", ""), *random_rows(12)]
-    examples = data.encode_rows(rows, as_letters, cutoff_len=15).examples
+    examples = data.encode_rows(rows, partial(as_letters, limit=15), tmp_path).examples
     order = [3, 0, 11, 7]
     packed = batching.pack(examples, order)
     start, pairs = 0, []
@@ -497,9 +500,9 @@ def test_packed_rows_are_the_rows():
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 9])
-def test_processes_share_the_rows_of_a_step(world):
+def test_processes_share_the_rows_of_a_step(tmp_path, world):
     """Over all processes every row of the step is in one micro-batch, and no target is lost."""
-    examples = data.encode_rows(random_rows(30), as_letters, cutoff_len=20).examples
+    examples = data.encode_rows(random_rows(30), partial(as_letters, limit=20), tmp_path).examples
     rows = [1, 4, 5, 9, 20, 21, 29]
     shares = [batching.micro_batches(examples, rows, 40, rank, world) for rank in range(world)]
     packed = [batch for share in shares for batch in share]

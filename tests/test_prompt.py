@@ -1,24 +1,42 @@
 """Template and token ids: what chat sends is the beginning of what was trained."""
 
 import io
+import json
+import re
 
 import pytest
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from onecard import prompt
+from onecard import prompt, template
 from onecard.errors import UserError
-from onecard.prompt import Conversation
+from onecard.prompt import Conversation, Template, Turn, single
 from tests import tiny
 
+CHATML = (
+    "{% if messages[0].role != 'system' %}<start>system\nBe kind.<end>\n{% endif %}"
+    "{% for m in messages %}<start>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
+)
+TURNS = [
+    Turn("system", "Be <end> brief."),
+    Turn("user", "说绿色 <start>", "more"),
+    Turn("assistant", " call it"),
+    Turn("function", "42"),
+    Turn("assistant", "It is 42 <end>. "),
+    Turn("user", "Why?"),
+    Turn("assistant", "答案：好。"),
+]
 TEXTS = [*tiny.WORDS, "Below is an instruction", "答案：水在一百度沸腾。", "### Response:"] * 4
 CONVERSATIONS = [
-    Conversation("Say red", "", "red it is"),
-    Conversation("Say {input} and {instruction}", "{instruction} blue", "{input}"),
-    Conversation("请用中文回答\n", "  两个空格", "答案：好。\n第二行 😀"),
-    Conversation("ends with space ", "", " begins with space"),
-    Conversation("<end> <start> </s> <s>", "<end>", "no <end> here"),
+    single("Say red", "", "red it is"),
+    single("Say {input} and {instruction}", "{instruction} blue", "{input}"),
+    single("请用中文回答\n", "  两个空格", "答案：好。\n第二行 😀"),
+    single("ends with space ", "", " begins with space"),
+    Conversation(tuple(TURNS)),
+    Conversation(tuple(TURNS[1:])),
+    single("<end> <start> </s> <s>", "<end>", "no <end> here"),
 ]
 
 
@@ -65,64 +83,205 @@ def tokenizer(request):
     return TOKENIZERS[request.param]()
 
 
-@pytest.mark.parametrize("name", prompt.template_names())
+def fitting(conversation: Conversation, form: Template) -> list[Turn]:
+    """The turns that the template knows: without a function's and the answer to it where it has none."""
+    turns = list(conversation.turns)
+    for number in [i for i, turn in enumerate(turns) if turn.role == "function" and not form.function]:
+        del turns[number : number + 2]
+    return turns
+
+
+def load(name: str, tokenizer) -> Template:
+    """The template; control tokens that this tokenizer lacks become its own."""
+    start, end = tokenizer.bos_token, tokenizer.eos_token
+    if name == "chatml":
+        text = (template.FOLDER / "chatml.json").read_text()
+        made = json.loads(text.replace("<|im_start|>", start).replace("<|im_end|>", end))
+        control = made.pop("control")
+        made.pop("description")
+        return Template(name, **{key: template.parts(text, control) for key, text in made.items()})
+    tokenizer.chat_template = CHATML.replace("<start>", start).replace("<end>", end)
+    return template.load(name, tokenizer)
+
+
+@pytest.mark.parametrize("name", template.names())
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_chat_ids_are_the_beginning_of_the_training_ids(tokenizer, name, conversation):
-    """For every template and three kinds of tokenizer; and only the rest are targets."""
-    template = prompt.load_template(name)
-    trained, is_target = prompt.encode(conversation, template, tokenizer)
-    asked, no_target = prompt.encode(
-        Conversation(conversation.instruction, conversation.input), template, tokenizer
-    )
-    assert trained[: len(asked)] == asked
-    assert is_target == [False] * len(asked) + [True] * (len(trained) - len(asked))
-    assert not any(no_target)
-    assert trained[-1] == tokenizer.eos_token_id
-    assert is_target[-1]
+    """For every template, after every turn, with three kinds of tokenizer; only answers are targets."""
+    form = load(name, tokenizer)
+    turns = fitting(conversation, form)
+    trained, is_target = prompt.encode(Conversation(tuple(turns)), form, tokenizer)
+    answers = []
+    for number, turn in enumerate(turns):
+        if turn.role == "assistant":
+            asked, targets = prompt.encode(Conversation(tuple(turns[:number])), form, tokenizer)
+            assert trained[: len(asked)] == asked
+            assert is_target[: len(asked)] == targets
+            end = next(i for i in range(len(asked), len(trained) + 1) if not any(is_target[i : i + 1]))
+            assert all(is_target[len(asked) : end])
+            assert trained[end - 1] == tokenizer.eos_token_id
+            answers += range(len(asked), end)
+    assert [i for i, target in enumerate(is_target) if target] == answers
+    assert answers[-1] == len(trained) - 1
+
+
+@pytest.mark.parametrize("name", template.names())
+def test_the_last_answer_alone(tokenizer, name):
+    """--train_on last: the same ids, the targets of the last turn."""
+    form, conversation = load(name, tokenizer), Conversation(tuple(TURNS[1:3] + TURNS[5:]))
+    ids, all_targets = prompt.encode(conversation, form, tokenizer)
+    again, targets = prompt.encode(conversation, form, tokenizer, False, prompt.LAST)
+    asked, _ = prompt.encode(conversation.question, form, tokenizer)
+    assert again == ids
+    assert targets == [False] * len(asked) + all_targets[len(asked) :]
+
+
+@pytest.mark.parametrize("name", template.names())
+@pytest.mark.parametrize("limit", [0, 1, 30, 80, 150, 10_000])
+def test_long_conversations_lose_their_oldest_turns(tokenizer, name, limit):
+    """The system's turn stays, whole turns go, and no more of them than must."""
+    form = load(name, tokenizer)
+    said = [[Turn("user", f"question {i} " + "a " * i), Turn("assistant", f"answer {i}")] for i in range(9)]
+    system = [Turn("system", "Be brief.")]
+
+    def shortened(first: int) -> list[int]:
+        return prompt.encode(
+            Conversation((*system, *(turn for pair in said[first:] for turn in pair))), form, tokenizer
+        )[0]
+
+    whole = Conversation((*system, *(turn for pair in said for turn in pair)))
+    ids, is_target, was_cut = prompt.encode_within(whole, limit, form, tokenizer)
+    fitting = [first for first in range(9) if len(shortened(first)) <= limit]
+    assert ids == (shortened(fitting[0]) if fitting else shortened(8)[:limit])
+    assert len(is_target) == len(ids)
+    assert was_cut == (not fitting or fitting[0] > 0)
+
+
+def test_auto_is_the_text_of_the_chat_template(tokenizer):
+    """What the tokenizer itself would write, token by token, system and function turns included."""
+    form = load("auto", tokenizer)
+    said = [Turn(turn.role, re.sub("<[a-z]+>", "", turn.text)) for turn in TURNS]
+    for turns in (said, said[1:], said[1:3], said[:3]):
+        ids, _ = prompt.encode(Conversation(tuple(turns)), form, tokenizer)
+        messages = [{"role": "tool" if t.role == "function" else t.role, "content": t.text} for t in turns]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        reference = tokenizer(text.removesuffix("\n"), add_special_tokens=False).input_ids
+        got, wanted = (tokenizer.decode(i, skip_special_tokens=False) for i in (ids, reference))
+        if getattr(tokenizer.backend_tokenizer.pre_tokenizer, "prepend_scheme", "") == "first":
+            got, wanted = got.replace(" ", ""), wanted.replace(" ", "")  # a word begins behind every token
+        assert got == wanted
+
+
+@pytest.mark.parametrize(
+    ("broken", "word"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "control token"),
+        ("{{ messages[-1].content }}<end>", "every turn"),
+        ("{{ raise_exception('no') }}", "refuses"),
+        ("{{ 'x' * 999999 }}{% for m in messages %}{{ m.content }}<end>{% endfor %}", "too much"),
+        (
+            "{% for m in messages %}{{ m.role if loop.last else '' }}{{ m.content }}<end>{% endfor %}",
+            "last turn|begin with",
+        ),
+        ("{% for m in messages %}{{ m.content", "refuses"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_refused(broken, word):
+    made = tiny.tokenizer()
+    made.chat_template = broken
+    with pytest.raises(UserError, match=word) as caught:
+        template.load("auto", made)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"user": "no place"}, "'user' must hold"),
+        ({"assistant": "{text}"}, "must end with {end}"),
+        ({"assistant": "{text}{text}{end}"}, "once"),
+        ({"user": 7}, "must be a text"),
+        ({"usr": "x"}, "'usr' is not known"),
+        ({"between": "{input}"}, "cannot hold {input}"),
+        ({"control": "<x>"}, "'control' must be a list"),
+        ({"control": ["<x>"], "between": "<x>"}, "no token <x>"),
+    ],
+)
+def test_a_broken_template_file_is_named(tmp_path, change, word):
+    """Exit 2, the file and the key; nothing of it is run."""
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"user": "{text}: ", "assistant": "{text}{end}", **change}))
+    with pytest.raises(UserError, match=re.escape(word)) as caught:
+        template.load(str(path), tiny.tokenizer())
+    assert caught.value.code == 2
+    assert "mine.json" in caught.value.problem
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, "x" * 300_000])
+def test_a_file_that_is_no_template_is_named(tmp_path, content):
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"mine\.json") as caught:
+        template.check(str(path))
+    assert caught.value.code == 2
+
+
+def test_chatml_needs_its_tokens():
+    """The demo's tokenizer has them; another is told how to get them."""
+    with pytest.raises(UserError, match=re.escape("no token <|im_end|>, <|im_start|>")) as caught:
+        template.load("chatml", tiny.tokenizer())
+    assert "prepare_base_model" in caught.value.fix
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_control_tokens_in_a_row_are_text(tokenizer, conversation):
-    """The end token appears once, at the end, and the texts come back whole."""
-    template = prompt.load_template("alpaca")
-    ids, is_target = prompt.encode(conversation, template, tokenizer)
-    assert ids.count(tokenizer.eos_token_id) == 1
+    """The end token appears once an answer, and the texts come back whole."""
+    form = template.load("alpaca", None)
+    conversation = Conversation(tuple(fitting(conversation, form)))
+    ids, is_target = prompt.encode(conversation, form, tokenizer)
+    answers = sum(turn.role == "assistant" for turn in conversation.turns)
+    assert ids.count(tokenizer.eos_token_id) == answers
     assert tokenizer.bos_token_id not in ids[1:]
     response = [token for token, flag in zip(ids, is_target, strict=True) if flag][:-1]
-    assert tokenizer.decode(response).strip() == conversation.output.strip()
+    assert tokenizer.decode(response).strip().endswith(conversation.answer.strip())
 
 
 def test_bos_comes_first_where_the_tokenizer_puts_it():
     """Llama-like tokenizers begin every text with it; the others do not."""
-    conversation, template = CONVERSATIONS[0], prompt.load_template("alpaca")
+    conversation, form = CONVERSATIONS[0], template.load("alpaca", None)
     for name, make in TOKENIZERS.items():
         made = make()
-        ids, _ = prompt.encode(conversation, template, made)
+        ids, _ = prompt.encode(conversation, form, made)
         assert (ids[0] == made.bos_token_id) == (name == "sentencepiece")
 
 
-def test_alpaca_text_is_the_known_one():
+def test_the_texts_are_the_known_ones():
     """The wording and the blank lines that models trained elsewhere have seen."""
-    template = prompt.load_template("alpaca")
-    assert template.fill(Conversation("Do it.")).endswith(
-        "request.\n\n### Instruction:\nDo it.\n\n### Response:\n"
-    )
-    filled = template.fill(Conversation("Do it.", "this"))
+    made = tiny.tokenizer()
+
+    def text(name: str, *said: str) -> str:
+        return prompt.show(made, *prompt.encode(single(*said), template.load(name, made), made))
+
+    assert text("alpaca", "Do it.").endswith("request.\n\n### Instruction:\nDo it.\n\n### Response:\n")
+    filled = text("alpaca", "Do it.", "this", "done")
     assert "provides further context" in filled
-    assert filled.endswith("### Instruction:\nDo it.\n\n### Input:\nthis\n\n### Response:\n")
+    assert filled.endswith("### Instruction:\nDo it.\n\n### Input:\nthis\n\n### Response:\n«done<end>»")
+    assert text("vicuna-chat", "Hi").endswith("questions of user.\n\nUser:Hi\n\nAssistant:")
+    assert text("tigerbot", "Hi", "", "Ho") == "\n\n### Instruction:\nHi\n\n### Response:\n«Ho<end>»"
+    assert text("cutegpt", "Hi").endswith("请给出对应请求的回答。\n问：Hi\n答：\n")
 
 
 def test_training_on_inputs_marks_all_but_the_start(tokenizer):
     """Every token that another one precedes is a target."""
     _, is_target = prompt.encode(
-        CONVERSATIONS[0], prompt.load_template("alpaca"), tokenizer, train_on_inputs=True
+        CONVERSATIONS[0], template.load("alpaca", None), tokenizer, train_on_inputs=True
     )
     assert is_target == [False] + [True] * (len(is_target) - 1)
 
 
 def test_show_marks_targets_and_the_end_token(tokenizer):
     """The preview of a row shows the response between the marks, end token included."""
-    ids, is_target = prompt.encode(CONVERSATIONS[0], prompt.load_template("alpaca"), tokenizer)
+    ids, is_target = prompt.encode(CONVERSATIONS[0], template.load("alpaca", None), tokenizer)
     text = prompt.show(tokenizer, ids, is_target)
     assert text.endswith(f"red it is{tokenizer.eos_token}»")
     assert text.count("«") == 1
@@ -131,5 +290,5 @@ def test_show_marks_targets_and_the_end_token(tokenizer):
 def test_unknown_template_names_the_known_ones():
     """Exit 2 and the list."""
     with pytest.raises(UserError, match="alpaca") as caught:
-        prompt.load_template("nonsense")
+        template.check("nonsense")
     assert caught.value.code == 2

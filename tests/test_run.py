@@ -20,11 +20,11 @@ from onecard import (
     data,
     engine_hf,
     model,
-    prompt,
     reader,
     report,
     runfolder,
     step,
+    template,
     train,
     trainer,
 )
@@ -104,9 +104,8 @@ def test_run_folder_holds_what_is_promised(finished):
 def test_the_rows_of_a_run_are_those_of_the_plan(finished):
     """Tokens and target tokens of every step are those of the rows that rows_at names."""
     settings, folder = finished
-    tokenizer, template = model.load_tokenizer(settings.model_path), prompt.load_template("alpaca")
     rows = reader.read_rows(settings.data_path)
-    examples = data.encode_rows(rows, lambda row: prompt.encode(row, template, tokenizer), 256).examples
+    examples = tiny.encoded(rows, model.load_tokenizer(settings.model_path))
     training, _ = data.split(24, settings.test_size, settings.seed)
     seen = 0
     for record in (record for record in log(folder) if "loss" in record):
@@ -563,8 +562,8 @@ def test_what_chat_asks_is_the_beginning_of_what_training_saw(tiny_model, tiny_r
     chat.reply(
         base,
         model.load_tokenizer(str(tiny_model)),
-        prompt.load_template("alpaca"),
-        reader.pick_rows(tiny_rows, numbers),
+        template.load("alpaca", None),
+        reader.pick_rows([tiny_rows], numbers),
         2,
     )
     assert sorted(numbers) == list(range(1, 25))

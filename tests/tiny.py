@@ -1,11 +1,17 @@
 """A tiny random Llama with a real tokenizer, as an ordinary model folder, and rows to train it on."""
 
 import json
+import shutil
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from onecard import data, prompt, template
+from onecard.prompt import Conversation
 
 WORDS = [
     "red",
@@ -76,6 +82,17 @@ def rows(count: int) -> list[dict[str, str]]:
             }
         )
     return made
+
+
+def encoded(conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerFast) -> data.Examples:
+    """Conversations in the alpaca template, at most 256 tokens each."""
+    form = template.load("alpaca", tokenizer)
+    folder = Path(tempfile.mkdtemp(prefix="onecard-encoded-"))
+    made = data.encode_rows(
+        conversations, lambda row, _: prompt.encode_within(row, 256, form, tokenizer), folder
+    )
+    shutil.rmtree(folder)  # what is mapped stays readable
+    return made.examples
 
 
 def save_rows(path: Path, count: int) -> Path:

@@ -16,9 +16,7 @@ NO_DROPOUT = model.LoraShape(4, 8.0, 0.0, "q_proj,v_proj")
 
 
 def encode_tiny(count: int) -> data.Examples:
-    tokenizer, template = tiny.tokenizer(), prompt.load_template("alpaca")
-    rows = [prompt.Conversation(**row) for row in tiny.rows(count)]
-    return data.encode_rows(rows, lambda row: prompt.encode(row, template, tokenizer), 256).examples
+    return tiny.encoded([prompt.single(**row) for row in tiny.rows(count)], tiny.tokenizer())
 
 
 def tiny_step_model(folder: Path, bits: int = 16, checkpointing: bool = False) -> step.StepModel:

@@ -1,0 +1,203 @@
+"""Declared options -> command lines, JSON files, checked settings. Knows no option by name.
+
+An option is a dataclass field made by `option`: its default, role, help with the unit, and what it may be.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from onecard.errors import UserError
+
+LEARNED, EXECUTION = "learned", "execution"
+Settings = TypeVar("Settings")
+Check = Callable[[Any], str | None]  # a value -> what is wrong with it, or None
+
+
+def option(
+    default: Any, role: str, text: str, choices: Sequence[Any] = (), check: Check | None = None
+) -> Any:
+    """One option: its default, role, help with the unit, the values it may take."""
+    metadata = {"role": role, "help": text, "choices": tuple(choices), "check": check}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def at_least(low: float) -> Check:
+    return lambda value: None if value >= low else f"must be {low} or more"
+
+
+def between(low: float, high: float) -> Check:
+    return lambda value: None if low <= value <= high else f"must be from {low} to {high}"
+
+
+def above(low: float) -> Check:
+    return lambda value: None if value > low else f"must be above {low}"
+
+
+def fraction(value: float) -> str | None:
+    return None if 0 <= value < 1 else "must be 0 or more and below 1"
+
+
+def auto_or_at_least(low: int) -> Check:
+    return lambda value: None if value == "auto" or value >= low else f"must be auto, or {low} or more"
+
+
+def rows_or_fraction(value: float) -> str | None:
+    if value < 0 or (value >= 1 and value != int(value)):
+        return "must be a fraction below 1 or a whole number of rows"
+    return None
+
+
+def parse(settings: type[Settings], argv: Sequence[str] | None = None, description: str = "") -> Settings:
+    """Command line (and `--config FILE`, which flags override) -> settings; all mistakes in one UserError."""
+    return parse_given(settings, argv, description)[0]
+
+
+def parse_given(
+    settings: type[Settings], argv: Sequence[str] | None = None, description: str = ""
+) -> tuple[Settings, frozenset[str]]:
+    """Like parse, and the names of the options that were given, by a flag or in the file."""
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    parser.add_argument(
+        "--config", metavar="FILE", help="JSON file with any of these options; flags override it"
+    )
+    for field in dataclasses.fields(settings):
+        _add_flag(parser, field)
+    known, unknown = parser.parse_known_args(argv)
+    flags = vars(known)
+    file = flags.pop("config")
+    values = {**(_read_json(file) if file else {}), **flags}
+    return build(settings, values, source=file, unknown=unknown), frozenset(values)
+
+
+def build(
+    settings: type[Settings], values: dict[str, Any], source: str | None = None, unknown: Sequence[str] = ()
+) -> Settings:
+    """Raw values (texts or JSON values) -> checked settings; raises one UserError naming every bad one."""
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    hints = typing.get_type_hints(settings)
+    mistakes = [
+        f"{source or 'options'}: no option is called {name!r}" for name in values if name not in fields
+    ]
+    if unknown:
+        mistakes.insert(0, f"unrecognized arguments: {' '.join(unknown)}")
+    checked = {}
+    for name, value in values.items():
+        if name in fields:
+            try:
+                checked[name] = _checked(value, hints[name], fields[name].metadata)
+            except ValueError as error:
+                mistakes.append(f"--{name} {value}: {error}")
+    if mistakes:
+        raise UserError("; ".join(mistakes) + ".", "See --help.")
+    return settings(**checked)
+
+
+def roles(settings: type) -> dict[str, str]:
+    """Option name -> `learned` or `execution`."""
+    return {field.name: field.metadata["role"] for field in dataclasses.fields(settings)}
+
+
+def _checked(value: Any, hint: Any, metadata: Any) -> Any:
+    value = _converted(value, hint)
+    if value is None:
+        return None
+    if metadata["choices"] and value not in metadata["choices"]:
+        raise ValueError("choose from " + ", ".join(map(str, metadata["choices"])))
+    problem = metadata["check"](value) if metadata["check"] else None
+    if problem:
+        raise ValueError(problem)
+    return value
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    if bool in kinds:
+        return _boolean(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("must be a number" if float in kinds or int in kinds else "must be a text")
+    if str in kinds and (int not in kinds or value == "auto"):
+        return str(value)
+    if int in kinds and str(value).strip().lstrip("+-").isdecimal():
+        return int(value)  # not by way of float, which holds 53 bits
+    number = _number(value)
+    if int in kinds:
+        if number != int(number):
+            raise ValueError("must be a whole number" + (" or auto" if str in kinds else ""))
+        return int(number)
+    return number
+
+
+def _number(value: str | int | float) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError("must be a number") from None
+    except OverflowError:
+        raise ValueError("must be a finite number") from None
+    if not math.isfinite(number):
+        raise ValueError("must be a finite number")
+    return number
+
+
+def _boolean(value: Any) -> bool:
+    words = {
+        "true": True,
+        "yes": True,
+        "1": True,
+        "on": True,
+        "false": False,
+        "no": False,
+        "0": False,
+        "off": False,
+    }
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() not in words:
+        raise ValueError("must be true or false")
+    return words[str(value).lower()]
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}.", "Name a JSON file of options.") from None
+    except ValueError as error:
+        raise UserError(f"--config {path}: not JSON ({error}).", 'It should look like {"bits": 4}.') from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: holds no JSON object.", 'It should look like {"bits": 4}.')
+    return values
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    default = (
+        "none"
+        if field.default is None
+        else str(field.default).lower()
+        if field.type is bool
+        else field.default
+    )
+    text = f"{field.metadata['help']} [{default}; {field.metadata['role']}]".replace("%", "%%")
+    choices = "|".join(map(str, field.metadata["choices"]))
+    extra = {"nargs": "?", "const": "true"} if field.type is bool else {}
+    metavar = choices or ("true|false" if field.type is bool else field.name.upper())
+    parser.add_argument(f"--{field.name}", metavar=metavar, default=argparse.SUPPRESS, help=text, **extra)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}.", f"See {self.prog} --help.")

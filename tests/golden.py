@@ -1,0 +1,42 @@
+"""The token dump of the first row of every sample file in every template, with the demo model's tokenizer.
+
+python -m tests.golden writes tests/golden.json anew; look at what changed before committing it.
+"""
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from onecard import prompt, reader, template
+
+ROOT = Path(__file__).parent.parent
+FILE = Path(__file__).parent / "golden.json"
+SAMPLES = sorted(path for path in (ROOT / "sample").iterdir() if path.suffix in reader.FORMATS)
+
+
+def dump(tokenizer: Any) -> dict[str, dict[str, dict[str, Any]]]:
+    """File -> template (raw rows: none) -> ids, lengths of runs that are and are not targets, text."""
+    made: dict[str, dict[str, dict[str, Any]]] = {}
+    for path in SAMPLES:
+        row = next(iter(reader.read_rows(path)))
+        for name in ["none"] if row.is_raw else template.names():
+            form = template.load("alpaca" if row.is_raw else name, tokenizer)
+            ids, is_target = prompt.encode(row, form, tokenizer)
+            made.setdefault(path.name, {})[name] = {
+                "ids": " ".join(map(str, ids)),
+                "runs": [[target, len(list(run))] for target, run in groupby(is_target)],
+                "text": prompt.show(tokenizer, ids, is_target),
+            }
+    return made
+
+
+def main() -> None:
+    from onecard import hub, model
+
+    made = dump(model.load_tokenizer(hub.locate("demo")))
+    FILE.write_text(json.dumps(made, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,436 @@
+"""Files of every format, folders, weights; raw text in blocks; the cache of encoded rows."""
+
+import csv
+import dataclasses
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from onecard import config, data, prompt, reader, rows, tables, template
+from onecard.errors import DATA, UNSAFE, UserError
+from onecard.schemas import BadRow
+from tests import fake_hub, tiny
+
+ROOT = Path(__file__).parent.parent
+SAMPLES = sorted(path for path in (ROOT / "sample").iterdir() if path.suffix in reader.FORMATS)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def options(path: Path | str, **changes) -> config.FinetuneConfig:
+    return config.FinetuneConfig(data_path=str(path), **{"cutoff_len": 400, **changes})
+
+
+def encode(path: Path | str, tokenizer=None, fetch=None, **changes) -> rows.Rows:
+    given, tokenizer = options(path, **changes), tokenizer or tiny.tokenizer()
+    forms = [template.load(name, tokenizer) for name in given.template.split(",")]
+    sources = reader.sources(given.data_path, given.eval_data_path, fetch)
+    return rows.encode(given, sources, forms, tokenizer, "tokenizer 1")
+
+
+def as_files(folder: Path, values: list[dict]) -> list[Path]:
+    """The same rows in every format."""
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"rows{ending}" for ending in (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".pkl")]
+    paths[0].write_text(json.dumps(values, ensure_ascii=False))
+    paths[1].write_text("".join(json.dumps(value) + "\n" for value in values))
+    for path, delimiter in ((paths[2], ","), (paths[3], "\t")):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(values[0]), delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(values)
+    parquet.write_table(pyarrow.Table.from_pylist(values), paths[4])
+    paths[5].write_bytes(pickle.dumps(values))
+    return paths
+
+
+def test_every_format_gives_the_same_tokens(tmp_path):
+    """D19: JSON, JSONL, CSV, TSV, Parquet and pickle, quotes, line breaks and Chinese included."""
+    values = tiny.rows(20)
+    values[3]["output"] = 'a "quoted", text\nover two lines\t答案'
+    digests = {path.suffix: encode(path).encoding.sha256 for path in as_files(tmp_path / "r", values)}
+    assert len(set(digests.values())) == 1, digests
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
+def test_sample_files_are_whole(path):
+    """Every row of every sample file is used, and some but not all of its tokens are targets."""
+    found = encode(path, cutoff_len=2000)
+    assert found.encoding.read > 30
+    assert found.encoding.used == found.encoding.read
+    assert found.encoding.cut == 0
+    targets = found.encoding.examples.target_counts.sum()
+    assert 0 < targets < found.encoding.examples.lengths.sum()
+    raw = path.stem in ("text", "content", "context_completion")
+    assert found.task == ("pretrain" if raw else "sft")
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "word"),
+    [
+        ("instruction,output\na,b\nc\n", 3, "1 fields, the header 2"),
+        ('instruction,output\n"a\nb",c\nd,e,f\n', 4, "3 fields"),
+        ('instruction,output\na,"b"c\nd,e\n', 2, "broken CSV"),
+        ("instruction,output\na,caf\udce9\n", 2, "UTF-8"),
+        ("instruction,answer\na,b\n", 2, "no 'output'"),
+    ],
+)
+def test_a_broken_row_of_a_table_is_named(tmp_path, content, line, word):
+    """D1: file and line; the others are read."""
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    found = list(reader.read_rows(path))
+    bad = [row for row in found if isinstance(row, BadRow)]
+    assert [row.line for row in bad] == [line]
+    assert word in bad[0].reason
+    with pytest.raises(UserError, match=f"rows.csv:{line}:1") as caught:
+        encode(path)
+    assert caught.value.code == DATA
+    if len(found) > 1:
+        kept = encode(path, skip_bad_rows=True).encoding
+        assert kept.read == len(kept.examples) + len(kept.rejected) == len(found)
+
+
+@pytest.mark.parametrize("content", ["", "a,a\n1,2\n", "\n"])
+def test_a_table_without_a_header_is_named(tmp_path, content):
+    (tmp_path / "rows.csv").write_text(content)
+    with pytest.raises(UserError, match=r"rows\.csv") as caught:
+        encode(tmp_path / "rows.csv")
+    assert caught.value.code == DATA
+
+
+def test_damaged_parquet_is_named_and_crashes_nothing(tmp_path):
+    """D11: cut, a footer of zeros, flipped bytes: exit 3 or the same rows, never a crash."""
+    path = as_files(tmp_path, tiny.rows(30))[4]
+    content, generator = path.read_bytes(), np.random.default_rng(1)
+    whole = list(reader.read_rows(path))
+    damaged = [content[:n] for n in (0, 1, 8, len(content) // 2, len(content) - 1)]
+    damaged.append(content[:-8] + bytes(8))
+    for _ in range(200):
+        raw = bytearray(content)
+        raw[generator.integers(len(raw))] ^= 1 << int(generator.integers(8))
+        damaged.append(bytes(raw))
+    refused = 0
+    for raw in damaged:
+        path.write_bytes(raw)
+        code, count = outcome(path)
+        refused += code == DATA
+        assert (code, count) in ((DATA, 0), (0, len(whole)))
+    assert refused > 20
+
+
+def outcome(path: Path) -> tuple[int, int]:
+    """(exit code, rows) of reading a file."""
+    try:
+        return 0, len(list(reader.read_rows(path)))
+    except UserError as error:
+        return error.code, 0
+
+
+class Touch:
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return (open, (str(self.canary), "w"))
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (lambda canary: pickle.dumps([Touch(canary)]), UNSAFE),
+        (lambda canary: pickle.dumps([{"instruction": Touch(canary), "output": "x"}], protocol=0), UNSAFE),
+        (lambda _: pickle.dumps([{"instruction": Path("x"), "output": "x"}]), UNSAFE),
+        (lambda _: pickle.dumps({"rows": 1}), DATA),
+        (lambda _: pickle.dumps(tiny.rows(3))[:-20], DATA),
+        (lambda _: b"", DATA),
+        (lambda _: b"\x80\x04" + b"(" * 5_000_000 + b".", DATA),
+        (lambda _: b"\x80\x04\x8d" + (1 << 33).to_bytes(8, "little") + b"x.", DATA),  # claims 8 GiB
+        (lambda _: b"\x80\x04" + b"]\x94" * 1 + b"(" * 3 + b"e." * 9, DATA),
+    ],
+)
+def test_a_pickle_is_data_or_refused(tmp_path, make, code):
+    """D12: only containers, texts and numbers; anything else is exit 8 and runs nothing; nothing is left."""
+    canary, path = tmp_path / "canary", tmp_path / "rows.pkl"
+    path.write_bytes(make(canary))
+    with pytest.raises(UserError, match=r"rows\.pkl") as caught:
+        encode(path)
+    assert caught.value.code == code
+    assert not canary.exists()
+    assert not list((tmp_path / "cache" / "pickles").glob("*"))
+
+
+def test_a_dialogue_pickle_is_converted_once(tmp_path, capsys):
+    """CuteGPT's own kind: a list of lists."""
+    values = [tiny.rows(2), tiny.rows(3)]
+    (tmp_path / "rows.pkl").write_bytes(pickle.dumps(values))
+    (tmp_path / "rows.json").write_text(json.dumps(values))
+    one, other = (encode(tmp_path / name, cutoff_len=999) for name in ("rows.pkl", "rows.json"))
+    assert one.encoding.sha256 == other.encoding.sha256
+    assert capsys.readouterr().out.count("Converting") == 1
+    encode(tmp_path / "rows.pkl", cutoff_len=500)
+    assert "Converting" not in capsys.readouterr().out
+
+
+def test_folders_several_files_and_weights(tmp_path):
+    """Rows of all files in the order of names; weights repeat training rows, a half takes every second."""
+    place = tmp_path / "rows"
+    place.mkdir()
+    first, second = place / "a.json", place / "b.jsonl"
+    tiny.save_rows(first, 10)
+    second.write_text("".join(json.dumps(row) + "\n" for row in tiny.rows(30)[10:]))
+    (place / ".hidden.json").write_text("{")
+    (place / "notes.txt").write_text("not rows")
+    together, folder = encode(f"{first},{second}"), encode(place)
+    assert together.encoding.sha256 == folder.encoding.sha256
+    assert together.encoding.read == 30
+    weighted = encode(f"{first}:2, {second}:0.5")
+    places = data.repeated(np.arange(30), weighted.weights, seed=1)
+    counts = np.bincount(places, minlength=30)
+    assert set(counts[:10]) == {2}
+    assert set(counts[10:]) == {0, 1}
+    assert 3 < counts[10:].sum() < 17
+    assert np.array_equal(places, data.repeated(np.arange(30), weighted.weights, seed=1))
+    assert weighted.fingerprint != together.fingerprint
+    odd = place / "x,y:3.json"
+    odd.write_text(first.read_text())
+    assert [source.path for source in reader.sources(str(odd))] == [odd]
+
+
+@pytest.mark.parametrize("path", ["none.json", "a.json,none.json", "a.json:0", "empty", "nobody/nothing"])
+def test_what_is_not_there_is_named(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    tiny.save_rows(tmp_path / "a.json", 3)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=path.rpartition(",")[2].partition(":")[0]) as caught:
+        reader.sources(path)
+    assert caught.value.code == DATA
+
+
+def test_validation_rows_of_their_own(tmp_path):
+    """--eval_data_path: a file of another schema; the rows of each side are told apart."""
+    tiny.save_rows(tmp_path / "train.json", 12)
+    (tmp_path / "eval.jsonl").write_text('{"input": ["q"], "output": ["a"]}\n' * 3)
+    found = encode(tmp_path / "train.json", eval_data_path=str(tmp_path / "eval.jsonl"))
+    assert found.for_validation.tolist() == [False] * 12 + [True] * 3
+
+
+def test_mixed_tasks_need_a_word(tmp_path):
+    """Raw text among conversations is not guessed about."""
+    (tmp_path / "a.jsonl").write_text('{"instruction": "q", "output": "a"}\n{"text": "raw"}\n')
+    with pytest.raises(UserError, match="choose --task"):
+        encode(tmp_path / "a.jsonl")
+    found = encode(tmp_path / "a.jsonl", task="sft").encoding
+    assert len(found.examples) == 2
+    with pytest.raises(UserError, match="choose --task sft"):
+        encode(tmp_path / "a.jsonl", task="pretrain")
+
+
+def blocks(
+    stream: list[tuple[int, bool, int]], length: int, overlap: int
+) -> list[tuple[list[int], list[bool]]]:
+    """The same again, plainly: (id, trained, document) of all documents -> (ids, flags) of each block."""
+    made, at, again = [], 0, 0
+    while at < len(stream):
+        block = stream[at - again : at - again + length]
+        flags = [trained and place >= max(again, 1) for place, (_, trained, _) in enumerate(block)]
+        made.append(([token for token, _, _ in block], flags))
+        at += len(block) - again
+        again = min(overlap, len(block)) if at < len(stream) else 0
+        while again and stream[at - again][2] != stream[at][2]:
+            again -= 1
+    return [block for block in made if any(block[1])]
+
+
+@pytest.mark.parametrize(("length", "overlap"), [(16, 0), (16, 5), (8, 6), (1000, 0), (1000, 10)])
+def test_raw_text_becomes_whole_blocks(tmp_path, length, overlap):
+    """Exactly full blocks; context and what is repeated are not trained; documents end with the end token."""
+    texts = [{"context": "ctx " * (i % 3), "completion": f"text {i} " * (i % 4 + 1)} for i in range(12)]
+    path = tmp_path / "raw.jsonl"
+    path.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    tokenizer, stream = tiny.tokenizer(), []
+    for number, row in enumerate(reader.read_rows(path)):
+        ids, is_target = prompt.encode(row, template.load("alpaca", tokenizer), tokenizer)
+        assert ids[-1] == tokenizer.eos_token_id
+        stream += [(token, flag, number) for token, flag in zip(ids, is_target, strict=True)]
+    found = encode(path, tokenizer, cutoff_len=length, overlap=overlap)
+    assert found.task == "pretrain"
+    examples = found.encoding.examples
+    made = [(ids.tolist(), flags.tolist()) for ids, flags in (examples[i] for i in range(len(examples)))]
+    assert made == blocks(stream, length, overlap)
+    assert examples.numbers.tolist() == sorted(examples.numbers.tolist())
+
+
+def test_blocks_do_not_cross_into_validation(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "training text"}\n' * 5)
+    (tmp_path / "b.jsonl").write_text('{"text": "other"}\n' * 5)
+    found = encode(tmp_path / "a.jsonl", eval_data_path=str(tmp_path / "b.jsonl"), cutoff_len=8)
+    tokenizer = tiny.tokenizer()
+    for place, is_validation in enumerate(found.for_validation):
+        text = tokenizer.decode(found.encoding.examples[place][0])
+        assert ("other" in text or "o" in text) if is_validation else "other" not in text
+    assert set(found.for_validation) == {True, False}
+
+
+def test_templates_are_chosen_by_seed_and_row(tmp_path):
+    """Several templates: every row has one, the same again with the same seed, others with another."""
+    path = tiny.save_rows(tmp_path / "rows.json", 60)
+    names = "alpaca,tigerbot,cutegpt"
+    alone = {name: encode(path, template=name, cutoff_len=999).encoding.examples for name in names.split(",")}
+    mixed = encode(path, template=names, cutoff_len=999).encoding.examples
+    used = [
+        [name for name, one in alone.items() if np.array_equal(one[place][0], mixed[place][0])]
+        for place in range(60)
+    ]
+    assert all(len(found) == 1 for found in used)
+    assert len({found[0] for found in used}) == 3
+    other = encode(path, template=names, cutoff_len=999, seed=7).encoding
+    assert other.sha256 != encode(path, template=names, cutoff_len=999).encoding.sha256
+
+
+def test_rows_are_encoded_once(tmp_path, monkeypatch, cache):
+    """The second time nothing is read or encoded; the arrays are mapped, not held."""
+    path = tiny.save_rows(tmp_path / "rows.json", 20)
+    first = encode(path)
+    monkeypatch.setattr(prompt, "encode", None)
+    monkeypatch.setattr(data, "encode_rows", None)
+    again = encode(path)
+    assert again.encoding.sha256 == first.encoding.sha256
+    assert isinstance(again.encoding.examples.ids, np.memmap)
+    assert dataclasses.asdict(again.encoding)["read"] == 20
+    assert len(list((cache / "rows").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cutoff_len": 250},
+        {"template": "tigerbot"},
+        {"train_on": "last"},
+        {"train_on_inputs": True},
+        {"task": "sft", "schema": "alpaca"},
+        {"rows": True},
+        {"tokenizer": True},
+    ],
+    ids=str,
+)
+def test_nothing_stale_is_used(tmp_path, change, cache):
+    """D17: whatever the tokens depend on is part of the key; the same content elsewhere hits."""
+    path = tiny.save_rows(tmp_path / "rows.json", 20)
+    encode(path)
+    moved = tmp_path / "moved.json"
+    moved.write_bytes(path.read_bytes())
+    encode(moved)
+    assert len(list((cache / "rows").iterdir())) == 1
+    if change.pop("rows", None):
+        stamp = path.stat()
+        path.write_text(path.read_text().replace("red", "reb", 1))
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # D13: its times are set back
+    if change.pop("tokenizer", None):
+        rows.encode(
+            options(path), reader.sources(str(path)), [template.load("alpaca", None)], tiny.tokenizer(), "2"
+        )
+    else:
+        encode(path, **change)
+    assert len(list((cache / "rows").iterdir())) == 2
+
+
+def test_damaged_and_foreign_entries_are_made_again(tmp_path, cache):
+    path = tiny.save_rows(tmp_path / "rows.json", 20)
+    first = encode(path).encoding.sha256
+    entry = next((cache / "rows").iterdir())
+    for name in ("ids", data.RECORD, rows.ENDS):
+        (entry / name).write_bytes(b"x")
+        assert encode(path).encoding.sha256 == first
+
+
+def test_a_failed_encoding_leaves_nothing(tmp_path, cache):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"instruction": "q", "output": "a"}\nbroken\n')
+    with pytest.raises(UserError):
+        encode(path)
+    assert list((cache / "rows").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("ONECARD_CACHE", "/proc/none")
+    found = encode(tiny.save_rows(tmp_path / "rows.json", 20))
+    assert len(found.encoding.examples) == 20
+
+
+def test_the_cache_has_a_limit(tmp_path, monkeypatch, cache):
+    """What was not used for longest goes first."""
+    paths = [tiny.save_rows(tmp_path / f"{n}.json", 10 + n) for n in range(4)]
+    encode(paths[0])
+    size = sum(file.stat().st_size for file in next((cache / "rows").iterdir()).iterdir())
+    monkeypatch.setattr(rows, "ROOM", 3 * size)
+    for number, path in enumerate([*paths[:2], paths[0], *paths[2:]]):
+        encode(path)
+        for folder in (cache / "rows").iterdir():
+            if folder.stat().st_mtime > 1e9:  # just used
+                os.utime(folder, (number, number))
+    assert 1 <= len(list((cache / "rows").iterdir())) <= 3
+
+
+def test_rows_of_a_hub_dataset(tmp_path):
+    """A name of the hub is fetched, its files of rows alone; a missing one is one clear error."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    tiny.save_rows(folder / "train.json", 12)
+    (folder / "load.py").write_text("raise SystemExit")
+    found = encode("someone/rows", fetch=lambda name: str(folder) if name == "someone/rows" else "")
+    assert found.encoding.read == 12
+    with fake_hub.serving("someone/rows", folder, "datasets") as address:
+        said = fake_hub.fetch(address, tmp_path / "home", "fetch_dataset", "someone/rows")
+        missing = fake_hub.fetch(address, tmp_path / "home", "fetch_dataset", "someone/none")
+    assert [path.name for path in Path(said).iterdir()] == ["train.json"]
+    assert "as a dataset of the hub it cannot be fetched" in missing
+
+
+def test_a_million_rows_stay_on_the_disk(tmp_path):
+    """Memory does not grow with the rows: twenty times as many, and the process holds hardly more."""
+    from tests.disk import memory_rise
+
+    tokenizer, form = tiny.tokenizer(), template.load("tigerbot", None)
+
+    def many(count: int):
+        return (prompt.single(f"Say {n}", "", "red") for n in range(count))
+
+    def work(count: int) -> None:
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        made = data.encode_rows(
+            many(count), lambda row, _: (*prompt.encode(row, form, tokenizer), False), folder
+        )
+        assert len(made.examples) == count
+
+    work(200)
+    assert memory_rise(lambda: work(1000)) < 8 << 20
+    assert memory_rise(lambda: work(20_000)) < 16 << 20
+
+
+def test_json_to_parquet_streams_and_gives_the_same_rows(tmp_path):
+    """Columns are those of any row; the rows are the same."""
+    values = tiny.rows(50)
+    values[40]["system"] = "Be kind."
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps(values))
+    count, columns = tables.write_parquet([source], reader.values, tmp_path / "out.parquet")
+    assert (count, columns) == (50, ["instruction", "input", "output", "system"])
+    one, other = (encode(path, cutoff_len=999) for path in (source, tmp_path / "out.parquet"))
+    assert one.encoding.sha256 == other.encoding.sha256
+    (tmp_path / "bad.jsonl").write_text('{"a": "x"}\n{"a": 7}\n')
+    with pytest.raises(UserError, match="different types") as caught:
+        tables.write_parquet([tmp_path / "bad.jsonl"], reader.values, tmp_path / "bad.parquet")
+    assert caught.value.code == DATA
+    assert not list(tmp_path.glob("*bad.parquet*"))

@@ -1,0 +1,57 @@
+#!/usr/bin/env python3
+"""Look at rows before training on them: schema, lengths, what is cut, what looks wrong, what it costs.
+
+python tools/check_data.py --data_path rows.json
+python tools/check_data.py --data_path rows.json --html report.html --png lengths.png
+python tools/check_data.py --data_path rows.json --clean clean.jsonl --repair
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from onecard import config
+from onecard.errors import UserError, run_program
+
+
+def main() -> None:
+    options = config.parse(config.CheckConfig, sys.argv[1:], description=__doc__)
+    from onecard import (  # after the options: --help needs no torch
+        check,
+        hub,
+        model,
+        reader,
+        report,
+        template,
+    )
+
+    template.check(options.template)
+    paths = [source.path for source in reader.sources(options.data_path, fetch=hub.fetch_dataset)]
+    tokenizer = model.load_tokenizer(hub.locate(options.model_path))
+    form = template.load(options.template, tokenizer)
+    how = (options.train_on_inputs, options.train_on)
+    rows = check.examine(paths, options.schema, form, tokenizer, options.cutoff_len, *how)
+    for name in ("clean", "html", "png"):
+        target = getattr(options, name)
+        if target and any(Path(target).resolve() == path.resolve() for path in paths):
+            raise UserError(f"--{name} {target}: this is the file that is looked at.", "Name another file.")
+        if target and not Path(target).absolute().parent.is_dir():
+            raise UserError(f"--{name} {target}: its folder does not exist.", "Make it, or name another.")
+    cleaner = check.Cleaner(Path(options.clean), options.repair) if options.clean else None
+    found = check.all_rows(rows, cleaner)
+    text = check.report(found, options.cutoff_len)
+    print(text)
+    if cleaner:
+        kept, dropped = cleaner.targets
+        print(f"\n{cleaner.kept} rows are in {kept}, {cleaner.left_out} with the reason in {dropped}.")
+    if options.png and found.lengths:
+        report.lengths(found.lengths, options.cutoff_len, Path(options.png))
+        print(f"The histogram is in {options.png}.")
+    if options.html:
+        check.write_html(found, f"Rows of {options.data_path}", text, Path(options.html))
+        print(f"The report is in {options.html}; open it in a browser.")
+
+
+if __name__ == "__main__":
+    run_program(main)
