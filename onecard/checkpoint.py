@@ -175,7 +175,7 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def restore(checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Give optimizer and scaler the state they had; the adapter is loaded by model.load_adapter."""
+    """Give optimizer and scaler the state they had; the adapter is loaded by adapter.load_adapter."""
     state = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
     restore_optimizer(optimizer, {**read_tensors(checkpoint / OPTIMIZER), **state["optimizer"]})
     if scaler.is_enabled() and state["scaler"]:

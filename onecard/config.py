@@ -211,3 +211,34 @@ class ParquetConfig:
 
     data_path: str = same("data_path")
     output_path: str = option("rows.parquet", EXECUTION, "the Parquet file to write")
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabConfig:
+    """Options of tools/extend_vocab.py."""
+
+    model_path: str = same("model_path")
+    pieces: str | None = option(
+        None, EXECUTION, "pieces to add: a text file with one a line, or a SentencePiece model"
+    )
+    characters: str | None = option(
+        None, EXECUTION, "running text (UTF-8) whose characters beyond ASCII are added"
+    )
+    min_count: int = option(5, EXECUTION, "times that --characters must hold a character", check=at_least(1))
+    sample_text: str | None = option(None, EXECUTION, "text (UTF-8) on which the saving is measured")
+    output_path: str = option("extended-tokenizer", EXECUTION, "folder for the tokenizer")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """Options of tools/prepare_base_model.py."""
+
+    model_path: str = same("model_path")
+    tokenizer_path: str | None = option(None, EXECUTION, "tokenizer to take instead, from extend_vocab.py")
+    add_tokens: str = option(
+        "<pad>,<|im_start|>,<|im_end|>", EXECUTION, "special tokens to add, commas between; empty = none"
+    )
+    multiple: int = option(
+        128, EXECUTION, "rows of the embedding become a multiple of this", check=at_least(1)
+    )
+    output_path: str = option("prepared-model", EXECUTION, "folder for the model")

@@ -40,7 +40,8 @@ def greedy(
 def _ready_to_generate(model: torch.nn.Module) -> Iterator[None]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     attention, training = base.config._attn_implementation, model.training
-    base.set_attn_implementation("sdpa")  # takes padding and a cache, which packed attention does not
+    if attention != "eager":  # a model's only one
+        base.set_attn_implementation("sdpa")  # takes padding and a cache, which packed attention does not
     model.eval()
     try:
         yield

@@ -31,6 +31,15 @@ def locate(model_path: str) -> str:
     return str(folder)
 
 
+def fetch_model(name: str) -> str:
+    """Folder of a model: its own, the demo's, or one of the hub in its cache; no pickles, no code."""
+    folder = locate(name)
+    if Path(folder).is_dir():
+        return folder
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    return _fetch(name, "model", patterns, "--model_path", "name a local folder")
+
+
 def fetch_adapter(name: str) -> str:
     """Folder of an adapter on the hub, in the hub's own cache."""
     instead = "name a local folder with --resume_from_checkpoint"

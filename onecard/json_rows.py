@@ -7,8 +7,9 @@ reading can go on behind a broken row.
 import dataclasses
 import io
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from onecard.errors import DATA, UserError
 from onecard.schemas import BadRow
 
 CHUNK = 1 << 20  # characters read at a time
-LONGEST_ROW = 64 << 20  # characters; anything longer is a mistake in the file
+LONGEST_ROW = 32 << 20  # characters; anything longer is a mistake in the file
 
 
 def values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
@@ -48,10 +49,15 @@ def _first_character(file: io.TextIOBase, path: Path) -> str:
     return head[0]
 
 
-def _line_values(file: Iterable[str]) -> Iterator[tuple[int, int, Any, str]]:
+def _line_values(file: io.TextIOBase) -> Iterator[tuple[int, int, Any, str]]:
     """(line, column, value or BadRow, text) of each line of a JSONL file."""
-    for line, text in enumerate(file, start=1):
+    for line, text in enumerate(iter(lambda: file.readline(LONGEST_ROW + 1), ""), start=1):
         if not text.strip():
+            continue
+        if len(text) > LONGEST_ROW:
+            yield line, 1, BadRow(line, 1, _too_long(), text[:1000], text[:80]), ""
+            while text and not text.endswith("\n"):
+                text = file.readline(CHUNK)
             continue
         try:
             yield line, 1, _DECODER.decode(text.rstrip()), text
@@ -112,7 +118,7 @@ class _Window:
 
     def more(self) -> bool:
         if len(self.text) - self.position > LONGEST_ROW:
-            raise ValueError(f"a row of more than {LONGEST_ROW >> 20} million characters")
+            raise ValueError(_too_long())
         self._forget()
         piece = "" if self.ended else self.file.read(max(CHUNK, len(self.text)))
         self.ended = not piece
@@ -187,10 +193,29 @@ def _reason(error: ValueError) -> str:
     return f"broken JSON, {error.msg.lower()}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
+def _too_long() -> str:
+    return f"a row of more than {LONGEST_ROW >> 20} million characters"
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return number
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:40]!r} is there twice")
+    return made
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
 _BLANK = re.compile(r"[ \t\r\n]")
 _NEXT_ROW = re.compile(r"\}\s*,\s*(?=\{)")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from onecard import (
+    adapter,
     config,
     data,
     fingerprint,
@@ -247,7 +248,6 @@ def describe(plan: Plan) -> None:
         f"base        {options.bits} bits"
         + ("" if options.bits == 16 else " by bitsandbytes, multiplied by frozen products")
     )
-    say("attention   one causal call per row of a packed micro-batch: no mask, no padding")
     recompute = "on" if plan.checkpointing else "off"
     say(f"recompute   {recompute} (gradient checkpointing): {reasons['recompute']}")
     used = [source for source in plan.sources if not source.validation]
@@ -294,11 +294,11 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def lora_shape(options: FinetuneConfig) -> model.LoraShape:
-    return model.LoraShape(
+def lora_shape(options: FinetuneConfig) -> adapter.LoraShape:
+    return adapter.LoraShape(
         options.lora_r,
         options.lora_alpha,
         options.lora_dropout,
         options.lora_target_modules,
-        model.read_extras(options.peft_config, options.rslora),
+        adapter.read_extras(options.peft_config, options.rslora),
     )

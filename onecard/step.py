@@ -25,20 +25,22 @@ class NonFiniteError(Exception):
 class StepModel(torch.nn.Module):
     """A causal language model seen as: packed rows -> (loss sum, number of targets, number of correct)."""
 
-    def __init__(self, model: torch.nn.Module, dtype: torch.dtype):
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype, packs: bool = True):
         super().__init__()
         self.model, self.dtype = model, dtype
+        self.packs = packs  # else a micro-batch is one row, and the model's own attention sees it
 
     def forward(self, packed: PackedBatch) -> tuple[torch.Tensor, int, torch.Tensor]:
         """Loss sum (fp32 scalar), target tokens, and in eval mode how many are the most probable token."""
         base = self.model.get_base_model()
         mixed = self.dtype != torch.float32  # the adapter's fp32 weights multiply in the base's dtype
+        places = {"position_ids": packed.position_ids, "document_lengths": packed.document_lengths}
+        assert self.packs or len(packed.document_lengths) == 1
         with torch.autocast(packed.input_ids.device.type, self.dtype, enabled=mixed):
             hidden = base.get_decoder()(
                 input_ids=packed.input_ids,
-                position_ids=packed.position_ids,
-                document_lengths=packed.document_lengths,
                 use_cache=False,  # with a cache, packed documents would see each other
+                **(places if self.packs else {}),
             ).last_hidden_state  # [1, T, H]
         predicting = hidden[0, packed.predicts]  # [N, H]
         head = base.get_output_embeddings()

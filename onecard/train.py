@@ -16,11 +16,11 @@ import torch
 from tqdm import tqdm
 
 from onecard import (
+    adapter,
     checkpoint,
     data,
     hardware,
     lock,
-    model,
     parallel,
     prompt,
     resume,
@@ -181,12 +181,12 @@ def gradient(trainer: Trainer, rows: np.ndarray, targets: int) -> float:
         # dropout's randomness is a function of (seed, step, process), so nothing else can disturb it
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         packed = on_device(trainer, rows)
-        with model.without_casts(trainer.model):
+        with adapter.without_casts(trainer.model):
             loss = step.gradient(
                 trainer.step_model,
                 packed,
                 targets,
-                model.trainable(trainer.model),
+                adapter.trainable(trainer.model),
                 trainer.scaler,
                 trainer.journal.advance,
             )
@@ -219,11 +219,11 @@ def dry_run(trainer: Trainer) -> bool:
     while True:
         rows = fullest(trainer.plan, trainer.progress.micro_batch_tokens)
         packed = [pack(trainer.plan.examples, rows.tolist()).to(trainer.device)]
-        parameters = model.trainable(trainer.model)
+        parameters = adapter.trainable(trainer.model)
         spare = [
             torch.empty_like(p) for p in parameters for _ in range(MOMENTS)
         ]  # the first update makes them
-        with torch.random.fork_rng(), model.without_casts(trainer.model):
+        with torch.random.fork_rng(), adapter.without_casts(trainer.model):
             try:
                 loss = step.gradient(trainer.step_model, packed, 1, parameters, trainer.scaler)
             except step.NonFiniteError:  # the step that has these rows will tell
@@ -270,7 +270,7 @@ def evaluate(trainer: Trainer) -> bool:
     plan, progress = trainer.plan, trainer.progress
     settings = {"desc": "validation", "unit": "row", "leave": False, "disable": not trainer.journal.show_bars}
     rows = on_device(trainer, plan.validation_rows)
-    with tqdm(total=len(plan.validation_rows), **settings) as bar, model.without_casts(trainer.model):
+    with tqdm(total=len(plan.validation_rows), **settings) as bar, adapter.without_casts(trainer.model):
         loss, accuracy = step.evaluate(trainer.step_model, rows, bar.update)
     hardware.release_free_memory(plan.device)
     if not math.isfinite(loss):
@@ -298,7 +298,7 @@ def save(trainer: Trainer) -> None:
         checkpoint.save(
             trainer.folder,
             trainer.progress,
-            lambda folder: model.save_adapter(trainer.model, folder, was_updated),
+            lambda folder: adapter.save_adapter(trainer.model, folder, was_updated),
             trainer.optimizer,
             trainer.scaler,
         )

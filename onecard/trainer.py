@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from onecard import hardware, memory, model, parallel, runfolder, step
+from onecard import adapter, hardware, memory, model, parallel, runfolder, step
 from onecard.checkpoint import Progress
 from onecard.config import FinetuneConfig
 from onecard.journal import Journal, say
@@ -50,16 +50,21 @@ def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
         torch.use_deterministic_algorithms(True, warn_only=True)
     hardware.keep_large_memory_apart(plan.device)
     base = model.load_base(plan.base_path, options.bits, plan.dtype, plan.device)
-    adapted = model.add_adapter(base, lora_shape(options), options.seed)
-    say(f"adapter     {model.describe_adapter(adapted)}")
-    model.prepare_for_packed_training(adapted, plan.checkpointing)
-    optimizer = make_optimizer(options, model.trainable(adapted))
+    adapted = adapter.add_adapter(base, lora_shape(options), options.seed)
+    say(f"adapter     {adapter.describe_adapter(adapted)}")
+    packs = model.prepare_for_packed_training(adapted, plan.checkpointing)
+    alone = "one row at a time: this model's attention cannot be packed"
+    say(
+        "attention   "
+        + ("one causal call per row of a packed micro-batch: no mask, no padding" if packs else alone)
+    )
+    optimizer = make_optimizer(options, adapter.trainable(adapted))
     scaler = torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE, enabled=plan.dtype == "fp16")
     scaler.scale(torch.zeros((), device=device))  # it wakes up here: a process may have no row in a step
     progress = start.progress if start else Progress()
     if start:
         restore(start, adapted, optimizer, scaler)
-    budget = progress.micro_batch_tokens or micro_batch_budget(plan, device)
+    budget = (progress.micro_batch_tokens or micro_batch_budget(plan, device)) if packs else 1
     progress.micro_batch_tokens = parallel.smallest(budget)  # one for all: they halve it together
     if parallel.is_main():
         start_folder(plan, folder, progress, start)
@@ -70,7 +75,7 @@ def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
     journal = Journal(folder, plan.total_steps, total_rows, options.log_steps, shown, loud=parallel.is_main())
     if start and start.same_run and start.changes:
         journal.event({"step": progress.step, "continued": start.changes})
-    step_model = step.StepModel(adapted, model.DTYPES[plan.dtype])
+    step_model = step.StepModel(adapted, model.DTYPES[plan.dtype], packs)
     return Trainer(plan, step_model, optimizer, scaler, journal, progress, folder)
 
 

@@ -179,9 +179,9 @@ def partial_gradients(_: Any) -> None:
 
 def slow_save(seconds: float) -> None:
     """Saving takes this much longer once the first checkpoint is there."""
-    from onecard import model
+    from onecard import adapter
 
-    plain, saves = model.save_adapter, []
+    plain, saves = adapter.save_adapter, []
 
     def slow(*arguments: Any) -> None:
         saves.append(1)
@@ -190,7 +190,7 @@ def slow_save(seconds: float) -> None:
             time.sleep(seconds)
         plain(*arguments)
 
-    model.save_adapter = slow
+    adapter.save_adapter = slow
 
 
 def _no_memory(_: Any) -> None:
@@ -247,9 +247,9 @@ def _mutant_off_by_one() -> None:
 
 def _mutant_no_adapter() -> None:
     """The adapter starts from the seed."""
-    from onecard import model
+    from onecard import adapter
 
-    model.load_adapter = lambda *_: None
+    adapter.load_adapter = lambda *_: None
 
 
 def _mutant_log_kept() -> None:

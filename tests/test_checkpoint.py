@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from onecard import checkpoint, lock, model, runfolder
+from onecard import adapter, checkpoint, lock, runfolder
 from onecard.checkpoint import Progress
 from onecard.errors import UserError
 from tests import faults
@@ -290,8 +290,8 @@ def test_saving_needs_no_memory_for_the_base(tmp_path, gather):
                 num_attention_heads=8,
             )
         )
-        adapted = model.add_adapter(base, model.LoraShape(64, 16, 0.0, "q_proj,v_proj"), seed=1)
-        made = torch.optim.AdamW(model.trainable(adapted))
+        adapted = adapter.add_adapter(base, adapter.LoraShape(64, 16, 0.0, "q_proj,v_proj"), seed=1)
+        made = torch.optim.AdamW(adapter.trainable(adapted))
         scaler = torch.amp.GradScaler("cpu", enabled=False)
 
         def saved() -> None:
@@ -299,7 +299,7 @@ def test_saving_needs_no_memory_for_the_base(tmp_path, gather):
             checkpoint.save(
                 tmp_path,
                 Progress(step=1),
-                lambda place: model.save_adapter(adapted, place, False),
+                lambda place: adapter.save_adapter(adapted, place, False),
                 made,
                 scaler,
             )

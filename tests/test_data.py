@@ -13,6 +13,7 @@ from onecard import batching, data, json_rows, reader
 from onecard.errors import DATA, UserError
 from onecard.prompt import Conversation, single
 from onecard.schemas import BadRow
+from tests.disk import memory_rise
 
 GOOD = [
     {"instruction": "Say red", "input": "", "output": "red"},
@@ -510,3 +511,35 @@ def test_processes_share_the_rows_of_a_step(tmp_path, world):
     assert sum(len(batch.targets) for batch in packed) == examples.target_counts[rows].sum()
     counts = [sum(len(batch.row_numbers) for batch in share) for share in shares]
     assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "array"])
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ('{"instruction": "a", "output": "b", "output": "c"}', "'output' is there twice"),
+        ('{"instruction": "a", "output": "b", "score": 1e400}', "1e400 is too large"),
+        ('{"instruction": "a", "output": "b", "more": [{"x": 1, "x": 1}]}', "'x' is there twice"),
+    ],
+)
+def test_doubtful_json_is_rejected_by_line(tmp_path, kind, text, word):
+    """D10: doubled keys, of which one would be lost, and numbers that are none."""
+    rows = read(tmp_path / "rows", layout([*texts_of(GOOD[:2]), text, *texts_of(GOOD[2:])], kind))
+    bad = rows.pop(2)
+    assert word in bad.reason
+    assert bad.line == (3 if kind == "jsonl" else 4)
+    assert rows == [conversation(row) for row in GOOD]
+
+
+def test_a_huge_line_is_rejected_without_being_held(tmp_path):
+    """D9: 200 million characters on one line; the rows around it are read, memory stays small."""
+    path, row = tmp_path / "rows.jsonl", json.dumps(GOOD[0])
+    with path.open("w") as file:
+        file.write(row + "\n" + '{"instruction": "')
+        for _ in range(200):
+            file.write("x" * 1_000_000)
+        file.write('", "output": "b"}\n' + row + "\n")
+    found = []
+    assert memory_rise(lambda: found.extend(reader.read_rows(path))) < 200 << 20
+    assert "more than 32 million characters" in found.pop(1).reason
+    assert found == [conversation(GOOD[0])] * 2

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
-from onecard import frozen, memory, model, step
+from onecard import adapter, frozen, memory, model, step
 from onecard.batching import PackedBatch
 from tests import tiny
 
@@ -97,7 +97,7 @@ def kept_bytes(folder, bits: int, checkpointing: bool, layers: int, hidden: int,
     config.head_dim = hidden // config.num_attention_heads
     LlamaForCausalLM(config).save_pretrained(folder)
     base = model.load_base(str(folder), bits, "fp32", "cpu")
-    adapted = model.add_adapter(base, model.LoraShape(4, 8.0, 0.0, "q_proj,v_proj"), seed=0)
+    adapted = adapter.add_adapter(base, adapter.LoraShape(4, 8.0, 0.0, "q_proj,v_proj"), seed=0)
     model.prepare_for_packed_training(adapted, checkpointing)
     step_model = step.StepModel(adapted, torch.float32)
     packed = PackedBatch(

@@ -15,6 +15,7 @@ LAYERS = {  # from the lowest
     "grammar": {"parsing"},
     "words": {"prompt", "config", "hardware"},
     "things": {
+        "adapter",
         "attention",
         "batching",
         "checkpoint",
@@ -47,7 +48,7 @@ LAYERS = {  # from the lowest
         "trainer",
         "warmstart",
     },
-    "verbs": {"train", "chat", "check", "hub", "report"},
+    "verbs": {"train", "chat", "check", "hub", "report", "vocab"},
 }
 ORDER = [*LAYERS, "programs"]
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors"}  # each brings torch

@@ -345,6 +345,15 @@ def test_nothing_stale_is_used(tmp_path, change, cache):
     assert len(list((cache / "rows").iterdir())) == 2
 
 
+def test_rows_that_change_during_a_run_do_not_reach_it(tmp_path):
+    """D14: the run holds its own copy."""
+    path = tiny.save_rows(tmp_path / "rows.json", 20)
+    examples = encode(path).encoding.examples
+    before = examples.ids.copy()
+    path.write_text("[]")
+    assert np.array_equal(examples.ids, before)
+
+
 def test_damaged_and_foreign_entries_are_made_again(tmp_path, cache):
     path = tiny.save_rows(tmp_path / "rows.json", 20)
     first = encode(path).encoding.sha256

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from onecard import (
+    adapter,
     chat,
     checkpoint,
     data,
@@ -137,15 +138,15 @@ def test_peft_loads_the_adapter_as_it_is(finished, tiny_model):
 
 def test_saved_adapter_has_the_logits_of_the_one_in_memory(tiny_model, tmp_path):
     """T20: through peft on a plain base, the file gives what the trained model gave."""
-    adapted = model.add_adapter(
-        model.load_base(str(tiny_model), 16, "fp32", "cpu"), model.LoraShape(4, 8, 0, "q_proj,o_proj"), 0
+    adapted = adapter.add_adapter(
+        model.load_base(str(tiny_model), 16, "fp32", "cpu"), adapter.LoraShape(4, 8, 0, "q_proj,o_proj"), 0
     )
-    for parameter in model.trainable(adapted):
+    for parameter in adapter.trainable(adapted):
         torch.nn.init.normal_(parameter, std=0.1)
     ids = torch.arange(12)[None]
     with torch.no_grad():
         memory = adapted(ids).logits
-        model.save_adapter(adapted, tmp_path, was_updated=True)
+        adapter.save_adapter(adapted, tmp_path, was_updated=True)
         read = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path)(
             ids
         ).logits
@@ -273,7 +274,7 @@ def poison(monkeypatch, at_step: int, value: float, gradient_only: bool = False,
         if not at_step <= len(seen) < at_step + times:
             return plain(step_model, micro_batches, targets, *rest)
         if gradient_only:
-            hook = next(iter(model.trainable(step_model))).register_hook(lambda g: g * value)
+            hook = next(iter(adapter.trainable(step_model))).register_hook(lambda g: g * value)
             try:
                 return plain(step_model, micro_batches, targets, *rest)
             finally:
@@ -353,10 +354,10 @@ def test_fp16_gives_up_when_it_only_overflows(tiny_model, tiny_rows, tmp_path, m
 def test_adapter_weights_are_fp32_for_every_dtype(tiny_model):
     """What the scaler unscales and the optimizer updates is never half precision."""
     for dtype in ("fp16", "bf16", "fp32"):
-        adapted = model.add_adapter(
-            model.load_base(str(tiny_model), 8, dtype, "cpu"), model.LoraShape(4, 8, 0, "all-linear"), 0
+        adapted = adapter.add_adapter(
+            model.load_base(str(tiny_model), 8, dtype, "cpu"), adapter.LoraShape(4, 8, 0, "all-linear"), 0
         )
-        assert {parameter.dtype for parameter in model.trainable(adapted)} == {torch.float32}
+        assert {parameter.dtype for parameter in adapter.trainable(adapted)} == {torch.float32}
 
 
 def test_a_loss_of_exactly_zero_is_warned_about(tiny_model, tiny_rows, tmp_path, monkeypatch, capsys):
@@ -397,7 +398,7 @@ def test_a_bad_adapter_is_not_saved(tiny_model, tiny_rows, tmp_path, monkeypatch
         "no-op": lambda name, tensor: (name, tensor * (".lora_B" not in name)),
         "nan": lambda name, tensor: (name, tensor * float("nan")),
     }
-    plain = model.adapter_tensors
+    plain = adapter.adapter_tensors
 
     def faulty(adapted):
         return dict(filter(None, (faults[fault](*item) for item in plain(adapted).items())))

@@ -1,0 +1,220 @@
+"""A base model's vocabulary: pieces added to the tokenizer, and embedding rows that fit it.
+
+Only the shards with embeddings are rewritten; every other file is copied as it is, so memory is one shard.
+"""
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from onecard.errors import DATA, DISK, UserError
+
+INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
+COPIED = (".json", ".txt", ".jinja", ".md")
+LONGEST_PIECE = 16  # characters; longer ones are no pieces of a vocabulary
+
+
+def pieces_of(path: Path) -> list[str]:
+    """Pieces from a text file, one a line, or from a SentencePiece model: its texts without the word mark."""
+    if not path.is_file():
+        raise UserError(f"--pieces {path}: no such file.", "Name a text file or a SentencePiece model.", DATA)
+    if path.suffix == ".model":
+        import sentencepiece
+
+        try:
+            model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            problem = f"--pieces {path}: no SentencePiece model ({str(error)[:100]})."
+            raise UserError(problem, "Name a text file or a SentencePiece model.", DATA) from None
+        numbers = range(model.get_piece_size())
+        found = [model.id_to_piece(i) for i in numbers if not (model.is_control(i) or model.is_byte(i))]
+        return [piece for piece in found if "▁" not in piece and piece != "<unk>"]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--pieces {path}: not UTF-8 ({error}).", "Save it as UTF-8.", DATA) from None
+    pieces = [line.strip() for line in lines if line.strip()]
+    long = next((piece for piece in pieces if len(piece) > LONGEST_PIECE), None)
+    if long:
+        problem = f"--pieces {path}: a line of {len(long)} characters is no piece: {long[:40]!r}."
+        raise UserError(problem, "Give one piece a line, or running text with --characters.", DATA)
+    return pieces
+
+
+def characters_of(text: str, least: int) -> list[str]:
+    """Characters beyond ASCII that a text holds at least `least` times, most frequent first."""
+    counts = Counter(c for c in text if not c.isascii() and not c.isspace())
+    return [character for character, count in counts.most_common() if count >= least]
+
+
+def extend(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[str]) -> list[str]:
+    """Add the pieces that take more than one token so far; returns those that were added."""
+    known = tokenizer.get_vocab()
+    new = [
+        piece
+        for piece in dict.fromkeys(pieces)
+        if piece not in known and len(tokenizer(piece, add_special_tokens=False).input_ids) > 1
+    ]
+    tokenizer.add_tokens(new)
+    return new
+
+
+def add_special(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
+    """Add special tokens that are not there; `<pad>` also becomes the padding token."""
+    known = tokenizer.get_vocab()
+    new = [token for token in tokens if token not in known]
+    tokenizer.add_tokens(new, special_tokens=True)  # their ids in the order given
+    if "<pad>" in new:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    others = [token for token in new if token != "<pad>"]
+    tokenizer.add_special_tokens({"extra_special_tokens": others}, replace_extra_special_tokens=False)
+
+
+def tokens_per_character(tokenizer: PreTrainedTokenizerBase, text: str) -> float:
+    return len(tokenizer(text, add_special_tokens=False).input_ids) / max(1, len(text))
+
+
+def prepare(
+    source: Path,
+    old: PreTrainedTokenizerBase,
+    new: PreTrainedTokenizerBase,
+    target: Path,
+    multiple: int,
+) -> tuple[int, int, int]:
+    """Write the model of `source` for the tokenizer `new`; returns (rows before, new rows, rows after).
+
+    The rows of tokens that `new` has beyond `old` are the mean of old's rows, in the input embedding and in
+    an untied head; rows beyond len(new), up to a multiple, are zero. Everything else is copied byte for byte.
+    The target appears when it is whole. Raises UserError.
+    """
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    names = _embedding_names(source)
+    files = _shards(source)
+    held = {name for shard in files.values() for name in shard}
+    missing = sorted(set(names) - held)
+    if missing:
+        raise UserError(f"{source}: its weights lack {missing[0]}.", "Fetch the model again.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        rows = 0
+        for file, shard in tqdm(files.items(), desc="writing shards", unit="shard", disable=None):
+            if not set(names) & set(shard):
+                shutil.copyfile(source / file, temporary / file)
+                continue
+            tensors, metadata = _read(source / file)
+            for name in set(names) & set(shard):
+                rows = len(tensors[name])
+                if rows < len(old):
+                    problem = f"{source}: its embedding has {rows} rows for {len(old)} tokens."
+                    raise UserError(problem, "Model and tokenizer do not belong together.")
+                tensors[name] = resized(tensors[name], len(old), len(new), multiple)
+            save_file(tensors, temporary / file, metadata=metadata)
+        after = _round_up(max(len(new), rows), multiple)
+        for path in source.iterdir():  # the tokenizer's own files are written anew below
+            kept = path.suffix in COPIED and not path.name.startswith(TOKENIZER)
+            if path.is_file() and path.name not in files and kept:
+                shutil.copyfile(path, temporary / path.name)
+        new.save_pretrained(temporary)
+        _say_in(temporary / "config.json", {**config, **_ids(new, config), "vocab_size": after})
+        generation = temporary / "generation_config.json"
+        if generation.is_file():
+            known = json.loads(generation.read_text(encoding="utf-8"))
+            _say_in(generation, {**known, **_ids(new, known)})
+        if (source / INDEX).is_file():
+            _index(source / INDEX, temporary, files)
+        temporary.rename(target)
+    except OSError as error:
+        raise UserError(
+            f"{target}: could not be written: {error.strerror or error}.", "Make room.", DISK
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return rows, len(new) - len(old), after
+
+
+def resized(weight: torch.Tensor, old: int, new: int, multiple: int) -> torch.Tensor:
+    """Embedding [rows, H] for `new` tokens: rows of old tokens kept, of new ones their mean, then zeros."""
+    rows = _round_up(max(new, len(weight)), multiple)
+    made = weight.new_zeros(rows, weight.shape[1])
+    made[: len(weight)] = weight
+    made[old:] = 0
+    made[old:new] = weight[:old].float().mean(dim=0).to(weight.dtype)
+    return made
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _embedding_names(source: Path) -> list[str]:
+    """Names of the input embedding and, where it is not the same tensor, of the head."""
+    from transformers import AutoConfig
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    wanted = [skeleton.get_input_embeddings().weight]
+    if not skeleton.config.tie_word_embeddings:
+        wanted.append(skeleton.get_output_embeddings().weight)
+    return [name for name, p in skeleton.named_parameters() if any(p is weight for weight in wanted)]
+
+
+def _shards(source: Path) -> dict[str, list[str]]:
+    """File -> names of its tensors, of a model in safetensors."""
+    if (source / INDEX).is_file():
+        files = sorted(set(json.loads((source / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    elif (source / WEIGHTS).is_file():
+        files = [WEIGHTS]
+    else:
+        raise UserError(
+            f"--model_path {source}: has no safetensors weights.", "Save it as safetensors first."
+        )
+    found = {}
+    for file in files:
+        with safe_open(source / file, "pt") as tensors:
+            found[file] = list(tensors.keys())
+    return found
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, known: dict[str, Any]) -> dict[str, int]:
+    """The ids of special tokens that the configuration names, or that the tokenizer alone has."""
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {
+        key: value for key, value in ids.items() if value is not None and not isinstance(known.get(key), list)
+    }
+
+
+def _say_in(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _index(source: Path, folder: Path, files: dict[str, list[str]]) -> None:
+    """The index with the size that the shards now have."""
+    index = json.loads(source.read_text(encoding="utf-8"))
+    total = 0
+    for file in files:
+        with safe_open(folder / file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                piece = tensors.get_slice(name)
+                total += torch.Size(piece.get_shape()).numel() * SIZES[piece.get_dtype()]
+    index.setdefault("metadata", {})["total_size"] = total
+    _say_in(folder / INDEX, index)
+
+
+SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
