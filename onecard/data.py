@@ -9,7 +9,8 @@ import functools
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from onecard.errors import DATA, UserError
 from onecard.prompt import Conversation
 from onecard.schemas import BadRow
 
-Encode = Callable[
-    [Conversation, int], tuple[list[int], list[bool], bool]
-]  # row, number -> ids, flags, was cut
+Encoded = tuple[list[int], list[bool], bool]  # ids, is_target, was something cut
+Encode = Callable[[list[Conversation], list[int]], list[Encoded | ValueError]]  # rows and their numbers
+BATCH = 256  # rows that are encoded at a time
 FIELDS = {  # of Examples, each a file of its own
     "ids": np.int32,
     "is_target": np.bool_,
@@ -127,12 +128,11 @@ def _mapped(path: Path, dtype: type) -> np.ndarray:
 def encode_rows(rows: Iterable[Conversation | BadRow], encode: Encode, folder: Path) -> Encoding:
     """Encode rows into a folder and drop those with no target; bad rows are collected.
 
-    encode raises ValueError where a row does not fit its template.
+    encode gives a ValueError for a row that does not fit its template.
     """
     writer, rejected = Writer(folder), []
     number = cut = dropped = 0
-    for number, row in enumerate(rows, start=1):
-        made = _encoded(row, number, encode)
+    for number, made in _encoded(rows, encode):
         if isinstance(made, BadRow):
             rejected.append(made)
             continue
@@ -165,41 +165,50 @@ def encode_documents(
     places: list[int] = []  # the row that each token comes from
     number = 0
 
-    def put(count: int) -> None:
-        flags = [False, *is_target[1:count]]  # nothing comes before the first token
+    def put(start: int, end: int) -> int:
+        """Write the block; returns where the next one starts."""
+        flags = [False, *is_target[start + 1 : end]]  # nothing comes before the first token
         if any(flags):
-            writer.add(places[0], ids[:count], flags)
-        again = min(overlap, count) if len(ids) > count else 0
-        while again and places[count - again] != places[count]:
+            writer.add(places[start], ids[start:end], flags)
+        again = min(overlap, end - start) if len(ids) > end else 0
+        while again and places[end - again] != places[end]:
             again -= 1  # another document's end is no beginning of this one
-        for kept in (ids, is_target, places):
-            del kept[: count - again]
-        is_target[:again] = [False] * again
+        is_target[end - again : end] = [False] * again
+        return end - again
 
-    for number, row in enumerate(rows, start=1):
+    def put_blocks(down_to: int) -> None:
+        """Write blocks until no more than `down_to` tokens wait."""
+        start = 0
+        while len(ids) - start > down_to:
+            start = put(start, min(start + length, len(ids)))
+        for kept in (ids, is_target, places):
+            del kept[:start]
+
+    for number, made in _encoded(rows, encode):
         if ids and borders(number):
-            put(len(ids))
-        made = _encoded(row, number, encode)
+            put_blocks(0)
         if isinstance(made, BadRow):
             rejected.append(made)
             continue
         ids += made[0]
         is_target += made[1]
         places += [number] * len(made[0])
-        while len(ids) > length:
-            put(length)
-    if ids:
-        put(len(ids))
+        put_blocks(length)
+    put_blocks(0)
     return writer.done(read=number, rejected=rejected)
 
 
-def _encoded(row: Conversation | BadRow, number: int, encode: Encode) -> Any:
-    if isinstance(row, BadRow):
-        return row
-    try:
-        return encode(row, number)
-    except ValueError as error:
-        return BadRow(number, 0, str(error), row.turns[-1].text[:2000])
+def _encoded(rows: Iterable[Conversation | BadRow], encode: Encode) -> Iterator[tuple[int, Encoded | BadRow]]:
+    """(number, what became of the row) for all rows in their order."""
+    numbered = enumerate(rows, start=1)
+    while batch := list(islice(numbered, BATCH)):
+        good = [(number, row) for number, row in batch if not isinstance(row, BadRow)]
+        made = iter(encode([row for _, row in good], [number for number, _ in good]))
+        for number, row in batch:
+            found = row if isinstance(row, BadRow) else next(made)
+            if isinstance(found, ValueError):
+                found = BadRow(number, 0, str(found), row.turns[-1].text[:2000])
+            yield number, found
 
 
 def repeated(places: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:

@@ -6,13 +6,16 @@ are text. Where templates come from: template.py.
 """
 
 import dataclasses
+import functools
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 ASSISTANT = "assistant"
 RAW = ("context", "text", "prompt", "completion")  # written as they are, by no template
 TARGETS = (ASSISTANT, "text", "completion")
+Piece = tuple[str | int, bool]  # a text or a control token, and whether it is a target
 ALL, LAST = "all", "last"  # assistant turns that are trained
 
 
@@ -88,6 +91,44 @@ def encode(
     Targets are the assistant's turns (the last one alone with train_on "last") with their end tokens; with
     train_on_inputs all but the first token. Raises ValueError when the template has no such turn.
     """
+    return _encoded([pieces(conversation, template, tokenizer, train_on_inputs, train_on)], tokenizer)[0]
+
+
+def encode_many(
+    conversations: Sequence[Conversation],
+    limit: int,
+    templates: Sequence[Template],
+    tokenizer: Any,
+    *how: Any,
+) -> list[tuple[list[int], list[bool], bool] | ValueError]:
+    """encode_within for many rows, each with its template; what one of them raised stands in its place.
+
+    All texts go to the tokenizer at once, which is several times as fast.
+    """
+    made: list[Any] = []
+    for conversation, template in zip(conversations, templates, strict=True):
+        try:
+            made.append(pieces(conversation, template, tokenizer, *how))
+        except ValueError as error:
+            made.append(error)
+    fitting = iter(_encoded([row for row in made if not isinstance(row, ValueError)], tokenizer))
+    for place, row in enumerate(made):
+        if not isinstance(row, ValueError):
+            ids, is_target = next(fitting)
+            made[place] = (ids, is_target, False)
+            if len(ids) > limit:
+                made[place] = encode_within(conversations[place], limit, templates[place], tokenizer, *how)
+    return made
+
+
+def pieces(
+    conversation: Conversation,
+    template: Template,
+    tokenizer: Any,
+    train_on_inputs: bool = False,
+    train_on: str = ALL,
+) -> list[Piece]:
+    """What a row is made of: texts and control tokens in their order, each with whether it is a target."""
     row = _Row(tokenizer, train_on_inputs)
     turns = conversation.turns
     last = max((i for i, turn in enumerate(turns) if turn.role == ASSISTANT), default=-1)
@@ -105,7 +146,8 @@ def encode(
             row.write(template.assistant, turn, train_on == ALL or number == last)
         else:
             row.write(_form(template, turn), turn)
-    return row.done()
+    row.flush()
+    return row.pieces
 
 
 def encode_within(
@@ -165,16 +207,15 @@ def runs(tokenizer: Any, ids: list[int], is_target: list[bool]) -> list[tuple[st
 
 
 class _Row:
-    """Ids and flags in the making; texts that follow one another are encoded as one."""
+    """Pieces in the making; texts that follow one another become one."""
 
     def __init__(self, tokenizer: Any, train_on_inputs: bool):
         self.tokenizer, self.train_on_inputs = tokenizer, train_on_inputs
-        self.ids = _beginning(tokenizer)
-        self.is_target = [False] * len(self.ids)
+        self.pieces: list[Piece] = [(token, False) for token in _beginning(tokenizer)]
         self.waiting = ""
 
     def write(self, parts: tuple[Part, ...] | None, turn: Turn | None = None, target: bool = False) -> None:
-        """Add the parts of a turn; a target's texts are encoded apart from what stands before and behind."""
+        """Add the parts of a turn; a target's texts stand apart from what comes before and behind."""
         if target or (turn is not None and turn.role in (ASSISTANT, *RAW)):
             self.flush()
         for what, text in parts or ():
@@ -187,18 +228,13 @@ class _Row:
             self.flush(target)
 
     def control(self, token: int, target: bool) -> None:
-        doubled = self.ids[-1:] == [token] and token in (
-            self.tokenizer.bos_token_id,
-            self.tokenizer.eos_token_id,
-        )
-        if not doubled:
-            self.ids.append(token)
-            self.is_target.append(target or self.train_on_inputs)
+        doubled = self.pieces and self.pieces[-1][0] == token
+        if not doubled or token not in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            self.pieces.append((token, target or self.train_on_inputs))
 
     def flush(self, target: bool = False) -> None:
-        made = _encode_text(self.tokenizer, self.waiting) if self.waiting else []
-        self.ids += made
-        self.is_target += [target or self.train_on_inputs] * len(made)
+        if self.waiting:
+            self.pieces.append((self.waiting, target or self.train_on_inputs))
         self.waiting = ""
 
     def id_of(self, token: str) -> int:
@@ -206,11 +242,22 @@ class _Row:
         assert found is not None, token  # template.load has checked it
         return found
 
-    def done(self) -> tuple[list[int], list[bool]]:
-        self.flush()
-        if self.is_target:
-            self.is_target[0] = False  # nothing comes before the first token, so nothing can predict it
-        return self.ids, self.is_target
+
+def _encoded(rows: list[list[Piece]], tokenizer: Any) -> list[tuple[list[int], list[bool]]]:
+    """Ids and flags of rows of pieces."""
+    texts = [piece for row in rows for piece, _ in row if isinstance(piece, str)]
+    encoded, made = iter(_encode_texts(tokenizer, texts)), []
+    for row in rows:
+        ids: list[int] = []
+        is_target: list[bool] = []
+        for piece, target in row:
+            tokens = next(encoded) if isinstance(piece, str) else [piece]
+            ids += tokens
+            is_target += [target] * len(tokens)
+        if is_target:
+            is_target[0] = False  # nothing comes before the first token, so nothing can predict it
+        made.append((ids, is_target))
+    return made
 
 
 def token_id(tokenizer: Any, token: str) -> int | None:
@@ -235,23 +282,35 @@ def _form(template: Template, turn: Turn) -> tuple[Part, ...]:
     return form
 
 
-def _encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text in which no control token can appear, whatever the text says."""
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+def _encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Ids of texts in which no control token can appear, whatever they say."""
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
     control = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    if control.isdisjoint(ids):
-        return ids
-    # some Unigram vocabularies hold control tokens as ordinary pieces: cut the text inside each of them
+    return [
+        ids if control.isdisjoint(ids) else _without_control(tokenizer, text)
+        for ids, text in zip(encoded, texts, strict=True)
+    ]
+
+
+def _without_control(tokenizer: Any, text: str) -> list[int]:
+    """Some Unigram vocabularies hold control tokens as ordinary pieces: cut the text inside each of them."""
     names = "|".join(re.escape(name) for name in sorted(tokenizer.all_special_tokens, key=len, reverse=True))
     cuts = [0, *(found.start() + 1 for found in re.finditer(names, text)), len(text)]
     parts = [text[start:end] for start, end in pairwise(cuts)]
-    pieces = [
-        tokenizer(part, add_special_tokens=False, split_special_tokens=True).input_ids for part in parts
-    ]
-    return [token for piece in pieces for token in piece]
+    encoded = tokenizer(parts, add_special_tokens=False, split_special_tokens=True).input_ids
+    return [token for ids in encoded for token in ids]
 
 
 def _beginning(tokenizer: Any) -> list[int]:
     """[bos] for tokenizers that put it before every text of their own accord, else []."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+    if tokenizer.bos_token_id is None:
+        return []
+    return _begins(tokenizer)
+
+
+@functools.lru_cache(maxsize=4)
+def _begins(tokenizer: Any) -> list[int]:
+    first = tokenizer("a").input_ids[:1]
+    return first if first == [tokenizer.bos_token_id] else []

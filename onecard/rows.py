@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,16 +135,11 @@ def _make(
     """Read and encode all rows into the cache; what is half done when it fails is deleted."""
     how = (options.train_on_inputs, options.train_on)
 
-    def sft(row: Conversation, number: int) -> tuple[list[int], list[bool], bool]:
-        if options.task == "auto" and row.turns[-1].role in DOCUMENTS:
-            raise ValueError("raw text among conversations: choose --task sft or pretrain")
-        template = templates[_choice(options.seed, number, len(templates))]
-        return prompt.encode_within(row, options.cutoff_len, template, tokenizer, *how)
-
-    def document(row: Conversation, number: int) -> tuple[list[int], list[bool], bool]:
-        if not row.is_raw:
-            raise ValueError("a conversation among raw text: choose --task sft")
-        return (*prompt.encode(row, templates[0], tokenizer, *how), False)
+    def encode_all(found: list[Conversation], numbers: list[int]) -> list[data.Encoded | ValueError]:
+        chosen = [templates[_choice(options.seed, number, len(templates))] for number in numbers]
+        limit = options.cutoff_len if task == SFT else sys.maxsize
+        made = prompt.encode_many(found, limit, chosen, tokenizer, *how)
+        return [_misfit(row, task, options.task) or one for row, one in zip(found, made, strict=True)]
 
     ends: list[int] = []
 
@@ -163,10 +159,10 @@ def _make(
             found = _read(sources, options, ends)
             if task == PRETRAIN:
                 made = data.encode_documents(
-                    found, document, options.cutoff_len, options.overlap, border, temporary
+                    found, encode_all, options.cutoff_len, options.overlap, border, temporary
                 )
             else:
-                made = data.encode_rows(found, sft, temporary)
+                made = data.encode_rows(found, encode_all, temporary)
             bad = next(iter(made.rejected), None)
             if bad and not options.skip_bad_rows:  # one that only its encoding showed
                 where = ", ".join(str(source.path) for source in sources)
@@ -188,6 +184,15 @@ def _make(
 
 
 BAD_ROW = "Mend the row, or leave bad rows out with --skip_bad_rows."
+
+
+def _misfit(row: Conversation, task: str, asked: str) -> ValueError | None:
+    """What is wrong with a row of the other kind."""
+    if task == PRETRAIN and not row.is_raw:
+        return ValueError("a conversation among raw text: choose --task sft")
+    if asked == "auto" and task == SFT and row.turns[-1].role in DOCUMENTS:
+        return ValueError("raw text among conversations: choose --task sft or pretrain")
+    return None
 
 
 def _read(sources: list[Source], options: FinetuneConfig, ends: list[int]) -> Iterator[Conversation | BadRow]:

@@ -13,6 +13,7 @@ from onecard import batching, data, json_rows, reader
 from onecard.errors import DATA, UserError
 from onecard.prompt import Conversation, single
 from onecard.schemas import BadRow
+from tests import tiny
 from tests.disk import memory_rise
 
 GOOD = [
@@ -366,7 +367,7 @@ def test_rows_read_are_kept_dropped_or_rejected(tmp_path, kind):
         if fate in ("kept", "cut"):
             expected["kept"].append((number, conversation(row)))
     rows = read(tmp_path / "rows", layout(texts, kind))
-    encoding = data.encode_rows(rows, partial(as_letters, limit=40), tmp_path)
+    encoding = data.encode_rows(rows, tiny.one_by_one(partial(as_letters, limit=40)), tmp_path)
     examples = encoding.examples
     assert len(rows) == 200 == len(examples) + encoding.dropped + len(encoding.rejected)
     assert (encoding.dropped, len(encoding.rejected)) == (expected["dropped"], expected["rejected"])
@@ -383,7 +384,7 @@ def test_rows_read_are_kept_dropped_or_rejected(tmp_path, kind):
 def test_no_usable_row_gives_no_examples(tmp_path):
     """Rows that are all dropped or rejected leave empty arrays, not an error."""
     rows = [single("a" * 50, "", "b"), BadRow(1, 1, "why", "text")]
-    encoding = data.encode_rows(rows, partial(as_letters, limit=20), tmp_path)
+    encoding = data.encode_rows(rows, tiny.one_by_one(partial(as_letters, limit=20)), tmp_path)
     assert (len(encoding.examples), encoding.dropped, encoding.rejected) == (0, 1, rows[1:])
     assert len(encoding.examples.lengths) == len(encoding.examples.target_counts) == 0
 
@@ -484,7 +485,7 @@ def test_plan_is_a_partition_within_the_budget(budget):
 def test_packed_rows_are_the_rows(tmp_path):
     """Tokens, positions, row numbers, and what predicts which target, agree with each row's is_target."""
     rows = [BadRow(1, 1, "why", ""), *random_rows(12)]
-    examples = data.encode_rows(rows, partial(as_letters, limit=15), tmp_path).examples
+    examples = data.encode_rows(rows, tiny.one_by_one(partial(as_letters, limit=15)), tmp_path).examples
     order = [3, 0, 11, 7]
     packed = batching.pack(examples, order)
     start, pairs = 0, []
@@ -503,7 +504,9 @@ def test_packed_rows_are_the_rows(tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 3, 9])
 def test_processes_share_the_rows_of_a_step(tmp_path, world):
     """Over all processes every row of the step is in one micro-batch, and no target is lost."""
-    examples = data.encode_rows(random_rows(30), partial(as_letters, limit=20), tmp_path).examples
+    examples = data.encode_rows(
+        random_rows(30), tiny.one_by_one(partial(as_letters, limit=20)), tmp_path
+    ).examples
     rows = [1, 4, 5, 9, 20, 21, 29]
     shares = [batching.micro_batches(examples, rows, 40, rank, world) for rank in range(world)]
     packed = [batch for share in shares for batch in share]

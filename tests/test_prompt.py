@@ -292,3 +292,17 @@ def test_unknown_template_names_the_known_ones():
     with pytest.raises(UserError, match="alpaca") as caught:
         template.check("nonsense")
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("name", ["alpaca", "auto", "cutegpt"])
+def test_many_at_once_are_as_one_by_one(tokenizer, name):
+    """The fast way and the plain one: the same ids, targets, cuts and refusals."""
+    form = load(name, tokenizer)
+    several = [*CONVERSATIONS, Conversation((Turn("text", "raw <end>"),)), *CONVERSATIONS[:2]]
+    made = prompt.encode_many(several, 60, [form] * len(several), tokenizer, False, prompt.LAST)
+    for conversation, got in zip(several, made, strict=True):
+        if isinstance(got, ValueError):
+            with pytest.raises(ValueError, match=re.escape(str(got))):
+                prompt.encode(conversation, form, tokenizer)
+        else:
+            assert got == prompt.encode_within(conversation, 60, form, tokenizer, False, prompt.LAST)

@@ -302,7 +302,7 @@ def test_rows_are_encoded_once(tmp_path, monkeypatch, cache):
     """The second time nothing is read or encoded; the arrays are mapped, not held."""
     path = tiny.save_rows(tmp_path / "rows.json", 20)
     first = encode(path)
-    monkeypatch.setattr(prompt, "encode", None)
+    monkeypatch.setattr(prompt, "encode_many", None)
     monkeypatch.setattr(data, "encode_rows", None)
     again = encode(path)
     assert again.encoding.sha256 == first.encoding.sha256
@@ -418,9 +418,8 @@ def test_a_million_rows_stay_on_the_disk(tmp_path):
     def work(count: int) -> None:
         folder = tmp_path / str(count)
         folder.mkdir()
-        made = data.encode_rows(
-            many(count), lambda row, _: (*prompt.encode(row, form, tokenizer), False), folder
-        )
+        one = tiny.one_by_one(lambda row, _: (*prompt.encode(row, form, tokenizer), False))
+        made = data.encode_rows(many(count), one, folder)
         assert len(made.examples) == count
 
     work(200)

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -88,11 +88,15 @@ def encoded(conversations: Iterable[Conversation], tokenizer: PreTrainedTokenize
     """Conversations in the alpaca template, at most 256 tokens each."""
     form = template.load("alpaca", tokenizer)
     folder = Path(tempfile.mkdtemp(prefix="onecard-encoded-"))
-    made = data.encode_rows(
-        conversations, lambda row, _: prompt.encode_within(row, 256, form, tokenizer), folder
-    )
+    encode = one_by_one(lambda row, _: prompt.encode_within(row, 256, form, tokenizer))
+    made = data.encode_rows(conversations, encode, folder)
     shutil.rmtree(folder)  # what is mapped stays readable
     return made.examples
+
+
+def one_by_one(encode: Callable[[Conversation, int], data.Encoded]) -> data.Encode:
+    """An encoding of single rows as one of many."""
+    return lambda rows, numbers: [encode(row, number) for row, number in zip(rows, numbers, strict=True)]
 
 
 def save_rows(path: Path, count: int) -> Path:

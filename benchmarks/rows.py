@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""What many rows cost: reading and encoding them once, finding them again, and memory.
+
+    .venv/bin/python benchmarks/rows.py [--rows 1000000]
+
+The sample rows, numbered so that all are different, as JSONL; the demo model's tokenizer; one process. Peak
+memory is the whole process's, with the tokenizer in it.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the largest file")
+    args = parser.parse_args()
+    from onecard import hardware, hub, model, plan, reader, rows, template
+    from onecard.config import FinetuneConfig
+    from tests.disk import memory_rise
+
+    tokenizer = model.load_tokenizer(hub.locate("demo"))
+    form = template.load("alpaca", tokenizer)
+    versions = ", ".join(f"{name} {version}" for name, version in plan.versions().items())
+    print(f"{date.today().isoformat()}; {hardware.describe_machine()}; {versions}.\n")
+    print("| rows | file | tokens | first start | rows/s | second start | memory rises by |")
+    print("|---:|---:|---:|---:|---:|---:|---:|")
+    sample = json.loads((ROOT / "sample" / "instruct.json").read_text(encoding="utf-8"))
+    for count in (args.rows // 10, args.rows):
+        with tempfile.TemporaryDirectory(prefix="onecard-rows-") as name:
+            os.environ["ONECARD_CACHE"] = f"{name}/cache"
+            path = Path(name) / "rows.jsonl"
+            with path.open("w", encoding="utf-8") as file:
+                for number in range(count):
+                    row = sample[number % len(sample)]
+                    text = f"{row['instruction']} ({number})"
+                    file.write(json.dumps({**row, "instruction": text}, ensure_ascii=False) + "\n")
+            options, seconds, found = FinetuneConfig(data_path=str(path)), [], []
+
+            def start(options: FinetuneConfig = options, found: list = found) -> None:
+                found.append(
+                    rows.encode(options, reader.sources(options.data_path), [form], tokenizer, "demo")
+                )
+
+            started = time.monotonic()
+            rise = memory_rise(start)
+            seconds.append(time.monotonic() - started)
+            started = time.monotonic()
+            start()
+            seconds.append(time.monotonic() - started)
+            tokens = int(found[-1].encoding.examples.lengths.sum())
+            print(
+                f"| {count:,} | {path.stat().st_size >> 20} MiB | {tokens:,} | {seconds[0]:.0f} s "
+                f"| {count / seconds[0]:,.0f} | {seconds[1]:.2f} s | {rise >> 20} MiB |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
