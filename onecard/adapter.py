@@ -5,6 +5,7 @@ It does not know rows, steps or run folders.
 
 import dataclasses
 import json
+import re
 import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -95,7 +96,10 @@ def add_adapter(base: torch.nn.Module, shape: LoraShape, seed: int) -> PeftModel
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers by a name that will go
         torch.manual_seed(seed)
-        model = get_peft_model(base, config)
+        try:
+            model = get_peft_model(base, config)
+        except (ValueError, TypeError, KeyError, IndexError, re.error) as error:
+            raise UserError(f"peft cannot make this adapter: {error}.", "Look at --peft_config.") from None
     if next(base.parameters()).device.type == "cpu":
         for layer in model.modules():
             if isinstance(layer, LoraLayer):

@@ -10,6 +10,7 @@ import html
 import json
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,10 @@ PLACEHOLDERS = re.compile(
     r"<一段文[本字]>|<文本>|\[图[画片]\]|<no ?(in|out)put>|<image>|\[image\]|\[insert [^\]]*\]",
     re.IGNORECASE,
 )
-INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+# not the joiners U+200C and U+200D, which words and emoji need
+INVISIBLE = re.compile(
+    "[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
+)
 CONTROL = re.compile(r"<\|[a-z_]{2,20}\|>|</?s>|\[/?INST\]|<<SYS>>")  # of the models people train most
 BUCKETS = 12  # of the histogram
 SHOWN = 20  # rows of the HTML report
@@ -138,7 +142,8 @@ def _measure(
 ) -> None:
     try:
         ids, _ = prompt.encode(made, template, tokenizer, *how)
-        cut, is_target, was_cut = prompt.encode_within(made, cutoff_len, template, tokenizer, *how)
+        limit = sys.maxsize if made.turns[-1].role == "text" else cutoff_len  # raw text is cut into blocks
+        cut, is_target, was_cut = prompt.encode_within(made, limit, template, tokenizer, *how)
     except ValueError as error:
         row.problems.append("unreadable")
         row.reason = str(error)
@@ -252,23 +257,32 @@ def clean(value: Any, repair: bool) -> Any:
     return value
 
 
+def outputs(path: Path) -> tuple[Path, Path]:
+    """The files that a Cleaner writes: kept rows, and those left out."""
+    return path, path.with_name(f"{path.stem}.dropped.jsonl")
+
+
 class Cleaner:
     """Writes kept rows to `path` and the others, with the reason, to `<path>.dropped.jsonl`."""
 
     def __init__(self, path: Path, repair: bool):
         self.repair, self.kept, self.left_out = repair, 0, 0
-        self.targets = (path, path.with_name(f"{path.stem}.dropped.jsonl"))
+        self.targets = outputs(path)
         self.temporary = [target.with_name(f".{target.name}.tmp") for target in self.targets]
         self.files = [open(place, "w", encoding="utf-8") for place in self.temporary]  # noqa: SIM115
 
     def add(self, row: Row) -> None:
         reasons = [UNUSABLE[name] for name in row.problems if name in UNUSABLE]
+        try:
+            cleaned = clean(row.value, self.repair)
+        except RecursionError:
+            reasons.append("nested too deeply")
         if reasons:
             self.left_out += 1
             record = {"where": row.place, "why": [row.reason] if row.reason else reasons, "row": row.value}
         else:
             self.kept += 1
-            record = clean(row.value, self.repair)
+            record = cleaned
         text = json.dumps(record, ensure_ascii=False, default=str) + "\n"
         self.files[bool(reasons)].write(text.encode("utf-8", "backslashreplace").decode())
 

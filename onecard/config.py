@@ -189,7 +189,7 @@ class CheckConfig:
     data_path: str = same("data_path")
     schema: str | None = same("schema")
     model_path: str = same("model_path")
-    template: str = same("template")
+    template: str = option("alpaca", EXECUTION, "prompt template: a name, a .json file, or auto")
     cutoff_len: int = same("cutoff_len")
     train_on: str = same("train_on")
     train_on_inputs: bool = same("train_on_inputs")
@@ -209,7 +209,7 @@ class CheckConfig:
 class ParquetConfig:
     """Options of tools/json_to_parquet.py."""
 
-    data_path: str = same("data_path")
+    data_path: str = option("sample/instruct.json", EXECUTION, "files with commas between, or a folder")
     output_path: str = option("rows.parquet", EXECUTION, "the Parquet file to write")
 
 

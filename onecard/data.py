@@ -159,6 +159,7 @@ def encode_documents(
     holds rows from both sides of a border: borders(number) tells whether one lies before that row. A block
     has the number of the row in which it begins.
     """
+    assert overlap < length
     writer, rejected = Writer(folder), []
     ids: list[int] = []
     is_target: list[bool] = []

@@ -31,7 +31,19 @@ def values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
     # bytes that are not UTF-8 become lone surrogates, which schemas.check names
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         start = _first_character(file, path)
-        yield from _array_values(file) if start == "[" else _line_values(file)
+        is_array = start == "[" and not _is_lines_of_lists(file, path)
+        yield from _array_values(file) if is_array else _line_values(file)
+
+
+def _is_lines_of_lists(file: io.TextIOBase, path: Path) -> bool:
+    """Whether each line is a list of its own (dialogues), not the file one array of rows."""
+    first, second = file.readline(LONGEST_ROW), file.readline(CHUNK)
+    file.seek(0)
+    try:
+        whole = isinstance(_DECODER.decode(first.strip()), list)
+    except (ValueError, RecursionError):
+        return False
+    return whole and (second.lstrip().startswith("[") or (path.suffix == ".jsonl" and not second.strip()))
 
 
 def _first_character(file: io.TextIOBase, path: Path) -> str:
@@ -210,8 +222,8 @@ def _finite(text: str) -> float:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
         raise ValueError(f"the key {twice[:40]!r} is there twice")
     return made
 

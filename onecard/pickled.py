@@ -20,7 +20,7 @@ SECONDS, MEMORY = 300, 4 << 30  # of the child
 
 def as_jsonl(path: Path) -> Path:
     """The rows of a pickle as JSONL, kept under the file's hash; raises UserError (exit 8 or 3)."""
-    target = fingerprint.cache_folder() / "pickles" / f"{fingerprint.of_files([path])[path]}.jsonl"
+    target = fingerprint.cache_folder().resolve() / "pickles" / f"{fingerprint.of_files([path])[path]}.jsonl"
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -147,6 +147,10 @@ def prepare(
     the run began, taken as it was; again: read all of rows and base anew.
     """
     resolved = resolved or {}
+    if options.overlap >= options.cutoff_len:
+        raise UserError(
+            f"--overlap {options.overlap}: must be below --cutoff_len {options.cutoff_len}.", "Lower it."
+        )
     names = [name.strip() for name in options.template.split(",")]
     for name in names:
         template.check(name)
@@ -227,7 +231,10 @@ def _split(options: FinetuneConfig, found: rows.Rows) -> tuple[np.ndarray, np.nd
     elif not len(ours) or not len(validation):
         which = "--eval_data_path" if len(ours) else "--data_path"
         raise UserError(f"{which}: no usable row is in it.", "Raise --cutoff_len or check the rows.", DATA)
-    return data.repeated(ours, found.weights[ours], options.seed), validation
+    training = data.repeated(ours, found.weights[ours], options.seed)
+    if not len(training):
+        raise UserError(f"--data_path {options.data_path}: no row is left.", "Raise the weights.", DATA)
+    return training, validation
 
 
 def _as_before(value: Any) -> hardware.Choice | None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from onecard import json_rows, pickled, schemas, tables
 from onecard.errors import DATA, UserError
@@ -16,6 +17,7 @@ from onecard.prompt import Conversation
 from onecard.schemas import BadRow
 
 FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".pkl")
+HEAVIEST = 1000  # weight of a file
 WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>\d+(\.\d+)?)")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 Fetch = Callable[[str], str]  # name of a dataset on the hub -> local folder
@@ -54,12 +56,14 @@ def _source(text: str, flag: str, fetch: Fetch | None) -> list[Source]:
     weighted = WEIGHTED.fullmatch(text)
     if not path.exists() and weighted:
         path, weight = Path(weighted["path"]), float(weighted["weight"])
-    if weight == 0:
-        raise UserError(f"{flag} {text}: a weight of 0 takes no row.", "Leave the file out.", DATA)
+    if not 0 < weight <= HEAVIEST:
+        problem = f"{flag} {text}: a weight must be above 0 and at most {HEAVIEST}."
+        raise UserError(problem, "It says how often a row comes up in an epoch.", DATA)
     if not path.exists() and fetch and HUB_NAME.fullmatch(str(path)) and path.suffix not in FORMATS:
         path = Path(fetch(str(path)))
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in FORMATS and not p.name.startswith("."))
+        inside = (p for p in path.rglob("*") if p.suffix in FORMATS and not p.name.startswith("."))
+        files = sorted(p for p in inside if p.is_file())
         if not files:
             problem = f"{flag} {path}: the folder holds no file of rows."
             raise UserError(problem, f"Name a file, or a folder of {', '.join(FORMATS)}.", DATA)
@@ -85,8 +89,10 @@ def read_rows(path: str | Path, schema: str | None = None) -> Iterator[Conversat
             except schemas.RowError as error:
                 made = BadRow(line, column, str(error), text.strip())
             yield made
-    except PermissionError as error:
-        raise UserError(f"{path}: {error.strerror}.", "Check the rights of the file.", DATA) from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror or error}.", "Check the file and its rights.", DATA
+        ) from None
 
 
 def values(path: Path) -> Iterator[tuple[int, int, object, str]]:
@@ -96,10 +102,13 @@ def values(path: Path) -> Iterator[tuple[int, int, object, str]]:
     if path.suffix == ".parquet":
         return tables.parquet_values(path)
     if path.suffix == ".pkl":
-        return (
-            (line, 0, value["row"], text) for line, _, value, text in json_rows.values(pickled.as_jsonl(path))
-        )
+        return map(_unwrapped, json_rows.values(pickled.as_jsonl(path)))
     return json_rows.values(path)
+
+
+def _unwrapped(item: tuple[int, int, Any, str]) -> tuple[int, int, object, str]:
+    line, _, value, text = item
+    return line, 0, value if isinstance(value, BadRow) else value["row"], text
 
 
 def pick_rows(files: list[Path], numbers: list[int], schema: str | None = None) -> list[Conversation]:
@@ -108,4 +117,4 @@ def pick_rows(files: list[Path], numbers: list[int], schema: str | None = None) 
     rows = (row for path in files for row in read_rows(path, schema))
     rows = islice(rows, max(wanted, default=0))
     found = {number: row for number, row in enumerate(rows, start=1) if number in wanted}
-    return [found[number] for number in numbers]
+    return [found[number] for number in numbers if isinstance(found.get(number), Conversation)]

@@ -21,7 +21,12 @@ from onecard.plan import Plan, finished_before, learning_rate, prepare, say_fini
 from onecard.start import Start
 
 LONGER = ("num_epochs", "max_steps")  # a run may be made longer
-MOVABLE = ("data_path", "model_path")  # their content is compared, not their name
+MOVABLE = (
+    "data_path",
+    "eval_data_path",
+    "model_path",
+    "peft_config",
+)  # their content is compared, not their name
 # what adapter, optimizer and rate depend on: stays when a run goes on with other rows
 TIED = (
     "bits",
@@ -247,7 +252,8 @@ def _arithmetic(options: FinetuneConfig, resolved: dict[str, Any]) -> dict[str, 
 def _check_same(start: Start, plan: Plan) -> None:
     """Rows, tokenizer and base must have the content they had; with other rows only the latter two."""
     before = start.stored["fingerprints"]
-    names = plan.fingerprints if start.same_run else ("tokenizer", "base model")
+    kept = ("tokenizer", "base model", "adapter settings")
+    names = [name for name in plan.fingerprints if start.same_run or name in kept]
     wrong = [
         f"{name} {str(before.get(name))[:12]} -> {plan.fingerprints[name][:12]}"
         for name in names

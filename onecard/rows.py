@@ -4,6 +4,8 @@ What is kept is found again by all that it depends on: the files' contents, the 
 how rows were cut. Any of these changed gives another key, so nothing stale is ever used.
 """
 
+import atexit
+import bisect
 import contextlib
 import dataclasses
 import hashlib
@@ -13,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,7 +97,7 @@ def encode(
     folder = fingerprint.cache_folder() / "rows" / key
     kept, ends = _kept(folder)
     if kept is None:
-        kept, ends = _make(folder, options, sources, templates, tokenizer, task)
+        kept, ends = _make(folder, options, sources, templates, tokenizer, task, content)
     if not len(kept.examples):
         problem = (
             f"{options.data_path}: no usable row: {len(kept.rejected)} rejected, "
@@ -105,7 +108,8 @@ def encode(
 
 
 _HOW = ("cutoff_len", "train_on", "train_on_inputs", "overlap", "schema", "skip_bad_rows")
-ENDS = "ends.json"
+ENDS, MAKING = "ends.json", ".making-"
+ABANDONED = 24 * 3600  # seconds after which nobody works on it any more
 
 
 def _task(source: Source, schema: str | None) -> str:
@@ -131,6 +135,7 @@ def _make(
     templates: list[Template],
     tokenizer: Any,
     task: str,
+    content: str,
 ) -> tuple[data.Encoding, list[int]]:
     """Read and encode all rows into the cache; what is half done when it fails is deleted."""
     how = (options.train_on_inputs, options.train_on)
@@ -145,16 +150,17 @@ def _make(
 
     def border(number: int) -> bool:
         """Whether training rows end before this row and validation rows begin."""
-        before = len([end for end in ends if end < number])
-        return before > 0 and sources[before].validation != sources[before - 1].validation
+        here, before = (sources[bisect.bisect_left(ends, n)] for n in (number, number - 1))
+        return number > 1 and here.validation != before.validation
 
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         place = folder.parent
-    except OSError:
-        place = None  # a cache that cannot be written: for this run only
-    try:
-        temporary = Path(tempfile.mkdtemp(dir=place, prefix=".making-"))
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=place, prefix=MAKING))
+        except OSError:  # a cache that cannot be written: for this run only
+            place, temporary = None, Path(tempfile.mkdtemp(prefix="onecard-rows-"))
+            atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         try:
             found = _read(sources, options, ends)
             if task == PRETRAIN:
@@ -165,11 +171,17 @@ def _make(
                 made = data.encode_rows(found, encode_all, temporary)
             bad = next(iter(made.rejected), None)
             if bad and not options.skip_bad_rows:  # one that only its encoding showed
-                where = ", ".join(str(source.path) for source in sources)
-                raise UserError(f"{bad.describe(Path(where))}.", BAD_ROW, DATA)
+                file = bisect.bisect_left(ends, bad.line)
+                bad = dataclasses.replace(bad, line=bad.line - ([0, *ends][file]))
+                raise UserError(f"{bad.describe(sources[file].path)}.", BAD_ROW, DATA)
+            if fingerprint_of(sources) != content:
+                problem = f"{options.data_path}: changed while it was read."
+                raise UserError(problem, "Start again when it is complete.", DATA)
             (temporary / ENDS).write_text(json.dumps(ends), encoding="utf-8")
             if place is None:
                 return made, ends
+            if folder.exists() and _kept(folder)[0] is None:
+                shutil.rmtree(folder, ignore_errors=True)  # damaged
             with contextlib.suppress(OSError):  # another process was faster
                 temporary.rename(folder)
             _make_room(folder)
@@ -222,8 +234,10 @@ def _make_room(newest: Path) -> None:
         folders = sorted(newest.parent.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
         used = 0
         for folder in folders:
+            making = folder.name.startswith(MAKING)
             used += sum(file.stat().st_size for file in folder.iterdir())
-            if used > ROOM and folder != newest:
+            abandoned = making and time.time() - folder.stat().st_mtime > ABANDONED
+            if abandoned or (used > ROOM and folder != newest and not making):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -76,7 +76,8 @@ def recognise(value: Any) -> str:
 
 
 def alpaca(value: Any) -> Conversation:
-    turns = [_user(value), Turn(ASSISTANT, _text(value, "output"))]
+    earlier = _history(value) if value.get("history") else []
+    turns = [*earlier, _user(value), Turn(ASSISTANT, _text(value, "output"))]
     return Conversation((*_system(value), *turns))
 
 
@@ -103,13 +104,8 @@ def chat(value: Any) -> Conversation:
 
 def chitchat(value: Any) -> Conversation:
     """Earlier turns in `history`, as objects or pairs."""
-    turns = []
-    for item in _list(value, "history"):
-        if isinstance(item, list) and len(item) == 2:
-            item = {"input": item[0], "output": item[1]}
-        turns += [Turn("user", _text(item, "input")), Turn(ASSISTANT, _text(item, "output"))]
-    turns += [Turn("user", _text(value, "input")), Turn(ASSISTANT, _text(value, "output"))]
-    return Conversation(tuple(turns))
+    asked = [Turn("user", _text(value, "input")), Turn(ASSISTANT, _text(value, "output"))]
+    return Conversation((*_system(value), *_history(value), *asked))
 
 
 def sharegpt(value: Any) -> Conversation:
@@ -118,7 +114,8 @@ def sharegpt(value: Any) -> Conversation:
 
 
 def openai(value: Any) -> Conversation:
-    return Conversation(tuple(_turns(_list(value, "messages"), "role", "content")))
+    turns = _turns(_list(value, "messages"), "role", "content")
+    return Conversation((*_system(value), *turns))
 
 
 def text(value: Any) -> Conversation:
@@ -184,6 +181,15 @@ def _user(row: Any) -> Turn:
     if not asked.text.strip():
         raise RowError("'instruction' is empty")
     return asked
+
+
+def _history(value: dict[str, Any]) -> list[Turn]:
+    turns = []
+    for item in _list(value, "history"):
+        if isinstance(item, list) and len(item) == 2:
+            item = {"input": item[0], "output": item[1]}
+        turns += [Turn("user", _text(item, "input")), Turn(ASSISTANT, _text(item, "output"))]
+    return turns
 
 
 def _system(value: dict[str, Any]) -> list[Turn]:

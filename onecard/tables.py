@@ -109,7 +109,7 @@ def write_parquet(
                 writer.write_table(pyarrow.Table.from_pylist(piece, schema=schema))
                 count += len(piece)
         temporary.replace(target)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeError, OverflowError) as error:
         problem = f"{', '.join(map(str, paths))}: a column holds values of different types: {error}."
         raise UserError(problem, "Make each column of one type.", DATA) from None
     except OSError as error:

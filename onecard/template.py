@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent / "templates"
 AUTO = "auto"  # the tokenizer's own
 LARGEST = 1 << 18  # characters; anything longer is no template
 PLACES = ("{text}", "{input}", "{end}")
-REQUIRED = {"user": "{text}", "assistant": "{text}"}
+REQUIRED = ("user", "assistant")
 OPTIONAL = ("opening", "opening_with_input", "system", "user_with_input", "function", "between")
 
 
@@ -42,6 +42,9 @@ def load(name: str, tokenizer: Any) -> Template:
             f"--template {name}: the tokenizer has no token {', '.join(missing)}.",
             "Choose a template without control tokens, or add them with tools/prepare_base_model.py.",
         )
+    plain = sorted(template.controls() - set(tokenizer.all_special_tokens if template.controls() else ()))
+    if plain:  # ordinary tokens so far, which a row's text could write
+        tokenizer.add_special_tokens({"extra_special_tokens": plain}, replace_extra_special_tokens=False)
     return template
 
 
@@ -73,11 +76,13 @@ def read(path: Path) -> Template:
     for key, text in values.items():
         if key not in (*REQUIRED, *OPTIONAL):
             raise wrong(f"{key!r} is not known; known: {', '.join((*REQUIRED, *OPTIONAL))}")
-        if not isinstance(text, str):
+        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
             raise wrong(f"{key!r} must be a text")
-    for key, place in {**REQUIRED, "system": "{text}", "function": "{text}"}.items():
-        if values.get(key, "" if key in REQUIRED else place).count(place) != 1:
-            raise wrong(f"{key!r} must hold the place {place} once")
+    for key in (*REQUIRED, "system", "function", "user_with_input"):
+        if values.get(key, "" if key in REQUIRED else "{text}").count("{text}") != 1:
+            raise wrong(f"{key!r} must hold the place {{text}} once")
+    if values.get("user_with_input", "{input}").count("{input}") != 1:
+        raise wrong("'user_with_input' must hold the place {input} once")
     if not values["assistant"].endswith("{end}"):
         raise wrong("'assistant' must end with {end}, or a model never learns to stop")
     allowed = {"user_with_input": {"{text}", "{input}"}, "assistant": {"{text}", "{end}"}}

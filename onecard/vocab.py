@@ -1,6 +1,7 @@
 """A base model's vocabulary: pieces added to the tokenizer, and embedding rows that fit it.
 
-Only the shards with embeddings are rewritten; every other file is copied as it is, so memory is one shard.
+Only the shards with embeddings are rewritten; other shards and files beside them are copied, so memory is one
+shard. Weights in other formats and sub-folders are left out.
 """
 
 import json
@@ -21,7 +22,7 @@ from onecard.errors import DATA, DISK, UserError
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
-COPIED = (".json", ".txt", ".jinja", ".md")
+WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
 LONGEST_PIECE = 16  # characters; longer ones are no pieces of a vocabulary
 
 
@@ -77,7 +78,7 @@ def add_special(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
     tokenizer.add_tokens(new, special_tokens=True)  # their ids in the order given
     if "<pad>" in new:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    others = [token for token in new if token != "<pad>"]
+    others = [token for token in tokens if token != "<pad>"]  # known ones too, which may be ordinary so far
     tokenizer.add_special_tokens({"extra_special_tokens": others}, replace_extra_special_tokens=False)
 
 
@@ -98,6 +99,12 @@ def prepare(
     an untied head; rows beyond len(new), up to a multiple, are zero. Everything else is copied byte for byte.
     The target appears when it is whole. Raises UserError.
     """
+    known, wanted = old.get_vocab(), new.get_vocab()
+    moved = next((token for token, number in known.items() if wanted.get(token) != number), None)
+    if moved is not None:
+        problem = f"The tokenizers do not belong together: {moved!r} has another id, or none, in the new one."
+        raise UserError(problem, "Extend this model's own tokenizer with tools/extend_vocab.py.")
+    ids, added = sorted(known.values()), sorted(set(wanted.values()) - set(known.values()))
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     names = _embedding_names(source)
     files = _shards(source)
@@ -116,14 +123,14 @@ def prepare(
             tensors, metadata = _read(source / file)
             for name in set(names) & set(shard):
                 rows = len(tensors[name])
-                if rows < len(old):
-                    problem = f"{source}: its embedding has {rows} rows for {len(old)} tokens."
+                if rows <= max(ids):
+                    problem = f"{source}: its embedding has {rows} rows, its tokenizer ids up to {max(ids)}."
                     raise UserError(problem, "Model and tokenizer do not belong together.")
-                tensors[name] = resized(tensors[name], len(old), len(new), multiple)
+                tensors[name] = resized(tensors[name], ids, added, multiple)
             save_file(tensors, temporary / file, metadata=metadata)
-        after = _round_up(max(len(new), rows), multiple)
+        after = _round_up(max(rows, *(number + 1 for number in (0, *added))), multiple)
         for path in source.iterdir():  # the tokenizer's own files are written anew below
-            kept = path.suffix in COPIED and not path.name.startswith(TOKENIZER)
+            kept = path.suffix not in WEIGHT_FILES and not path.name.startswith(TOKENIZER)
             if path.is_file() and path.name not in files and kept:
                 shutil.copyfile(path, temporary / path.name)
         new.save_pretrained(temporary)
@@ -134,6 +141,7 @@ def prepare(
             _say_in(generation, {**known, **_ids(new, known)})
         if (source / INDEX).is_file():
             _index(source / INDEX, temporary, files)
+        temporary.chmod(0o755)
         temporary.rename(target)
     except OSError as error:
         raise UserError(
@@ -141,16 +149,15 @@ def prepare(
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return rows, len(new) - len(old), after
+    return rows, len(added), after
 
 
-def resized(weight: torch.Tensor, old: int, new: int, multiple: int) -> torch.Tensor:
-    """Embedding [rows, H] for `new` tokens: rows of old tokens kept, of new ones their mean, then zeros."""
-    rows = _round_up(max(new, len(weight)), multiple)
+def resized(weight: torch.Tensor, old: list[int], new: list[int], multiple: int) -> torch.Tensor:
+    """Embedding [rows, H]: rows of the old ids kept, of the new ones their mean, all others zero."""
+    rows = _round_up(max(len(weight), *(number + 1 for number in (0, *new))), multiple)
     made = weight.new_zeros(rows, weight.shape[1])
-    made[: len(weight)] = weight
-    made[old:] = 0
-    made[old:new] = weight[:old].float().mean(dim=0).to(weight.dtype)
+    made[old] = weight[old]
+    made[new] = weight[old].float().mean(dim=0).to(weight.dtype)
     return made
 
 

@@ -89,6 +89,16 @@ def test_empty_directory_as_data(bad_run, tmp_path):
     check(bad_run("--data_path", tmp_path / "nothing"), DATA, "--data_path", "nothing", "no file of rows")
 
 
+def test_overlap_as_long_as_a_block(bad_run):
+    """Exit 2: no block would ever be new."""
+    check(bad_run("--overlap", 256), USAGE, "--overlap 256", "--cutoff_len")
+
+
+def test_weights_that_leave_no_row(bad_run, tiny_rows):
+    """D18: exit 3."""
+    check(bad_run("--data_path", f"{tiny_rows}:0.0001"), DATA, "no row is left", "weights")
+
+
 @pytest.mark.parametrize("kind", ["pipe", "endless"])
 def test_what_is_no_file_is_refused_at_once(bad_run, tmp_path, kind):
     """D4: nothing is waited for."""

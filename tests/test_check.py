@@ -60,6 +60,23 @@ def test_lengths_cuts_and_rows_without_targets(tmp_path):
     assert f"An epoch computes {sum(found.cut_lengths)} tokens" in check.report(found, 300)
 
 
+def test_raw_text_is_not_cut(tmp_path):
+    """It is trained in blocks, so a long context is no reason to leave a row out."""
+    row = {"context": "c " * 300, "completion": "the end"}
+    cleaner = check.Cleaner(tmp_path / "clean.jsonl", repair=False)
+    found = look(save(tmp_path / "rows.jsonl", [row]), cutoff_len=50, cleaner=cleaner)
+    assert (found.cut, dict(found.problems), cleaner.kept) == (0, {}, 1)
+    assert found.cut_lengths == found.lengths
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sample").glob("*.json*")), ids=lambda path: path.name)
+def test_what_is_cleaned_reads_the_same(tmp_path, path):
+    """Every sample goes through --clean and comes back as the same conversations."""
+    cleaner = check.Cleaner(tmp_path / "clean.jsonl", repair=True)
+    look(path, cutoff_len=5000, cleaner=cleaner)
+    assert list(check.reader.read_rows(tmp_path / "clean.jsonl")) == list(check.reader.read_rows(path))
+
+
 def test_cleaning_adds_up(tmp_path):
     """Rows in = rows kept + rows left out with a reason; texts are freed of what is invisible, and mended."""
     good = tiny.rows(20)

@@ -203,6 +203,8 @@ def test_a_chat_template_that_cannot_be_used_is_refused(broken, word):
         ({"user": 7}, "must be a text"),
         ({"usr": "x"}, "'usr' is not known"),
         ({"between": "{input}"}, "cannot hold {input}"),
+        ({"user_with_input": "{text} alone"}, "must hold the place {input} once"),
+        ({"between": "\ud800"}, "must be a text"),
         ({"control": "<x>"}, "'control' must be a list"),
         ({"control": ["<x>"], "between": "<x>"}, "no token <x>"),
     ],
@@ -224,6 +226,17 @@ def test_a_file_that_is_no_template_is_named(tmp_path, content):
     with pytest.raises(UserError, match=r"mine\.json") as caught:
         template.check(str(path))
     assert caught.value.code == 2
+
+
+def test_ordinary_tokens_of_a_template_become_control_tokens():
+    """D15: a tokenizer that has them as plain added tokens would let rows write them."""
+    made = tiny.tokenizer()
+    made.add_tokens(["<|im_start|>", "<|im_end|>"])
+    form = template.load("chatml", made)
+    ids, _ = prompt.encode(single("say <|im_end|> now", "", "<|im_start|>"), form, made)
+    assert ids.count(made.convert_tokens_to_ids("<|im_end|>")) == 2
+    assert ids.count(made.convert_tokens_to_ids("<|im_start|>")) == 2
+    assert "say <|im_end|> now" in made.decode(ids)
 
 
 def test_chatml_needs_its_tokens():

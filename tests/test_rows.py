@@ -275,11 +275,69 @@ def test_blocks_do_not_cross_into_validation(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "training text"}\n' * 5)
     (tmp_path / "b.jsonl").write_text('{"text": "other"}\n' * 5)
     found = encode(tmp_path / "a.jsonl", eval_data_path=str(tmp_path / "b.jsonl"), cutoff_len=8)
-    tokenizer = tiny.tokenizer()
-    for place, is_validation in enumerate(found.for_validation):
-        text = tokenizer.decode(found.encoding.examples[place][0])
-        assert ("other" in text or "o" in text) if is_validation else "other" not in text
-    assert set(found.for_validation) == {True, False}
+    tokenizer, lengths = tiny.tokenizer(), found.encoding.examples.lengths
+    sides = [
+        "".join(
+            tokenizer.decode(found.encoding.examples[place][0], skip_special_tokens=True)
+            for place in np.flatnonzero(found.for_validation == side)
+        )
+        for side in (False, True)
+    ]
+    assert sides == ["training text" * 5, "other" * 5]
+    borders = [np.flatnonzero(~found.for_validation)[-1], len(lengths) - 1]
+    assert all(length == 8 for place, length in enumerate(lengths) if place not in borders)
+
+
+def test_dialogues_one_a_line(tmp_path):
+    """Lines of lists are dialogues, an array of lists too; what --clean writes of them is read back."""
+    dialogues = [[row, other] for row, other in zip(tiny.rows(6), tiny.rows(12)[6:], strict=True)]
+    (tmp_path / "a.json").write_text(json.dumps(dialogues))
+    digests = set()
+    for name, count in (("b.jsonl", 6), ("c.txt", 6), ("one.jsonl", 1)):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(dialogue) + "\n" for dialogue in dialogues[:count]))
+        found = list(reader.read_rows(path))
+        assert len(found) == count
+        assert all(len(row.turns) == 4 for row in found)
+        if count == 6:
+            digests.add(encode(path, cutoff_len=999).encoding.sha256)
+    assert digests == {encode(tmp_path / "a.json", cutoff_len=999).encoding.sha256}
+
+
+def test_rows_that_change_while_they_are_read_are_not_kept(tmp_path, monkeypatch, cache):
+    """D13, D17: an edit in the middle of reading is exit 3; nothing stands under the old content's key."""
+    path = tiny.save_rows(tmp_path / "rows.json", 20)
+    plain = reader.read_rows
+
+    def edited(*arguments):
+        yield from plain(*arguments)
+        path.write_text(path.read_text().replace("red", "reb", 1))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "read_rows", edited)
+        with pytest.raises(UserError, match="changed while it was read") as caught:
+            encode(path, task="sft")
+    assert caught.value.code == DATA
+    assert list((cache / "rows").iterdir()) == []
+
+
+def test_a_row_that_only_its_template_refuses_is_named_in_its_file(tmp_path):
+    first = tiny.save_rows(tmp_path / "a.json", 3)
+    call = {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant", "tool", "assistant")]}
+    (tmp_path / "b.jsonl").write_text(json.dumps(call) + "\n")
+    with pytest.raises(UserError, match=r"b\.jsonl: row 1: template alpaca has no function turn"):
+        encode(f"{first},{tmp_path / 'b.jsonl'}")
+
+
+def test_folders_with_odd_things_in_them(tmp_path):
+    """D4: pipes and folders that are called like files are passed by."""
+    place = tmp_path / "rows"
+    (place / "folder.json").mkdir(parents=True)
+    os.mkfifo(place / "pipe.jsonl")
+    tiny.save_rows(place / "a.json", 3)
+    assert [source.path.name for source in reader.sources(str(place))] == ["a.json"]
+    with pytest.raises(UserError, match="at most 1000"):
+        reader.sources(f"{place / 'a.json'}:5000")
 
 
 def test_templates_are_chosen_by_seed_and_row(tmp_path):
@@ -361,6 +419,7 @@ def test_damaged_and_foreign_entries_are_made_again(tmp_path, cache):
     for name in ("ids", data.RECORD, rows.ENDS):
         (entry / name).write_bytes(b"x")
         assert encode(path).encoding.sha256 == first
+        assert data.load(entry).sha256 == first
 
 
 def test_a_failed_encoding_leaves_nothing(tmp_path, cache):

@@ -18,6 +18,12 @@ GOOD = [
         {"system": "s", "instruction": "q", "output": "a"},
         Conversation((Turn("system", "s"), *single("q", "", "a").turns)),
     ),
+    ("alpaca", {"instruction": "q2", "output": "a2", "history": [["q1", "a1"]]}, TWO),
+    (
+        "openai",
+        {"system": "s", "messages": [{"role": t.role, "content": t.text} for t in TWO.turns]},
+        WITH_SYSTEM,
+    ),
     ("dialogue", PAIRS, TWO),
     ("chat", {"input": ["q1", "q2"], "output": ["a1", "a2"]}, TWO),
     ("chitchat", {"history": [{"input": "q1", "output": "a1"}], "input": "q2", "output": "a2"}, TWO),

@@ -10,7 +10,15 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from onecard import vocab
 from onecard.errors import UserError
@@ -90,6 +98,31 @@ def test_a_padded_model_is_not_padded_again(base, tmp_path):
     assert torch.equal(rows[300], rows[:300].float().mean(dim=0))
     assert rows[302].any()
     assert not rows[303:].any()
+
+
+def test_another_familys_tokenizer_is_refused(base, tmp_path):
+    """Tokens with other ids would point to other rows."""
+    other = AutoTokenizer.from_pretrained(base)
+    core = json.loads(other.backend_tokenizer.to_str())
+    first, second = list(core["model"]["vocab"])[10:12]
+    vocabulary = core["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    shuffled = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(core)), eos_token="<end>"
+    )
+    with pytest.raises(UserError, match="do not belong together"):
+        vocab.prepare(base, other, shuffled, tmp_path / "new", 128)
+    assert not (tmp_path / "new").exists()
+
+
+def test_ids_with_gaps(tmp_path):
+    """Rows are found by ids, not by how many tokens there are."""
+    made = vocab.resized(torch.arange(16.0).reshape(8, 2), [0, 1, 2, 7], [8, 9], 4)
+    assert made.shape == (12, 2)
+    assert made[7].tolist() == [14, 15]
+    assert made[8].tolist() == made[9].tolist() == [5, 6]
+    assert not made[3:7].any()
+    assert not made[10:].any()
 
 
 def test_pieces_and_characters(tmp_path):

@@ -32,12 +32,16 @@ def main() -> None:
     form = template.load(options.template, tokenizer)
     how = (options.train_on_inputs, options.train_on)
     rows = check.examine(paths, options.schema, form, tokenizer, options.cutoff_len, *how)
-    for name in ("clean", "html", "png"):
-        target = getattr(options, name)
-        if target and any(Path(target).resolve() == path.resolve() for path in paths):
-            raise UserError(f"--{name} {target}: this is the file that is looked at.", "Name another file.")
-        if target and not Path(target).absolute().parent.is_dir():
+    taken = {path.resolve() for path in paths}
+    wanted = [("clean", target) for target in check.outputs(Path(options.clean))] if options.clean else []
+    wanted += [(name, Path(getattr(options, name))) for name in ("html", "png") if getattr(options, name)]
+    for name, target in wanted:
+        if target.resolve() in taken:
+            problem = f"--{name}: {target} is the file that is looked at, or written already."
+            raise UserError(problem, "Name another file.")
+        if not target.absolute().parent.is_dir():
             raise UserError(f"--{name} {target}: its folder does not exist.", "Make it, or name another.")
+        taken.add(target.resolve())
     cleaner = check.Cleaner(Path(options.clean), options.repair) if options.clean else None
     found = check.all_rows(rows, cleaner)
     text = check.report(found, options.cutoff_len)
