@@ -403,7 +403,7 @@ def test_a_bad_adapter_is_not_saved(tiny_model, tiny_rows, tmp_path, monkeypatch
     def faulty(adapted):
         return dict(filter(None, (faults[fault](*item) for item in plain(adapted).items())))
 
-    monkeypatch.setattr(model, "adapter_tensors", faulty)
+    monkeypatch.setattr(adapter, "adapter_tensors", faulty)
     with pytest.raises(UserError) as caught:
         run(options(tiny_model, tiny_rows, tmp_path / "run", save_steps=1, test_size=0))
     assert caught.value.code == 4
