@@ -64,8 +64,15 @@ def test_the_step_is_redone_with_the_same_gradient(harness, untroubled, tmp_path
 
 def test_a_real_limit_of_memory(harness, tiny_model, tmp_path):
     """T18: the system itself gives no more; the budget goes down until the rows fit, with the same loss."""
-    rows = tiny.save_rows(tmp_path / "rows.json", 130)
-    flags = {**FLAGS, "model_path": tiny_model, "data_path": rows, "max_steps": 1, "batch_size": 126}
+    rows = tiny.save_rows(tmp_path / "rows.json", 80)
+    flags = {
+        **FLAGS,
+        "model_path": tiny_model,
+        "data_path": rows,
+        "max_steps": 1,
+        "batch_size": 76,
+        "cutoff_len": 300,
+    }
     flags["micro_batch_tokens"] = 20000
     losses = []
     for name, fault in (("free", {}), ("limited", {"address_space": LIMIT})):
