@@ -166,7 +166,7 @@ def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from onecard import data, hardware, hub, model, reader, rows, template, trainer
+    from onecard import data, fingerprint, hardware, hub, model, reader, rows, template, trainer
 
     base_path = hub.locate(args.model_path)
     values = (value for _, _, value, _ in reader.values(Path(args.data_path)))
@@ -176,7 +176,8 @@ def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     options = onecard_options(args, folder)
     tokenizer = model.load_tokenizer(base_path)
     form = template.load(options.template, tokenizer)
-    found = rows.encode(options, reader.sources(options.data_path), [form], tokenizer, base_path)
+    tokenizer_print = fingerprint.of_folder(model.identity_files(base_path)["tokenizer"])
+    found = rows.encode(options, reader.sources(options.data_path), [form], tokenizer, tokenizer_print)
     examples = found.encoding.examples
     order = [
         int(place)

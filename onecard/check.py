@@ -9,7 +9,6 @@ import hashlib
 import html
 import json
 import re
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from onecard import prompt, reader, schemas
+from onecard import prompt, reader, runfolder, schemas
 from onecard.prompt import ASSISTANT, Conversation, Template
 from onecard.schemas import BadRow
 
@@ -71,19 +70,25 @@ class Row:
 
 
 def examine(
-    paths: list[Path], schema: str | None, template: Template, tokenizer: Any, cutoff_len: int, *how: Any
-) -> Iterator[tuple[Findings, Row]]:
-    """Look at every row; yields the findings so far with each, so that the last holds them all."""
-    found, seen = Findings(), set()
+    found: Findings,
+    paths: list[Path],
+    schema: str | None,
+    template: Template,
+    tokenizer: Any,
+    cutoff_len: int,
+    *how: Any,
+) -> Iterator[Row]:
+    """Look at every row, one at a time, and note in `found` what there is."""
+    seen: set[bytes] = set()
     control = re.compile("|".join([CONTROL.pattern, *map(re.escape, tokenizer.all_special_tokens)]))
     for path in paths:
         for line, column, value, text in reader.values(path):
             found.read += 1
-            place = f"{path}:{line}:{column}" if column else f"{path}: row {line}"
-            row = Row(place, value, [])
-            made = _conversation(value, schema, row)
-            if made is None:
-                row.value = (text or getattr(value, "text", "")).strip()
+            row = Row(schemas.place(path, line, column), value, [])
+            made = reader.conversation(line, column, value, text, schema)
+            if isinstance(made, BadRow):
+                row.value, row.reason = made.text.strip(), made.reason
+                row.problems.append("unreadable")
             else:
                 _look(made, row, control, seen)
                 _measure(made, found, row, template, tokenizer, cutoff_len, how)
@@ -91,20 +96,8 @@ def examine(
                 found.turns[sum(turn.role == ASSISTANT for turn in made.turns)] += 1
             for problem in row.problems:
                 found.problems[problem] += 1
-                found.examples.setdefault(problem, place + (f" ({row.reason})" if row.reason else ""))
-            yield found, row
-
-
-def _conversation(value: Any, schema: str | None, row: Row) -> Conversation | None:
-    if not isinstance(value, BadRow):
-        try:
-            return schemas.conversation(value, schema)
-        except schemas.RowError as error:
-            row.reason = str(error)
-    else:
-        row.reason = value.reason
-    row.problems.append("unreadable")
-    return None
+                found.examples.setdefault(problem, row.place + (f" ({row.reason})" if row.reason else ""))
+            yield row
 
 
 def _look(made: Conversation, row: Row, control: re.Pattern, seen: set[bytes]) -> None:
@@ -141,14 +134,14 @@ def _measure(
     how: tuple,
 ) -> None:
     try:
-        ids, _ = prompt.encode(made, template, tokenizer, *how)
+        encoded = prompt.encode(made, template, tokenizer, *how)
         limit = sys.maxsize if made.turns[-1].role == "text" else cutoff_len  # raw text is cut into blocks
-        cut, is_target, was_cut = prompt.encode_within(made, limit, template, tokenizer, *how)
+        cut, is_target, was_cut = prompt.shortened(made, encoded, limit, template, tokenizer, *how)
     except ValueError as error:
         row.problems.append("unreadable")
         row.reason = str(error)
         return
-    found.lengths.append(len(ids))
+    found.lengths.append(len(encoded[0]))
     found.cut += was_cut
     if not any(is_target):
         row.problems.append("without targets")
@@ -239,7 +232,7 @@ mark {{ background: #ffd54a; color: #000; }} h2 {{ font-size: .9rem; margin: 1.5
 <p>The first {len(rows)} rows as the model sees them. <mark>Marked text</mark> is what it learns to say, end
 tokens included; the rest is only read.</p>{"".join(rows)}</html>
 """
-    _replace(path, page.encode("utf-8", errors="replace"))
+    runfolder.replace(path, page.encode("utf-8", errors="replace"))
 
 
 def clean(value: Any, repair: bool) -> Any:
@@ -294,21 +287,14 @@ class Cleaner:
             temporary.replace(target) if complete else temporary.unlink()
 
 
-def all_rows(rows: Iterator[tuple[Findings, Row]], cleaner: Cleaner | None) -> Findings:
-    """Go through all rows with a progress bar; returns the findings."""
-    found, complete = Findings(), False
+def all_rows(rows: Iterator[Row], cleaner: Cleaner | None) -> None:
+    """Go through all rows with a progress bar."""
+    complete = False
     try:
-        for found, row in tqdm(rows, desc="looking at rows", unit="row", disable=None):  # noqa: B007
+        for row in tqdm(rows, desc="looking at rows", unit="row", disable=None):
             if cleaner:
                 cleaner.add(row)
         complete = True
     finally:
         if cleaner:
             cleaner.done(complete)
-    return found
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    shutil.move(temporary, path)

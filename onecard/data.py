@@ -12,7 +12,6 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -63,14 +62,10 @@ class Encoding:
 
     examples: Examples
     sha256: str  # of all ids, targets and borders: what the model will see
-    read: int = 0
-    cut: int = 0  # rows that lost something to cutoff_len
-    dropped: int = 0  # rows with no target left after the cut
-    rejected: list[BadRow] = dataclasses.field(default_factory=list)
-
-    @property
-    def used(self) -> int:
-        return self.read - self.dropped - len(self.rejected)
+    read: int
+    cut: int  # rows that lost something to cutoff_len
+    dropped: int  # rows with no target left after the cut
+    rejected: list[BadRow]
 
 
 class Writer:
@@ -79,7 +74,6 @@ class Writer:
     def __init__(self, folder: Path):
         self.folder, self.digest, self.end = folder, hashlib.sha256(), 0
         self.files = {name: open(folder / name, "wb") for name in FIELDS}  # noqa: SIM115 (closed in done)
-        self.counts = dataclasses.asdict(Encoding(None, ""))
         self._put("offsets", array("q", [0]).tobytes())
 
     def add(self, number: int, ids: list[int], is_target: list[bool]) -> None:
@@ -97,11 +91,12 @@ class Writer:
         if name in ("ids", "is_target", "offsets"):
             self.digest.update(raw)
 
-    def done(self, **counts: Any) -> Encoding:
+    def done(self, read: int, rejected: list[BadRow], cut: int = 0, dropped: int = 0) -> Encoding:
         for file in self.files.values():
             file.close()
         sizes = {name: (self.folder / name).stat().st_size for name in FIELDS}
-        record = {**self.counts, **counts, "sha256": self.digest.hexdigest(), "bytes": sizes}
+        counts = {"read": read, "cut": cut, "dropped": dropped, "rejected": rejected}
+        record = {**counts, "sha256": self.digest.hexdigest(), "bytes": sizes}
         text = json.dumps(record, default=dataclasses.asdict)
         (self.folder / RECORD).write_text(text, encoding="utf-8", errors="surrogatepass")
         return load(self.folder)
@@ -142,7 +137,7 @@ def encode_rows(rows: Iterable[Conversation | BadRow], encode: Encode, folder: P
             writer.add(number, ids, is_target)
         else:
             dropped += 1
-    return writer.done(read=number, cut=cut, dropped=dropped, rejected=rejected)
+    return writer.done(number, rejected, cut, dropped)
 
 
 def encode_documents(
@@ -196,7 +191,7 @@ def encode_documents(
         places += [number] * len(made[0])
         put_blocks(length)
     put_blocks(0)
-    return writer.done(read=number, rejected=rejected)
+    return writer.done(number, rejected)
 
 
 def _encoded(rows: Iterable[Conversation | BadRow], encode: Encode) -> Iterator[tuple[int, Encoded | BadRow]]:

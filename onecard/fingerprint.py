@@ -36,6 +36,11 @@ def of_files(paths: list[Path], again: bool = False) -> dict[Path, str]:
     return {path: found[str(path.resolve())][1] for path in paths}
 
 
+def of_file(path: Path, again: bool = False) -> str:
+    """SHA-256 of one file."""
+    return of_files([path], again)[path]
+
+
 def of_folder(paths: list[Path], again: bool = False) -> str:
     """One SHA-256 of several files' names and contents."""
     parts = of_files(sorted(paths), again)

@@ -37,22 +37,23 @@ def fetch_model(name: str) -> str:
     if Path(folder).is_dir():
         return folder
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    return _fetch(name, "model", patterns, "--model_path", "name a local folder")
+    return _fetch(name, "model", patterns, f"--model_path {name}:", "name a local folder")
 
 
 def fetch_adapter(name: str) -> str:
     """Folder of an adapter on the hub, in the hub's own cache."""
     instead = "name a local folder with --resume_from_checkpoint"
-    return _fetch(name, "model", ADAPTER_FILES, "--lora_remote_checkpoint", instead)
+    return _fetch(name, "model", ADAPTER_FILES, f"--lora_remote_checkpoint {name}:", instead)
 
 
 def fetch_dataset(name: str) -> str:
     """Folder with the files of rows of a dataset on the hub, in the hub's own cache; no code of it is run."""
     patterns = [f"*{ending}" for ending in FORMATS if ending != ".pkl"]
-    return _fetch(name, "dataset", patterns, "--data_path", "name a local file or folder")
+    what = f"--data_path {name}: no such file here, and as a dataset of the hub it"
+    return _fetch(name, "dataset", patterns, what, "name a local file or folder")
 
 
-def _fetch(name: str, kind: str, patterns: list[str], flag: str, instead: str) -> str:
+def _fetch(name: str, kind: str, patterns: list[str], what: str, instead: str) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -60,11 +61,7 @@ def _fetch(name: str, kind: str, patterns: list[str], flag: str, instead: str) -
         return snapshot_download(name, repo_type=kind, allow_patterns=patterns)
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0][:200]
-        problem = (
-            f"{flag} {name}: no such file here, and as a {kind} of the hub it cannot be fetched: {reason}"
-        )
-        if kind == "model":
-            problem = f"{flag} {name}: cannot be fetched: {reason}"
+        problem = f"{what} cannot be fetched: {reason}"
         raise UserError(problem, f"Check the name and the network, or {instead}.") from None
 
 

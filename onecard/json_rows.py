@@ -39,11 +39,12 @@ def _is_lines_of_lists(file: io.TextIOBase, path: Path) -> bool:
     """Whether each line is a list of its own (dialogues), not the file one array of rows."""
     first, second = file.readline(LONGEST_ROW), file.readline(CHUNK)
     file.seek(0)
+    if not (second.lstrip().startswith("[") or (path.suffix == ".jsonl" and not second.strip())):
+        return False
     try:
-        whole = isinstance(_DECODER.decode(first.strip()), list)
+        return isinstance(_DECODER.decode(first.strip()), list)
     except (ValueError, RecursionError):
         return False
-    return whole and (second.lstrip().startswith("[") or (path.suffix == ".jsonl" and not second.strip()))
 
 
 def _first_character(file: io.TextIOBase, path: Path) -> str:

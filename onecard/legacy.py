@@ -7,7 +7,6 @@ files are read by a child process that knows tensors and plain values only: a ho
 import dataclasses
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from onecard import child
 from onecard.checkpoint import flattened, read_tensors
 from onecard.errors import CHECKPOINT, UNSAFE, UserError
 from onecard.runfolder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -151,23 +151,7 @@ def unpickle(path: Path) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(prefix="onecard-legacy-") as place:
         output = Path(place) / "plain"
-        command = [sys.executable, "-m", "onecard.legacy", str(path.resolve()), str(output)]
-        try:
-            result = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                timeout=SECONDS,
-                check=False,
-                cwd=Path(__file__).resolve().parent.parent,
-            )
-        except subprocess.TimeoutExpired:
-            raise UserError(f"{path}: not read within {SECONDS} s.", "", UNSAFE) from None
-        if result.returncode:
-            reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1][:300]
-            code = UNSAFE if result.returncode == UNSAFE else CHECKPOINT
-            what = "would run code" if code == UNSAFE else "cannot be read"
-            raise UserError(f"{path}: {what}: {reason}", "It was not loaded.", code)
+        child.convert("onecard.legacy", path, output, SECONDS, damaged=CHECKPOINT, late=UNSAFE)
         tensors = load_file(output.with_suffix(".safetensors"))
         tree = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
         return _join(tree, tensors)

@@ -93,6 +93,15 @@ def load_config(path: str) -> Any:
         raise _cannot_load(path, "its config.json", error) from None
 
 
+def skeleton(path: str, config: Any) -> torch.nn.Module:
+    """The model without its weights, on the meta device; raises UserError when its config gives none."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except NOT_A_MODEL as error:
+        raise _cannot_load(path, "a causal language model from its config.json", error) from None
+
+
 def check_architecture(path: str, config: Any, shape: LoraShape) -> int:
     """Number of parameters the adapter will have; no weight is read.
 
@@ -103,15 +112,11 @@ def check_architecture(path: str, config: Any, shape: LoraShape) -> int:
     if strange:
         problem = f"--model_path {path}: models with {', '.join(strange)} cannot be trained yet."
         raise UserError(problem, "Choose a Llama-like model: Llama, Mistral, Qwen, SmolLM.")
-    try:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
-    except NOT_A_MODEL as error:
-        raise _cannot_load(path, "a causal language model from its config.json", error) from None
-    head = skeleton.get_output_embeddings()
+    bare = skeleton(path, config)
+    head = bare.get_output_embeddings()
     linear = {
         name: module
-        for name, module in skeleton.named_modules()
+        for name, module in bare.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     }
     targets = shape.targets()

@@ -7,39 +7,27 @@ no function at all: lists, dictionaries, texts and numbers come through, anythin
 import json
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from onecard import fingerprint
-from onecard.errors import DATA, UNSAFE, UserError
+from onecard import child, fingerprint
+from onecard.errors import DATA, UNSAFE
 
 SECONDS, MEMORY = 300, 4 << 30  # of the child
 
 
 def as_jsonl(path: Path) -> Path:
     """The rows of a pickle as JSONL, kept under the file's hash; raises UserError (exit 8 or 3)."""
-    target = fingerprint.cache_folder().resolve() / "pickles" / f"{fingerprint.of_files([path])[path]}.jsonl"
+    target = fingerprint.cache_folder() / "pickles" / f"{fingerprint.of_file(path)}.jsonl"
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(f".{os.getpid()}.tmp")
     print(f"Converting {path} to JSONL, once ...", flush=True)
-    command = [sys.executable, "-m", "onecard.pickled", str(path.resolve()), str(temporary)]
-    place = Path(__file__).resolve().parent.parent
     try:
-        ended = subprocess.run(
-            command, capture_output=True, text=True, timeout=SECONDS, check=False, cwd=place
-        )
-        if ended.returncode:
-            reason = (ended.stderr.strip().splitlines() or ["it needs too much memory or time"])[-1][:300]
-            unsafe = ended.returncode == UNSAFE
-            what = "asks to run code" if unsafe else "cannot be read"
-            raise UserError(f"{path}: {what}: {reason}.", "It was not loaded.", UNSAFE if unsafe else DATA)
+        child.convert("onecard.pickled", path, temporary, SECONDS, damaged=DATA, late=DATA)
         temporary.replace(target)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{path}: not read within {SECONDS} s.", "It was not loaded.", DATA) from None
     finally:
         temporary.unlink(missing_ok=True)
     return target

@@ -194,9 +194,7 @@ def prepare(
         "base model": fingerprint.of_folder(files["weights"], again),
     }
     if options.peft_config:
-        prints["adapter settings"] = fingerprint.of_files([Path(options.peft_config)])[
-            Path(options.peft_config)
-        ]
+        prints["adapter settings"] = fingerprint.of_file(Path(options.peft_config))
     return Plan(
         options=options,
         base_path=base_path,

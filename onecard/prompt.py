@@ -41,11 +41,6 @@ class Conversation:
         answered = self.turns[-1].role in TARGETS
         return Conversation(self.turns[:-1]) if answered else self
 
-    @property
-    def answer(self) -> str | None:
-        last = self.turns[-1]
-        return last.text if last.role in TARGETS else None
-
 
 Part = tuple[str, str]  # (what, text): a place of PLACES, "control" with its token, "literal" with its text
 
@@ -114,10 +109,9 @@ def encode_many(
     fitting = iter(_encoded([row for row in made if not isinstance(row, ValueError)], tokenizer))
     for place, row in enumerate(made):
         if not isinstance(row, ValueError):
-            ids, is_target = next(fitting)
-            made[place] = (ids, is_target, False)
-            if len(ids) > limit:
-                made[place] = encode_within(conversations[place], limit, templates[place], tokenizer, *how)
+            made[place] = shortened(
+                conversations[place], next(fitting), limit, templates[place], tokenizer, *how
+            )
     return made
 
 
@@ -158,7 +152,20 @@ def encode_within(
     Whole oldest turns go first, a question with its answer, never the system's; what is still too long is cut
     at the right.
     """
-    ids, is_target = encode(conversation, template, tokenizer, *how)
+    encoded = encode(conversation, template, tokenizer, *how)
+    return shortened(conversation, encoded, limit, template, tokenizer, *how)
+
+
+def shortened(
+    conversation: Conversation,
+    encoded: tuple[list[int], list[bool]],
+    limit: int,
+    template: Template,
+    tokenizer: Any,
+    *how: Any,
+) -> tuple[list[int], list[bool], bool]:
+    """encode_within of a conversation that is encoded already."""
+    ids, is_target = encoded
     if len(ids) <= limit:
         return ids, is_target, False
     system = conversation.turns[:1] if conversation.turns[0].role == "system" else ()
@@ -272,9 +279,8 @@ def _form(template: Template, turn: Turn) -> tuple[Part, ...]:
     """How a turn that is not the assistant's is written."""
     if turn.role == "user" and turn.input:
         beside = (("{text}", ""), ("literal", "\n"), ("{input}", ""))
-        plain = (part for part in template.user)
         return template.user_with_input or tuple(
-            inner for part in plain for inner in (beside if part[0] == "{text}" else (part,))
+            inner for part in template.user for inner in (beside if part[0] == "{text}" else (part,))
         )
     form = getattr(template, turn.role)
     if form is None:
@@ -303,14 +309,8 @@ def _without_control(tokenizer: Any, text: str) -> list[int]:
     return [token for ids in encoded for token in ids]
 
 
+@functools.lru_cache(maxsize=4)
 def _beginning(tokenizer: Any) -> list[int]:
     """[bos] for tokenizers that put it before every text of their own accord, else []."""
-    if tokenizer.bos_token_id is None:
-        return []
-    return _begins(tokenizer)
-
-
-@functools.lru_cache(maxsize=4)
-def _begins(tokenizer: Any) -> list[int]:
-    first = tokenizer("a").input_ids[:1]
-    return first if first == [tokenizer.bos_token_id] else []
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []

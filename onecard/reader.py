@@ -37,18 +37,20 @@ def sources(data_path: str, eval_data_path: str | None = None, fetch: Fetch | No
 
     Raises UserError (exit 3) when one does not exist or a folder holds none.
     """
-    found = [source for text in _parts(data_path) for source in _source(text, "--data_path", fetch)]
-    if eval_data_path:
-        for source in (
-            s for text in _parts(eval_data_path) for s in _source(text, "--eval_data_path", fetch)
-        ):
-            found.append(dataclasses.replace(source, validation=True))
-    return found
+    wanted = [("--data_path", data_path, False), ("--eval_data_path", eval_data_path or "", True)]
+    return [
+        dataclasses.replace(source, validation=validation)
+        for flag, text, validation in wanted
+        for part in _parts(text)
+        for source in _source(part, flag, fetch)
+    ]
 
 
 def _parts(text: str) -> list[str]:
     """Commas separate files, unless a file is called so."""
-    return [text] if Path(text).exists() else [part.strip() for part in text.split(",") if part.strip()]
+    return (
+        [text] if text and Path(text).exists() else [part.strip() for part in text.split(",") if part.strip()]
+    )
 
 
 def _source(text: str, flag: str, fetch: Fetch | None) -> list[Source]:
@@ -80,19 +82,24 @@ def read_rows(path: str | Path, schema: str | None = None) -> Iterator[Conversat
     if not path.is_file():
         raise UserError(f"--data_path {path}: no such file.", "Name a file of rows.", DATA)
     try:
-        for line, column, value, text in values(path):
-            if isinstance(value, BadRow):
-                yield value
-                continue
-            try:
-                made = schemas.conversation(value, schema)
-            except schemas.RowError as error:
-                made = BadRow(line, column, str(error), text.strip())
-            yield made
+        for item in values(path):
+            yield conversation(*item, schema)
     except OSError as error:
         raise UserError(
             f"{path}: {error.strerror or error}.", "Check the file and its rights.", DATA
         ) from None
+
+
+def conversation(
+    line: int, column: int, value: Any, text: str, schema: str | None = None
+) -> Conversation | BadRow:
+    """What one of values() is as a conversation."""
+    if isinstance(value, BadRow):
+        return value
+    try:
+        return schemas.conversation(value, schema)
+    except schemas.RowError as error:
+        return BadRow(line, column, str(error), text.strip())
 
 
 def values(path: Path) -> Iterator[tuple[int, int, object, str]]:

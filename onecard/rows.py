@@ -34,6 +34,10 @@ FORMAT = 1  # of what is kept; the next number when encoding changes
 ROOM = 20 << 30  # bytes of the cache
 SFT, PRETRAIN = "sft", "pretrain"
 DOCUMENTS = ("context", "text")  # roles that are pre-trained on
+ENDS, MAKING = "ends.json", ".making-"
+ABANDONED = 24 * 3600  # seconds after which nobody works on it any more
+HOW = ("cutoff_len", "train_on", "train_on_inputs", "overlap", "schema", "skip_bad_rows")
+BAD_ROW = "Mend the row, or leave bad rows out with --skip_bad_rows."
 
 
 @dataclasses.dataclass
@@ -91,7 +95,7 @@ def encode(
         "seed": options.seed if len(templates) > 1 else None,
         "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers")},
         "task": task,
-        **{name: getattr(options, name) for name in _HOW},
+        **{name: getattr(options, name) for name in HOW},
     }
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
     folder = fingerprint.cache_folder() / "rows" / key
@@ -105,11 +109,6 @@ def encode(
         )
         raise UserError(problem, "Raise --cutoff_len or check the rows.", DATA)
     return Rows(kept, sources, np.array(ends), task, content)
-
-
-_HOW = ("cutoff_len", "train_on", "train_on_inputs", "overlap", "schema", "skip_bad_rows")
-ENDS, MAKING = "ends.json", ".making-"
-ABANDONED = 24 * 3600  # seconds after which nobody works on it any more
 
 
 def _task(source: Source, schema: str | None) -> str:
@@ -153,49 +152,59 @@ def _make(
         here, before = (sources[bisect.bisect_left(ends, n)] for n in (number, number - 1))
         return number > 1 and here.validation != before.validation
 
+    with _workplace(folder) as (temporary, is_kept):
+        found = _read(sources, options, ends)
+        if task == PRETRAIN:
+            length, overlap = options.cutoff_len, options.overlap
+            made = data.encode_documents(found, encode_all, length, overlap, border, temporary)
+        else:
+            made = data.encode_rows(found, encode_all, temporary)
+        bad = next(iter(made.rejected), None)
+        if bad and not options.skip_bad_rows:  # one that only its encoding showed
+            file = bisect.bisect_left(ends, bad.line)
+            bad = dataclasses.replace(bad, line=bad.line - ([0, *ends][file]))
+            raise UserError(f"{bad.describe(sources[file].path)}.", BAD_ROW, DATA)
+        if fingerprint_of(sources) != content:
+            problem = f"{options.data_path}: changed while it was read."
+            raise UserError(problem, "Start again when it is complete.", DATA)
+        (temporary / ENDS).write_text(json.dumps(ends), encoding="utf-8")
+        if is_kept:
+            _keep(temporary, folder)
+            made = _kept(folder)[0] or made
+    return made, ends
+
+
+@contextlib.contextmanager
+def _workplace(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """A new folder to write into, and whether it is one of the cache; raises UserError where writing fails.
+
+    One of the cache goes at the end, unless it was moved; what is mapped from it stays readable. Where the
+    cache cannot be written, it is a folder for this run only.
+    """
     try:
-        place = folder.parent
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=place, prefix=MAKING))
-        except OSError:  # a cache that cannot be written: for this run only
-            place, temporary = None, Path(tempfile.mkdtemp(prefix="onecard-rows-"))
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary, is_kept = Path(tempfile.mkdtemp(dir=folder.parent, prefix=MAKING)), True
+        except OSError:
+            temporary, is_kept = Path(tempfile.mkdtemp(prefix="onecard-rows-")), False
             atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         try:
-            found = _read(sources, options, ends)
-            if task == PRETRAIN:
-                made = data.encode_documents(
-                    found, encode_all, options.cutoff_len, options.overlap, border, temporary
-                )
-            else:
-                made = data.encode_rows(found, encode_all, temporary)
-            bad = next(iter(made.rejected), None)
-            if bad and not options.skip_bad_rows:  # one that only its encoding showed
-                file = bisect.bisect_left(ends, bad.line)
-                bad = dataclasses.replace(bad, line=bad.line - ([0, *ends][file]))
-                raise UserError(f"{bad.describe(sources[file].path)}.", BAD_ROW, DATA)
-            if fingerprint_of(sources) != content:
-                problem = f"{options.data_path}: changed while it was read."
-                raise UserError(problem, "Start again when it is complete.", DATA)
-            (temporary / ENDS).write_text(json.dumps(ends), encoding="utf-8")
-            if place is None:
-                return made, ends
-            if folder.exists() and _kept(folder)[0] is None:
-                shutil.rmtree(folder, ignore_errors=True)  # damaged
-            with contextlib.suppress(OSError):  # another process was faster
-                temporary.rename(folder)
-            _make_room(folder)
-            kept, _ = _kept(folder)
-            return kept or made, ends
+            yield temporary, is_kept
         finally:
-            if place is not None:
-                shutil.rmtree(temporary, ignore_errors=True)  # what is mapped stays readable
+            if is_kept:
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         fix = "Make room, or set ONECARD_CACHE to a folder elsewhere."
         raise UserError(f"{folder.parent}: encoded rows: {error.strerror}.", fix, DISK) from None
 
 
-BAD_ROW = "Mend the row, or leave bad rows out with --skip_bad_rows."
+def _keep(temporary: Path, folder: Path) -> None:
+    """Move what was made to its place in the cache, instead of a damaged one."""
+    if folder.exists() and _kept(folder)[0] is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another process was faster
+        temporary.rename(folder)
+    _make_room(folder)
 
 
 def _misfit(row: Conversation, task: str, asked: str) -> ValueError | None:

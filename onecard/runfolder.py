@@ -33,10 +33,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a small JSON file so that it is whole or not there."""
-    _replace(path, (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode())
+    replace(path, (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode())
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes) -> None:
+    """Write a small file so that it is whole or as it was."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -138,7 +139,7 @@ def cut_log(folder: Path, step: int) -> int:
         with open(folder / DROPPED, "ab") as file:
             file.write(b"".join(dropped).rstrip(b"\n") + b"\n")
             os.fsync(file.fileno())
-        _replace(log, b"".join(kept))
+        replace(log, b"".join(kept))
     return len(dropped)
 
 

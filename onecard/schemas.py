@@ -40,8 +40,12 @@ class BadRow:
 
     def describe(self, path: Path) -> str:
         excerpt = " ".join((self.near or self.text)[:80].split())
-        place = f"{path}:{self.line}:{self.column}" if self.column else f"{path}: row {self.line}"
-        return f"{place}: {self.reason}; near: {excerpt!r}"
+        return f"{place(path, self.line, self.column)}: {self.reason}; near: {excerpt!r}"
+
+
+def place(path: Path, line: int, column: int) -> str:
+    """Where a row is, for messages: a column of 0 means that `line` is the number of a row."""
+    return f"{path}:{line}:{column}" if column else f"{path}: row {line}"
 
 
 class RowError(ValueError):

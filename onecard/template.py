@@ -42,9 +42,9 @@ def load(name: str, tokenizer: Any) -> Template:
             f"--template {name}: the tokenizer has no token {', '.join(missing)}.",
             "Choose a template without control tokens, or add them with tools/prepare_base_model.py.",
         )
-    plain = sorted(template.controls() - set(tokenizer.all_special_tokens if template.controls() else ()))
-    if plain:  # ordinary tokens so far, which a row's text could write
-        tokenizer.add_special_tokens({"extra_special_tokens": plain}, replace_extra_special_tokens=False)
+    if template.controls():  # ordinary tokens, if that is what they are, could be written by a row
+        extra = {"extra_special_tokens": sorted(template.controls())}
+        tokenizer.add_special_tokens(extra, replace_extra_special_tokens=False)
     return template
 
 

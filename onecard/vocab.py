@@ -16,8 +16,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from onecard import model, runfolder
 from onecard.errors import DATA, DISK, UserError
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
@@ -34,12 +35,12 @@ def pieces_of(path: Path) -> list[str]:
         import sentencepiece
 
         try:
-            model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             problem = f"--pieces {path}: no SentencePiece model ({str(error)[:100]})."
             raise UserError(problem, "Name a text file or a SentencePiece model.", DATA) from None
-        numbers = range(model.get_piece_size())
-        found = [model.id_to_piece(i) for i in numbers if not (model.is_control(i) or model.is_byte(i))]
+        numbers = range(pieces.get_piece_size())
+        found = [pieces.id_to_piece(i) for i in numbers if not (pieces.is_control(i) or pieces.is_byte(i))]
         return [piece for piece in found if "▁" not in piece and piece != "<unk>"]
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -105,8 +106,8 @@ def prepare(
         problem = f"The tokenizers do not belong together: {moved!r} has another id, or none, in the new one."
         raise UserError(problem, "Extend this model's own tokenizer with tools/extend_vocab.py.")
     ids, added = sorted(known.values()), sorted(set(wanted.values()) - set(known.values()))
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     names = _embedding_names(source)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     files = _shards(source)
     held = {name for shard in files.values() for name in shard}
     missing = sorted(set(names) - held)
@@ -115,7 +116,7 @@ def prepare(
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        rows = 0
+        rows = after = 0
         for file, shard in tqdm(files.items(), desc="writing shards", unit="shard", disable=None):
             if not set(names) & set(shard):
                 shutil.copyfile(source / file, temporary / file)
@@ -127,18 +128,18 @@ def prepare(
                     problem = f"{source}: its embedding has {rows} rows, its tokenizer ids up to {max(ids)}."
                     raise UserError(problem, "Model and tokenizer do not belong together.")
                 tensors[name] = resized(tensors[name], ids, added, multiple)
+                after = len(tensors[name])
             save_file(tensors, temporary / file, metadata=metadata)
-        after = _round_up(max(rows, *(number + 1 for number in (0, *added))), multiple)
         for path in source.iterdir():  # the tokenizer's own files are written anew below
             kept = path.suffix not in WEIGHT_FILES and not path.name.startswith(TOKENIZER)
             if path.is_file() and path.name not in files and kept:
                 shutil.copyfile(path, temporary / path.name)
         new.save_pretrained(temporary)
-        _say_in(temporary / "config.json", {**config, **_ids(new, config), "vocab_size": after})
+        runfolder.write_json(temporary / "config.json", {**config, **_ids(new, config), "vocab_size": after})
         generation = temporary / "generation_config.json"
         if generation.is_file():
             known = json.loads(generation.read_text(encoding="utf-8"))
-            _say_in(generation, {**known, **_ids(new, known)})
+            runfolder.write_json(generation, {**known, **_ids(new, known)})
         if (source / INDEX).is_file():
             _index(source / INDEX, temporary, files)
         temporary.chmod(0o755)
@@ -154,23 +155,17 @@ def prepare(
 
 def resized(weight: torch.Tensor, old: list[int], new: list[int], multiple: int) -> torch.Tensor:
     """Embedding [rows, H]: rows of the old ids kept, of the new ones their mean, all others zero."""
-    rows = _round_up(max(len(weight), *(number + 1 for number in (0, *new))), multiple)
+    needed = max(len(weight), *(number + 1 for number in (0, *new)))
+    rows = -(-needed // multiple) * multiple
     made = weight.new_zeros(rows, weight.shape[1])
     made[old] = weight[old]
     made[new] = weight[old].float().mean(dim=0).to(weight.dtype)
     return made
 
 
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
 def _embedding_names(source: Path) -> list[str]:
     """Names of the input embedding and, where it is not the same tensor, of the head."""
-    from transformers import AutoConfig
-
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    skeleton = model.skeleton(str(source), model.load_config(str(source)))
     wanted = [skeleton.get_input_embeddings().weight]
     if not skeleton.config.tie_word_embeddings:
         wanted.append(skeleton.get_output_embeddings().weight)
@@ -207,10 +202,6 @@ def _ids(tokenizer: PreTrainedTokenizerBase, known: dict[str, Any]) -> dict[str,
     }
 
 
-def _say_in(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
 def _index(source: Path, folder: Path, files: dict[str, list[str]]) -> None:
     """The index with the size that the shards now have."""
     index = json.loads(source.read_text(encoding="utf-8"))
@@ -221,7 +212,7 @@ def _index(source: Path, folder: Path, files: dict[str, list[str]]) -> None:
                 piece = tensors.get_slice(name)
                 total += torch.Size(piece.get_shape()).numel() * SIZES[piece.get_dtype()]
     index.setdefault("metadata", {})["total_size"] = total
-    _say_in(folder / INDEX, index)
+    runfolder.write_json(folder / INDEX, index)
 
 
 SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}

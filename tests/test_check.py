@@ -24,8 +24,10 @@ PLANTED = {  # what the report calls it -> a row that has it
 
 def look(path: Path, cutoff_len: int = 400, cleaner: check.Cleaner | None = None) -> check.Findings:
     tokenizer = tiny.tokenizer()
-    rows = check.examine([path], None, template.load("alpaca", tokenizer), tokenizer, cutoff_len)
-    return check.all_rows(rows, cleaner)
+    found = check.Findings()
+    rows = check.examine(found, [path], None, template.load("alpaca", tokenizer), tokenizer, cutoff_len)
+    check.all_rows(rows, cleaner)
+    return found
 
 
 def save(path: Path, rows: list) -> Path:

@@ -49,60 +49,84 @@ def in_child(work) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def until_untouched(place: Path, before, attempt):
+    """(folder, exit code) of attempt(folder, number) for number 1, 2, ... until one is not killed any more.
+
+    before(folder) makes the checkpoints that are there already.
+    """
+    for number in itertools.count(1):
+        folder = place / str(number)
+        folder.mkdir()
+        before(folder)
+        code = attempt(folder, number)
+        assert code in (0, -signal.SIGKILL)
+        yield folder, code
+        if code == 0:
+            return
+
+
+def killed_at_operation(work):
+    """An attempt: work(folder) in a child that dies before its file operation `number`."""
+
+    def attempt(folder: Path, number: int) -> int:
+        def dying() -> None:
+            faults.kill_at_operation(number)
+            work(folder)
+
+        return in_child(dying)
+
+    return attempt
+
+
+def check_old_or_new(folder: Path) -> str:
+    """The name of the newest checkpoint, which is whole, after a save of step 3 over step 2."""
+    newest, problems = checkpoint.newest(folder)
+    assert newest is not None
+    assert newest.name in ("checkpoint-2", "checkpoint-3")
+    assert problems == []
+    return newest.name
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, keep):
     """C1, C13, C19: the old or the new one, never neither, never mixed; the next save cleans up."""
-    killed = 0
-    for number in itertools.count(1):
-        folder = tmp_path / str(number)
-        folder.mkdir()
+
+    def before(folder: Path) -> None:
         save(folder, 1)
         save(folder, 2, keep)
 
-        def work(folder: Path = folder, number: int = number) -> None:
-            faults.kill_at_operation(number)
-            save(folder, 3, keep)
-
-        code = in_child(work)
-        newest, problems = checkpoint.newest(folder)
-        assert newest is not None
-        assert newest.name in ("checkpoint-2", "checkpoint-3")
-        assert problems == []
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
-        killed += 1
-        runfolder.go_back(folder, 3)
-        save(folder, 4, keep)
-        assert not list(folder.glob(".*"))
-        assert checkpoint.newest(folder)[0].name == "checkpoint-4"
-    assert newest.name == "checkpoint-3"
+    killed, attempt = 0, killed_at_operation(lambda folder: save(folder, 3, keep))
+    for folder, code in until_untouched(tmp_path, before, attempt):
+        name = check_old_or_new(folder)
+        if code:
+            killed += 1
+            runfolder.go_back(folder, 3)
+            save(folder, 4, keep)
+            assert not list(folder.glob(".*"))
+            assert checkpoint.newest(folder)[0].name == "checkpoint-4"
+    assert name == "checkpoint-3"
     assert killed >= 15
 
 
 def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(tmp_path):
     """C1: the same step with another state (another budget) takes the place of the one there."""
-    for number in itertools.count(1):
-        folder = tmp_path / str(number)
-        folder.mkdir()
+
+    def before(folder: Path) -> None:
         save(folder, 1)
         save(folder, 2, budget=100)
 
-        def work(folder: Path = folder, number: int = number) -> None:
-            faults.kill_at_operation(number)
-            save(folder, 2, budget=50)
-
-        code = in_child(work)
+    killed, attempt = 0, killed_at_operation(lambda folder: save(folder, 2, budget=50))
+    for folder, code in until_untouched(tmp_path, before, attempt):
         newest, problems = checkpoint.newest(folder)
         assert (newest and newest.name, problems) == ("checkpoint-2", [])
         assert checkpoint.read_progress(newest).micro_batch_tokens in (50, 100)
-        if code == 0:
-            break
-        runfolder.go_back(folder, 2)
-        save(folder, 2, budget=25)
-        assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+        if code:
+            killed += 1
+            runfolder.go_back(folder, 2)
+            save(folder, 2, budget=25)
+            assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
     assert checkpoint.read_progress(newest).micro_batch_tokens == 50
-    assert number >= 15
+    assert killed >= 14
 
 
 SYSTEM_CALLS = ["mkdir", "openat", "ftruncate", "write", "renameat", "fsync", "rename", "unlinkat", "rmdir"]
@@ -112,22 +136,19 @@ SYSTEM_CALLS = ["mkdir", "openat", "ftruncate", "write", "renameat", "fsync", "r
 @pytest.mark.parametrize("call", SYSTEM_CALLS)
 def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(tmp_path, call):
     """C2: like C1, seen from outside of Python, so with those that safetensors' own code makes."""
-    killed = 0
-    for number in itertools.count(1):
-        folder = tmp_path / str(number)
-        folder.mkdir()
+
+    def before(folder: Path) -> None:
         save(folder, 1)
         save(folder, 2)
-        code = traced(lambda folder=folder: save(folder, 3, keep=1), f"{call}:signal=SIGKILL:when={number}")
-        newest, problems = checkpoint.newest(folder)
-        assert newest is not None
-        assert newest.name in ("checkpoint-2", "checkpoint-3")
-        assert problems == []
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
-        killed += 1
-    assert newest.name == "checkpoint-3"
+
+    def attempt(folder: Path, number: int) -> int:
+        return traced(lambda: save(folder, 3, keep=1), f"{call}:signal=SIGKILL:when={number}")
+
+    killed = 0
+    for folder, code in until_untouched(tmp_path, before, attempt):
+        name = check_old_or_new(folder)
+        killed += code != 0
+    assert name == "checkpoint-3"
     assert killed >= 1
 
 

@@ -58,7 +58,7 @@ def texts_of(rows: list[dict]) -> list[str]:
 def as_letters(row: Conversation, number: int = 0, limit: int = 10**6) -> tuple[list[int], list[bool], bool]:
     """An encoding that can be counted by hand: one token a character, targets are the output and its end."""
     asked = row.turns[0]
-    prompt, response = asked.text + asked.input, row.answer + "\0"
+    prompt, response = asked.text + asked.input, row.turns[-1].text + "\0"
     ids, is_target = [ord(c) for c in prompt + response], [False] * len(prompt) + [True] * len(response)
     return ids[:limit], is_target[:limit], len(ids) > limit
 

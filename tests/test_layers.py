@@ -19,6 +19,7 @@ LAYERS = {  # from the lowest
         "attention",
         "batching",
         "checkpoint",
+        "child",
         "data",
         "dropout",
         "engine_hf",

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from onecard import legacy
 from onecard.errors import UserError
 from tests import tiny
+from tests.faults import Touch
 
 RANK, ALPHA, TARGETS = 4, 12, ["q_proj", "v_proj"]
 
@@ -130,16 +131,6 @@ def test_moments_that_do_not_fit_start_fresh(harness, written, tiny_model, tmp_p
     answer = harness.run("finetune_continue", flags(tiny_model, tmp_path, resume_from_checkpoint=source))
     assert answer["code"] == 0, answer["said"]
     assert "it starts fresh" in answer["said"]
-
-
-class Touch:
-    """A pickle that makes a file when it is loaded."""
-
-    def __init__(self, canary: Path):
-        self.canary = canary
-
-    def __reduce__(self):
-        return (open, (str(self.canary), "w"))
 
 
 @pytest.mark.parametrize(

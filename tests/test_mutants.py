@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from onecard import checkpoint, legacy, lock, runfolder
-from tests import test_checkpoint, test_legacy, test_out_of_memory, test_resume
+from tests import faults, test_checkpoint, test_out_of_memory, test_resume
 from tests.test_checkpoint import copy, saved  # noqa: F401 (fixtures)
 from tests.test_out_of_memory import untroubled  # noqa: F401
 from tests.test_resume import rows, straight  # noqa: F401
@@ -91,7 +91,7 @@ def test_a_partial_gradient_is_noticed(harness, untroubled, tmp_path):  # noqa: 
 def test_an_unpickler_that_knows_everything_is_noticed(tmp_path, monkeypatch):
     """The canary of the hostile files is one that sings."""
     canary = tmp_path / "canary"
-    torch.save({"state": test_legacy.Touch(canary)}, tmp_path / "hostile.pt")
+    torch.save({"state": faults.Touch(canary)}, tmp_path / "hostile.pt")
     plain = torch.load
 
     def read() -> None:  # it limits its own process, so in a child

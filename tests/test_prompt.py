@@ -256,7 +256,7 @@ def test_control_tokens_in_a_row_are_text(tokenizer, conversation):
     assert ids.count(tokenizer.eos_token_id) == answers
     assert tokenizer.bos_token_id not in ids[1:]
     response = [token for token, flag in zip(ids, is_target, strict=True) if flag][:-1]
-    assert tokenizer.decode(response).strip().endswith(conversation.answer.strip())
+    assert tokenizer.decode(response).strip().endswith(conversation.turns[-1].text.strip())
 
 
 def test_bos_comes_first_where_the_tokenizer_puts_it():

@@ -31,7 +31,8 @@ def main() -> None:
     tokenizer = model.load_tokenizer(hub.locate(options.model_path))
     form = template.load(options.template, tokenizer)
     how = (options.train_on_inputs, options.train_on)
-    rows = check.examine(paths, options.schema, form, tokenizer, options.cutoff_len, *how)
+    found = check.Findings()
+    rows = check.examine(found, paths, options.schema, form, tokenizer, options.cutoff_len, *how)
     taken = {path.resolve() for path in paths}
     wanted = [("clean", target) for target in check.outputs(Path(options.clean))] if options.clean else []
     wanted += [(name, Path(getattr(options, name))) for name in ("html", "png") if getattr(options, name)]
@@ -43,7 +44,7 @@ def main() -> None:
             raise UserError(f"--{name} {target}: its folder does not exist.", "Make it, or name another.")
         taken.add(target.resolve())
     cleaner = check.Cleaner(Path(options.clean), options.repair) if options.clean else None
-    found = check.all_rows(rows, cleaner)
+    check.all_rows(rows, cleaner)
     text = check.report(found, options.cutoff_len)
     print(text)
     if cleaner:

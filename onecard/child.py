@@ -1,0 +1,28 @@
+"""Reading a stranger's file in a process of its own: one of our modules, run on it with a place to write."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from onecard.errors import UNSAFE, UserError
+
+
+def convert(module: str, source: Path, output: Path, seconds: int, damaged: int, late: int) -> None:
+    """Run `python -m module SOURCE OUTPUT`; raises UserError when it fails.
+
+    Exit code 8 (unsafe) when the child says that the file asks for more than data, `damaged` when it cannot
+    be read, `late` when it is not done within `seconds`.
+    """
+    command = [sys.executable, "-m", module, str(source.resolve()), str(output.resolve())]
+    place = Path(__file__).resolve().parent.parent
+    try:
+        ended = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, check=False, cwd=place
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{source}: not read within {seconds} s.", "It was not loaded.", late) from None
+    if ended.returncode:
+        reason = (ended.stderr.strip().splitlines() or ["it needs too much memory or time"])[-1][:300]
+        code = UNSAFE if ended.returncode == UNSAFE else damaged
+        what = "would run code" if code == UNSAFE else "cannot be read"
+        raise UserError(f"{source}: {what}: {reason}.", "It was not loaded.", code)
