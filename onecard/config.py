@@ -50,7 +50,9 @@ class FinetuneConfig:
         "file:2 takes its rows twice",
     )
     eval_data_path: str | None = option(
-        None, LEARNED, "validation rows, files like --data_path; then --test_size takes none of the others"
+        None,
+        LEARNED,
+        "validation rows, files like --data_path without weights; then --test_size takes none of the others",
     )
     schema: str | None = option(
         None, LEARNED, "shape of a row; none: each row is recognised by its keys", choices=SCHEMAS

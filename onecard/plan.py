@@ -268,6 +268,8 @@ def describe(plan: Plan) -> None:
         f"            of {encoding.read} rows {encoding.cut} were cut at {options.cutoff_len} tokens, "
         f"{encoding.dropped} dropped (no target left), {len(encoding.rejected)} rejected"
     )
+    if options.overlap and plan.task != rows.PRETRAIN:
+        say("warning: --overlap is for raw text; these rows have none.")
     if plan.overlapping:
         say(f"warning: {plan.overlapping} validation rows are training rows too.")
     say(

@@ -17,6 +17,7 @@ from onecard.prompt import Conversation
 from onecard.schemas import BadRow
 
 FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".pkl")
+EVALUATION = "--eval_data_path"
 HEAVIEST = 1000  # weight of a file
 WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>\d+(\.\d+)?)")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -37,7 +38,7 @@ def sources(data_path: str, eval_data_path: str | None = None, fetch: Fetch | No
 
     Raises UserError (exit 3) when one does not exist or a folder holds none.
     """
-    wanted = [("--data_path", data_path, False), ("--eval_data_path", eval_data_path or "", True)]
+    wanted = [("--data_path", data_path, False), (EVALUATION, eval_data_path or "", True)]
     return [
         dataclasses.replace(source, validation=validation)
         for flag, text, validation in wanted
@@ -61,6 +62,9 @@ def _source(text: str, flag: str, fetch: Fetch | None) -> list[Source]:
     if not 0 < weight <= HEAVIEST:
         problem = f"{flag} {text}: a weight must be above 0 and at most {HEAVIEST}."
         raise UserError(problem, "It says how often a row comes up in an epoch.", DATA)
+    if flag == EVALUATION and weight != 1:
+        problem = f"{flag} {text}: validation rows have no weight."
+        raise UserError(problem, "Leave the number out: every row counts once.", DATA)
     if not path.exists() and fetch and HUB_NAME.fullmatch(str(path)) and path.suffix not in FORMATS:
         path = Path(fetch(str(path)))
     if path.is_dir():

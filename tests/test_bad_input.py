@@ -352,9 +352,10 @@ def test_bad_rows_are_left_out_and_written_down(run, tiny_model, tmp_path, folde
     path = tmp_path / "rows.json"
     path.write_bytes(("[\n" + ",\n".join(texts) + "\n]").encode().replace(b"@", b"\xe9"))
     base = ("--data_path", path, "--model_path", tiny_model, "--output_path", folder, *QUICK)
-    result = run(*base, "--test_size", 0, "--skip_bad_rows")
+    result = run(*base, "--test_size", 0, "--skip_bad_rows", "--overlap", 5)
     assert result.code == 0, result.err
     assert "3 rejected" in result.out
+    assert "warning: --overlap is for raw text" in result.out
     text = (folder / runfolder.REJECTED).read_text(encoding="utf-8")
     rejected = [json.loads(line) for line in text.splitlines()]
     assert [(row["line"], row["column"]) for row in rejected] == [(4, 21), (7, 1), (11, 1)]

@@ -329,6 +329,9 @@ def test_folders_with_odd_things_in_them(tmp_path):
     os.mkfifo(place / "pipe.jsonl")
     tiny.save_rows(place / "a.json", 3)
     assert [source.path.name for source in reader.sources(str(place))] == ["a.json"]
+    with pytest.raises(UserError, match="validation rows have no weight") as caught:
+        reader.sources(str(place), f"{place / 'a.json'}:2")
+    assert caught.value.code == DATA
     with pytest.raises(UserError, match="at most 1000"):
         reader.sources(f"{place / 'a.json'}:5000")
 
