@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fine-tune a language model on your own rows with a LoRA adapter.
+"""Fine-tune a language model on your own rows with a LoRA adapter, or all its weights.
 
 python finetune.py --data_path rows.json --output_path lora-checkpoints/mine
 """
@@ -15,7 +15,7 @@ def main() -> None:
     from onecard import chat, hub, report, train  # after the options, so that --help needs no torch
 
     work = {"sample": chat.reply, "draw": report.loss_curve, "fetch_data": hub.fetch_dataset}
-    train.run(options, locate=hub.locate, **work)
+    train.run(options, hub.locate, fetch=hub.fetch_adapter, **work)
 
 
 if __name__ == "__main__":

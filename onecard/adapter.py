@@ -1,6 +1,6 @@
 """The adapter: its shape, its start, its tensors. The only file that touches peft.
 
-It does not know rows, steps or run folders.
+It does not know files, rows or steps; its files are written by weights.py.
 """
 
 import dataclasses
@@ -21,12 +21,11 @@ from peft import (
 )
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.constants import DUMMY_TARGET_MODULES as NO_TARGETS
 
-from onecard.checkpoint import read_tensors
 from onecard.dropout import CheapDropout
-from onecard.errors import CHECKPOINT, UserError
-from onecard.runfolder import ADAPTER_WEIGHTS
+from onecard.errors import UserError
 
 # of LoraConfig: what --peft_config may say; a checkpoint stays an adapter that any tool can load
 EXTRAS = {
@@ -39,20 +38,27 @@ EXTRAS = {
     "use_dora": bool,
     "use_rslora": bool,
 }
+LORA, EMBEDDINGS, BOTH = "lora", "embeddings", "lora+embeddings"  # kinds of adapters
 PLAIN_STARTS = (True, "gaussian", "orthogonal")  # others change the base's weights, or need rows
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraShape:
-    """What an adapter looks like: rank, alpha, dropout, module names (or all-linear), further settings."""
+    """What an adapter looks like: rank, alpha, dropout, module names (or all-linear), further settings.
+
+    what: lora; embeddings (the input embedding alone, whole); lora+embeddings (and the head).
+    """
 
     r: int
     alpha: float
     dropout: float
     target_modules: str
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # of peft's LoraConfig
+    what: str = LORA
 
     def targets(self) -> str | list[str]:
+        if self.what == EMBEDDINGS:
+            return NO_TARGETS  # no module gets a low-rank pair
         names = [name.strip() for name in self.target_modules.split(",") if name.strip()]
         return "all-linear" if names == ["all-linear"] else names
 
@@ -84,13 +90,20 @@ def read_extras(path: str | None, rslora: bool) -> dict[str, Any]:
 
 
 def add_adapter(base: torch.nn.Module, shape: LoraShape, seed: int) -> PeftModel:
-    """Wrap the base with a new LoRA adapter in fp32; its start is a pure function of the seed."""
+    """Wrap the base with a new adapter in fp32; its start is a pure function of the seed.
+
+    Embeddings that are trained start as the base's; a tied head stays tied to them.
+    """
+    embedding = base.get_input_embeddings()
+    tied = base.get_output_embeddings().weight is embedding.weight
     config = LoraConfig(
         r=shape.r,
         lora_alpha=shape.alpha,
         lora_dropout=shape.dropout,
         target_modules=shape.targets(),
         task_type="CAUSAL_LM",
+        modules_to_save=trained_whole(base, shape) or None,
+        ensure_weight_tying=tied and shape.what != LORA,
         **shape.extra,
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
@@ -104,9 +117,33 @@ def add_adapter(base: torch.nn.Module, shape: LoraShape, seed: int) -> PeftModel
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
                 layer.lora_dropout["default"] = CheapDropout(shape.dropout)
-    for parameter in trainable(model):
-        assert parameter.dtype == torch.float32, "adapter weights are kept in fp32"
+    if shape.what != LORA:
+        _keep_embeddings_exact(model, embedding.weight.dtype, tied)
+    for parameter in model.parameters():
+        assert not parameter.requires_grad or parameter.dtype == torch.float32, "trained weights are fp32"
     return model
+
+
+def trained_whole(base: torch.nn.Module, shape: LoraShape) -> list[str]:
+    """Names of the modules that are trained as they are: the input embedding, with LoRA also the head."""
+    wanted = {LORA: [], EMBEDDINGS: [base.get_input_embeddings()]}
+    modules = wanted.get(shape.what, [base.get_input_embeddings(), base.get_output_embeddings()])
+    if len(modules) == 2 and modules[0].weight is modules[1].weight:
+        modules.pop()  # the head follows the embedding
+    return [name for name, module in base.named_modules() if any(module is one for one in modules)]
+
+
+def _keep_embeddings_exact(model: PeftModel, dtype: torch.dtype, tied: bool) -> None:
+    """Embeddings are trained in fp32; what leaves them goes on in the base's dtype."""
+    base = model.get_base_model()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if tied and head.weight is not embedding.weight:
+        problem = f"peft cannot train the tied embeddings of {type(base).__name__}."
+        raise UserError(f"--train_what: {problem}", "Use --train_what lora or full.")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    embedding.register_forward_hook(lambda module, args, output: output.to(dtype))
 
 
 def without_casts(model: PeftModel) -> AbstractContextManager:
@@ -115,79 +152,48 @@ def without_casts(model: PeftModel) -> AbstractContextManager:
     return disable_input_dtype_casting(model)
 
 
-def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+def is_adapter(model: torch.nn.Module) -> bool:
+    return isinstance(model, PeftModel)
 
 
-def describe_adapter(model: PeftModel) -> str:
-    """Trainable-parameter report; quantised weights are counted by their shapes, not by their bytes."""
-    count, total = model.get_nb_trainable_parameters()
-    names = sorted(
-        {
-            name.split(".lora_")[0].rsplit(".", 1)[-1]
-            for name, p in model.named_parameters()
-            if p.requires_grad
-        }
-    )
-    share = f"{count:,} of {total:,} parameters ({100 * count / total:.2f} %)"
-    return f"{share}, {count * 4 / 2**20:.1f} MiB, in {', '.join(names)}"
+def count_parameters(model: PeftModel) -> int:
+    """All parameters of base and adapter; quantised ones by their shapes."""
+    return model.get_nb_trainable_parameters()[1]
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's tensors on the CPU under their portable names; nothing else is gathered or asked for."""
-    return {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
+    """The adapter's tensors on the CPU under their portable names; nothing else is gathered or asked for.
 
-
-def load_adapter(model: PeftModel, weights: Path) -> None:
-    """Give the adapter the tensors of a safetensors file; raises UserError (exit 4) unless all fit."""
-    set_adapter(model, read_tensors(weights), str(weights))
-
-
-def set_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Give the adapter these tensors; raises UserError (exit 4) for missing, unknown or misshapen ones."""
-    own = adapter_tensors(model)
-    missing, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys()
-    other = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
-    if missing or unknown or other:
-        name = sorted(missing or unknown or other)[0]
-        counts = f"{len(missing)} tensors missing, {len(unknown)} unknown, {len(other)} of another shape"
-        problem = f"{source}: does not fit this adapter: {counts} (first: {name})."
-        raise UserError(problem, "Rank, targets and base model must be those it was made with.", CHECKPOINT)
-    set_peft_model_state_dict(model, {name: tensor.float() for name, tensor in tensors.items()})
-
-
-def save_adapter(model: PeftModel, folder: Path, was_updated: bool) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, then read them back and compare.
-
-    was_updated: at a rate above zero, so that some B must have left zero, where it starts. Raises UserError
-    (exit 4) when the adapter is empty, not finite, does nothing though updated, or reads back differently.
+    Of tied embeddings both names are there, since peft asks for both; the second is a copy.
     """
-    tensors = adapter_tensors(model)
-    wanted = {_portable(name) for name, p in model.named_parameters() if p.requires_grad}
-    if not tensors or {_portable(name) for name in tensors} != wanted:
-        raise UserError(
-            f"The adapter has {len(tensors)} tensors, {len(wanted)} were trained; not saved.", "", CHECKPOINT
-        )
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise UserError(
-            f"The adapter is not finite ({bad[0]}); not saved.", "Lower --learning_rate.", CHECKPOINT
-        )
-    if was_updated and not any(tensor.any() for name, tensor in tensors.items() if ".lora_B" in name):
-        problem = "The adapter learned nothing: all of its B matrices are zero; not saved."
-        raise UserError(problem, "Raise --learning_rate, and start anew with --overwrite.", CHECKPOINT)
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    named, seen = {}, set()
+    for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+        here = tensor.detach().cpu().contiguous()
+        named[name] = here.clone() if here.data_ptr() in seen else here
+        seen.add(here.data_ptr())
+    return named
+
+
+def set_tensors(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Give the adapter these tensors; others stay as they are."""
+    given = {name: tensor.float() for name, tensor in tensors.items()}
+    set_peft_model_state_dict(model, {**adapter_tensors(model), **given})
+
+
+def learned_nothing(model: PeftModel, tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether every B is zero, where it starts, and the embeddings are still the base's."""
+    if any(tensor.any() for name, tensor in tensors.items() if ".lora_B" in name):
+        return False
+    wrapped = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    return all(
+        torch.equal(module.weight, module.original_module.weight.to(module.weight)) for module in wrapped
+    )
+
+
+def save_config(model: PeftModel, folder: Path) -> None:
     model.peft_config["default"].save_pretrained(str(folder))
-    read = load_file(folder / ADAPTER_WEIGHTS)
-    if read.keys() != tensors.keys() or any(not torch.equal(read[name], tensors[name]) for name in tensors):
-        raise UserError(
-            f"{folder / ADAPTER_WEIGHTS}: not the same after reading back.", "Check the disk.", CHECKPOINT
-        )
 
 
-def _portable(name: str) -> str:
-    """A tensor's name without the adapter's own; some kinds end in .weight only while they are trained."""
-    return name.replace(".default", "").removesuffix(".weight")
+def portable(name: str) -> str:
+    """A parameter's name without the adapter's own; some kinds end in .weight only while they are trained."""
+    return name.replace(".modules_to_save", "").replace(".default", "").removesuffix(".weight")

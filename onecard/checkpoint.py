@@ -23,6 +23,9 @@ from onecard.fingerprint import sha256
 from onecard.runfolder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    MODEL,
+    MODEL_CONFIG,
+    MODEL_WEIGHTS,
     check_room,
     checkpoint_steps,
     delete,
@@ -121,7 +124,9 @@ def verify(checkpoint: Path) -> list[str]:
         raise refuse(f"{checkpoint / MANIFEST}: damaged ({error}).") from None
     if written != FORMAT:
         raise refuse(f"{checkpoint}: written in format {written}, this OneCard reads format {FORMAT}.")
-    missing = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER, PROGRESS} - files.keys()
+    whole = MODEL_WEIGHTS in files  # all was trained
+    trained = {MODEL_CONFIG, MODEL_WEIGHTS} if whole else {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+    missing = {*trained, OPTIMIZER, PROGRESS} - files.keys()
     if missing:
         raise refuse(f"{checkpoint / MANIFEST}: does not name {', '.join(sorted(missing))}.")
     for name, (size, digest) in files.items():
@@ -175,7 +180,7 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def restore(checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Give optimizer and scaler the state they had; the adapter is loaded by adapter.load_adapter."""
+    """Give optimizer and scaler the state they had; what was trained is loaded by weights.load."""
     state = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
     restore_optimizer(optimizer, {**read_tensors(checkpoint / OPTIMIZER), **state["optimizer"]})
     if scaler.is_enabled() and state["scaler"]:
@@ -214,8 +219,13 @@ def prune(folder: Path, keep: int | None, best_step: int) -> None:
 
 
 def publish(checkpoint: Path, folder: Path) -> str:
-    """Copy the adapter of a verified checkpoint to the run folder; returns the SHA-256 of its weights."""
+    """Copy what a verified checkpoint has trained to the run folder; returns the SHA-256 of its weights.
+
+    An adapter lies beside the log then, a whole model in a folder of its own.
+    """
     verify(checkpoint)
+    if (checkpoint / MODEL_WEIGHTS).is_file():
+        return _publish_model(checkpoint, folder)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         temporary = folder / f".{name}.tmp"
         shutil.copyfile(checkpoint / name, temporary)
@@ -223,6 +233,24 @@ def publish(checkpoint: Path, folder: Path) -> str:
         temporary.replace(folder / name)
     sync_folder(folder)
     return sha256(folder / ADAPTER_WEIGHTS)
+
+
+def _publish_model(checkpoint: Path, folder: Path) -> str:
+    temporary, target = folder / f".saving-{MODEL}-{os.getpid()}", folder / MODEL
+    own = shutil.ignore_patterns(MANIFEST, PROGRESS, OPTIMIZER)
+    try:
+        check_room(folder, (checkpoint / MODEL_WEIGHTS).stat().st_size)
+        shutil.copytree(checkpoint, temporary, ignore=own)
+        for path in temporary.iterdir():
+            sync_file(path)
+        delete([target] if target.exists() else [])
+        temporary.rename(target)
+        sync_folder(folder)
+    except OSError as error:
+        raise disk_error(target, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return sha256(target / MODEL_WEIGHTS)
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

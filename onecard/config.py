@@ -94,6 +94,16 @@ class FinetuneConfig:
     max_grad_norm: float = option(
         1.0, LEARNED, "clip the gradient to this norm; 0 = never", check=at_least(0)
     )
+    train_what: str = option(
+        "lora",
+        LEARNED,
+        "lora; full (all weights, needs --bits 16); embeddings (the input embedding alone); "
+        "lora+embeddings (and the head)",
+        choices=("lora", "full", "embeddings", "lora+embeddings"),
+    )
+    lora_path: str | None = option(
+        None, LEARNED, "adapter to start from, its weights alone: a folder, a run or a hub name"
+    )
     lora_r: int = option(8, LEARNED, "rank of the adapter", check=at_least(1))
     lora_alpha: float = option(16.0, LEARNED, "scale of the adapter: alpha / rank", check=above(0))
     lora_dropout: float = option(0.05, LEARNED, "dropout before the adapter", check=fraction)

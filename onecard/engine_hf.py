@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from transformers import GenerationConfig
 
+from onecard import weights
+
 
 @torch.inference_mode()
 def greedy(
@@ -38,7 +40,7 @@ def greedy(
 
 @contextlib.contextmanager
 def _ready_to_generate(model: torch.nn.Module) -> Iterator[None]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = weights.base_of(model)
     attention, training = base.config._attn_implementation, model.training
     if attention != "eager":  # a model's only one
         base.set_attn_implementation("sdpa")  # takes padding and a cache, which packed attention does not

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from onecard import checkpoint, hardware, runfolder
+from onecard import checkpoint, hardware, runfolder, weights
 from onecard.errors import CHECKPOINT, UserError
 from onecard.journal import say
 from onecard.plan import versions
@@ -27,7 +27,7 @@ def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
     except UserError as error:
         if best == progress.step or error.code != CHECKPOINT:
             raise
-        say(f"warning: {error.problem} It was the best; the last adapter is taken instead.")
+        say(f"warning: {error.problem} It was the best; the last one is taken instead.")
         best = progress.step
         sha256 = checkpoint.publish(folder / f"checkpoint-{best}", folder)
     records = [json.loads(line) for line in (folder / runfolder.LOG).read_text(encoding="utf-8").splitlines()]
@@ -68,7 +68,10 @@ def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
         say(f"Validation loss {first:.4f} before, {last:.4f} after (best at step {best}).")
         if last > first:
             say("warning: the validation loss is higher than before training. Try a lower --learning_rate.")
-    say(f"The adapter lies in {folder}: {runfolder.ADAPTER_WEIGHTS} and {runfolder.ADAPTER_CONFIG}.")
+    if plan.options.train_what == weights.FULL:
+        say(f"The model lies in {folder / runfolder.MODEL}; use it as --model_path.")
+    else:
+        say(f"The adapter lies in {folder}: {runfolder.ADAPTER_WEIGHTS} and {runfolder.ADAPTER_CONFIG}.")
     say(f"Its log is {folder / runfolder.LOG}, its picture {folder / 'loss.png'}.")
 
 

@@ -42,8 +42,8 @@ def fetch_model(name: str) -> str:
 
 def fetch_adapter(name: str) -> str:
     """Folder of an adapter on the hub, in the hub's own cache."""
-    instead = "name a local folder with --resume_from_checkpoint"
-    return _fetch(name, "model", ADAPTER_FILES, f"--lora_remote_checkpoint {name}:", instead)
+    what = f"{name}: no such folder here, and as an adapter of the hub it"
+    return _fetch(name, "model", ADAPTER_FILES, what, "name a local folder")
 
 
 def fetch_dataset(name: str) -> str:

@@ -17,9 +17,9 @@ def loss_and_correct(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum over targets of -log p(target), fp32 scalar; how many targets are the most probable token).
 
-    hidden [N, H]: final hidden states of the positions that predict, the loss is differentiable in it; head:
-    the frozen output layer, weight [V, H]; targets [N]: token ids. Without `count` the second is 0, which
-    spares a slow pass over the logits in training.
+    hidden [N, H]: final hidden states of the positions that predict; head: the output layer, weight [V, H],
+    used in hidden's dtype; targets [N]: token ids. The loss is differentiable in hidden, and in weight and
+    bias where they are trained. Without `count` the second is 0, which spares a slow pass over the logits.
     """
     return _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, targets, count)
 
@@ -32,6 +32,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=hidden.device)
         correct = torch.zeros((), dtype=torch.long, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # [N, H]
+        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # [V, H]
+        of_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None  # [V]
+        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
             wanted = targets[part].unsqueeze(1)
@@ -41,15 +44,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
             hit = log_probabilities.gather(1, wanted)
             loss -= hit.sum()
-            if gradient is not None:
+            if any(ctx.needs_input_grad):
                 probabilities = log_probabilities.exp_()
                 probabilities.scatter_add_(1, wanted, torch.full_like(hit, -1.0))
-                gradient[part] = probabilities.to(weight.dtype) @ weight
+                if of_bias is not None:
+                    of_bias += probabilities.sum(0)
+                probabilities = probabilities.to(weight.dtype)
+                if gradient is not None:
+                    gradient[part] = probabilities @ weight
+                if of_weight is not None:
+                    of_weight += probabilities.T @ hidden[part]
         ctx.mark_non_differentiable(correct)
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient, of_weight, of_bias)
         return loss, correct
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        (gradient,) = ctx.saved_tensors
-        return (gradient.float() * grad_loss).to(gradient.dtype), None, None, None, None
+        scaled = [None if g is None else (g.float() * grad_loss).to(g.dtype) for g in ctx.saved_tensors]
+        return *scaled, None, None

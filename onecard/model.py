@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from onecard import attention, frozen
+from onecard import adapter, attention, frozen, weights
 from onecard.adapter import LoraShape
 from onecard.errors import UserError
 
@@ -103,7 +103,7 @@ def skeleton(path: str, config: Any) -> torch.nn.Module:
 
 
 def check_architecture(path: str, config: Any, shape: LoraShape) -> int:
-    """Number of parameters the adapter will have; no weight is read.
+    """Number of parameters that will be trained; no weight is read.
 
     Raises UserError when a target module is not in the model, or when the model is of a kind whose logits or
     attention are not the plain ones that loss.py and attention.py compute.
@@ -113,6 +113,12 @@ def check_architecture(path: str, config: Any, shape: LoraShape) -> int:
         problem = f"--model_path {path}: models with {', '.join(strange)} cannot be trained yet."
         raise UserError(problem, "Choose a Llama-like model: Llama, Mistral, Qwen, SmolLM.")
     bare = skeleton(path, config)
+    if shape.what == weights.FULL:
+        return sum(p.numel() for p in bare.parameters())
+    whole = [bare.get_submodule(name) for name in adapter.trained_whole(bare, shape)]
+    embeddings = sum(p.numel() for module in whole for p in module.parameters())
+    if shape.what == adapter.EMBEDDINGS:
+        return embeddings
     head = bare.get_output_embeddings()
     linear = {
         name: module
@@ -131,7 +137,7 @@ def check_architecture(path: str, config: Any, shape: LoraShape) -> int:
     chosen = [
         layer for name, layer in linear.items() if everything or any(_is_named(name, t) for t in targets)
     ]
-    return sum(shape.r * sum(layer.weight.shape) for layer in chosen)
+    return embeddings + sum(shape.r * sum(layer.weight.shape) for layer in chosen)
 
 
 def check_window(path: str, config: Any, longest: int) -> None:
@@ -185,7 +191,7 @@ def prepare_for_packed_training(model: Any, checkpointing: bool) -> bool:
 
     Returns False for a model whose attention cannot be packed: it keeps its own, and its rows stand alone.
     """
-    base = model.get_base_model()
+    base = weights.base_of(model)
     own = base.config._attn_implementation
     if own != "eager":
         base.set_attn_implementation(attention.NAME)
@@ -201,22 +207,21 @@ def prepare_for_packed_training(model: Any, checkpointing: bool) -> bool:
 @torch.no_grad()
 def _documents_are_apart(model: Any) -> bool:
     """Whether the second of two packed documents comes out as it does alone: seen, not believed."""
-    decoder = model.get_base_model().get_decoder()
+    decoder = weights.base_of(model).get_decoder()
     device, lengths = next(model.parameters()).device, (7, 6)
     ids = torch.arange(2, 2 + sum(lengths), device=device)[None] % model.get_input_embeddings().num_embeddings
     places = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
     model.eval()
     try:
-        with model.disable_adapter():
-            both, alone = (
-                decoder(
-                    input_ids=ids[:, first:],
-                    position_ids=places[:, first:],
-                    document_lengths=documents,
-                    use_cache=False,
-                ).last_hidden_state.float()
-                for first, documents in ((0, lengths), (lengths[0], lengths[1:]))
-            )
+        both, alone = (
+            decoder(
+                input_ids=ids[:, first:],
+                position_ids=places[:, first:],
+                document_lengths=documents,
+                use_cache=False,
+            ).last_hidden_state.float()
+            for first, documents in ((0, lengths), (lengths[0], lengths[1:]))
+        )
     except (TypeError, ValueError):  # it does not hand the documents' lengths through
         return False
     apart = (both[:, lengths[0] :] - alone).norm() / alone.norm()

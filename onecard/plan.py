@@ -26,12 +26,15 @@ from onecard import (
     rows,
     runfolder,
     template,
+    weights,
 )
 from onecard.config import FinetuneConfig
 from onecard.errors import CHECKPOINT, DATA, UserError
 from onecard.journal import check_wandb, say
 
 HELD_OUT_PROMPTS = 8
+DEFAULTS = FinetuneConfig()
+ADAPTER_OPTIONS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "rslora", "peft_config")
 SHORT_RUN = 5  # --warmup_steps takes at most one of this many steps
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 LEAST_ROOM = 16 << 20  # bytes on the disk for log, picture and the like
@@ -79,6 +82,9 @@ def finished_before(options: FinetuneConfig, folder: Path) -> bool:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_path {folder}: this is a file.", "Name a folder.")
     lock.check_free(folder)
+    if (folder / runfolder.MODEL).exists() and not (folder / runfolder.CONFIG).exists():
+        problem = f"{folder} holds {runfolder.MODEL}/, which did not come from a run."
+        raise UserError(problem, "Choose another --output_path.")
     if options.overwrite:
         return False
     ways = "Choose another --output_path, or start anew with --overwrite."
@@ -147,6 +153,9 @@ def prepare(
     the run began, taken as it was; again: read all of rows and base anew.
     """
     resolved = resolved or {}
+    if options.train_what == weights.FULL and options.bits != 16:
+        problem = f"--train_what full: weights of {options.bits} bits cannot be trained."
+        raise UserError(problem, "Add --bits 16, or train an adapter: --train_what lora.")
     if options.overlap >= options.cutoff_len:
         raise UserError(
             f"--overlap {options.overlap}: must be below --cutoff_len {options.cutoff_len}.", "Lower it."
@@ -248,7 +257,11 @@ def describe(plan: Plan) -> None:
     """Say what was chosen and why, what happened to the rows, and show three of them."""
     options, lengths, reasons, encoding = plan.options, plan.examples.lengths, plan.reasons, plan.encoding
     say(f"device      {plan.device}: {reasons['device']}")
-    say(f"arithmetic  {plan.dtype}: {reasons['arithmetic']}; adapter weights and optimizer in fp32")
+    say(f"arithmetic  {plan.dtype}: {reasons['arithmetic']}; trained weights and optimizer in fp32")
+    if options.train_what in (weights.FULL, adapter.EMBEDDINGS):
+        unused = [name for name in ADAPTER_OPTIONS if getattr(options, name) != getattr(DEFAULTS, name)]
+        if unused:
+            say(f"warning: without LoRA, {', '.join(f'--{name}' for name in unused)} has no effect.")
     say(
         f"base        {options.bits} bits"
         + ("" if options.bits == 16 else " by bitsandbytes, multiplied by frozen products")
@@ -257,8 +270,8 @@ def describe(plan: Plan) -> None:
     say(f"recompute   {recompute} (gradient checkpointing): {reasons['recompute']}")
     used = [source for source in plan.sources if not source.validation]
     if len(plan.sources) > 1:
-        weights = "".join(f", {s.path.name} x {s.weight:g}" for s in used if s.weight != 1)
-        say(f"files       {len(used)} to train on, {len(plan.sources) - len(used)} for validation{weights}")
+        more = "".join(f", {s.path.name} x {s.weight:g}" for s in used if s.weight != 1)
+        say(f"files       {len(used)} to train on, {len(plan.sources) - len(used)} for validation{more}")
     what = "blocks of raw text" if plan.task == rows.PRETRAIN else "rows"
     say(
         f"{what:<11} {len(plan.train_rows)} to train on, {len(plan.validation_rows)} for validation; "
@@ -308,4 +321,5 @@ def lora_shape(options: FinetuneConfig) -> adapter.LoraShape:
         options.lora_dropout,
         options.lora_target_modules,
         adapter.read_extras(options.peft_config, options.rslora),
+        options.train_what,
     )

@@ -30,6 +30,8 @@ MOVABLE = (
 # what adapter, optimizer and rate depend on: stays when a run goes on with other rows
 TIED = (
     "bits",
+    "train_what",
+    "lora_path",
     "lora_r",
     "lora_alpha",
     "lora_target_modules",

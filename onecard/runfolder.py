@@ -17,6 +17,7 @@ CONFIG, LOG, FINISHED, REJECTED = "finetune_config.json", "log.jsonl", "finished
 PROBE = ".onecard-"  # of a folder that only shows whether there can be one
 DROPPED, ASIDE = "log.dropped.jsonl", "set-aside-"
 PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "loss.png", "adapter_config.json", "adapter_model.safetensors"
+MODEL, MODEL_CONFIG, MODEL_WEIGHTS = "model", "config.json", "model.safetensors"  # when all was trained
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -71,7 +72,7 @@ def check_room(folder: Path, needed_bytes: int) -> None:
 def contents(folder: Path) -> list[Path]:
     """What a run has written into `folder`, or would write over."""
     found = [folder / f"checkpoint-{step}" for step in sorted(checkpoint_steps(folder))]
-    names = (CONFIG, LOG, FINISHED, REJECTED, PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, DROPPED)
+    names = (CONFIG, LOG, FINISHED, REJECTED, PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, DROPPED, MODEL)
     found += [folder / name for name in names if (folder / name).exists()]
     if (folder / CONFIG).exists():  # otherwise these are not ours to name
         found += [*folder.glob("wandb"), *folder.glob(f"{ASIDE}*"), *leftovers(folder)]
@@ -80,7 +81,7 @@ def contents(folder: Path) -> list[Path]:
 
 def leftovers(folder: Path) -> list[Path]:
     """What a save that was killed left behind."""
-    ours = re.compile(r"\.(saving-\d+|replaced)-\d+|" + re.escape(PROBE) + r"\w+")
+    ours = re.compile(r"\.(saving-(\d+|model)|replaced)-\d+|" + re.escape(PROBE) + r"\w+")
     return [path for path in folder.glob(".*-*") if ours.fullmatch(path.name)]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from onecard import adapter, checkpoint, legacy, runfolder
+from onecard import checkpoint, legacy, weights
 from onecard.checkpoint import Progress
 from onecard.config import FinetuneConfig
 from onecard.journal import say
@@ -32,12 +32,12 @@ class Start:
 def restore(start: Start, adapted: Any, optimizer: torch.optim.Optimizer, scaler: Any) -> None:
     """Give adapter, optimizer and scaler the state they had."""
     if start.checkpoint is not None:
-        adapter.load_adapter(adapted, start.checkpoint / runfolder.ADAPTER_WEIGHTS)
+        weights.load(adapted, start.checkpoint)
         checkpoint.restore(start.checkpoint, optimizer, scaler)
     elif start.adapter is not None:
-        adapter.set_adapter(adapted, start.adapter, "the adapter")
+        weights.assign(adapted, start.adapter, "the adapter", start=True)
     if start.moments is not None:
-        restore_moments(start.moments, adapter.trainable(adapted), optimizer)
+        restore_moments(start.moments, weights.trainable(adapted), optimizer)
     if start.scale is not None and scaler.is_enabled():
         scaler.load_state_dict({**scaler.state_dict(), "scale": start.scale})
 

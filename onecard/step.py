@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from onecard import loss, parallel
+from onecard import loss, parallel, weights
 from onecard.batching import PackedBatch
 from onecard.errors import is_out_of_memory
 
@@ -30,19 +30,23 @@ class StepModel(torch.nn.Module):
         self.model, self.dtype = model, dtype
         self.packs = packs  # else a micro-batch is one row, and the model's own attention sees it
 
+    def arithmetic(self) -> torch.autocast:
+        """Trained weights, which are fp32, multiply in the run's dtype."""
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
+
     def forward(self, packed: PackedBatch) -> tuple[torch.Tensor, int, torch.Tensor]:
         """Loss sum (fp32 scalar), target tokens, and in eval mode how many are the most probable token."""
-        base = self.model.get_base_model()
-        mixed = self.dtype != torch.float32  # the adapter's fp32 weights multiply in the base's dtype
+        base = weights.base_of(self.model)
         places = {"position_ids": packed.position_ids, "document_lengths": packed.document_lengths}
         assert self.packs or len(packed.document_lengths) == 1
-        with torch.autocast(packed.input_ids.device.type, self.dtype, enabled=mixed):
+        with self.arithmetic():
             hidden = base.get_decoder()(
                 input_ids=packed.input_ids,
                 use_cache=False,  # with a cache, packed documents would see each other
                 **(places if self.packs else {}),
             ).last_hidden_state  # [1, T, H]
-        predicting = hidden[0, packed.predicts]  # [N, H]
+        predicting = hidden[0, packed.predicts].to(self.dtype)  # [N, H]
         head = base.get_output_embeddings()
         loss_sum, correct = loss.loss_and_correct(predicting, head, packed.targets, count=not self.training)
         return loss_sum, len(packed.targets), correct

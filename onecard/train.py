@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 from onecard import (
-    adapter,
     checkpoint,
     data,
     hardware,
@@ -27,6 +26,8 @@ from onecard import (
     runfolder,
     signals,
     step,
+    warmstart,
+    weights,
 )
 from onecard.batching import PackedBatch, micro_batches, pack
 from onecard.config import ContinueConfig, FinetuneConfig
@@ -46,16 +47,23 @@ MOST_SKIPS = 20  # steps in a row that the fp16 scaler may skip
 
 
 def run(
-    options: FinetuneConfig, locate: Locate, sample: Sample, draw: Draw, fetch_data: Fetch | None = None
+    options: FinetuneConfig,
+    locate: Locate,
+    sample: Sample,
+    draw: Draw,
+    fetch_data: Fetch | None = None,
+    fetch: Callable[[str], str] = str,
 ) -> None:
     """Fine-tune as the options say; raises UserError with the exit code of what went wrong.
 
     locate: model name -> folder or hub name; sample: answers prompts; draw: log records -> picture;
-    fetch_data: name of a dataset on the hub -> folder.
+    fetch_data, fetch: name of a dataset, of an adapter on the hub -> folder.
     """
     with signals.watch():
+        start = warmstart.from_lora_path(options, fetch) if options.lora_path else None
+        options = start.options if start else options
         if not finished_before(options, Path(options.output_path)):
-            carry_out(prepare(options, locate, fetch_data), None, sample, draw)
+            carry_out(prepare(options, locate, fetch_data), start, sample, draw)
 
 
 def go_on(
@@ -181,12 +189,12 @@ def gradient(trainer: Trainer, rows: np.ndarray, targets: int) -> float:
         # dropout's randomness is a function of (seed, step, process), so nothing else can disturb it
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         packed = on_device(trainer, rows)
-        with adapter.without_casts(trainer.model):
+        with weights.without_casts(trainer.model):
             loss = step.gradient(
                 trainer.step_model,
                 packed,
                 targets,
-                adapter.trainable(trainer.model),
+                weights.trainable(trainer.model),
                 trainer.scaler,
                 trainer.journal.advance,
             )
@@ -219,11 +227,11 @@ def dry_run(trainer: Trainer) -> bool:
     while True:
         rows = fullest(trainer.plan, trainer.progress.micro_batch_tokens)
         packed = [pack(trainer.plan.examples, rows.tolist()).to(trainer.device)]
-        parameters = adapter.trainable(trainer.model)
+        parameters = weights.trainable(trainer.model)
         spare = [
             torch.empty_like(p) for p in parameters for _ in range(MOMENTS)
         ]  # the first update makes them
-        with torch.random.fork_rng(), adapter.without_casts(trainer.model):
+        with torch.random.fork_rng(), weights.without_casts(trainer.model):
             try:
                 loss = step.gradient(trainer.step_model, packed, 1, parameters, trainer.scaler)
             except step.NonFiniteError:  # the step that has these rows will tell
@@ -270,7 +278,7 @@ def evaluate(trainer: Trainer) -> bool:
     plan, progress = trainer.plan, trainer.progress
     settings = {"desc": "validation", "unit": "row", "leave": False, "disable": not trainer.journal.show_bars}
     rows = on_device(trainer, plan.validation_rows)
-    with tqdm(total=len(plan.validation_rows), **settings) as bar, adapter.without_casts(trainer.model):
+    with tqdm(total=len(plan.validation_rows), **settings) as bar, weights.without_casts(trainer.model):
         loss, accuracy = step.evaluate(trainer.step_model, rows, bar.update)
     hardware.release_free_memory(plan.device)
     if not math.isfinite(loss):
@@ -298,7 +306,7 @@ def save(trainer: Trainer) -> None:
         checkpoint.save(
             trainer.folder,
             trainer.progress,
-            lambda folder: adapter.save_adapter(trainer.model, folder, was_updated),
+            lambda folder: weights.save(trainer.model, trainer.plan.tokenizer, folder, was_updated),
             trainer.optimizer,
             trainer.scaler,
         )
@@ -312,13 +320,9 @@ def answers(trainer: Trainer, sample: Sample) -> list[str]:
     if not plan.held_out or not parallel.is_main():
         return []
     trainer.journal.say(f"answering {len(plan.held_out)} held-out prompts ...")
-    return sample(
-        trainer.model,
-        plan.tokenizer,
-        plan.template,
-        plan.held_out,
-        min(ANSWER_TOKENS, plan.options.cutoff_len),
-    )
+    longest = min(ANSWER_TOKENS, plan.options.cutoff_len)
+    with trainer.step_model.arithmetic():
+        return sample(trainer.model, plan.tokenizer, plan.template, plan.held_out, longest)
 
 
 def on_device(trainer: Trainer, rows: np.ndarray) -> Iterator[PackedBatch]:

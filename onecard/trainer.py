@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from onecard import adapter, hardware, memory, model, parallel, runfolder, step
+from onecard import hardware, memory, model, parallel, runfolder, step, weights
 from onecard.checkpoint import Progress
 from onecard.config import FinetuneConfig
 from onecard.journal import Journal, say
@@ -49,16 +49,17 @@ def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
         torch.use_deterministic_algorithms(True, warn_only=True)
     hardware.keep_large_memory_apart(plan.device)
-    base = model.load_base(plan.base_path, options.bits, plan.dtype, plan.device)
-    adapted = adapter.add_adapter(base, lora_shape(options), options.seed)
-    say(f"adapter     {adapter.describe_adapter(adapted)}")
+    kept_in = "fp32" if options.train_what == weights.FULL else plan.dtype
+    base = model.load_base(plan.base_path, options.bits, kept_in, plan.device)
+    adapted = weights.prepare(base, lora_shape(options), options.seed)
+    say(f"trained     {weights.describe(adapted)}")
     packs = model.prepare_for_packed_training(adapted, plan.checkpointing)
     alone = "one row at a time: this model's attention cannot be packed"
     say(
         "attention   "
         + ("one causal call per row of a packed micro-batch: no mask, no padding" if packs else alone)
     )
-    optimizer = make_optimizer(options, adapter.trainable(adapted))
+    optimizer = make_optimizer(options, weights.trainable(adapted))
     scaler = torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE, enabled=plan.dtype == "fp16")
     scaler.scale(torch.zeros((), device=device))  # it wakes up here: a process may have no row in a step
     progress = start.progress if start else Progress()

@@ -1,10 +1,12 @@
 """A new run from an adapter made elsewhere: its weights alone, or an older checkpoint with its optimizer."""
 
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from onecard import checkpoint, legacy, runfolder
+from onecard import adapter, checkpoint, legacy, runfolder, weights
 from onecard.checkpoint import Progress
 from onecard.config import ContinueConfig, FinetuneConfig
 from onecard.errors import CHECKPOINT, UserError
@@ -12,15 +14,44 @@ from onecard.journal import say
 from onecard.plan import finished_before
 from onecard.start import Start
 
-# of adapter_config.json: what changes scale or tensors
-OTHER_KINDS = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save", "lora_bias")
+# of adapter_config.json: tensors that no option of ours makes
+OTHER_KINDS = ("lora_bias", "trainable_token_indices", "target_parameters", "layer_replication")
+
+
+def from_lora_path(options: FinetuneConfig, fetch: Callable[[str], str]) -> Start:
+    """finetune.py --lora_path: an adapter's weights alone, in the options' run.
+
+    fetch: name of an adapter on the hub -> folder. Raises UserError.
+    """
+    if options.train_what == weights.FULL:
+        fix = "Merge it into the base first, or train it further: --train_what lora."
+        raise UserError("--lora_path with --train_what full: an adapter is not all weights.", fix)
+    name = options.lora_path
+    source = Path(name if Path(name).is_dir() else fetch(name))
+    if not (source / runfolder.ADAPTER_WEIGHTS).is_file() and (source / runfolder.CONFIG).is_file():
+        newest, _ = checkpoint.newest(source)
+        if newest:
+            say(f"{source}: not finished; its newest checkpoint is taken.")
+            source = newest
+    if legacy.is_legacy(source):
+        fix = "Go on from it with finetune_continue.py --resume_from_checkpoint."
+        raise UserError(f"--lora_path {source}: an older checkpoint.", fix)
+    given = frozenset(
+        field.name
+        for field in dataclasses.fields(FinetuneConfig)
+        if getattr(options, field.name) != field.default
+    )
+    return _start_from(source, options, given)
 
 
 def from_adapter(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Start | None:
     """Weights only, everything else fresh; None when that run is finished."""
-    options = with_shape(source, read_shape(source), wish, given)
-    if finished_before(options, Path(wish.output_path)):
-        return None
+    start = _start_from(source, wish, given)
+    return None if finished_before(start.options, Path(wish.output_path)) else start
+
+
+def _start_from(source: Path, wish: FinetuneConfig, given: frozenset[str]) -> Start:
+    options = with_shape(source, read_shape(source, wish), wish, given)
     if (source / checkpoint.MANIFEST).is_file():  # outside of its run its options and rows are not known
         checkpoint.verify(source)
     tensors = checkpoint.read_tensors(source / runfolder.ADAPTER_WEIGHTS)
@@ -30,7 +61,11 @@ def from_adapter(source: Path, wish: ContinueConfig, given: frozenset[str]) -> S
 
 def from_older(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Start | None:
     """What an older checkpoint has of weights, optimizer, scaler, place in schedule and rows."""
-    _refuse_other_kinds(source, runfolder.read_json(source / runfolder.ADAPTER_CONFIG))
+    values = runfolder.read_json(source / runfolder.ADAPTER_CONFIG) or {}
+    if values.get("modules_to_save"):
+        problem = f"{source}: older checkpoints with modules_to_save are not read."
+        raise UserError(problem, "Its adapter alone may be: --lora_path.", CHECKPOINT)
+    _check_kind(source, values, wish)
     old = legacy.read(source)
     shape = {"lora_r": old.rank, "lora_target_modules": old.targets}
     if old.alpha is not None:
@@ -72,39 +107,59 @@ def _plain(value: Any) -> Any:
 
 
 def with_shape(
-    source: Path, shape: dict[str, Any], wish: ContinueConfig, given: frozenset[str]
+    source: Path, shape: dict[str, Any], wish: FinetuneConfig, given: frozenset[str]
 ) -> FinetuneConfig:
-    """The options with the adapter's own shape; raises UserError (exit 4) when another was asked for."""
+    """The options with the adapter's own shape; raises UserError (exit 4) when another was asked for.
+
+    More than the adapter has may be trained, such as LoRA after its embeddings, but not less.
+    """
     wrong = [
         f"{name} {value} -> {getattr(wish, name)}"
         for name, value in shape.items()
-        if name in given and _plain(getattr(wish, name)) != _plain(value)
+        if name in given and _plain(getattr(wish, name)) != _plain(value) and name != "train_what"
     ]
+    has, wanted = shape.get("train_what", adapter.LORA), wish.train_what
+    if "train_what" in given and not set(has.split("+")) <= set(wanted.split("+")):
+        wrong.append(f"train_what {has} -> {wanted}")
     if wrong:
         raise UserError(f"{source}: the adapter has another shape: {'; '.join(wrong)}.", "", CHECKPOINT)
     values = {field.name: getattr(wish, field.name) for field in dataclasses.fields(FinetuneConfig)}
-    return FinetuneConfig(**{**values, **shape})
+    kept = {name: value for name, value in shape.items() if name != "train_what" or name not in given}
+    return FinetuneConfig(**{**values, **kept})
 
 
-def read_shape(source: Path) -> dict[str, Any]:
-    """lora_r, lora_alpha and lora_target_modules of an adapter folder."""
+def read_shape(source: Path, wish: FinetuneConfig) -> dict[str, Any]:
+    """The options that make an adapter like the one in this folder; raises UserError."""
     values = runfolder.read_json(source / runfolder.ADAPTER_CONFIG)
     if values is None or not (source / runfolder.ADAPTER_WEIGHTS).is_file():
         problem = f"{source}: no checkpoint and no adapter ({runfolder.ADAPTER_WEIGHTS}) is there."
         raise UserError(problem, "Name a checkpoint folder, a run folder or an adapter folder.", CHECKPOINT)
-    _refuse_other_kinds(source, values)
     try:
         rank, alpha, targets = int(values["r"]), float(values["lora_alpha"]), values["target_modules"]
         names = targets if isinstance(targets, str) else ",".join(sorted(map(str, targets)))
-        return {"lora_r": rank, "lora_alpha": alpha, "lora_target_modules": names}
-    except (KeyError, TypeError, ValueError) as error:
+        whole = values.get("modules_to_save")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"{source / runfolder.ADAPTER_CONFIG}: not a LoRA adapter's ({error!r})."
         raise UserError(problem, "", CHECKPOINT) from None
+    _check_kind(source, values, wish)
+    if names == adapter.NO_TARGETS:
+        return {"train_what": adapter.EMBEDDINGS}
+    shape = {"lora_r": rank, "lora_alpha": alpha, "lora_target_modules": names}
+    if values.get("use_rslora"):
+        shape["rslora"] = True
+    return shape | {"train_what": adapter.BOTH if whole else adapter.LORA}
 
 
-def _refuse_other_kinds(source: Path, values: Any) -> None:
-    other = [name for name in OTHER_KINDS if values.get(name)] if isinstance(values, dict) else []
+def _check_kind(source: Path, values: dict[str, Any], wish: FinetuneConfig) -> None:
+    """Raise UserError (exit 4) for adapters that these options cannot make."""
+    path = source / runfolder.ADAPTER_CONFIG
+    other = [name for name in OTHER_KINDS if values.get(name)]
     if other:
-        path = source / runfolder.ADAPTER_CONFIG
         problem = f"{path}: adapters with {', '.join(other)} are of another kind."
-        raise UserError(problem, "Only plain LoRA adapters can be trained further.", CHECKPOINT)
+        raise UserError(problem, "Adapters that OneCard makes can be trained further.", CHECKPOINT)
+    plain = ("use_rslora", "init_lora_weights")  # an option of its own; how it once began
+    has = {name: values[name] for name in adapter.EXTRAS if name not in plain and values.get(name)}
+    wanted = adapter.read_extras(wish.peft_config, rslora=False)
+    if has != {name: value for name, value in wanted.items() if name not in plain and value}:
+        problem = f"{path}: the adapter was made with {json.dumps(has)}, and --peft_config says otherwise."
+        raise UserError(problem, "Write these settings into the file of --peft_config.", CHECKPOINT)

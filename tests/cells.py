@@ -45,8 +45,9 @@ def outcome(run: Path) -> dict:
     last = max(runfolder.checkpoint_steps(run))
     state = json.loads((run / f"checkpoint-{last}" / "progress.json").read_text())
     state["progress"].pop("seconds")
-    names = ["adapter_model.safetensors", f"checkpoint-{last}/adapter_model.safetensors"]
-    names.append(f"checkpoint-{last}/optimizer.safetensors")
+    whole = (run / "model").is_dir()  # all weights were trained
+    kept, published = ("model.safetensors", "model/") if whole else ("adapter_model.safetensors", "")
+    names = [f"{published}{kept}", f"checkpoint-{last}/{kept}", f"checkpoint-{last}/optimizer.safetensors"]
     return {"log": records, "state": state, **{name: (run / name).read_bytes() for name in names}}
 
 

@@ -190,9 +190,9 @@ def partial_gradients(_: Any) -> None:
 
 def slow_save(seconds: float) -> None:
     """Saving takes this much longer once the first checkpoint is there."""
-    from onecard import adapter
+    from onecard import weights
 
-    plain, saves = adapter.save_adapter, []
+    plain, saves = weights.save, []
 
     def slow(*arguments: Any) -> None:
         saves.append(1)
@@ -201,7 +201,7 @@ def slow_save(seconds: float) -> None:
             time.sleep(seconds)
         plain(*arguments)
 
-    adapter.save_adapter = slow
+    weights.save = slow
 
 
 def _no_memory(_: Any) -> None:
@@ -258,9 +258,9 @@ def _mutant_off_by_one() -> None:
 
 def _mutant_no_adapter() -> None:
     """The adapter starts from the seed."""
-    from onecard import adapter
+    from onecard import weights
 
-    adapter.load_adapter = lambda *_: None
+    weights.load = lambda *_: None
 
 
 def _mutant_log_kept() -> None:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from onecard import adapter, model, step
+from onecard import adapter, model, step, weights
 from onecard.batching import pack
 from onecard.errors import UserError
 from onecard.prompt import single
@@ -83,7 +83,7 @@ def test_all_linear_finds_the_right_modules(other):
         n.split(".lora_")[0].rsplit(".", 1)[-1] for n, p in adapted.named_parameters() if p.requires_grad
     }
     assert found == linear
-    assert sum(p.numel() for p in adapter.trainable(adapted)) == planned
+    assert sum(p.numel() for p in weights.trainable(adapted)) == planned
 
 
 def test_the_loss_is_that_of_the_plain_model(other):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from onecard import adapter, checkpoint, lock, runfolder
+from onecard import adapter, checkpoint, lock, runfolder, weights
 from onecard.checkpoint import Progress
 from onecard.errors import UserError
 from tests import faults
@@ -312,7 +312,7 @@ def test_saving_needs_no_memory_for_the_base(tmp_path, gather):
             )
         )
         adapted = adapter.add_adapter(base, adapter.LoraShape(64, 16, 0.0, "q_proj,v_proj"), seed=1)
-        made = torch.optim.AdamW(adapter.trainable(adapted))
+        made = torch.optim.AdamW(weights.trainable(adapted))
         scaler = torch.amp.GradScaler("cpu", enabled=False)
 
         def saved() -> None:
@@ -320,7 +320,7 @@ def test_saving_needs_no_memory_for_the_base(tmp_path, gather):
             checkpoint.save(
                 tmp_path,
                 Progress(step=1),
-                lambda place: adapter.save_adapter(adapted, place, False),
+                lambda place: weights.save(adapted, None, place, False),
                 made,
                 scaler,
             )

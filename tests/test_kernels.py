@@ -99,18 +99,20 @@ def test_attention_refuses_what_it_cannot_do():
 
 @pytest.mark.parametrize("targets", [1, loss.CHUNK - 1, loss.CHUNK, 3 * loss.CHUNK + 5])
 @pytest.mark.parametrize("bias", [False, True])
-def test_loss_is_the_full_cross_entropy(targets, bias):
-    """Sum, gradient and hits equal those from full logits, for chunk borders and one target."""
+@pytest.mark.parametrize("trained", [False, True])
+def test_loss_is_the_full_cross_entropy(targets, bias, trained):
+    """Sum, gradients and hits equal those from full logits, for chunk borders and one target."""
     torch.manual_seed(0)
-    head = torch.nn.Linear(32, 700, bias=bias).requires_grad_(False)
+    head = torch.nn.Linear(32, 700, bias=bias).requires_grad_(trained)
     hidden = torch.randn(targets, 32, requires_grad=True)
     wanted = torch.randint(0, 700, (targets,))
     ours, correct = loss.loss_and_correct(hidden, head, wanted)
     reference = torch.nn.functional.cross_entropy(head(hidden), wanted, reduction="sum")
     assert ours.item() == pytest.approx(reference.item(), rel=1e-5)
     scale = 1 / targets
-    mine, other = (torch.autograd.grad(total * scale, hidden)[0] for total in (ours, reference))
-    assert torch.allclose(mine, other, atol=1e-6)
+    of = [hidden, *head.parameters()] if trained else hidden
+    mine, other = (torch.autograd.grad(total * scale, of) for total in (ours, reference))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(mine, other, strict=True))
     assert correct.item() == (head(hidden).argmax(-1) == wanted).sum().item()
 
 

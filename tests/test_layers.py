@@ -48,6 +48,7 @@ LAYERS = {  # from the lowest
         "template",
         "trainer",
         "warmstart",
+        "weights",
     },
     "verbs": {"train", "chat", "check", "hub", "report", "vocab"},
 }

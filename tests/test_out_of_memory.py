@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onecard import adapter, chat, report, train
+from onecard import chat, report, train, weights
 from onecard.errors import is_out_of_memory
 from tests import tiny
 from tests.test_run import options
@@ -104,8 +104,8 @@ def test_the_dry_run_changes_nothing(tiny_model, tiny_rows, tmp_path, monkeypatc
 
     def watched(trainer) -> bool:
         def state() -> list[torch.Tensor]:
-            parameters = [p.detach().clone() for p in adapter.trainable(trainer.model)]
-            assert all(p.grad is None for p in adapter.trainable(trainer.model))
+            parameters = [p.detach().clone() for p in weights.trainable(trainer.model)]
+            assert all(p.grad is None for p in weights.trainable(trainer.model))
             assert trainer.optimizer.state_dict()["state"] == {}
             return [*parameters, torch.get_rng_state()]
 

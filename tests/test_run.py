@@ -28,6 +28,7 @@ from onecard import (
     template,
     train,
     trainer,
+    weights,
 )
 from onecard.config import FinetuneConfig, build
 from onecard.errors import UserError
@@ -141,12 +142,12 @@ def test_saved_adapter_has_the_logits_of_the_one_in_memory(tiny_model, tmp_path)
     adapted = adapter.add_adapter(
         model.load_base(str(tiny_model), 16, "fp32", "cpu"), adapter.LoraShape(4, 8, 0, "q_proj,o_proj"), 0
     )
-    for parameter in adapter.trainable(adapted):
+    for parameter in weights.trainable(adapted):
         torch.nn.init.normal_(parameter, std=0.1)
     ids = torch.arange(12)[None]
     with torch.no_grad():
         memory = adapted(ids).logits
-        adapter.save_adapter(adapted, tmp_path, was_updated=True)
+        weights.save(adapted, None, tmp_path, was_updated=True)
         read = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path)(
             ids
         ).logits
@@ -274,7 +275,7 @@ def poison(monkeypatch, at_step: int, value: float, gradient_only: bool = False,
         if not at_step <= len(seen) < at_step + times:
             return plain(step_model, micro_batches, targets, *rest)
         if gradient_only:
-            hook = next(iter(adapter.trainable(step_model))).register_hook(lambda g: g * value)
+            hook = next(iter(weights.trainable(step_model))).register_hook(lambda g: g * value)
             try:
                 return plain(step_model, micro_batches, targets, *rest)
             finally:
@@ -357,7 +358,7 @@ def test_adapter_weights_are_fp32_for_every_dtype(tiny_model):
         adapted = adapter.add_adapter(
             model.load_base(str(tiny_model), 8, dtype, "cpu"), adapter.LoraShape(4, 8, 0, "all-linear"), 0
         )
-        assert {parameter.dtype for parameter in adapter.trainable(adapted)} == {torch.float32}
+        assert {parameter.dtype for parameter in weights.trainable(adapted)} == {torch.float32}
 
 
 def test_a_loss_of_exactly_zero_is_warned_about(tiny_model, tiny_rows, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_utils import SaveStrategy
 
-from onecard import adapter, attention, data, step
+from onecard import adapter, attention, data, step, weights
 from onecard.batching import micro_batches, pack
 from onecard.config import FinetuneConfig
 from onecard.plan import learning_rate
@@ -28,7 +28,7 @@ def gradient(step_model: step.StepModel, batches: list, targets: int) -> tuple[f
         loss_sum, _, _ = step_model(packed)
         (loss_sum / targets).backward()
         total += loss_sum.item()
-    return total / targets, torch.cat([p.grad.flatten().clone() for p in adapter.trainable(step_model)])
+    return total / targets, torch.cat([p.grad.flatten().clone() for p in weights.trainable(step_model)])
 
 
 def close(a: torch.Tensor, b: torch.Tensor, relative: float) -> bool:
@@ -58,7 +58,7 @@ def test_steps_equal_those_of_transformers_trainer(tiny_model, tmp_path, schedul
 
     ours = tiny_step_model(tiny_model)
     start = {name: p.detach().clone() for name, p in ours.model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(adapter.trainable(ours), lr=options.learning_rate, weight_decay=0)
+    optimizer = torch.optim.AdamW(weights.trainable(ours), lr=options.learning_rate, weight_decay=0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     steps, losses, seen = [], [], 0
     for number in range(total):
@@ -67,7 +67,7 @@ def test_steps_equal_those_of_transformers_trainer(tiny_model, tmp_path, schedul
             group["lr"] = learning_rate(options, number, total, options.warmup_steps)
         targets = int(examples.target_counts[rows].sum())
         batches = micro_batches(examples, rows, 300)
-        losses.append(step.gradient(ours, batches, targets, adapter.trainable(ours), scaler))
+        losses.append(step.gradient(ours, batches, targets, weights.trainable(ours), scaler))
         step.update(optimizer, scaler, 1.0, rows)
         steps.append(rows)
         seen += len(rows)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from onecard import adapter, data, model, parallel, prompt, step
+from onecard import adapter, data, model, parallel, prompt, step, weights
 from onecard.batching import micro_batches
 from tests import tiny
 
@@ -33,10 +33,10 @@ def tiny_step_model(folder: Path, bits: int = 16, checkpointing: bool = False) -
 def one_step(folder: Path) -> dict[str, Any]:
     """Loss, gradient and adapter after one step of five rows; run alone or by each of several processes."""
     examples, step_model = encode_tiny(5), tiny_step_model(folder)
-    optimizer = optimizer_of(adapter.trainable(step_model))
+    optimizer = optimizer_of(weights.trainable(step_model))
     share = micro_batches(examples, np.arange(5), 150, parallel.rank(), parallel.world_size())
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    parameters, targets = adapter.trainable(step_model), int(examples.target_counts.sum())
+    parameters, targets = weights.trainable(step_model), int(examples.target_counts.sum())
     loss = step.gradient(step_model, share, targets, parameters, scaler)
     norm, _ = step.update(optimizer, scaler, 0, [])
     return {
@@ -51,7 +51,7 @@ def one_step(folder: Path) -> dict[str, Any]:
 def one_step_without_memory(folder: Path) -> dict[str, Any]:
     """The last process runs out of memory at its first try; what each try gave in this process."""
     examples, step_model = encode_tiny(5), tiny_step_model(folder)
-    parameters, targets = adapter.trainable(step_model), int(examples.target_counts.sum())
+    parameters, targets = weights.trainable(step_model), int(examples.target_counts.sum())
     scaler, forward = torch.amp.GradScaler("cpu", enabled=False), step_model.forward
     losses, dropped = [], []
     for budget in (150, 75):

@@ -1,0 +1,150 @@
+"""What is trained of a model, an adapter or all of it: its parameters, and its files in a checkpoint.
+
+An adapter's files are peft's, a whole model's those of transformers. This file does not know rows, steps or
+run folders.
+"""
+
+import contextlib
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from onecard import adapter
+from onecard.checkpoint import read_tensors
+from onecard.errors import CHECKPOINT, UserError
+from onecard.runfolder import ADAPTER_WEIGHTS, MODEL_WEIGHTS
+
+FULL = "full"
+WHAT = {
+    adapter.LORA: "an adapter (LoRA)",
+    adapter.EMBEDDINGS: "the input embedding",
+    adapter.BOTH: "an adapter (LoRA), embedding and head",
+    FULL: "all weights",
+}
+
+
+def prepare(base: Any, shape: adapter.LoraShape, seed: int) -> Any:
+    """Put an adapter around the frozen base, or make all of its weights (fp32) trainable."""
+    if shape.what != FULL:
+        return adapter.add_adapter(base, shape, seed)
+    assert all(p.dtype == torch.float32 for p in base.parameters()), "trained weights are kept in fp32"
+    base.requires_grad_(True)
+    base.get_input_embeddings().register_forward_hook(_as_autocast)
+    return base
+
+
+def _as_autocast(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    """What leaves the embedding goes on in autocast's dtype, as what leaves a product does."""
+    device = output.device.type
+    return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
+
+
+def base_of(model: Any) -> Any:
+    return model.get_base_model() if adapter.is_adapter(model) else model
+
+
+def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def without_casts(model: Any) -> AbstractContextManager:
+    """For training steps; adapter.py gives the reason."""
+    return adapter.without_casts(model) if adapter.is_adapter(model) else contextlib.nullcontext()
+
+
+def describe(model: Any) -> str:
+    """Trainable-parameter report; quantised weights are counted by their shapes, not by their bytes."""
+    count = sum(parameter.numel() for parameter in trainable(model))
+    if not adapter.is_adapter(model):
+        return f"all {count:,} parameters, {count * 4 / 2**30:.2f} GiB in fp32"
+    total = adapter.count_parameters(model)
+    names = {
+        adapter.portable(name).split(".lora_")[0].rsplit(".", 1)[-1]
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    share = f"{count:,} of {total:,} parameters ({100 * count / total:.2f} %)"
+    return f"{share}, {count * 4 / 2**20:.1f} MiB, in {', '.join(sorted(names))}"
+
+
+def tensors(model: Any) -> dict[str, torch.Tensor]:
+    """What is trained, on the CPU, under the names that peft or transformers reads."""
+    if adapter.is_adapter(model):
+        return adapter.adapter_tensors(model)
+    persistent = model.state_dict().keys()  # a model's buffers may or may not be kept
+    named = {
+        **dict(model.named_parameters()),
+        **{n: b for n, b in model.named_buffers() if n in persistent},
+    }
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+
+
+def load(model: Any, checkpoint: Path) -> None:
+    """Give the model the tensors of a checkpoint; raises UserError (exit 4) unless all fit."""
+    path = checkpoint / (ADAPTER_WEIGHTS if adapter.is_adapter(model) else MODEL_WEIGHTS)
+    assign(model, read_tensors(path), str(path))
+
+
+def assign(model: Any, given: dict[str, torch.Tensor], source: str, start: bool = False) -> None:
+    """Give the model these tensors; raises UserError (exit 4) for missing, unknown or misshapen ones.
+
+    start: embeddings, or all of LoRA, may be missing and then stay as they are: a new run trains more.
+    """
+    own = tensors(model)
+    missing, unknown = own.keys() - given.keys(), given.keys() - own.keys()
+    if start:
+        has_lora = any(".lora_" in name for name in given)
+        missing = {name for name in missing if ".lora_" in name and has_lora}
+    other = [name for name in own.keys() & given.keys() if own[name].shape != given[name].shape]
+    if missing or unknown or other:
+        name = sorted(missing or unknown or other)[0]
+        counts = f"{len(missing)} tensors missing, {len(unknown)} unknown, {len(other)} of another shape"
+        problem = f"{source}: does not fit what is trained here: {counts} (first: {name})."
+        raise UserError(problem, "Rank, targets and base model must be those it was made with.", CHECKPOINT)
+    if adapter.is_adapter(model):
+        adapter.set_tensors(model, given)
+        return
+    places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for name, tensor in given.items():
+            places[name].copy_(tensor)
+
+
+def save(model: Any, tokenizer: Any, folder: Path, was_updated: bool) -> None:
+    """Write what was trained and its configuration, then read the tensors back and compare.
+
+    A whole model comes with its tokenizer, so that the folder is a model. was_updated: at a rate above zero,
+    so that something must have changed. Raises UserError (exit 4) when nothing is there, something is not
+    finite, nothing was learned, or the file reads back differently.
+    """
+    written = tensors(model)
+    is_adapter = adapter.is_adapter(model)
+    wanted = {adapter.portable(name) for name, p in model.named_parameters() if p.requires_grad}
+    if not wanted or not wanted <= {adapter.portable(name) for name in written}:
+        problem = f"{len(written)} tensors are there, {len(wanted)} were trained; not saved."
+        raise UserError(f"The trained weights are incomplete: {problem}", "", CHECKPOINT)
+    bad = [name for name, tensor in written.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        problem = f"The trained weights are not finite ({bad[0]}); not saved."
+        raise UserError(problem, "Lower --learning_rate.", CHECKPOINT)
+    if was_updated and is_adapter and adapter.learned_nothing(model, written):
+        problem = "The adapter learned nothing: it does what it did before the first step; not saved."
+        raise UserError(problem, "Raise --learning_rate, and start anew with --overwrite.", CHECKPOINT)
+    if is_adapter:
+        adapter.save_config(model, folder)
+    else:
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    path = folder / (ADAPTER_WEIGHTS if is_adapter else MODEL_WEIGHTS)
+    save_file(written, path, metadata={"format": "pt"})
+    with safe_open(path, "pt") as read:
+        same = set(read.keys()) == written.keys() and all(
+            torch.equal(read.get_tensor(name), tensor) for name, tensor in written.items()
+        )
+    if not same:
+        raise UserError(f"{path}: not the same after reading back.", "Check the disk.", CHECKPOINT)
