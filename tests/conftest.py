@@ -4,6 +4,9 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from tests import tiny
 from tests.harness import started
 
+ROOT = Path(__file__).parent.parent
 torch.set_num_threads(2)
 
 
@@ -32,3 +36,17 @@ def harness():
     """Trainings in forked children (tests/harness.py)."""
     with started() as servers:
         yield servers
+
+
+@pytest.fixture(scope="session")
+def copy(tmp_path_factory) -> Path:
+    """The project's files in an empty folder, with the environment that runs these tests as its .venv."""
+    folder = tmp_path_factory.mktemp("clone") / "onecard"
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder

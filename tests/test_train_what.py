@@ -1,7 +1,9 @@
 """What is trained: an adapter, embeddings, both, or all weights; and one after the other."""
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from onecard import adapter, chat, hub, model, report, step, train, vocab, weights
+from onecard import adapter, chat, model, report, step, train, weights
 from onecard.batching import pack
 from onecard.config import FinetuneConfig, build
 from onecard.errors import UserError
@@ -19,7 +21,6 @@ from tests import tiny
 from tests.cells import differences, flags, outcome, stopped_at
 
 WHAT = ("full", "embeddings", "lora+embeddings")
-SAMPLE = Path(__file__).parent.parent / "sample"
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +143,12 @@ def validation_loss(made, rows: Path, run: Path) -> float:
 
 
 @pytest.mark.parametrize("what", ["lora", *WHAT])
-def test_bf16_runs_answer_their_questions(base, tmp_path, what):
+def test_bf16_runs_answer_their_questions(tied_model, tmp_path, what):
     """Trained weights are fp32, the arithmetic bf16: training, validation and answers all the same."""
     rows = tiny.save_rows(tmp_path / "rows.json", 24)
-    settings = flags(base, rows, tmp_path / "run", dtype="bf16", train_what=what, max_steps=2, test_size=3)
+    settings = flags(
+        tied_model, rows, tmp_path / "run", dtype="bf16", train_what=what, max_steps=2, test_size=3
+    )
     options = build(FinetuneConfig, {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()})
     train.run(options, str, chat.reply, report.loss_curve)
     answers = json.loads((tmp_path / "run" / "finished.json").read_text())["answers"]
@@ -264,43 +267,37 @@ def test_the_kind_of_an_adapter_is_taken_over(harness, tiny_model, tmp_path):
     assert "its newest checkpoint is taken" in answer["said"]
 
 
-def stages(source: Path, folder: Path, harness, settings: dict) -> dict[str, float]:
-    """Vocabulary, embeddings, raw text, rows: each from the one before; stage -> how far the loss fell."""
-    old, new = (AutoTokenizer.from_pretrained(source) for _ in range(2))
-    vocab.extend(new, ["火车", "咖啡"])
-    vocab.add_special(new, ["<pad>", "<|im_start|>", "<|im_end|>"])
-    vocab.prepare(source, old, new, folder / "base", 128)
-    text, rows = SAMPLE / "text.jsonl", SAMPLE / "instruct.json"
-    plan = {
-        "embed": {"train_what": "embeddings", "data_path": text},
-        "pretrain": {"train_what": "lora+embeddings", "data_path": text, "lora_path": folder / "embed"},
-        "sft": {"train_what": "lora+embeddings", "data_path": rows, "lora_path": folder / "pretrain"},
-    }
+def stages(copy: Path, model_path: str, folder: Path, *given: str) -> dict[str, float]:
+    """sample/stages.sh; stage -> how far its loss fell."""
+    where = {**os.environ, "MODEL_PATH": model_path, "OUTPUT_PATH": str(folder)}
+    command = ["bash", "sample/stages.sh", "--batch_size=4", "--test_size=0", "--warmup_steps=0", *given]
+    ended = subprocess.run(command, cwd=copy, env=where, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.count("Warm start: the weights of") == 2
     falls = {}
-    for name, given in plan.items():
-        given = {**settings, "model_path": folder / "base", "output_path": folder / name, **given}
-        answer = harness.run("finetune", given)
-        assert answer["code"] == 0, answer["said"]
+    for name in ("embed", "pretrain", "sft"):
         log = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
         losses = [record["loss"] for record in log if "loss" in record]
         falls[name] = sum(losses[-3:]) / sum(losses[:3])
     return falls
 
 
-def test_the_stages_one_after_the_other(harness, tiny_model, tmp_path):
+def test_the_stages_one_after_the_other(copy, tiny_model, tmp_path):
     """New vocabulary -> its embeddings -> raw text -> answers; a head of its own is trained from stage 2."""
-    settings = {"bits": 16, "dtype": "fp32", "device": "cpu", "batch_size": 4, "max_steps": 12}
-    settings |= {"learning_rate": 1e-2, "test_size": 0, "warmup_steps": 0, "template": "chatml"}
-    falls = stages(tiny_model, tmp_path, harness, settings)
+    given = ("--bits=16", "--dtype=fp32", "--device=cpu", "--learning_rate=1e-2", "--max_steps=12")
+    falls = stages(copy, str(tiny_model), tmp_path / "stages", *given)
     assert all(fall < 0.95 for fall in falls.values()), falls
-    loaded = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "sft"
-    )
-    assert loaded.get_input_embeddings().weight.shape[0] % 128 == 0
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "stages" / "base")
+    assert base.get_input_embeddings().weight.shape[0] % 128 == 0
+    made = PeftModel.from_pretrained(base, tmp_path / "stages" / "sft")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "stages" / "base")
+    piece = tokenizer("太阳", add_special_tokens=False).input_ids
+    assert len(piece) == 1
+    rows = [made.get_input_embeddings().weight[piece], base.get_output_embeddings().weight[piece]]
+    assert all(row.any() for row in rows)
 
 
 @pytest.mark.slow
-def test_the_stages_with_the_demo_model(harness, tmp_path):
-    settings = {"batch_size": 4, "max_steps": 16, "learning_rate": 2e-3, "test_size": 0, "warmup_steps": 0}
-    falls = stages(Path(hub.locate("demo")), tmp_path, harness, {**settings, "template": "chatml"})
+def test_the_stages_with_the_demo_model(copy, tmp_path):
+    falls = stages(copy, "demo", tmp_path / "stages", "--max_steps=16", "--learning_rate=2e-3")
     assert all(fall < 0.95 for fall in falls.values()), falls
