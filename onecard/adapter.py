@@ -161,13 +161,17 @@ def count_parameters(model: PeftModel) -> int:
     return model.get_nb_trainable_parameters()[1]
 
 
-def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+def adapter_tensors(
+    model: PeftModel, gathered: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """The adapter's tensors on the CPU under their portable names; nothing else is gathered or asked for.
 
-    Of tied embeddings both names are there, since peft asks for both; the second is a copy.
+    gathered: its parameters by their names in the model, when they are spread over processes. Of tied
+    embeddings both names are there, since peft asks for both; the second is a copy.
     """
+    found = get_peft_model_state_dict(model, state_dict=gathered, save_embedding_layers=False)
     named, seen = {}, set()
-    for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+    for name, tensor in found.items():
         here = tensor.detach().cpu().contiguous()
         named[name] = here.clone() if here.data_ptr() in seen else here
         seen.add(here.data_ptr())

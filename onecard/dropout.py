@@ -21,6 +21,8 @@ class CheapDropout(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return x
+        if x.device.type != "cpu":  # loaded on the CPU and spread over cards since
+            return torch.nn.functional.dropout(x, self.p)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # the product that follows casts it anyway
         return torch.where(self.keep(x), x, 0).mul_(1 / (1 - self.p))

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 
 def start(device: torch.device) -> None:
-    """Join the other processes when torchrun started several."""
+    """Join the other processes when torchrun started several; tensors on the CPU always go through gloo."""
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 def stop() -> None:
@@ -57,9 +57,14 @@ def smallest(number: int) -> int:
     """The smallest of all processes' numbers."""
     if not dist.is_initialized():
         return number
-    value = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    value = torch.tensor(number)
     dist.all_reduce(value, dist.ReduceOp.MIN)
     return value.item()
+
+
+def largest(number: int) -> int:
+    """The largest of all processes' numbers."""
+    return -smallest(-number)
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], also: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from onecard import (
     reader,
     rows,
     runfolder,
+    sharded,
     template,
     weights,
 )
@@ -172,6 +173,7 @@ def prepare(
         options.gradient_checkpointing, device.value
     )
     hardware.check_optimizer(options.optimizer, device.value)
+    sharded.check(options, dtype.value)
     runfolder.check_room(Path(options.output_path), LEAST_ROOM)
     base_path = locate(options.model_path)
     base_config = model.load_config(base_path)

@@ -56,6 +56,11 @@ def later() -> Iterator[None]:
     _tell()
 
 
+def arrived() -> int | None:
+    """The first signal, if one has come."""
+    return _state.number
+
+
 def _on_signal(number: int, frame: object) -> None:
     if _state.number is None:
         _state.number, _state.arrived = number, time.monotonic()

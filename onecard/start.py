@@ -29,13 +29,18 @@ class Start:
     changes: list[str] = dataclasses.field(default_factory=list)
 
 
-def restore(start: Start, adapted: Any, optimizer: torch.optim.Optimizer, scaler: Any) -> None:
-    """Give adapter, optimizer and scaler the state they had."""
+def restore_weights(start: Start, adapted: Any) -> None:
+    """Give what is trained the values it had."""
     if start.checkpoint is not None:
         weights.load(adapted, start.checkpoint)
-        checkpoint.restore(start.checkpoint, optimizer, scaler)
     elif start.adapter is not None:
         weights.assign(adapted, start.adapter, "the adapter", start=True)
+
+
+def restore(start: Start, adapted: Any, optimizer: Any, scaler: Any) -> None:
+    """Give optimizer and scaler the state they had."""
+    if start.checkpoint is not None:
+        checkpoint.restore(start.checkpoint, optimizer, scaler)
     if start.moments is not None:
         restore_moments(start.moments, weights.trainable(adapted), optimizer)
     if start.scale is not None and scaler.is_enabled():

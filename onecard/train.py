@@ -24,6 +24,7 @@ from onecard import (
     prompt,
     resume,
     runfolder,
+    sharded,
     signals,
     step,
     warmstart,
@@ -92,8 +93,12 @@ def carry_out(plan: Plan, start: Start | None, sample: Sample, draw: Draw) -> No
             if not start and not plan.options.overwrite and (folder / runfolder.FINISHED).exists():
                 raise UserError(f"{folder}: another process has just finished a run there.")
             trainer = load(plan, folder, start)
+            together = (
+                signals.later() if trainer.shards else contextlib.nullcontext()
+            )  # stop_together() ends it
             try:
-                train(trainer, sample, draw)
+                with together:
+                    train(trainer, sample, draw)
             finally:
                 trainer.journal.close()
     finally:
@@ -117,6 +122,7 @@ def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:
             improved = evaluate(trainer) if evaluation_is_due(trainer) else False
             if improved or save_is_due(trainer):
                 save(trainer)
+            stop_together(trainer)
         journal.end()
         if parallel.is_main():
             finish(trainer, answers(trainer, sample), draw)
@@ -141,9 +147,7 @@ def one_step(trainer: Trainer) -> None:
     try:
         loss = gradient(trainer, rows, targets)
         with signals.later():  # an update and its record are never torn
-            norm, updated = step.update(
-                trainer.optimizer, trainer.scaler, options.max_grad_norm, plan.examples.numbers[rows].tolist()
-            )
+            norm, updated = update(trainer, plan.examples.numbers[rows].tolist())
             hardware.release_free_memory(plan.device)
             seconds = time.monotonic() - started
             progress.step += 1
@@ -189,18 +193,30 @@ def gradient(trainer: Trainer, rows: np.ndarray, targets: int) -> float:
         # dropout's randomness is a function of (seed, step, process), so nothing else can disturb it
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         packed = on_device(trainer, rows)
+        scaler, advance = trainer.scaler, trainer.journal.advance
         with weights.without_casts(trainer.model):
-            loss = step.gradient(
-                trainer.step_model,
-                packed,
-                targets,
-                weights.trainable(trainer.model),
-                trainer.scaler,
-                trainer.journal.advance,
-            )
+            if trainer.shards:
+                return sharded.gradient(trainer.shards, list(packed), targets, scaler, advance)
+            trained = weights.trainable(trainer.model)
+            loss = step.gradient(trainer.step_model, packed, targets, trained, scaler, advance)
         if loss is not None:
             return loss
         halve_budget(trainer, rows)
+
+
+def update(trainer: Trainer, row_numbers: list[int]) -> tuple[float, bool]:
+    """Change what is trained by its gradient; returns (gradient norm, whether it was changed)."""
+    if trainer.shards:
+        return sharded.update(trainer.shards, trainer.scaler, row_numbers)
+    limit = trainer.plan.options.max_grad_norm
+    return step.update(trainer.optimizer, trainer.scaler, limit, row_numbers)
+
+
+def stop_together(trainer: Trainer) -> None:
+    """Raise Stopped in all processes of a spread model when a signal reached one of them."""
+    number = parallel.largest(signals.arrived() or 0) if trainer.shards else 0
+    if number:
+        raise Stopped(number)
 
 
 def halve_budget(trainer: Trainer, rows: np.ndarray) -> None:
@@ -224,7 +240,7 @@ def dry_run(trainer: Trainer) -> bool:
     Nothing else is changed. Returns whether the budget did fit.
     """
     planned = trainer.progress.micro_batch_tokens
-    while True:
+    while not trainer.shards:
         rows = fullest(trainer.plan, trainer.progress.micro_batch_tokens)
         packed = [pack(trainer.plan.examples, rows.tolist()).to(trainer.device)]
         parameters = weights.trainable(trainer.model)
@@ -242,6 +258,7 @@ def dry_run(trainer: Trainer) -> bool:
         if loss is not None:
             return trainer.progress.micro_batch_tokens == planned
         halve_budget(trainer, rows)
+    return True
 
 
 def fullest(plan: Plan, budget: int) -> np.ndarray:
@@ -261,7 +278,10 @@ def save_is_due(trainer: Trainer) -> bool:
     progress, plan = trainer.progress, trainer.plan
     regular = progress.step % plan.options.save_steps == 0 or progress.step == plan.total_steps
     epoch_ends = progress.rows_seen % len(plan.train_rows) == 0
-    return regular or epoch_ends or time.monotonic() - trainer.saved > SAVE_SECONDS
+    late = time.monotonic() - trainer.saved > SAVE_SECONDS
+    if trainer.shards:
+        late = bool(parallel.largest(late))  # all save, or none
+    return regular or epoch_ends or late
 
 
 def evaluation_is_due(trainer: Trainer) -> bool:
@@ -297,6 +317,9 @@ def evaluate(trainer: Trainer) -> bool:
 
 def save(trainer: Trainer) -> None:
     """A checkpoint of the last finished step, unless it is there already."""
+    shards = trainer.shards
+    gathered = shards.trained() if shards else None  # in which every process has a part
+    optimizer = sharded.GatheredOptimizer(shards) if shards else trainer.optimizer
     if not parallel.is_main():
         return
     with signals.later():
@@ -306,8 +329,8 @@ def save(trainer: Trainer) -> None:
         checkpoint.save(
             trainer.folder,
             trainer.progress,
-            lambda folder: weights.save(trainer.model, trainer.plan.tokenizer, folder, was_updated),
-            trainer.optimizer,
+            lambda folder: weights.save(trainer.model, trainer.plan.tokenizer, folder, was_updated, gathered),
+            optimizer,
             trainer.scaler,
         )
         checkpoint.prune(trainer.folder, trainer.plan.options.save_total_limit, trainer.progress.best_step)
@@ -317,7 +340,7 @@ def save(trainer: Trainer) -> None:
 def answers(trainer: Trainer, sample: Sample) -> list[str]:
     """Answers to the held-out prompts with the adapter as it is; empty without validation rows."""
     plan = trainer.plan
-    if not plan.held_out or not parallel.is_main():
+    if not plan.held_out or not parallel.is_main() or trainer.shards:  # no process has the whole model
         return []
     trainer.journal.say(f"answering {len(plan.held_out)} held-out prompts ...")
     longest = min(ANSWER_TOKENS, plan.options.cutoff_len)
@@ -334,6 +357,8 @@ def on_device(trainer: Trainer, rows: np.ndarray) -> Iterator[PackedBatch]:
         parallel.rank(),
         parallel.world_size(),
     )
+    if trainer.shards:
+        packed = sharded.level(packed, pack(trainer.plan.examples, rows[:1].tolist()))
     return (batch.to(trainer.device) for batch in packed)
 
 

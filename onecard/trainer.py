@@ -1,6 +1,7 @@
 """The moving parts of a run, put together from its plan: base, adapter, optimizer, folder, journal."""
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from onecard import hardware, memory, model, parallel, runfolder, step, weights
+from onecard import hardware, memory, model, parallel, runfolder, sharded, step, weights
 from onecard.checkpoint import Progress
 from onecard.config import FinetuneConfig
 from onecard.journal import Journal, say
 from onecard.plan import Plan, lora_shape, versions
-from onecard.start import Start, restore
+from onecard.start import Start, restore, restore_weights
 
 FIRST_SCALE = 1024.0  # of the fp16 loss scaler: low, so that the first steps are not lost to overflows
 
@@ -30,6 +31,7 @@ class Trainer:
     journal: Journal
     progress: Progress
     folder: Path
+    shards: sharded.Fsdp | sharded.Zero | None = None  # when the model is spread over processes
     saved: float = 0.0  # when the last checkpoint was written, on the clock time.monotonic
 
     @property
@@ -50,7 +52,8 @@ def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
         torch.use_deterministic_algorithms(True, warn_only=True)
     hardware.keep_large_memory_apart(plan.device)
     kept_in = "fp32" if options.train_what == weights.FULL else plan.dtype
-    base = model.load_base(plan.base_path, options.bits, kept_in, plan.device)
+    spread = sharded.wanted()  # over processes, from the CPU's memory
+    base = model.load_base(plan.base_path, options.bits, kept_in, "cpu" if spread else plan.device)
     adapted = weights.prepare(base, lora_shape(options), options.seed)
     say(f"trained     {weights.describe(adapted)}")
     packs = model.prepare_for_packed_training(adapted, plan.checkpointing)
@@ -59,12 +62,19 @@ def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
         "attention   "
         + ("one causal call per row of a packed micro-batch: no mask, no padding" if packs else alone)
     )
-    optimizer = make_optimizer(options, weights.trainable(adapted))
+    if start:
+        restore_weights(start, adapted)
+    step_model = step.StepModel(adapted, model.DTYPES[plan.dtype], packs)
+    shards, new_optimizer = None, functools.partial(make_optimizer, options)
+    if spread:
+        shards = sharded.spread(step_model, device, new_optimizer, options.max_grad_norm)
+        say(f"spread      over {parallel.world_size()} processes: {shards.said}")
+    optimizer = shards.optimizer if shards else new_optimizer(weights.trainable(adapted))
     scaler = torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE, enabled=plan.dtype == "fp16")
     scaler.scale(torch.zeros((), device=device))  # it wakes up here: a process may have no row in a step
     progress = start.progress if start else Progress()
     if start:
-        restore(start, adapted, optimizer, scaler)
+        restore(start, adapted, sharded.GatheredOptimizer(shards) if shards else optimizer, scaler)
     budget = (progress.micro_batch_tokens or micro_batch_budget(plan, device)) if packs else 1
     progress.micro_batch_tokens = parallel.smallest(budget)  # one for all: they halve it together
     if parallel.is_main():
@@ -76,8 +86,7 @@ def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
     journal = Journal(folder, plan.total_steps, total_rows, options.log_steps, shown, loud=parallel.is_main())
     if start and start.same_run and start.changes:
         journal.event({"step": progress.step, "continued": start.changes})
-    step_model = step.StepModel(adapted, model.DTYPES[plan.dtype], packs)
-    return Trainer(plan, step_model, optimizer, scaler, journal, progress, folder)
+    return Trainer(plan, step_model, optimizer, scaler, journal, progress, folder, shards=shards)
 
 
 def micro_batch_budget(plan: Plan, device: torch.device) -> int:

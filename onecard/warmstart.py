@@ -68,6 +68,8 @@ def from_older(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Sta
     _check_kind(source, values, wish)
     old = legacy.read(source)
     shape = {"lora_r": old.rank, "lora_target_modules": old.targets}
+    if values.get("use_rslora"):
+        shape["rslora"] = True
     if old.alpha is not None:
         shape["lora_alpha"] = float(old.alpha)
     else:
@@ -137,7 +139,7 @@ def read_shape(source: Path, wish: FinetuneConfig) -> dict[str, Any]:
     try:
         rank, alpha, targets = int(values["r"]), float(values["lora_alpha"]), values["target_modules"]
         names = targets if isinstance(targets, str) else ",".join(sorted(map(str, targets)))
-        whole = values.get("modules_to_save")
+        whole = list(values.get("modules_to_save") or [])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"{source / runfolder.ADAPTER_CONFIG}: not a LoRA adapter's ({error!r})."
         raise UserError(problem, "", CHECKPOINT) from None

@@ -71,13 +71,16 @@ def describe(model: Any) -> str:
     return f"{share}, {count * 4 / 2**20:.1f} MiB, in {', '.join(sorted(names))}"
 
 
-def tensors(model: Any) -> dict[str, torch.Tensor]:
-    """What is trained, on the CPU, under the names that peft or transformers reads."""
+def tensors(model: Any, gathered: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """What is trained, on the CPU, under the names that peft or transformers reads.
+
+    gathered: the trained parameters by their names in the model, when they are spread over processes.
+    """
     if adapter.is_adapter(model):
-        return adapter.adapter_tensors(model)
+        return adapter.adapter_tensors(model, gathered)
     persistent = model.state_dict().keys()  # a model's buffers may or may not be kept
     named = {
-        **dict(model.named_parameters()),
+        **(gathered or dict(model.named_parameters())),
         **{n: b for n, b in model.named_buffers() if n in persistent},
     }
     return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
@@ -114,14 +117,20 @@ def assign(model: Any, given: dict[str, torch.Tensor], source: str, start: bool 
             places[name].copy_(tensor)
 
 
-def save(model: Any, tokenizer: Any, folder: Path, was_updated: bool) -> None:
+def save(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    was_updated: bool,
+    gathered: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write what was trained and its configuration, then read the tensors back and compare.
 
     A whole model comes with its tokenizer, so that the folder is a model. was_updated: at a rate above zero,
-    so that something must have changed. Raises UserError (exit 4) when nothing is there, something is not
-    finite, nothing was learned, or the file reads back differently.
+    so that something must have changed; gathered: as in tensors(). Raises UserError (exit 4) when nothing is
+    there, something is not finite, nothing was learned, or the file reads back differently.
     """
-    written = tensors(model)
+    written = tensors(model, gathered)
     is_adapter = adapter.is_adapter(model)
     wanted = {adapter.portable(name) for name, p in model.named_parameters() if p.requires_grad}
     if not wanted or not wanted <= {adapter.portable(name) for name in written}:

@@ -41,6 +41,7 @@ LAYERS = {  # from the lowest
         "rows",
         "runfolder",
         "schemas",
+        "sharded",
         "signals",
         "start",
         "step",

@@ -335,11 +335,11 @@ def test_a_damaged_best_checkpoint_does_not_stop_the_end(harness, straight, tmp_
     (run / "checkpoint-9" / "adapter_model.safetensors").write_bytes(b"damaged")
     answer = go_on(harness, run)
     assert answer["code"] == 0, answer["said"]
-    assert "the last adapter is taken instead" in answer["said"]
+    assert "the last one is taken instead" in answer["said"]
     assert json.loads((run / "finished.json").read_text())["best_step"] == STEPS
 
 
-@pytest.mark.parametrize("setting", ["use_rslora", "use_dora", "modules_to_save"])
+@pytest.mark.parametrize("setting", ["lora_bias", "use_dora", "trainable_token_indices"])
 def test_adapters_of_another_kind_are_refused(harness, straight, tiny_model, rows, tmp_path, setting):
     """What would change scale or drop tensors is not trained as if it were plain LoRA: exit 4."""
     adapter = tmp_path / "adapter"

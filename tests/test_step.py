@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -249,3 +250,20 @@ def test_accuracy_counts_the_most_probable_token(tiny_model):
     assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, packed.targets).item(), rel=1e-5)
     assert accuracy == pytest.approx((logits.argmax(-1) == packed.targets).double().mean().item())
     assert step_model.training
+
+
+def test_two_machines_give_the_gradient_of_one(tiny_model, tmp_path):
+    """Two launchers with one process each that meet by torchrun's rendezvous options."""
+    output = tmp_path / "two.json"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    command += ["--rdzv_backend=c10d", f"--rdzv_endpoint={meeting}", "--rdzv_id=test"]
+    command += ["-m", "tests.two_processes", str(tiny_model), str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    machines = [subprocess.Popen(command, env=environment, cwd=Path(__file__).parent.parent) for _ in "ab"]
+    assert [machine.wait(timeout=300) for machine in machines] == [0, 0]
+    two, one = json.loads(output.read_text()), two_processes.one_step(tiny_model)
+    assert one["micro_batches"] != two["micro_batches"]
+    assert close(torch.tensor(two["gradient"]), torch.tensor(one["gradient"]), 1e-5)

@@ -33,6 +33,10 @@ if ! .venv/bin/python -m pip install -c requirements.txt -e ".[$what]"; then
   echo "error: the packages could not be installed; what pip says is above. Run the same command again to go on." >&2
   exit 2
 fi
+if [ "$what" = test ] && ! .venv/bin/python -m pip install -c requirements.txt --no-build-isolation deepspeed; then
+  echo "error: DeepSpeed could not be installed; what pip says is above. Run the same command again to go on." >&2
+  exit 2
+fi
 if [ "$what" = test ] && ! command -v strace >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
   echo "Installing strace, which kills a save at each of its system calls (without it these tests are left out) ..."
   { apt-get update && apt-get install --yes --no-install-recommends strace; } >/dev/null || echo "strace could not be installed."
