@@ -11,5 +11,5 @@ def reply(
 ) -> list[str]:
     """One greedy answer for each conversation; an answer it may end with is not looked at."""
     prompts = [prompt.encode(c.question, template, tokenizer)[0] for c in conversations]
-    answers = engine_hf.greedy(model, prompts, max_new_tokens, tokenizer.eos_token_id)
+    answers = engine_hf.greedy(model, prompts, max_new_tokens, prompt.ends(template, tokenizer))
     return [prompt.decode(tokenizer, ids) for ids in answers]

@@ -1,7 +1,9 @@
-"""Reading a stranger's file in a process of its own: one of our modules, run on it with a place to write."""
+"""Reading a stranger's file in a process of its own: one of our modules, run on it."""
 
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from onecard.errors import UNSAFE, UserError
@@ -26,3 +28,26 @@ def convert(module: str, source: Path, output: Path, seconds: int, damaged: int,
         code = UNSAFE if ended.returncode == UNSAFE else damaged
         what = "would run code" if code == UNSAFE else "cannot be read"
         raise UserError(f"{source}: {what}: {reason}.", "It was not loaded.", code)
+
+
+def lines(module: str, source: Path) -> Iterator[str]:
+    """What `python -m module SOURCE` writes, line by line; raises ChildError at its end when it failed."""
+    place = Path(__file__).resolve().parent.parent
+    with tempfile.TemporaryFile("w+") as complaints:
+        command = [sys.executable, "-m", module, str(source.resolve())]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True, cwd=place)
+        try:
+            yield from process.stdout
+            code = process.wait()
+        finally:
+            process.kill()
+            process.stdout.close()
+            process.wait()
+        if code:
+            complaints.seek(0)
+            said = complaints.read().strip().splitlines()
+            raise ChildError(said[-1][:300] if said and code > 0 else "its reader crashed")
+
+
+class ChildError(Exception):
+    """Why a child could not read its file."""

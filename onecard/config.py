@@ -124,6 +124,13 @@ class FinetuneConfig:
         "all", LEARNED, "answers of a conversation that are learned", choices=("all", "last")
     )
     train_on_inputs: bool = option(False, LEARNED, "loss on the prompt too, not only on the response")
+    long_rows: str = option(
+        "cut",
+        LEARNED,
+        "conversations longer than cutoff_len: cut them (an answer cut short has no end token), "
+        "drop them (into rejected_rows.jsonl), or stop",
+        choices=("cut", "drop", "stop"),
+    )
     overlap: int = option(
         0,
         LEARNED,

@@ -115,10 +115,14 @@ def check_architecture(path: str, config: Any, shape: LoraShape) -> int:
     bare = skeleton(path, config)
     if shape.what == weights.FULL:
         return sum(p.numel() for p in bare.parameters())
-    whole = [bare.get_submodule(name) for name in adapter.trained_whole(bare, shape)]
-    embeddings = sum(p.numel() for module in whole for p in module.parameters())
-    if shape.what == adapter.EMBEDDINGS:
-        return embeddings
+    if shape.what != adapter.EMBEDDINGS:
+        _check_targets(bare, shape)
+    made = adapter.add_adapter(bare, shape, seed=0)
+    return sum(p.numel() for p in weights.trainable(made))
+
+
+def _check_targets(bare: torch.nn.Module, shape: LoraShape) -> None:
+    """Raise UserError naming the target modules that are not there, and those that are."""
     head = bare.get_output_embeddings()
     linear = {
         name: module
@@ -134,10 +138,6 @@ def check_architecture(path: str, config: Any, shape: LoraShape) -> int:
         raise UserError(
             f"--lora_target_modules: {wrong}: not in this model.", f"Found: {found}; or all-linear."
         )
-    chosen = [
-        layer for name, layer in linear.items() if everything or any(_is_named(name, t) for t in targets)
-    ]
-    return embeddings + sum(shape.r * sum(layer.weight.shape) for layer in chosen)
 
 
 def check_window(path: str, config: Any, longest: int) -> None:

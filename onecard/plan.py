@@ -283,6 +283,8 @@ def describe(plan: Plan) -> None:
         f"            of {encoding.read} rows {encoding.cut} were cut at {options.cutoff_len} tokens, "
         f"{encoding.dropped} dropped (no target left), {len(encoding.rejected)} rejected"
     )
+    if encoding.cut:
+        say("            an answer that is cut short has no end token; --long_rows drop leaves such rows out")
     if options.overlap and plan.task != rows.PRETRAIN:
         say("warning: --overlap is for raw text; these rows have none.")
     if plan.overlapping:

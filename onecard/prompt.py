@@ -184,6 +184,15 @@ def shortened(
     return ids[:limit], is_target[:limit], True
 
 
+def ends(template: Template, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's own, and the template's control token there."""
+    found = [tokenizer.eos_token_id]
+    for (before, _), (what, text) in pairwise(template.assistant):
+        if before == "{text}" and what == "control":
+            found.append(token_id(tokenizer, text))
+    return list(dict.fromkeys(found))
+
+
 def decode(tokenizer: Any, ids: list[int]) -> str:
     """Generated ids -> text; the end token is not shown."""
     return tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -36,7 +36,9 @@ SFT, PRETRAIN = "sft", "pretrain"
 DOCUMENTS = ("context", "text")  # roles that are pre-trained on
 ENDS, MAKING = "ends.json", ".making-"
 ABANDONED = 24 * 3600  # seconds after which nobody works on it any more
-HOW = ("cutoff_len", "train_on", "train_on_inputs", "overlap", "schema", "skip_bad_rows")
+HOW = ("cutoff_len", "train_on", "train_on_inputs", "long_rows", "overlap", "schema", "skip_bad_rows")
+CUT = "cut"
+LONG_ROW = "Raise --cutoff_len, or say --long_rows cut or drop."
 BAD_ROW = "Mend the row, or leave bad rows out with --skip_bad_rows."
 
 
@@ -138,11 +140,14 @@ def _make(
 ) -> tuple[data.Encoding, list[int]]:
     """Read and encode all rows into the cache; what is half done when it fails is deleted."""
     how = (options.train_on_inputs, options.train_on)
+    too_long = f"longer than --cutoff_len {options.cutoff_len}"
 
     def encode_all(found: list[Conversation], numbers: list[int]) -> list[data.Encoded | ValueError]:
         chosen = [templates[_choice(options.seed, number, len(templates))] for number in numbers]
         limit = options.cutoff_len if task == SFT else sys.maxsize
         made = prompt.encode_many(found, limit, chosen, tokenizer, *how)
+        if options.long_rows != CUT:
+            made = [ValueError(too_long) if isinstance(one, tuple) and one[2] else one for one in made]
         return [_misfit(row, task, options.task) or one for row, one in zip(found, made, strict=True)]
 
     ends: list[int] = []
@@ -159,11 +164,13 @@ def _make(
             made = data.encode_documents(found, encode_all, length, overlap, border, temporary)
         else:
             made = data.encode_rows(found, encode_all, temporary)
-        bad = next(iter(made.rejected), None)
+        left_out = too_long if options.long_rows == "drop" else ""
+        bad = next((row for row in made.rejected if row.reason != left_out), None)
         if bad and not options.skip_bad_rows:  # one that only its encoding showed
             file = bisect.bisect_left(ends, bad.line)
             bad = dataclasses.replace(bad, line=bad.line - ([0, *ends][file]))
-            raise UserError(f"{bad.describe(sources[file].path)}.", BAD_ROW, DATA)
+            fix = LONG_ROW if bad.reason == too_long else BAD_ROW
+            raise UserError(f"{bad.describe(sources[file].path)}.", fix, DATA)
         if fingerprint_of(sources) != content:
             problem = f"{options.data_path}: changed while it was read."
             raise UserError(problem, "Start again when it is complete.", DATA)

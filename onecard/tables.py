@@ -2,18 +2,22 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from onecard import child
 from onecard.errors import DATA, DISK, UserError
 from onecard.schemas import BadRow
 
 LONGEST_FIELD = 64 << 20  # characters
+LONGEST_TEXT = 100_000  # characters of a broken row that are kept
 ROWS = 1000  # of a Parquet file, held at a time
+MEMORY = 8 << 30  # bytes of address space for the child that reads one
 
 
 def csv_values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
@@ -23,14 +27,18 @@ def csv_values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
     """
     csv.field_size_limit(LONGEST_FIELD)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, strict=True, delimiter="\t" if path.suffix == ".tsv" else ",")
+        lines: list[str] = []  # of the row that is read
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        rows = csv.reader(_kept(file, lines), strict=True, delimiter=delimiter)
         header = _header(rows, path)
         while True:
             line = rows.line_num + 1
+            lines.clear()
             try:
                 fields = next(rows, None)
             except csv.Error as error:
-                yield line, 1, BadRow(line, 1, f"broken CSV, {error}", ""), ""
+                text = "".join(lines)[:LONGEST_TEXT]
+                yield line, 1, BadRow(line, 1, f"broken CSV, {error}", text), text
                 continue
             if fields is None:
                 return
@@ -40,6 +48,12 @@ def csv_values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
             elif fields:
                 reason = f"the row has {len(fields)} fields, the header {len(header)}"
                 yield line, 1, BadRow(line, 1, reason, text), text
+
+
+def _kept(file: Iterable[str], lines: list[str]) -> Iterator[str]:
+    for line in file:
+        lines.append(line)
+        yield line
 
 
 def _header(rows: Any, path: Path) -> list[str]:
@@ -57,27 +71,49 @@ def _header(rows: Any, path: Path) -> list[str]:
 def parquet_values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
     """(number, 0, value, text) of each row of a Parquet file; columns that are null in a row are left out.
 
-    Raises UserError (exit 3) when the file is damaged.
+    A child process reads the file, whose library a broken one may crash. Raises UserError (exit 3) when the
+    file is damaged.
     """
+    number = 0
+    try:
+        for line in child.lines("onecard.tables", path):
+            number += 1
+            yield number, 0, json.loads(line), line.rstrip("\n")
+    except child.ChildError as error:
+        problem = f"{path}: not a whole Parquet file, after row {number}: {error}."
+        raise UserError(problem, "Write or fetch it again.", DATA) from None
+
+
+def _child(source: str) -> int:
+    """Write each row of a Parquet file as a line of JSON."""
+    import resource
+
     import pyarrow
     from pyarrow import parquet
 
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(source) as file:
             for batch in file.iter_batches(batch_size=ROWS):
                 for row in batch.to_pylist():
                     number += 1
                     value = {name: field for name, field in row.items() if field is not None}
-                    yield number, 0, value, json.dumps(value, ensure_ascii=False, default=str)
+                    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=_as_json) + "\n")
             promised = file.metadata.num_rows
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        problem = f"{path}: not a whole Parquet file, after row {number}: {reason[0][:200]}."
-        raise UserError(problem, "Write or fetch it again.", DATA) from None
+        print(reason[0][:200], file=sys.stderr)
+        return DATA
     if number != promised:
-        problem = f"{path}: holds {number} rows and promises {promised}."
-        raise UserError(problem, "Write or fetch it again.", DATA)
+        print(f"it holds {number} rows and promises {promised}", file=sys.stderr)
+        return DATA
+    return 0
+
+
+def _as_json(value: Any) -> Any:
+    """Times and the like as text; bytes are no text."""
+    return {"bytes": len(value)} if isinstance(value, bytes) else str(value)
 
 
 def write_parquet(
@@ -133,3 +169,8 @@ def _objects(path: Path, values: Iterator[Any]) -> Iterator[dict[str, Any]]:
 def _filled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same rows with every key in the first, which alone names the columns."""
     return [{**dict.fromkeys(key for row in rows for key in row), **rows[0]}, *rows[1:]]
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogatepass")
+    sys.exit(_child(sys.argv[1]))

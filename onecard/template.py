@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from onecard import rendering
 from onecard.errors import UserError
 from onecard.prompt import Part, Template, token_id
 
@@ -130,24 +131,41 @@ class _UnfitError(Exception):
     pass
 
 
+TURNS = ("user", "assistant", "user", "assistant")
+PROBES = (  # roles, and whether an answer is to follow
+    (TURNS, False),
+    (("system", *TURNS), False),
+    (("user", "assistant", "tool", "assistant"), False),
+    (("user",), True),
+    (("user", "assistant", "user"), True),
+    ((*TURNS, "user"), True),
+    (("system", "user"), True),
+)
+
+
 def _inferred(tokenizer: Any) -> Template:
+    marks = [[f"{role}mark{number}" for number, role in enumerate(roles)] for roles, _ in PROBES]
+    asked = [
+        ([{"role": role, "content": mark} for role, mark in zip(roles, names, strict=True)], asking)
+        for (roles, asking), names in zip(PROBES, marks, strict=True)
+    ]
+    try:
+        texts = rendering.render(tokenizer, asked)
+    except UserError as error:
+        raise _UnfitError(error.problem.partition(": ")[2].rstrip(".")) from None
+    written = dict(zip(PROBES, zip(texts, marks, strict=True), strict=True))
+
     def render(*roles: str, asking: bool = False) -> list[str]:
         """The texts before, between and behind the turns' marks."""
-        marks = [f"{role}mark{number}" for number, role in enumerate(roles)]
-        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking)
-        except Exception as error:  # whatever a template of a stranger raises
-            raise _UnfitError(f"it refuses {' '.join(roles)} ({error})") from None
-        if len(text) > LARGEST:
-            raise _UnfitError("it writes too much")
-        found = re.split("|".join(marks), text)
-        if len(found) != len(marks) + 1:
+        text, names = written[roles, asking]
+        if text is None:
+            raise _UnfitError(f"it refuses {' '.join(roles)}, or writes too much")
+        found = re.split("|".join(names), text)
+        if len(found) != len(names) + 1:
             raise _UnfitError(f"it does not write every turn of {' '.join(roles)} once")
         return found
 
-    turns = ("user", "assistant", "user", "assistant")
-    opening, ask, follow, again, last = render(*turns)
+    opening, ask, follow, again, last = render(*TURNS)
     control = sorted({*tokenizer.all_special_tokens, *_added(tokenizer)}, key=len, reverse=True)
     found = re.search("|".join(map(re.escape, control)), follow) if control else None
     if not found:
@@ -157,7 +175,7 @@ def _inferred(tokenizer: Any) -> Template:
         raise _UnfitError("it writes the last turn in another way than those before")
     before = after = None
     try:
-        before, after, *_ = render("system", *turns)
+        before, after, *_ = render("system", *TURNS)
     except _UnfitError:
         before = None
     try:  # what a function gave back follows the assistant's call
@@ -179,7 +197,7 @@ def _inferred(tokenizer: Any) -> Template:
     expected = {
         ("user",): [opening, ask],
         ("user", "assistant", "user"): [opening, ask, follow, ask],
-        (*turns, "user"): [opening, ask, follow, ask, follow, ask],
+        (*TURNS, "user"): [opening, ask, follow, ask, follow, ask],
     }
     if before is not None:
         expected[("system", "user")] = [before, after, ask]

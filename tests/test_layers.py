@@ -37,6 +37,7 @@ LAYERS = {  # from the lowest
         "pickled",
         "plan",
         "reader",
+        "rendering",
         "resume",
         "rows",
         "runfolder",

@@ -9,7 +9,7 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from onecard import prompt, template
+from onecard import prompt, rendering, template
 from onecard.errors import UserError
 from onecard.prompt import Conversation, Template, Turn, single
 from tests import tiny
@@ -184,9 +184,16 @@ def test_auto_is_the_text_of_the_chat_template(tokenizer):
             "last turn|begin with",
         ),
         ("{% for m in messages %}{{ m.content", "refuses"),
+        ("{{ 'x' * 10**11 }}", "memory"),
+        (
+            "{% for a in range(9**5) %}{% for b in range(9**5) %}{% endfor %}{% endfor %}",
+            "not read within 4 s",
+        ),
     ],
 )
-def test_a_chat_template_that_cannot_be_used_is_refused(broken, word):
+def test_a_chat_template_that_cannot_be_used_is_refused(monkeypatch, broken, word):
+    """Whatever a stranger's template does: one message, after seconds, in little memory."""
+    monkeypatch.setattr(rendering, "SECONDS", 4)
     made = tiny.tokenizer()
     made.chat_template = broken
     with pytest.raises(UserError, match=word) as caught:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import datetime
 import json
 import os
 import pickle
@@ -94,6 +95,7 @@ def test_a_broken_row_of_a_table_is_named(tmp_path, content, line, word):
     bad = [row for row in found if isinstance(row, BadRow)]
     assert [row.line for row in bad] == [line]
     assert word in bad[0].reason
+    assert bad[0].text.strip()
     with pytest.raises(UserError, match=f"rows.csv:{line}:1") as caught:
         encode(path)
     assert caught.value.code == DATA
@@ -117,7 +119,7 @@ def test_damaged_parquet_is_named_and_crashes_nothing(tmp_path):
     whole = list(reader.read_rows(path))
     damaged = [content[:n] for n in (0, 1, 8, len(content) // 2, len(content) - 1)]
     damaged.append(content[:-8] + bytes(8))
-    for _ in range(200):
+    for _ in range(12):
         raw = bytearray(content)
         raw[generator.integers(len(raw))] ^= 1 << int(generator.integers(8))
         damaged.append(bytes(raw))
@@ -127,7 +129,59 @@ def test_damaged_parquet_is_named_and_crashes_nothing(tmp_path):
         code, count = outcome(path)
         refused += code == DATA
         assert (code, count) in ((DATA, 0), (0, len(whole)))
-    assert refused > 20
+    assert refused > 5
+
+
+def test_a_parquet_reader_that_crashes_takes_nothing_with_it(tmp_path, monkeypatch):
+    """The library is foreign code on a foreign file: exit 3, and what was read before is named."""
+    path = as_files(tmp_path, tiny.rows(5))[4]
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "pyarrow").mkdir()
+    (tmp_path / "pyarrow" / "__init__.py").write_text("import os; os.abort()")
+    with pytest.raises(UserError, match=r"rows\.parquet.*after row 0: its reader crashed") as caught:
+        list(reader.read_rows(path))
+    assert caught.value.code == DATA
+
+
+def test_what_is_no_text_in_a_parquet_file(tmp_path):
+    """Times are their text; bytes are named."""
+    values = [{"instruction": "a", "output": b"x", "at": datetime.datetime(2026, 1, 2)}]
+    values.append({"instruction": "b", "output": None, "at": None})
+    parquet.write_table(pyarrow.Table.from_pylist(values), tmp_path / "rows.parquet")
+    found = list(reader.read_rows(tmp_path / "rows.parquet"))
+    assert [row.reason for row in found] == [
+        "'output' must be text, this is an object",
+        "the row has no 'output'",
+    ]
+    assert "2026-01-02" in found[0].text
+
+
+def test_what_becomes_of_long_rows(tmp_path, harness, tiny_model):
+    """D6: cut, dropped into the file of rejected rows, or named; rows in = rows used + rows reported."""
+    values = [{"instruction": "say", "output": "word " * (200 if i % 3 == 0 else 5)} for i in range(12)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(values))
+    limit = {"cutoff_len": 400}
+    cut = encode(path, **limit).encoding
+    assert (cut.read, cut.cut, len(cut.examples), len(cut.rejected)) == (12, 4, 12, 0)
+    end = tiny.tokenizer().eos_token_id
+    last = [int(cut.examples[i][0][-1]) == end for i in range(12)]
+    assert last == [i % 3 != 0 for i in range(12)]  # the rule: an answer cut short has no end token
+    dropped = encode(path, long_rows="drop", **limit).encoding
+    assert (dropped.read, len(dropped.examples), len(dropped.rejected)) == (12, 8, 4)
+    assert [row.line for row in dropped.rejected] == [1, 4, 7, 10]
+    with pytest.raises(
+        UserError, match=r"rows.json: row 1: longer than --cutoff_len 400.*--long_rows"
+    ) as caught:
+        encode(path, long_rows="stop", **limit)
+    assert caught.value.code == DATA
+    flags = {"model_path": tiny_model, "data_path": path, "output_path": tmp_path / "run", "bits": 16}
+    more = {"max_steps": 1, "test_size": 2, "device": "cpu", "long_rows": "drop", **limit}
+    answer = harness.run("finetune", {**flags, **more})
+    assert answer["code"] == 0, answer["said"]
+    rejected = (tmp_path / "run" / "rejected_rows.jsonl").read_text().splitlines()
+    assert len(rejected) == 4
+    assert "longer than --cutoff_len 400" in rejected[0]
 
 
 def outcome(path: Path) -> tuple[int, int]:
