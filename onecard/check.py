@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import html
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -105,12 +106,14 @@ def _look(made: Conversation, row: Row, control: re.Pattern, seen: set[bytes]) -
 
     texts = [text for turn in made.turns for text in (turn.text, turn.input) if text]
     whole = "\0".join(f"{turn.role}\0{turn.text}\0{turn.input}" for turn in made.turns)
-    digest = hashlib.blake2b(whole.encode(), digest_size=16).digest()
+    digest = hashlib.blake2b(INVISIBLE.sub("", whole).encode(), digest_size=16).digest()
     asked = [turn for turn in made.turns if turn.role == "user"]
     pairs = zip(made.turns, made.turns[1:], strict=False)
     checks = {
         "duplicates": digest in seen,
-        "empty outputs": any(not t.text.strip() for t in made.turns if t.role in prompt.TARGETS),
+        "empty outputs": any(
+            not INVISIBLE.sub("", t.text).strip() for t in made.turns if t.role in prompt.TARGETS
+        ),
         "instruction equal to input": any(t.input and t.text.strip() == t.input.strip() for t in asked),
         "answer equal to question": any(
             b.role == ASSISTANT and a.text.strip() == b.text.strip() for a, b in pairs
@@ -243,6 +246,8 @@ def clean(value: Any, repair: bool) -> Any:
 
             value = ftfy.fix_encoding(value)
         return INVISIBLE.sub("", value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no word for it
     if isinstance(value, list):
         return [clean(item, repair) for item in value]
     if isinstance(value, dict):

@@ -10,18 +10,18 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from onecard import fingerprint
 from onecard.errors import DATA, UserError
 from onecard.prompt import Conversation
 from onecard.schemas import BadRow
 
 Encoded = tuple[list[int], list[bool], bool]  # ids, is_target, was something cut
-Encode = Callable[[list[Conversation], list[int]], list[Encoded | ValueError]]  # rows and their numbers
-BATCH = 256  # rows that are encoded at a time
+Encode = Callable[[list[Conversation], list[int]], list[Encoded | BadRow]]  # rows and their numbers
+BATCH, BATCH_TEXT = 256, 1 << 20  # rows, characters that are encoded at a time
 FIELDS = {  # of Examples, each a file of its own
     "ids": np.int32,
     "is_target": np.bool_,
@@ -73,6 +73,7 @@ class Writer:
 
     def __init__(self, folder: Path):
         self.folder, self.digest, self.end = folder, hashlib.sha256(), 0
+        self.digests = {name: hashlib.sha256() for name in FIELDS}
         self.files = {name: open(folder / name, "wb") for name in FIELDS}  # noqa: SIM115 (closed in done)
         self._put("offsets", array("q", [0]).tobytes())
 
@@ -88,6 +89,7 @@ class Writer:
 
     def _put(self, name: str, raw: bytes) -> None:
         self.files[name].write(raw)
+        self.digests[name].update(raw)
         if name in ("ids", "is_target", "offsets"):
             self.digest.update(raw)
 
@@ -96,17 +98,20 @@ class Writer:
             file.close()
         sizes = {name: (self.folder / name).stat().st_size for name in FIELDS}
         counts = {"read": read, "cut": cut, "dropped": dropped, "rejected": rejected}
-        record = {**counts, "sha256": self.digest.hexdigest(), "bytes": sizes}
+        digests = {name: digest.hexdigest() for name, digest in self.digests.items()}
+        record = {**counts, "sha256": self.digest.hexdigest(), "bytes": sizes, "files": digests}
         text = json.dumps(record, default=dataclasses.asdict)
         (self.folder / RECORD).write_text(text, encoding="utf-8", errors="surrogatepass")
         return load(self.folder)
 
 
-def load(folder: Path) -> Encoding | None:
-    """What a Writer left in a folder, mapped; None when it is not whole."""
+def load(folder: Path, verify: bool = False) -> Encoding | None:
+    """What a Writer left in a folder, mapped; None when it is not whole. verify: compare every byte."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8", errors="surrogatepass"))
         if any((folder / name).stat().st_size != record["bytes"][name] for name in FIELDS):
+            return None
+        if verify and any(fingerprint.sha256(folder / name) != record["files"][name] for name in FIELDS):
             return None
         examples = Examples(**{name: _mapped(folder / name, dtype) for name, dtype in FIELDS.items()})
         rejected = [BadRow(**row) for row in record["rejected"]]
@@ -121,10 +126,7 @@ def _mapped(path: Path, dtype: type) -> np.ndarray:
 
 
 def encode_rows(rows: Iterable[Conversation | BadRow], encode: Encode, folder: Path) -> Encoding:
-    """Encode rows into a folder and drop those with no target; bad rows are collected.
-
-    encode gives a ValueError for a row that does not fit its template.
-    """
+    """Encode rows into a folder and drop those with no target; bad rows are collected."""
     writer, rejected = Writer(folder), []
     number = cut = dropped = 0
     for number, made in _encoded(rows, encode):
@@ -196,15 +198,24 @@ def encode_documents(
 
 def _encoded(rows: Iterable[Conversation | BadRow], encode: Encode) -> Iterator[tuple[int, Encoded | BadRow]]:
     """(number, what became of the row) for all rows in their order."""
-    numbered = enumerate(rows, start=1)
-    while batch := list(islice(numbered, BATCH)):
+    for batch in _batches(enumerate(rows, start=1)):
         good = [(number, row) for number, row in batch if not isinstance(row, BadRow)]
         made = iter(encode([row for _, row in good], [number for number, _ in good]))
         for number, row in batch:
-            found = row if isinstance(row, BadRow) else next(made)
-            if isinstance(found, ValueError):
-                found = BadRow(number, 0, str(found), row.turns[-1].text[:2000])
-            yield number, found
+            yield number, row if isinstance(row, BadRow) else next(made)
+
+
+def _batches(rows: Iterator[tuple[int, Conversation | BadRow]]) -> Iterator[list]:
+    """A few rows at a time, fewer when they are long."""
+    batch, size = [], 0
+    for number, row in rows:
+        batch.append((number, row))
+        size += 0 if isinstance(row, BadRow) else sum(len(turn.text) for turn in row.turns)
+        if len(batch) == BATCH or size > BATCH_TEXT:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def repeated(places: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:
@@ -226,7 +237,7 @@ def split(count: int, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarr
     if validation >= count:
         raise UserError(
             f"--test_size {test_size:g} asks for {validation} of {count} usable rows.",
-            "Leave some to train on.",
+            "Leave some to train on; --test_size 0 takes none.",
             DATA,
         )
     order = np.random.default_rng([seed, 0x5EED]).permutation(count)

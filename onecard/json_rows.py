@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from onecard.errors import DATA, UserError
-from onecard.schemas import BadRow
+from onecard.schemas import BadRow, RowError, recognise
 
 CHUNK = 1 << 20  # characters read at a time
 LONGEST_ROW = 32 << 20  # characters; anything longer is a mistake in the file
+TURN = {"role", "from"}  # keys of a turn, which is no row
+KEPT = 100_000  # characters of a row that is longer
 
 
 def values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
@@ -31,15 +33,15 @@ def values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
     # bytes that are not UTF-8 become lone surrogates, which schemas.check names
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         start = _first_character(file, path)
-        is_array = start == "[" and not _is_lines_of_lists(file, path)
+        is_array = start == "[" and not _is_lines_of_lists(file)
         yield from _array_values(file) if is_array else _line_values(file)
 
 
-def _is_lines_of_lists(file: io.TextIOBase, path: Path) -> bool:
+def _is_lines_of_lists(file: io.TextIOBase) -> bool:
     """Whether each line is a list of its own (dialogues), not the file one array of rows."""
     first, second = file.readline(LONGEST_ROW), file.readline(CHUNK)
     file.seek(0)
-    if not (second.lstrip().startswith("[") or (path.suffix == ".jsonl" and not second.strip())):
+    if not second.lstrip().startswith("["):  # a single line is one array, whatever the file is called
         return False
     try:
         return isinstance(_DECODER.decode(first.strip()), list)
@@ -68,7 +70,7 @@ def _line_values(file: io.TextIOBase) -> Iterator[tuple[int, int, Any, str]]:
         if not text.strip():
             continue
         if len(text) > LONGEST_ROW:
-            yield line, 1, BadRow(line, 1, _too_long(), text[:1000], text[:80]), ""
+            yield line, 1, BadRow(line, 1, too_long(), text[:1000], text[:80]), ""
             while text and not text.endswith("\n"):
                 text = file.readline(CHUNK)
             continue
@@ -87,8 +89,9 @@ def _array_values(file: io.TextIOBase) -> Iterator[tuple[int, int, Any, str]]:
     window = _Window(file)
     window.skip(_BLANK)
     window.advance(1)  # the opening bracket
-    first = True
+    first, known = True, None  # known: keys of the last whole row
     while True:
+        above = window.line
         window.skip(_BLANK)
         if window.peek() == "]":
             window.advance(1)
@@ -107,16 +110,18 @@ def _array_values(file: io.TextIOBase) -> Iterator[tuple[int, int, Any, str]]:
             window.skip(_BLANK)
         first = False
         line, column = window.place()
+        opening, starts_line = window.peek(), line > above
         try:
             value, end = window.decode()
         except ValueError as error:
             bad = lost or window.bad(_reason(error), getattr(error, "pos", window.position))
-            skipped = window.to_next_row()
+            skipped = window.to_next_row(opening, column - 1 if starts_line else None, known)
             yield line, column, dataclasses.replace(bad, text=skipped), ""
             first = True  # to_next_row has already passed the comma
-            if window.ended and not window.peek():
+            if not window.peek():
                 return
             continue
+        known = frozenset(value) if isinstance(value, dict) else None
         text = window.text[window.position : end]
         window.advance(end - window.position)
         yield line, column, dataclasses.replace(lost, text=text) if lost else value, text
@@ -129,9 +134,9 @@ class _Window:
         self.file, self.text, self.position, self.ended = file, "", 0, False
         self.line, self.column = 1, 1  # of `position`
 
-    def more(self) -> bool:
-        if len(self.text) - self.position > LONGEST_ROW:
-            raise ValueError(_too_long())
+    def more(self, any_length: bool = False) -> bool:
+        if len(self.text) - self.position > LONGEST_ROW and not any_length:
+            raise ValueError(too_long())
         self._forget()
         piece = "" if self.ended else self.file.read(max(CHUNK, len(self.text)))
         self.ended = not piece
@@ -185,28 +190,83 @@ class _Window:
         near = self.text[max(self.position, position - 40) : position + 80]
         return BadRow(*self.place(position), reason, near, near)
 
-    def to_next_row(self) -> str:
-        """Move to what looks like the next row, a brace after a closing brace and a comma, or to the end.
+    def to_next_row(self, opening: str, indent: int | None, known: frozenset[str] | None) -> str:
+        """Move to what looks like the next row, or to the end; returns the text that was passed over.
 
-        Returns the text that was passed over, without the comma.
+        opening: the first character of the broken row; indent: of its line, when it starts one, and then the
+        next row is the next line with that indent and character (a text holds no line break). Otherwise it
+        is behind a closing bracket and a comma, and can be read as a row, with the keys `known` if there was
+        one; or it is broken too, and the brackets so far are even.
         """
+        bracket = re.escape(opening if opening in ("{", "[") else "{")
+        if indent is not None:
+            border = re.compile(rf"\n[ \t]{{{indent}}}(?={bracket})")
+        else:
+            border = re.compile(rf"[}}\]]\s*,\s*(?={bracket})")
+        passed = ""
         while True:
-            found = _NEXT_ROW.search(self.text, self.position)
-            if found or self.ended or len(self.text) - self.position > LONGEST_ROW:
-                end = found.start() + 1 if found else len(self.text)
-                skipped = self.text[self.position : end]
-                self.advance((found.end() if found else end) - self.position)
-                if not found:
-                    self.ended, self.text = True, self.text[: self.position]
-                return skipped
-            self.more()
+            found = self._border(border, indent is not None, known)
+            if found is None and not self.ended and len(self.text) - self.position > LONGEST_ROW:
+                keep = len(self.text) - CHUNK  # a row without end: only its beginning is kept
+                passed = (passed + self.text[self.position : keep])[:KEPT]
+                self.advance(keep - self.position)
+            if found is not None or not self.more(any_length=True):
+                break
+        end = len(self.text) if found is None else found
+        passed = passed or self.text[self.position : end]
+        self.advance(end - self.position)
+        return passed.rstrip().rstrip(",")
+
+    def _border(self, border: re.Pattern, by_line: bool, known: frozenset[str] | None) -> int | None:
+        """Where the next row starts, as far as the text is known."""
+        depth = _Depth(self.text, self.position)
+        for found in border.finditer(self.text, self.position):
+            even = depth.at(found.start() + 1) == 0
+            if by_line or self._is_row(found.end(), known, even):
+                return found.end()
+        return None
+
+    def _is_row(self, position: int, known: frozenset[str] | None, even: bool) -> bool:
+        try:
+            value, _ = _DECODER.raw_decode(self.text, position)
+        except (ValueError, RecursionError):
+            return even
+        if isinstance(value, list):
+            return bool(value) and all(isinstance(turn, dict) for turn in value)
+        if known is not None and value.keys() == known:
+            return True
+        return not value.keys() & TURN and (even if known is not None else is_recognised(value))
+
+
+class _Depth:
+    """How many brackets are open at a position that only moves forward; brackets in texts do not count."""
+
+    def __init__(self, text: str, position: int):
+        self.text, self.position, self.depth, self.quoted = text, position, 0, False
+
+    def at(self, position: int) -> int:
+        for found in _MARKS.finditer(self.text, self.position, position):
+            mark = found[0]
+            if mark == '"':
+                self.quoted = not self.quoted
+            elif not self.quoted and len(mark) == 1:
+                self.depth += 1 if mark in "{[" else -1
+        self.position = position
+        return self.depth
+
+
+def is_recognised(value: Any) -> bool:
+    try:
+        return bool(recognise(value))
+    except RowError:
+        return False
 
 
 def _reason(error: ValueError) -> str:
     return f"broken JSON, {error.msg.lower()}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
-def _too_long() -> str:
+def too_long() -> str:
     return f"a row of more than {LONGEST_ROW >> 20} million characters"
 
 
@@ -231,4 +291,4 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 _DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
 _BLANK = re.compile(r"[ \t\r\n]")
-_NEXT_ROW = re.compile(r"\}\s*,\s*(?=\{)")
+_MARKS = re.compile(r"\\.|[\"{}\[\]]", re.DOTALL)

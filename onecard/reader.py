@@ -18,6 +18,9 @@ from onecard.schemas import BadRow
 
 FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".pkl")
 EVALUATION = "--eval_data_path"
+LEFT_OUT = ".dropped.jsonl"  # what check_data.py leaves out of a clean file
+METADATA = ("dataset_infos.json", "dataset_dict.json", "state.json")  # of datasets on the hub
+TRAIN = re.compile(r"(^|[^a-z])train([^a-z]|$)")
 HEAVIEST = 1000  # weight of a file
 WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>\d+(\.\d+)?)")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -39,6 +42,8 @@ def sources(data_path: str, eval_data_path: str | None = None, fetch: Fetch | No
     Raises UserError (exit 3) when one does not exist or a folder holds none.
     """
     wanted = [("--data_path", data_path, False), (EVALUATION, eval_data_path or "", True)]
+    if not _parts(data_path):
+        raise UserError("--data_path is empty.", "Name a file of rows, a folder or a hub dataset.", DATA)
     return [
         dataclasses.replace(source, validation=validation)
         for flag, text, validation in wanted
@@ -55,7 +60,7 @@ def _parts(text: str) -> list[str]:
 
 
 def _source(text: str, flag: str, fetch: Fetch | None) -> list[Source]:
-    path, weight = Path(text), 1.0
+    path, weight, fetched = Path(text), 1.0, False
     weighted = WEIGHTED.fullmatch(text)
     if not path.exists() and weighted:
         path, weight = Path(weighted["path"]), float(weighted["weight"])
@@ -65,11 +70,13 @@ def _source(text: str, flag: str, fetch: Fetch | None) -> list[Source]:
     if flag == EVALUATION and weight != 1:
         problem = f"{flag} {text}: validation rows have no weight."
         raise UserError(problem, "Leave the number out: every row counts once.", DATA)
-    if not path.exists() and fetch and HUB_NAME.fullmatch(str(path)) and path.suffix not in FORMATS:
-        path = Path(fetch(str(path)))
+    if not path.exists() and fetch and HUB_NAME.fullmatch(str(path)) and _ending(path) not in FORMATS:
+        path, fetched = Path(fetch(str(path))), True
     if path.is_dir():
-        inside = (p for p in path.rglob("*") if p.suffix in FORMATS and not p.name.startswith("."))
-        files = sorted(p for p in inside if p.is_file())
+        inside = (p for p in path.rglob("*") if _ending(p) in FORMATS and p.is_file())
+        files = sorted(p for p in inside if _is_ours(p.relative_to(path)))
+        if fetched:  # of a dataset with named splits only the one to train on
+            files = [p for p in files if TRAIN.search(str(p.relative_to(path)).lower())] or files
         if not files:
             problem = f"{flag} {path}: the folder holds no file of rows."
             raise UserError(problem, f"Name a file, or a folder of {', '.join(FORMATS)}.", DATA)
@@ -78,6 +85,16 @@ def _source(text: str, flag: str, fetch: Fetch | None) -> list[Source]:
         problem = f"{flag} {path}: " + ("this is not a regular file." if path.exists() else "no such file.")
         raise UserError(problem, "Name a file of rows (JSON, JSONL, CSV, Parquet) or a folder of them.", DATA)
     return [Source(path, weight)]
+
+
+def _ending(path: Path) -> str:
+    return path.suffix.lower()
+
+
+def _is_ours(inside: Path) -> bool:
+    """Whether a file in a folder holds rows: not hidden, not what check_data left out of a clean file."""
+    hidden = any(part.startswith(".") for part in inside.parts)
+    return not hidden and not inside.name.endswith(LEFT_OUT) and inside.name not in METADATA
 
 
 def read_rows(path: str | Path, schema: str | None = None) -> Iterator[Conversation | BadRow]:
@@ -100,6 +117,8 @@ def conversation(
     """What one of values() is as a conversation."""
     if isinstance(value, BadRow):
         return value
+    if len(text) > json_rows.LONGEST_ROW:
+        return BadRow(line, column, json_rows.too_long(), text[: json_rows.KEPT])
     try:
         return schemas.conversation(value, schema)
     except schemas.RowError as error:
@@ -108,11 +127,12 @@ def conversation(
 
 def values(path: Path) -> Iterator[tuple[int, int, object, str]]:
     """(line, column, value or BadRow, text) of each row, whatever the format."""
-    if path.suffix in (".csv", ".tsv"):
+    ending = _ending(path)
+    if ending in (".csv", ".tsv"):
         return tables.csv_values(path)
-    if path.suffix == ".parquet":
+    if ending == ".parquet":
         return tables.parquet_values(path)
-    if path.suffix == ".pkl":
+    if ending == ".pkl":
         return map(_unwrapped, json_rows.values(pickled.as_jsonl(path)))
     return json_rows.values(path)
 

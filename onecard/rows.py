@@ -8,6 +8,7 @@ import atexit
 import bisect
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -23,10 +24,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from onecard import data, fingerprint, parallel, prompt, reader
+from onecard import data, fingerprint, parallel, prompt, reader, runfolder
 from onecard.config import FinetuneConfig
 from onecard.errors import DATA, DISK, UserError
-from onecard.prompt import Conversation, Template
+from onecard.prompt import Conversation, Template, Turn
 from onecard.reader import Source
 from onecard.schemas import BadRow
 
@@ -36,10 +37,12 @@ SFT, PRETRAIN = "sft", "pretrain"
 DOCUMENTS = ("context", "text")  # roles that are pre-trained on
 ENDS, MAKING = "ends.json", ".making-"
 ABANDONED = 24 * 3600  # seconds after which nobody works on it any more
-HOW = ("cutoff_len", "train_on", "train_on_inputs", "long_rows", "overlap", "schema", "skip_bad_rows")
+HOW = ("task", "cutoff_len", "train_on", "train_on_inputs", "long_rows", "overlap", "schema", "skip_bad_rows")
 CUT = "cut"
+CHAT_HERE = "a conversation among raw text: choose --task sft"
+RAW_HERE = "raw text among conversations: choose --task sft or pretrain"
 LONG_ROW = "Raise --cutoff_len, or say --long_rows cut or drop."
-BAD_ROW = "Mend the row, or leave bad rows out with --skip_bad_rows."
+BAD_ROW = "Mend the row, or leave bad rows out with --skip_bad_rows. tools/check_data.py lists all of them."
 
 
 @dataclasses.dataclass
@@ -51,6 +54,7 @@ class Rows:
     ends: np.ndarray  # int64 [sources], number of the last row of each file
     task: str
     fingerprint: str  # of the files' contents, their order and weights
+    folder: Path  # in the cache, if it could be kept
 
     @property
     def for_validation(self) -> np.ndarray:
@@ -96,21 +100,22 @@ def encode(
         "templates": [template.texts() for template in templates],
         "seed": options.seed if len(templates) > 1 else None,
         "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers")},
-        "task": task,
+        "as": task,
         **{name: getattr(options, name) for name in HOW},
     }
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
     folder = fingerprint.cache_folder() / "rows" / key
-    kept, ends = _kept(folder)
-    if kept is None:
-        kept, ends = _make(folder, options, sources, templates, tokenizer, task, content)
+    with _in_turn(folder):  # several processes of one run: the first encodes, the others find it done
+        kept, ends = _kept(folder, again)
+        if kept is None:
+            kept, ends = _make(folder, options, sources, templates, tokenizer, task, content)
     if not len(kept.examples):
         problem = (
             f"{options.data_path}: no usable row: {len(kept.rejected)} rejected, "
             f"{kept.dropped} with no target left after the cut at {options.cutoff_len} tokens."
         )
         raise UserError(problem, "Raise --cutoff_len or check the rows.", DATA)
-    return Rows(kept, sources, np.array(ends), task, content)
+    return Rows(kept, sources, np.array(ends), task, content, folder)
 
 
 def _task(source: Source, schema: str | None) -> str:
@@ -121,11 +126,26 @@ def _task(source: Source, schema: str | None) -> str:
     return SFT
 
 
-def _kept(folder: Path) -> tuple[data.Encoding | None, list[int]]:
+@contextlib.contextmanager
+def _in_turn(folder: Path) -> Iterator[None]:
+    """One process of this machine at a time; without a cache to write into all at once."""
+    try:
+        locks = fingerprint.cache_folder() / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        file = open(locks / folder.name, "w")  # noqa: SIM115
+    except OSError:
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _kept(folder: Path, again: bool = False) -> tuple[data.Encoding | None, list[int]]:
     with contextlib.suppress(OSError, ValueError):
         ends = json.loads((folder / ENDS).read_text(encoding="utf-8"))
         os.utime(folder)  # the last to be thrown out
-        return data.load(folder), ends
+        return data.load(folder, again), ends
     return None, []
 
 
@@ -142,20 +162,36 @@ def _make(
     how = (options.train_on_inputs, options.train_on)
     too_long = f"longer than --cutoff_len {options.cutoff_len}"
 
-    def encode_all(found: list[Conversation], numbers: list[int]) -> list[data.Encoded | ValueError]:
+    def encode_all(found: list[Conversation], numbers: list[int]) -> list[data.Encoded | BadRow]:
         chosen = [templates[_choice(options.seed, number, len(templates))] for number in numbers]
         limit = options.cutoff_len if task == SFT else sys.maxsize
         made = prompt.encode_many(found, limit, chosen, tokenizer, *how)
         if options.long_rows != CUT:
             made = [ValueError(too_long) if isinstance(one, tuple) and one[2] else one for one in made]
-        return [_misfit(row, task, options.task) or one for row, one in zip(found, made, strict=True)]
+        for place, (row, number) in enumerate(zip(found, numbers, strict=True)):
+            wrong = _misfit(row, task, options.task) or made[place]
+            if isinstance(wrong, ValueError):
+                made[place] = rejected(row, number, str(wrong))
+        return made
+
+    def rejected(row: Conversation, number: int, reason: str) -> BadRow:
+        """A row that only its encoding showed; raises UserError unless it may be left out."""
+        file = bisect.bisect_left(ends, number)
+        path, here = sources[file].path, number - ([0, *ends][file])
+        bad = BadRow(here, 0, reason, row.turns[-1].text[:2000], file=str(path))
+        left_out = reason == too_long and options.long_rows == "drop"
+        mixed = options.task == "auto" and reason in (RAW_HERE, CHAT_HERE)  # which is which hangs on order
+        if mixed or not (options.skip_bad_rows or left_out):
+            fix = {too_long: LONG_ROW, RAW_HERE: "", CHAT_HERE: ""}.get(reason, BAD_ROW)
+            raise UserError(f"{bad.describe(path)}.", fix, DATA)
+        return bad
 
     ends: list[int] = []
 
     def border(number: int) -> bool:
-        """Whether training rows end before this row and validation rows begin."""
+        """Whether another use begins with this row: validation, or another weight."""
         here, before = (sources[bisect.bisect_left(ends, n)] for n in (number, number - 1))
-        return number > 1 and here.validation != before.validation
+        return number > 1 and (here.validation, here.weight) != (before.validation, before.weight)
 
     with _workplace(folder) as (temporary, is_kept):
         found = _read(sources, options, ends)
@@ -164,13 +200,6 @@ def _make(
             made = data.encode_documents(found, encode_all, length, overlap, border, temporary)
         else:
             made = data.encode_rows(found, encode_all, temporary)
-        left_out = too_long if options.long_rows == "drop" else ""
-        bad = next((row for row in made.rejected if row.reason != left_out), None)
-        if bad and not options.skip_bad_rows:  # one that only its encoding showed
-            file = bisect.bisect_left(ends, bad.line)
-            bad = dataclasses.replace(bad, line=bad.line - ([0, *ends][file]))
-            fix = LONG_ROW if bad.reason == too_long else BAD_ROW
-            raise UserError(f"{bad.describe(sources[file].path)}.", fix, DATA)
         if fingerprint_of(sources) != content:
             problem = f"{options.data_path}: changed while it was read."
             raise UserError(problem, "Start again when it is complete.", DATA)
@@ -207,7 +236,7 @@ def _workplace(folder: Path) -> Iterator[tuple[Path, bool]]:
 
 def _keep(temporary: Path, folder: Path) -> None:
     """Move what was made to its place in the cache, instead of a damaged one."""
-    if folder.exists() and _kept(folder)[0] is None:
+    if folder.exists() and _kept(folder, again=True)[0] is None:
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # another process was faster
         temporary.rename(folder)
@@ -217,9 +246,9 @@ def _keep(temporary: Path, folder: Path) -> None:
 def _misfit(row: Conversation, task: str, asked: str) -> ValueError | None:
     """What is wrong with a row of the other kind."""
     if task == PRETRAIN and not row.is_raw:
-        return ValueError("a conversation among raw text: choose --task sft")
+        return ValueError(CHAT_HERE)
     if asked == "auto" and task == SFT and row.turns[-1].role in DOCUMENTS:
-        return ValueError("raw text among conversations: choose --task sft or pretrain")
+        return ValueError(RAW_HERE)
     return None
 
 
@@ -232,7 +261,7 @@ def _read(sources: list[Source], options: FinetuneConfig, ends: list[int]) -> It
                 if isinstance(row, BadRow) and not options.skip_bad_rows:
                     raise UserError(f"{row.describe(source.path)}.", BAD_ROW, DATA)
                 number += 1
-                yield row
+                yield dataclasses.replace(row, file=str(source.path)) if isinstance(row, BadRow) else row
                 bar.update()
             ends.append(number)
 
@@ -247,7 +276,8 @@ def _choice(seed: int, number: int, count: int) -> int:
 def _make_room(newest: Path) -> None:
     """Throw out what was not used for longest, until the cache is small enough again."""
     with contextlib.suppress(OSError):
-        folders = sorted(newest.parent.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
+        folders = [folder for folder in newest.parent.iterdir() if folder.is_dir()]
+        folders.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
         used = 0
         for folder in folders:
             making = folder.name.startswith(MAKING)
@@ -258,6 +288,16 @@ def _make_room(newest: Path) -> None:
 
 
 def picked(rows: Rows, places: np.ndarray, schema: str | None) -> list[Conversation]:
-    """The conversations of these examples, read again."""
+    """The conversations of these examples: read again once, then kept beside the encoded rows."""
     numbers = rows.encoding.examples.numbers[places].tolist()
-    return reader.pick_rows([source.path for source in rows.sources], numbers, schema)
+    if not numbers:
+        return []
+    name = hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
+    place = rows.folder / f"picked-{name}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        kept = json.loads(place.read_text(encoding="utf-8"))
+        return [Conversation(tuple(Turn(*turn) for turn in turns)) for turns in kept]
+    found = reader.pick_rows([source.path for source in rows.sources], numbers, schema)
+    with contextlib.suppress(OSError):
+        runfolder.write_json(place, [row.turns for row in found])
+    return found

@@ -37,6 +37,7 @@ class BadRow:
     reason: str
     text: str
     near: str = ""
+    file: str = ""
 
     def describe(self, path: Path) -> str:
         excerpt = " ".join((self.near or self.text)[:80].split())
@@ -57,6 +58,8 @@ def conversation(value: Any, schema: str | None = None) -> Conversation:
 
     Raises RowError with the reason.
     """
+    if schema not in (None, "dialogue") and not isinstance(value, dict):
+        raise RowError(f"a row must be an object, this is {kind(value)}")
     made = SCHEMAS[schema or recognise(value)](value)
     check(made)
     return made
@@ -68,12 +71,13 @@ def recognise(value: Any) -> str:
         return "dialogue"
     if not isinstance(value, dict):
         raise RowError(f"a row must be an object, this is {kind(value)}")
+    there = {key for key, field in value.items() if field is not None}
     for name, keys in KEYS.items():
-        if keys <= value.keys() and not (name == "chat" and not isinstance(value["input"], list)):
+        if keys <= there and not (name == "chat" and not isinstance(value["input"], list)):
             return name
     for keys in KEYS.values():  # a row that lacks one key is named by it
-        if "instruction" in keys & value.keys():
-            raise RowError(f"the row has no {min(keys - value.keys())!r}")
+        if "instruction" in keys & there:
+            raise RowError(f"the row has no {min(keys - there)!r}")
     shown = ", ".join(map(str, list(value)[:8])) or "none"
     known = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, keys in KEYS.items())
     raise RowError(f"a row with the keys {shown} has no known schema ({known})")

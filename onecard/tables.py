@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,9 +13,11 @@ from tqdm import tqdm
 
 from onecard import child
 from onecard.errors import DATA, DISK, UserError
+from onecard.json_rows import LONGEST_ROW
 from onecard.schemas import BadRow
 
-LONGEST_FIELD = 64 << 20  # characters
+LONGEST_FIELD = LONGEST_ROW  # characters
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
 LONGEST_TEXT = 100_000  # characters of a broken row that are kept
 ROWS = 1000  # of a Parquet file, held at a time
 MEMORY = 8 << 30  # bytes of address space for the child that reads one
@@ -23,22 +26,26 @@ MEMORY = 8 << 30  # bytes of address space for the child that reads one
 def csv_values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
     """(line, column, value or BadRow, text) of each row of a CSV file (TSV by its name) with a header.
 
-    Raises UserError (exit 3) when there is no header.
+    Where a row is broken, as by a quote that is never closed, its first line is the bad row, and what follows
+    is read anew. Raises UserError (exit 3) when there is no header.
     """
     csv.field_size_limit(LONGEST_FIELD)
+    with path.open("rb") as raw:
+        if raw.read(2) in UTF16:
+            raise UserError(f"{path}: UTF-16 text.", "Save it as UTF-8.", DATA)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        lines: list[str] = []  # of the row that is read
-        delimiter = "\t" if path.suffix == ".tsv" else ","
-        rows = csv.reader(_kept(file, lines), strict=True, delimiter=delimiter)
+        lines = _Lines(file)
+        settings = {"strict": True, "delimiter": "\t" if path.suffix.lower() == ".tsv" else ","}
+        rows = csv.reader(lines, **settings)
         header = _header(rows, path)
         while True:
-            line = rows.line_num + 1
-            lines.clear()
+            line = lines.begin()
             try:
                 fields = next(rows, None)
             except csv.Error as error:
-                text = "".join(lines)[:LONGEST_TEXT]
+                text = lines.back_to_second()[:LONGEST_TEXT]
                 yield line, 1, BadRow(line, 1, f"broken CSV, {error}", text), text
+                rows = csv.reader(lines, **settings)
                 continue
             if fields is None:
                 return
@@ -50,10 +57,32 @@ def csv_values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
                 yield line, 1, BadRow(line, 1, reason, text), text
 
 
-def _kept(file: Iterable[str], lines: list[str]) -> Iterator[str]:
-    for line in file:
-        lines.append(line)
-        yield line
+class _Lines:
+    """The lines of a file, of which those of the row that is read can be given again."""
+
+    def __init__(self, file: Iterable[str]):
+        self.file, self.row, self.again, self.read = iter(file), [], deque(), 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self.again.popleft() if self.again else next(self.file)
+        self.row.append(line)
+        return line
+
+    def begin(self) -> int:
+        """A new row begins; returns the number of its line."""
+        self.read += len(self.row)
+        self.row.clear()
+        return self.read + 1
+
+    def back_to_second(self) -> str:
+        """Give all lines of this row but the first again; returns the first."""
+        first, *others = self.row
+        self.again.extendleft(reversed(others))
+        self.row[:] = [first]
+        return first
 
 
 def _header(rows: Any, path: Path) -> list[str]:

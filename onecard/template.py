@@ -43,10 +43,16 @@ def load(name: str, tokenizer: Any) -> Template:
             f"--template {name}: the tokenizer has no token {', '.join(missing)}.",
             "Choose a template without control tokens, or add them with tools/prepare_base_model.py.",
         )
-    if template.controls():  # ordinary tokens, if that is what they are, could be written by a row
-        extra = {"extra_special_tokens": sorted(template.controls())}
-        tokenizer.add_special_tokens(extra, replace_extra_special_tokens=False)
+    _promote(tokenizer, sorted(template.controls()))
     return template
+
+
+def _promote(tokenizer: Any, tokens: list[str]) -> None:
+    """Make tokens of a template control tokens; ordinary ones could be written by a row."""
+    new = [token for token in tokens if token not in tokenizer.all_special_tokens]
+    if new:
+        extra = {"extra_special_tokens": new}
+        tokenizer.add_special_tokens(extra, replace_extra_special_tokens=False)
 
 
 def _path(name: str) -> Path:
@@ -167,6 +173,7 @@ def _inferred(tokenizer: Any) -> Template:
 
     opening, ask, follow, again, last = render(*TURNS)
     control = sorted({*tokenizer.all_special_tokens, *_added(tokenizer)}, key=len, reverse=True)
+    _promote(tokenizer, [token for token in control if any(token in (text or "") for text in texts)])
     found = re.search("|".join(map(re.escape, control)), follow) if control else None
     if not found:
         raise _UnfitError("no control token ends an answer")
@@ -208,4 +215,4 @@ def _inferred(tokenizer: Any) -> Template:
 
 
 def _added(tokenizer: Any) -> list[str]:
-    return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip()]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onecard import batching, data, json_rows, reader
+from onecard import batching, data, json_rows, reader, schemas
 from onecard.errors import DATA, UserError
 from onecard.prompt import Conversation, single
 from onecard.schemas import BadRow
@@ -546,3 +546,49 @@ def test_a_huge_line_is_rejected_without_being_held(tmp_path):
     assert memory_rise(lambda: found.extend(reader.read_rows(path))) < 200 << 20
     assert "more than 32 million characters" in found.pop(1).reason
     assert found == [conversation(GOOD[0])] * 2
+
+
+ROLES = [(role, number) for number in (1, 2) for role in ("user", "assistant")]
+NESTED = {
+    "openai": {"messages": [{"role": role, "content": f"{role} {number}"} for role, number in ROLES]},
+    "sharegpt": {"conversations": [{"from": role, "value": f"{role} {number}"} for role, number in ROLES]},
+    "chitchat": {"history": [{"input": "a", "output": "b"}], "input": "c", "output": "d"},
+    "chat": {"input": ["a", "b"], "output": ["c", "d"]},
+    "dialogue": [{"instruction": f"a {i}", "input": "", "output": f"b {i}"} for i in range(3)],
+}
+# a list that does not end has those behind it in it, so that one is left out
+LOST = [(name, mark) for name in NESTED for mark in ',"{}]' if (name, mark) != ("dialogue", "]")]
+NESTED_LAYOUTS = {
+    "indented": lambda texts: "[\n  " + ",\n  ".join(t.replace("\n", "\n  ") for t in texts) + "\n]",
+    "a line each": lambda texts: "[" + ",\n".join(texts) + "\n]",
+    "one line": lambda texts: "[" + ", ".join(t.replace("\n", "") for t in texts) + "]",
+}
+
+
+@pytest.mark.parametrize("where", [0, 2, 4], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("kind", NESTED_LAYOUTS)
+@pytest.mark.parametrize(("schema", "mark"), LOST)
+def test_a_broken_row_of_turns_takes_no_other_with_it(tmp_path, mark, schema, kind, where):
+    """One character lost inside a row: no part of it is taken for a row, all rows behind it are read."""
+    rows = [NESTED[schema] for _ in range(5)]
+    texts = [json.dumps(row, indent=2 if kind == "indented" else None) for row in rows]
+    text = texts[where]
+    place = text.index(mark, text.index('"') + 1) if mark in text[3:] else len(text) - 1
+    texts[where] = texts[where][:place] + texts[where][place + 1 :]
+    found = read(tmp_path / "rows.json", NESTED_LAYOUTS[kind](texts))
+    bad = [row for row in found if isinstance(row, BadRow)]
+    good = schemas.conversation(NESTED[schema])
+    assert [row for row in found if row not in bad] == [good] * 4
+    assert len(bad) == 1
+
+
+def test_rows_behind_an_endless_row_of_an_array_are_read(tmp_path, monkeypatch):
+    """One bad row that is named; the others are rows, and little of it was held."""
+    monkeypatch.setattr(json_rows, "LONGEST_ROW", 5000)
+    monkeypatch.setattr(json_rows, "CHUNK", 500)
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    long = {"messages": [{"role": "user", "content": "q" * 60_000}, {"role": "assistant", "content": "a"}]}
+    for layout_ in (NESTED_LAYOUTS["a line each"], NESTED_LAYOUTS["one line"]):
+        found = read(tmp_path / "rows.json", layout_([json.dumps(r) for r in (row, long, row, row)]))
+        assert [isinstance(one, BadRow) for one in found] == [False, True, False, False]
+        assert "characters" in found[1].reason

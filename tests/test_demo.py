@@ -65,7 +65,7 @@ def test_the_default_run_says_what_it_does(readme):
         r"recompute   off \(gradient checkpointing\): .+",
         r"rows        205 to train on, 11 for validation; .+",
         r"steps       26 of 16 rows \(13 an epoch\), rate 0.003 linear, warm-up 5 steps",
-        r"adapter     460,800 of 134,[\d,]+ parameters \(0.34 %\), .+ in q_proj, v_proj",
+        r"trained     460,800 of 134,[\d,]+ parameters \(0.34 %\), .+ in q_proj, v_proj",
         r"micro-batch 2048 tokens: .+",
         r"validation at step 0: loss [\d.]+, [\d.]+ % of target tokens right",
         r"step 26/26  loss [\d.]+  [\d.]+ rows/s, \d+ tokens/s  [\d.]+ GiB  0 s left",

@@ -6,6 +6,9 @@ import datetime
 import json
 import os
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -340,14 +343,13 @@ def test_dialogues_one_a_line(tmp_path):
     dialogues = [[row, other] for row, other in zip(tiny.rows(6), tiny.rows(12)[6:], strict=True)]
     (tmp_path / "a.json").write_text(json.dumps(dialogues))
     digests = set()
-    for name, count in (("b.jsonl", 6), ("c.txt", 6), ("one.jsonl", 1)):
+    for name, count in (("b.jsonl", 6), ("c.txt", 6)):
         path = tmp_path / name
         path.write_text("".join(json.dumps(dialogue) + "\n" for dialogue in dialogues[:count]))
         found = list(reader.read_rows(path))
         assert len(found) == count
         assert all(len(row.turns) == 4 for row in found)
-        if count == 6:
-            digests.add(encode(path, cutoff_len=999).encoding.sha256)
+        digests.add(encode(path, cutoff_len=999).encoding.sha256)
     assert digests == {encode(tmp_path / "a.json", cutoff_len=999).encoding.sha256}
 
 
@@ -551,3 +553,170 @@ def test_json_to_parquet_streams_and_gives_the_same_rows(tmp_path):
         tables.write_parquet([tmp_path / "bad.jsonl"], reader.values, tmp_path / "bad.parquet")
     assert caught.value.code == DATA
     assert not list(tmp_path.glob("*bad.parquet*"))
+
+
+def test_an_array_on_one_line_is_an_array(tmp_path):
+    """What json.dump writes, whatever the file is called: rows, not one long conversation."""
+    for name in ("a.json", "a.jsonl", "a.txt"):
+        (tmp_path / name).write_text(json.dumps(tiny.rows(5)))
+        assert [len(row.turns) for row in reader.read_rows(tmp_path / name)] == [2] * 5
+
+
+def test_a_quote_that_is_never_closed_takes_one_row(tmp_path):
+    """The rows behind it are read; rows in = rows used + rows reported."""
+    lines = ["instruction,output", *(f"say {i},word {i}" for i in range(50))]
+    lines[10] = '"say 9,word 9'
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    found = list(reader.read_rows(tmp_path / "rows.csv"))
+    bad = [row for row in found if isinstance(row, BadRow)]
+    assert [(row.line, row.text) for row in bad] == [(11, '"say 9,word 9\n')]
+    assert len(found) == 50
+    assert found[-1].turns[-1].text == "word 49"
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.csv", "instruction,output\n"), ("a.parquet", None)])
+def test_a_table_without_rows_is_exit_3(tmp_path, name, content):
+    path = tmp_path / name
+    if content:
+        path.write_text(content)
+    else:
+        parquet.write_table(pyarrow.table({"instruction": pyarrow.array([], pyarrow.string())}), path)
+    with pytest.raises(UserError, match="no usable row") as caught:
+        encode(path)
+    assert caught.value.code == DATA
+
+
+@pytest.mark.parametrize(
+    "content", ["instruction,output\na,b\n".encode("utf-16"), b"\0" * 40, b"[\0]", b'{"text": "a\0b"}']
+)
+def test_bytes_that_are_no_text_are_named(tmp_path, content):
+    """D3: UTF-16 tables as Excel writes them, and NUL bytes; never a traceback."""
+    path = tmp_path / ("rows.csv" if content[:2] == b"\xff\xfe" else "rows.json")
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=path.name) as caught:
+        encode(path)
+    assert caught.value.code == DATA
+
+
+def test_an_empty_name_is_exit_3():
+    for text in ("", ",", " "):
+        with pytest.raises(UserError, match="--data_path is empty") as caught:
+            reader.sources(text)
+        assert caught.value.code == DATA
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_mixed_kinds_are_refused_in_any_order(tmp_path, order):
+    """D2: neither --skip_bad_rows nor what --task sft left in the cache decides which kind is meant."""
+    rows = ['{"instruction": "q", "output": "a"}', '{"text": "raw"}'][::order]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows) + "\n")
+    encode(tmp_path / "a.jsonl", task="sft")
+    encode(tmp_path / "a.jsonl", task="sft", skip_bad_rows=True)
+    for skip in (False, True):
+        with pytest.raises(UserError, match="choose --task"):
+            encode(tmp_path / "a.jsonl", skip_bad_rows=skip)
+
+
+def test_weights_of_raw_text_are_those_of_its_file(tmp_path):
+    """A block holds documents of one weight."""
+    for name, count in (("small", 3), ("large", 30)):
+        lines = [json.dumps({"text": f"{name} text {i}"}) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    tokenizer = tiny.tokenizer()
+    found = encode(f"{tmp_path}/small.jsonl:10,{tmp_path}/large.jsonl", tokenizer, cutoff_len=64)
+    examples = found.encoding.examples
+    for place, weight in enumerate(found.weights):
+        text = tokenizer.decode(examples[place][0])
+        assert ("small" in text, "large" in text) == (weight == 10, weight == 1)
+
+
+def test_rejected_rows_name_their_file(tmp_path):
+    """Rows of several files, rejected by reading or by encoding, with the place in their own file."""
+    broken = [{"instruction": "a"}, {"instruction": "say", "output": "word " * 300}]
+    for name in ("a", "b"):
+        values = [*tiny.rows(4), *broken]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
+    found = encode(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", skip_bad_rows=True, long_rows="drop").encoding
+    places = [(Path(row.file).name, row.line) for row in found.rejected]
+    assert places == [("a.jsonl", 5), ("a.jsonl", 6), ("b.jsonl", 5), ("b.jsonl", 6)]
+
+
+def test_held_out_rows_are_read_once(tmp_path, monkeypatch):
+    """Kept beside the encoded rows: the next start reads no file for them."""
+    path = tiny.save_rows(tmp_path / "rows.json", 20)
+    first = rows.picked(encode(path), np.array([3, 11]), None)
+    monkeypatch.setattr(reader, "pick_rows", None)
+    assert rows.picked(encode(path), np.array([3, 11]), None) == first
+    assert first[0].turns[0].text == tiny.rows(20)[3]["instruction"]
+
+
+def test_a_flipped_bit_of_kept_rows_is_found_when_asked(tmp_path, cache):
+    """--verify compares every byte, and encodes anew."""
+    path = tiny.save_rows(tmp_path / "rows.json", 20)
+    whole = encode(path).encoding.examples.ids.tolist()
+    (kept,) = cache.glob("rows/*/ids")
+    raw = bytearray(kept.read_bytes())
+    raw[40] ^= 1
+    kept.write_bytes(bytes(raw))
+    given = options(path)
+    forms = [template.load(given.template, tiny.tokenizer())]
+    arguments = (given, reader.sources(str(path)), forms, tiny.tokenizer(), "tokenizer 1")
+    assert rows.encode(*arguments, again=True).encoding.examples.ids.tolist() == whole
+
+
+@pytest.mark.parametrize("schema", ["openai", "sharegpt"])
+def test_nested_rows_are_the_same_in_parquet(tmp_path, schema):
+    """D19: lists of objects, null columns and keys that only some rows have."""
+    kinds = {"openai": ("messages", "role", "content"), "sharegpt": ("conversations", "from", "value")}
+    outer, who, what = kinds[schema]
+    names = ("user", "assistant") if schema == "openai" else ("human", "gpt")
+    values = []
+    for number in range(6):
+        turns = [{who: names[i % 2], what: f"text {number} {i}"} for i in range(2 + 2 * (number % 2))]
+        values.append({outer: turns, "source": None if number % 2 else "x", "instruction": None})
+    (tmp_path / "rows.json").write_text(json.dumps(values))
+    tables.write_parquet([tmp_path / "rows.json"], reader.values, tmp_path / "rows.parquet")
+    found = [
+        encode(tmp_path / name, cutoff_len=999).encoding.sha256 for name in ("rows.json", "rows.parquet")
+    ]
+    assert found[0] == found[1]
+
+
+def test_validation_rows_that_are_training_rows_are_counted(harness, tiny_model, tmp_path):
+    """D8: one in ten planted, one in ten found."""
+    values = tiny.rows(40)
+    (tmp_path / "train.json").write_text(json.dumps(values))
+    copies = values[:4] + [{"instruction": f"other {i}", "output": "x"} for i in range(36)]
+    (tmp_path / "eval.json").write_text(json.dumps(copies))
+    flags = {"model_path": tiny_model, "data_path": tmp_path / "train.json", "output_path": tmp_path / "run"}
+    more = {"eval_data_path": tmp_path / "eval.json", "bits": 16, "max_steps": 1, "device": "cpu"}
+    answer = harness.run("finetune", {**flags, **more})
+    assert "warning: 4 validation rows are training rows too" in answer["said"]
+
+
+def test_one_row_is_enough(harness, tiny_model, tmp_path):
+    """D18: fewer rows than a batch, and none for validation."""
+    flags = {"model_path": tiny_model, "data_path": tiny.save_rows(tmp_path / "rows.json", 1)}
+    flags |= {"output_path": tmp_path / "run", "bits": 16, "num_epochs": 2, "device": "cpu"}
+    assert "--test_size 0" in harness.run("finetune", flags)["said"]
+    answer = harness.run("finetune", {**flags, "test_size": 0})
+    assert answer["code"] == 0, answer["said"]
+
+
+def test_processes_of_one_machine_encode_once(tmp_path, capfd):
+    """The first takes the lock, the others find the rows done."""
+    path = tiny.save_rows(tmp_path / "rows.json", 400)
+    work = """
+import sys
+from tests import test_rows
+plain, calls = test_rows.reader.read_rows, []
+test_rows.reader.read_rows = lambda *given: (calls.append(1), plain(*given))[1]
+test_rows.encode(sys.argv[1])
+print("read", len(calls), "times")
+"""
+    command = [sys.executable, "-c", work, str(path)]
+    ended = [subprocess.Popen(command, cwd=Path(__file__).parent.parent) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in ended] == [0] * 3
+    found = re.findall(r"read (\d) times", capfd.readouterr().out)
+    assert sorted(found) == ["1", "1", "2"]  # all look at the first row
+    assert len(list((tmp_path / "cache" / "rows").glob("*/encoding.json"))) == 1

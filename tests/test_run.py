@@ -401,8 +401,8 @@ def test_a_bad_adapter_is_not_saved(tiny_model, tiny_rows, tmp_path, monkeypatch
     }
     plain = adapter.adapter_tensors
 
-    def faulty(adapted):
-        return dict(filter(None, (faults[fault](*item) for item in plain(adapted).items())))
+    def faulty(*given):
+        return dict(filter(None, (faults[fault](*item) for item in plain(*given).items())))
 
     monkeypatch.setattr(adapter, "adapter_tensors", faulty)
     with pytest.raises(UserError) as caught:

@@ -26,6 +26,8 @@ def main() -> None:
         template,
     )
 
+    if options.repair and not options.clean:
+        raise UserError("--repair mends what --clean writes.", "Add --clean FILE.jsonl.")
     template.check(options.template)
     paths = [source.path for source in reader.sources(options.data_path, fetch=hub.fetch_dataset)]
     tokenizer = model.load_tokenizer(hub.locate(options.model_path))

@@ -28,7 +28,13 @@ def main() -> None:
         if options.pieces
         else vocab.characters_of(text_of("--characters", options.characters), options.min_count)
     )
+    if not wanted:
+        source = f"--pieces {options.pieces}" if options.pieces else f"--characters {options.characters}"
+        fix = "Give one piece a line." if options.pieces else "Lower --min_count, or give more text."
+        raise UserError(f"{source}: there is nothing to add.", fix, DATA)
     sample = text_of("--sample_text", options.sample_text) if options.sample_text else "".join(wanted)
+    if not sample.strip():
+        raise UserError(f"--sample_text {options.sample_text}: the file is empty.", "Name another.", DATA)
     tokenizer = model.load_tokenizer(hub.locate(options.model_path))
     size, before = len(tokenizer), vocab.tokens_per_character(tokenizer, sample)
     added = vocab.extend(tokenizer, wanted)
