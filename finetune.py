@@ -11,11 +11,11 @@ from onecard.errors import run_program
 
 
 def main() -> None:
-    options = config.parse(config.FinetuneConfig, sys.argv[1:], description=__doc__)
+    options, given = config.parse_given(config.FinetuneConfig, sys.argv[1:], description=__doc__)
     from onecard import chat, hub, report, train  # after the options, so that --help needs no torch
 
     work = {"sample": chat.reply, "draw": report.loss_curve, "fetch_data": hub.fetch_dataset}
-    train.run(options, hub.locate, fetch=hub.fetch_adapter, **work)
+    train.run(options, hub.locate, fetch=hub.fetch_adapter, given=given, **work)
 
 
 if __name__ == "__main__":

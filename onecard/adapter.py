@@ -25,7 +25,7 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES as NO_TARGETS
 
 from onecard.dropout import CheapDropout
-from onecard.errors import UserError
+from onecard.errors import CHECKPOINT, UserError
 
 # of LoraConfig: what --peft_config may say; a checkpoint stays an adapter that any tool can load
 EXTRAS = {
@@ -181,7 +181,16 @@ def adapter_tensors(
 def set_tensors(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
     """Give the adapter these tensors; others stay as they are."""
     given = {name: tensor.float() for name, tensor in tensors.items()}
-    set_peft_model_state_dict(model, {**adapter_tensors(model), **given})
+    places = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tied = {places[name].data_ptr(): name for name in given}  # of two names for one tensor the last
+    filled = {}
+    for name, place in places.items():
+        same = given.get(tied.get(place.data_ptr()))
+        if name in given and not torch.equal(given[name], same):
+            problem = f"{name} and {tied[place.data_ptr()]} differ, and are one tensor in this model."
+            raise UserError(problem, "It was made for a base whose head is not tied.", CHECKPOINT)
+        filled[name] = place if same is None else same
+    set_peft_model_state_dict(model, filled)
 
 
 def learned_nothing(model: PeftModel, tensors: dict[str, torch.Tensor]) -> bool:

@@ -10,10 +10,15 @@ import torch
 import torch.distributed as dist
 
 
-def start(device: torch.device) -> None:
+def start(device: torch.device, alone_too: bool = False) -> None:
     """Join the other processes when torchrun started several; tensors on the CPU always go through gloo."""
-    if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if dist.is_initialized():
+        return
+    if world_size() > 1:
+        dist.init_process_group(backend)
+    elif alone_too:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def stop() -> None:

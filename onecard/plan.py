@@ -34,6 +34,7 @@ from onecard.errors import CHECKPOINT, DATA, UserError
 from onecard.journal import check_wandb, say
 
 HELD_OUT_PROMPTS = 8
+STARTING = "starting adapter"  # a fingerprint
 DEFAULTS = FinetuneConfig()
 ADAPTER_OPTIONS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "rslora", "peft_config")
 SHORT_RUN = 5  # --warmup_steps takes at most one of this many steps
@@ -78,12 +79,16 @@ class Plan:
         return epochs * count + min(steps * batch, count)
 
 
-def finished_before(options: FinetuneConfig, folder: Path) -> bool:
-    """Whether this very run is finished; raises UserError when the folder holds another or an unfinished."""
+def finished_before(options: FinetuneConfig, folder: Path, weights_print: str | None = None) -> bool:
+    """Whether this very run is finished; raises UserError when the folder holds another or an unfinished.
+
+    weights_print: fingerprint of the weights of --lora_path.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_path {folder}: this is a file.", "Name a folder.")
     lock.check_free(folder)
-    if (folder / runfolder.MODEL).exists() and not (folder / runfolder.CONFIG).exists():
+    whole = options.train_what == weights.FULL
+    if whole and (folder / runfolder.MODEL).exists() and not runfolder.trained_all(folder):
         problem = f"{folder} holds {runfolder.MODEL}/, which did not come from a run."
         raise UserError(problem, "Choose another --output_path.")
     if options.overwrite:
@@ -113,7 +118,10 @@ def finished_before(options: FinetuneConfig, folder: Path) -> bool:
         at = f"saved up to step {max(steps)}" if steps else "with nothing saved"
         go_on = f"Continue it: .venv/bin/python finetune_continue.py --output_path {folder}"
         raise UserError(f"{folder} holds an unfinished run, {at}.", f"{go_on} Or: {ways}")
-    before_rows = stored.get("fingerprints", {}).get("rows")
+    prints = stored.get("fingerprints", {})
+    if weights_print and prints.get(STARTING) != weights_print:
+        raise UserError(f"{folder} holds a finished run, and {options.lora_path} has changed since.", ways)
+    before_rows = prints.get("rows")
     if before_rows and before_rows != _rows_now(options, before_rows):
         problem = f"{folder} holds a finished run, and {options.data_path} has changed since."
         raise UserError(problem, ways)
@@ -136,7 +144,7 @@ def say_finished(folder: Path, finished: dict[str, Any]) -> None:
         f"This run is finished: {finished['steps']} steps"
         + (f", validation loss {loss:.4f}." if loss is not None else ".")
     )
-    say(f"The adapter is in {folder}, with the log {runfolder.LOG} and the picture loss.png.")
+    say(f"What was trained is in {folder}, with the log {runfolder.LOG} and the picture loss.png.")
     say("To train it longer: finetune_continue.py with a larger --num_epochs.")
     say("To train it again: --overwrite. To train another: other --output_path, --data_path, --model_path.")
 

@@ -53,6 +53,8 @@ def decide(wish: ContinueConfig, given: frozenset[str], fetch: Callable[[str], s
     """
     if wish.overwrite:
         raise UserError("--overwrite: going on and starting anew exclude each other.", "Use finetune.py.")
+    if "lora_path" in given:
+        raise UserError("--lora_path starts a run.", "Use finetune.py, or --resume_from_checkpoint here.")
     if wish.lora_remote_checkpoint and wish.resume_from_checkpoint:
         raise UserError("Give --resume_from_checkpoint or --lora_remote_checkpoint, not both.")
     name = fetch(wish.lora_remote_checkpoint) if wish.lora_remote_checkpoint else wish.resume_from_checkpoint

@@ -72,11 +72,21 @@ def check_room(folder: Path, needed_bytes: int) -> None:
 def contents(folder: Path) -> list[Path]:
     """What a run has written into `folder`, or would write over."""
     found = [folder / f"checkpoint-{step}" for step in sorted(checkpoint_steps(folder))]
-    names = (CONFIG, LOG, FINISHED, REJECTED, PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, DROPPED, MODEL)
+    names = (CONFIG, LOG, FINISHED, REJECTED, PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, DROPPED)
     found += [folder / name for name in names if (folder / name).exists()]
+    if trained_all(folder) and (folder / MODEL).exists():
+        found.append(folder / MODEL)
     if (folder / CONFIG).exists():  # otherwise these are not ours to name
         found += [*folder.glob("wandb"), *folder.glob(f"{ASIDE}*"), *leftovers(folder)]
     return found
+
+
+def trained_all(folder: Path) -> bool:
+    """Whether a run there trains all weights, so that `model` is its own."""
+    try:
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))["options"]["train_what"] == "full"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -44,11 +44,8 @@ def check(options: Any, dtype: str) -> None:
         raise UserError(f"--optimizer {options.optimizer} under {kind} is not possible.", "Use adamw.")
     if kind == DEEPSPEED and dtype == "fp16":
         raise UserError("--dtype fp16 under DeepSpeed is not possible here.", "Use FSDP, bf16 or fp32.")
-    if kind == DEEPSPEED:
-        try:
-            import deepspeed  # noqa: F401
-        except ImportError:
-            raise UserError("DeepSpeed is not installed.", ".venv/bin/pip install deepspeed") from None
+    if kind == FSDP and os.environ.get("FSDP_VERSION") != "2":
+        raise UserError("FSDP 1 is not possible here.", "Write fsdp_version: 2 into the configuration.")
 
 
 def spread(
@@ -104,26 +101,29 @@ class Fsdp:
         return norm
 
     def trained(self) -> dict[str, torch.Tensor]:
-        """All that is trained, whole and on the CPU; every process must ask."""
-        return {name: p.detach().full_tensor().cpu() for name, p in self.named.items()}
+        """All that is trained, whole, on the CPU of the first process; every process must ask."""
+        return {name: _on_main(p.detach().full_tensor()) for name, p in self.named.items()}
 
     def optimizer_state(self) -> dict[int, dict[str, Any]]:
-        """The optimizer's state of each parameter, whole and on the CPU; every process must ask."""
+        """The optimizer's state of each parameter, in the same way."""
         gathered = {}
         for number, parameter in enumerate(self.named.values()):
             state = self.optimizer.state.get(parameter, {})
-            gathered[number] = {key: _whole(value) for key, value in state.items()}
+            gathered[number] = {key: _on_main(_whole(value)) for key, value in state.items()}
         return {number: state for number, state in gathered.items() if state}
 
     def set_optimizer_state(self, states: dict[int, dict[str, Any]]) -> None:
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
         for number, parameter in enumerate(self.named.values()):
             placed = {}
+            mesh, placements = parameter.device_mesh, parameter.placements
             for key, value in states.get(number, {}).items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    value = value.to(parameter.to_local().device)
-                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                    shard = distribute_tensor(value, mesh, placements).to_local()
+                    shard = shard.to(parameter.to_local().device)  # which may be the CPU on a mesh of cards
+                    shape = {"shape": parameter.shape, "stride": parameter.stride()}
+                    value = DTensor.from_local(shard, mesh, placements, run_check=False, **shape)
                 placed[key] = value
             if placed:
                 self.optimizer.state[parameter] = placed
@@ -150,6 +150,12 @@ class Zero:
         zero = config.get("zero_optimization", {})
         self.stage = zero.get("stage", 0)
         self.named = {n: p for n, p in step_model.model.named_parameters() if p.requires_grad}
+        if self.stage not in (1, 2, 3):
+            raise UserError(f"DeepSpeed: zero_stage {self.stage} spreads nothing.", "Use torchrun.")
+        if self.stage == 3:  # spread at once: the engine would put all of it on every card first
+            deepspeed.zero.Init(module=step_model, config_dict_or_path=config)
+            for buffer in step_model.buffers():
+                buffer.data = buffer.data.to(device)
         if self.stage == 3:  # the loss multiplies by the head's weight without going through its module
             head = weights.base_of(step_model.model).get_output_embeddings()
             deepspeed.zero.register_external_parameter(step_model, head.weight)
@@ -178,7 +184,7 @@ class Zero:
     def trained(self) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return {name: safe_get_full_fp32_param(p).detach().cpu() for name, p in self.named.items()}
+        return {name: _on_main(safe_get_full_fp32_param(p).detach()) for name, p in self.named.items()}
 
     def optimizer_state(self) -> dict[int, dict[str, Any]]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -189,7 +195,7 @@ class Zero:
         gathered = {}
         for number, parameter in enumerate(self.named.values()):
             moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-            gathered[number] = {key: value.detach().cpu() for key, value in moments.items()}
+            gathered[number] = {key: _on_main(value.detach()) for key, value in moments.items()}
             gathered[number]["step"] = torch.as_tensor(steps[0]).float().cpu()
         return gathered
 
@@ -234,15 +240,22 @@ def _whole(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     value = value.detach()
-    return (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _on_main(value: Any) -> Any:
+    """What only the first process keeps, so that the others do not need the memory."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu() if parallel.is_main() else None
+    return value
 
 
 class GatheredOptimizer:
     """A spread optimizer as checkpoint.py knows one: its state whole, parameters by their number."""
 
-    def __init__(self, shards: Fsdp | Zero):
+    def __init__(self, shards: Fsdp | Zero, trained: dict[str, torch.Tensor]):
         self.shards, self.state = shards, shards.optimizer_state()
-        self.param_groups = [{"params": list(shards.named.values())}]
+        self.param_groups = [{"params": list(trained.values())}]
 
     def state_dict(self) -> dict[str, Any]:
         return {"state": self.state, "param_groups": []}

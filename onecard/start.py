@@ -25,6 +25,7 @@ class Start:
     planned_steps: int | None = None  # of its schedule
     stored: dict[str, Any] | None = None  # finetune_config.json of the run whose schedule goes on
     same_run: bool = False  # in its own folder
+    fingerprint: str | None = None  # of the weights alone that it starts with
     begun_from: str | None = None  # what a new run takes its adapter from
     changes: list[str] = dataclasses.field(default_factory=list)
 

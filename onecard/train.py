@@ -32,9 +32,9 @@ from onecard import (
 )
 from onecard.batching import PackedBatch, micro_batches, pack
 from onecard.config import ContinueConfig, FinetuneConfig
-from onecard.errors import MEMORY, NON_FINITE, Stopped, UserError
+from onecard.errors import MEMORY, NON_FINITE, Stopped, UserError, is_out_of_memory
 from onecard.finish import Draw, finish
-from onecard.plan import Plan, describe, finished_before, learning_rate, prepare
+from onecard.plan import STARTING, Plan, describe, finished_before, learning_rate, prepare
 from onecard.reader import Fetch
 from onecard.start import Start
 from onecard.trainer import Trainer, load
@@ -43,7 +43,6 @@ Locate = Callable[[str], str]
 Sample = Callable[[Any, Any, prompt.Template, list[prompt.Conversation], int], list[str]]
 ANSWER_TOKENS = 128
 SAVE_SECONDS = 600  # a checkpoint at least this often
-MOMENTS = 3  # of the size of the adapter: what AdamW keeps, and what an update needs beside it
 MOST_SKIPS = 20  # steps in a row that the fp16 scaler may skip
 
 
@@ -54,17 +53,21 @@ def run(
     draw: Draw,
     fetch_data: Fetch | None = None,
     fetch: Callable[[str], str] = str,
+    given: frozenset[str] = frozenset(),
 ) -> None:
     """Fine-tune as the options say; raises UserError with the exit code of what went wrong.
 
     locate: model name -> folder or hub name; sample: answers prompts; draw: log records -> picture;
-    fetch_data, fetch: name of a dataset, of an adapter on the hub -> folder.
+    fetch_data, fetch: name of a dataset, of an adapter on the hub -> folder; given: names of the options that
+    were not left as they are.
     """
     with signals.watch():
-        start = warmstart.from_lora_path(options, fetch) if options.lora_path else None
-        options = start.options if start else options
-        if not finished_before(options, Path(options.output_path)):
-            carry_out(prepare(options, locate, fetch_data), start, sample, draw)
+        start = warmstart.from_lora_path(options, given, fetch) if options.lora_path else None
+        options, weights_print = (start.options, start.fingerprint) if start else (options, None)
+        if not finished_before(options, Path(options.output_path), weights_print):
+            plan = prepare(options, locate, fetch_data)
+            plan.fingerprints |= {STARTING: weights_print} if weights_print else {}
+            carry_out(plan, start, sample, draw)
 
 
 def go_on(
@@ -87,10 +90,11 @@ def carry_out(plan: Plan, start: Start | None, sample: Sample, draw: Draw) -> No
     """Own the run folder, load, train."""
     folder = Path(plan.options.output_path)
     describe(plan)
-    parallel.start(torch.device(plan.device))
+    parallel.start(torch.device(plan.device), alone_too=sharded.wanted() is not None)
     try:
         with lock.owned(folder) if parallel.is_main() else contextlib.nullcontext():
-            if not start and not plan.options.overwrite and (folder / runfolder.FINISHED).exists():
+            new = not (start and start.same_run) and not plan.options.overwrite
+            if new and (folder / runfolder.FINISHED).exists():
                 raise UserError(f"{folder}: another process has just finished a run there.")
             trainer = load(plan, folder, start)
             together = (
@@ -244,14 +248,18 @@ def dry_run(trainer: Trainer) -> bool:
         rows = fullest(trainer.plan, trainer.progress.micro_batch_tokens)
         packed = [pack(trainer.plan.examples, rows.tolist()).to(trainer.device)]
         parameters = weights.trainable(trainer.model)
-        spare = [
-            torch.empty_like(p) for p in parameters for _ in range(MOMENTS)
-        ]  # the first update makes them
         with torch.random.fork_rng(), weights.without_casts(trainer.model):
             try:
+                spare = [room_of_an_update(trainer, p) for p in parameters]
                 loss = step.gradient(trainer.step_model, packed, 1, parameters, trainer.scaler)
             except step.NonFiniteError:  # the step that has these rows will tell
                 loss = math.nan
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                spare, loss = [], None
+            if not parallel.all_processes(loss is not None):
+                loss = None
         trainer.optimizer.zero_grad(set_to_none=True)
         del spare
         hardware.release_free_memory(trainer.plan.device)
@@ -259,6 +267,15 @@ def dry_run(trainer: Trainer) -> bool:
             return trainer.progress.micro_batch_tokens == planned
         halve_budget(trainer, rows)
     return True
+
+
+def room_of_an_update(trainer: Trainer, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """As much memory as the first update needs beside the gradient: AdamW's moments, unless they are there,
+    and once the parameter."""
+    moment = 1 if "8bit" in trainer.plan.options.optimizer else parameter.element_size()
+    moments = 0 if trainer.optimizer.state.get(parameter) else 2 * moment
+    count = parameter.numel() * (moments + parameter.element_size())
+    return torch.empty(count, dtype=torch.uint8, device=parameter.device)
 
 
 def fullest(plan: Plan, budget: int) -> np.ndarray:
@@ -319,7 +336,8 @@ def save(trainer: Trainer) -> None:
     """A checkpoint of the last finished step, unless it is there already."""
     shards = trainer.shards
     gathered = shards.trained() if shards else None  # in which every process has a part
-    optimizer = sharded.GatheredOptimizer(shards) if shards else trainer.optimizer
+    optimizer = sharded.GatheredOptimizer(shards, gathered) if shards else trainer.optimizer
+    trainer.saved = time.monotonic()
     if not parallel.is_main():
         return
     with signals.later():
@@ -334,7 +352,6 @@ def save(trainer: Trainer) -> None:
             trainer.scaler,
         )
         checkpoint.prune(trainer.folder, trainer.plan.options.save_total_limit, trainer.progress.best_step)
-        trainer.saved = time.monotonic()
 
 
 def answers(trainer: Trainer, sample: Sample) -> list[str]:

@@ -17,6 +17,7 @@ from onecard.journal import Journal, say
 from onecard.plan import Plan, lora_shape, versions
 from onecard.start import Start, restore, restore_weights
 
+SPREAD = 2  # of a spread model: the share of free memory that is left to activations
 FIRST_SCALE = 1024.0  # of the fp16 loss scaler: low, so that the first steps are not lost to overflows
 
 
@@ -74,7 +75,7 @@ def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
     scaler.scale(torch.zeros((), device=device))  # it wakes up here: a process may have no row in a step
     progress = start.progress if start else Progress()
     if start:
-        restore(start, adapted, sharded.GatheredOptimizer(shards) if shards else optimizer, scaler)
+        restore(start, adapted, sharded.GatheredOptimizer(shards, {}) if shards else optimizer, scaler)
     budget = (progress.micro_batch_tokens or micro_batch_budget(plan, device)) if packs else 1
     progress.micro_batch_tokens = parallel.smallest(budget)  # one for all: they halve it together
     if parallel.is_main():
@@ -97,6 +98,8 @@ def micro_batch_budget(plan: Plan, device: torch.device) -> int:
     elif device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         element = model.DTYPES[plan.dtype].itemsize
+        if sharded.wanted():
+            free //= SPREAD  # gradients, moments and gathered layers come later, and nothing is tried first
         fits = memory.tokens_that_fit(free, plan.base_config, element, plan.checkpointing)
         in_step = int(np.sort(plan.examples.lengths)[-options.batch_size :].sum())
         budget, reason = (

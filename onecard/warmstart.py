@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from onecard import adapter, checkpoint, legacy, runfolder, weights
+from onecard import adapter, checkpoint, fingerprint, legacy, runfolder, weights
 from onecard.checkpoint import Progress
 from onecard.config import ContinueConfig, FinetuneConfig
 from onecard.errors import CHECKPOINT, UserError
@@ -14,34 +14,39 @@ from onecard.journal import say
 from onecard.plan import finished_before
 from onecard.start import Start
 
+ALL_LINEAR = "all-linear"
 # of adapter_config.json: tensors that no option of ours makes
 OTHER_KINDS = ("lora_bias", "trainable_token_indices", "target_parameters", "layer_replication")
 
 
-def from_lora_path(options: FinetuneConfig, fetch: Callable[[str], str]) -> Start:
+def from_lora_path(options: FinetuneConfig, given: frozenset[str], fetch: Callable[[str], str]) -> Start:
     """finetune.py --lora_path: an adapter's weights alone, in the options' run.
 
-    fetch: name of an adapter on the hub -> folder. Raises UserError.
+    given: names of the options that the user gave; fetch: name of an adapter on the hub -> folder.
     """
     if options.train_what == weights.FULL:
         fix = "Merge it into the base first, or train it further: --train_what lora."
         raise UserError("--lora_path with --train_what full: an adapter is not all weights.", fix)
     name = options.lora_path
     source = Path(name if Path(name).is_dir() else fetch(name))
-    if not (source / runfolder.ADAPTER_WEIGHTS).is_file() and (source / runfolder.CONFIG).is_file():
-        newest, _ = checkpoint.newest(source)
-        if newest:
-            say(f"{source}: not finished; its newest checkpoint is taken.")
-            source = newest
+    if not (source / runfolder.ADAPTER_WEIGHTS).is_file():
+        _refuse_without_adapter(source)
+    start = _start_from(source, options, given)
+    start.fingerprint = fingerprint.of_file(source / runfolder.ADAPTER_WEIGHTS)
+    return start
+
+
+def _refuse_without_adapter(source: Path) -> None:
+    """Say what lies there instead."""
+    if (source / runfolder.MODEL).is_dir() or (source / runfolder.MODEL_WEIGHTS).is_file():
+        whole = source / runfolder.MODEL if (source / runfolder.MODEL).is_dir() else source
+        raise UserError(f"--lora_path {source}: all weights, no adapter.", f"Use --model_path {whole}.")
+    if (source / runfolder.CONFIG).is_file():
+        problem = f"--lora_path {source}: this run is not finished."
+        raise UserError(problem, "Finish it, or name one of its checkpoints.")
     if legacy.is_legacy(source):
         fix = "Go on from it with finetune_continue.py --resume_from_checkpoint."
         raise UserError(f"--lora_path {source}: an older checkpoint.", fix)
-    given = frozenset(
-        field.name
-        for field in dataclasses.fields(FinetuneConfig)
-        if getattr(options, field.name) != field.default
-    )
-    return _start_from(source, options, given)
 
 
 def from_adapter(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Start | None:
@@ -64,12 +69,11 @@ def from_older(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Sta
     values = runfolder.read_json(source / runfolder.ADAPTER_CONFIG) or {}
     if values.get("modules_to_save"):
         problem = f"{source}: older checkpoints with modules_to_save are not read."
-        raise UserError(problem, "Its adapter alone may be: --lora_path.", CHECKPOINT)
+        raise UserError(problem, "", CHECKPOINT)
     _check_kind(source, values, wish)
     old = legacy.read(source)
     shape = {"lora_r": old.rank, "lora_target_modules": old.targets}
-    if values.get("use_rslora"):
-        shape["rslora"] = True
+    shape["rslora"] = bool(values.get("use_rslora"))
     if old.alpha is not None:
         shape["lora_alpha"] = float(old.alpha)
     else:
@@ -104,8 +108,14 @@ def from_older(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Sta
 
 
 def _plain(value: Any) -> Any:
-    """Module names in any order are the same."""
-    return sorted(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+    """Names in any order are the same."""
+    names = value.split(",") if isinstance(value, str) else value
+    return sorted(str(name).strip() for name in names) if isinstance(names, list) else value
+
+
+def _is_same(name: str, wished: Any, has: Any) -> bool:
+    """all-linear stands for any list of names; whether it is right the tensors show."""
+    return _plain(wished) == _plain(has) or (name == "lora_target_modules" and wished == ALL_LINEAR)
 
 
 def with_shape(
@@ -118,7 +128,7 @@ def with_shape(
     wrong = [
         f"{name} {value} -> {getattr(wish, name)}"
         for name, value in shape.items()
-        if name in given and _plain(getattr(wish, name)) != _plain(value) and name != "train_what"
+        if name in given and name != "train_what" and not _is_same(name, getattr(wish, name), value)
     ]
     has, wanted = shape.get("train_what", adapter.LORA), wish.train_what
     if "train_what" in given and not set(has.split("+")) <= set(wanted.split("+")):
@@ -126,7 +136,7 @@ def with_shape(
     if wrong:
         raise UserError(f"{source}: the adapter has another shape: {'; '.join(wrong)}.", "", CHECKPOINT)
     values = {field.name: getattr(wish, field.name) for field in dataclasses.fields(FinetuneConfig)}
-    kept = {name: value for name, value in shape.items() if name != "train_what" or name not in given}
+    kept = {name: value for name, value in shape.items() if name not in given}
     return FinetuneConfig(**{**values, **kept})
 
 
@@ -138,7 +148,8 @@ def read_shape(source: Path, wish: FinetuneConfig) -> dict[str, Any]:
         raise UserError(problem, "Name a checkpoint folder, a run folder or an adapter folder.", CHECKPOINT)
     try:
         rank, alpha, targets = int(values["r"]), float(values["lora_alpha"]), values["target_modules"]
-        names = targets if isinstance(targets, str) else ",".join(sorted(map(str, targets)))
+        ends = targets if isinstance(targets, str) else {str(name).rsplit(".", 1)[-1] for name in targets}
+        names = ends if isinstance(ends, str) else ",".join(sorted(ends))
         whole = list(values.get("modules_to_save") or [])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"{source / runfolder.ADAPTER_CONFIG}: not a LoRA adapter's ({error!r})."
@@ -147,8 +158,7 @@ def read_shape(source: Path, wish: FinetuneConfig) -> dict[str, Any]:
     if names == adapter.NO_TARGETS:
         return {"train_what": adapter.EMBEDDINGS}
     shape = {"lora_r": rank, "lora_alpha": alpha, "lora_target_modules": names}
-    if values.get("use_rslora"):
-        shape["rslora"] = True
+    shape["rslora"] = bool(values.get("use_rslora"))
     return shape | {"train_what": adapter.BOTH if whole else adapter.LORA}
 
 
@@ -162,6 +172,8 @@ def _check_kind(source: Path, values: dict[str, Any], wish: FinetuneConfig) -> N
     plain = ("use_rslora", "init_lora_weights")  # an option of its own; how it once began
     has = {name: values[name] for name in adapter.EXTRAS if name not in plain and values.get(name)}
     wanted = adapter.read_extras(wish.peft_config, rslora=False)
-    if has != {name: value for name, value in wanted.items() if name not in plain and value}:
+    asked = {name: value for name, value in wanted.items() if name not in plain and value}
+    also = wanted.get("use_rslora") and not values.get("use_rslora")
+    if also or {k: _plain(v) for k, v in has.items()} != {k: _plain(v) for k, v in asked.items()}:
         problem = f"{path}: the adapter was made with {json.dumps(has)}, and --peft_config says otherwise."
         raise UserError(problem, "Write these settings into the file of --peft_config.", CHECKPOINT)

@@ -101,7 +101,7 @@ def assign(model: Any, given: dict[str, torch.Tensor], source: str, start: bool 
     missing, unknown = own.keys() - given.keys(), given.keys() - own.keys()
     if start:
         has_lora = any(".lora_" in name for name in given)
-        missing = {name for name in missing if ".lora_" in name and has_lora}
+        missing = {name for name in missing if ".lora_" in name and has_lora} or (own if not given else set())
     other = [name for name in own.keys() & given.keys() if own[name].shape != given[name].shape]
     if missing or unknown or other:
         name = sorted(missing or unknown or other)[0]

@@ -12,12 +12,13 @@ model=${MODEL_PATH:-demo} folder=${OUTPUT_PATH:-lora-checkpoints/stages}
 
 # stage NAME OPTIONS...: a training in a folder of its own; one that was stopped goes on
 stage() {
-  local run=$folder/$1
+  local run=$folder/$1 fresh=true # a run that was killed before its first save is started anew
   shift
-  if [ -e "$run/log.jsonl" ] && [ ! -e "$run/finished.json" ]; then
+  [ -e "$run/finished.json" ] && fresh=false
+  if compgen -G "$run/checkpoint-*" >/dev/null && [ ! -e "$run/finished.json" ]; then
     .venv/bin/python finetune_continue.py --output_path "$run"
   else
-    .venv/bin/python finetune.py --model_path "$folder/base" --template chatml --output_path "$run" "$@"
+    .venv/bin/python finetune.py --model_path "$folder/base" --template chatml --output_path "$run" "$@" --overwrite "$fresh"
   fi
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from tests import tiny
 from tests.harness import started
@@ -23,6 +24,18 @@ torch.set_num_threads(2)
 def tiny_model(tmp_path_factory) -> Path:
     """Folder of a tiny random Llama with 12 heads and 4 key/value heads."""
     return tiny.save_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tied_model(tmp_path_factory) -> Path:
+    """The tiny Llama with one matrix for embedding and head, as many small models have."""
+    folder = tmp_path_factory.mktemp("tied") / "model"
+    config = tiny.config()
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

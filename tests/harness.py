@@ -120,8 +120,8 @@ def program(name: str, argv: list[str]) -> None:
     from onecard import config, train
 
     if name == "finetune":
-        options = config.parse(config.FinetuneConfig, argv)
-        train.run(options, locate=str, sample=lambda *_: [], draw=lambda *_: None)
+        options, given = config.parse_given(config.FinetuneConfig, argv)
+        train.run(options, locate=str, given=given, sample=lambda *_: [], draw=lambda *_: None)
     else:
         wish, given = config.parse_given(config.ContinueConfig, argv)
         train.go_on(wish, given, str, str, sample=lambda *_: [], draw=lambda *_: None)

@@ -25,12 +25,13 @@ QUICK = ("fsdp", "zero3_offload")
 STEPS = {"num_epochs": 1, "lora_dropout": 0.0, "eval_steps": 2}  # four steps
 
 
-def launch(kind: str, program: str, given: dict, **settings) -> subprocess.Popen:
+def launch(kind: str, program: str, given: dict, processes: int = 2) -> subprocess.Popen:
     """A program of two processes, as `accelerate launch` starts them."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--num_processes", str(processes)]
     command += ["--config_file", f"sample/distributed/{kind}.yaml", f"{program}.py"]
     command += [f"--{name}={value}" for name, value in given.items()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **settings}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     pipe = subprocess.PIPE
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
@@ -48,15 +49,15 @@ def rows(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(harness, tiny_model, rows, tmp_path_factory):
+def alone(harness, tiny_model, tied_model, rows, tmp_path_factory):
     """Options -> the folder of a run in one process, which has the whole model."""
     made = {}
 
-    def run(**changes) -> Path:
-        key = json.dumps(changes)
+    def run(tied: bool = False, **changes) -> Path:
+        key, base = json.dumps([tied, changes]), tied_model if tied else tiny_model
         if key not in made:
             made[key] = tmp_path_factory.mktemp("alone") / "run"
-            answer = harness.run("finetune", flags(tiny_model, rows, made[key], **{**STEPS, **changes}))
+            answer = harness.run("finetune", flags(base, rows, made[key], **{**STEPS, **changes}))
             assert answer["code"] == 0, answer["said"]
         return made[key]
 
@@ -98,7 +99,23 @@ def goes_on_spread_and_alone_again(kind: str, harness, whole: Path, tmp_path: Pa
 @pytest.mark.parametrize("kind", QUICK)
 def test_spread_runs_are_those_of_one_process(harness, alone, tmp_path, kind):
     """LoRA in fp32; moments, position and weights go from one to two processes and back."""
-    goes_on_spread_and_alone_again(kind, harness, alone(), tmp_path, 1e-5)
+    goes_on_spread_and_alone_again(kind, harness, alone(tied=kind == "fsdp"), tmp_path, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp_offload", "zero3_offload"])
+def test_one_process_with_its_model_in_the_processors_memory(tiny_model, rows, alone, tmp_path, kind):
+    """A single card that offloads: the same run; saved when it is due and not more often."""
+    run = tmp_path / "run"
+    given = flags(tiny_model, rows, run, **STEPS, save_steps=200)
+    process = launch(kind, "finetune", given, processes=1)
+    text = said(process)
+    assert process.returncode == 0, text
+    close(alone(), run, 1e-5)
+    improved = [r["step"] for r in outcome(run)["log"] if "eval_loss" in r and r["step"]]
+    kept = {int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*")}
+    assert kept <= {0, 4, *improved}
+    assert {0, 4} <= kept
 
 
 @pytest.mark.slow
@@ -110,7 +127,7 @@ def test_all_kinds_of_spread_runs(harness, alone, tmp_path, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp", "zero2_offload", "zero3"])
 def test_all_weights_spread(harness, alone, tmp_path, kind):
-    whole = alone(train_what="full", learning_rate=1e-3)
+    whole = alone(tied=True, train_what="full", learning_rate=1e-3)
     goes_on_spread_and_alone_again(kind, harness, whole, tmp_path, 1e-5)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onecard import adapter, chat, model, report, step, train, weights
 from onecard.batching import pack
@@ -21,18 +21,6 @@ from tests import tiny
 from tests.cells import differences, flags, outcome, stopped_at
 
 WHAT = ("full", "embeddings", "lora+embeddings")
-
-
-@pytest.fixture(scope="module")
-def tied_model(tmp_path_factory) -> Path:
-    """The tiny Llama with one matrix for embedding and head, as many small models have."""
-    folder = tmp_path_factory.mktemp("tied") / "model"
-    config = tiny.config()
-    config.tie_word_embeddings = True
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(params=["untied", "tied"])
@@ -167,13 +155,18 @@ def test_all_weights_need_16_bits(harness, tiny_model, tmp_path):
 
 
 def test_a_folder_named_model_is_not_deleted(harness, tiny_model, tmp_path):
-    """Where a whole model would be put: what did not come from a run stays, --overwrite or not."""
+    """Where a whole model would be put: what did not come from such a run stays, --overwrite or not."""
     (tmp_path / "run" / "model").mkdir(parents=True)
     rows = tiny.save_rows(tmp_path / "rows.json", 24)
-    answer = harness.run("finetune", flags(tiny_model, rows, tmp_path / "run", overwrite=True))
+    given = flags(tiny_model, rows, tmp_path / "run", overwrite=True, max_steps=1)
+    answer = harness.run("finetune", {**given, "train_what": "full"})
     assert answer["code"] == 2
     assert "did not come from a run" in answer["said"]
-    assert (tmp_path / "run" / "model").is_dir()
+    for _ in range(2):  # a LoRA run writes nothing there, and deletes nothing
+        assert harness.run("finetune", given)["code"] == 0
+        assert (tmp_path / "run" / "model").is_dir()
+    answer = harness.run("finetune", {**given, "train_what": "full"})
+    assert answer["code"] == 2
 
 
 @pytest.mark.parametrize("what", ["embeddings", "lora+embeddings"])
@@ -205,6 +198,8 @@ def test_tied_embeddings_that_peft_cannot_tie_are_refused(tmp_path):
         ("lora+embeddings", "lora+embeddings", 0),
         ("lora", "embeddings", 4),
         ("lora+embeddings", "embeddings", 4),
+        ("lora+embeddings", "lora", 4),
+        ("embeddings", "lora", 4),
     ],
 )
 def test_a_run_may_train_more_than_it_starts_with(harness, base, tmp_path, first, second, code):
@@ -233,9 +228,10 @@ def test_a_run_may_train_more_than_it_starts_with(harness, base, tmp_path, first
         if ".lora_B" in name:
             assert not began[name].any()
         elif ".lora_A" not in name:
-            assert torch.equal(began[name], plain.get_base_model().get_output_embeddings().weight) or (
-                torch.equal(began[name], plain.get_input_embeddings().weight)
-            )
+            base_ = plain.get_base_model()
+            is_head = name.endswith("lm_head.weight")
+            place = base_.get_output_embeddings() if is_head else base_.get_input_embeddings()
+            assert torch.equal(began[name], place.weight)
     kept = json.loads((tmp_path / "second" / "finetune_config.json").read_text())["options"]
     if "lora" in first:
         assert kept["lora_alpha"] == 8.0
@@ -259,12 +255,52 @@ def test_the_kind_of_an_adapter_is_taken_over(harness, tiny_model, tmp_path):
     more["peft_config"] = tmp_path / "dora.json"
     answer = harness.run("finetune", flags(tiny_model, rows, tmp_path / "plain", **more))
     assert answer["code"] == 0, answer["said"]
-    shutil.rmtree(tmp_path / "rs" / "checkpoint-0")
-    (tmp_path / "rs" / "adapter_model.safetensors").unlink()  # as if it had been killed before its end
-    more = {"max_steps": 1, "lora_path": tmp_path / "rs"}
+    more = {"max_steps": 1, "lora_path": tmp_path / "first", "rslora": True}
+    given = flags(tiny_model, rows, tmp_path / "first", max_steps=1, lora_target_modules="all-linear")
+    assert harness.run("finetune", given)["code"] == 0
+    answer = harness.run("finetune", flags(tiny_model, rows, tmp_path / "third", **more))
+    assert answer["code"] == 4
+    assert "rslora False -> True" in answer["said"]
+    more = {"max_steps": 1, "lora_path": tmp_path / "first", "lora_target_modules": "all-linear"}
     answer = harness.run("finetune", flags(tiny_model, rows, tmp_path / "third", **more))
     assert answer["code"] == 0, answer["said"]
-    assert "its newest checkpoint is taken" in answer["said"]
+    answer = harness.run("finetune", flags(tiny_model, rows, tmp_path / "third", **more))
+    assert "This run is finished" in answer["said"]
+    shutil.copy(tmp_path / "third" / "adapter_model.safetensors", tmp_path / "first")
+    answer = harness.run("finetune", flags(tiny_model, rows, tmp_path / "third", **more))
+    assert answer["code"] == 2
+    assert "has changed since" in answer["said"]
+
+
+def test_what_lora_path_cannot_start_from(harness, tiny_model, tmp_path):
+    """Each with what to do: a run that is not finished, all weights, an older checkpoint."""
+    rows = tiny.save_rows(tmp_path / "rows.json", 24)
+    whole = tmp_path / "whole"
+    given = flags(tiny_model, rows, whole, train_what="full", max_steps=1, learning_rate=1e-4)
+    assert harness.run("finetune", given)["code"] == 0
+    (tmp_path / "unfinished").mkdir()
+    shutil.copy(whole / "finetune_config.json", tmp_path / "unfinished")
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "trainer_state.json").write_text("{}")
+    words = {"whole": "--model_path", "unfinished": "not finished", "older": "finetune_continue.py"}
+    for name, word in words.items():
+        answer = harness.run("finetune", flags(tiny_model, rows, tmp_path / "new", lora_path=tmp_path / name))
+        assert answer["code"] in (2, 4)
+        assert word in answer["said"]
+    answer = harness.run("finetune_continue", {"output_path": whole, "lora_path": whole})
+    assert answer["code"] == 2
+    assert "--lora_path starts a run" in answer["said"]
+
+
+def test_tied_embeddings_of_another_tool(tied_model):
+    """One name is enough; two that differ cannot be one tensor."""
+    made = prepared(tied_model, "embeddings").model
+    given = {name: tensor + 1 for name, tensor in weights.tensors(made).items() if "embed_tokens" in name}
+    weights.assign(made, given, "an adapter", start=True)
+    assert torch.equal(made.get_input_embeddings().weight, next(iter(given.values())))
+    both = {name: tensor + len(name) for name, tensor in weights.tensors(made).items()}
+    with pytest.raises(UserError, match="differ"):
+        weights.assign(made, both, "an adapter")
 
 
 def stages(copy: Path, model_path: str, folder: Path, *given: str) -> dict[str, float]:

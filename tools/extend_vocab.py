@@ -6,6 +6,7 @@ Afterwards the model needs rows for them: tools/prepare_base_model.py --tokenize
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -45,8 +46,16 @@ def main() -> None:
     print(
         f"on {of}: {before:.3f} -> {after:.3f} tokens a character ({100 * (1 - after / before):.1f} % fewer)"
     )
-    tokenizer.save_pretrained(target)
+    with tempfile.TemporaryDirectory(dir=parent(target), prefix=f".{target.name}-") as temporary:
+        made = Path(temporary) / "made"
+        tokenizer.save_pretrained(made)
+        made.rename(target)
     print(f"The tokenizer is in {target}. Next: tools/prepare_base_model.py --tokenizer_path {target}")
+
+
+def parent(target: Path) -> Path:
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    return target.absolute().parent
 
 
 def text_of(flag: str, path: str) -> str:
