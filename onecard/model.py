@@ -6,6 +6,7 @@ It does not know rows, steps or run folders.
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
@@ -138,6 +139,23 @@ def _check_targets(bare: torch.nn.Module, shape: LoraShape) -> None:
         raise UserError(
             f"--lora_target_modules: {wrong}: not in this model.", f"Found: {found}; or all-linear."
         )
+
+
+def check_vocabulary(path: str, config: Any, tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> str:
+    """What is doubtful about the tokenizer, or ""; raises UserError when rows have ids the model has not.
+
+    ids: of all rows.
+    """
+    rows = config.vocab_size
+    if max(tokenizer.get_vocab().values()) >= rows and ids.max() >= rows:
+        problem = (
+            f"--model_path {path}: the rows have token ids up to {ids.max()}, its embedding {rows}."
+        )
+        raise UserError(problem, "Use tools/prepare_base_model.py, or the tokenizer that belongs to it.")
+    named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if named != [None] and tokenizer.eos_token_id not in named:
+        return f"the tokenizer's end token is {tokenizer.eos_token_id}, config.json says {named}"
+    return ""
 
 
 def check_window(path: str, config: Any, longest: int) -> None:

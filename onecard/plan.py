@@ -195,6 +195,9 @@ def prepare(
     tokenizer_print = fingerprint.of_folder(files["tokenizer"], again)
     found = rows.encode(options, sources, templates, tokenizer, tokenizer_print, again)
     examples = found.encoding.examples
+    doubt = model.check_vocabulary(options.model_path, base_config, tokenizer, examples.ids)
+    if doubt:
+        say(f"warning: {doubt}; the tokenizer's is trained.")
     model.check_window(options.model_path, base_config, int(examples.lengths.max()))
     train_rows, validation_rows = _split(options, found)
     is_double = np.isin(examples.hashes[validation_rows], examples.hashes[train_rows])

@@ -9,21 +9,36 @@ from pathlib import Path
 from typing import Any
 
 from onecard import prompt, reader, template
+from onecard.prompt import Conversation, Turn
 
 ROOT = Path(__file__).parent.parent
 FILE = Path(__file__).parent / "golden.json"
 SAMPLES = sorted(path for path in (ROOT / "sample").iterdir() if path.suffix in reader.FORMATS)
 
+EVERY_ROLE = Conversation(
+    (
+        Turn("system", "Use the clock."),
+        Turn("user", "What time is it?"),
+        Turn("assistant", "clock()"),
+        Turn("function", "ten past nine"),
+        Turn("assistant", "It is ten past nine."),
+        Turn("user", "And in Chinese?"),
+        Turn("assistant", "九点十分。"),
+    )
+)
+
 
 def dump(tokenizer: Any) -> dict[str, dict[str, dict[str, Any]]]:
     """File -> template (raw rows: none) -> ids, lengths of runs that are and are not targets, text."""
     made: dict[str, dict[str, dict[str, Any]]] = {}
-    for path in SAMPLES:
-        row = next(iter(reader.read_rows(path)))
+    firsts = {path.name: next(iter(reader.read_rows(path))) for path in SAMPLES}
+    for file, row in {**firsts, "every role": EVERY_ROLE}.items():
         for name in ["none"] if row.is_raw else template.names():
             form = template.load("alpaca" if row.is_raw else name, tokenizer)
+            if any(turn.role == "function" for turn in row.turns) and not form.function:
+                continue
             ids, is_target = prompt.encode(row, form, tokenizer)
-            made.setdefault(path.name, {})[name] = {
+            made.setdefault(file, {})[name] = {
                 "ids": " ".join(map(str, ids)),
                 "runs": [[target, len(list(run))] for target, run in groupby(is_target)],
                 "text": prompt.show(tokenizer, ids, is_target),

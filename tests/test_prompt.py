@@ -266,6 +266,49 @@ def test_control_tokens_in_a_row_are_text(tokenizer, conversation):
     assert tokenizer.decode(response).strip().endswith(conversation.turns[-1].text.strip())
 
 
+@pytest.mark.parametrize("name", template.names())
+@pytest.mark.parametrize("place", ["system", "user", "input", "assistant", "function"])
+def test_control_tokens_are_text_in_every_place(tokenizer, name, place):
+    """I1: a text made of all control tokens adds none to those that the template writes."""
+    form = load(name, tokenizer)
+    names = sorted({*tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>", "[INST]", "</s>"})
+    counts = []
+    for text in ("plain words", "x ".join(names), "".join(names)):
+        turns = [Turn("system", "s"), Turn("user", "u", "i"), Turn("assistant", "a"), Turn("function", "f")]
+        turns += [Turn("assistant", "b"), Turn("user", "v"), Turn("assistant", "c")]
+        row = Conversation(tuple(fitting(Conversation(tuple(turns)), form)))
+        changed = [
+            turn._replace(**{"input" if place == "input" else "text": text})
+            if turn.role == ("user" if place == "input" else place)
+            else turn
+            for turn in row.turns
+        ]
+        ids, _ = prompt.encode(Conversation(tuple(changed)), form, tokenizer)
+        counts.append(
+            {
+                token: ids.count(token)
+                for token in tokenizer.all_special_ids
+                if token != tokenizer.unk_token_id
+            }
+        )
+    assert counts[0] == counts[1] == counts[2]
+
+
+def test_added_tokens_that_a_chat_template_writes_become_control_tokens():
+    """As Qwen's tool marks: ordinary in the tokenizer, but no row may write them."""
+    made = tiny.tokenizer()
+    made.add_tokens(["<tool>"])
+    made.chat_template = CHATML.replace(
+        "{{ m.content }}", "{{ '<tool>' if m.role == 'tool' else '' }}{{ m.content }}"
+    )
+    form = template.load("auto", made)
+    tool = made.convert_tokens_to_ids("<tool>")
+    row = Conversation((Turn("user", "a <tool> b"), Turn("assistant", "c <tool>")))
+    assert tool not in prompt.encode(row, form, made)[0]
+    row = Conversation((*row.turns, Turn("function", "d"), Turn("assistant", "e")))
+    assert prompt.encode(row, form, made)[0].count(tool) == 1
+
+
 def test_bos_comes_first_where_the_tokenizer_puts_it():
     """Llama-like tokenizers begin every text with it; the others do not."""
     conversation, form = CONVERSATIONS[0], template.load("alpaca", None)

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +23,7 @@ from transformers import (
 from onecard import vocab
 from onecard.errors import UserError
 from tests import tiny
+from tests.test_prompt import sentencepiece_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TOKENS = ["<pad>", "<|im_start|>", "<|im_end|>"]
@@ -199,3 +200,69 @@ def test_the_tools_and_a_training_on_their_result(base, tmp_path, harness):
     )
     assert answer["code"] == 0, answer["said"]
     assert "<|im_start|>assistant\n«" in answer["said"]
+
+
+def sentencepiece_like(scheme: str) -> PreTrainedTokenizerFast:
+    """As Llama's: a mark for the space before a word, at the start of a text or of every part of it."""
+    made = sentencepiece_tokenizer()
+    core = made.backend_tokenizer
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=scheme)])
+    return made
+
+
+def test_pieces_inside_words_gain_no_spaces():
+    """A tokenizer with a mark at the start of a text takes pieces; one with a mark before each is refused."""
+    pieces = ["月亮", "太阳"]
+    old, new = (sentencepiece_like("first") for _ in range(2))
+    assert vocab.extend(new, pieces) == pieces
+    vocab.check_spaces(old, new, pieces)
+    text = "我看月亮abc 太阳"
+    assert new.decode(new(text, add_special_tokens=False).input_ids) == text
+    old, new = (sentencepiece_like("always") for _ in range(2))
+    vocab.extend(new, pieces)
+    with pytest.raises(UserError, match="prepend_scheme"):
+        vocab.check_spaces(old, new, pieces)
+
+
+def test_nothing_to_add_is_said(tmp_path):
+    """A text without frequent characters, an empty list of pieces, an empty sample: no traceback."""
+    tiny.save_model(tmp_path / "base")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "pieces.txt").write_text("月亮\n")
+    base = ("--model_path", tmp_path / "base", "--output_path", tmp_path / "new")
+    for given in (
+        ("--characters", tmp_path / "empty.txt"),
+        ("--pieces", tmp_path / "empty.txt"),
+        ("--pieces", tmp_path / "pieces.txt", "--sample_text", tmp_path / "empty.txt"),
+    ):
+        ended = run("extend_vocab", *base, *given)
+        assert ended.returncode == 3
+        assert "Traceback" not in ended.stderr
+        assert "empty.txt" in ended.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_tokenizer_that_does_not_belong_to_the_model_is_seen(harness, tmp_path):
+    """Ids beyond the embedding are exit 2; another end token than the model's is said."""
+    base = tiny.save_model(tmp_path / "base")
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"instruction": "a", "output": "月亮"}] * 4))
+    flags = {
+        "model_path": base,
+        "data_path": rows,
+        "output_path": tmp_path / "run",
+        "bits": 16,
+        "max_steps": 1,
+    }
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**settings, "eos_token_id": 7}))
+    answer = harness.run("finetune", {**flags, "device": "cpu", "test_size": 0})
+    assert answer["code"] == 0, answer["said"]
+    assert "the tokenizer's end token is 1, config.json says [7]" in answer["said"]
+    larger = tiny.tokenizer()
+    vocab.extend(larger, ["月亮"])
+    larger.save_pretrained(base)
+    answer = harness.run("finetune", {**flags, "device": "cpu", "test_size": 0, "overwrite": True})
+    assert answer["code"] == 2
+    assert "token ids up to 300, its embedding 300" in answer["said"]

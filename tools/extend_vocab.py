@@ -39,6 +39,7 @@ def main() -> None:
     tokenizer = model.load_tokenizer(hub.locate(options.model_path))
     size, before = len(tokenizer), vocab.tokens_per_character(tokenizer, sample)
     added = vocab.extend(tokenizer, wanted)
+    vocab.check_spaces(model.load_tokenizer(hub.locate(options.model_path)), tokenizer, added)
     after = vocab.tokens_per_character(tokenizer, sample)
     print(f"{len(wanted)} pieces, {len(added)} added; the others are single tokens already.")
     print(f"vocabulary  {size} -> {len(tokenizer)} tokens")
