@@ -148,9 +148,7 @@ def check_vocabulary(path: str, config: Any, tokenizer: PreTrainedTokenizerBase,
     """
     rows = config.vocab_size
     if max(tokenizer.get_vocab().values()) >= rows and ids.max() >= rows:
-        problem = (
-            f"--model_path {path}: the rows have token ids up to {ids.max()}, its embedding {rows}."
-        )
+        problem = f"--model_path {path}: the rows have token ids up to {ids.max()}, its embedding {rows}."
         raise UserError(problem, "Use tools/prepare_base_model.py, or the tokenizer that belongs to it.")
     named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if named != [None] and tokenizer.eos_token_id not in named:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from onecard import (
     checkpoint,
     data,
+    fitting,
     hardware,
     lock,
     parallel,
@@ -32,7 +33,7 @@ from onecard import (
 )
 from onecard.batching import PackedBatch, micro_batches, pack
 from onecard.config import ContinueConfig, FinetuneConfig
-from onecard.errors import MEMORY, NON_FINITE, Stopped, UserError, is_out_of_memory
+from onecard.errors import NON_FINITE, Stopped, UserError
 from onecard.finish import Draw, finish
 from onecard.plan import STARTING, Plan, describe, finished_before, learning_rate, prepare
 from onecard.reader import Fetch
@@ -118,7 +119,7 @@ def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:
             progress.answers = answers(trainer, sample)
         if evaluation_is_due(trainer):
             evaluate(trainer)
-        if progress.step < plan.total_steps and not dry_run(trainer):
+        if progress.step < plan.total_steps and not fitting.dry_run(trainer):
             save(trainer)  # again, with the budget that does fit
         journal.begin(progress.rows_seen)
         while progress.step < plan.total_steps:
@@ -205,7 +206,7 @@ def gradient(trainer: Trainer, rows: np.ndarray, targets: int) -> float:
             loss = step.gradient(trainer.step_model, packed, targets, trained, scaler, advance)
         if loss is not None:
             return loss
-        halve_budget(trainer, rows)
+        fitting.halve_budget(trainer, rows)
 
 
 def update(trainer: Trainer, row_numbers: list[int]) -> tuple[float, bool]:
@@ -221,73 +222,6 @@ def stop_together(trainer: Trainer) -> None:
     number = parallel.largest(signals.arrived() or 0) if trainer.shards else 0
     if number:
         raise Stopped(number)
-
-
-def halve_budget(trainer: Trainer, rows: np.ndarray) -> None:
-    """Smaller micro-batches from now on; raises UserError (exit 6) when every row already stood alone."""
-    progress = trainer.progress
-    hardware.forget_cached_memory(trainer.plan.device)
-    lengths = trainer.plan.examples.lengths[rows]
-    if progress.micro_batch_tokens <= lengths.min():
-        problem = f"Out of memory: a single row of {lengths.max()} tokens does not fit."
-        fix = "Lower --cutoff_len or --bits, or use --gradient_checkpointing on, or a smaller model."
-        raise UserError(problem, fix, MEMORY)
-    before = progress.micro_batch_tokens
-    progress.micro_batch_tokens = min(before, int(lengths.sum())) // 2
-    now = f"now {progress.micro_batch_tokens}. The same rows are done again, with the same gradient"
-    trainer.journal.say(f"out of memory with micro-batches of {before} tokens: {now}.")
-
-
-def dry_run(trainer: Trainer) -> bool:
-    """Find out before the first step whether the most expensive micro-batch fits; if not, lower the budget.
-
-    Nothing else is changed. Returns whether the budget did fit.
-    """
-    planned = trainer.progress.micro_batch_tokens
-    while not trainer.shards:
-        rows = fullest(trainer.plan, trainer.progress.micro_batch_tokens)
-        packed = [pack(trainer.plan.examples, rows.tolist()).to(trainer.device)]
-        parameters = weights.trainable(trainer.model)
-        with torch.random.fork_rng(), weights.without_casts(trainer.model):
-            try:
-                spare = [room_of_an_update(trainer, p) for p in parameters]
-                loss = step.gradient(trainer.step_model, packed, 1, parameters, trainer.scaler)
-            except step.NonFiniteError:  # the step that has these rows will tell
-                loss = math.nan
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                spare, loss = [], None
-            if not parallel.all_processes(loss is not None):
-                loss = None
-        trainer.optimizer.zero_grad(set_to_none=True)
-        del spare
-        hardware.release_free_memory(trainer.plan.device)
-        if loss is not None:
-            return trainer.progress.micro_batch_tokens == planned
-        halve_budget(trainer, rows)
-    return True
-
-
-def room_of_an_update(trainer: Trainer, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """As much memory as the first update needs beside the gradient: AdamW's moments, unless they are there,
-    and once the parameter."""
-    moment = 1 if "8bit" in trainer.plan.options.optimizer else parameter.element_size()
-    moments = 0 if trainer.optimizer.state.get(parameter) else 2 * moment
-    count = parameter.numel() * (moments + parameter.element_size())
-    return torch.empty(count, dtype=torch.uint8, device=parameter.device)
-
-
-def fullest(plan: Plan, budget: int) -> np.ndarray:
-    """Rows of a micro-batch as large as any step can have: longest first, filled up to the budget."""
-    lengths, room, rows = plan.examples.lengths, budget, []
-    for row in plan.train_rows[np.argsort(-lengths[plan.train_rows], kind="stable")]:
-        if lengths[row] <= room or not rows:
-            rows.append(row)
-            room -= lengths[row]
-        if room <= 0 or len(rows) == plan.options.batch_size:
-            break
-    return np.array(rows)
 
 
 def save_is_due(trainer: Trainer) -> bool:

@@ -110,9 +110,9 @@ def no_memory_above(tokens: int) -> None:
 
 def no_memory_at(calls: list[int]) -> None:
     """The forward passes with these numbers, counted from 1 after the dry run, run out of memory."""
-    from onecard import step, train
+    from onecard import fitting, step
 
-    plain, made, dry_run = step.StepModel.forward, {"count": 0, "dry": False}, train.dry_run
+    plain, made, dry_run = step.StepModel.forward, {"count": 0, "dry": False}, fitting.dry_run
 
     def forward(self: Any, packed: Any) -> Any:
         if not made["dry"] and self.training:
@@ -127,7 +127,7 @@ def no_memory_at(calls: list[int]) -> None:
         made["dry"] = False
         return fits
 
-    step.StepModel.forward, train.dry_run = forward, dry
+    step.StepModel.forward, fitting.dry_run = forward, dry
 
 
 def signal_in_update(number: int) -> None:
@@ -150,9 +150,9 @@ def address_space(more: int) -> None:
     """From the first dry run on the process may hold `more` bytes beyond what it holds (RLIMIT_AS)."""
     import resource
 
-    from onecard import train
+    from onecard import fitting
 
-    plain = train.dry_run
+    plain = fitting.dry_run
 
     def dry_run(trainer: Any) -> bool:
         with open("/proc/self/statm", encoding="utf-8") as file:
@@ -160,7 +160,7 @@ def address_space(more: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (held + more, held + more))
         return plain(trainer)
 
-    train.dry_run = dry_run
+    fitting.dry_run = dry_run
 
 
 def torn_updates(_: Any) -> None:

@@ -25,6 +25,7 @@ LAYERS = {  # from the lowest
         "engine_hf",
         "fingerprint",
         "finish",
+        "fitting",
         "frozen",
         "journal",
         "json_rows",

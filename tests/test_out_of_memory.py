@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onecard import chat, report, train, weights
+from onecard import chat, fitting, report, train, weights
 from onecard.errors import is_out_of_memory
 from tests import tiny
 from tests.test_run import options
@@ -100,7 +100,7 @@ def test_the_dry_run_finds_the_limit_before_the_first_step(harness, untroubled, 
 
 def test_the_dry_run_changes_nothing(tiny_model, tiny_rows, tmp_path, monkeypatch):
     """Adapter, optimizer and random state are bit-equal before and after it."""
-    plain, seen = train.dry_run, []
+    plain, seen = fitting.dry_run, []
 
     def watched(trainer) -> bool:
         def state() -> list[torch.Tensor]:
@@ -115,7 +115,7 @@ def test_the_dry_run_changes_nothing(tiny_model, tiny_rows, tmp_path, monkeypatc
         seen.append(all(torch.equal(a, b) for a, b in zip(before, state(), strict=True)))
         return fits
 
-    monkeypatch.setattr(train, "dry_run", watched)
+    monkeypatch.setattr(fitting, "dry_run", watched)
     settings = options(tiny_model, tiny_rows, tmp_path / "run", max_steps=1, lora_dropout=0.3)
     train.run(settings, locate=lambda path: path, sample=chat.reply, draw=report.loss_curve)
     assert seen == [True]
