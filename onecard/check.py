@@ -105,8 +105,9 @@ def _look(made: Conversation, row: Row, control: re.Pattern, seen: set[bytes]) -
     from ftfy import badness
 
     texts = [text for turn in made.turns for text in (turn.text, turn.input) if text]
-    whole = "\0".join(f"{turn.role}\0{turn.text}\0{turn.input}" for turn in made.turns)
-    digest = hashlib.blake2b(INVISIBLE.sub("", whole).encode(), digest_size=16).digest()
+    fields = [INVISIBLE.sub("", field) for turn in made.turns for field in turn]
+    whole = "\0".join(fields)
+    digest = hashlib.blake2b(whole.encode(), digest_size=16).digest()
     asked = [turn for turn in made.turns if turn.role == "user"]
     pairs = zip(made.turns, made.turns[1:], strict=False)
     checks = {

@@ -33,9 +33,10 @@ def convert(module: str, source: Path, output: Path, seconds: int, damaged: int,
 def lines(module: str, source: Path) -> Iterator[str]:
     """What `python -m module SOURCE` writes, line by line; raises ChildError at its end when it failed."""
     place = Path(__file__).resolve().parent.parent
-    with tempfile.TemporaryFile("w+") as complaints:
+    utf8 = {"encoding": "utf-8", "errors": "surrogatepass"}  # whatever the locale says
+    with tempfile.TemporaryFile("w+", **utf8) as complaints:
         command = [sys.executable, "-m", module, str(source.resolve())]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True, cwd=place)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, cwd=place, **utf8)
         try:
             yield from process.stdout
             code = process.wait()
@@ -47,6 +48,15 @@ def lines(module: str, source: Path) -> Iterator[str]:
             complaints.seek(0)
             said = complaints.read().strip().splitlines()
             raise ChildError(said[-1][:300] if said and code > 0 else "its reader crashed")
+
+
+def limit(kind: int, value: int) -> None:
+    """In a child: at most this much of a resource, or less where the user allows less."""
+    import resource
+
+    hard = resource.getrlimit(kind)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
 
 
 class ChildError(Exception):

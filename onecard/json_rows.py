@@ -18,7 +18,7 @@ from onecard.schemas import BadRow, RowError, recognise
 
 CHUNK = 1 << 20  # characters read at a time
 LONGEST_ROW = 32 << 20  # characters; anything longer is a mistake in the file
-TURN = {"role", "from"}  # keys of a turn, which is no row
+GLANCE = 1 << 16  # characters in which the start of a row is looked at
 KEPT = 100_000  # characters of a row that is longer
 
 
@@ -110,7 +110,8 @@ def _array_values(file: io.TextIOBase) -> Iterator[tuple[int, int, Any, str]]:
             window.skip(_BLANK)
         first = False
         line, column = window.place()
-        opening, starts_line = window.peek(), line > above
+        opening, starts_line = window.peek(), line > above or window.at_line
+        window.at_line = False
         try:
             value, end = window.decode()
         except ValueError as error:
@@ -133,6 +134,7 @@ class _Window:
     def __init__(self, file: io.TextIOBase):
         self.file, self.text, self.position, self.ended = file, "", 0, False
         self.line, self.column = 1, 1  # of `position`
+        self.at_line = False  # whether to_next_row has just come to the start of a line
 
     def more(self, any_length: bool = False) -> bool:
         if len(self.text) - self.position > LONGEST_ROW and not any_length:
@@ -193,19 +195,16 @@ class _Window:
     def to_next_row(self, opening: str, indent: int | None, known: frozenset[str] | None) -> str:
         """Move to what looks like the next row, or to the end; returns the text that was passed over.
 
-        opening: the first character of the broken row; indent: of its line, when it starts one, and then the
-        next row is the next line with that indent and character (a text holds no line break). Otherwise it
-        is behind a closing bracket and a comma, and can be read as a row, with the keys `known` if there was
-        one; or it is broken too, and the brackets so far are even.
+        opening: the first character of the broken row; indent: of its line, if it starts one. The next row
+        is the next line with that indent and character (a text holds no line break), or stands behind a
+        closing bracket and a comma: what can be read as a row there, or cannot be read and follows even
+        brackets. Nothing that is a turn of a conversation is a row.
         """
         bracket = re.escape(opening if opening in ("{", "[") else "{")
-        if indent is not None:
-            border = re.compile(rf"\n[ \t]{{{indent}}}(?={bracket})")
-        else:
-            border = re.compile(rf"[}}\]]\s*,\s*(?={bracket})")
+        border = rf"\n[ \t]{{{indent or 0}}}(?={bracket})|[}}\]]\s*,\s*(?={bracket})"
         passed = ""
         while True:
-            found = self._border(border, indent is not None, known)
+            found = self._border(re.compile(border), known)
             if found is None and not self.ended and len(self.text) - self.position > LONGEST_ROW:
                 keep = len(self.text) - CHUNK  # a row without end: only its beginning is kept
                 passed = (passed + self.text[self.position : keep])[:KEPT]
@@ -214,28 +213,30 @@ class _Window:
                 break
         end = len(self.text) if found is None else found
         passed = passed or self.text[self.position : end]
+        self.at_line = not passed.rpartition("\n")[2].strip() and "\n" in passed
         self.advance(end - self.position)
         return passed.rstrip().rstrip(",")
 
-    def _border(self, border: re.Pattern, by_line: bool, known: frozenset[str] | None) -> int | None:
+    def _border(self, border: re.Pattern, known: frozenset[str] | None) -> int | None:
         """Where the next row starts, as far as the text is known."""
         depth = _Depth(self.text, self.position)
         for found in border.finditer(self.text, self.position):
-            even = depth.at(found.start() + 1) == 0
-            if by_line or self._is_row(found.end(), known, even):
+            fits = found[0][0] == "\n" or depth.at(found.start() + 1) == 0
+            if self._is_row(found.end(), known, fits):
                 return found.end()
         return None
 
-    def _is_row(self, position: int, known: frozenset[str] | None, even: bool) -> bool:
+    def _is_row(self, position: int, known: frozenset[str] | None, fits: bool) -> bool:
+        """fits: whether it stands where a row would; else only what is like a row is one."""
         try:
-            value, _ = _DECODER.raw_decode(self.text, position)
+            value, _ = _DECODER.raw_decode(self.text[position : position + GLANCE])
         except (ValueError, RecursionError):
-            return even
+            return fits
         if isinstance(value, list):
             return bool(value) and all(isinstance(turn, dict) for turn in value)
-        if known is not None and value.keys() == known:
-            return True
-        return not value.keys() & TURN and (even if known is not None else is_recognised(value))
+        if value.keys() & {"role", "from"}:  # {role, content} of a conversation is no row of raw text
+            return is_recognised(value) and recognise(value) not in ("content", "text")
+        return fits or value.keys() == known or is_recognised(value)
 
 
 class _Depth:

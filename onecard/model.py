@@ -146,6 +146,7 @@ def check_vocabulary(path: str, config: Any, tokenizer: PreTrainedTokenizerBase,
 
     ids: of all rows.
     """
+    config = config.get_text_config()
     rows = config.vocab_size
     if max(tokenizer.get_vocab().values()) >= rows and ids.max() >= rows:
         problem = f"--model_path {path}: the rows have token ids up to {ids.max()}, its embedding {rows}."

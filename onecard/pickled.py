@@ -46,9 +46,9 @@ class _Plain(pickle.Unpickler):
 def _child(source: str, output: str) -> int:
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    child.limit(resource.RLIMIT_AS, MEMORY)
+    child.limit(resource.RLIMIT_CPU, SECONDS)
+    child.limit(resource.RLIMIT_NPROC, 0)
     try:
         with open(source, "rb") as file:
             rows = _Plain(file).load()

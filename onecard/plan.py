@@ -119,7 +119,7 @@ def finished_before(options: FinetuneConfig, folder: Path, weights_print: str | 
         go_on = f"Continue it: .venv/bin/python finetune_continue.py --output_path {folder}"
         raise UserError(f"{folder} holds an unfinished run, {at}.", f"{go_on} Or: {ways}")
     prints = stored.get("fingerprints", {})
-    if weights_print and prints.get(STARTING) != weights_print:
+    if weights_print and prints.get(STARTING, weights_print) != weights_print:
         raise UserError(f"{folder} holds a finished run, and {options.lora_path} has changed since.", ways)
     before_rows = prints.get("rows")
     if before_rows and before_rows != _rows_now(options, before_rows):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard import child
-from onecard.errors import DATA
+from onecard.errors import DATA, UserError
 
 SECONDS, MEMORY = 20, 2 << 30  # of the child
 LARGEST = 100_000  # characters of one conversation
@@ -23,8 +23,12 @@ def render(tokenizer: Any, conversations: list[tuple[list[dict[str, str]], bool]
 
     Raises UserError when the template takes too long or too much memory.
     """
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:  # several, none of them the usual one
+        raise UserError(f"chat template: {error}.") from None
     asked = {
-        "template": tokenizer.get_chat_template(),
+        "template": template,
         "tokens": tokenizer.special_tokens_map,
         "conversations": conversations,
     }
@@ -45,8 +49,8 @@ def _child(source: str, output: str) -> int:
 
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    child.limit(resource.RLIMIT_AS, MEMORY)
+    child.limit(resource.RLIMIT_CPU, SECONDS)
     asked = json.loads(Path(source).read_text(encoding="utf-8"))
     written = []
     for messages, asking in asked["conversations"]:

@@ -17,7 +17,7 @@ from onecard.checkpoint import Progress
 from onecard.config import ContinueConfig, FinetuneConfig
 from onecard.errors import CHECKPOINT, UserError
 from onecard.journal import say
-from onecard.plan import Plan, finished_before, learning_rate, prepare, say_finished, versions
+from onecard.plan import STARTING, Plan, finished_before, learning_rate, prepare, say_finished, versions
 from onecard.start import Start
 
 LONGER = ("num_epochs", "max_steps")  # a run may be made longer
@@ -95,6 +95,8 @@ def make_plan(
     plan.options = start.options
     if start.stored:
         _check_same(start, plan)
+        began = start.stored["fingerprints"].get(STARTING)
+        plan.fingerprints |= {STARTING: began} if began and start.same_run else {}
         plan.warmup_steps = resolved["warmup_steps"]
     elif start.progress.step and not wish.from_data_beginning:  # an older checkpoint
         start.progress.rows_seen = plan.rows_after(start.progress.step)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from onecard import data, fingerprint, parallel, prompt, reader, runfolder
+from onecard import data, fingerprint, prompt, reader, runfolder
 from onecard.config import FinetuneConfig
 from onecard.errors import DATA, DISK, UserError
 from onecard.prompt import Conversation, Template, Turn
@@ -133,11 +133,11 @@ def _in_turn(folder: Path) -> Iterator[None]:
         locks = fingerprint.cache_folder() / "locks"
         locks.mkdir(parents=True, exist_ok=True)
         file = open(locks / folder.name, "w")  # noqa: SIM115
-    except OSError:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:  # or a file system without locks
         yield
         return
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -254,8 +254,8 @@ def _misfit(row: Conversation, task: str, asked: str) -> ValueError | None:
 
 def _read(sources: list[Source], options: FinetuneConfig, ends: list[int]) -> Iterator[Conversation | BadRow]:
     """The rows of all files with a bar; notes in `ends` the number of each file's last row."""
-    number, show = 0, None if parallel.is_main() else True
-    with tqdm(desc="reading rows", unit="row", disable=show) as bar:
+    number = 0
+    with tqdm(desc="reading rows", unit="row", disable=None) as bar:
         for source in sources:
             for row in reader.read_rows(source.path, options.schema):
                 if isinstance(row, BadRow) and not options.skip_bad_rows:

@@ -120,7 +120,7 @@ def _child(source: str) -> int:
     import pyarrow
     from pyarrow import parquet
 
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    child.limit(resource.RLIMIT_AS, MEMORY)
     number = 0
     try:
         with parquet.ParquetFile(source) as file:

@@ -7,6 +7,7 @@ Everything else in a template is plain text. Adding a file adds a template.
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,8 @@ def _inferred(tokenizer: Any) -> Template:
 
     opening, ask, follow, again, last = render(*TURNS)
     control = sorted({*tokenizer.all_special_tokens, *_added(tokenizer)}, key=len, reverse=True)
-    _promote(tokenizer, [token for token in control if any(token in (text or "") for text in texts)])
+    between = [text for roles, asking in PROBES for text in _or_none(render, roles, asking)]
+    _promote(tokenizer, [token for token in control if any(token in text for text in between)])
     found = re.search("|".join(map(re.escape, control)), follow) if control else None
     if not found:
         raise _UnfitError("no control token ends an answer")
@@ -215,4 +217,13 @@ def _inferred(tokenizer: Any) -> Template:
 
 
 def _added(tokenizer: Any) -> list[str]:
-    return [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip()]
+    """Added tokens that are special, or look like it; others are pieces of words."""
+    added = tokenizer.added_tokens_decoder.values()
+    return [str(token) for token in added if token.special or re.fullmatch(r"<.+>|\[.+\]", str(token))]
+
+
+def _or_none(render: Callable[..., list[str]], roles: tuple[str, ...], asking: bool) -> list[str]:
+    try:
+        return render(*roles, asking=asking)
+    except _UnfitError:
+        return []

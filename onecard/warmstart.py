@@ -148,8 +148,7 @@ def read_shape(source: Path, wish: FinetuneConfig) -> dict[str, Any]:
         raise UserError(problem, "Name a checkpoint folder, a run folder or an adapter folder.", CHECKPOINT)
     try:
         rank, alpha, targets = int(values["r"]), float(values["lora_alpha"]), values["target_modules"]
-        ends = targets if isinstance(targets, str) else {str(name).rsplit(".", 1)[-1] for name in targets}
-        names = ends if isinstance(ends, str) else ",".join(sorted(ends))
+        names = targets if isinstance(targets, str) else ",".join(sorted(map(str, targets)))
         whole = list(values.get("modules_to_save") or [])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"{source / runfolder.ADAPTER_CONFIG}: not a LoRA adapter's ({error!r})."

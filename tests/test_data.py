@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -592,3 +593,48 @@ def test_rows_behind_an_endless_row_of_an_array_are_read(tmp_path, monkeypatch):
         found = read(tmp_path / "rows.json", layout_([json.dumps(r) for r in (row, long, row, row)]))
         assert [isinstance(one, BadRow) for one in found] == [False, True, False, False]
         assert "characters" in found[1].reason
+
+
+FLAT = [{"instruction": f"a{i}", "output": "b"} for i in range(6)]
+INSIDE = [json.dumps(row)[1:-1] for row in FLAT]
+
+
+@pytest.mark.parametrize(
+    ("content", "bad", "good"),
+    [
+        # rows that begin behind the brace of the one before
+        (
+            "[\n  {\n"
+            + "\n  }, {\n".join(json.dumps(row)[1:-1] for row in FLAT).replace(":", "", 1)
+            + "\n  }\n]",
+            1,
+            5,
+        ),
+        # several rows on the broken row's line
+        ("[\n" + ", ".join(map(json.dumps, FLAT)).replace(":", "", 1) + "\n]", 1, 5),
+        # a key that only the first row has
+        (json.dumps([{**FLAT[0], "history": []}, *FLAT[1:]]).replace('"a1"', '"a1', 1), 1, 5),
+        # a column called role
+        (json.dumps([{"role": "x", **row} for row in FLAT]).replace('"a0"', '"a0', 1), 1, 5),
+        # two broken rows one after the other
+        (
+            "[" + ",\n".join(json.dumps(row)[: None if i > 1 else -1] for i, row in enumerate(FLAT)) + "]",
+            2,
+            4,
+        ),
+    ],
+    ids=["behind a brace", "one line of several", "another key", "a column called role", "two in a row"],
+)
+def test_odd_layouts_lose_no_row(tmp_path, content, bad, good):
+    found = read(tmp_path / "rows.json", content)
+    assert [sum(isinstance(row, BadRow) for row in found), len(found)] == [bad, bad + good]
+
+
+def test_many_broken_rows_on_one_line_take_no_long_time(tmp_path):
+    """A row's fault is looked for where it is, not from the beginning of the window each time."""
+    row = json.dumps(NESTED["openai"]).replace("]", "")
+    path = tmp_path / "rows.json"
+    path.write_text("[" + ", ".join([row] * 10_000) + "]")
+    started = time.monotonic()
+    assert all(isinstance(one, BadRow) for one in reader.read_rows(path))
+    assert time.monotonic() - started < 20

@@ -49,7 +49,15 @@ def test_the_demo_model_learns_from_each_sample_file(harness, tmp_path, path):
     run = tmp_path / "run"
     flags = {"model_path": hub.locate("demo"), "data_path": path, "output_path": run, "batch_size": 4}
     answer = harness.run(
-        "finetune", {**flags, "max_steps": 16, "learning_rate": 4e-3, "test_size": 0, "warmup_steps": 0}
+        "finetune",
+        {
+            **flags,
+            "max_steps": 20,
+            "learning_rate": 3e-3,
+            "lora_target_modules": "all-linear",
+            "test_size": 0,
+            "warmup_steps": 0,
+        },
     )
     assert answer["code"] == 0, answer["said"]
     assert fall(run) < 0.8
