@@ -143,3 +143,17 @@ def test_the_tools_run(tmp_path, tiny_model):
     convert = [sys.executable, "tools/json_to_parquet.py", f"--data_path={chat}", f"--output_path={out}"]
     ended = subprocess.run(convert, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "40 rows with the columns input, output" in ended.stdout
+
+
+def test_rows_with_the_same_letters_are_not_the_same(tmp_path):
+    """An instruction with an input is another row than both in one."""
+    (tmp_path / "rows.jsonl").write_text(
+        '{"instruction": "Say: hello", "input": "", "output": "x"}\n'
+        '{"instruction": "Say: ", "input": "hello", "output": "x"}\n'
+        '{"instruction": "Say: \u200bhello", "input": "", "output": "x"}\n'
+    )
+    found = check.Findings()
+    tokenizer = tiny.tokenizer()
+    form = template.load("alpaca", tokenizer)
+    list(check.examine(found, [tmp_path / "rows.jsonl"], None, form, tokenizer, 256))
+    assert found.problems["duplicates"] == 1  # the third, but for what cannot be seen

@@ -309,6 +309,17 @@ def test_added_tokens_that_a_chat_template_writes_become_control_tokens():
     assert prompt.encode(row, form, made)[0].count(tool) == 1
 
 
+def test_added_pieces_of_words_stay_ordinary():
+    """What extend_vocab added may stand in a chat template's own words: rows may say it all the same."""
+    made = tiny.tokenizer()
+    made.add_tokens(["你是", "mark"])
+    made.chat_template = CHATML.replace("Be kind.", "你是助手")
+    form = template.load("auto", made)
+    assert not {"你是", "mark"} & set(made.all_special_tokens)
+    ids, _ = prompt.encode(single("你是谁", "", "mark"), form, made)
+    assert made.convert_tokens_to_ids("你是") in ids
+
+
 def test_bos_comes_first_where_the_tokenizer_puts_it():
     """Llama-like tokenizers begin every text with it; the others do not."""
     conversation, form = CONVERSATIONS[0], template.load("alpaca", None)

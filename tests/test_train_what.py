@@ -272,6 +272,20 @@ def test_the_kind_of_an_adapter_is_taken_over(harness, tiny_model, tmp_path):
     assert "has changed since" in answer["said"]
 
 
+def test_a_run_that_went_on_still_knows_what_it_started_from(harness, tiny_model, tmp_path):
+    """The same command after it was stopped and continued: finished, and not begun from other weights."""
+    rows = tiny.save_rows(tmp_path / "rows.json", 24)
+    assert harness.run("finetune", flags(tiny_model, rows, tmp_path / "first", max_steps=1))["code"] == 0
+    given = {"max_steps": 3, "lora_path": tmp_path / "first"}
+    whole = tmp_path / "whole"
+    assert harness.run("finetune", flags(tiny_model, rows, whole, **given))["code"] == 0
+    run = stopped_at(whole, 2, tmp_path / "run")
+    assert harness.run("finetune_continue", {"output_path": run})["code"] == 0
+    assert differences(outcome(whole), outcome(run)) == []
+    answer = harness.run("finetune", flags(tiny_model, rows, run, **given))
+    assert "This run is finished" in answer["said"]
+
+
 def test_what_lora_path_cannot_start_from(harness, tiny_model, tmp_path):
     """Each with what to do: a run that is not finished, all weights, an older checkpoint."""
     rows = tiny.save_rows(tmp_path / "rows.json", 24)

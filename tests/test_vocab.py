@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -223,6 +223,14 @@ def test_pieces_inside_words_gain_no_spaces():
     vocab.extend(new, pieces)
     with pytest.raises(UserError, match="prepend_scheme"):
         vocab.check_spaces(old, new, pieces)
+
+
+def test_a_tokenizer_without_bytes_takes_pieces():
+    """What it could not write so far is what it needs."""
+    core = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0, byte_fallback=False))
+    old, new = (PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>") for _ in range(2))
+    new.add_tokens(["你好"])
+    vocab.check_spaces(old, new, ["你好"])
 
 
 def test_nothing_to_add_is_said(tmp_path):
