@@ -20,6 +20,7 @@ from onecard import (
     checkpoint,
     data,
     engine_hf,
+    fitting,
     model,
     reader,
     report,
@@ -286,7 +287,7 @@ def poison(monkeypatch, at_step: int, value: float, gradient_only: bool = False,
             return plain(step_model, micro_batches, targets, *rest)
 
     monkeypatch.setattr(step, "gradient", poisoned)
-    monkeypatch.setattr(train, "dry_run", lambda _: True)
+    monkeypatch.setattr(fitting, "dry_run", lambda _: True)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -555,7 +556,7 @@ def test_what_chat_asks_is_the_beginning_of_what_training_saw(tiny_model, tiny_r
         return plain_greedy(adapted, prompts, *rest)
 
     monkeypatch.setattr(step, "gradient", spy_step)
-    monkeypatch.setattr(train, "dry_run", lambda _: True)
+    monkeypatch.setattr(fitting, "dry_run", lambda _: True)
     monkeypatch.setattr(engine_hf, "greedy", spy_greedy)
     settings = options(tiny_model, tiny_rows, tmp_path / "run", test_size=0, num_epochs=1)
     run(settings)

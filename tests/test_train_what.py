@@ -349,5 +349,5 @@ def test_the_stages_one_after_the_other(copy, tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_the_stages_with_the_demo_model(copy, tmp_path):
-    falls = stages(copy, "demo", tmp_path / "stages", "--max_steps=16", "--learning_rate=2e-3")
+    falls = stages(copy, "demo", tmp_path / "stages", "--max_steps=16", "--learning_rate=5e-4")
     assert all(fall < 0.95 for fall in falls.values()), falls
