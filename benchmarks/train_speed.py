@@ -23,7 +23,6 @@ import tempfile
 import time
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import speed_report  # beside this file; it imports the standard library only
@@ -33,7 +32,6 @@ MICRO_BATCH = 4  # rows that the plain side pads to one length
 RATE, SEED = 3e-4, 42
 RANK, ALPHA, DROPOUT, MODULES = 8, 16, 0.05, ("q_proj", "v_proj")
 SMALL = 1024  # tokens of the small micro-batch, at most: half of the automatic one
-MATMUL_TOKENS, MATMUL_SQUARE, MATMUL_SECONDS = 2048, 4096, 1.5
 PREPARED, ROWS, ENCODED = "prepared.json", "rows.jsonl", "encoded.json"
 
 
@@ -163,8 +161,8 @@ def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Write the rows as text for OneCard and encoded, in OneCard's order, for the plain side; measure."""
     import importlib.metadata
 
+    import matmul_speed  # beside this file
     import torch
-    from transformers import AutoModelForCausalLM
 
     from onecard import data, fingerprint, hardware, hub, model, reader, rows, template, trainer
 
@@ -192,8 +190,7 @@ def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     (folder / ENCODED).write_text(json.dumps(encoded), encoding="utf-8")
 
     config, dtype = model.load_config(base_path), hardware.choose_dtype(options.dtype, "cpu")
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+    skeleton = model.skeleton(base_path, config)
     head = skeleton.get_output_embeddings().weight
     linear = [layer for layer in skeleton.modules() if isinstance(layer, torch.nn.Linear)]
     lengths = [len(row["input_ids"]) for row in encoded]
@@ -210,31 +207,11 @@ def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "dtype_reason": dtype.reason,
         "frozen_weights": sum(layer.weight.numel() for layer in linear if layer.weight is not head),
         "head_weights": head.numel(),
-        "matmul": matmul_speeds(model.DTYPES[dtype.value], config.hidden_size, inner),
+        "matmul": matmul_speed.measure(model.DTYPES[dtype.value], config.hidden_size, inner),
         "threads": torch.get_num_threads(),
         "versions": {**trainer.versions(), "accelerate": importlib.metadata.version("accelerate")},
         "machine": hardware.describe_machine(),
     }
-
-
-def matmul_speeds(dtype: Any, hidden: int, inner: int) -> dict[str, float]:
-    """Shape -> FLOP per second, median of several: the model's own products, and a large square one."""
-    import torch
-
-    square = MATMUL_SQUARE
-    shapes = [(MATMUL_TOKENS, hidden, inner), (MATMUL_TOKENS, inner, hidden), (square, square, square)]
-    speeds = {}
-    for tokens, inputs, outputs in shapes:
-        x, weight = torch.randn(tokens, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
-        times, until = [], time.monotonic() + MATMUL_SECONDS
-        while len(times) < 5 or time.monotonic() < until:
-            started = time.perf_counter()
-            torch.nn.functional.linear(x, weight)
-            times.append(time.perf_counter() - started)
-        name = f"{tokens}x{inputs}x{outputs}"
-        speeds[name] = 2 * tokens * inputs * outputs / median(times)
-        print(f"matmul {name} {speeds[name] / 1e9:.0f} GFLOP/s", flush=True)
-    return speeds
 
 
 def onecard_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -38,6 +38,7 @@ EXTRAS = {
     "use_dora": bool,
     "use_rslora": bool,
 }
+ALL_LINEAR = "all-linear"  # as target modules: every linear layer but the head
 LORA, EMBEDDINGS, BOTH = "lora", "embeddings", "lora+embeddings"  # kinds of adapters
 PLAIN_STARTS = (True, "gaussian", "orthogonal")  # others change the base's weights, or need rows
 
@@ -60,7 +61,7 @@ class LoraShape:
         if self.what == EMBEDDINGS:
             return NO_TARGETS  # no module gets a low-rank pair
         names = [name.strip() for name in self.target_modules.split(",") if name.strip()]
-        return "all-linear" if names == ["all-linear"] else names
+        return ALL_LINEAR if names == [ALL_LINEAR] else names
 
 
 def read_extras(path: str | None, rslora: bool) -> dict[str, Any]:
@@ -164,24 +165,18 @@ def count_parameters(model: PeftModel) -> int:
 def adapter_tensors(
     model: PeftModel, gathered: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The adapter's tensors on the CPU under their portable names; nothing else is gathered or asked for.
+    """The adapter's tensors under their portable names; nothing else is gathered or asked for.
 
-    gathered: its parameters by their names in the model, when they are spread over processes. Of tied
-    embeddings both names are there, since peft asks for both; the second is a copy.
+    gathered: its parameters by their names in the model, when they are spread over processes. Tied embeddings
+    have both names, since peft asks for both.
     """
-    found = get_peft_model_state_dict(model, state_dict=gathered, save_embedding_layers=False)
-    named, seen = {}, set()
-    for name, tensor in found.items():
-        here = tensor.detach().cpu().contiguous()
-        named[name] = here.clone() if here.data_ptr() in seen else here
-        seen.add(here.data_ptr())
-    return named
+    return get_peft_model_state_dict(model, state_dict=gathered, save_embedding_layers=False)
 
 
 def set_tensors(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
     """Give the adapter these tensors; others stay as they are."""
     given = {name: tensor.float() for name, tensor in tensors.items()}
-    places = get_peft_model_state_dict(model, save_embedding_layers=False)
+    places = adapter_tensors(model)
     tied = {places[name].data_ptr(): name for name in given}  # of two names for one tensor the last
     filled = {}
     for name, place in places.items():

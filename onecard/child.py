@@ -8,6 +8,9 @@ from pathlib import Path
 
 from onecard.errors import UNSAFE, UserError
 
+UTF8 = {"encoding": "utf-8", "errors": "surrogatepass"}  # whatever the locale says
+SETTINGS = {**UTF8, "cwd": Path(__file__).resolve().parent.parent}
+
 
 def convert(module: str, source: Path, output: Path, seconds: int, damaged: int, late: int) -> None:
     """Run `python -m module SOURCE OUTPUT`; raises UserError when it fails.
@@ -15,12 +18,9 @@ def convert(module: str, source: Path, output: Path, seconds: int, damaged: int,
     Exit code 8 (unsafe) when the child says that the file asks for more than data, `damaged` when it cannot
     be read, `late` when it is not done within `seconds`.
     """
-    command = [sys.executable, "-m", module, str(source.resolve()), str(output.resolve())]
-    place = Path(__file__).resolve().parent.parent
+    command = _command(module, source, output)
     try:
-        ended = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, check=False, cwd=place
-        )
+        ended = subprocess.run(command, capture_output=True, timeout=seconds, check=False, **SETTINGS)
     except subprocess.TimeoutExpired:
         raise UserError(f"{source}: not read within {seconds} s.", "It was not loaded.", late) from None
     if ended.returncode:
@@ -32,11 +32,9 @@ def convert(module: str, source: Path, output: Path, seconds: int, damaged: int,
 
 def lines(module: str, source: Path) -> Iterator[str]:
     """What `python -m module SOURCE` writes, line by line; raises ChildError at its end when it failed."""
-    place = Path(__file__).resolve().parent.parent
-    utf8 = {"encoding": "utf-8", "errors": "surrogatepass"}  # whatever the locale says
-    with tempfile.TemporaryFile("w+", **utf8) as complaints:
-        command = [sys.executable, "-m", module, str(source.resolve())]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, cwd=place, **utf8)
+    with tempfile.TemporaryFile("w+", **UTF8) as complaints:
+        command = _command(module, source)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, **SETTINGS)
         try:
             yield from process.stdout
             code = process.wait()
@@ -48,6 +46,10 @@ def lines(module: str, source: Path) -> Iterator[str]:
             complaints.seek(0)
             said = complaints.read().strip().splitlines()
             raise ChildError(said[-1][:300] if said and code > 0 else "its reader crashed")
+
+
+def _command(module: str, *paths: Path) -> list[str]:
+    return [sys.executable, "-m", module, *(str(path.resolve()) for path in paths)]
 
 
 def limit(kind: int, value: int) -> None:

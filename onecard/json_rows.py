@@ -19,7 +19,7 @@ from onecard.schemas import BadRow, RowError, recognise
 CHUNK = 1 << 20  # characters read at a time
 LONGEST_ROW = 32 << 20  # characters; anything longer is a mistake in the file
 GLANCE = 1 << 16  # characters in which the start of a row is looked at
-KEPT = 100_000  # characters of a row that is longer
+KEPT = 100_000  # characters of a bad row
 
 
 def values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
@@ -27,14 +27,19 @@ def values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
 
     Raises UserError (exit 3) when the file is empty or holds something else.
     """
-    with path.open("rb") as raw:
-        if raw.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            raise UserError(f"{path}: UTF-16 text.", "Save it as UTF-8.", DATA)
+    refuse_utf16(path)
     # bytes that are not UTF-8 become lone surrogates, which schemas.check names
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         start = _first_character(file, path)
         is_array = start == "[" and not _is_lines_of_lists(file)
         yield from _array_values(file) if is_array else _line_values(file)
+
+
+def refuse_utf16(path: Path) -> None:
+    """Raise UserError (exit 3) for a text that begins with UTF-16's mark."""
+    with path.open("rb") as raw:
+        if raw.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise UserError(f"{path}: UTF-16 text.", "Save it as UTF-8.", DATA)
 
 
 def _is_lines_of_lists(file: io.TextIOBase) -> bool:
@@ -234,9 +239,10 @@ class _Window:
             return fits
         if isinstance(value, list):
             return bool(value) and all(isinstance(turn, dict) for turn in value)
+        schema = _schema_of(value)
         if value.keys() & {"role", "from"}:  # {role, content} of a conversation is no row of raw text
-            return is_recognised(value) and recognise(value) not in ("content", "text")
-        return fits or value.keys() == known or is_recognised(value)
+            return schema not in (None, "content", "text")
+        return fits or value.keys() == known or schema is not None
 
 
 class _Depth:
@@ -256,11 +262,11 @@ class _Depth:
         return self.depth
 
 
-def is_recognised(value: Any) -> bool:
+def _schema_of(value: Any) -> str | None:
     try:
-        return bool(recognise(value))
+        return recognise(value)
     except RowError:
-        return False
+        return None
 
 
 def _reason(error: ValueError) -> str:

@@ -118,7 +118,8 @@ def check_architecture(path: str, config: Any, shape: LoraShape) -> int:
         return sum(p.numel() for p in bare.parameters())
     if shape.what != adapter.EMBEDDINGS:
         _check_targets(bare, shape)
-    made = adapter.add_adapter(bare, shape, seed=0)
+    with torch.device("meta"):
+        made = adapter.add_adapter(bare, shape, seed=0)
     return sum(p.numel() for p in weights.trainable(made))
 
 
@@ -131,7 +132,7 @@ def _check_targets(bare: torch.nn.Module, shape: LoraShape) -> None:
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     }
     targets = shape.targets()
-    everything = targets == "all-linear"
+    everything = targets == adapter.ALL_LINEAR
     missing = [t for t in targets if not everything and not any(_is_named(name, t) for name in linear)]
     if missing or not targets:
         wrong = ", ".join(missing) or "no name given"

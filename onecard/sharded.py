@@ -157,7 +157,7 @@ class Zero:
             deepspeed.zero.Init(module=step_model, config_dict_or_path=config)
             for buffer in step_model.buffers():
                 buffer.data = buffer.data.to(device)
-        if self.stage == 3:  # the loss multiplies by the head's weight without going through its module
+            # the loss multiplies by the head's weight without going through its module
             head = weights.base_of(step_model.model).get_output_embeddings()
             deepspeed.zero.register_external_parameter(step_model, head.weight)
         optimizer = make_optimizer(list(self.named.values()))

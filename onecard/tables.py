@@ -13,12 +13,9 @@ from tqdm import tqdm
 
 from onecard import child
 from onecard.errors import DATA, DISK, UserError
-from onecard.json_rows import LONGEST_ROW
+from onecard.json_rows import KEPT, LONGEST_ROW, refuse_utf16
 from onecard.schemas import BadRow
 
-LONGEST_FIELD = LONGEST_ROW  # characters
-UTF16 = (b"\xff\xfe", b"\xfe\xff")
-LONGEST_TEXT = 100_000  # characters of a broken row that are kept
 ROWS = 1000  # of a Parquet file, held at a time
 MEMORY = 8 << 30  # bytes of address space for the child that reads one
 
@@ -29,10 +26,8 @@ def csv_values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
     Where a row is broken, as by a quote that is never closed, its first line is the bad row, and what follows
     is read anew. Raises UserError (exit 3) when there is no header.
     """
-    csv.field_size_limit(LONGEST_FIELD)
-    with path.open("rb") as raw:
-        if raw.read(2) in UTF16:
-            raise UserError(f"{path}: UTF-16 text.", "Save it as UTF-8.", DATA)
+    csv.field_size_limit(LONGEST_ROW)
+    refuse_utf16(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = _Lines(file)
         settings = {"strict": True, "delimiter": "\t" if path.suffix.lower() == ".tsv" else ","}
@@ -43,7 +38,7 @@ def csv_values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
             try:
                 fields = next(rows, None)
             except csv.Error as error:
-                text = lines.back_to_second()[:LONGEST_TEXT]
+                text = lines.back_to_second()[:KEPT]
                 yield line, 1, BadRow(line, 1, f"broken CSV, {error}", text), text
                 rows = csv.reader(lines, **settings)
                 continue

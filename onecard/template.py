@@ -174,8 +174,8 @@ def _inferred(tokenizer: Any) -> Template:
 
     opening, ask, follow, again, last = render(*TURNS)
     control = sorted({*tokenizer.all_special_tokens, *_added(tokenizer)}, key=len, reverse=True)
-    between = [text for roles, asking in PROBES for text in _or_none(render, roles, asking)]
-    _promote(tokenizer, [token for token in control if any(token in text for text in between)])
+    outside = [text for roles, asking in PROBES for text in _or_none(render, roles, asking)]
+    _promote(tokenizer, [token for token in control if any(token in text for text in outside)])
     found = re.search("|".join(map(re.escape, control)), follow) if control else None
     if not found:
         raise _UnfitError("no control token ends an answer")

@@ -98,11 +98,9 @@ def carry_out(plan: Plan, start: Start | None, sample: Sample, draw: Draw) -> No
             if new and (folder / runfolder.FINISHED).exists():
                 raise UserError(f"{folder}: another process has just finished a run there.")
             trainer = load(plan, folder, start)
-            together = (
-                signals.later() if trainer.shards else contextlib.nullcontext()
-            )  # stop_together() ends it
+            waits = signals.later() if trainer.shards else contextlib.nullcontext()  # for stop_together
             try:
-                with together:
+                with waits:
                     train(trainer, sample, draw)
             finally:
                 trainer.journal.close()

@@ -14,7 +14,6 @@ from onecard.journal import say
 from onecard.plan import finished_before
 from onecard.start import Start
 
-ALL_LINEAR = "all-linear"
 # of adapter_config.json: tensors that no option of ours makes
 OTHER_KINDS = ("lora_bias", "trainable_token_indices", "target_parameters", "layer_replication")
 
@@ -72,8 +71,8 @@ def from_older(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Sta
         raise UserError(problem, "", CHECKPOINT)
     _check_kind(source, values, wish)
     old = legacy.read(source)
-    shape = {"lora_r": old.rank, "lora_target_modules": old.targets}
-    shape["rslora"] = bool(values.get("use_rslora"))
+    rslora = bool(values.get("use_rslora"))
+    shape = {"lora_r": old.rank, "lora_target_modules": old.targets, "rslora": rslora}
     if old.alpha is not None:
         shape["lora_alpha"] = float(old.alpha)
     else:
@@ -115,7 +114,7 @@ def _plain(value: Any) -> Any:
 
 def _is_same(name: str, wished: Any, has: Any) -> bool:
     """all-linear stands for any list of names; whether it is right the tensors show."""
-    return _plain(wished) == _plain(has) or (name == "lora_target_modules" and wished == ALL_LINEAR)
+    return _plain(wished) == _plain(has) or (name == "lora_target_modules" and wished == adapter.ALL_LINEAR)
 
 
 def with_shape(
@@ -156,9 +155,13 @@ def read_shape(source: Path, wish: FinetuneConfig) -> dict[str, Any]:
     _check_kind(source, values, wish)
     if names == adapter.NO_TARGETS:
         return {"train_what": adapter.EMBEDDINGS}
-    shape = {"lora_r": rank, "lora_alpha": alpha, "lora_target_modules": names}
-    shape["rslora"] = bool(values.get("use_rslora"))
-    return shape | {"train_what": adapter.BOTH if whole else adapter.LORA}
+    return {
+        "train_what": adapter.BOTH if whole else adapter.LORA,
+        "lora_r": rank,
+        "lora_alpha": alpha,
+        "lora_target_modules": names,
+        "rslora": bool(values.get("use_rslora")),
+    }
 
 
 def _check_kind(source: Path, values: dict[str, Any], wish: FinetuneConfig) -> None:

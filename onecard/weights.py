@@ -19,12 +19,6 @@ from onecard.errors import CHECKPOINT, UserError
 from onecard.runfolder import ADAPTER_WEIGHTS, MODEL_WEIGHTS
 
 FULL = "full"
-WHAT = {
-    adapter.LORA: "an adapter (LoRA)",
-    adapter.EMBEDDINGS: "the input embedding",
-    adapter.BOTH: "an adapter (LoRA), embedding and head",
-    FULL: "all weights",
-}
 
 
 def prepare(base: Any, shape: adapter.LoraShape, seed: int) -> Any:
@@ -71,19 +65,26 @@ def describe(model: Any) -> str:
     return f"{share}, {count * 4 / 2**20:.1f} MiB, in {', '.join(sorted(names))}"
 
 
-def tensors(model: Any, gathered: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """What is trained, on the CPU, under the names that peft or transformers reads.
+def places(model: Any, gathered: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """What is trained, where it lies, under the names that peft or transformers reads.
 
     gathered: the trained parameters by their names in the model, when they are spread over processes.
     """
     if adapter.is_adapter(model):
         return adapter.adapter_tensors(model, gathered)
     persistent = model.state_dict().keys()  # a model's buffers may or may not be kept
-    named = {
-        **(gathered or dict(model.named_parameters())),
-        **{n: b for n, b in model.named_buffers() if n in persistent},
-    }
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return {**(gathered or dict(model.named_parameters())), **buffers}
+
+
+def tensors(model: Any, gathered: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The same as a file takes them: on the CPU, and of two names for one tensor the second with a copy."""
+    named, seen = {}, set()
+    for name, tensor in places(model, gathered).items():
+        here = tensor.detach().cpu().contiguous()
+        named[name] = here.clone() if here.data_ptr() in seen else here
+        seen.add(here.data_ptr())
+    return named
 
 
 def load(model: Any, checkpoint: Path) -> None:
@@ -97,7 +98,7 @@ def assign(model: Any, given: dict[str, torch.Tensor], source: str, start: bool 
 
     start: embeddings, or all of LoRA, may be missing and then stay as they are: a new run trains more.
     """
-    own = tensors(model)
+    own = places(model)
     missing, unknown = own.keys() - given.keys(), given.keys() - own.keys()
     if start:
         has_lora = any(".lora_" in name for name in given)
@@ -111,10 +112,9 @@ def assign(model: Any, given: dict[str, torch.Tensor], source: str, start: bool 
     if adapter.is_adapter(model):
         adapter.set_tensors(model, given)
         return
-    places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         for name, tensor in given.items():
-            places[name].copy_(tensor)
+            own[name].copy_(tensor)
 
 
 def save(

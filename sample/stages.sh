@@ -4,7 +4,8 @@
 #
 #   MODEL_PATH=demo OUTPUT_PATH=lora-checkpoints/stages bash sample/stages.sh --max_steps 40
 #
-# Everything after the name goes to all three trainings; see finetune.py --help.
+# Everything after the name goes to all three trainings (see finetune.py --help); a stage that goes on keeps
+# the options it began with.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/setup.sh train

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from tests import tiny
 from tests.harness import started
@@ -29,13 +28,7 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tied_model(tmp_path_factory) -> Path:
     """The tiny Llama with one matrix for embedding and head, as many small models have."""
-    folder = tmp_path_factory.mktemp("tied") / "model"
-    config = tiny.config()
-    config.tie_word_embeddings = True
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
+    return tiny.save_model(tmp_path_factory.mktemp("tied") / "model", tie_word_embeddings=True)
 
 
 @pytest.fixture

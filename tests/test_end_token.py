@@ -3,9 +3,8 @@
 import json
 
 import pytest
-import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from onecard import engine_hf, prompt, template
 from tests import tiny
@@ -42,11 +41,7 @@ TOKENIZERS = {
 def test_the_end_is_learned(harness, tmp_path, name):
     """The last target of every row is an end token, and what was trained stops by itself."""
     tokenizer = TOKENIZERS[name]()
-    config = tiny.config()
-    config.vocab_size = 400
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    tiny.save_model(tmp_path / "base", tokenizer, vocab_size=400)
     rows = [{"instruction": word, "output": f"{word} {word}"} for word in tiny.WORDS]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     which = "auto" if tokenizer.chat_template else "tigerbot"

@@ -210,14 +210,22 @@ def test_gradient_does_not_depend_on_the_token_budget(tiny_model):
         assert close(flat, reference, 1e-6)
 
 
+TWO = ("--standalone", "--nproc_per_node=2")
+
+
+def torchrun(how: tuple[str, ...], *arguments: object) -> subprocess.Popen:
+    """tests/two_processes.py with these arguments, started by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", *how, "-m", "tests.two_processes"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    place = Path(__file__).parent.parent
+    return subprocess.Popen([*command, *map(str, arguments)], env=environment, cwd=place)
+
+
 def test_two_processes_give_the_gradient_of_one(tiny_model, tmp_path):
     """Two gloo processes with unequal shares of a step of 5 rows: the update of one process."""
     one = two_processes.one_step(tiny_model)
     output = tmp_path / "two.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.two_processes", str(tiny_model), str(output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parent.parent, timeout=300)
+    assert torchrun(TWO, tiny_model, output).wait(timeout=300) == 0
     two = json.loads(output.read_text())
     assert one["micro_batches"] != two["micro_batches"]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
@@ -229,10 +237,7 @@ def test_two_processes_give_the_gradient_of_one(tiny_model, tmp_path):
 def test_out_of_memory_in_one_process_is_redone_by_all(tiny_model, tmp_path):
     """Both drop the partial gradient; the second try gives the gradient of one process."""
     output = tmp_path / "two.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.two_processes", str(tiny_model), str(output), "no-memory"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parent.parent, timeout=300)
+    assert torchrun(TWO, tiny_model, output, "no-memory").wait(timeout=300) == 0
     two, one = json.loads(output.read_text()), two_processes.one_step(tiny_model)
     assert two["losses"] == [None, pytest.approx(one["loss"], rel=1e-6)]
     assert two["dropped"] == [True, False]
@@ -258,11 +263,8 @@ def test_two_machines_give_the_gradient_of_one(tiny_model, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    command += ["--rdzv_backend=c10d", f"--rdzv_endpoint={meeting}", "--rdzv_id=test"]
-    command += ["-m", "tests.two_processes", str(tiny_model), str(output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    machines = [subprocess.Popen(command, env=environment, cwd=Path(__file__).parent.parent) for _ in "ab"]
+    how = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={meeting}")
+    machines = [torchrun((*how, "--rdzv_id=test"), tiny_model, output) for _ in "ab"]
     assert [machine.wait(timeout=300) for machine in machines] == [0, 0]
     two, one = json.loads(output.read_text()), two_processes.one_step(tiny_model)
     assert one["micro_batches"] != two["micro_batches"]

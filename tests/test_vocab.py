@@ -16,7 +16,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -33,12 +32,7 @@ TOKENS = ["<pad>", "<|im_start|>", "<|im_end|>"]
 def base(request, tmp_path) -> Path:
     """A tiny model with tied or untied embeddings, in one file or several."""
     tied, shard = request.param
-    config = tiny.config()
-    config.tie_word_embeddings = tied
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base", max_shard_size=shard)
-    tiny.tokenizer().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    return tiny.save_model(tmp_path / "base", shard=shard, tie_word_embeddings=tied)
 
 
 def run(tool: str, *arguments: object) -> subprocess.CompletedProcess:

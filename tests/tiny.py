@@ -62,10 +62,15 @@ def config() -> LlamaConfig:
     )
 
 
-def save_model(folder: Path) -> Path:
+def save_model(
+    folder: Path, own: PreTrainedTokenizerFast | None = None, shard: str = "1GB", **changes
+) -> Path:
+    """The model, with a tokenizer of its own or the usual one; changes: of its configuration."""
+    settings = config()
+    settings.update(changes)
     torch.manual_seed(0)
-    LlamaForCausalLM(config()).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    LlamaForCausalLM(settings).save_pretrained(folder, max_shard_size=shard)
+    (own or tokenizer()).save_pretrained(folder)
     return folder
 
 

@@ -47,16 +47,12 @@ def main() -> None:
     print(
         f"on {of}: {before:.3f} -> {after:.3f} tokens a character ({100 * (1 - after / before):.1f} % fewer)"
     )
-    with tempfile.TemporaryDirectory(dir=parent(target), prefix=f".{target.name}-") as temporary:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
         made = Path(temporary) / "made"
         tokenizer.save_pretrained(made)
         made.rename(target)
     print(f"The tokenizer is in {target}. Next: tools/prepare_base_model.py --tokenizer_path {target}")
-
-
-def parent(target: Path) -> Path:
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    return target.absolute().parent
 
 
 def text_of(flag: str, path: str) -> str:
