@@ -16,6 +16,7 @@ from onecard.parsing import (
     between,
     build,
     fraction,
+    inherited,
     option,
     parse,
     parse_given,
@@ -25,6 +26,7 @@ from onecard.parsing import (
 
 __all__ = ["EXECUTION", "LEARNED", "build", "parse", "parse_given", "roles"]
 
+MOST_PROMPTS, LONGEST_PROMPT = 16, 500  # of --sample_prompts; characters
 SCHEMAS = (  # onecard/schemas.py says what each is
     "alpaca",
     "chat",
@@ -37,6 +39,12 @@ SCHEMAS = (  # onecard/schemas.py says what each is
     "sharegpt",
     "text",
 )
+
+
+def few_prompts(text: str) -> str | None:
+    found = text.split("|")
+    fits = len(found) <= MOST_PROMPTS and all(len(part) <= LONGEST_PROMPT for part in found)
+    return None if fits else f"at most {MOST_PROMPTS} prompts of {LONGEST_PROMPT} characters"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +172,18 @@ class FinetuneConfig:
     optimizer: str = option(
         "adamw", LEARNED, "optimizer of the adapter", choices=("adamw", "adamw_8bit", "paged_adamw_8bit")
     )
+    sample_steps: int = option(
+        0,
+        EXECUTION,
+        "steps between two rounds of answers to fixed prompts, written to samples.jsonl; 0 = none",
+        check=at_least(0),
+    )
+    sample_prompts: str | None = option(
+        None,
+        EXECUTION,
+        "prompts of your own for these rounds, with | between, behind the held-out ones",
+        check=few_prompts,
+    )
     log_steps: int = option(
         1, EXECUTION, "steps between two lines on a screen without a progress bar", check=at_least(1)
     )
@@ -196,9 +216,7 @@ class ContinueConfig(FinetuneConfig):
 
 def same(name: str, default: Any = dataclasses.MISSING) -> Any:
     """An option of another command that is the same as finetune.py's; its default may differ."""
-    field = next(field for field in dataclasses.fields(FinetuneConfig) if field.name == name)
-    value = field.default if default is dataclasses.MISSING else default
-    return dataclasses.field(default=value, metadata=field.metadata)
+    return inherited(FinetuneConfig, name, default)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The end of a run: the best adapter, the picture, the answers, and finished.json last.
+"""Answers to fixed prompts on the way; at the end the best adapter, the picture, finished.json last.
 
 Everything here can be done again: a run that was killed on the way goes on with it.
 """
@@ -8,13 +8,60 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from onecard import checkpoint, hardware, runfolder, weights
-from onecard.errors import CHECKPOINT, UserError
+from onecard import checkpoint, hardware, parallel, prompt, runfolder, signals, weights
+from onecard.errors import CHECKPOINT, UserError, is_out_of_memory
 from onecard.journal import say
 from onecard.plan import versions
+from onecard.rows import PRETRAIN
 from onecard.trainer import Trainer
 
 Draw = Callable[[list[dict[str, Any]], Path], None]
+Sample = Callable[[Any, Any, prompt.Template, list[prompt.Conversation], int], list[str]]
+ANSWER_TOKENS = 128
+
+
+def answers(trainer: Trainer, sample: Sample, asked: list[prompt.Conversation]) -> list[str]:
+    """Answers with the adapter as it is; empty without prompts, or when the model is spread."""
+    plan = trainer.plan
+    if not asked or not parallel.is_main() or trainer.shards:  # no process has the whole model
+        return []
+    trainer.journal.say(f"answering prompts: {len(asked)} ...")
+    longest = min(ANSWER_TOKENS, plan.options.cutoff_len)
+    with trainer.step_model.arithmetic():
+        return sample(trainer.model, plan.tokenizer, plan.template, asked, longest)
+
+
+def samples_are_due(trainer: Trainer) -> bool:
+    """At the start, every sample_steps and at the end, once per step; only where answers() gives some."""
+    plan, step, every = trainer.plan, trainer.progress.step, trainer.plan.options.sample_steps
+    asked = plan.held_out or plan.options.sample_prompts
+    if not every or not asked or not parallel.is_main() or trainer.shards or trainer.sampled == step:
+        return False
+    return trainer.sampled < 0 or step % every == 0 or step == plan.total_steps
+
+
+def note_answers(trainer: Trainer, sample: Sample, held_out: list[str] | None = None) -> None:
+    """Answers to the fixed prompts into samples.jsonl; held_out: those given at this step already."""
+    plan, step = trainer.plan, trainer.progress.step
+    role = "prompt" if plan.task == PRETRAIN else "user"  # after raw text no template
+    texts = [text.strip() for text in (plan.options.sample_prompts or "").split("|")]
+    own = [prompt.Conversation((prompt.Turn(role, text),)) for text in texts if text]
+    try:
+        given = answers(trainer, sample, plan.held_out) if held_out is None else held_out
+        pairs = [*zip(plan.held_out, given, strict=False)]
+        pairs += zip(own, answers(trainer, sample, own), strict=False)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        hardware.forget_cached_memory(plan.device)
+        trainer.journal.say(f"warning: not enough memory for the answers at step {step}.")
+        return
+    hardware.release_free_memory(plan.device)
+    turns = [(conversation.question.turns[-1], text) for conversation, text in pairs]
+    made = [{"instruction": turn.text, "input": turn.input, "answer": text} for turn, text in turns]
+    with signals.later():
+        trainer.journal.samples({"step": step, "answers": made})
+        trainer.sampled = step
 
 
 def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from onecard import parallel
 from onecard.errors import UserError
-from onecard.runfolder import LOG, disk_error
+from onecard.runfolder import LOG, SAMPLES, disk_error
 
 
 def say(text: str) -> None:
@@ -91,6 +91,16 @@ class Journal:
         self._write(record)
         accuracy = f"{100 * record['eval_token_accuracy']:.1f} % of target tokens right"
         self.say(f"validation at step {record['step']}: loss {record['eval_loss']:.4f}, {accuracy}")
+
+    def samples(self, record: dict[str, Any]) -> None:
+        """Answers to the fixed prompts; they have a file of their own."""
+        if self.file:
+            path = Path(self.file.name).with_name(SAMPLES)
+            try:
+                with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            except OSError as error:
+                raise disk_error(path, error) from None
 
     def event(self, record: dict[str, Any]) -> None:
         """Anything else worth keeping, such as why a run stopped."""

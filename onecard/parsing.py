@@ -21,11 +21,27 @@ Check = Callable[[Any], str | None]  # a value -> what is wrong with it, or None
 
 
 def option(
-    default: Any, role: str, text: str, choices: Sequence[Any] = (), check: Check | None = None
+    default: Any,
+    role: str,
+    text: str,
+    choices: Sequence[Any] = (),
+    check: Check | None = None,
+    label: tuple[str, str] | None = None,
+    slider: tuple[float, float, float] | None = None,
 ) -> Any:
-    """One option: its default, role, help with the unit, the values it may take."""
+    """One option: its default, role, help with the unit, the values it may take.
+
+    label: its name in a window, English and Chinese; slider: there from, to, step.
+    """
     metadata = {"role": role, "help": text, "choices": tuple(choices), "check": check}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={**metadata, "label": label, "slider": slider})
+
+
+def inherited(settings: type, name: str, default: Any = dataclasses.MISSING) -> Any:
+    """The option of other settings once more; its default may differ."""
+    field = next(field for field in dataclasses.fields(settings) if field.name == name)
+    value = field.default if default is dataclasses.MISSING else default
+    return dataclasses.field(default=value, metadata=field.metadata)
 
 
 def at_least(low: float) -> Check:

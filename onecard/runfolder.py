@@ -14,6 +14,7 @@ from typing import Any
 from onecard.errors import CHECKPOINT, DISK, UserError
 
 CONFIG, LOG, FINISHED, REJECTED = "finetune_config.json", "log.jsonl", "finished.json", "rejected_rows.jsonl"
+SAMPLES = "samples.jsonl"
 PROBE = ".onecard-"  # of a folder that only shows whether there can be one
 DROPPED, ASIDE = "log.dropped.jsonl", "set-aside-"
 PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "loss.png", "adapter_config.json", "adapter_model.safetensors"
@@ -72,7 +73,7 @@ def check_room(folder: Path, needed_bytes: int) -> None:
 def contents(folder: Path) -> list[Path]:
     """What a run has written into `folder`, or would write over."""
     found = [folder / f"checkpoint-{step}" for step in sorted(checkpoint_steps(folder))]
-    names = (CONFIG, LOG, FINISHED, REJECTED, PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, DROPPED)
+    names = (CONFIG, LOG, SAMPLES, FINISHED, REJECTED, PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, DROPPED)
     found += [folder / name for name in names if (folder / name).exists()]
     if trained_all(folder) and (folder / MODEL).exists():
         found.append(folder / MODEL)
@@ -114,7 +115,7 @@ def go_back(folder: Path, step: int) -> list[str]:
     """Make a run folder look as it did after `step`; returns what was moved, in words.
 
     Later and damaged checkpoints are set aside first: until they are gone, they and not the log say where the
-    run stands. What the log holds of later steps goes to log.dropped.jsonl. finished.json goes.
+    run stands. What log and samples hold of later steps goes to log.dropped.jsonl. finished.json goes.
     """
     delete([path for path in (*leftovers(folder), folder / FINISHED) if path.exists() or path.is_symlink()])
     said = []
@@ -127,7 +128,7 @@ def go_back(folder: Path, step: int) -> list[str]:
             path.rename(place / path.name)
         sync_folder(folder)
         said.append(f"{len(later)} later or damaged checkpoints are now in {place}")
-    dropped = cut_log(folder, step)
+    dropped = cut_log(folder, step) + cut_log(folder, step, SAMPLES)
     if dropped:
         said.append(f"{dropped} lines of later steps are now in {DROPPED}")
     return said
@@ -138,9 +139,9 @@ def aside(folder: Path) -> list[Path]:
     return [path for path in folder.glob(f"{ASIDE}*") if path.name.removeprefix(ASIDE).isdecimal()]
 
 
-def cut_log(folder: Path, step: int) -> int:
+def cut_log(folder: Path, step: int, name: str = LOG) -> int:
     """Keep the log's records up to `step`; returns how many were dropped, a line that a kill tore off too."""
-    log = folder / LOG
+    log = folder / name
     if not log.is_file():
         return 0
     kept, dropped = [], []
@@ -173,6 +174,13 @@ def evaluations(folder: Path) -> tuple[int, int, float | None]:
     losses = [(loss, step) for step, loss in found if step > 0]
     loss, step = min(losses, default=(None, 0))
     return max([at for at, _ in found], default=-1), step, loss
+
+
+def last_sampled(folder: Path) -> int:
+    """Step of the last answers in samples.jsonl, -1 without any."""
+    path = folder / SAMPLES
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return max((json.loads(line)["step"] for line in lines), default=-1)
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from onecard import (
     hardware,
     lock,
     parallel,
-    prompt,
     resume,
     runfolder,
     sharded,
@@ -34,15 +32,13 @@ from onecard import (
 from onecard.batching import PackedBatch, micro_batches, pack
 from onecard.config import ContinueConfig, FinetuneConfig
 from onecard.errors import NON_FINITE, Stopped, UserError
-from onecard.finish import Draw, finish
+from onecard.finish import Draw, Sample, answers, finish, note_answers, samples_are_due
 from onecard.plan import STARTING, Plan, describe, finished_before, learning_rate, prepare
 from onecard.reader import Fetch
 from onecard.start import Start
 from onecard.trainer import Trainer, load
 
 Locate = Callable[[str], str]
-Sample = Callable[[Any, Any, prompt.Template, list[prompt.Conversation], int], list[str]]
-ANSWER_TOKENS = 128
 SAVE_SECONDS = 600  # a checkpoint at least this often
 MOST_SKIPS = 20  # steps in a row that the fp16 scaler may skip
 
@@ -113,8 +109,11 @@ def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:
     plan, progress, journal = trainer.plan, trainer.progress, trainer.journal
     try:
         save(trainer)  # before anything that takes time: from here on the run can be killed
+        before = None
         if progress.answers is None:
-            progress.answers = answers(trainer, sample)
+            before = progress.answers = answers(trainer, sample, plan.held_out)
+        if samples_are_due(trainer):
+            note_answers(trainer, sample, before)
         if evaluation_is_due(trainer):
             evaluate(trainer)
         if progress.step < plan.total_steps and not fitting.dry_run(trainer):
@@ -125,10 +124,15 @@ def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:
             improved = evaluate(trainer) if evaluation_is_due(trainer) else False
             if improved or save_is_due(trainer):
                 save(trainer)
+            if progress.step < plan.total_steps and samples_are_due(trainer):
+                note_answers(trainer, sample)
             stop_together(trainer)
         journal.end()
         if parallel.is_main():
-            finish(trainer, answers(trainer, sample), draw)
+            after = answers(trainer, sample, plan.held_out)
+            if samples_are_due(trainer):
+                note_answers(trainer, sample, after)
+            finish(trainer, after, draw)
     except Stopped:
         save(trainer)
         at = f"after step {progress.step}: all of it is saved"
@@ -284,17 +288,6 @@ def save(trainer: Trainer) -> None:
             trainer.scaler,
         )
         checkpoint.prune(trainer.folder, trainer.plan.options.save_total_limit, trainer.progress.best_step)
-
-
-def answers(trainer: Trainer, sample: Sample) -> list[str]:
-    """Answers to the held-out prompts with the adapter as it is; empty without validation rows."""
-    plan = trainer.plan
-    if not plan.held_out or not parallel.is_main() or trainer.shards:  # no process has the whole model
-        return []
-    trainer.journal.say(f"answering {len(plan.held_out)} held-out prompts ...")
-    longest = min(ANSWER_TOKENS, plan.options.cutoff_len)
-    with trainer.step_model.arithmetic():
-        return sample(trainer.model, plan.tokenizer, plan.template, plan.held_out, longest)
 
 
 def on_device(trainer: Trainer, rows: np.ndarray) -> Iterator[PackedBatch]:

@@ -33,6 +33,7 @@ class Trainer:
     progress: Progress
     folder: Path
     shards: sharded.Fsdp | sharded.Zero | None = None  # when the model is spread over processes
+    sampled: int = -1  # step of the last answers in samples.jsonl
     saved: float = 0.0  # when the last checkpoint was written, on the clock time.monotonic
 
     @property
@@ -87,7 +88,8 @@ def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
     journal = Journal(folder, plan.total_steps, total_rows, options.log_steps, shown, loud=parallel.is_main())
     if start and start.same_run and start.changes:
         journal.event({"step": progress.step, "continued": start.changes})
-    return Trainer(plan, step_model, optimizer, scaler, journal, progress, folder, shards=shards)
+    sampled = runfolder.last_sampled(folder)
+    return Trainer(plan, step_model, optimizer, scaler, journal, progress, folder, shards, sampled)
 
 
 def micro_batch_budget(plan: Plan, device: torch.device) -> int:
@@ -138,6 +140,7 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: Start | No
             write_rejected(plan, folder)
         resolved = {
             "base_path": plan.base_path,
+            "template": plan.template.texts(),
             "device": plan.device,
             "dtype": plan.dtype,
             "gradient_checkpointing": plan.checkpointing,

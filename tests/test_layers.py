@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {  # from the lowest
     "ground": {"__init__", "errors"},
     "grammar": {"parsing"},
-    "words": {"prompt", "config", "hardware"},
+    "words": {"config", "hardware", "prompt"},
     "things": {
         "adapter",
         "attention",
@@ -53,7 +53,14 @@ LAYERS = {  # from the lowest
         "warmstart",
         "weights",
     },
-    "verbs": {"train", "chat", "check", "hub", "report", "vocab"},
+    "verbs": {
+        "train",
+        "chat",
+        "check",
+        "hub",
+        "report",
+        "vocab",
+    },
 }
 ORDER = [*LAYERS, "programs"]
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors"}  # each brings torch
