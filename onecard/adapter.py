@@ -17,15 +17,17 @@ from peft import (
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
+    load_peft_weights,
     set_peft_model_state_dict,
 )
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES as NO_TARGETS
+from safetensors import SafetensorError
 
 from onecard.dropout import CheapDropout
-from onecard.errors import CHECKPOINT, UserError
+from onecard.errors import CHECKPOINT, UserError, is_out_of_memory
 
 # of LoraConfig: what --peft_config may say; a checkpoint stays an adapter that any tool can load
 EXTRAS = {
@@ -205,3 +207,62 @@ def save_config(model: PeftModel, folder: Path) -> None:
 def portable(name: str) -> str:
     """A parameter's name without the adapter's own; some kinds end in .weight only while they are trained."""
     return name.replace(".modules_to_save", "").replace(".default", "").removesuffix(".weight")
+
+
+def attach(model: torch.nn.Module, folder: Path, name: str) -> PeftModel:
+    """The model with one more adapter, read from a folder as peft writes it, by this name; none is active.
+
+    Raises UserError (exit 4) when it does not fit the model.
+    """
+    key = _key(name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names peft asks transformers by
+            renamed = getattr(model, "_checkpoint_conversion_mapping", None)
+            tensors = load_peft_weights(str(folder), device="cpu", key_mapping=renamed)
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(folder), adapter_name=key)
+            else:
+                model = PeftModel.from_pretrained(model, str(folder), adapter_name=key)
+            # once more: from_pretrained does not say which tensors found no place
+            result = set_peft_model_state_dict(model, tensors, adapter_name=key)
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, AttributeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise _unfit(folder, reason) from None
+    missing = [one.replace(f".{key}", "") for one in result.missing_keys if key in one.split(".")]
+    unknown = [one.replace(f".{key}", "") for one in result.unexpected_keys]
+    own = tensors.keys() & dict(model.named_parameters()).keys()  # it would stay changed with the adapter off
+    if missing or unknown or own:
+        extra = (unknown or sorted(own) or [""])[0]
+        raise _unfit(folder, f"it lacks {missing[0]}" if missing else f"there is no place for {extra}")
+    return model.eval()
+
+
+def _unfit(folder: Path, reason: str) -> UserError:
+    problem = f"{folder}: the adapter does not fit this base model: {reason}."
+    return UserError(problem, "Give the --model_path it was made with.", CHECKPOINT)
+
+
+def mix(model: PeftModel, weights: dict[str, float]) -> None:
+    """Make these adapters active, each times its weight; none: the base alone."""
+    if not weights:
+        model.base_model.disable_adapter_layers()
+        return
+    model.base_model.enable_adapter_layers()
+    model.base_model.set_adapter([_key(name) for name in weights], inference_mode=True)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for name, weight in weights.items():
+                layer.set_scale(_key(name), weight)
+
+
+def has_whole_modules(model: PeftModel, name: str) -> bool:
+    """Whether this adapter holds trained embeddings, which can neither be weighted nor added to others'."""
+    return bool(model.peft_config[_key(name)].modules_to_save)
+
+
+def _key(name: str) -> str:
+    """A name as peft can have it: it becomes a module's, and `train`, `keys` or v1.1 cannot be one."""
+    return "adapter-" + name.replace(".", ":")

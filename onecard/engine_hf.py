@@ -2,12 +2,15 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
-from onecard import weights
+from onecard import adapter, hardware, weights
+from onecard.errors import UserError
 
 
 @torch.inference_mode()
@@ -51,3 +54,134 @@ def _ready_to_generate(model: torch.nn.Module) -> Iterator[None]:
     finally:
         base.set_attn_implementation(attention)
         model.train(training)
+
+
+CHUNK = 512  # tokens of a prompt read at once: between two chunks an answer can be stopped
+KEPT = 2  # conversations whose keys and values are kept for their next turn
+
+Mixture = tuple[tuple[str, float], ...]  # active adapters and their weights; () is the base alone
+
+
+class Engine:
+    """A model in memory that several answers may use at once; each step of each is one turn at the lock."""
+
+    name = "transformers"
+    cannot: ClassVar[dict[str, tuple[str, str]]] = {}  # options and modes it does not have, with the reason
+
+    def __init__(self, model: Any, tokenizer: Any, context: int, adapters: Sequence[str] = ()):
+        """context: tokens of prompt and answer together; adapters: names of those attached to the model."""
+        self.model, self.tokenizer, self.context, self.adapters = model, tokenizer, context, list(adapters)
+        self.device = next(model.parameters()).device
+        self.lock = threading.Lock()
+        self.active: Mixture | None = None
+        self.kept: list[tuple[Mixture, list[int], DynamicCache]] = []
+
+    def describe(self) -> str:
+        return str(self.device)
+
+    def check_mixture(self, mixture: Mixture) -> None:
+        """Raise UserError when these adapters cannot be used so."""
+        for name, weight in mixture:
+            if name not in self.adapters:
+                known = ", ".join(self.adapters) or "none"
+                raise UserError(f"No adapter is called {name}.", f"Loaded: {known}.")
+            if adapter.has_whole_modules(self.model, name) and (weight != 1 or len(mixture) > 1):
+                problem = f"Adapter {name} holds trained embeddings, which cannot be weighted or mixed."
+                raise UserError(problem, "Use it alone, with weight 1.")
+
+    def open(self, prompt: list[int], mixture: Mixture = ()) -> "Stream":
+        return Stream(self, prompt, mixture)
+
+    def forget(self) -> None:
+        """Let go of all kept keys and values, after running out of memory."""
+        with self.lock:
+            self.kept.clear()
+        hardware.forget_cached_memory(str(self.device))
+
+    @torch.inference_mode()
+    def scores(self, ids: list[list[int]], cache: DynamicCache, mixture: Mixture) -> torch.Tensor:
+        """[B, V] after ids [B, T]; the cache holds what came before, and then also them."""
+        with self.lock:
+            if self.adapters and mixture != self.active:
+                self.active = None  # until it is whole
+                adapter.mix(self.model, dict(mixture))
+                self.active = mixture
+            given = torch.tensor(ids, device=self.device)
+            made = self.model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return made.logits[:, -1]
+
+    def take(self, prompt: list[int], mixture: Mixture) -> tuple[DynamicCache, int]:
+        """A cache that holds the beginning of the prompt, and how much of it; all but one token at most."""
+        with self.lock:
+            best, length = None, 0
+            for entry in self.kept:
+                common = _common(entry[1], prompt[:-1]) if entry[0] == mixture else 0
+                if common > length:
+                    best, length = entry, common
+            if best is None:
+                return DynamicCache(config=weights.base_of(self.model).config), 0
+            self.kept.remove(best)
+        _, ids, cache = best
+        if length < len(ids):
+            cache.crop(length - len(ids))
+        return cache, length
+
+    def keep(self, ids: list[int], cache: DynamicCache, mixture: Mixture) -> None:
+        """Keep what a conversation's next turn will begin with, if the cache can go back to a part of it."""
+        if not all(_can_be_cut(layer) for layer in cache.layers):
+            return
+        ids = ids[: cache.get_seq_length()]
+        if ids:
+            with self.lock:
+                self.kept = [*self.kept, (mixture, ids, cache)][-KEPT:]
+
+
+class Stream:
+    """One answer's use of the engine: a decoding.Stream."""
+
+    def __init__(self, engine: Engine, prompt: list[int], mixture: Mixture):
+        self.engine, self.prompt, self.mixture = engine, prompt, mixture
+        self.cache, self.reused = engine.take(prompt, mixture)
+        self.rows: list[list[int]] = [[]]  # tokens behind the prompt, of each sequence
+        self.scores: torch.Tensor | None = None
+        self.whole = True  # no error came in the middle of a step, when some layers know more than others
+
+    def read(self) -> Iterator[int]:
+        for start in range(self.reused, len(self.prompt), CHUNK):
+            part = self.prompt[start : start + CHUNK]
+            self.whole = False
+            self.scores = self.engine.scores([part], self.cache, self.mixture)
+            self.whole = True
+            yield start + len(part)
+
+    def first(self) -> torch.Tensor:
+        assert self.scores is not None, "read() comes first"
+        return self.scores
+
+    def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+        self.whole = False
+        if list(parents) != list(range(len(self.rows))):
+            self.cache.batch_select_indices(torch.tensor(parents, device=self.engine.device))
+        self.rows = [[*self.rows[p], token] for p, token in zip(parents, tokens, strict=True)]
+        scores = self.engine.scores([[token] for token in tokens], self.cache, self.mixture)
+        self.whole = True
+        return scores
+
+    def close(self) -> None:
+        """Give keys and values back, for the next turn of this conversation."""
+        if self.whole:
+            if len(self.rows) > 1:
+                self.cache.batch_select_indices(torch.tensor([0], device=self.engine.device))
+            self.engine.keep([*self.prompt, *self.rows[0]], self.cache, self.mixture)
+
+
+def _can_be_cut(layer: Any) -> bool:
+    """Whether a layer of a cache can forget its last tokens; a window that has moved has lost older ones."""
+    moved = getattr(layer, "is_sliding", False) and layer.get_seq_length() >= layer.sliding_window
+    return getattr(layer, "is_croppable", False) and not moved
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )

@@ -3,6 +3,7 @@
 It does not know rows, steps or run folders.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -168,14 +169,25 @@ def check_window(path: str, config: Any, longest: int) -> None:
         raise UserError(problem, f"Use --cutoff_len {window} or less.")
 
 
-def load_base(path: str, bits: int, dtype: str, device: str) -> torch.nn.Module:
+def load_base(
+    path: str,
+    bits: int,
+    dtype: str,
+    device: str,
+    config: Any = None,
+    cards: dict[int | str, str] | None = None,
+) -> torch.nn.Module:
     """Frozen causal language model with per-document attention and frozen products.
 
-    bits 8: LLM.int8 row-wise weights; bits 4: NF4 with double quantisation (QLoRA, arXiv 2305.14314).
+    bits 8: LLM.int8 row-wise weights; bits 4: NF4 with double quantisation (QLoRA, arXiv 2305.14314); weights
+    that are already quantised (GPTQ, AWQ) stay as they are. config: changed from the folder's; device "all":
+    spread over all cards, at most as much on each as `cards` says.
     """
     torch_dtype = DTYPES[dtype]
     quantisation = None
-    if bits == 8:
+    if config is not None and getattr(config, "quantization_config", None):
+        _check_quantised(path, config)
+    elif bits == 8:
         quantisation = BitsAndBytesConfig(load_in_8bit=True)
     elif bits == 4:
         quantisation = BitsAndBytesConfig(
@@ -184,7 +196,15 @@ def load_base(path: str, bits: int, dtype: str, device: str) -> torch.nn.Module:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch_dtype,
         )
-    settings = {"dtype": torch_dtype, "quantization_config": quantisation, "device_map": {"": device}}
+    settings = {
+        "dtype": torch_dtype,
+        "quantization_config": quantisation,
+        "device_map": "auto" if device == "all" else {"": device},
+    }
+    if config is not None:
+        settings["config"] = config
+    if cards:
+        settings["max_memory"] = cards
     try:
         base = _with_attention(path, "sdpa", settings)
     except NOT_A_MODEL as error:
@@ -192,6 +212,43 @@ def load_base(path: str, bits: int, dtype: str, device: str) -> torch.nn.Module:
     base.requires_grad_(False)
     frozen.use_frozen_products(base)
     return base
+
+
+def _check_quantised(path: str, config: Any) -> None:
+    """Raise UserError when the packages that read GPTQ and AWQ weights are missing."""
+    method = dict(config.quantization_config).get("quant_method", "")
+    missing = [name for name in ("gptqmodel", "optimum") if importlib.util.find_spec(name) is None]
+    if method in ("gptq", "awq") and missing:
+        problem = f"--model_path {path}: {method.upper()} weights need {' and '.join(missing)}."
+        raise UserError(problem, f"Run: .venv/bin/pip install -c requirements.txt {' '.join(missing)}")
+
+
+def stretched(path: str, config: Any, how: str, factor: float) -> Any:
+    """The config for contexts `factor` times longer: "yarn" (arXiv 2309.00071) or "dynamic" (NTK-aware).
+
+    The rotation is the longest context's from the first token on, so that no answer crosses from one rotation
+    to another while its keys are kept. Raises UserError for models without rotary embeddings.
+    """
+    inner = config.get_text_config()
+    rope = getattr(inner, "rope_parameters", None)
+    length = getattr(inner, "max_position_embeddings", None)
+    if not rope or not length or "rope_theta" not in rope:
+        raise UserError(f"--rope_scaling {how}: {path} has no rotary embeddings to scale.", "Use none.")
+    if rope.get("rope_type", "default") != "default":
+        problem = f"--rope_scaling {how}: {path} is scaled already ({rope['rope_type']})."
+        raise UserError(problem, "Use none.")
+    if how == "yarn":
+        inner.rope_parameters = {
+            **rope,
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": length,
+        }
+    else:
+        width = getattr(inner, "head_dim", None) or inner.hidden_size // inner.num_attention_heads
+        inner.rope_parameters = {**rope, "rope_theta": rope["rope_theta"] * factor ** (width / (width - 2))}
+    inner.max_position_embeddings = int(length * factor)
+    return config
 
 
 def _with_attention(path: str, name: str, settings: dict[str, Any]) -> torch.nn.Module:

@@ -193,9 +193,14 @@ def ends(template: Template, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(found))
 
 
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text alone, as an answer's are in a row; control tokens in it are text."""
+    return _encode_texts(tokenizer, [text])[0]
+
+
 def decode(tokenizer: Any, ids: list[int]) -> str:
     """Generated ids -> text; the end token is not shown."""
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
 
 def show(

@@ -37,11 +37,29 @@ def load(name: str, tokenizer: Any) -> Template:
     """A template by its name, its file, or `auto`; raises UserError naming what is wrong with it."""
     if name == AUTO:
         return from_tokenizer(tokenizer)
-    template = read(_path(name))
+    return _fitted(read(_path(name)), tokenizer)
+
+
+def of(texts: dict[str, Any], tokenizer: Any) -> Template:
+    """A template from what Template.texts() gave, by way of JSON; raises UserError."""
+    try:
+        values = {
+            key: tuple((str(what), str(text)) for what, text in value) if isinstance(value, list) else value
+            for key, value in texts.items()
+        }
+        made = Template(**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"The template saved with the adapter is damaged ({error}).", "Use --template."
+        ) from None
+    return _fitted(made, tokenizer)
+
+
+def _fitted(template: Template, tokenizer: Any) -> Template:
     missing = sorted(token for token in template.controls() if token_id(tokenizer, token) is None)
     if missing:
         raise UserError(
-            f"--template {name}: the tokenizer has no token {', '.join(missing)}.",
+            f"--template {template.name}: the tokenizer has no token {', '.join(missing)}.",
             "Choose a template without control tokens, or add them with tools/prepare_base_model.py.",
         )
     _promote(tokenizer, sorted(template.controls()))

@@ -1,0 +1,274 @@
+"""The options of chatting, declared once for command lines, JSON and the inputs of the windows.
+
+Those of one answer (Generation) and those of the programs. Which of them a mode does not use is said here
+too, so that none silently does nothing.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+from onecard.parsing import EXECUTION, at_least, between, inherited, option
+
+GREEDY, SAMPLE, BEAM, BEAM_SAMPLE = "greedy", "sample", "beam", "beam_sample"
+MODES = (GREEDY, SAMPLE, BEAM, BEAM_SAMPLE)
+LONGEST_PHRASE = 200  # characters of a stop word or banned phrase
+
+
+def phrases(text: str) -> list[str]:
+    r"""Texts with | between; \n in them is a new line."""
+    return [part for part in text.replace("\\n", "\n").split("|") if part]
+
+
+def memory_of_cards(text: str | None) -> dict[int | str, str] | None:
+    """{0: "10GiB", "cpu": "20GiB"} of "0:10GiB,cpu:20GiB"; raises ValueError for anything else."""
+    if not text:
+        return None
+    found: dict[int | str, str] = {}
+    for part in text.split(","):
+        card, _, size = part.strip().partition(":")
+        if not (card.isdecimal() or card == "cpu") or not re.fullmatch(r"\d+(\.\d+)?(GiB|MiB|GB|MB)", size):
+            raise ValueError(f"{part!r} is not CARD:SIZE, such as 0:10GiB")
+        found[int(card) if card.isdecimal() else card] = size
+    return found
+
+
+def _is_memory(text: str) -> str | None:
+    try:
+        memory_of_cards(text)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _is_login(text: str) -> str | None:
+    user, colon, password = text.partition(":")
+    return None if user and colon and password else "must be user:password"
+
+
+def _is_bits(value: Any) -> str | None:
+    return None if value in ("auto", 16, 8, 4) else "choose from auto, 16, 8, 4"
+
+
+def few_short_phrases(text: str) -> str | None:
+    found = phrases(text)
+    if len(found) > 50 or any(len(part) > LONGEST_PHRASE for part in found):
+        return f"at most 50 texts of {LONGEST_PHRASE} characters, with | between"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Options of one answer."""
+
+    mode: str = option(
+        SAMPLE,
+        EXECUTION,
+        "greedy: always the most probable token; sample: by chance; beam: the most probable whole answer; "
+        "beam_sample: both",
+        choices=MODES,
+        label=("Mode", "生成方式"),
+    )
+    temperature: float = option(
+        0.7,
+        EXECUTION,
+        "above 1 more daring, below 1 more careful",
+        check=between(0.01, 10),
+        label=("Temperature", "温度"),
+        slider=(0.05, 2, 0.05),
+    )
+    top_p: float = option(
+        0.9,
+        EXECUTION,
+        "sample from the likeliest tokens that together have this probability",
+        check=between(0, 1),
+        label=("Top-p", "核采样 Top-p"),
+        slider=(0, 1, 0.05),
+    )
+    top_k: int = option(
+        60,
+        EXECUTION,
+        "sample from this many likeliest tokens; 0 = all",
+        check=at_least(0),
+        label=("Top-k", "Top-k"),
+        slider=(0, 100, 1),
+    )
+    num_beams: int = option(
+        4,
+        EXECUTION,
+        "answers that beam search follows at once",
+        check=between(2, 16),
+        label=("Beams", "束宽"),
+        slider=(2, 10, 1),
+    )
+    repetition_penalty: float = option(
+        1.1,
+        EXECUTION,
+        "above 1 avoids tokens that were already there",
+        check=between(0.1, 10),
+        label=("Repetition penalty", "重复惩罚"),
+        slider=(0.5, 3, 0.05),
+    )
+    no_repeat_ngram_size: int = option(
+        0,
+        EXECUTION,
+        "no run of this many tokens comes twice; 0 = off",
+        check=at_least(0),
+        label=("No repeated n-gram", "禁止重复 n 元组"),
+        slider=(0, 10, 1),
+    )
+    min_new_tokens: int = option(
+        1,
+        EXECUTION,
+        "fewest tokens of an answer",
+        check=at_least(0),
+        label=("Min new tokens", "最少新词元"),
+        slider=(0, 300, 1),
+    )
+    max_new_tokens: int = option(
+        256,
+        EXECUTION,
+        "most tokens of an answer",
+        check=at_least(1),
+        label=("Max new tokens", "最多新词元"),
+        slider=(1, 2000, 1),
+    )
+    stop: str = option(
+        "",
+        EXECUTION,
+        "the answer ends before any of these texts (| between, \\n for a new line)",
+        check=few_short_phrases,
+        label=("Stop at", "停止词"),
+    )
+    banned: str = option(
+        "",
+        EXECUTION,
+        "texts the answer never contains (| between, \\n for a new line)",
+        check=few_short_phrases,
+        label=("Banned phrases", "禁用短语"),
+    )
+    seed: int | None = option(
+        None,
+        EXECUTION,
+        "of sampling: the same seed gives the same answer; none: another each time",
+        check=between(0, 2**63 - 1),
+        label=("Seed", "随机种子"),
+    )
+    max_memory: int = option(
+        2048,
+        EXECUTION,
+        "most tokens of the conversation the model is shown; oldest whole turns go first",
+        check=at_least(0),
+        label=("Max memory", "记忆词元上限"),
+        slider=(0, 8192, 64),
+    )
+    last_turns: int = option(
+        0,
+        EXECUTION,
+        "show at most this many earlier turns; 0 = as many as fit",
+        check=at_least(0),
+        label=("Turns remembered", "记忆轮数"),
+        slider=(0, 50, 1),
+    )
+
+    @property
+    def samples(self) -> bool:
+        return self.mode in (SAMPLE, BEAM_SAMPLE)
+
+    @property
+    def width(self) -> int:
+        return self.num_beams if self.mode in (BEAM, BEAM_SAMPLE) else 1
+
+
+SAMPLING_ONLY = ("temperature", "top_p", "top_k", "seed")
+
+
+def unused(mode: str) -> dict[str, tuple[str, str]]:
+    """Option -> why this mode does not use it, English and Chinese."""
+    found = {}
+    if mode in (GREEDY, BEAM):
+        why = ("only for sampling", "仅用于采样")
+        found |= dict.fromkeys(SAMPLING_ONLY, why)
+    if mode in (GREEDY, SAMPLE):
+        found["num_beams"] = ("only for beam search", "仅用于束搜索")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatConfig(Generation):
+    """Options of interaction.py."""
+
+    model_path: str | None = option(
+        None, EXECUTION, "base model: a folder, a hub name, a .gguf file, demo; none: what the adapter names"
+    )
+    lora_path: str | None = option(
+        None,
+        EXECUTION,
+        "adapter: its folder, a run, an older checkpoint, a hub name; several with commas between, "
+        "each as NAME=PATH:WEIGHT if you like",
+    )
+    checkpoint: str = option(
+        "best", EXECUTION, "which checkpoint of a run that is not finished", choices=("best", "newest")
+    )
+    template: str | None = option(
+        None,
+        EXECUTION,
+        "prompt template: a name, a .json file, auto; none: the one it was trained with",
+    )
+    system: str = option("", EXECUTION, "system prompt", label=("System prompt", "系统提示"))
+    bits: int | str = option(
+        "auto", EXECUTION, "bits of a base weight: 16, 8, 4; auto: the most that fit", check=_is_bits
+    )
+    load_8bit: bool = option(False, EXECUTION, "the same as --bits 8")
+    engine: str = option(
+        "auto",
+        EXECUTION,
+        "auto: llama.cpp for a .gguf file, else transformers",
+        choices=("auto", "transformers", "llama.cpp"),
+    )
+    device: str = option("auto", EXECUTION, "auto, cpu, cuda, cuda:N or mps; all: spread over all cards")
+    dtype: str = option(
+        "auto", EXECUTION, "floating point type of 16 bits", choices=("auto", "fp32", "fp16", "bf16")
+    )
+    card_memory: str | None = option(
+        None,
+        EXECUTION,
+        "most memory per card with --device all, as 0:10GiB,1:10GiB,cpu:20GiB",
+        check=_is_memory,
+    )
+    context: int | None = option(
+        None, EXECUTION, "tokens of prompt and answer together; none: what the model has", check=at_least(32)
+    )
+    rope_scaling: str = option(
+        "none", EXECUTION, "for longer contexts than the model's own", choices=("none", "yarn", "dynamic")
+    )
+    rope_factor: float = option(
+        4.0, EXECUTION, "how many times longer with --rope_scaling", check=between(1, 64)
+    )
+    threads: int | None = option(None, EXECUTION, "processor threads; none: all cores", check=at_least(1))
+    terminal: bool = option(False, EXECUTION, "talk in this terminal instead of a browser")
+    studio: bool = option(False, EXECUTION, "with a tab for training")
+    lang: str = option("en", EXECUTION, "language of the windows", choices=("en", "zh"))
+    server_name: str = option("127.0.0.1", EXECUTION, "address to listen at; others than this need --auth")
+    server_port: int | None = option(
+        None, EXECUTION, "port to listen at; none: the first free from 7860", check=between(1, 65535)
+    )
+    share: bool = option(False, EXECUTION, "a public link through gradio's servers; needs --auth")
+    auth: str | None = option(None, EXECUTION, "user:password that the window asks for", check=_is_login)
+    queue: int = option(
+        16, EXECUTION, "questions that may wait; others are told to come back", check=at_least(1)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleConfig(ChatConfig):
+    """Options of generate.py."""
+
+    mode: str = inherited(Generation, "mode", BEAM)
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuConfig(ChatConfig):
+    """Options of tools/cpu_chat.py."""
+
+    engine: str = inherited(ChatConfig, "engine", "llama.cpp")

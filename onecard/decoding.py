@@ -1,0 +1,220 @@
+"""How the next token is chosen: greedy, sampling, beam search and beam sampling, one step at a time.
+
+Both engines decode here; an engine only says how probable each next token is. The caller takes step after
+step and may stop after any. Results are those of transformers' generate (length penalty 1, early_stopping
+off), which the tests compare with.
+
+Legend: B beams, V entries of the vocabulary, T tokens of prompt and answer.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from onecard.chat_config import Generation
+
+GOES, STOPS, BANNED = "goes", "stops", "banned"  # what a text watch says of an answer so far
+END, STOP, LENGTH = "end", "stop", "length"  # why an answer is finished
+IMPOSSIBLE = -1e8  # scores below are of beams that do not exist (transformers starts them at -1e9)
+
+
+class Stream(Protocol):
+    """What an engine gives for one answer: scores of the next token; it keeps the keys and values itself."""
+
+    def read(self) -> Iterator[int]:
+        """Take the prompt in; yields how many of its tokens are read."""
+
+    def first(self) -> torch.Tensor:
+        """Scores [1, V] of the first token, after read()."""
+
+    def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+        """Sequence b is from now on sequence parents[b] with tokens[b] behind it; scores [B, V] of what
+        follows. There may be more or fewer sequences than before; the prompt is one."""
+
+
+class Step(NamedTuple):
+    """An answer after one more token; token ids without the prompt and without end tokens."""
+
+    beams: list[list[int]]  # the best first; one without beam search
+    stable: int  # leading tokens of beams[0] that no later step takes back
+    finished: str = ""  # END, STOP or LENGTH: beams[0] is the answer
+
+
+@dataclasses.dataclass
+class Hypothesis:
+    """A finished beam."""
+
+    ids: list[int]
+    score: float  # log probability of a token, on average
+    why: str
+
+
+def decode(
+    stream: Stream,
+    prompt: list[int],
+    settings: Generation,
+    ends: Sequence[int],
+    limit: int,
+    watch: Callable[[list[int]], str] | None = None,
+) -> Iterator[Step]:
+    """The answer, growing; the last step has `finished`.
+
+    ends: end tokens; limit: most new tokens; watch: what the stop words and banned phrases say of an answer.
+    """
+    generator = None
+    if settings.samples:
+        generator = torch.Generator()
+        generator.manual_seed(settings.seed) if settings.seed is not None else generator.seed()
+    pick = _Picker(settings, generator, prompt, ends, watch)
+    if settings.width > 1:
+        return _beams(stream, pick, settings.width, set(ends), limit)
+    return _single(stream, pick, set(ends), limit)
+
+
+def _single(stream: Stream, pick: "_Picker", ends: set[int], limit: int) -> Iterator[Step]:
+    ids: list[int] = []
+    scores = stream.first()
+    while True:
+        found = pick.best(scores, [ids], [0.0], 1)
+        if not found:  # every token is banned here
+            yield Step([ids], len(ids), STOP)
+            return
+        _, _, token, verdict = found[0]
+        if token in ends:
+            yield Step([ids], len(ids), END)
+            return
+        ids = [*ids, token]
+        why = STOP if verdict == STOPS else LENGTH if len(ids) == limit else ""
+        yield Step([ids], len(ids), why)
+        if why:
+            return
+        scores = stream.advance([0], [token])
+
+
+def _beams(stream: Stream, pick: "_Picker", width: int, ends: set[int], limit: int) -> Iterator[Step]:
+    live: list[list[int]] = [[]]
+    totals = [0.0]  # log probability of each live beam
+    done: list[Hypothesis] = []  # the best `width`, best first
+    scores, stable = stream.first(), 0
+    while True:
+        found = pick.best(scores, live, totals, (1 + max(1, len(ends))) * width)
+        length = len(live[0]) + 1
+        going = []
+        for rank, (total, parent, token, verdict) in enumerate(found):
+            ids = live[parent] if token in ends else [*live[parent], token]
+            why = END if token in ends else STOP if verdict == STOPS else LENGTH if length == limit else ""
+            if not why:
+                going.append((total, parent, token, ids))
+            elif rank < width:  # the others would not have been kept either
+                done.append(Hypothesis(ids, total / length, why))
+        done = sorted(done, key=lambda one: -one.score)[:width]  # a stable sort: of equals the older
+        going = going[:width]
+        improves = going and (len(done) < width or going[0][0] / length > done[-1].score)
+        if not improves:
+            best = done[0] if done else Hypothesis(live[0], 0.0, STOP)
+            yield Step([one.ids for one in done] or [best.ids], len(best.ids), best.why)
+            return
+        parents = [parent for _, parent, _, _ in going]
+        live, totals = [ids for *_, ids in going], [total for total, *_ in going]
+        stable = _common([*live, *(one.ids for one in done)], stable)
+        yield Step(live, stable)
+        scores = stream.advance(parents, [token for _, _, token, _ in going])
+
+
+def _common(sequences: list[list[int]], known: int) -> int:
+    """Length of the prefix that all share, which is at least `known`."""
+    shortest = min(map(len, sequences))
+    while known < shortest and len({ids[known] for ids in sequences}) == 1:
+        known += 1
+    return known
+
+
+class _Picker:
+    """The best continuations, after everything the settings ask for."""
+
+    def __init__(
+        self,
+        settings: Generation,
+        generator: torch.Generator | None,
+        prompt: list[int],
+        ends: Sequence[int],
+        watch: Callable[[list[int]], str] | None,
+    ):
+        self.generator, self.watch, self.width = generator, watch, settings.width
+        self.prompt, self.settings, self.ends = prompt, settings, ends
+        self.rules: LogitsProcessorList | None = None  # made on the device of the first scores
+
+    def best(
+        self, scores: torch.Tensor, beams: list[list[int]], totals: list[float], count: int
+    ) -> list[tuple[float, int, int, str]]:
+        """Up to `count` of (total score, beam, token, verdict), the best first; sampled ones by chance.
+
+        scores: [B, V] of the engine; totals: of each beam so far.
+        """
+        if self.rules is None:
+            made = _rules(self.settings, len(self.prompt), self.ends, scores.device)
+            self.rules = LogitsProcessorList(made)
+        scores = scores.float()
+        if self.width > 1:
+            scores = torch.log_softmax(scores, dim=-1)
+        if self.rules:
+            ids = torch.tensor([self.prompt + beam for beam in beams], device=scores.device)  # [B, T]
+            scores = self.rules(ids, scores)
+        if self.width > 1:
+            scores = scores + torch.tensor(totals, device=scores.device)[:, None]
+        flat = scores.reshape(-1)
+        ranked = flat if self.generator is None else flat + self._noise(flat)
+        found: list[tuple[float, int, int, str]] = []
+        wanted, tried = count, set()
+        while True:
+            wanted = min(wanted, len(ranked))
+            order = torch.topk(ranked, wanted).indices if wanted > 1 else ranked.argmax()[None]
+            for place, value in zip(order.tolist(), flat[order].tolist(), strict=True):
+                if value < IMPOSSIBLE:  # forbidden by a rule, as are all that follow
+                    wanted = len(ranked)
+                    break
+                if place in tried:  # equal scores may come in another order than before
+                    continue
+                tried.add(place)
+                beam, token = divmod(place, scores.shape[-1])
+                verdict = self.watch([*beams[beam], token]) if self.watch else GOES
+                if verdict != BANNED:
+                    found.append((value, beam, token, verdict))
+            if len(found) >= count or wanted == len(ranked):
+                return sorted(found[:count], key=lambda one: -one[0])
+            wanted *= 4  # banned phrases took some away
+
+    def _noise(self, flat: torch.Tensor) -> torch.Tensor:
+        """Gumbel noise: the largest of scores with it are a sample without replacement (Kool et al. 2019,
+        arXiv 1903.06059)."""
+        uniform = torch.rand(flat.shape, generator=self.generator).clamp_min(1e-20)
+        return -torch.log(-torch.log(uniform)).to(flat.device)
+
+
+def _rules(settings: Generation, prompt: int, ends: Sequence[int], device: torch.device) -> Iterator[object]:
+    """transformers' processors for what the settings ask for, in its order."""
+    if settings.repetition_penalty != 1:
+        yield RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)
+    if settings.no_repeat_ngram_size:
+        yield NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size)
+    if settings.min_new_tokens:
+        yield MinNewTokensLengthLogitsProcessor(prompt, settings.min_new_tokens, list(ends), str(device))
+    if settings.samples:
+        keep = 1 if settings.width == 1 else 1 + max(1, len(ends))
+        if settings.temperature != 1:
+            yield TemperatureLogitsWarper(settings.temperature)
+        if settings.top_k:
+            yield TopKLogitsWarper(settings.top_k, min_tokens_to_keep=keep)
+        if settings.top_p < 1:
+            yield TopPLogitsWarper(settings.top_p, min_tokens_to_keep=keep)

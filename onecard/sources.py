@@ -1,0 +1,193 @@
+"""What --model_path and --lora_path name -> folders to load, and the template they were trained with.
+
+An adapter is a folder as peft writes it, a run (its published adapter, or its best or newest checkpoint), an
+older folder without adapter_config.json or with a pickled file, or a hub name. Nothing in them is changed.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from onecard import checkpoint, legacy, runfolder, template
+from onecard.errors import CHECKPOINT, UserError
+from onecard.prompt import Template
+
+BEST, NEWEST = "best", "newest"
+
+
+@dataclasses.dataclass
+class Source:
+    """An adapter, or a whole model that was trained."""
+
+    name: str  # in windows and /adapter
+    folder: Path  # adapter_config.json and adapter_model.safetensors, or a model's files
+    whole: bool = False  # a model, not an adapter
+    weight: float = 1.0
+    base: str | None = None  # the model it was made with, where that is written
+    template: dict[str, Any] | str | None = None  # its texts or its name, where that is written
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def read_list(lora_path: str | None) -> list[tuple[str, str, float]]:
+    """(name, path, weight) of each adapter in NAME=PATH:WEIGHT,...; name and weight may be left out."""
+    found: list[tuple[str, str, float]] = []
+    for text in filter(None, (part.strip() for part in (lora_path or "").split(","))):
+        named = re.match(r"([\w.-]+)=(.+)", text)
+        name, path = (named[1], named[2]) if named else ("", text)
+        weighted = re.fullmatch(r"(.+):(-?\d+(?:\.\d+)?)", path)
+        path, weight = (weighted[1], float(weighted[2])) if weighted else (path, 1.0)
+        name = name or _short(path)
+        taken = {other for other, _, _ in found}
+        while name in taken:
+            name += "+"
+        found.append((name, path, weight))
+    return found
+
+
+def _short(path: str) -> str:
+    """The last part of a path; of a checkpoint with its run's."""
+    parts = Path(path.rstrip("/")).parts or (path,)
+    last = parts[-1] if not parts[-1].startswith("checkpoint-") else "-".join(parts[-2:])
+    return re.sub(r"[^\w.-]+", "-", last) or "adapter"
+
+
+def find(path: str, name: str, which: str, fetch: Callable[[str], str], keep: Path) -> Source:
+    """What lies there; raises UserError when it is no adapter and no run.
+
+    which: of an unfinished run its "best" or "newest" checkpoint; fetch: hub name -> folder; keep: a folder
+    for adapters that have to be written in peft's form first.
+    """
+    local = Path(path).expanduser()
+    folder = local if local.is_dir() else Path(fetch(path))
+    made = _find(folder, name, which, keep)
+    stored = _object(folder / runfolder.CONFIG)
+    if not stored and ((folder / checkpoint.MANIFEST).is_file() or folder.name == runfolder.MODEL):
+        stored = _object(folder.parent / runfolder.CONFIG)
+    options = stored.get("options") or {}
+    made.base = options.get("model_path") or made.base
+    made.template = (stored.get("resolved") or {}).get("template") or _first(options.get("template"))
+    return made
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object, {} when there is no such file; raises UserError (exit 4) when it is damaged."""
+    values = runfolder.read_json(path)
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path}: damaged (no JSON object).", "Take another adapter.", CHECKPOINT)
+    return values or {}
+
+
+def _find(folder: Path, name: str, which: str, keep: Path) -> Source:
+    has_config = (folder / runfolder.ADAPTER_CONFIG).is_file()
+    if has_config and (folder / runfolder.ADAPTER_WEIGHTS).is_file():
+        return _as_it_is(folder, name)
+    if (folder / runfolder.MODEL / runfolder.MODEL_CONFIG).is_file():
+        return Source(name, folder / runfolder.MODEL, whole=True)
+    if (folder / runfolder.CONFIG).is_file():
+        chosen, note = _of_run(folder, which)
+        found = _as_it_is(chosen, name)
+        found.notes.append(note)
+        return found
+    if (folder / runfolder.MODEL_WEIGHTS).is_file() and (folder / runfolder.MODEL_CONFIG).is_file():
+        return _as_it_is(folder, name)
+    if legacy.is_legacy(folder) or (folder / runfolder.ADAPTER_WEIGHTS).is_file():
+        return _from_older(folder, name, keep)
+    problem = f"--lora_path {folder}: no adapter ({runfolder.ADAPTER_WEIGHTS}) and no run is there."
+    raise UserError(problem, "Name an adapter folder, a run folder or a hub name.", CHECKPOINT)
+
+
+def _as_it_is(folder: Path, name: str) -> Source:
+    if (folder / checkpoint.MANIFEST).is_file():
+        checkpoint.verify(folder)
+    if not (folder / runfolder.ADAPTER_CONFIG).is_file():  # a checkpoint of all weights
+        return Source(name, folder, whole=True)
+    values = _object(folder / runfolder.ADAPTER_CONFIG)
+    if values.get("peft_type", "LORA") != "LORA":
+        problem = f"{folder / runfolder.ADAPTER_CONFIG}: not a LoRA adapter's."
+        raise UserError(problem, "OneCard talks with LoRA adapters.", CHECKPOINT)
+    base = values.get("base_model_name_or_path")
+    return Source(name, folder, base=base if isinstance(base, str) and base else None)
+
+
+def _of_run(folder: Path, which: str) -> tuple[Path, str]:
+    """A checkpoint of a run that is not finished, and which it is; a training there goes on undisturbed."""
+    steps = sorted(runfolder.checkpoint_steps(folder), reverse=True)
+    best = _best_step(folder) if which == BEST else None
+    for step in sorted(steps, key=lambda step: step != best):  # the others stay in their order
+        path = folder / f"checkpoint-{step}"
+        with contextlib.suppress(UserError):
+            checkpoint.verify(path)
+            what = "the best so far" if step == best else "the newest"
+            return path, f"{folder} is not finished: {path.name} answers, {what}"
+    problem = f"--lora_path {folder}: this run has no whole checkpoint yet."
+    raise UserError(problem, "Wait for its first save, or name another adapter.", CHECKPOINT)
+
+
+def _best_step(folder: Path) -> int | None:
+    """Step of the lowest validation loss after step 0, None without one; the log's last line may be half."""
+    found = []
+    log = folder / runfolder.LOG
+    for line in log.read_bytes().splitlines() if log.is_file() else []:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("eval_loss"), float):
+                found.append((record["eval_loss"], record["step"]))
+    return min(((loss, step) for loss, step in found if step > 0), default=(0.0, None))[1]
+
+
+def _from_older(folder: Path, name: str, keep: Path) -> Source:
+    """An older adapter in peft's form, in a folder of our own."""
+    old = legacy.read(folder)
+    place = Path(tempfile.mkdtemp(dir=keep))
+    alpha = old.alpha if old.alpha is not None else 2.0 * old.rank
+    notes = list(old.notes)
+    if old.alpha is None:
+        notes.append(f"{folder} does not say its alpha: {alpha:g} is taken, twice its rank")
+    prefix = "base_model.model."
+    tensors = {
+        key if key.startswith(prefix) else prefix + key: tensor.contiguous()
+        for key, tensor in old.tensors.items()
+    }
+    save_file(tensors, place / runfolder.ADAPTER_WEIGHTS)
+    given = _object(folder / runfolder.ADAPTER_CONFIG)
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": old.rank,
+        "lora_alpha": alpha,
+        "target_modules": old.targets.split(","),
+        "use_rslora": bool(given.get("use_rslora")),
+        "inference_mode": True,
+    }
+    (place / runfolder.ADAPTER_CONFIG).write_text(json.dumps(values), encoding="utf-8")
+    return Source(name, place, base=given.get("base_model_name_or_path"), notes=notes)
+
+
+def _first(names: Any) -> str | None:
+    return names.split(",")[0].strip() if isinstance(names, str) and names else None
+
+
+def choose_template(asked: str | None, found: list[Source], tokenizer: Any) -> tuple[Template, str]:
+    """The template, and why it is this one: asked for, saved with the adapter, or what is usual."""
+    saved = [source for source in found if source.template]
+    if asked:
+        return template.load(asked, tokenizer), "asked for"
+    if saved:
+        what = saved[0].template
+        made = template.load(what, tokenizer) if isinstance(what, str) else template.of(what, tokenizer)
+        others = {str(source.template) for source in saved} - {str(what)}
+        more = "; other adapters were trained with another" if others else ""
+        return made, f"{saved[0].name} was trained with it{more}"
+    if not found and getattr(tokenizer, "chat_template", None):
+        try:
+            return template.load(template.AUTO, tokenizer), "the tokenizer's own"
+        except UserError as error:
+            return template.load("alpaca", tokenizer), f"the usual one: {error.problem}"
+    return template.load("alpaca", tokenizer), "none is written with the adapter: the usual one"

@@ -1,0 +1,350 @@
+"""The choice of the next token: transformers' generate, exact probabilities, plain properties."""
+
+import collections
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from onecard import decoding
+from onecard.chat_config import BEAM, BEAM_SAMPLE, GREEDY, MODES, SAMPLE, Generation
+from onecard.decoding import BANNED, END, GOES, LENGTH, STOP, STOPS
+from onecard.engine_hf import Engine
+
+VOCABULARY = 48
+SCORES = torch.rand(8, VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(0)).argsort(-1) / 4
+PLAIN = Generation(GREEDY, 1.0, 1.0, 0, 4, 1.0, 0, 0, 16)
+
+
+def with_(**changes) -> Generation:
+    """Settings that change no probability, but for these."""
+    return Generation(**{**vars(PLAIN), **changes})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Which is several times as fast as two with matrices this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def engines() -> list[Engine]:
+    """Three tiny random models with probabilities far from even: end tokens come early and late."""
+    made = []
+    for seed, spread in enumerate((0.15, 0.3, 0.6)):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            initializer_range=spread,
+        )
+        model = LlamaForCausalLM(config).eval()
+        made.append(Engine(model, None, 256))
+    return made
+
+
+class Table:
+    """A stream without a model: scores by place and last token, a quarter apart."""
+
+    def __init__(self, prompt: list[int]):
+        self.rows = [list(prompt)]
+
+    def first(self) -> torch.Tensor:
+        return torch.stack([SCORES[len(row) % 8, row[-1]] for row in self.rows])
+
+    def advance(self, parents: list[int], tokens: list[int]) -> torch.Tensor:
+        self.rows = [[*self.rows[p], token] for p, token in zip(parents, tokens, strict=True)]
+        return self.first()
+
+
+def answer(engine: Engine, prompt: list[int], settings: Generation, ends, watch=None) -> list[decoding.Step]:
+    stream = engine.open(prompt)
+    list(stream.read())
+    return list(decoding.decode(stream, prompt, settings, ends, settings.max_new_tokens, watch))
+
+
+def said(prompt: list[int], settings: Generation, ends=(0,), watch=None) -> list[decoding.Step]:
+    """An answer out of the table."""
+    return list(decoding.decode(Table(prompt), prompt, settings, ends, settings.max_new_tokens, watch))
+
+
+@torch.no_grad()
+def reference(engine: Engine, prompt: list[int], settings: Generation, ends: list[int]) -> list[list[int]]:
+    """transformers' own answers, all beams, without prompt, end tokens and padding."""
+    config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens or None,
+        num_beams=settings.width,
+        num_return_sequences=settings.width,
+        do_sample=False,
+        repetition_penalty=settings.repetition_penalty,
+        no_repeat_ngram_size=settings.no_repeat_ngram_size,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
+    )
+    ids = torch.tensor([prompt])
+    made = engine.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
+    )[:, len(prompt) :].tolist()
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in made]
+
+
+def case(number: int, width: int) -> tuple[list[int], Generation, list[int]]:
+    """A random question: prompt, settings, end tokens."""
+    chance = random.Random(number)
+    longest = chance.choice([1, 2, 5, 9, 14, 20])
+    settings = with_(
+        mode=GREEDY if width == 1 else BEAM,
+        num_beams=max(2, width),
+        repetition_penalty=chance.choice([1.0, 1.0, 0.7, 1.1, 1.5, 3.0]),
+        no_repeat_ngram_size=chance.choice([0, 0, 1, 2, 3]),
+        min_new_tokens=min(longest, chance.choice([0, 0, 1, 3, 8])),
+        max_new_tokens=longest,
+    )
+    prompt = [chance.randrange(VOCABULARY) for _ in range(chance.randint(1, 12))]
+    return prompt, settings, chance.sample(range(VOCABULARY), chance.randint(1, 8))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 6])
+def test_greedy_and_beams_are_those_of_transformers(engines, width):
+    """Token for token, all beams and their order, over 40 random cases of each width."""
+    seen = collections.Counter()
+    for number in range(40):
+        engine = engines[number % len(engines)]
+        prompt, settings, ends = case(number, width)
+        steps = answer(engine, prompt, settings, ends)
+        wanted = reference(engine, prompt, settings, ends)
+        assert steps[-1].beams == wanted, (number, settings)
+        assert [bool(step.finished) for step in steps] == [False] * (len(steps) - 1) + [True]
+        seen[steps[-1].finished, len(wanted[0]) < settings.max_new_tokens] += 1
+    assert seen[END, True] >= 8, seen  # both kinds of ends were there
+    assert seen[LENGTH, False] >= 8, seen
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_has_one_token_more(engines, mode):
+    """So that a caller may stop after any token: nothing is computed ahead of the step that is given out."""
+    engine = engines[0]
+    stream = engine.open([1, 2, 3])
+    list(stream.read())
+    calls = []
+    plain = stream.advance
+    stream.advance = lambda *how: calls.append(1) or plain(*how)
+    steps = decoding.decode(stream, [1, 2, 3], with_(mode=mode, seed=1), [0], 12)
+    for number, step in enumerate(steps):
+        assert len(calls) == number
+        assert step.finished or {len(ids) for ids in step.beams} == {number + 1}
+
+
+@pytest.mark.parametrize("mode", [SAMPLE, BEAM_SAMPLE])
+def test_a_seed_repeats_exactly(mode):
+    """The same seed twenty times gives one answer; other seeds, and none, give others."""
+
+    def one(seed: int | None) -> tuple[int, ...]:
+        return tuple(said([3, 4], with_(mode=mode, seed=seed, max_new_tokens=10))[-1].beams[0])
+
+    assert len({one(7) for _ in range(20)}) == 1
+    assert len({one(seed) for seed in range(20)}) >= 10
+    assert len({one(None) for _ in range(10)}) >= 5
+
+
+def exact(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
+    """Probabilities after the three, computed plainly."""
+    weights = [math.exp(value / temperature) for value in logits]
+    order = sorted(range(len(weights)), key=lambda i: -weights[i])
+    kept = order[: top_k or len(order)]
+    total, share, nucleus = sum(weights[i] for i in kept), 0.0, []
+    for i in kept:
+        nucleus.append(i)
+        share += weights[i] / total
+        if share >= top_p:
+            break
+    total = sum(weights[i] for i in nucleus)
+    return [weights[i] / total if i in nucleus else 0.0 for i in range(len(weights))]
+
+
+def variation(counts: collections.Counter, expected: dict) -> float:
+    """Total variation between drawn and expected shares."""
+    total = sum(counts.values())
+    return sum(abs(counts[key] / total - expected.get(key, 0)) for key in {*counts, *expected}) / 2
+
+
+LOGITS = [2.0, 1.5, 1.4, 0.5, 0.0, -0.7, -1.0, -3.0]
+DRAWS = 4000
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 3, 1.0), (1.0, 0, 0.6), (0.7, 5, 0.8)],
+)
+def test_sampled_tokens_have_the_exact_probabilities(temperature, top_k, top_p):
+    """4000 draws: total variation below 0.03 from the right probabilities, above it from the plain ones."""
+    settings = with_(mode=SAMPLE, temperature=temperature, top_k=top_k, top_p=top_p)
+    generator = torch.Generator().manual_seed(0)
+    pick = decoding._Picker(settings, generator, [], [0], None)
+    scores = torch.tensor([LOGITS])
+    drawn = collections.Counter(pick.best(scores, [[]], [0.0], 1)[0][2] for _ in range(DRAWS))
+    wanted = dict(enumerate(exact(LOGITS, temperature, top_k, top_p)))
+    assert variation(drawn, wanted) < 0.03
+    assert {token for token, share in wanted.items() if share == 0}.isdisjoint(drawn)
+    if settings != with_(mode=SAMPLE):
+        assert variation(drawn, dict(enumerate(exact(LOGITS, 1.0, 0, 1.0)))) > 0.03
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_beam_sampling_is_without_replacement(temperature):
+    """Pairs out of two beams with four tokens each come as often as two draws without putting back."""
+    settings = with_(mode=BEAM_SAMPLE, num_beams=2, temperature=temperature)
+    generator = torch.Generator().manual_seed(0)
+    pick = decoding._Picker(settings, generator, [], [0], None)
+    scores, totals = torch.tensor([LOGITS[:4], LOGITS[3:7]]), [-0.5, -1.2]
+    weights = (torch.log_softmax(scores, -1) / temperature + torch.tensor(totals)[:, None]).exp().flatten()
+    p = (weights / weights.sum()).tolist()
+    pairs = {
+        frozenset(pair): p[pair[0]] * p[pair[1]] * (1 / (1 - p[pair[0]]) + 1 / (1 - p[pair[1]]))
+        for pair in itertools.combinations(range(8), 2)
+    }
+    assert sum(pairs.values()) == pytest.approx(1)
+    drawn = collections.Counter()
+    for _ in range(DRAWS):
+        found = pick.best(scores, [[1], [2]], totals, 2)
+        assert found[0][0] >= found[1][0]
+        for value, beam, token, _ in found:
+            assert value == pytest.approx(math.log(weights[4 * beam + token]), abs=1e-5)
+        drawn[frozenset(4 * beam + token for _, beam, token, _ in found)] += 1
+    assert variation(drawn, pairs) < 0.05
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_lengths_are_kept(mode):
+    """No answer is shorter or longer than asked for; without a least length some are shorter."""
+
+    def lengths(least: int) -> list[int]:
+        how = {"mode": mode, "min_new_tokens": least, "max_new_tokens": 9}
+        return [len(said([5, n], with_(**how, seed=n), range(8))[-1].beams[0]) for n in range(30)]
+
+    assert min(lengths(0)) < 6
+    assert min(lengths(6)) >= 6
+    assert max(lengths(0)) == max(lengths(6)) == 9
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_repetition_is_avoided(mode):
+    """No n-gram comes twice; a high penalty leaves fewer tokens that were there before."""
+    repeats = collections.Counter()
+    for number in range(20):
+        prompt = [5, 6, 5, number]
+        for size in (0, 1, 2, 3):
+            ids = prompt + said(prompt, with_(mode=mode, seed=number, no_repeat_ngram_size=size))[-1].beams[0]
+            for n in (1, 2, 3):
+                grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+                ends = range(max(0, len(prompt) - n + 1), len(grams))
+                repeats[size, n] += sum(grams[i] in grams[:i] for i in ends)
+        for penalty in (1.0, 5.0):
+            ids = (
+                prompt + said(prompt, with_(mode=mode, seed=number, repetition_penalty=penalty))[-1].beams[0]
+            )
+            repeats["penalty", penalty] += len(ids) - len(set(ids))
+    assert all(repeats[size, size] == 0 for size in (1, 2, 3)), repeats
+    assert repeats[0, 1] > 0
+    assert repeats["penalty", 5.0] < repeats["penalty", 1.0]
+
+
+@pytest.mark.parametrize("narrow", [{"temperature": 0.01}, {"top_k": 1}, {"top_p": 0.0}])
+def test_the_narrowest_sampling_is_greedy(narrow):
+    """Each of the three alone; without it other tokens come."""
+    greedy = [said([9, n], with_())[-1].beams for n in range(20)]
+    assert [said([9, n], with_(mode=SAMPLE, seed=n, **narrow))[-1].beams for n in range(20)] == greedy
+    assert [said([9, n], with_(mode=SAMPLE, seed=n))[-1].beams for n in range(20)] != greedy
+
+
+def test_more_beams_find_likelier_answers(engines):
+    """Of fixed length, the mean log probability over 20 prompts rises from greedy to two and six beams."""
+
+    @torch.no_grad()
+    def likelihood(prompt: list[int], ids: list[int]) -> float:
+        logits = engines[0].model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        return torch.log_softmax(logits, -1)[range(len(ids)), ids].mean().item()
+
+    means = []
+    for how in ({"mode": GREEDY}, {"mode": BEAM, "num_beams": 2}, {"mode": BEAM, "num_beams": 6}):
+        settings = with_(**how, min_new_tokens=8, max_new_tokens=8)
+        found = [
+            likelihood([n, 2], answer(engines[0], [n, 2], settings, [0])[-1].beams[0]) for n in range(20)
+        ]
+        means.append(sum(found) / 20)
+    assert means == sorted(set(means)), means
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_watch_bans_and_stops(mode):
+    """Banned tokens never come, however likely; a stop ends the answer with the token that completes it."""
+    for number in range(30):
+        prompt, settings = [7, number], with_(mode=mode, seed=number, min_new_tokens=4, max_new_tokens=8)
+        free = said(prompt, settings)[-1].beams[0]
+        banned = {free[0], free[2]}
+        steps = said(prompt, settings, watch=lambda ids, b=banned: BANNED if ids[-1] in b else GOES)
+        assert all(banned.isdisjoint(ids) for step in steps for ids in step.beams)
+        assert len(steps[-1].beams[0]) >= 4
+        last = said(prompt, settings, watch=lambda ids, b=free[2]: STOPS if ids[-1] == b else GOES)[-1]
+        assert all(free[2] not in ids[:-1] for ids in last.beams)
+        if mode in (GREEDY, SAMPLE):
+            assert last.finished == STOP
+            assert last.beams[0] == free[: free.index(free[2]) + 1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_when_everything_is_banned_the_answer_ends(mode):
+    """At the first token or at the third; what was there stays."""
+    for length in (1, 3):
+        watch = {True: BANNED, False: GOES}
+        steps = said([4, 4], with_(mode=mode, seed=1), watch=lambda ids, n=length, w=watch: w[len(ids) >= n])
+        assert steps[-1].finished in (STOP, END)
+        assert all(len(ids) < length for step in steps for ids in step.beams)
+
+
+@pytest.mark.parametrize("mode", [GREEDY, BEAM])
+def test_equal_scores_lose_no_candidate(mode):
+    """Sixteen tokens with one score, all but one banned: the one is found, and none comes twice."""
+    for left in range(16):
+        pick = decoding._Picker(
+            with_(mode=mode), None, [], [99], lambda ids, left=left: GOES if ids[-1] == left else BANNED
+        )
+        found = pick.best(torch.zeros(1, 16), [[]], [0.0], 1 if mode == GREEDY else 8)
+        assert [token for _, _, token, _ in found] == [left]
+    pick = decoding._Picker(with_(mode=mode), None, [], [99], lambda ids: GOES if ids[-1] % 2 else BANNED)
+    found = pick.best(torch.zeros(1, 64), [[]], [0.0], 20)
+    assert len({token for _, _, token, _ in found}) == 20
+
+
+def test_least_length_is_kept_on_the_scores_own_device():
+    """transformers' rule compares on one device only; it must be that of the scores."""
+    (rule,) = decoding._rules(with_(min_new_tokens=2), 3, [1, 2], torch.device("meta"))
+    assert rule.eos_token_id.device.type == "meta"
+
+
+@pytest.mark.parametrize("mode", [BEAM, BEAM_SAMPLE])
+def test_stable_tokens_of_beams_are_never_taken_back(mode):
+    """Over 200 prompts: a prefix of every later best beam and of the answer; it grows before the end."""
+    shares = []
+    for number in range(200):
+        prompt, settings, ends = case(number, 2 + number % 5)
+        settings = Generation(**{**vars(settings), "mode": mode, "seed": number, "max_new_tokens": 16})
+        steps = said(prompt, settings, ends)
+        for one, later in itertools.combinations(steps, 2):
+            assert one.stable <= later.stable
+            assert all(ids[: one.stable] == one.beams[0][: one.stable] for ids in later.beams)
+        if len(steps) > 1 and steps[-1].beams[0]:
+            shares.append(steps[-2].stable / len(steps[-1].beams[0]))
+    assert sum(shares) / len(shares) > 0.2
