@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from onecard.errors import DISK, UserError
@@ -38,12 +39,17 @@ def locate(model_path: str) -> str:
 
 
 def fetch_model(name: str) -> str:
-    """Folder of a model: its own, the demo's, or one of the hub in its cache; no pickles, no code."""
+    """Folder (or file) of a model: its own, the demo's, or the hub's in its cache; no pickles, no code."""
     folder = locate(name)
-    if Path(folder).is_dir():
+    if Path(folder).exists():
         return folder
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     return _fetch(name, "model", patterns, f"--model_path {name}:", "name a local folder")
+
+
+def for_engine(engine: str) -> Callable[[str], str]:
+    """locate, or fetch_model for an engine that cannot fetch from the hub itself."""
+    return fetch_model if engine == "llama.cpp" else locate
 
 
 def fetch_adapter(name: str) -> str:
