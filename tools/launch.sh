@@ -23,3 +23,14 @@ launch() {
   fi
   exec .venv/bin/python "$program" "${arguments[@]}" "$@"
 }
+
+# chat_options ARGUMENTS...: base model and adapter from the environment; without either, what finetune.sh made
+chat_options() {
+  if [ "${USE_LOCAL:-0}" = 1 ]; then export HF_HUB_OFFLINE=1; fi
+  case "${LORA_PATH:+set}${MODEL_PATH:+set}${BASE_MODEL:+set} $* " in
+    set* | *" --lora_path"* | *" --model_path"* | *" --config"*) ;;
+    *) if [ -d lora-checkpoints/demo ]; then LORA_PATH=lora-checkpoints/demo; fi ;;
+  esac
+  option --model_path "${MODEL_PATH:-${BASE_MODEL:-}}"
+  option --lora_path "${LORA_PATH:-}"
+}

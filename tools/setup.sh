@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Make .venv and install what a program needs, once: bash tools/setup.sh train|test
+# Make .venv and install what a program needs, once: bash tools/setup.sh train|chat|cpu|test
 # The entries call this on first use. requirements.txt fixes every version. PYTHON chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-}
 case "$what" in
-  train | test) ;;
-  *) echo "error: tools/setup.sh: unknown part '$what'. Use: bash tools/setup.sh train|test" >&2; exit 2 ;;
+  train | chat | cpu | test) ;;
+  *) echo "error: tools/setup.sh: unknown part '$what'. Use: bash tools/setup.sh train|chat|cpu|test" >&2; exit 2 ;;
 esac
 
 python=${PYTHON:-python3}
@@ -29,6 +29,9 @@ if [ ! -x .venv/bin/python ] && ! "$python" -m venv .venv; then
   exit 2
 fi
 .venv/bin/python -m pip install --quiet "pip==26.3" || { echo "error: pip could not reach the package index; check the network." >&2; exit 2; }
+# llama.cpp is compiled here (minutes); code for exactly this processor would crash on those that announce AMX
+# (llama.cpp issue 20824), so it is built for any of the last ten years
+export CMAKE_ARGS="${CMAKE_ARGS:--DGGML_NATIVE=OFF}"
 if ! .venv/bin/python -m pip install -c requirements.txt -e ".[$what]"; then
   echo "error: the packages could not be installed; what pip says is above. Run the same command again to go on." >&2
   exit 2
@@ -41,5 +44,17 @@ if [ "$what" = test ] && ! command -v strace >/dev/null && command -v apt-get >/
   echo "Installing strace, which kills a save at each of its system calls (without it these tests are left out) ..."
   { apt-get update && apt-get install --yes --no-install-recommends strace; } >/dev/null || echo "strace could not be installed."
 fi
+if [ "$what" = cpu ] && ! .venv/bin/python -c "from onecard import gguf; gguf.converter()"; then
+  echo "error: llama.cpp's converter could not be fetched; what was said is above. Run the same command again to go on." >&2
+  exit 2
+fi
+browser() { command -v chromium || command -v chromium-browser || command -v google-chrome; }
+if [ "$what" = test ] && ! browser >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+  echo "Installing Chromium, in which the windows are tested (without it these tests are left out) ..."
+  { apt-get update && apt-get install --yes --no-install-recommends chromium fonts-noto-cjk; } >/dev/null || echo "Chromium could not be installed."
+fi
 touch "$stamp" # written last: it means complete
-if [ "$what" = test ]; then touch "${stamp/test/train}"; fi # what tests need contains what training needs
+case "$what" in # what else is complete with it
+  test) touch "${stamp/-test-/-train-}" "${stamp/-test-/-chat-}" "${stamp/-test-/-cpu-}" ;;
+  chat | cpu) touch "${stamp/-$what-/-train-}" ;;
+esac

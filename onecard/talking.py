@@ -1,0 +1,132 @@
+"""An answer for a window: started, shown as it grows, stopped by the one who asked, and told how it went.
+
+It knows no component of a window; sessions are gradio's, one for each open page.
+"""
+
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+
+from onecard.answer import Text
+from onecard.chat_config import Generation
+from onecard.errors import UserError
+from onecard.prompt import Conversation, Turn
+
+SHOWN_EVERY = 0.05  # seconds: a browser gains nothing from more
+WHY = {
+    "length": ("cut at the most new tokens", "已达最多新词元"),
+    "stop": ("stop word", "遇到停止词"),
+    "cancelled": ("stopped", "已停止"),
+    "out of memory": (
+        "out of memory: this much was written. Fewer beams, a shorter chat or fewer bits need less",
+        "内存不足，以上为已生成部分；可减少束宽、缩短对话或降低位数",
+    ),
+}
+
+
+class Sessions:
+    """Who wants their answer stopped; each open page has a name of its own."""
+
+    def __init__(self) -> None:
+        self.running: dict[str, list[threading.Event]] = {}
+        self.lock = threading.Lock()
+
+    def begin(self, session: str) -> threading.Event:
+        event = threading.Event()
+        with self.lock:
+            self.running.setdefault(session, []).append(event)
+        return event
+
+    def end(self, session: str, event: threading.Event) -> None:
+        with self.lock:
+            events = self.running.get(session, [])
+            if event in events:
+                events.remove(event)
+            if not events:
+                self.running.pop(session, None)
+
+    def stop(self, session: str) -> None:
+        """Stop what this page asked for; others go on."""
+        with self.lock:
+            for event in self.running.get(session, []):
+                event.set()
+
+
+def conversation(
+    turns: list[dict[str, str]], system: str, context: str = "", key: str = "answer", unfinished: bool = False
+) -> Conversation:
+    """What the model is asked: earlier turns whole, the last one without its answer unless that goes on.
+
+    key: which answers count, of two side by side; context: what the last question is about.
+    """
+    made = [Turn("system", system)] if system else []
+    for turn in turns[:-1]:
+        made.append(Turn("user", turn["question"], turn.get("input", "")))
+        made.append(Turn("assistant", turn.get(key) or turn["answer"]))
+    last = turns[-1]
+    made.append(Turn("user", last["question"], last.get("input", "") or context))
+    if unfinished:
+        made.append(Turn("assistant", last.get(key) or last["answer"]))
+    return Conversation(tuple(made))
+
+
+def answers(
+    sessions: Sessions, session: str, chat, asked: Conversation, settings: Generation, mixture, lang: str
+) -> Iterator[tuple[Text, str, bool]]:
+    """(text, what the status line says, is it an error) as the answer grows; no exception comes through."""
+    event, shown, text = sessions.begin(session), 0.0, Text("")
+    try:
+        for reply in chat.stream(asked, settings, mixture, event.is_set):
+            text = reply.text
+            now = time.monotonic()
+            if reply.finished or now - shown >= SHOWN_EVERY:
+                shown = now
+                yield text, describe(reply, chat, lang), reply.finished == "out of memory"
+    except UserError as error:
+        yield text, str(error), True
+    except Exception as error:
+        if os.environ.get("ONECARD_DEBUG"):
+            traceback.print_exc()
+        yield text, f"{type(error).__name__}: {str(error)[:300]}", True
+    finally:
+        sessions.end(session, event)
+
+
+def describe(reply, chat, lang: str) -> str:
+    """The status line: speed, tokens of the context, device, and why it ended."""
+    zh = lang == "zh"
+    if not reply.finished and not reply.text.tokens:
+        word = "读取" if zh else "reading"
+        return f"{word} {reply.read} / {reply.prompt_tokens} {'词元' if zh else 'tokens'}"
+    used = reply.prompt_tokens + reply.text.tokens
+    parts = [
+        f"{reply.speed:.1f} {'词元/秒' if zh else 'tokens/s'}",
+        f"{used} / {chat.engine.context} {'词元' if zh else 'tokens of the context'}",
+        f"{chat.engine.name}, {chat.engine.describe()}",
+    ]
+    if reply.first is not None:
+        parts.insert(1, f"{'首词元' if zh else 'first after'} {reply.first:.1f} s")
+    if reply.left_out:
+        left = reply.left_out
+        parts.append(f"{left} 轮较早对话未包含" if zh else f"{left} oldest turns left out")
+    if reply.finished in WHY:
+        parts.append(WHY[reply.finished][zh])
+    return " · ".join(parts)
+
+
+def mixture_of(choice: str, weights: dict[str, float], names: list[str]) -> tuple[tuple[str, float], ...]:
+    """Adapters of a picker: the base alone, one of them, or all with a weight."""
+    if choice in names:
+        return ((choice, weights.get(choice, 1.0)),)
+    if choice == MIX:
+        return tuple((name, weights.get(name, 1.0)) for name in names if weights.get(name, 1.0))
+    return ()
+
+
+BASE, MIX = "base", "mix"
+
+
+def choice_of(mixture: tuple[tuple[str, float], ...]) -> str:
+    return BASE if not mixture else mixture[0][0] if len(mixture) == 1 else MIX
