@@ -1,0 +1,61 @@
+"""Declared options -> Gradio inputs, and their values back -> checked options. It knows no option by name."""
+
+import dataclasses
+from typing import Any
+
+import gradio as gr
+
+from onecard import parsing
+from onecard.chat_config import Generation
+
+LANGUAGES = ("en", "zh")
+
+
+def say(lang: str, english: str, chinese: str) -> str:
+    """One of two texts, by the language of the window."""
+    return chinese if lang == "zh" else english
+
+
+def inputs(start: Any, names: list[str], lang: str, choices: dict[str, list[Any]]) -> dict[str, gr.Component]:
+    """An input for each named option, with the value it has in `start`; made where gradio stands now.
+
+    choices: of options whose values are fewer here than declared.
+    """
+    fields = {field.name: field for field in dataclasses.fields(start)}
+    return {name: _input(fields[name], getattr(start, name), lang, choices.get(name)) for name in names}
+
+
+def _input(field: dataclasses.Field, value: Any, lang: str, fewer: list[Any] | None) -> gr.Component:
+    meta = field.metadata
+    label = say(lang, *(meta["label"] or (field.name, field.name)))
+    what = {"label": label, "value": value, "elem_id": f"option-{field.name}", "interactive": True}
+    what["info"] = meta["help"] if lang == "en" else None
+    if meta["slider"]:
+        low, high, step = meta["slider"]
+        low, high = min(low, value), max(high, value)
+        return gr.Slider(minimum=low, maximum=high, step=step, **what)
+    if meta["choices"]:
+        return gr.Radio(fewer or list(meta["choices"]), **what)
+    if field.type is bool:
+        return gr.Checkbox(**what)
+    if field.type is int:
+        return gr.Number(precision=0, **what)
+    return gr.Textbox(**{**what, "value": "" if value is None else str(value)})
+
+
+def read(values: dict[str, Any]) -> Generation:
+    """The options of an answer out of inputs; raises UserError naming every wrong one."""
+    types = {field.name: field.type for field in dataclasses.fields(Generation)}
+    given = {name: value for name, value in values.items() if value != "" or types[name] is str}
+    return parsing.build(Generation, {name: value for name, value in given.items() if value is not None})
+
+
+def usable(names: list[str], unused: dict[str, tuple[str, str]], start: Any, lang: str) -> list[Any]:
+    """Updates that disable the inputs which do nothing now, each with the reason, and enable the others."""
+    fields = {field.name: field for field in dataclasses.fields(start)}
+    updates = []
+    for name in names:
+        why = unused.get(name)
+        info = fields[name].metadata["help"] if lang == "en" else None
+        updates.append(gr.update(interactive=why is None, info=say(lang, *why) if why else info))
+    return updates

@@ -1,0 +1,373 @@
+"""The chat windows in a real browser: headless Chromium, driven by playwright, on a tiny model.
+
+Debian's Chromium; tests/window_server.py is the other side. What a person would click is clicked here.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+MESSAGES = "#left [data-testid=user], #left [data-testid=bot]"
+WAIT = 60_000  # milliseconds; only a hang takes as long
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt install chromium")
+
+
+class Server:
+    def __init__(self, kind: str, folder: Path, *options: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.folder, self.address = folder, f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "tests.window_server", kind, str(folder), f"--server_port={port}"]
+        self.log = open(folder / "log", "w+", encoding="utf-8")  # noqa: SIM115 (closed with the process)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [*command, *options], cwd=ROOT, env=environment, stdout=self.log, stderr=self.log
+        )
+        self.port = port
+        until = time.monotonic() + 60
+        while time.monotonic() < until and self.process.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                return
+            time.sleep(0.1)
+        raise AssertionError((folder / "log").read_text(encoding="utf-8"))
+
+    def tokens(self) -> int:
+        path = self.folder / "tokens"
+        return path.read_text(encoding="utf-8").count("\n") if path.exists() else 0
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=20)
+        self.log.close()
+
+
+@contextlib.contextmanager
+def serving(kind: str, folder: Path, *options: str) -> Iterator[Server]:
+    folder.mkdir(parents=True, exist_ok=True)
+    server = Server(kind, folder, *options)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield made
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> Iterator[Server]:
+    with serving("single", tmp_path_factory.mktemp("single"), "--max_new_tokens=60") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def turns(tmp_path_factory) -> Iterator[Server]:
+    options = ["--max_new_tokens=40", "--mode=greedy", "--queue=4"]
+    with serving("turns", tmp_path_factory.mktemp("turns"), *options) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def opened(browser: Browser, server: Server, ready: str, **context) -> Iterator[Page]:
+    """A page in a browser profile of its own; whatever leaves this machine fails the test."""
+    profile = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
+    asked: list[str] = []
+    page = profile.new_page()
+    page.set_default_timeout(WAIT)
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(server.address)
+    page.wait_for_selector(ready)
+    page.wait_for_timeout(300)
+    try:
+        yield page
+    finally:
+        profile.close()
+    outside = [
+        url for url in asked if not re.match(rf"(https?|ws)://127\.0\.0\.1:{server.port}|data:|blob:", url)
+    ]
+    assert outside == [], "the window asked somebody else"
+
+
+def finished(page: Page) -> None:
+    """The answer is there: Send is back."""
+    page.wait_for_selector("#stop", state="hidden")
+    page.wait_for_selector("#send:visible")
+
+
+def ask(page: Page, question: str) -> None:
+    page.fill("#box textarea", question)
+    page.press("#box textarea", "Enter")
+    page.wait_for_selector("#stop:visible")
+
+
+def bubbles(page: Page, side: str = "left") -> list[str]:
+    """Questions and answers that are shown, in their order."""
+    found = page.locator(MESSAGES.replace("left", side)).all_inner_texts()
+    return [text.strip() for text in found]
+
+
+def status(page: Page) -> str:
+    return page.inner_text("#status")
+
+
+def set_slider(page: Page, name: str, value: str) -> None:
+    box = page.locator(f"#option-{name} input[type=number]")
+    box.fill(value)
+    box.press("Tab")
+
+
+def test_single_streams_four_beams_and_shows_them_all(browser, single):
+    """The answer grows, what may change stands apart, and at the end all four beams can be read."""
+    with opened(browser, single, "#instruction textarea") as page:
+        page.fill("#instruction textarea", "Say something quick")
+        page.fill("#input textarea", "old and new")
+        page.click("#send")
+        page.wait_for_selector("#stop:visible")
+        seen, apart = set(), 0
+        while page.locator("#stop:visible").count():
+            seen.add(page.inner_text("#output"))
+            apart += page.locator("#output .may-change").count()
+            page.wait_for_timeout(80)
+        finished(page)
+        assert len(seen) >= 5
+        assert apart >= 1
+        assert page.locator("#output .may-change").count() == 0
+        assert "tokens/s" in status(page)
+        assert "tokens of the context" in status(page)
+        page.click("#beams-box button")
+        expect(page.locator("#beams .beam")).to_have_count(4)
+        first = page.locator("#beams .beam").first.inner_text().removeprefix("1").strip()
+        assert first == page.inner_text("#output").strip()
+
+
+def test_controls_that_do_nothing_are_disabled_with_the_reason(browser, single):
+    """Temperature is off for beams, on for sampling; the number of beams the other way round."""
+    with opened(browser, single, "#instruction textarea") as page:
+        temperature = page.locator("#option-temperature input[type=range]")
+        number = page.locator("#option-num_beams input[type=range]")
+        expect(temperature).to_be_disabled()
+        expect(page.locator("#option-temperature")).to_contain_text("only for sampling")
+        expect(number).to_be_enabled()
+        page.click("#option-mode label:has-text('sample') >> nth=0")
+        expect(temperature).to_be_enabled()
+        expect(number).to_be_disabled()
+        expect(page.locator("#option-num_beams")).to_contain_text("only for beam search")
+        page.click("#reset")
+        expect(temperature).to_be_disabled()
+
+
+def test_stop_ends_the_answer_and_keeps_what_is_there(browser, single):
+    """Stop takes effect within a token's time or two; the text stays, the engine rests."""
+    with opened(browser, single, "#instruction textarea") as page:
+        set_slider(page, "max_new_tokens", "400")
+        page.fill("#instruction textarea", "Go on for long")
+        page.click("#send")
+        page.wait_for_selector("#stop:visible")
+        page.wait_for_function("document.querySelector('#output').innerText.length > 5")
+        page.click("#stop")
+        finished(page)
+        assert "stopped" in status(page)
+        assert len(page.inner_text("#output").strip()) > 1
+        resting = single.tokens()
+        page.wait_for_timeout(500)
+        assert single.tokens() == resting
+        assert resting < 300
+
+
+def test_wrong_values_and_no_question_are_told(browser, single):
+    with opened(browser, single, "#instruction textarea") as page:
+        page.click("#send")
+        expect(page.locator("#status [role=alert]")).to_contain_text("instruction")
+        page.fill("#instruction textarea", "x" * 3000)
+        page.click("#send")
+        expect(page.locator("#status [role=alert]")).to_contain_text(re.compile(r"has \d+ tokens .* \d+ fit"))
+
+
+def test_chat_with_all_its_buttons(browser, turns, tmp_path):
+    """Ask, retry, edit, delete, continue, save, load, summarise, clear: each does what it says."""
+    with opened(browser, turns, "#box textarea", accept_downloads=True) as page:
+        ask(page, "Say red 1")
+        finished(page)
+        first = bubbles(page)
+        assert first[0] == "Say red 1"
+        assert len(first) == 2
+        ask(page, "Say blue 2")
+        finished(page)
+        both = bubbles(page)
+        assert both[:2] == first
+        assert both[2] == "Say blue 2"
+        page.click("#retry")
+        page.wait_for_selector("#stop:visible")
+        finished(page)
+        assert bubbles(page) == both, "greedy answers twice the same"
+        page.click("#continue")
+        page.wait_for_selector("#stop:visible")
+        finished(page)
+        longer = bubbles(page)
+        assert longer[3].startswith(both[3][:-3])
+        assert len(longer[3]) > len(both[3])
+        with page.expect_download() as saved:
+            page.click("#save")
+        saved.value.save_as(tmp_path / "chat.jsonl")
+        record = json.loads((tmp_path / "chat.jsonl").read_text(encoding="utf-8"))
+        assert [turn["question"] for turn in record["turns"]] == ["Say red 1", "Say blue 2"]
+        assert record["options"]["max_new_tokens"] == 40
+        assert record["turns"][0]["adapters"] == {"answer": {"adapter1": 1.0}}
+        page.click("#edit")
+        expect(page.locator("#box textarea")).to_have_value("Say blue 2")
+        assert bubbles(page) == first
+        page.click("#delete")
+        expect(page.locator(MESSAGES)).to_have_count(0)
+        page.locator("input[type=file]").set_input_files(tmp_path / "chat.jsonl")
+        expect(page.locator(MESSAGES)).to_have_count(4)
+        assert bubbles(page) == longer
+        page.click("#summarise")
+        page.wait_for_selector("#stop:visible")
+        finished(page)
+        assert bubbles(page) == []
+        assert page.input_value("#context textarea").strip()
+        page.click("#new")
+        expect(page.locator("#context textarea")).to_have_value("")
+
+
+def test_compare_answers_side_by_side_with_two_adapters(browser, turns):
+    """Each side is what its adapter says alone."""
+    with opened(browser, turns, "#box textarea") as page:
+        alone = {}
+        for name in ("adapter1", "adapter2"):
+            page.click("#adapter input")
+            page.click(f"[role=option]:has-text('{name}')")
+            ask(page, "Say green 5")
+            finished(page)
+            alone[name] = bubbles(page)[1]
+            page.click("#clear")
+            expect(page.locator(MESSAGES)).to_have_count(0)
+        assert alone["adapter1"] != alone["adapter2"]
+        page.check("#compare input")
+        page.click("#against input")
+        page.click("[role=option]:has-text('adapter1')")
+        ask(page, "Say green 5")
+        finished(page)
+        assert bubbles(page, "left")[1] == alone["adapter2"]
+        assert bubbles(page, "right")[1] == alone["adapter1"]
+
+
+def test_reload_shows_the_chat_again_and_two_people_do_not_mix(browser, turns):
+    """A page's chat is its own (W15): reloaded it is there, another profile sees nothing of it, and one
+    person's Stop leaves the other's answer alone."""
+    with opened(browser, turns, "#box textarea") as one, opened(browser, turns, "#box textarea") as two:
+        ask(one, "Say old 7")
+        finished(one)
+        mine = bubbles(one)
+        for page in (one, two):
+            set_slider(page, "max_new_tokens", "150")
+        ask(one, "Say warm 8")
+        ask(two, "Say cold 9")
+        two.wait_for_timeout(1000)
+        one.click("#stop")
+        finished(one)
+        assert "stopped" in status(one)
+        finished(two)
+        assert "stopped" not in status(two)
+        assert bubbles(two)[0] == "Say cold 9"
+        assert len(bubbles(two)) == 2
+        assert "Say old 7" not in two.inner_text("body")
+        assert bubbles(one)[:2] == mine
+        before = bubbles(one)
+        one.reload()
+        one.wait_for_selector("#box textarea")
+        expect(one.locator(MESSAGES)).to_have_count(len(before))
+        assert bubbles(one) == before
+
+
+def test_closed_page_stops_being_answered(browser, turns):
+    """W7: nobody reads any more, so nothing is written any more."""
+    with opened(browser, turns, "#box textarea") as page:
+        set_slider(page, "max_new_tokens", "400")
+        ask(page, "Say everything")
+        page.wait_for_timeout(500)
+    until = time.monotonic() + 20
+    resting = -1
+    while turns.tokens() != resting and time.monotonic() < until:
+        resting = turns.tokens()
+        time.sleep(1)
+    assert turns.tokens() == resting
+
+
+HOSTILE = """# Title
+
+| a | b |
+|---|---|
+| 1 | <img src=x onerror="window.hit=1"> |
+
+```python
+print("<script>window.hit=2</script>")
+```
+
+<script>window.hit=3</script><iframe srcdoc="<script>parent.hit=4</script>"></iframe>
+[link](javascript:window.hit=5) <a href="javascript:window.hit=6">x</a> <svg onload="window.hit=7">
+$$x^2 + y^2 = z^2$$ and 1 < 2 & 3 > 2, `a < b`
+"""
+
+
+def test_markdown_code_tables_and_math_are_shown_and_nothing_runs(browser, tmp_path):
+    """W9: what a model or a user writes is never HTML; tables, code and formulas are drawn."""
+    (tmp_path / "answers.json").write_text(json.dumps([HOSTILE]), encoding="utf-8")
+    options = ["--answers", str(tmp_path / "answers.json")]
+    with (
+        serving("turns", tmp_path / "server", *options) as server,
+        opened(browser, server, "#box textarea") as page,
+    ):
+        page.on("dialog", lambda dialog: dialog.dismiss())
+        ask(page, "<img src=x onerror='window.hit=8'> <b>bold</b> <script>window.hit=9</script>")
+        finished(page)
+        page.wait_for_timeout(500)
+        chat = page.locator("#left")
+        expect(chat.locator("table td").first).to_have_text("1")
+        expect(chat.locator("pre code")).to_contain_text('print("<script>window.hit=2</script>")')
+        assert chat.locator("pre code span").count() >= 1, "code is highlighted"
+        assert chat.locator(".katex").count() >= 1
+        expect(chat).to_contain_text("1 < 2 & 3 > 2")
+        expect(chat).to_contain_text("a < b")
+        expect(chat).to_contain_text("<b>bold</b>")
+        for link in chat.locator("a").all():
+            assert "javascript:" not in (link.get_attribute("href") or "")
+        assert chat.locator("script, iframe, svg[onload], img[onerror]").count() == 0
+        assert page.evaluate("window.hit") is None
+
+
+def test_chinese_dark_and_on_a_phone(browser, tmp_path):
+    """Chinese labels; light and dark; at 390 pixels nothing is wider than the screen."""
+    with serving("turns", tmp_path / "server", "--lang=zh", "--mode=greedy", "--max_new_tokens=8") as server:
+        phone = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}
+        with opened(browser, server, "#box textarea", **phone) as page:
+            expect(page.locator("#send")).to_have_text("发送")
+            expect(page.locator("#option-mode")).to_contain_text("生成方式")
+            assert page.evaluate("document.body.classList.contains('dark')")
+            page.click("#dark")
+            assert not page.evaluate("document.body.classList.contains('dark')")
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390
+            ask(page, "你好")
+            finished(page)
+            assert "词元/秒" in status(page)
