@@ -1,0 +1,348 @@
+"""The training window: choose rows, fill in options, start, stop, continue; curves and answers, live.
+
+It holds nothing: trainings are processes of their own (runs.py), what it shows comes from their files.
+Closing the page or killing the window loses nothing; whoever opens it again sees the run that is going on.
+"""
+
+import dataclasses
+import functools
+import re
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.context import Context
+
+from onecard import chart, config, curves, labels, panels, preview, reader, runs
+from onecard.config import FinetuneConfig
+from onecard.curves import ACCURACY, LOSS, RATE, SPEED, VALIDATION, Curves
+from onecard.errors import UserError
+from onecard.panels import say
+
+Locate = Callable[[str], str]
+FIELDS = {field.name: field for field in dataclasses.fields(FinetuneConfig)}
+COMMON = (
+    "num_epochs", "learning_rate", "batch_size", "cutoff_len", "bits", "template", "lora_r",
+    "lora_target_modules", "max_steps", "sample_steps",
+)  # fmt: skip
+ABOVE = ("data_path", "model_path")
+HIDDEN = ("output_path", "log_steps")  # the name of the run says the first, no screen needs the second
+FIRST_VALUES = {"sample_steps": 50}  # a window has a place to show them
+SLOT = {"padding": False, "elem_classes": "oc-slot"}  # takes no room while it is empty
+SECONDS = 2.0  # between two looks at the files
+POINTS = 300  # of a curve
+PREVIEW = 5  # rows
+FOLDERS = (".", "sample", "data")  # where files of rows are offered from
+PLOTS = {  # curves of one plot -> its title
+    (LOSS, VALIDATION): ("Loss (nats per target token)", "损失（每个目标词元）"),
+    (ACCURACY,): ("Validation: target tokens right", "验证：目标词元正确率"),
+    (RATE,): ("Learning rate", "学习率"),
+    (SPEED,): ("Speed (tokens/s)", "速度（词元/秒）"),
+}
+
+
+def page(lang: str = "en", workspace: Path = Path("lora-checkpoints"), locate: Locate = str) -> gr.Blocks:
+    """The training window alone; `build` for what it takes."""
+    with gr.Blocks(analytics_enabled=False, title="OneCard", fill_width=True) as window:
+        gr.Markdown(f"## OneCard · {say(lang, 'training', '训练')}")
+        build(lang, workspace, locate)
+    return window
+
+
+def build(lang: str = "en", workspace: Path = Path("lora-checkpoints"), locate: Locate = str) -> None:
+    """Make the training window inside the gr.Blocks or gr.Tab that is open.
+
+    lang: en or zh; workspace: folder of the runs; locate: name of a model -> folder, for the preview.
+    """
+    Studio(lang, workspace, locate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a page shows, so that only what has changed is sent to it; of long texts their hashes."""
+
+    names: tuple[str, ...] = ()
+    card: int = 0
+    may: tuple[bool, ...] = ()
+    plots: int = 0
+    steps: tuple[Any, ...] = ()  # the run, then the steps of its answers
+
+
+class Studio:
+    """The components of one window and what happens when they are used; it has no state of any page."""
+
+    def __init__(self, lang: str, workspace: Path, locate: Locate):
+        self.lang, self.workspace, self.locate = lang, workspace, locate
+        self.curves = functools.lru_cache(maxsize=64)(Curves)
+        self.lay_out()
+        self.wire()
+
+    def say(self, english: str, chinese: str) -> str:
+        return say(self.lang, english, chinese)
+
+    def lay_out(self) -> None:
+        say = self.say
+        gr.HTML(panels.STYLE + chart.STYLE, padding=False)
+        with gr.Row():
+            with gr.Column(min_width=320):
+                words = {"value": FIELDS["data_path"].default, **self.words("data_path")}
+                rows = gr.Dropdown(self.files(), allow_custom_value=True, **words)
+                self.inputs = {"data_path": rows}
+                with gr.Row():
+                    self.upload = gr.UploadButton(
+                        say("Upload a file", "上传文件"), file_types=list(reader.FORMATS), size="sm"
+                    )
+                    self.preview = gr.Button(say("Preview", "预览"), size="sm", elem_id="train-preview")
+                self.rows = gr.HTML(elem_id="train-rows", **SLOT)
+                self.inputs["model_path"] = self.input("model_path")
+                even = {"elem_classes": ["oc-form", "oc-even"]}
+                with gr.Row(**even):
+                    self.inputs |= {name: self.input(name) for name in COMMON}
+                rest = [name for name in FIELDS if name not in (*ABOVE, *COMMON, *HIDDEN)]
+                with gr.Accordion(say("All options", "全部选项"), open=False), gr.Row(**even):
+                    self.inputs |= {name: self.input(name) for name in rest}
+                self.name = gr.Textbox(
+                    label=say("Name of the new run", "新训练的名称"),
+                    info=say(f"a folder in {self.workspace}", f"{self.workspace} 中的文件夹"),
+                    max_length=runs.LONGEST_NAME,
+                    elem_id="train-name",
+                )
+                self.start = gr.Button(say("Start", "开始训练"), variant="primary", elem_id="train-start")
+                self.started = gr.HTML(elem_id="train-started", **SLOT)
+            with gr.Column(min_width=320):
+                words = {"label": say("Run", "训练"), "elem_id": "train-run", "interactive": True}
+                self.run = gr.Dropdown([], allow_custom_value=True, **words)
+                self.card = gr.HTML(elem_id="train-card", **SLOT)
+                with gr.Row():
+                    small = {"min_width": 100, "size": "md"}
+                    stop = say("Stop and save", "停止并保存")
+                    self.stop = gr.Button(stop, variant="stop", elem_id="train-stop", **small)
+                    self.go_on = gr.Button(say("Continue", "继续训练"), elem_id="train-continue", **small)
+                    self.reuse = gr.Button(say("Copy options", "复制选项"), elem_id="train-reuse", **small)
+                self.done = gr.HTML(elem_id="train-done", **SLOT)
+                with gr.Row(elem_classes="oc-form"):
+                    self.longer = gr.Textbox(
+                        label=say("Continue up to epoch", "继续训练到第几轮"),
+                        info=say("empty: as planned", "留空：按原计划"),
+                        elem_id="train-longer",
+                    )
+                    words = {"label": say("Compare with", "对比"), "elem_id": "train-others"}
+                    words |= {"info": say("earlier runs in the same plots", "在同一图中显示其他训练")}
+                    words |= {"multiselect": True, "interactive": True}
+                    self.others = gr.Dropdown([], allow_custom_value=True, **words)
+                self.plots = gr.HTML(elem_id="train-plots", **SLOT)
+                at = say("Answers at step", "第几步的回答")
+                self.step = gr.Slider(0, 1, 0, step=1, label=at, visible=False, elem_id="train-step")
+                self.answers = gr.HTML(elem_id="train-answers", **SLOT)
+        self.seen = gr.State(Seen())
+        self.timer = gr.Timer(SECONDS)
+
+    def files(self) -> list[str]:
+        """Files of rows that are offered; any other inside this folder can be typed."""
+        places = [*map(Path, FOLDERS), self.workspace / runs.UPLOADS]
+        found = [path for place in places for path in sorted(place.glob("*")) if path.is_file()]
+        return [str(path) for path in found if path.suffix in reader.FORMATS and path.name[0] != "."]
+
+    def words(self, name: str) -> dict[str, Any]:
+        english, chinese, help_ = labels.FINETUNE[name]
+        text = self.say(FIELDS[name].metadata["help"], help_)
+        label = self.say(english, chinese)
+        return {"label": label, "info": text, "elem_id": f"train-{name}", "min_width": 140}
+
+    def input(self, name: str) -> Any:
+        """The input of an option, by what it is declared to be."""
+        field, words = FIELDS[name], self.words(name)
+        value = FIRST_VALUES.get(name, field.default)
+        kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+        if field.metadata["choices"]:
+            choices = [(str(choice), choice) for choice in field.metadata["choices"]]
+            empty = [("-", "")] if type(None) in kinds else []
+            return gr.Dropdown([*empty, *choices], value="" if value is None else value, **words)
+        if bool in kinds:
+            return gr.Checkbox(value, **words)
+        if str in kinds or type(None) in kinds:  # a number's input cannot be empty
+            return gr.Textbox("" if value is None else str(value), max_lines=3, **words)
+        return gr.Number(value, precision=0 if int in kinds else None, **words)
+
+    def wire(self) -> None:
+        """Which event does what; nothing here waits for a training."""
+        quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        form = list(self.inputs.values())
+        pages = [self.run, self.others, self.step, self.seen]
+        buttons = [self.stop, self.go_on, self.reuse]
+        shown = [self.run, self.others, self.card, self.done, *buttons]
+        shown += [self.plots, self.step, self.answers, self.seen]
+        look = {"fn": self.refresh, "inputs": pages, "outputs": shown, **quick}
+        self.upload.upload(self.keep, self.upload, [self.inputs["data_path"], self.rows], **quick)
+        self.preview.click(self.show_rows, form, self.rows, concurrency_limit=1, api_visibility="private")
+        begun = [self.started, self.run, self.name, self.inputs["overwrite"]]
+        self.start.click(self.begin, [self.name, *form], begun, **quick).then(**look)
+        self.stop.click(self.end, self.run, self.done, **quick).then(**look)
+        self.go_on.click(self.resume, [self.run, self.longer], [self.done, self.longer], **quick).then(**look)
+        self.reuse.click(self.take_options, self.run, [self.done, *form], **quick)
+        self.run.input(lambda: "", None, self.done, **quick).then(**look)
+        self.others.input(**look)
+        self.step.input(self.show_answers, [self.run, self.step], self.answers, **quick)
+        self.timer.tick(**look)
+        Context.root_block.load(self.attach, None, [self.run, self.name], **quick).then(**look)
+
+    def attach(self) -> tuple[Any, str]:
+        """A page that is opened: the run that goes on, else the newest; and a name for the next."""
+        names = runs.names(self.workspace)
+        going = [name for name in names if runs.state(self.workspace, name).going]
+        value = next(iter([*going, *names]), None)
+        return gr.update(choices=names, value=value), runs.free_name(self.workspace)
+
+    def refresh(self, run: str | None, others: list[str] | None, step: float, seen: Seen) -> list[Any]:
+        """Updates of what has changed in the files since `seen`."""
+        names = tuple(runs.names(self.workspace))
+        choices = gr.skip() if names == seen.names else gr.update(choices=list(names))
+        run = run if _is_name(run) else None
+        shown = [name for name in dict.fromkeys([run, *(others or [])]) if name in names]
+        for name in [run, *shown] if run else shown:
+            self.curve(name).refresh()
+        state = runs.state(self.workspace, run) if run else runs.State(runs.NEW)
+        card = self.card_of(run, state)
+        plots = "".join(self.plot(keys, shown) for keys in PLOTS)
+        rounds = curves.samples(self.workspace / run) if run else {}
+        steps = (run, *rounds)
+        slider, text = gr.skip(), gr.skip()
+        if steps != seen.steps:
+            newest = max(rounds, default=0)
+            follows = seen.steps[:1] != steps[:1] or step >= max(seen.steps[1:], default=0)
+            step = newest if follows else step
+            slider = gr.update(maximum=max(newest, 1), value=step, visible=bool(rounds))
+            text = self.show_answers(run, step)
+        may = self.may(run, state)
+        pressable = [gr.skip()] * 4 if may == seen.may else ["", *(gr.update(interactive=m) for m in may)]
+        now = Seen(names, hash(card), may, hash(plots), steps)
+        new_card = gr.skip() if now.card == seen.card else card
+        drawn = gr.skip() if now.plots == seen.plots else f'<div class="oc-plots">{plots}</div>'
+        return [choices, choices, new_card, *pressable, drawn, slider, text, now]
+
+    def may(self, run: str | None, state: runs.State) -> tuple[bool, bool, bool]:
+        """Whether this run can be stopped, continued, taken as a pattern."""
+        begun = bool(run and runs.config_of(self.workspace / run))
+        return state.going, begun and not state.going, begun
+
+    def curve(self, name: str) -> Curves:
+        return self.curves(self.workspace / name)
+
+    def card_of(self, run: str | None, state: runs.State) -> str:
+        if run is None:
+            return panels.note(self.say("No run yet.", "还没有训练。"))
+        return panels.card(run, state, self.curve(run).latest(), self.lang)
+
+    def plot(self, keys: tuple[str, ...], names: list[str]) -> str:
+        """The same curves of several runs in one plot; '' without a run."""
+        lines = []
+        for place, name in enumerate(names):
+            for key in keys:
+                is_check = key == VALIDATION
+                what = self.say("validation", "验证") if is_check else self.say("training", "训练")
+                parts = [name if len(names) > 1 else "", what if len(keys) > 1 else ""]
+                colour = place if len(names) > 1 else int(is_check)
+                points = self.curve(name).thinned(key, POINTS)
+                lines.append(chart.Line(" ".join(filter(None, parts)) or name, points, colour, is_check))
+        return chart.plot(self.say(*PLOTS[keys]), lines, LOSS not in keys) if names else ""
+
+    def show_answers(self, run: str | None, step: float) -> str:
+        """The first answers and those of the last round up to `step`."""
+        if run not in runs.names(self.workspace):
+            return ""
+        folder = self.workspace / run
+        rounds = curves.samples(folder)
+        if not rounds:
+            return ""
+        first, chosen = min(rounds), max([at for at in rounds if at <= step], default=min(rounds))
+        stored = runs.config_of(folder)
+        plain = not first and not stored.get("begun_from") and not stored.get("options", {}).get("lora_path")
+        before = self.say("Base model", "基座模型") if plain else self.say("At the start", "训练开始时")
+        after = self.say(f"After step {chosen}", f"第 {chosen} 步之后")
+        titles = (before, after) if chosen > first else (before,)
+        return panels.answers(rounds[first], rounds[chosen], titles, self.lang)
+
+    def options(self, values: tuple[Any, ...]) -> FinetuneConfig:
+        """The form's options; raises UserError naming all that is wrong."""
+        given = dict(zip(self.inputs, values, strict=True))
+        empty = [n for n, value in given.items() if value in (None, "") and FIELDS[n].default is None]
+        return config.build(FinetuneConfig, {n: value for n, value in given.items() if n not in empty})
+
+    def told(self, error: UserError) -> str:
+        """What is wrong, with the options called as they are in the form."""
+        text = str(error).removesuffix(" See --help.")
+        for name in self.inputs:
+            label = self.say(*labels.FINETUNE[name][:2])
+            text = re.sub(rf"--{name}\b", f"{label} (--{name})", text)
+        return panels.note(text, True)
+
+    def begin(self, name: str, *values: Any) -> tuple[str, Any, Any, Any]:
+        name = name.strip()
+        try:
+            runs.start(self.workspace, name, self.options(values))
+        except UserError as error:
+            return self.told(error), gr.skip(), gr.skip(), gr.skip()
+        told = self.say(
+            f"{name} was started. It goes on when this page is closed.",
+            f"{name} 已启动。关闭页面不影响训练。",
+        )
+        choice = gr.update(choices=runs.names(self.workspace), value=name)
+        return panels.note(told), choice, runs.free_name(self.workspace), False
+
+    def end(self, run: str | None) -> str:
+        try:
+            runs.stop(self.workspace, run)
+        except UserError as error:
+            return self.told(error)
+        return panels.note(self.say("It saves, then stops.", "保存后停止。"))
+
+    def resume(self, run: str | None, epochs: str) -> tuple[str, Any]:
+        try:
+            longer = {"num_epochs": epochs.strip()} if epochs.strip() else {}
+            config.build(FinetuneConfig, longer)
+            runs.go_on(self.workspace, run, longer)
+        except UserError as error:
+            return self.told(error), gr.skip()
+        return panels.note(self.say(f"{run} goes on.", f"{run} 继续训练。")), ""
+
+    def take_options(self, run: str | None) -> list[Any]:
+        stored = runs.config_of(self.workspace / run) if run in runs.names(self.workspace) else {}
+        if not stored:
+            text = self.say("This run has no options yet.", "该训练还没有选项。")
+            return [panels.note(text, True), *[gr.skip()] * len(self.inputs)]
+        values = {**stored["options"], "overwrite": False}
+        values = [values.get(name, FIELDS[name].default) for name in self.inputs]
+        return [panels.note(self.say("Copied into the form.", "已复制到表单。")), *map(_shown, values)]
+
+    def keep(self, path: str) -> tuple[Any, str]:
+        try:
+            kept = runs.keep_upload(Path(path), self.workspace)
+        except UserError as error:
+            return gr.skip(), self.told(error)
+        return gr.update(choices=self.files(), value=str(kept)), ""
+
+    def show_rows(self, *values: Any) -> str:
+        try:
+            options = self.options(values)
+            runs.check_paths(options, self.workspace / runs.UPLOADS)
+            return panels.rows(preview.first_rows(options, self.locate, PREVIEW), self.lang)
+        except UserError as error:
+            return self.told(error)
+        except OSError as error:
+            return panels.note(f"{error.filename}: {error.strerror}", True)
+
+
+def _is_name(text: Any) -> bool:
+    """Whether a run could be called so; others type into a list of runs too."""
+    try:
+        runs.folder_of(Path(), text)
+    except UserError:
+        return False
+    return True
+
+
+def _shown(value: Any) -> Any:
+    return "" if value is None else value
