@@ -1,0 +1,33 @@
+#!/usr/bin/env python3
+"""Chat in a browser or, with --terminal, here; --studio adds a tab for training.
+
+python interaction.py --lora_path lora-checkpoints/demo
+"""
+
+import contextlib
+import functools
+import sys
+
+from onecard import chat_config, parsing
+from onecard.errors import run_program
+
+
+def main() -> None:
+    options = parsing.parse(chat_config.ChatConfig, sys.argv[1:], __doc__)
+    from onecard import chat, gguf, hub, terminal  # after the options: --help needs no torch
+
+    load = (hub.for_engine(options.engine), hub.fetch_adapter, gguf.for_llama, print)
+    if options.terminal:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
+            talk = chat.start(options, *load)
+        terminal.talk(talk, options)
+        return
+    from onecard import chat_window, page, studio
+
+    page.check_exposure(options)
+    training = functools.partial(studio.build, locate=hub.locate) if options.studio else None
+    page.launch(chat_window.turns(chat.start(options, *load), options, training), options)
+
+
+if __name__ == "__main__":
+    run_program(main)
