@@ -11,4 +11,4 @@ cd "$(dirname "$0")"
 bash tools/setup.sh cpu
 source tools/launch.sh
 chat_options "$@"
-exec .venv/bin/python tools/cpu_chat.py "${arguments[@]}" "$@"
+exec .venv/bin/python tools/cpu_chat.py ${arguments[@]+"${arguments[@]}"} "$@"

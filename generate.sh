@@ -11,4 +11,4 @@ cd "$(dirname "$0")"
 bash tools/setup.sh chat
 source tools/launch.sh
 chat_options "$@"
-exec .venv/bin/python generate.py "${arguments[@]}" "$@"
+exec .venv/bin/python generate.py ${arguments[@]+"${arguments[@]}"} "$@"

@@ -10,4 +10,4 @@ cd "$(dirname "$0")"
 bash tools/setup.sh chat
 source tools/launch.sh
 chat_options "$@"
-exec .venv/bin/python interaction.py "${arguments[@]}" "$@"
+exec .venv/bin/python interaction.py ${arguments[@]+"${arguments[@]}"} "$@"

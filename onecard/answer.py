@@ -103,9 +103,7 @@ class Detokenizer:
             if new and not new.endswith(BROKEN):
                 self._out(new, len(self.waiting))
             elif len(self.waiting) > LONGEST:  # the oldest do not become a character any more
-                old = self._new(self.waiting[:-LONGEST])
-                if new.startswith(old):
-                    self._out(old, len(self.waiting) - LONGEST)
+                self._out_oldest(new)
 
     def with_tail(self, ids: list[int]) -> str:
         """The text with these tokens behind it, without a broken character at its end."""
@@ -115,6 +113,14 @@ class Detokenizer:
         """What comes behind `text` with these tokens."""
         waiting = [*self.waiting, *(token for token in ids if token not in self.silent)]
         return self._new(waiting) if waiting else ""
+
+    def _out_oldest(self, new: str) -> None:
+        """Let go of tokens that stay broken, unless a broken character goes on behind them."""
+        oldest, rest = self.waiting[:-LONGEST], self.waiting[-LONGEST:]
+        text = self._new(oldest)
+        apart = self._decode([*oldest, *rest]) == self._decode(oldest) + new[len(text) :]
+        if (text or not new) and new.startswith(text) and apart:
+            self._out(text, len(oldest))
 
     def _out(self, text: str, count: int) -> None:
         self.text += text

@@ -253,6 +253,9 @@ class ChatConfig(Generation):
     server_port: int | None = option(
         None, EXECUTION, "port to listen at; none: the first free from 7860", check=between(1, 65535)
     )
+    origin: str | None = option(
+        None, EXECUTION, "address of a proxy whose page may use this window, as a notebook's https://..."
+    )
     share: bool = option(False, EXECUTION, "a public link through gradio's servers; needs --auth")
     auth: str | None = option(None, EXECUTION, "user:password that the window asks for", check=_is_login)
     queue: int = option(

@@ -117,7 +117,7 @@ class ChatLayout:
         first = [self.system, self.context, self.adapter, self.compare, self.against]
         return [*first, *self.inputs.values(), *self.weights]
 
-    def others(self) -> list[gr.Button]:
-        """Buttons that would disturb an answer that is growing."""
-        changing = [self.retry, self.edit, self.delete, self.clear, self.new, self.go_on, self.summarise]
-        return [*changing, self.load]
+    def others(self) -> list[gr.Component]:
+        """What would disturb an answer that is growing."""
+        changing = [self.box, self.retry, self.edit, self.delete, self.clear, self.new]
+        return [*changing, self.go_on, self.summarise, self.load]

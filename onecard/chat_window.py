@@ -1,6 +1,6 @@
 """The many-turn window: a chat with its tools, two adapters side by side on request.
 
-A page's chat is kept in its browser: a reload shows it again, no other page sees it, the server keeps none.
+A chat is kept in its browser: a reload shows it again, no other browser sees it, the server keeps none.
 """
 
 import dataclasses
@@ -11,13 +11,14 @@ from typing import Any
 
 import gradio as gr
 
-from onecard import controls, form, page, talking, transcript
+from onecard import controls, decoding, form, page, talking, transcript
 from onecard.answer import Text
 from onecard.chat_config import ChatConfig, Generation
 from onecard.chat_layout import ChatLayout
 from onecard.errors import UserError
 
 SUMMARISE = ("Summarize our conversation so far in three sentences.", "请用三句话概括我们到目前为止的对话。")
+FOCUS = "() => document.querySelector('#box textarea')?.focus()"
 DOWNLOAD = """(line) => {
   if (!line) return;
   const link = document.createElement('a');
@@ -99,10 +100,13 @@ class ChatWindow(ChatLayout):
             yield self.shown(before, str(error), True, box=box)
             return
         last = dict(turns[-1])
+        if not unfinished:
+            last |= {LEFT: ""}  # a reload in the middle finds a whole turn
         if wish.context and not unfinished:
             last.setdefault("input", wish.context)
         turns = [*turns[:-1], last]
-        yield self.shown(turns, self.say("waiting ...", "等待中 ..."), texts={LEFT: Text("")}, box=after)
+        waiting = self.say("waiting ...", "等待中 ...")
+        yield self.shown(turns, waiting, texts={LEFT: Text("")}, box=after, keep=len(turns) > len(before))
         texts: dict[str, Text] = {}
         for key, text, told, wrong in self.grow(request, turns, wish, unfinished):
             texts[key] = text
@@ -162,7 +166,7 @@ class ChatWindow(ChatLayout):
             last = number == len(turns) - 1
             asked = turn["question"] + (f"\n\n{turn['input']}" if turn.get("input") else "")
             made.append({"role": "user", "content": page.as_markdown(Text(asked))})
-            earlier = str(turn.get(key) or ("" if last else turn["answer"]))
+            earlier = str(turn.get(key) or ("" if last else turn.get(LEFT, "")))
             answer = text if last and text is not None else Text(earlier)
             if answer.whole:
                 made.append({"role": "assistant", "content": page.as_markdown(answer)})
@@ -181,13 +185,15 @@ class ChatWindow(ChatLayout):
         wish = dataclasses.replace(wish, mixtures={LEFT: wish.mixtures[LEFT]})
         asked = [*turns, {"question": self.say(*SUMMARISE)}]
         text, failed = Text(""), False
-        for _, text, told, failed in self.grow(request, asked, wish, unfinished=False):
-            yield [*self.shown(turns, told, failed, keep=False), text.whole]
-        if text.finished in ("end", "stop", "length") and not failed:
-            done = self.say(
-                "Summarised: the context stands for the earlier turns.", "已总结：以背景代替之前的对话。"
-            )
-            yield [*self.shown([], done), text.whole]
+        for _, grown, told, failed in self.grow(request, asked, wish, unfinished=False):
+            text = grown
+            yield [*self.shown(turns, told, failed, keep=False), gr.skip()]
+        if text.finished in (decoding.END, decoding.STOP) and text.whole:
+            done = "Summarised: the context stands for the earlier turns.", "已总结：以背景代替之前的对话。"
+            yield [*self.shown([], self.say(*done)), text.whole]
+        elif not failed:
+            kept = "The summary is not whole, so the chat stays as it was.", "总结不完整，对话保持不变。"
+            yield [*self.shown(turns, self.say(*kept), True), gr.skip()]
 
     def fresh(self) -> list[Any]:
         """A new session: no turns, and everything as the program was started."""
@@ -248,12 +254,21 @@ class ChatWindow(ChatLayout):
             send, stop = gr.update(visible=not answering), gr.update(visible=answering)
             return [send, stop, *(gr.update(interactive=not answering) for _ in self.others())]
 
+        def begin(request: gr.Request) -> list[Any]:
+            self.sessions.begin(request.session_hash)
+            return swap(True)
+
+        def end(request: gr.Request) -> list[Any]:
+            self.sessions.end(request.session_hash)
+            return swap(False)
+
         def long(triggers: list[Any], work: Any, inputs: list[Any], outputs: list[Any]) -> None:
             """Work that shows Stop instead of Send."""
             buttons = [self.send, self.stop, *self.others()]
-            begun = gr.on(triggers, lambda: swap(True), None, buttons, **page.QUICK)
+            begun = gr.on(triggers, begin, None, buttons, **page.QUICK)
             done = begun.then(work, inputs, outputs, **page.LONG)
-            done.then(lambda: swap(False), None, buttons, **page.QUICK)
+            done.then(end, None, buttons, **page.QUICK).then(None, js=FOCUS)
+            done.failure(end, None, buttons, **page.QUICK)  # then() is not for those
 
         long([self.send.click, self.box.submit], self.ask, given, self.outputs())
         long([self.retry.click], self.again, given, self.outputs())

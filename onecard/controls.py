@@ -47,8 +47,12 @@ def picker(chat: Chat, lang: str, start: str | None = None) -> list[gr.Component
     weights = []
     if names:
         with gr.Accordion(form.say(lang, "Weights of the adapters", "适配器权重"), open=False):
-            weights = [gr.Slider(0, 2, given.get(name, 1.0), step=0.05, label=name) for name in names]
+            weights = [_weight(name, given.get(name, 1.0)) for name in names]
     return [choice, *weights]
+
+
+def _weight(name: str, value: float) -> gr.Slider:
+    return gr.Slider(min(0, value), max(2, value), value, step=0.05, label=name)
 
 
 def wire(

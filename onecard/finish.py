@@ -55,6 +55,7 @@ def note_answers(trainer: Trainer, sample: Sample, held_out: list[str] | None = 
             raise
         hardware.forget_cached_memory(plan.device)
         trainer.journal.say(f"warning: not enough memory for the answers at step {step}.")
+        trainer.sampled = step  # not again at each step
         return
     hardware.release_free_memory(plan.device)
     turns = [(conversation.question.turns[-1], text) for conversation, text in pairs]

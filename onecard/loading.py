@@ -141,6 +141,8 @@ def _llama(
 def _device(wanted: str) -> Choice:
     import torch
 
+    if wanted == "all" and not torch.cuda.is_available():
+        raise UserError("--device all: torch sees no card.", "Use --device cpu.")
     if wanted == "all":
         return Choice("all", f"{torch.cuda.device_count()} cards and the processor's memory")
     has_mps = torch.backends.mps.is_available()
@@ -161,6 +163,8 @@ def _bits(options: ChatConfig, base: str, config: Any, device: str) -> Choice:
     asked = 8 if options.load_8bit else options.bits
     if asked != "auto":
         return Choice(asked, "asked for")
+    if device == "all":
+        return Choice(16, "spread over the cards; --bits 8 or 4 needs fewer of them")
     if not device.startswith("cuda"):
         return Choice(16, "a processor multiplies 16 bits faster than it unpacks fewer")
     with torch.device("meta"):

@@ -18,6 +18,7 @@ from onecard.errors import UserError
 
 PORTS = range(7860, 7960)
 UPLOAD = "20mb"
+POLICY = "img-src 'self' data: blob:; media-src 'self' blob:; connect-src 'self' ws: wss:; frame-src 'none'"
 API = "/gradio_api/"
 THEME = gr.themes.Soft(
     primary_hue="teal",
@@ -68,18 +69,22 @@ def beams(text: Text, lang: str) -> str:
 
 def as_markdown(text: Text) -> str:
     """An answer for a chat's Markdown: none of its own HTML is taken for HTML, outside of code or in it."""
-    tail = ""
-    if text.open:
-        lines = escaped(text.open).replace("\n", "<br>")
-        tail = f'<span class="may-change">{lines}</span>'
-    return _without_html(text.stable) + tail
+    if not text.open:
+        return _without_html(text.stable)
+    if len(re.findall("^```", text.stable, flags=re.MULTILINE)) % 2:  # inside of code nothing is marked
+        return _without_html(text.stable + text.open)
+    lines = escaped(text.open).replace("\n", "<br>")
+    return f'{_without_html(text.stable)}<span class="may-change">{lines}</span>'
+
+
+CODE = re.compile(r"(^```.*?(?:^```[^\n]*$|\Z)|(?<!\\)`[^`\n]+(?<!\\)`)", flags=re.DOTALL | re.MULTILINE)
 
 
 def _without_html(text: str) -> str:
-    """`<` and `&` outside of code as entities; Markdown escapes what stands in code itself."""
-    parts = re.split(r"(^```.*?(?:^```[^\n]*$|\Z)|`[^`\n]+`)", text, flags=re.DOTALL | re.MULTILINE)
+    """Text outside of code without HTML and pictures, which would be fetched from wherever they lie."""
+    parts = CODE.split(text)
     return "".join(
-        part if number % 2 else part.replace("&", "&amp;").replace("<", "&lt;")
+        part if number % 2 else part.replace("&", "&amp;").replace("<", "&lt;").replace("![", "!\\[")
         for number, part in enumerate(parts)
     )
 
@@ -95,8 +100,9 @@ class Guard:
     With a password it also closes what gradio leaves open to those who did not log in.
     """
 
-    def __init__(self, app: Any, local: bool, login: bool):
-        self.app, self.local, self.login = app, local, login
+    def __init__(self, app: Any, local: bool, login: bool, origin: str):
+        """origin: of a proxy that was allowed, or empty."""
+        self.app, self.local, self.login, self.origin = app, local, login, origin
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -106,7 +112,7 @@ class Guard:
         elif self.login and not self._may_enter(scope):
             await _refuse(receive, send, 401, b"Log in first.")
         else:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, _with_policy(send))
 
     def _may_enter(self, scope: Any) -> bool:
         if not scope["path"].startswith(API) or scope["path"] == f"{API}startup-events":
@@ -118,9 +124,22 @@ class Guard:
     def _is_fine(self, scope: Any) -> bool:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
+        if self.origin and self.origin in (origin, f"https://{host}"):
+            return True
         if self.local and not is_local(_name(host)):
             return False
         return origin is None or origin.split("://")[-1] == host
+
+
+def _with_policy(send: Any) -> Any:
+    """An answer's picture, or a page that was tampered with, asks no other host for anything."""
+
+    async def sending(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", []), (b"content-security-policy", POLICY.encode())]
+        await send(message)
+
+    return sending
 
 
 async def _refuse(receive: Any, send: Any, status: int, why: bytes) -> None:
@@ -177,6 +196,7 @@ def launch(window: gr.Blocks, options: ChatConfig, wait: bool = True) -> str:
     window.queue(max_size=options.queue, default_concurrency_limit=4, api_open=False)
     ports = [options.server_port] if options.server_port else PORTS
     user = tuple(options.auth.split(":", 1)) if options.auth else None
+    origin = (options.origin or "").rstrip("/")
     for port in ports:
         try:
             _, url, _ = window.launch(
@@ -188,10 +208,12 @@ def launch(window: gr.Blocks, options: ChatConfig, wait: bool = True) -> str:
                 show_error=True,
                 prevent_thread_lock=True,
                 app_kwargs={
-                    "middleware": [Middleware(Guard, local=local and not options.share, login=bool(user))]
+                    "middleware": [
+                        Middleware(Guard, local=local and not options.share, login=bool(user), origin=origin)
+                    ]
                 },
                 max_file_size=UPLOAD,
-                allowed_paths=[],
+                allowed_paths=[os.devnull],  # an empty list would let GRADIO_ALLOWED_PATHS decide
                 ssr_mode=False,
                 enable_monitoring=False,
                 footer_links=[],

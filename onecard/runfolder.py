@@ -179,7 +179,7 @@ def evaluations(folder: Path) -> tuple[int, int, float | None]:
 def last_sampled(folder: Path) -> int:
     """Step of the last answers in samples.jsonl, -1 without any."""
     path = folder / SAMPLES
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []  # a text may hold other line ends
     return max((json.loads(line)["step"] for line in lines), default=-1)
 
 

@@ -258,13 +258,15 @@ def _is_locked(path: Path) -> bool:
 
 
 def _is_alive(pid: int) -> bool:
+    if pid <= 0:  # for kill a group of processes
+        return False
     try:
         os.kill(pid, 0)
     except PermissionError:
         return True
     except (ProcessLookupError, OverflowError):
         return False
-    return pid > 0
+    return True
 
 
 def _said(folder: Path) -> list[str]:

@@ -322,6 +322,8 @@ class Studio:
             kept = runs.keep_upload(Path(path), self.workspace)
         except UserError as error:
             return gr.skip(), self.told(error)
+        finally:
+            Path(path).unlink(missing_ok=True)  # gradio would hand it to whoever knows its name
         return gr.update(choices=self.files(), value=str(kept)), ""
 
     def show_rows(self, *values: Any) -> str:

@@ -27,48 +27,43 @@ WHY = {
 
 
 class Sessions:
-    """Who wants their answer stopped; each open page has a name of its own."""
+    """Who wants their answer stopped; each open page has a name of its own and one answer at a time."""
 
     def __init__(self) -> None:
-        self.running: dict[str, list[threading.Event]] = {}
-        self.lock = threading.Lock()
+        self.asking: dict[str, threading.Event] = {}
 
-    def begin(self, session: str) -> threading.Event:
-        event = threading.Event()
-        with self.lock:
-            self.running.setdefault(session, []).append(event)
-        return event
+    def begin(self, session: str) -> None:
+        """A button was pressed; the answer may still have to wait for its turn."""
+        self.asking[session] = threading.Event()
 
-    def end(self, session: str, event: threading.Event) -> None:
-        with self.lock:
-            events = self.running.get(session, [])
-            if event in events:
-                events.remove(event)
-            if not events:
-                self.running.pop(session, None)
+    def end(self, session: str) -> None:
+        self.asking.pop(session, None)
 
     def stop(self, session: str) -> None:
         """Stop what this page asked for; others go on."""
-        with self.lock:
-            for event in self.running.get(session, []):
-                event.set()
+        if session in self.asking:
+            self.asking[session].set()
+
+    def is_stopped(self, session: str) -> bool:
+        event = self.asking.get(session)
+        return event is not None and event.is_set()
 
 
 def conversation(
-    turns: list[dict[str, str]], system: str, context: str = "", key: str = "answer", unfinished: bool = False
+    turns: list[dict[str, str]], system: str, key: str = "answer", unfinished: bool = False
 ) -> Conversation:
     """What the model is asked: earlier turns whole, the last one without its answer unless that goes on.
 
-    key: which answers count, of two side by side; context: what the last question is about.
+    key: which answers count, of two side by side.
     """
     made = [Turn("system", system)] if system else []
     for turn in turns[:-1]:
         made.append(Turn("user", turn["question"], turn.get("input", "")))
-        made.append(Turn("assistant", turn.get(key) or turn["answer"]))
+        made.append(Turn("assistant", turn.get(key) or turn.get("answer", "")))
     last = turns[-1]
-    made.append(Turn("user", last["question"], last.get("input", "") or context))
+    made.append(Turn("user", last["question"], last.get("input", "")))
     if unfinished:
-        made.append(Turn("assistant", last.get(key) or last["answer"]))
+        made.append(Turn("assistant", last.get(key) or last.get("answer", "")))
     return Conversation(tuple(made))
 
 
@@ -76,9 +71,9 @@ def answers(
     sessions: Sessions, session: str, chat, asked: Conversation, settings: Generation, mixture, lang: str
 ) -> Iterator[tuple[Text, str, bool]]:
     """(text, what the status line says, is it an error) as the answer grows; no exception comes through."""
-    event, shown, text = sessions.begin(session), 0.0, Text("")
+    shown, text = 0.0, Text("")
     try:
-        for reply in chat.stream(asked, settings, mixture, event.is_set):
+        for reply in chat.stream(asked, settings, mixture, lambda: sessions.is_stopped(session)):
             text = reply.text
             now = time.monotonic()
             if reply.finished or now - shown >= SHOWN_EVERY:
@@ -90,8 +85,6 @@ def answers(
         if os.environ.get("ONECARD_DEBUG"):
             traceback.print_exc()
         yield text, f"{type(error).__name__}: {str(error)[:300]}", True
-    finally:
-        sessions.end(session, event)
 
 
 def describe(reply, chat, lang: str) -> str:

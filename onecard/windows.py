@@ -81,16 +81,28 @@ def single(chat, options: ChatConfig) -> gr.Blocks:
         def halt(request: gr.Request) -> None:
             sessions.stop(request.session_hash)
 
-        begin = [lambda: (gr.update(visible=False), gr.update(visible=True)), None, [send, stop]]
-        end = [lambda: (gr.update(visible=True), gr.update(visible=False)), None, [send, stop]]
-        asked = gr.on([send.click, instruction.submit], *begin, **page.QUICK)
+        def swap(answering: bool) -> list:
+            changed = [gr.update(visible=not answering), gr.update(visible=answering)]
+            return [*changed, gr.update(interactive=not answering), gr.update(interactive=not answering)]
+
+        def starts(request: gr.Request) -> list:
+            sessions.begin(request.session_hash)
+            return swap(True)
+
+        def ends(request: gr.Request) -> list:
+            sessions.end(request.session_hash)
+            return swap(False)
+
+        buttons = [send, stop, clear, instruction]
+        asked = gr.on([send.click, instruction.submit], starts, None, buttons, **page.QUICK)
         run = asked.then(
             answer,
             [instruction, about, adapters[0], *inputs.values(), *adapters[1:]],
             [output, beams, status],
             **page.LONG,
         )
-        run.then(*end, **page.QUICK)
+        run.then(ends, None, buttons, **page.QUICK)
+        run.failure(ends, None, buttons, **page.QUICK)  # then() is not for those
         stop.click(halt, **page.QUICK)
         clear.click(
             lambda: ("", "", page.growing(talking.Text("")), "", page.status("")),

@@ -59,6 +59,16 @@ def test_only_this_machine_can_connect(server):
     assert listening == ["0100007F"]  # 127.0.0.1, in the order of the wire
 
 
+def test_an_allowed_proxy_may_use_the_window(tmp_path):
+    """A notebook's page comes through a proxy: with --origin its address is let in, no other."""
+    with serving("turns", tmp_path / "server", "--origin=https://x-7861.notebook.example/") as server:
+        allowed = {"Origin": "https://x-7861.notebook.example"}
+        assert request(server, "/config", **allowed)[0] == 200
+        assert request(server, "/config", Host="x-7861.notebook.example", **allowed)[0] == 200
+        assert request(server, "/config", Host="x-7861.notebook.example")[0] == 200
+        assert request(server, "/config", Origin="https://y.notebook.example")[0] == 403
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -40,7 +40,7 @@ def test_notebook_runs_from_top_to_bottom(copy):
     said = "\n".join(shown)
     assert "step 2/2" in said
     assert "image/png" in said
-    assert "Name three ways to save water" in said
+    assert re.search(r"Answer: \w+", said)
     assert re.search(r"Open http://127\.0\.0\.1:\d+/", said)
     assert "ended with" in said
     assert (copy / "adapter.zip").stat().st_size > 10_000

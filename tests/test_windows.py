@@ -192,7 +192,6 @@ def test_stop_ends_the_answer_and_keeps_what_is_there(browser, single):
         resting = single.tokens()
         page.wait_for_timeout(500)
         assert single.tokens() == resting
-        assert resting < 300
 
 
 def test_wrong_values_and_no_question_are_told(browser, single):
@@ -245,10 +244,12 @@ def test_chat_with_all_its_buttons(browser, turns, tmp_path):
         page.click("#summarise")
         page.wait_for_selector("#stop:visible")
         finished(page)
-        assert bubbles(page) == []
-        assert page.input_value("#context textarea").strip()
+        assert bubbles(page) == longer, "a summary that was cut replaces nothing"
+        expect(page.locator("#status [role=alert]")).to_contain_text("not whole")
+        page.fill("#context textarea", "about colours")
         page.click("#new")
         expect(page.locator("#context textarea")).to_have_value("")
+        assert bubbles(page) == []
 
 
 def test_compare_answers_side_by_side_with_two_adapters(browser, turns):
@@ -304,15 +305,60 @@ def test_reload_shows_the_chat_again_and_two_people_do_not_mix(browser, turns):
 def test_closed_page_stops_being_answered(browser, turns):
     """W7: nobody reads any more, so nothing is written any more."""
     with opened(browser, turns, "#box textarea") as page:
-        set_slider(page, "max_new_tokens", "400")
+        set_slider(page, "max_new_tokens", "450")
+        before = turns.tokens()
         ask(page, "Say everything")
         page.wait_for_timeout(500)
-    until = time.monotonic() + 20
     resting = -1
-    while turns.tokens() != resting and time.monotonic() < until:
+    while turns.tokens() != resting:
         resting = turns.tokens()
         time.sleep(1)
-    assert turns.tokens() == resting
+    assert resting - before < 350, "the answer went on to its end"
+
+
+def test_an_unforeseen_error_gives_the_buttons_back(browser, tmp_path):
+    """An exception before the answer begins is shown, and the page goes on working."""
+    with (
+        serving("broken", tmp_path / "server", "--max_new_tokens=20") as server,
+        opened(browser, server, "#box textarea") as page,
+    ):
+        page.fill("#box textarea", "Say red 2")
+        page.press("#box textarea", "Enter")
+        expect(page.locator("[data-testid=toast-body]")).to_contain_text("planted")
+        finished(page)
+        ask(page, "Say red 3")
+        finished(page)
+        assert bubbles(page)[0] == "Say red 3"
+
+
+def test_reload_in_the_middle_of_an_answer(browser, turns):
+    """The question is there again, and the chat goes on."""
+    with opened(browser, turns, "#box textarea") as page:
+        set_slider(page, "max_new_tokens", "300")
+        ask(page, "Say slow 4")
+        page.wait_for_timeout(700)
+        page.reload()
+        page.wait_for_selector("#box textarea")
+        expect(page.locator(MESSAGES).first).to_have_text("Say slow 4")
+        page.wait_for_timeout(500)
+        ask(page, "Say loud 5")
+        finished(page)
+        assert [text for text in bubbles(page) if text.startswith("Say ")] == ["Say slow 4", "Say loud 5"]
+
+
+def test_summary_becomes_the_context(browser, tmp_path):
+    """A whole summary stands for the turns, which go."""
+    (tmp_path / "answers.json").write_text(json.dumps(["Four.", "We counted to four."]), encoding="utf-8")
+    options = ["--answers", str(tmp_path / "answers.json")]
+    with (
+        serving("turns", tmp_path / "server", *options) as server,
+        opened(browser, server, "#box textarea") as page,
+    ):
+        ask(page, "Two and two?")
+        finished(page)
+        page.click("#summarise")
+        expect(page.locator("#context textarea")).to_have_value("We counted to four.")
+        expect(page.locator(MESSAGES)).to_have_count(0)
 
 
 HOSTILE = """# Title
@@ -324,6 +370,8 @@ HOSTILE = """# Title
 ```python
 print("<script>window.hit=2</script>")
 ```
+
+![picture](http://evil.example/?q=1) \\`<img src=http://evil.example/x>\\`
 
 <script>window.hit=3</script><iframe srcdoc="<script>parent.hit=4</script>"></iframe>
 [link](javascript:window.hit=5) <a href="javascript:window.hit=6">x</a> <svg onload="window.hit=7">

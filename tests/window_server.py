@@ -1,7 +1,7 @@
 """A window on a tiny model, slow enough to be watched, in its own process: python -m tests.window_server.
 
-Arguments: single or turns, a folder for what it makes, then options of the window. Its answers are those of a
-random Llama with two adapters; --answers FILE takes texts from a JSON list instead, one for each question.
+Arguments: single, turns or broken, a folder for what it makes, then options of the window. Its answers are
+those of a random Llama with two adapters; --answers FILE takes texts from a JSON list instead, one a question.
 Every token is one line in FOLDER/tokens, so that a test sees whether somebody is still being answered.
 """
 
@@ -73,9 +73,22 @@ def make_chat(folder: Path) -> chat.Chat:
     return chat.Chat(engine, template.load("alpaca", tokenizer), (("adapter1", 1.0),))
 
 
+def break_once() -> None:
+    """The first question meets an exception that no code foresees."""
+    whole = chat_window.ChatWindow.wish
+
+    def wish(self, values):
+        chat_window.ChatWindow.wish = whole
+        raise ArithmeticError("planted")
+
+    chat_window.ChatWindow.wish = wish
+
+
 def main() -> None:
     kind, folder, *argv = sys.argv[1:]
     texts = None
+    if kind == "broken":
+        break_once()
     if "--answers" in argv:
         place = argv.index("--answers")
         texts = json.loads(Path(argv[place + 1]).read_text(encoding="utf-8"))

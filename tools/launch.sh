@@ -19,9 +19,9 @@ launch() {
   fi
   if [ "$processes" -gt 1 ]; then
     exec .venv/bin/python -m torch.distributed.run --nproc_per_node="$processes" \
-      --master_port="${PORT:-12345}" "$program" "${arguments[@]}" "$@"
+      --master_port="${PORT:-12345}" "$program" ${arguments[@]+"${arguments[@]}"} "$@"
   fi
-  exec .venv/bin/python "$program" "${arguments[@]}" "$@"
+  exec .venv/bin/python "$program" ${arguments[@]+"${arguments[@]}"} "$@"
 }
 
 # chat_options ARGUMENTS...: base model and adapter from the environment; without either, what finetune.sh made

@@ -31,7 +31,7 @@ fi
 .venv/bin/python -m pip install --quiet "pip==26.3" || { echo "error: pip could not reach the package index; check the network." >&2; exit 2; }
 # llama.cpp is compiled here (minutes); code for exactly this processor would crash on those that announce AMX
 # (llama.cpp issue 20824), so it is built for any of the last ten years
-export CMAKE_ARGS="${CMAKE_ARGS:--DGGML_NATIVE=OFF}"
+export CMAKE_ARGS="-DGGML_NATIVE=OFF ${CMAKE_ARGS:-}"
 if ! .venv/bin/python -m pip install -c requirements.txt -e ".[$what]"; then
   echo "error: the packages could not be installed; what pip says is above. Run the same command again to go on." >&2
   exit 2
