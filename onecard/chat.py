@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from onecard import answer, chat_config, decoding, engine_hf, history, loading, prompt
-from onecard.chat_config import ChatConfig, Generation
-from onecard.engine_hf import Mixture
+from onecard.chat_config import ChatConfig, Generation, Mixture
+from onecard.decoding import CANCELLED, NO_MEMORY
 from onecard.errors import UserError, is_out_of_memory
 from onecard.prompt import Conversation, Template
-
-CANCELLED, NO_MEMORY = "cancelled", "out of memory"
 
 
 def reply(

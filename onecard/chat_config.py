@@ -180,6 +180,8 @@ class Generation:
         return self.num_beams if self.mode in (BEAM, BEAM_SAMPLE) else 1
 
 
+Mixture = tuple[tuple[str, float], ...]  # active adapters and their weights; () is the base alone
+BASE, MIX = "base", "mix"  # what a picker offers besides adapters
 SAMPLING_ONLY = ("temperature", "top_p", "top_k", "seed")
 
 

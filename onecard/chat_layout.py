@@ -4,8 +4,8 @@ from typing import Any
 
 import gradio as gr
 
-from onecard import controls, form, page, talking
-from onecard.chat_config import ChatConfig
+from onecard import controls, form, page
+from onecard.chat_config import BASE, ChatConfig
 
 MATH = [
     {"left": "$$", "right": "$$", "display": True},
@@ -53,7 +53,7 @@ class ChatLayout:
     def lay_out_chat(self) -> None:
         with gr.Row():
             self.left = self.chatbot("left", show_label=False)
-            self.right = self.chatbot("right", visible=False, label=talking.BASE)
+            self.right = self.chatbot("right", visible=False, label=BASE)
         self.status = gr.HTML(page.status(""), elem_id="status")
         self.box = gr.Textbox(
             show_label=False,
@@ -90,8 +90,8 @@ class ChatLayout:
             False, label=self.say("Compare two adapters", "对比两个适配器"), elem_id="compare"
         )
         self.against = gr.Dropdown(
-            [talking.BASE, *names],
-            value=talking.BASE,
+            [BASE, *names],
+            value=BASE,
             visible=False,
             label=self.say("Compare with", "对比对象"),
             elem_id="against",

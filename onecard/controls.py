@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from onecard import form, page, talking
-from onecard.chat_config import ChatConfig
+from onecard.chat_config import BASE, MIX, ChatConfig
 
 Chat = Any  # onecard.chat.Chat, which stands above
 ANSWER = [
@@ -34,10 +34,10 @@ def answer(chat: Chat, options: ChatConfig, memory: Sequence[str] = ()) -> dict[
 def picker(chat: Chat, lang: str, start: str | None = None) -> list[gr.Component]:
     """Which adapter answers, and one weight for each that is loaded."""
     names = chat.engine.adapters
-    several = [talking.MIX] if len(names) > 1 else []
+    several = [MIX] if len(names) > 1 else []
     given = dict(chat.mixture)
     choice = gr.Dropdown(
-        [talking.BASE, *names, *several],
+        [BASE, *names, *several],
         value=start or talking.choice_of(chat.mixture),
         label=form.say(lang, "Adapter", "适配器"),
         elem_id="adapter",

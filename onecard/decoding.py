@@ -26,6 +26,7 @@ from onecard.chat_config import Generation
 
 GOES, STOPS, BANNED = "goes", "stops", "banned"  # what a text watch says of an answer so far
 END, STOP, LENGTH = "end", "stop", "length"  # why an answer is finished
+CANCELLED, NO_MEMORY = "cancelled", "out of memory"  # and why one stopped before
 IMPOSSIBLE = -1e8  # scores below are of beams that do not exist (transformers starts them at -1e9)
 
 
@@ -130,6 +131,12 @@ def _beams(stream: Stream, pick: "_Picker", width: int, ends: set[int], limit: i
         stable = _common([*live, *(one.ids for one in done)], stable)
         yield Step(live, stable)
         scores = stream.advance(parents, [token for _, _, token, _ in going])
+
+
+def shared_beginning(one: list[int], other: list[int]) -> int:
+    """How many tokens two lists begin with in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _common(sequences: list[list[int]], known: int) -> int:

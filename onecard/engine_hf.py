@@ -10,6 +10,8 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from onecard import adapter, hardware, weights
+from onecard.chat_config import Mixture
+from onecard.decoding import shared_beginning
 from onecard.errors import UserError
 
 
@@ -58,8 +60,6 @@ def _ready_to_generate(model: torch.nn.Module) -> Iterator[None]:
 
 CHUNK = 512  # tokens of a prompt read at once: between two chunks an answer can be stopped
 KEPT = 2  # conversations whose keys and values are kept for their next turn
-
-Mixture = tuple[tuple[str, float], ...]  # active adapters and their weights; () is the base alone
 
 
 class Engine:
@@ -115,7 +115,7 @@ class Engine:
         with self.lock:
             best, length = None, 0
             for entry in self.kept:
-                common = _common(entry[1], prompt[:-1]) if entry[0] == mixture else 0
+                common = shared_beginning(entry[1], prompt[:-1]) if entry[0] == mixture else 0
                 if common > length:
                     best, length = entry, common
             if best is None:
@@ -179,9 +179,3 @@ def _can_be_cut(layer: Any) -> bool:
     """Whether a layer of a cache can forget its last tokens; a window that has moved has lost older ones."""
     moved = getattr(layer, "is_sliding", False) and layer.get_seq_length() >= layer.sliding_window
     return getattr(layer, "is_croppable", False) and not moved
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    return next(
-        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from onecard import fingerprint
-from onecard.engine_hf import Mixture
+from onecard.chat_config import Mixture
+from onecard.decoding import shared_beginning
 from onecard.errors import CHECKPOINT, MEMORY, UserError
 
 CHUNK = 256  # tokens of a prompt read at once: between two chunks an answer can be stopped
@@ -137,7 +138,7 @@ class Engine:
         memory = self.library.llama_get_memory(self.state)
         keep = 0
         if active == self.active and not self.stale:
-            keep = _common(self.held, prompt[:-1])
+            keep = shared_beginning(self.held, prompt[:-1])
         if active != self.active:
             self._activate(active)
         if keep < len(self.held) or self.stale:
@@ -306,8 +307,3 @@ def _check_vocabulary(gguf: Path, entries: int, tokenizer: Any) -> None:
     if highest >= entries:
         problem = f"{gguf}: it has {entries} tokens, the tokenizer's ids go up to {highest}."
         raise UserError(problem, "Use the tokenizer and the GGUF file of one model.", CHECKPOINT)
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard import adapter, engine_hf, hardware, model, sources
-from onecard.chat_config import ChatConfig, memory_of_cards
-from onecard.engine_hf import Mixture
+from onecard.chat_config import ChatConfig, Mixture, memory_of_cards
 from onecard.errors import UserError
 from onecard.hardware import Choice
 from onecard.prompt import Template

@@ -16,11 +16,11 @@ from typing import Any
 from safetensors.torch import save_file
 
 from onecard import checkpoint, legacy, runfolder, template
+from onecard.chat_config import BASE, MIX
 from onecard.errors import CHECKPOINT, UserError
 from onecard.prompt import Template
 
 BEST, NEWEST = "best", "newest"
-RESERVED = ("base", "mix")  # what a picker offers besides adapters
 
 
 @dataclasses.dataclass
@@ -45,7 +45,7 @@ def read_list(lora_path: str | None) -> list[tuple[str, str, float]]:
         weighted = re.fullmatch(r"(.+):(-?\d+(?:\.\d+)?)", path)
         path, weight = (weighted[1], float(weighted[2])) if weighted else (path, 1.0)
         name = name or _short(path)
-        if name in RESERVED:
+        if name in (BASE, MIX):
             raise UserError(f"--lora_path: an adapter cannot be called {name}.", f"Write NAME={path}.")
         taken = {other for other, _, _ in found}
         while name in taken:

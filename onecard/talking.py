@@ -10,16 +10,17 @@ import traceback
 from collections.abc import Iterator
 
 from onecard.answer import Text
-from onecard.chat_config import Generation
+from onecard.chat_config import BASE, MIX, Generation
+from onecard.decoding import CANCELLED, LENGTH, NO_MEMORY, STOP
 from onecard.errors import UserError
 from onecard.prompt import Conversation, Turn
 
 SHOWN_EVERY = 0.05  # seconds: a browser gains nothing from more
 WHY = {
-    "length": ("cut at the most new tokens", "已达最多新词元"),
-    "stop": ("stop word", "遇到停止词"),
-    "cancelled": ("stopped", "已停止"),
-    "out of memory": (
+    LENGTH: ("cut at the most new tokens", "已达最多新词元"),
+    STOP: ("stop word", "遇到停止词"),
+    CANCELLED: ("stopped", "已停止"),
+    NO_MEMORY: (
         "out of memory: this much was written. Fewer beams, a shorter chat or fewer bits need less",
         "内存不足，以上为已生成部分；可减少束宽、缩短对话或降低位数",
     ),
@@ -78,7 +79,7 @@ def answers(
             now = time.monotonic()
             if reply.finished or now - shown >= SHOWN_EVERY:
                 shown = now
-                yield text, describe(reply, chat, lang), reply.finished == "out of memory"
+                yield text, describe(reply, chat, lang), reply.finished == NO_MEMORY
     except UserError as error:
         yield text, str(error), True
     except Exception as error:
@@ -116,9 +117,6 @@ def mixture_of(choice: str, weights: dict[str, float], names: list[str]) -> tupl
     if choice == MIX:
         return tuple((name, weights.get(name, 1.0)) for name in names if weights.get(name, 1.0))
     return ()
-
-
-BASE, MIX = "base", "mix"
 
 
 def choice_of(mixture: tuple[tuple[str, float], ...]) -> str:

@@ -26,9 +26,8 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from onecard import parsing, talking, transcript
-from onecard.chat_config import ChatConfig, Generation
+from onecard.chat_config import BASE, ChatConfig, Generation, Mixture
 from onecard.decoding import END, LENGTH, STOP
-from onecard.engine_hf import Mixture
 from onecard.errors import UserError
 from onecard.fingerprint import cache_folder
 from onecard.prompt import Conversation
@@ -37,7 +36,7 @@ from onecard.screen import Screen, in_terminal, tell
 WELCOME = (
     "Enter sends, Alt-Enter or a last \\ goes on; /help lists commands; Ctrl-C stops an answer, Ctrl-D ends."
 )
-NONE, BASE = "none", "base"
+NONE = "none"
 
 
 def talk(

@@ -1,7 +1,7 @@
 """A window on a tiny model, slow enough to be watched, in its own process: python -m tests.window_server.
 
-Arguments: single, turns or broken, a folder for what it makes, then options of the window. Its answers are
-those of a random Llama with two adapters; --answers FILE takes texts from a JSON list instead, one a question.
+Arguments: single, turns or broken, a folder for what it makes, then options of the window. Answers are those
+of a random Llama with two adapters; --answers FILE takes texts from a JSON list instead, one a question.
 Every token is one line in FOLDER/tokens, so that a test sees whether somebody is still being answered.
 """
 
