@@ -37,7 +37,7 @@ def load(name: str, tokenizer: Any) -> Template:
     """A template by its name, its file, or `auto`; raises UserError naming what is wrong with it."""
     if name == AUTO:
         return from_tokenizer(tokenizer)
-    return _fitted(read(_path(name)), tokenizer)
+    return _fitted(read(_path(name)), tokenizer, name)
 
 
 def of(texts: dict[str, Any], tokenizer: Any) -> Template:
@@ -52,14 +52,15 @@ def of(texts: dict[str, Any], tokenizer: Any) -> Template:
         raise UserError(
             f"The template saved with the adapter is damaged ({error}).", "Use --template."
         ) from None
-    return _fitted(made, tokenizer)
+    return _fitted(made, tokenizer, made.name)
 
 
-def _fitted(template: Template, tokenizer: Any) -> Template:
+def _fitted(template: Template, tokenizer: Any, name: str) -> Template:
+    """The template, its tokens made control tokens; name: what the user calls it."""
     missing = sorted(token for token in template.controls() if token_id(tokenizer, token) is None)
     if missing:
         raise UserError(
-            f"--template {template.name}: the tokenizer has no token {', '.join(missing)}.",
+            f"--template {name}: the tokenizer has no token {', '.join(missing)}.",
             "Choose a template without control tokens, or add them with tools/prepare_base_model.py.",
         )
     _promote(tokenizer, sorted(template.controls()))
