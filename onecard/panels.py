@@ -5,6 +5,7 @@ Text in, HTML out; whatever comes from rows, models and files is escaped. It kno
 
 import html
 
+from onecard.form import say
 from onecard.runs import FAILED, FINISHED, NEW, RUNNING, STARTING, STOPPED, State
 
 STYLE = """<style>
@@ -50,10 +51,6 @@ KINDS = {
     FINISHED: ("Finished", "已完成"),
     FAILED: ("Failed", "失败"),
 }
-
-
-def say(lang: str, english: str, chinese: str) -> str:
-    return chinese if lang == "zh" else english
 
 
 def note(text: str, wrong: bool = False) -> str:

@@ -20,7 +20,7 @@ from onecard import chart, config, curves, labels, panels, preview, reader, runs
 from onecard.config import FinetuneConfig
 from onecard.curves import ACCURACY, LOSS, RATE, SPEED, VALIDATION, Curves
 from onecard.errors import UserError
-from onecard.panels import say
+from onecard.form import say
 
 Locate = Callable[[str], str]
 FIELDS = {field.name: field for field in dataclasses.fields(FinetuneConfig)}

@@ -37,6 +37,30 @@ def tiny_rows(tmp_path) -> Path:
     return tiny.save_rows(tmp_path / "rows.json", 24)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Which is several times as fast as two with matrices this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium, the system's own, driven by playwright; without one the test is left out."""
+    api = pytest.importorskip("playwright.sync_api")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no Chromium: apt install chromium")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=flags)
+        yield opened
+        opened.close()
+
+
 @pytest.fixture(scope="session")
 def harness():
     """Trainings in forked children (tests/harness.py)."""

@@ -17,6 +17,8 @@ from onecard.decoding import BANNED, END, GOES, LENGTH, STOP, STOPS, Step
 from onecard.prompt import encode_text
 from tests.test_prompt import TOKENIZERS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PIECES = [
     "red",
     "green",
@@ -63,15 +65,6 @@ def crossing_tokenizer() -> PreTrainedTokenizerFast:
 
 
 MAKERS = {**TOKENIZERS, "crossing bpe": crossing_tokenizer}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Which is several times as fast as two with matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=MAKERS)

@@ -19,6 +19,8 @@ from onecard.prompt import Conversation, Turn
 from tests import tiny
 from tests.test_prompt import TOKENIZERS, load
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = Generation(GREEDY, repetition_penalty=1.0, min_new_tokens=0, max_new_tokens=12, seed=1)
 TURNS = (
     Turn("system", "Be brief."),
@@ -30,15 +32,6 @@ TURNS = (
     Turn("assistant", " blue "),
     Turn("user", "Why?"),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Which is several times as fast as two with matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def asked(*texts: str) -> Conversation:

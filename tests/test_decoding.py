@@ -14,6 +14,8 @@ from onecard.chat_config import BEAM, BEAM_SAMPLE, GREEDY, MODES, SAMPLE, Genera
 from onecard.decoding import BANNED, END, GOES, LENGTH, STOP, STOPS
 from onecard.engine_hf import Engine
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCABULARY = 48
 SCORES = torch.rand(8, VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(0)).argsort(-1) / 4
 PLAIN = Generation(GREEDY, 1.0, 1.0, 0, 4, 1.0, 0, 0, 16)
@@ -22,15 +24,6 @@ PLAIN = Generation(GREEDY, 1.0, 1.0, 0, 4, 1.0, 0, 0, 16)
 def with_(**changes) -> Generation:
     """Settings that change no probability, but for these."""
     return Generation(**{**vars(PLAIN), **changes})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Which is several times as fast as two with matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,9 @@ from tests import tiny
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu")
 from onecard import engine_llama
 
+# two engines with two threads each would wait for each other
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parent.parent
 STORY, SKY = "Write a short story about a red boat.", "Explain why the sky is blue."
 DAYS, PYTHON = "Name the days of the week.", "Write a Python function that adds two numbers."
@@ -72,14 +75,6 @@ def save_adapter(base: Path, folder: Path, seed: int, **settings) -> Path:
             torch.nn.init.normal_(parameter, std=0.05)
     made.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two engines with two threads each would wait for each other on two busy cores."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="module")

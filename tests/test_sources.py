@@ -21,19 +21,12 @@ from tests import tiny
 from tests.cells import stopped_at
 from tests.faults import Touch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RANK, ALPHA, TARGETS = 4, 12, "q_proj,v_proj"
 QUICK = Generation(GREEDY, repetition_penalty=1.0, min_new_tokens=0, max_new_tokens=8)
 QUESTION = Conversation((Turn("user", "Say red"),))
 MINE = {"user": "Q {text} A", "assistant": "{text}{end}", "between": "\n"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Which is several times as fast as two with matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def trained(base: Path, place: Path, **changes) -> Path:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from onecard import chart, chat, curves, labels, panels, preview, report, runfolder, runs, train
 from onecard.config import ContinueConfig, FinetuneConfig, build
@@ -23,15 +22,6 @@ from onecard.errors import Stopped, UserError
 from tests import cells, tiny
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def one_thread():
-    """Two threads wait for each other longer than these small products take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def short_reply(*arguments) -> list[str]:
@@ -477,19 +467,6 @@ def window(tmp_path) -> Iterator:
     for process in opened:
         process.kill()
         process.wait()
-
-
-@pytest.fixture
-def browser() -> Iterator:
-    api = pytest.importorskip("playwright.sync_api")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium is installed")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with api.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=path, args=flags)
-        yield opened
-        opened.close()
 
 
 class Page:
