@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Set up what the tests need and run them; arguments go to pytest.
+# Set up what the tests need and run them, two files at a time; with arguments: pytest with these.
 set -euo pipefail
 cd "$(dirname "$0")"
 bash tools/setup.sh test
+[ $# = 0 ] && set -- -n 2 --dist loadfile --no-loadscope-reorder # the long ones come early in the alphabet
 exec .venv/bin/python -m pytest "$@"

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """What the chat engine costs: time to first token and tokens/s against the engines called directly.
 
-    .venv/bin/python benchmarks/chat_speed.py [--pairs 5] [--tokens 256]
+    .venv/bin/python benchmarks/chat_speed.py [--pairs 5] [--tokens 256] [--model_path demo] [--device auto]
 
 Each pair runs one after the other in this process, in changing order, on the same prompt: onecard.chat's
 stream, every snapshot taken as a window would, and model.generate or llama.cpp's own generate with the same
-settings. Both write exactly as many tokens, and the texts must be equal; in fp32, as 16 bits round another
-way when four beams read the prompt instead of one. llama.cpp is left out where it is not installed.
+settings. Both write exactly as many tokens, and the texts must be equal, but for sampling, where each draws
+its own numbers; in fp32, as 16 bits round another way when four beams read the prompt instead of one.
+llama.cpp runs on the processor, and is left out where it is not installed.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from onecard import chat, gguf, hardware, hub, plan, prompt
-from onecard.chat_config import BEAM, GREEDY, ChatConfig, Generation
+from onecard.chat_config import BEAM, GREEDY, SAMPLE, ChatConfig, Generation
 
 QUESTION = "Write a long story about a lighthouse keeper who finds a letter in a bottle."
 ENGINES = ("transformers", "llama.cpp")
@@ -62,7 +63,10 @@ def transformers_alone(talk: chat.Chat, settings: Generation) -> tuple[float, fl
     asked = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         min_new_tokens=settings.min_new_tokens,
-        do_sample=False,
+        do_sample=settings.samples,
+        temperature=settings.temperature if settings.samples else None,
+        top_p=settings.top_p if settings.samples else None,
+        top_k=settings.top_k if settings.samples else None,
         num_beams=settings.width,
         eos_token_id=talk.ends,
         pad_token_id=talk.ends[0],
@@ -77,10 +81,10 @@ def transformers_alone(talk: chat.Chat, settings: Generation) -> tuple[float, fl
     return (watch.at - started if watch else float("nan")), time.perf_counter() - started, text
 
 
-def llama_alone(talk: chat.Chat, settings: Generation) -> tuple[float, float, str]:
+def llama_alone(path: str, talk: chat.Chat, settings: Generation) -> tuple[float, float, str]:
     import llama_cpp
 
-    llama = direct(talk.engine.threads)
+    llama = direct(talk.engine.threads, path)
     ids = prompt.encode(conversation(), talk.template, talk.tokenizer)[0]
     llama.reset()
     ends = {token: float("-inf") for token in talk.ends}
@@ -104,11 +108,10 @@ def llama_alone(talk: chat.Chat, settings: Generation) -> tuple[float, float, st
 
 
 @functools.cache
-def direct(threads: int):
+def direct(threads: int, path: str):
     """llama.cpp on the same file, by its own Python interface."""
     import llama_cpp
 
-    path = str(gguf.for_llama(Path(hub.locate("demo")), {})[0])
     return llama_cpp.Llama(path, n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
 
 
@@ -133,6 +136,7 @@ def compare(name: str, talk: chat.Chat, settings: Generation, alone, pairs: int)
         mine[1] / theirs[1] for mine, theirs in zip(runs["ours"], runs["alone"], strict=True)
     )
     same = "yes" if len({text for found in runs.values() for *_, text in found}) == 1 else "NO"
+    same = "-" if settings.samples else same
     direct = "-" if firsts["alone"] != firsts["alone"] else f"{firsts['alone'] * 1000:.0f} ms"
     print(
         f"| {name} | {speeds['ours']:.1f} | {speeds['alone']:.1f} | {100 * (ratio - 1):+.1f} % "
@@ -145,6 +149,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--model_path", default="demo")
+    parser.add_argument("--device", default="auto")
     given = parser.parse_args()
     versions = ", ".join(f"{name} {version}" for name, version in plan.versions().items())
     print(f"{date.today().isoformat()}; {hardware.describe_machine()}; {versions}.\n")
@@ -155,11 +161,19 @@ def main() -> None:
         if engine == "llama.cpp" and importlib.util.find_spec("llama_cpp") is None:
             print("llama.cpp is not installed (bash tools/setup.sh cpu): not measured.")
             continue
-        options = ChatConfig(model_path="demo", engine=engine, context=1024, dtype="fp32")
+        settings = {"model_path": given.model_path}
+        if engine == "transformers":
+            settings |= {"device": given.device, "dtype": "fp32"}
+        options = ChatConfig(engine=engine, context=1024, **settings)
         talk = chat.start(options, hub.locate, hub.fetch_adapter, gguf.for_llama, lambda _: None)
-        alone = llama_alone if engine == "llama.cpp" else transformers_alone
+        alone = transformers_alone
+        if engine == "llama.cpp":
+            path = gguf.for_llama(Path(hub.locate(given.model_path)), {})[0]
+            alone = functools.partial(llama_alone, str(path))
         compare(f"{engine}, greedy", talk, Generation(mode=GREEDY, **lengths), alone, given.pairs)
         if engine == "transformers":
+            sample = Generation(mode=SAMPLE, seed=1, **lengths)
+            compare(f"{engine}, sampling", talk, sample, alone, given.pairs)
             beam = Generation(mode=BEAM, num_beams=4, **lengths)
             compare(f"{engine}, 4 beams", talk, beam, alone, given.pairs)
 

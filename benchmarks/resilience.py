@@ -278,7 +278,7 @@ def train_with_trainer(model: str, folder: str, resume: str) -> None:
     adapter = LoraConfig(
         r=4, lora_alpha=16, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
     )
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), adapter)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False), adapter)
     ids = [torch.randint(2, 300, (12,), generator=torch.Generator().manual_seed(i)) for i in range(20)]
     arguments = TrainingArguments(
         output_dir=folder,

@@ -264,12 +264,13 @@ def plain_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     base = AutoModelForCausalLM.from_pretrained(
         prepared["base_path"],
+        trust_remote_code=False,
         dtype=dtype,
         quantization_config=quantised[args.bits],
         device_map={"": "cpu"},
         attn_implementation="sdpa",
     )
-    tokenizer = AutoTokenizer.from_pretrained(prepared["base_path"])
+    tokenizer = AutoTokenizer.from_pretrained(prepared["base_path"], trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     adapter = LoraConfig(
         r=RANK,

@@ -22,10 +22,11 @@ from peft import (
 )
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES as NO_TARGETS
 from safetensors import SafetensorError
 
+from onecard import headers, quantised
 from onecard.dropout import CheapDropout
 from onecard.errors import CHECKPOINT, UserError, is_out_of_memory
 
@@ -42,7 +43,7 @@ EXTRAS = {
 }
 ALL_LINEAR = "all-linear"  # as target modules: every linear layer but the head
 LORA, EMBEDDINGS, BOTH = "lora", "embeddings", "lora+embeddings"  # kinds of adapters
-PLAIN_STARTS = (True, "gaussian", "orthogonal")  # others change the base's weights, or need rows
+STARTS = (True, "gaussian", "orthogonal")  # for training; others change the base's weights, or need rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +86,8 @@ def read_extras(path: str | None, rslora: bool) -> dict[str, Any]:
                 raise wrong(f"{name!r} is another kind of adapter, or has an option of its own")
             if not isinstance(value, EXTRAS[name]):
                 raise wrong(f"{name!r} cannot be {value!r}")
-        if extras.get("init_lora_weights", True) not in PLAIN_STARTS:
-            raise wrong(f"init_lora_weights can be {', '.join(map(str, PLAIN_STARTS))}")
+        if extras.get("init_lora_weights", True) not in STARTS:
+            raise wrong(f"init_lora_weights can be {', '.join(map(str, STARTS))}")
     if rslora:
         extras["use_rslora"] = True
     return extras
@@ -99,11 +100,12 @@ def add_adapter(base: torch.nn.Module, shape: LoraShape, seed: int) -> PeftModel
     """
     embedding = base.get_input_embeddings()
     tied = base.get_output_embeddings().weight is embedding.weight
+    targets, packed = shape.targets(), quantised.linear_names(base)
     config = LoraConfig(
         r=shape.r,
         lora_alpha=shape.alpha,
         lora_dropout=shape.dropout,
-        target_modules=shape.targets(),
+        target_modules=packed if packed and targets == ALL_LINEAR else targets,  # peft finds plain ones only
         task_type="CAUSAL_LM",
         modules_to_save=trained_whole(base, shape) or None,
         ensure_weight_tying=tied and shape.what != LORA,
@@ -215,6 +217,7 @@ def attach(model: torch.nn.Module, folder: Path, name: str) -> PeftModel:
     Raises UserError (exit 4) when it does not fit the model.
     """
     key = _key(name)
+    headers.check(folder.glob(SAFETENSORS_WEIGHTS_NAME))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of names peft asks transformers by
@@ -238,6 +241,21 @@ def attach(model: torch.nn.Module, folder: Path, name: str) -> PeftModel:
         extra = (unknown or sorted(own) or [""])[0]
         raise _unfit(folder, f"it lacks {missing[0]}" if missing else f"there is no place for {extra}")
     return model.eval()
+
+
+def wanted(bare: torch.nn.Module, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that an adapter with this folder's settings has on this base.
+
+    bare: the base without its weights, on the meta device; it is changed. Raises UserError (exit 4).
+    """
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = get_peft_model(bare, LoraConfig.from_pretrained(str(folder)))
+            tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, re.error, OSError) as error:
+        raise _unfit(folder, str(error).strip().splitlines()[0][:200]) from None
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _unfit(folder: Path, reason: str) -> UserError:

@@ -1,23 +1,25 @@
 """Conversation in, stream of text out, whichever engine answers. The same `prompt.encode` as in training."""
 
+import copy
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from onecard import answer, chat_config, decoding, engine_hf, history, loading, prompt
-from onecard.chat_config import ChatConfig, Generation, Mixture
+from onecard import answer, chat_config, decoding, engine_hf, history, late, loading, prompt, template
+from onecard.chat_config import TRAINED, ChatConfig, Generation, Mixture
 from onecard.decoding import CANCELLED, NO_MEMORY
 from onecard.errors import UserError, is_out_of_memory
 from onecard.prompt import Conversation, Template
 
 
 def reply(
-    model: Any, tokenizer: Any, template: Template, conversations: list[Conversation], max_new_tokens: int
+    model: Any, tokenizer: Any, form: Template, conversations: list[Conversation], max_new_tokens: int
 ) -> list[str]:
     """One greedy answer for each conversation; an answer it may end with is not looked at."""
-    prompts = [prompt.encode(c.question, template, tokenizer)[0] for c in conversations]
-    answers = engine_hf.greedy(model, prompts, max_new_tokens, prompt.ends(template, tokenizer))
+    prompts = [prompt.encode(c.question, form, tokenizer)[0] for c in conversations]
+    answers = engine_hf.greedy(model, prompts, max_new_tokens, prompt.ends(form, tokenizer))
     return [prompt.decode(tokenizer, ids) for ids in answers]
 
 
@@ -32,6 +34,8 @@ class Reply:
     left_out: int  # earlier questions that did not fit
     seconds: float  # since the question
     first: float | None  # of them until the first token
+    seed: int | None = None  # of a sampled answer: with it the same comes again
+    loading: bool = False  # there is no model yet
 
     @property
     def finished(self) -> str:
@@ -57,17 +61,55 @@ def with_its_mode(talk: "Chat", options: ChatConfig, given: frozenset[str]) -> C
     return dataclasses.replace(options, mode=chat_config.SAMPLE)
 
 
+def later(
+    options: ChatConfig,
+    locate: Callable[[str], str],
+    fetch: Callable[[str], str],
+    to_gguf: loading.ToGguf,
+    say: Callable[[str], None],
+    beside: Callable[[str], list[str]],
+) -> "Chat":
+    """The same, its weights read when the first question comes; beside: as late.Engine takes it."""
+    found = loading.look(options, locate, fetch, say)
+    found.keep.cleanup()
+
+    def load() -> Any:  # a run may have newer checkpoints by then, and not the older ones any more
+        return loading.engine_of(loading.look(options, locate, fetch, say), to_gguf, say)
+
+    engine = late.Engine(found, load, beside)
+    say("model       not loaded: the first question does that")
+    return Chat(engine, found.template, found.mixture)
+
+
 class Chat:
     """A model ready to talk: an engine, a template, adapters. Conversations are the caller's."""
 
-    def __init__(self, engine: Any, template: Template, mixture: Mixture = ()):
+    def __init__(self, engine: Any, form: Template, mixture: Mixture = ()):
         """mixture: adapters and weights that answer unless a question says otherwise."""
-        self.engine, self.tokenizer, self.template, self.mixture = engine, engine.tokenizer, template, mixture
-        self.ends = prompt.ends(template, engine.tokenizer)
+        self.engine, self.tokenizer, self.template, self.mixture = engine, engine.tokenizer, form, mixture
+        self.ends = prompt.ends(form, engine.tokenizer)
+        self.others: dict[str, tuple[Template, Any]] = {}  # built-in templates that were asked for
+        self.lock = threading.Lock()  # of them
 
     def unused(self, mode: str) -> dict[str, tuple[str, str]]:
         """Option -> why it does nothing with this mode and engine, English and Chinese."""
         return chat_config.unused(mode) | self.engine.cannot
+
+    def template_of(self, name: str = TRAINED) -> Template:
+        """The template of that name, TRAINED: the one answers have by themselves; raises UserError."""
+        return self._form(name)[0]
+
+    def _form(self, name: str) -> tuple[Template, Any]:
+        """A template and its tokenizer: what one makes a control token is still text for the others."""
+        if name == TRAINED:
+            return self.template, self.tokenizer
+        if name not in template.names():  # a file's name might come from a page
+            raise UserError(f"No template is called {name}.", f"Known: {', '.join(template.names())}.")
+        with self.lock:
+            if name not in self.others:
+                own = copy.deepcopy(self.tokenizer)
+                self.others[name] = template.load(name, own), own
+            return self.others[name]
 
     def modes(self) -> list[str]:
         return [mode for mode in chat_config.MODES if mode not in self.engine.cannot]
@@ -78,30 +120,37 @@ class Chat:
         settings: Generation,
         mixture: Mixture | None = None,
         cancelled: Callable[[], bool] = lambda: False,
+        form: str = TRAINED,
     ) -> Iterator[Reply]:
         """The answer as it grows; the last one has `finished`. An answer at the end is continued.
 
-        cancelled: asked after every token. Out of memory and cancelling keep what is there. Raises UserError
-        when the question does not fit, or the settings ask for what the engine has not.
+        cancelled: asked after every token; form: name of a template. Out of memory and cancelling keep what
+        is there. Raises UserError when the question does not fit, or the settings ask for what the engine has
+        not.
         """
         started = time.monotonic()
+        settings = chat_config.seeded(settings)
+        if isinstance(self.engine, late.Engine) and not self.engine.is_loaded:
+            yield Reply(answer.Text(""), 0, 0, 0, 0, 0.0, None, loading=True)
+            self.engine.loaded()
+            started = time.monotonic()
         mixture = self.mixture if mixture is None else mixture
         if settings.mode in self.engine.cannot:
             raise UserError(f"--mode {settings.mode}: {self.engine.cannot[settings.mode][0]}.")
         self.engine.check_mixture(mixture)
+        shape, tokenizer = self._form(form)
+        ends = self.ends if form == TRAINED else prompt.ends(shape, tokenizer)
         room = self.engine.context - min(settings.max_new_tokens, self.engine.context // 2)
-        fitted = history.fit(
-            conversation, self.template, self.tokenizer, room, settings.max_memory, settings.last_turns
-        )
+        fitted = history.fit(conversation, shape, tokenizer, room, settings.max_memory, settings.last_turns)
         stops, banned = chat_config.phrases(settings.stop), chat_config.phrases(settings.banned)
-        growing = answer.beginning(self.tokenizer, fitted.answer, stops)
-        first = None
+        growing = answer.beginning(tokenizer, fitted.answer, stops)
+        first, seed = None, settings.seed if settings.samples else None
         read = 0
 
         def so_far(text: answer.Text, finished: str = "") -> Reply:
             text = dataclasses.replace(text, finished=finished) if finished else text
             taken = time.monotonic() - started
-            return Reply(text, len(fitted.ids), read, stream.reused, fitted.left_out, taken, first)
+            return Reply(text, len(fitted.ids), read, stream.reused, fitted.left_out, taken, first, seed)
 
         stream = self.engine.open(fitted.ids, mixture)
         try:
@@ -112,9 +161,9 @@ class Chat:
                 if read < len(fitted.ids):
                     yield so_far(growing)
             limit = min(settings.max_new_tokens, self.engine.context - len(fitted.ids))
-            watch = answer.watch(self.tokenizer, stops, banned, fitted.answer)
-            steps = decoding.decode(stream, fitted.ids, settings, self.ends, limit, watch)
-            for growing in answer.grow(self.tokenizer, steps, stops, fitted.answer):
+            watch = answer.watch(tokenizer, stops, banned, fitted.answer)
+            steps = decoding.decode(stream, fitted.ids, settings, ends, limit, watch)
+            for growing in answer.grow(tokenizer, steps, stops, fitted.answer):
                 first = first or time.monotonic() - started
                 if cancelled() and not growing.finished:
                     yield so_far(_settled(growing), CANCELLED)

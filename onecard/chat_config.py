@@ -1,17 +1,20 @@
 """The options of chatting, declared once for command lines, JSON and the inputs of the windows.
 
-Those of one answer (Generation) and those of the programs. Which of them a mode does not use is said here
-too, so that none silently does nothing.
+Those of one answer (Generation) and those of the programs. Which of them a mode or a program does not use is
+said here too, so that none silently does nothing.
 """
 
 import dataclasses
 import re
-from typing import Any
+import secrets
+from typing import Any, TypeVar
 
-from onecard.parsing import EXECUTION, at_least, between, inherited, option
+from onecard.errors import UserError
+from onecard.parsing import EXECUTION, RUNS_CODE, at_least, between, commit_option, inherited, option
 
 GREEDY, SAMPLE, BEAM, BEAM_SAMPLE = "greedy", "sample", "beam", "beam_sample"
 MODES = (GREEDY, SAMPLE, BEAM, BEAM_SAMPLE)
+SEEDS = 2**32  # that are drawn from: short enough to be typed again
 LONGEST_PHRASE = 200  # characters of a stop word or banned phrase
 
 
@@ -157,7 +160,7 @@ class Generation:
     max_memory: int = option(
         2048,
         EXECUTION,
-        "most tokens of the conversation the model is shown; oldest whole turns go first",
+        "most tokens of the conversation the model is shown; oldest whole turns go first; 0 = as many as fit",
         check=at_least(0),
         label=("Max memory", "记忆词元上限"),
         slider=(0, 8192, 64),
@@ -180,8 +183,21 @@ class Generation:
         return self.num_beams if self.mode in (BEAM, BEAM_SAMPLE) else 1
 
 
+Settings = TypeVar("Settings", bound=Generation)
+
+
+def seeded(settings: Settings) -> Settings:
+    """The same with a seed where one is used and none was given, so that the answer can be repeated."""
+    if not settings.samples or settings.seed is not None:
+        return settings
+    return dataclasses.replace(settings, seed=secrets.randbelow(SEEDS))
+
+
 Mixture = tuple[tuple[str, float], ...]  # active adapters and their weights; () is the base alone
+TRAINED = ""  # name of the template that was saved with the adapter, or is usual without one
 BASE, MIX = "base", "mix"  # what a picker offers besides adapters
+WINDOW_ONLY = ("studio", "lang", "server_name", "server_port", "origin", "share", "auth", "queue")
+TURNS_ONLY = ("studio", "max_memory", "last_turns")
 SAMPLING_ONLY = ("temperature", "top_p", "top_k", "seed")
 
 
@@ -239,7 +255,10 @@ class ChatConfig(Generation):
         check=_is_memory,
     )
     context: int | None = option(
-        None, EXECUTION, "tokens of prompt and answer together; none: what the model has", check=at_least(32)
+        None,
+        EXECUTION,
+        "tokens of prompt and answer together; none: what the model has, llama.cpp 2048 of it",
+        check=at_least(32),
     )
     rope_scaling: str = option(
         "none", EXECUTION, "for longer contexts than the model's own", choices=("none", "yarn", "dynamic")
@@ -247,7 +266,13 @@ class ChatConfig(Generation):
     rope_factor: float = option(
         4.0, EXECUTION, "how many times longer with --rope_scaling", check=between(1, 64)
     )
-    threads: int | None = option(None, EXECUTION, "processor threads; none: all cores", check=at_least(1))
+    threads: int | None = option(
+        None,
+        EXECUTION,
+        "processor threads; none: torch's own, llama.cpp one a physical core",
+        check=at_least(1),
+    )
+    remote_code: str | None = commit_option(RUNS_CODE)
     terminal: bool = option(False, EXECUTION, "talk in this terminal instead of a browser")
     studio: bool = option(False, EXECUTION, "with a tab for training")
     lang: str = option("en", EXECUTION, "language of the windows", choices=("en", "zh"))
@@ -277,3 +302,47 @@ class CpuConfig(ChatConfig):
     """Options of tools/cpu_chat.py."""
 
     engine: str = inherited(ChatConfig, "engine", "llama.cpp")
+
+
+def check_used(options: ChatConfig) -> None:
+    """Raise UserError for options that the program of these does not use, unless they ask for nothing."""
+    idle = {}
+    if isinstance(options, SingleConfig):
+        idle |= dict.fromkeys(TURNS_ONLY, "for interaction.py")
+    if options.terminal or isinstance(options, CpuConfig):
+        idle |= dict.fromkeys(WINDOW_ONLY, "for a window, not for a terminal")
+    if options.rope_scaling == "none":
+        idle["rope_factor"] = "for --rope_scaling yarn or dynamic"
+    plain = type(options)()
+    given = [name for name in idle if getattr(options, name) != getattr(plain, name)]
+    if given:
+        raise UserError("; ".join(f"--{name} is {idle[name]}" for name in given) + ".", "Leave it out.")
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityConfig:
+    """Options of tools/perplexity.py."""
+
+    data_path: str | None = option(None, EXECUTION, "text file (UTF-8)", positional=True)
+    model_path: str | None = option(
+        None, EXECUTION, "base model: a folder, a hub name, a .gguf file, demo; none: what the adapter names"
+    )
+    lora_path: str | None = option(
+        None, EXECUTION, "adapter: a folder, a run, a .gguf file; several with weights as PATH:0.5,PATH:0.5"
+    )
+    checkpoint: str = inherited(ChatConfig, "checkpoint")
+    bits: int | str = inherited(ChatConfig, "bits")
+    engine: str = inherited(ChatConfig, "engine")
+    device: str = inherited(ChatConfig, "device")
+    dtype: str = option(
+        "auto",
+        EXECUTION,
+        "floating point type of 16 bits; auto: fp32 on a processor, so that results can be compared",
+        choices=("auto", "fp32", "fp16", "bf16"),
+    )
+    context: int = option(1024, EXECUTION, "tokens of a window, at most the model's", check=at_least(32))
+    max_tokens: int | None = option(
+        None, EXECUTION, "only this many tokens of the text; none: all", check=at_least(2)
+    )
+    threads: int | None = inherited(ChatConfig, "threads")
+    remote_code: str | None = inherited(ChatConfig, "remote_code")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from onecard import prompt, reader, runfolder, schemas
+from onecard import preview, prompt, reader, runfolder, schemas
 from onecard.prompt import ASSISTANT, Conversation, Template
 from onecard.schemas import BadRow
 
@@ -220,12 +220,7 @@ def write_html(found: Findings, title: str, text: str, path: Path) -> None:
     """One file for a browser: the report, and rows with their trained tokens coloured."""
     rows = []
     for place, runs in found.shown:
-        marked = "".join(
-            f"<{tag}>{html.escape(piece)}</{tag}>"
-            for piece, target in runs
-            for tag in ["mark" if target else "span"]
-        )
-        rows.append(f"<h2>{html.escape(place)}</h2><pre>{marked}</pre>")
+        rows.append(f"<h2>{html.escape(place)}</h2><pre>{preview.marked(runs)}</pre>")
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
 <meta name="viewport" content="width=device-width"><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from onecard import headers
 from onecard.errors import CHECKPOINT, UserError
 from onecard.fingerprint import sha256
 from onecard.runfolder import (
@@ -189,9 +190,10 @@ def restore(checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.am
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a safetensors file; raises UserError (exit 4) when it cannot be read."""
+    headers.check([path])
     try:
         return load_file(path)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}).", "Use another checkpoint.", CHECKPOINT) from None
 
 

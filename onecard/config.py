@@ -10,11 +10,13 @@ from typing import Any
 from onecard.parsing import (
     EXECUTION,
     LEARNED,
+    RUNS_CODE,
     above,
     at_least,
     auto_or_at_least,
     between,
     build,
+    commit_option,
     fraction,
     inherited,
     option,
@@ -194,6 +196,7 @@ class FinetuneConfig:
     skip_bad_rows: bool = option(
         False, LEARNED, "leave out unreadable rows, writing them to rejected_rows.jsonl in the output folder"
     )
+    remote_code: str | None = commit_option(RUNS_CODE)
 
 
 @dataclasses.dataclass(frozen=True)

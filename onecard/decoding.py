@@ -8,9 +8,11 @@ Legend: B beams, V entries of the vocabulary, T tokens of prompt and answer.
 """
 
 import dataclasses
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from transformers import (
     LogitsProcessorList,
@@ -27,6 +29,8 @@ from onecard.chat_config import Generation
 GOES, STOPS, BANNED = "goes", "stops", "banned"  # what a text watch says of an answer so far
 END, STOP, LENGTH = "end", "stop", "length"  # why an answer is finished
 CANCELLED, NO_MEMORY = "cancelled", "out of memory"  # and why one stopped before
+SHORTLIST = 256  # tokens looked at first when one is drawn: with --top_k there are hardly ever more
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step
 IMPOSSIBLE = -1e8  # scores below are of beams that do not exist (transformers starts them at -1e9)
 
 
@@ -73,11 +77,7 @@ def decode(
 
     ends: end tokens; limit: most new tokens; watch: what the stop words and banned phrases say of an answer.
     """
-    generator = None
-    if settings.samples:
-        generator = torch.Generator()
-        generator.manual_seed(settings.seed) if settings.seed is not None else generator.seed()
-    pick = _Picker(settings, generator, prompt, ends, watch)
+    pick = _Picker(settings, prompt, ends, watch)
     if settings.width > 1:
         return _beams(stream, pick, settings.width, set(ends), limit)
     return _single(stream, pick, set(ends), limit)
@@ -153,12 +153,12 @@ class _Picker:
     def __init__(
         self,
         settings: Generation,
-        generator: torch.Generator | None,
         prompt: list[int],
         ends: Sequence[int],
         watch: Callable[[list[int]], str] | None,
     ):
-        self.generator, self.watch, self.width = generator, watch, settings.width
+        self.watch, self.width, self.step = watch, settings.width, 0
+        self.seed = secrets.randbits(63) if settings.seed is None else settings.seed
         self.prompt, self.settings, self.ends = prompt, settings, ends
         self.rules: LogitsProcessorList | None = None  # made on the device of the first scores
 
@@ -181,13 +181,14 @@ class _Picker:
         if self.width > 1:
             scores = scores + torch.tensor(totals, device=scores.device)[:, None]
         flat = scores.reshape(-1)
-        ranked = flat if self.generator is None else flat + self._noise(flat)
+        places, values, ranked = self._drawn(flat) if self.settings.samples else (None, flat, flat)
         found: list[tuple[float, int, int, str]] = []
         wanted, tried = count, set()
-        while True:
+        while len(ranked):
             wanted = min(wanted, len(ranked))
             order = torch.topk(ranked, wanted).indices if wanted > 1 else ranked.argmax()[None]
-            for place, value in zip(order.tolist(), flat[order].tolist(), strict=True):
+            chosen = order if places is None else places[order]
+            for place, value in zip(chosen.tolist(), values[order].tolist(), strict=True):
                 if value < IMPOSSIBLE:  # forbidden by a rule, as are all that follow
                     wanted = len(ranked)
                     break
@@ -201,12 +202,42 @@ class _Picker:
             if len(found) >= count or wanted == len(ranked):
                 return sorted(found[:count], key=lambda one: -one[0])
             wanted *= 4  # banned phrases took some away
+        return []
 
-    def _noise(self, flat: torch.Tensor) -> torch.Tensor:
-        """Gumbel noise: the largest of scores with it are a sample without replacement (Kool et al. 2019,
-        arXiv 1903.06059)."""
-        uniform = torch.rand(flat.shape, generator=self.generator).clamp_min(1e-20)
-        return -torch.log(-torch.log(uniform)).to(flat.device)
+    def _drawn(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(place in flat, score, score with Gumbel noise) of each possible token, on the processor.
+
+        The largest scores with noise are a sample without replacement (Kool et al. 2019, arXiv 1903.06059).
+        """
+        count = min(len(flat), SHORTLIST)
+        values, places = (part.cpu() for part in torch.topk(flat, count))
+        while count < len(flat) and values[-1] >= IMPOSSIBLE:
+            count = min(len(flat), 8 * count)
+            values, places = (part.cpu() for part in torch.topk(flat, count))
+        possible = values >= IMPOSSIBLE
+        values, places = values[possible], places[possible]
+        self.step += 1
+        uniform = torch.from_numpy(uniforms(self.seed, self.step, places.numpy()))
+        return places, values, values - torch.log(-torch.log(uniform)).float()
+
+
+def uniforms(seed: int, step: int, places: np.ndarray) -> np.ndarray:
+    """A number in (0, 1) for each place, fp64; it depends on nothing but seed, step and place.
+
+    So a score that another device rounds in another way changes no other token's number. SplitMix64 (Steele,
+    Lea and Flood 2014).
+    """
+    state = np.array([seed], dtype=np.uint64)
+    for more in (np.array([step], dtype=np.uint64), places.astype(np.uint64)):
+        state = _mixed(state) + more * GOLDEN
+    return ((_mixed(state) >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
+
+
+def _mixed(state: np.ndarray) -> np.ndarray:
+    state = state + GOLDEN
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
 
 
 def _rules(settings: Generation, prompt: int, ends: Sequence[int], device: torch.device) -> Iterator[object]:

@@ -98,17 +98,27 @@ class Engine:
             self.kept.clear()
         hardware.forget_cached_memory(str(self.device))
 
-    @torch.inference_mode()
+    def each(self, ids: list[int], mixture: Mixture = ()) -> Iterator[torch.Tensor]:
+        """[t, V] of what follows each of `ids`, some tokens at a time; nothing comes before the first."""
+        cache = DynamicCache(config=weights.base_of(self.model).config)
+        for start in range(0, len(ids), CHUNK):
+            yield self._logits([ids[start : start + CHUNK]], cache, mixture, 0)[0]
+
     def scores(self, ids: list[list[int]], cache: DynamicCache, mixture: Mixture) -> torch.Tensor:
         """[B, V] after ids [B, T]; the cache holds what came before, and then also them."""
+        return self._logits(ids, cache, mixture, 1)[:, -1]
+
+    @torch.inference_mode()
+    def _logits(self, ids: list[list[int]], cache: DynamicCache, mixture: Mixture, keep: int) -> torch.Tensor:
+        """[B, keep, V], or [B, T, V] with 0, the last positions' of ids [B, T]."""
         with self.lock:
             if self.adapters and mixture != self.active:
                 self.active = None  # until it is whole
                 adapter.mix(self.model, dict(mixture))
                 self.active = mixture
             given = torch.tensor(ids, device=self.device)
-            made = self.model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            return made.logits[:, -1]
+            made = self.model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+            return made.logits
 
     def take(self, prompt: list[int], mixture: Mixture) -> tuple[DynamicCache, int]:
         """A cache that holds the beginning of the prompt, and how much of it; all but one token at most."""

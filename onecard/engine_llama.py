@@ -7,15 +7,9 @@ sequence: who asks second waits.
 Legend: V entries of the vocabulary.
 """
 
-import collections
 import contextlib
 import ctypes
-import functools
-import importlib
 import os
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,23 +18,15 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from onecard import fingerprint
+from onecard import gguf_trial, llama_library
 from onecard.chat_config import Mixture
 from onecard.decoding import shared_beginning
 from onecard.errors import CHECKPOINT, MEMORY, UserError
+from onecard.gguf_trial import AGAIN, ANOTHER, because, is_allocation, unusable
 
 CHUNK = 256  # tokens of a prompt read at once: between two chunks an answer can be stopped
 TURN = 0.2  # seconds between two looks of one who waits
 NO_BEAMS = ("llama.cpp follows one sequence: no beam search", "llama.cpp 一次只跟踪一个序列：不支持束搜索")
-ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
-AGAIN = "Convert or download it again."
-TRIAL = """import os, sys
-from llama_cpp import llama_cpp as library
-settings = library.llama_model_default_params()
-settings.vocab_only = True
-library.llama_model_load_from_file(os.fsencode(sys.argv[1]), settings)
-"""
-ALLOCATION = ("alloc", "out of memory", "insufficient memory")  # in llama.cpp's own words
 
 
 class Engine:
@@ -57,19 +43,23 @@ class Engine:
         adapters: Mapping[str, Path] | None = None,
         threads: int | None = None,
         gpu_layers: int = 0,
+        exact: bool = False,
     ):
         """context: tokens of prompt and answer together, at most what the model was trained for; adapters:
-        name -> GGUF adapter; threads: torch's number unless given; gpu_layers: -1 = all.
+        name -> GGUF adapter; threads: torch's number unless given; gpu_layers: -1 = all; exact: keys and
+        values in fp32, to compare with others; llama.cpp's own choice, fp16, is smaller and faster.
 
         Raises UserError: exit 4 for a file that llama.cpp cannot use, exit 6 when it needs too much memory.
         """
-        self.tokenizer, self.adapters = tokenizer, list(adapters or {})
+        self.path, self.tokenizer, self.adapters = gguf, tokenizer, list(adapters or {})
         self.threads, self.gpu_layers = threads or torch.get_num_threads(), gpu_layers
+        self.exact = exact
         self.lock = threading.Lock()  # of the whole sequence, not of a step
         self.held: list[int] = []  # tokens whose keys and values the context has
         self.active: dict[str, float] = {}
         self.stale = False
-        self.library = _library()
+        self.library = llama_library.library()
+        gguf_trial.check(gguf, list((adapters or {}).values()))
         with contextlib.ExitStack() as stack:
             self.model = self._load_model(gguf)
             stack.callback(self.library.llama_model_free, self.model)
@@ -83,34 +73,33 @@ class Engine:
             self.resources = stack.pop_all()
 
     def _load_model(self, gguf: Path) -> Any:
-        _check_magic(gguf)
-        _try_out(gguf)
         settings = self.library.llama_model_default_params()
         settings.n_gpu_layers = self.gpu_layers
-        with _complaints() as said:
+        with llama_library.complaints() as said:
             model = self.library.llama_model_load_from_file(os.fsencode(gguf), settings)
         if not model:
-            raise _unusable(gguf, "llama.cpp cannot load it", said, AGAIN)
+            raise unusable(gguf, because("llama.cpp cannot load it", said), AGAIN)
         return model
 
     def _make_state(self, gguf: Path) -> Any:
         settings = self.library.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = self.context, CHUNK, CHUNK
         settings.n_threads = settings.n_threads_batch = self.threads
-        with _complaints() as said:
+        if self.exact:
+            settings.type_k = settings.type_v = self.library.GGML_TYPE_F32
+            settings.flash_attn_type = self.library.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        with llama_library.complaints() as said:
             state = self.library.llama_init_from_model(self.model, settings)
         if not state:
-            problem = f"llama.cpp has no room for {self.context} tokens"
-            raise _unusable(gguf, problem, said, "Try a smaller --context.", MEMORY)
+            problem = because(f"llama.cpp has no room for {self.context} tokens", said)
+            raise unusable(gguf, problem, "Try a smaller --context.", MEMORY)
         return state
 
     def _load_adapter(self, path: Path) -> Any:
-        _check_magic(path)
-        with _complaints() as said:
+        with llama_library.complaints() as said:
             adapter = self.library.llama_adapter_lora_init(self.model, os.fsencode(path))
         if not adapter:  # the model frees those it has
-            fix = "Give the --model_path it was made with."
-            raise _unusable(path, "the adapter does not fit this base model", said, fix)
+            raise unusable(path, because("the adapter does not fit this base model", said), ANOTHER)
         return adapter
 
     def describe(self) -> str:
@@ -158,20 +147,56 @@ class Engine:
         assert code == 0, code
         self.active = active
 
-    def scores(self, ids: list[int]) -> torch.Tensor:
-        """[1, V] of what follows `ids`, at most CHUNK of them; the context then holds them too."""
+    def each(self, ids: list[int], mixture: Mixture = ()) -> Iterator[torch.Tensor]:
+        """[t, V] of what follows each of `ids`, some tokens at a time; nothing comes before the first."""
+        with self.lock:
+            self.begin([], mixture)
+            for start in range(0, len(ids), CHUNK):
+                yield self.scores(ids[start : start + CHUNK], each=True)
+
+    def scores(self, ids: list[int], each: bool = False) -> torch.Tensor:
+        """[1, V] of what follows `ids`, at most CHUNK of them; the context then holds them too.
+
+        each: [len(ids), V], what follows each of them.
+        """
         tokens = (self.library.llama_token * len(ids))(*ids)
-        with _complaints() as said:
+        rows = len(ids) if each else 1
+        wanted = (ctypes.c_int8 * len(ids))(*[1] * rows) if each else None
+        with llama_library.complaints() as said:
             batch = self.library.llama_batch_get_one(tokens, len(ids))
+            batch.logits = wanted
             code = self.library.llama_decode(self.state, batch)
-        row = None if code else self.library.llama_get_logits_ith(self.state, -1)
+        row = None if code else self.library.llama_get_logits_ith(self.state, 0 if each else -1)
         if not row:
             self.stale = True  # what it holds now is not known
             reason = said[-1] if said else f"code {code}"
-            kind = MemoryError if code == -2 or _is_allocation(reason) else RuntimeError
+            kind = MemoryError if code == -2 or is_allocation(reason) else RuntimeError
             raise kind(f"llama.cpp: {reason}")
         self.held += ids
-        return torch.from_numpy(np.ctypeslib.as_array(row, (self.entries,)).copy())[None]
+        return torch.from_numpy(np.ctypeslib.as_array(row, (rows, self.entries)).copy())
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text by the file's own vocabulary, added tokens in it as such; no token comes before."""
+        given = text.encode()
+        vocabulary = self.library.llama_model_get_vocab(self.model)
+        room = len(given) + 8
+        ids = (self.library.llama_token * room)()
+        count = self.library.llama_tokenize(vocabulary, given, len(given), ids, room, False, True)
+        assert 0 <= count <= room, count
+        return list(ids[:count])
+
+    def ends_with(self, token: int) -> bool:
+        """Whether llama.cpp itself takes this token for the end of an answer."""
+        return bool(self.library.llama_vocab_is_eog(self.library.llama_model_get_vocab(self.model), token))
+
+    def written(self, key: str) -> str | None:
+        """A text or number of the file's metadata, as text; None when it has no such key."""
+        size = self.library.llama_model_meta_val_str(self.model, key.encode(), None, 0)
+        if size < 0:
+            return None
+        text = ctypes.create_string_buffer(size + 1)
+        self.library.llama_model_meta_val_str(self.model, key.encode(), text, size + 1)
+        return text.value.decode("utf-8", "replace")
 
     def close(self) -> None:
         """Free the memory, once the answer that is being written has ended."""
@@ -216,94 +241,10 @@ class Stream:
             self.engine.lock.release()
 
 
-def tokenizer_of(gguf: Path) -> Any:
-    """The transformers tokenizer that a GGUF file carries; raises UserError (exit 4) when there is none."""
-    from transformers import AutoTokenizer
-
-    _check_magic(gguf)
-    with tempfile.TemporaryDirectory(prefix="onecard-") as folder:  # files beside it may be another model's
-        link = Path(folder) / "model.gguf"
-        link.symlink_to(gguf.resolve())
-        try:
-            return AutoTokenizer.from_pretrained(folder, gguf_file=link.name)
-        except Exception as error:  # a reader's many ways to fail on a damaged file
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            problem = f"{gguf}: its tokenizer cannot be read ({reason})."
-            raise UserError(problem, "Use the model's folder instead.", CHECKPOINT) from None
-
-
-_said: collections.deque[str] = collections.deque(maxlen=20)  # llama.cpp's errors, the newest last
-_callbacks: list[Any] = []  # kept: llama.cpp calls it as long as the process lives
-
-
-@functools.cache
-def _library() -> Any:
-    """The module llama_cpp with its log turned to us; raises UserError when it is not there."""
-    try:
-        library = importlib.import_module("llama_cpp.llama_cpp")
-    except (ImportError, OSError, RuntimeError) as error:
-        problem = f"llama-cpp-python cannot be used here ({error})."
-        raise UserError(problem, "Run: bash tools/setup.sh cpu") from None
-    _callbacks.append(library.llama_log_callback(_log))
-    library.llama_log_set(_callbacks[-1], None)
-    library.llama_backend_init()
-    return library
-
-
-def _log(level: int, text: bytes, _: Any) -> None:
-    if level == ERROR_LEVEL and text.strip():
-        _said.append(text.decode("utf-8", "replace").strip())
-
-
-@contextlib.contextmanager
-def _complaints() -> Iterator[list[str]]:
-    """A list that at the end has the errors llama.cpp logged meanwhile."""
-    _said.clear()
-    said: list[str] = []
-    yield said
-    said.extend(_said)
-
-
-def _unusable(path: Path, problem: str, said: list[str], fix: str, code: int = CHECKPOINT) -> UserError:
-    if any(_is_allocation(line) for line in said):
-        code, fix = MEMORY, "It needs more memory than there is free: use a smaller model or --context."
-    reason = _reason(said)
-    return UserError(f"{path}: {problem}{': ' + reason if reason else ''}.", fix, code)
-
-
-def _reason(said: list[str]) -> str:
-    """The first complaint without the function's name; those behind it only pass it on."""
-    return said[0].split(": ", 1)[-1].strip(" .")[:300] if said else ""
-
-
-def _is_allocation(line: str) -> bool:
-    return any(word in line.lower() for word in ALLOCATION)
-
-
-def _check_magic(path: Path) -> None:
-    try:
-        with open(path, "rb") as file:
-            found = file.read(4)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}.", "Name a .gguf file.", CHECKPOINT) from None
-    if found != b"GGUF":
-        raise UserError(f"{path}: not a GGUF file.", "Name a .gguf file.", CHECKPOINT)
-
-
-def _try_out(path: Path) -> None:
-    """Load a stranger's vocabulary in a child first: llama.cpp ends its process at some damaged ones."""
-    if fingerprint.cache_folder().resolve() in path.resolve().parents:
-        return  # made here
-    command = [sys.executable, "-c", TRIAL, str(path.resolve())]
-    environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if ended.returncode < 0:  # other failures are told when it is loaded here
-        reason = (ended.stderr.strip().splitlines() or ["it crashes"])[-1].split(": ")[-1][:300]
-        raise _unusable(path, "llama.cpp gives up", [f": {reason}"], AGAIN)
-
-
 def _check_vocabulary(gguf: Path, entries: int, tokenizer: Any) -> None:
-    highest = max(tokenizer.get_vocab().values())
+    # transformers adds a token of its own when it reads a GGUF file
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    highest = max(token for token in tokenizer.get_vocab().values() if token not in special)
     if highest >= entries:
         problem = f"{gguf}: it has {entries} tokens, the tokenizer's ids go up to {highest}."
         raise UserError(problem, "Use the tokenizer and the GGUF file of one model.", CHECKPOINT)

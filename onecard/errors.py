@@ -7,12 +7,12 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 OK = 0
 USAGE = 2  # an option, a template, module names, an output folder that holds another run
-DATA = 3  # rows that cannot be read or used
-CHECKPOINT = 4  # an adapter or checkpoint that is bad or does not belong here
+DATA = 3  # rows and texts that cannot be read or used
+CHECKPOINT = 4  # a model, adapter or checkpoint that is damaged, incomplete or does not belong here
 NON_FINITE = 5  # the loss or the gradient is not a number
 MEMORY = 6
 DISK = 7
@@ -76,6 +76,11 @@ def run_program(main: Callable[[], int | None]) -> None:
         )
     sys.stdout.flush()
     sys.exit(code)
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Names for a message: the first of them, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -28,9 +28,9 @@ def of_files(paths: list[Path], again: bool = False) -> dict[Path, str]:
     known = _read_cache()
     found = {str(path.resolve()): known.get(str(path.resolve())) for path in paths}
     for name, entry in found.items():
-        stamp = _stamp(Path(name))
-        if again or entry is None or entry[0] != stamp:
-            found[name] = [stamp, sha256(Path(name))]
+        now = stamp(Path(name))
+        if again or entry is None or entry[0] != now:
+            found[name] = [now, sha256(Path(name))]
     if any(known.get(name) != entry for name, entry in found.items()):
         _write_cache({**known, **found})
     return {path: found[str(path.resolve())][1] for path in paths}
@@ -48,7 +48,8 @@ def of_folder(paths: list[Path], again: bool = False) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _stamp(path: Path) -> list[int]:
+def stamp(path: Path) -> list[int]:
+    """Size, times and inode: what changes when a file does."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 

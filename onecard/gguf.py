@@ -1,39 +1,28 @@
 """A model folder and its adapters -> GGUF files for llama.cpp, made once and kept in the user's cache.
 
-llama.cpp's own converter does it. It lies in the source archive of llama-cpp-python, so it is always that of
-the installed version, and runs in a process of its own, without network and without the code that a model
-folder may bring. This file does not know engines or conversations.
+llama.cpp's own converter and quantiser do it (converter.py, quantizer.py). Nothing here knows engines or
+conversations.
 """
 
 import contextlib
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
 import re
-import runpy
 import shutil
-import subprocess
-import sys
-import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onecard import child, fingerprint, runfolder
+from onecard import converter, fingerprint, headers, layouts, runfolder
 from onecard.errors import CHECKPOINT, DISK, USAGE, UserError
 
-PACKAGE = "llama-cpp-python"
-BASE_SCRIPT, ADAPTER_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
-PARTS = (BASE_SCRIPT, ADAPTER_SCRIPT, "conversion/", "gguf-py/", "LICENSE")  # of the archive's llama.cpp
 MODEL_FILES = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # no pickles, no code
-WAY = "1"  # changes when files that are kept should be made again
-UNFINISHED = ".onecard-gguf-"
-ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
-ENGINE = "Use --engine transformers."
+FOLDER = "gguf"  # with the type behind it: where tools/export_gguf.py puts its files
+WAY = "2"  # changes when files that are kept should be made again
 NO_PLACE = {  # of adapter_config.json: what a GGUF adapter cannot hold
     "use_dora": "DoRA",
     "modules_to_save": "trained embeddings",
@@ -44,7 +33,6 @@ NO_PLACE = {  # of adapter_config.json: what a GGUF adapter cannot hold
     "alora_invocation_tokens": "a text that switches it on",
 }
 ADAPTER_FILES = (runfolder.ADAPTER_CONFIG, runfolder.ADAPTER_WEIGHTS)
-PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # others changed the base's weights too
 
 
 def for_llama(model: Path, adapters: Mapping[str, Path]) -> tuple[Path, dict[str, Path]]:
@@ -52,35 +40,69 @@ def for_llama(model: Path, adapters: Mapping[str, Path]) -> tuple[Path, dict[str
 
     What they are made from is compared by content: an adapter that was trained on is converted again.
     """
-    version = _version()
-    of_base = _key(version, _model_files(model))
-    configured = _key(version, [model / runfolder.MODEL_CONFIG])
+    of_base = keys(model)[0]
     place = fingerprint.cache_folder() / "gguf"
-    path = place / of_base / "base.gguf"
+    path = place / of_base / "base.gguf"  # an adapter's folder may be anybody's: no base is taken from there
     if not path.is_file():
         base(model, path, any_tokenizer=True)
     made = {}
     for name, folder in adapters.items():
         _check_adapter(folder)
-        key = _key(version + configured, [folder / each for each in ADAPTER_FILES])
-        made[name] = place / key / "adapter.gguf"
+        key = keys(model, folder)[1]
+        made[name] = _exported(folder, of_base, key) or place / key / "adapter.gguf"
         if not made[name].is_file():
             adapter(folder, model, made[name])
     return path, made
 
 
-def base(folder: Path, output: Path, any_tokenizer: bool = False) -> Path:
-    """Convert a transformers model folder to a GGUF file in 16 bits (fp16).
+def keys(model: Path, adapter: Path | None = None) -> tuple[str, str | None]:
+    """What the files of a base and an adapter are made from, as a name each."""
+    version = converter.version()
+    of_base = _key(version, _model_files(model))
+    if adapter is None:
+        return of_base, None
+    configured = _key(version, [model / runfolder.MODEL_CONFIG])
+    return of_base, _key(version + configured, [adapter / each for each in ADAPTER_FILES])
 
-    any_tokenizer: also one whose way of splitting text llama.cpp does not know; other programs would then
-    encode with the file otherwise than OneCard, which brings the tokenizer. Raises UserError.
+
+def _exported(folder: Path, of_base: str, of_adapter: str) -> Path | None:
+    """The adapter's file that tools/export_gguf.py made of just these.
+
+    It lies in the adapter's folder, of a checkpoint in its run's, beside a base of any type.
+    """
+    places = [folder, *([folder.parent] if folder.name.startswith("checkpoint-") else [])]
+    for place in (found for each in places for found in sorted(each.glob(f"{FOLDER}-*"))):
+        values = None
+        with contextlib.suppress(UserError):  # a damaged one is no export; chat makes its own files
+            values = runfolder.read_json(place / runfolder.EXPORT)
+        if not isinstance(values, dict):
+            continue
+        name, made_of = values.get("adapter"), (values.get("of_base"), values.get("of_adapter"))
+        is_beside = isinstance(name, str) and Path(name).name == name
+        if made_of == (of_base, of_adapter) and is_beside and (place / name).is_file():
+            return place / name
+    return None
+
+
+def base(
+    folder: Path, output: Path, any_tokenizer: bool = False, kind: str = "f16", ends: Sequence[int] = ()
+) -> Path:
+    """Convert a transformers model folder to a GGUF file.
+
+    kind: f32, f16, bf16, q8_0; auto: the 16 bits that the weights have. any_tokenizer: also one whose way of
+    splitting text llama.cpp does not know; other programs would then encode with the file otherwise than
+    OneCard, which brings the tokenizer. ends: tokens that the file names as those that end an answer, the
+    first as the end of a text; none: what the model's files say. Raises UserError.
     """
     files = _model_files(folder)
-    script = converter().resolve() / BASE_SCRIPT
-    with _unfinished(output, folder) as (place, handle):
+    headers.check(layouts.files_of(folder))
+    script = converter.home().resolve() / converter.BASE_SCRIPT
+    with unfinished(output, folder) as (place, handle):
         model = _links(files, place / (folder.resolve().name or "model"))
-        options = [*(["--any-tokenizer"] if any_tokenizer else []), script, model]
-        _run([*options, "--outtype", "f16", "--outfile", place / output.name], folder, handle)
+        options = [converter.ANY] if any_tokenizer else []
+        options += [f"{converter.ENDS}{json.dumps(list(ends))}"] if ends else []
+        options += [script, model, "--outtype", kind, "--outfile", place / output.name]
+        converter.run(options, folder, handle)
         _finish(place / output.name, output)
     return output
 
@@ -92,101 +114,28 @@ def adapter(folder: Path, base: Path, output: Path) -> Path:
     """
     config = _check_adapter(folder)
     files = _model_files(base)
-    script = converter().resolve() / ADAPTER_SCRIPT
-    with _unfinished(output, folder) as (place, handle):
+    script = converter.home().resolve() / converter.ADAPTER_SCRIPT
+    with unfinished(output, folder) as (place, handle):
         given = _links([folder / name for name in ADAPTER_FILES], place / "adapter")
         if config.get("use_rslora") or config.get("alpha_pattern") or not config["lora_alpha"]:
             _scale_plainly(given, config)
         model = _links(files, place / "base")
-        _run([script, "--base", model, "--outfile", place / output.name, given], folder, handle)
+        converter.run([script, "--base", model, "--outfile", place / output.name, given], folder, handle)
         _finish(place / output.name, output)
     return output
 
 
-def converter() -> Path:
-    """The folder with llama.cpp's converter of the installed version; fetched on first use."""
-    folder = fingerprint.cache_folder() / f"llama.cpp-{_version()}"
-    if folder.is_dir():
-        return folder
-    print(f"Fetching llama.cpp's converter (77 MB, once) into {folder} ...", flush=True)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=UNFINISHED) as temporary:
-            made = _unpack(_download(Path(temporary)), Path(temporary) / "made")
-            try:
-                made.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # otherwise another process was faster
-                    raise
-    except (OSError, tarfile.TarError) as error:
-        problem = f"llama.cpp's converter could not be stored in {folder}: {error}."
-        raise UserError(problem, "Set ONECARD_CACHE to a folder with 200 MB free.", DISK) from None
-    return folder
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"{PACKAGE} is not installed.", "Run: bash tools/setup.sh cpu") from None
-
-
-def _download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--no-binary", PACKAGE, "--dest", str(folder), f"{PACKAGE}=={_version()}"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    archives = list(folder.glob("*.tar.gz"))
-    if ended.returncode or not archives:
-        problem = f"llama.cpp's converter could not be fetched: {_last_words(ended.stderr)}"
-        raise UserError(problem, "Check the network, or use --engine transformers.")
-    return archives[0]
-
-
-def _unpack(archive: Path, folder: Path) -> Path:
-    """The converter's parts of the archive, and nothing else of it."""
-    with tarfile.open(archive) as packed:
-        for member in packed:
-            _, found, name = member.name.partition("/vendor/llama.cpp/")
-            if found and name.startswith(PARTS):
-                member.name = name
-                packed.extract(member, folder, filter="data")
-    missing = [name for name in PARTS if not (folder / name).exists()]
-    if missing:
-        raise UserError(f"{archive.name} has no {missing[0]}.", f"Install another version of {PACKAGE}.")
-    return folder
-
-
-def _run(arguments: list[Any], source: Path, handle: int) -> None:
-    """Run a script of the converter; raises UserError with what it said last."""
-    print(f"Converting {source} to GGUF (once) ...", flush=True)
-    kept = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-    ended = subprocess.run(
-        [sys.executable, "-m", "onecard.gguf", *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-        pass_fds=[handle],  # so that the folder is locked as long as either lives
-        env={**kept, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-        **{**child.SETTINGS, "errors": "replace"},
-    )
-    if ended.returncode:
-        reason = _last_words(ended.stdout) if ended.returncode > 0 else "killed, perhaps for want of memory"
-        full = "No space left" in ended.stdout
-        fix = "Make room, or set ONECARD_CACHE." if full else ENGINE
-        raise UserError(f"{source}: cannot be converted to GGUF: {reason}", fix, DISK if full else CHECKPOINT)
-
-
-def _last_words(said: str) -> str:
-    """The last line that is no progress bar and no mere information."""
-    lines = [line.strip() for line in re.split(r"[\r\n]", said)]
-    noise = re.compile(r"INFO:|DEBUG:|WARNING:|Writing:")
-    telling = [line for line in lines if line and not noise.match(line)]
-    return re.sub(r"^ERROR:( |[\w.-]+:)", "", telling[-1])[:300] if telling else "it gave no reason"
+def quantize(source: Path, output: Path, kind: str) -> Path:
+    """Another type of weights for a GGUF file of 16 or 32 bits, by llama.cpp's quantiser in a child."""
+    with unfinished(output, source) as (place, handle):
+        made = place / output.name
+        converter.run([source, made, kind], source, handle, "Quantising", "onecard.quantizer")
+        _finish(made, output)
+    return output
 
 
 @contextlib.contextmanager
-def _unfinished(output: Path, source: Path) -> Iterator[tuple[Path, int]]:
+def unfinished(output: Path, source: Path) -> Iterator[tuple[Path, int]]:
     """A folder beside the output, and a handle that locks that place: one conversion at a time.
 
     What a killed one left there goes first.
@@ -197,9 +146,9 @@ def _unfinished(output: Path, source: Path) -> Iterator[tuple[Path, int]]:
         handle = os.open(parent, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            for left in parent.glob(f"{UNFINISHED}*"):
+            for left in parent.glob(f"{converter.UNFINISHED}*"):
                 shutil.rmtree(left)
-            with tempfile.TemporaryDirectory(dir=parent, prefix=UNFINISHED) as place:
+            with tempfile.TemporaryDirectory(dir=parent, prefix=converter.UNFINISHED) as place:
                 yield Path(place), handle
         finally:
             os.close(handle)
@@ -240,9 +189,10 @@ def _check_adapter(folder: Path) -> dict[str, Any]:
     """adapter_config.json of an adapter that can become a GGUF file; raises UserError (exit 4) for others."""
     from safetensors import SafetensorError, safe_open
 
-    def refuse(problem: str, fix: str = ENGINE) -> UserError:
+    def refuse(problem: str, fix: str = converter.ENGINE) -> UserError:
         return UserError(f"{folder}: {problem}", fix, CHECKPOINT)
 
+    headers.check(folder.glob(runfolder.ADAPTER_WEIGHTS))
     try:
         config = json.loads((folder / runfolder.ADAPTER_CONFIG).read_text(encoding="utf-8"))
         with safe_open(folder / runfolder.ADAPTER_WEIGHTS, "np") as file:
@@ -255,7 +205,7 @@ def _check_adapter(folder: Path) -> dict[str, Any]:
     if config.get("peft_type", "LORA") != "LORA":
         raise refuse("not a LoRA adapter, which is all that llama.cpp has.")
     reasons = [what for key, what in NO_PLACE.items() if config.get(key)]
-    if config.get("init_lora_weights", True) not in PLAIN_STARTS:
+    if config.get("init_lora_weights", True) not in runfolder.PLAIN_STARTS:
         reasons.append(f"the start {config['init_lora_weights']!r}, which changed the base's weights")
     reasons += [f"the tensor {name}" for name in names if not re.search(r"\.lora_[AB]\.weight$", name)]
     if reasons:
@@ -283,29 +233,3 @@ def _scale_plainly(folder: Path, config: dict[str, Any]) -> None:
     save_file(tensors, folder / runfolder.ADAPTER_WEIGHTS)
     plain = {**config, "lora_alpha": 0, "use_rslora": False, "alpha_pattern": {}}  # 0: B as it is
     (folder / runfolder.ADAPTER_CONFIG).write_text(json.dumps(plain), encoding="utf-8")
-
-
-def _converting(arguments: list[str]) -> None:
-    """In the child: run a script of the converter, with its own libraries first."""
-    any_tokenizer = arguments[0] == "--any-tokenizer"
-    arguments = arguments[any_tokenizer:]
-    home = Path(arguments[0]).parent
-    sys.path[:1] = [str(home / "gguf-py"), str(home)]  # instead of the working folder
-    sys.argv = arguments
-    if any_tokenizer:
-        from conversion.base import TextModel
-
-        known = TextModel.get_vocab_base_pre
-
-        def known_or_default(self: Any, tokenizer: Any) -> str:
-            try:
-                return known(self, tokenizer)
-            except NotImplementedError:
-                return "default"
-
-        TextModel.get_vocab_base_pre = known_or_default
-    runpy.run_path(arguments[0], run_name="__main__")
-
-
-if __name__ == "__main__":
-    _converting(sys.argv[1:])

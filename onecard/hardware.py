@@ -122,6 +122,29 @@ def check_optimizer(name: str, device: str) -> None:
         )
 
 
+def choose_threads(wanted: int | None) -> Choice:
+    """Threads for products on the processor: one a physical core; two on one core wait for each other."""
+    if wanted:
+        return Choice(wanted, "asked for")
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdecimal() and int(given):
+        return Choice(int(given), "OMP_NUM_THREADS")
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = {_core_of(number) for number in usable}
+    both = f", {len(usable)} with hyper-threading" if len(cores) < len(usable) else ""
+    return Choice(len(cores), f"{len(cores)} physical cores{both}")
+
+
+def _core_of(number: int) -> str:
+    """A name that threads on one core share; the thread's own number where that is not known."""
+    try:
+        path = f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list"
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except OSError:
+        return str(number)
+
+
 def cpu_has_bf16() -> bool:
     """Whether the processor multiplies bf16 in hardware (AVX512-BF16, AMX or Arm's bf16)."""
     try:
@@ -143,6 +166,29 @@ def describe_machine() -> str:
         pass
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{model}, {os.cpu_count()} cores, {gib:.0f} GiB RAM, {platform.system()} {platform.release()}"
+
+
+def free_memory_bytes(device: str) -> int | None:
+    """Free now on a card, or for this machine's programs on the CPU; None where nobody says.
+
+    nvidia-smi is asked, not torch: a CUDA context of our own would take memory of the card.
+    """
+    if device.startswith("cuda"):
+        number = int(device.partition(":")[2] or 0)
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = shown.split(",") if shown else []
+        name = names[number].strip() if number < len(names) else str(number)
+        command = ["nvidia-smi", "-i", name, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+            return int(answer.stdout.split()[0]) * 2**20
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+            return None
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
 
 
 def peak_memory_bytes(device: str) -> int:

@@ -12,11 +12,12 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from onecard import receipt
 from onecard.errors import DISK, UserError
 from onecard.fingerprint import cache_folder
 from onecard.reader import FORMATS
+from onecard.receipt import DEMO
 
-DEMO = "demo"
 ADAPTER_FILES = [
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -29,13 +30,27 @@ DEMO_FOLDER = "SmolLM2-135M-Instruct-bf16-1"  # the last number changes when the
 
 
 def locate(model_path: str) -> str:
-    """Folder or hub name that transformers can load; `demo` is fetched on first use."""
+    """Folder or hub name that transformers can load; `demo` is fetched on first use.
+
+    A hub name that tools/download.py has fetched is that folder, at the commit it was fetched at.
+    """
     if model_path != DEMO:
-        return model_path
+        return str(receipt.kept(model_path) or model_path)
     folder = cache_folder() / DEMO_FOLDER
     if not folder.is_dir():
         _make_demo(folder)
     return str(folder)
+
+
+def here(model_path: str) -> str | None:
+    """The folder of a model that is on this machine already, None for one that would have to be fetched."""
+    if Path(model_path).is_dir():
+        return model_path
+    if model_path == DEMO:
+        folder = cache_folder() / DEMO_FOLDER
+        return str(folder) if folder.is_dir() else None
+    folder = receipt.at_hand(model_path)
+    return str(folder) if folder else None
 
 
 def fetch_model(name: str) -> str:
@@ -53,7 +68,9 @@ def for_engine(engine: str) -> Callable[[str], str]:
 
 
 def fetch_adapter(name: str) -> str:
-    """Folder of an adapter on the hub, in the hub's own cache."""
+    """Folder of an adapter on the hub: what tools/download.py has fetched, or in the hub's own cache."""
+    if folder := receipt.kept(name):
+        return str(folder)
     what = f"{name}: no such folder here, and as an adapter of the hub it"
     return _fetch(name, "model", ADAPTER_FILES, what, "name a local folder")
 
@@ -133,8 +150,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
+        trust_remote_code=False,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
     )
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+    tokenizer.save_pretrained(folder)

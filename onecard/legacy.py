@@ -25,7 +25,8 @@ STATE, OPTIMIZER, SCALER = "trainer_state.json", "optimizer.pt", "scaler.pt"
 MARKS = (STATE, OPTIMIZER, *PICKLED_WEIGHTS)  # any of these makes a folder an older checkpoint
 NAME = re.compile(r"(?P<module>.*\.(?P<last>[^.]+))\.lora_(?P<side>[AB])(\.default)?\.weight")
 PLAIN = torch.Tensor | int | float  # of an optimizer's state
-SECONDS = 600  # the child's time
+SECONDS, MEMORY = 600, 8 << 30  # of the child; bytes of its own beside twice its file
+OLDEST_TORCH = (2, 10)  # below it a file could run code in spite of weights_only (CVE-2026-24747)
 
 
 @dataclasses.dataclass
@@ -63,7 +64,8 @@ def read(folder: Path) -> Legacy:
     if (folder / SCALER).is_file():
         saved = unpickle(folder / SCALER)
         scale = saved.get("scale") if isinstance(saved, dict) else None
-    if settings.get("r", next(iter(ranks))) not in ranks:
+        scale = scale if isinstance(scale, int | float) else None
+    if settings.get("r", next(iter(ranks))) not in list(ranks):
         notes.append(
             f"{ADAPTER_CONFIG} says rank {settings['r']}, its tensors have {min(ranks)}: theirs counts"
         )
@@ -93,8 +95,8 @@ def _adapter(folder: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: holds no tensors by name.", "", CHECKPOINT)
     adapter = {}
     for name, tensor in found.items():
-        match = NAME.fullmatch(name)
-        if match and isinstance(tensor, torch.Tensor):
+        match = NAME.fullmatch(str(name))
+        if match and isinstance(tensor, torch.Tensor) and tensor.dim() == 2:
             adapter[f"{match['module']}.lora_{match['side']}.weight"] = tensor.float()
     other = [
         str(name)
@@ -112,7 +114,9 @@ def _adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 def _moments(saved: dict[str, Any]) -> dict[str, Any]:
     """The moments in our flat form; the numbers are those of the parameters in the model's order."""
-    states = saved.get("state", {}) if isinstance(saved, dict) else {}
+    states = saved.get("state") if isinstance(saved, dict) else None
+    if not isinstance(states, dict) or not all(isinstance(number, int) for number in states):
+        return {}
     numbered = dict(enumerate(state for _, state in sorted(states.items())))
     return {path: value for path, value in flattened(numbered) if isinstance(value, PLAIN)}
 
@@ -149,12 +153,22 @@ def unpickle(path: Path) -> dict[str, Any]:
 
     Raises UserError: exit 8 when the file asks for anything else, 4 when it cannot be read.
     """
+    check_torch(torch.__version__, path)
     with tempfile.TemporaryDirectory(prefix="onecard-legacy-") as place:
         output = Path(place) / "plain"
         child.convert("onecard.legacy", path, output, SECONDS, damaged=CHECKPOINT, late=UNSAFE)
         tensors = load_file(output.with_suffix(".safetensors"))
         tree = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
         return _join(tree, tensors)
+
+
+def check_torch(version: str, path: Path) -> None:
+    """Raise UserError (exit 8) where torch's restricted unpickler is known to be unsafe."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if not found or (int(found[1]), int(found[2])) < OLDEST_TORCH:
+        problem = f"{path}: pickled, and torch {version} can be made to run code by such a file."
+        fix = "Use torch 2.10 or newer (CVE-2026-24747), or save it as safetensors."
+        raise UserError(problem, fix, UNSAFE)
 
 
 def _split(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -190,20 +204,22 @@ def _child(source: str, output: str) -> int:
 
     from safetensors.torch import save_file
 
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # no process of its own
+    size = Path(source).stat().st_size
+    child.limit(resource.RLIMIT_NPROC, 0)  # no process of its own
+    child.limit(resource.RLIMIT_DATA, MEMORY + 2 * size)
     torch.set_num_threads(1)
     try:
         value = torch.load(source, map_location="cpu", weights_only=True)
+        tensors: dict[str, torch.Tensor] = {}
+        tree = json.dumps(_split(value, tensors))
+        save_file(tensors, f"{output}.safetensors")
     except pickle.UnpicklingError as error:
         print(str(error).replace("\n", " ")[:300], file=sys.stderr)
         return CHECKPOINT if "invalid load key" in str(error) else UNSAFE
     except Exception as error:
         print(f"{type(error).__name__}: {error}".replace("\n", " ")[:300], file=sys.stderr)
         return CHECKPOINT
-    tensors: dict[str, torch.Tensor] = {}
-    tree = _split(value, tensors)
-    save_file(tensors, f"{output}.safetensors")
-    Path(f"{output}.json").write_text(json.dumps(tree), encoding="utf-8")
+    Path(f"{output}.json").write_text(tree, encoding="utf-8")
     return 0
 
 

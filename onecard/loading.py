@@ -3,22 +3,56 @@
 It chooses bits, device and dtype, and says why; it does not know conversations.
 """
 
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from onecard import adapter, engine_hf, hardware, model, sources
+from onecard import (
+    adapter,
+    engine_hf,
+    engine_llama,
+    hardware,
+    llama_library,
+    memory,
+    model,
+    quantised,
+    remote_code,
+    sources,
+)
 from onecard.chat_config import ChatConfig, Mixture, memory_of_cards
 from onecard.errors import UserError
 from onecard.hardware import Choice
 from onecard.prompt import Template
-from onecard.sources import Source
+from onecard.receipt import DEMO
+from onecard.sources import GGUF, Source
 
 ToGguf = Callable[[Path, dict[str, Path]], tuple[Path, dict[str, Path]]]
-DEMO, GGUF = "demo", ".gguf"
-TRANSFORMERS, LLAMA = "transformers", "llama.cpp"
-USABLE = 0.8  # share of a card's free memory for weights; the rest is for keys, values and activations
+LLAMA = "llama.cpp"
+UNUSED_BY_LLAMA = {  # option -> values that ask for nothing
+    "bits": ("auto",),
+    "load_8bit": (False,),
+    "device": ("auto", "cpu"),
+    "dtype": ("auto",),
+    "card_memory": (None,),
+}
+
+
+@dataclasses.dataclass
+class Found:
+    """What is known before a weight is read: enough to lay out a page."""
+
+    options: ChatConfig
+    kind: type  # of the engine
+    base: str
+    device: Choice
+    adapters: list[Source]
+    tokenizer: Any
+    template: Template
+    mixture: Mixture  # adapters that answer unless told otherwise
+    keep: tempfile.TemporaryDirectory  # of adapters that were written in peft's form
+    code: remote_code.Consent | None = None  # to run Python code of the base's own
 
 
 def load(
@@ -27,36 +61,84 @@ def load(
     fetch: Callable[[str], str],
     to_gguf: ToGguf,
     say: Callable[[str], None],
+    exact: bool = False,
 ) -> tuple[Any, Template, Mixture]:
     """An engine, the template, and the adapters that answer unless told otherwise.
 
     locate: model name -> folder or hub name; fetch: name of an adapter on the hub -> folder; to_gguf: model
-    and adapter folders -> files for llama.cpp.
+    and adapter folders -> files for llama.cpp; exact: for measuring, in fp32 where that is free to choose.
     """
+    found = look(options, locate, fetch, say)
+    return engine_of(found, to_gguf, say, exact), found.template, found.mixture
+
+
+def look(
+    options: ChatConfig, locate: Callable[[str], str], fetch: Callable[[str], str], say: Callable[[str], None]
+) -> Found:
+    """Find and check what the options name, without reading weights of the base; raises UserError."""
     listed = sources.read_list(options.lora_path)
-    with tempfile.TemporaryDirectory(prefix="onecard-adapters-") as keep:  # read into memory, then not needed
-        found = [sources.find(path, name, options.checkpoint, fetch, Path(keep)) for name, path, _ in listed]
-        base = _base(options, found, locate)
-        for note in [note for source in found for note in source.notes]:
-            say(note)
-        adapters = [source for source in found if not source.whole]
-        wanted = options.engine
-        if wanted == "auto":
-            wanted = LLAMA if base.endswith(GGUF) else TRANSFORMERS
-        if wanted == LLAMA:
-            engine, tokenizer = _llama(options, base, adapters, to_gguf, say)
-        else:
-            engine, tokenizer = _transformers(options, base, adapters, say)
-        for source in adapters:
-            say(f"adapter     {source.name}: {source.folder}")
-        template, why = sources.choose_template(options.template, found, tokenizer)
+    keep = tempfile.TemporaryDirectory(prefix="onecard-adapters-")
+    found = [sources.find(path, name, options.checkpoint, fetch, Path(keep.name)) for name, path, _ in listed]
+    base = _base(options, found, locate)
+    for note in [note for source in found for note in source.notes]:
+        say(note)
+    adapters = [source for source in found if not source.whole]
+    is_llama = options.engine == LLAMA or (options.engine == "auto" and base.endswith(GGUF))
+    kind = engine_llama.Engine if is_llama else engine_hf.Engine
+    device = Choice("cpu", "llama.cpp's") if is_llama else _device(options.device)
+    _check(options, base, adapters, is_llama)
+    code = remote_code.ask(base, options.remote_code, say)
+    base = str(code.folder) if code else base
+    is_file = base.endswith(GGUF)
+    tokenizer = llama_library.tokenizer_of(Path(base)) if is_file else model.load_tokenizer(base, code)
+    for source in adapters:
+        say(f"adapter     {source.name}: {source.origin}")
+    template, why = sources.choose_template(options.template, found, tokenizer)
     say(f"template    {template.name}: {why}")
-    if not adapters:
-        return engine, template, ()
-    mixture = tuple((name, weight) for name, _, weight in listed)
+    weighed = tuple((name, 1.0 if weight is None else weight) for name, _, weight in listed)
+    mixture = weighed if adapters else ()
     # several are there to choose from; weights that are given say that they answer together
-    together = any(weight != 1 for _, weight in mixture)
-    return engine, template, mixture if together else mixture[:1]
+    together = any(weight is not None for _, _, weight in listed)
+    mixture = mixture if together else mixture[:1]
+    return Found(options, kind, base, device, adapters, tokenizer, template, mixture, keep, code)
+
+
+def engine_of(found: Found, to_gguf: ToGguf, say: Callable[[str], None], exact: bool = False) -> Any:
+    """The engine with its model and adapters in memory; raises UserError."""
+    is_llama = found.kind is engine_llama.Engine
+    engine = _llama(found, to_gguf, say, exact) if is_llama else _transformers(found, say, exact)
+    found.keep.cleanup()  # read into memory, then not needed
+    return engine
+
+
+def _check(options: ChatConfig, base: str, adapters: list[Source], is_llama: bool) -> None:
+    """Raise UserError for options that this engine or file cannot have."""
+    for path in (base, *(str(source.folder) for source in adapters)):
+        if not is_llama and path.endswith(GGUF):
+            raise UserError(f"--engine transformers: {path} is for llama.cpp.", "Use --engine llama.cpp.")
+    if not is_llama and options.card_memory and options.device != "all":
+        raise UserError("--card_memory is for --device all.", "Add --device all.")
+    if is_llama and options.rope_scaling != "none":
+        problem = "--rope_scaling is for the transformers engine."
+        raise UserError(problem, "A GGUF file carries its own scaling; --context makes use of it.")
+    if is_llama and options.remote_code:
+        problem = "--remote_code is for the transformers engine: llama.cpp runs no code of a model."
+        raise UserError(problem, "Leave it out.")
+    for name, plain in UNUSED_BY_LLAMA.items():
+        if is_llama and getattr(options, name) not in plain:
+            problem = f"--{name}: llama.cpp takes the file as it is, on the processor."
+            raise UserError(problem, "Leave it out; tools/export_gguf.py --type makes files of fewer bits.")
+    if options.load_8bit and options.bits not in ("auto", 8):
+        raise UserError(f"--load_8bit and --bits {options.bits} contradict each other.", "Give one of them.")
+    for source in adapters:
+        remote_code.check_same(source.origin, source.fingerprints, options.remote_code)
+    folders = [source.folder for source in adapters if not source.is_gguf]
+    if base.endswith(GGUF) and folders:
+        problem = f"{base}: the adapter {folders[0]} is no .gguf file."
+        fix = "Make it one with tools/export_gguf.py, or name the base's folder with --model_path."
+        raise UserError(problem, fix)
+    if base.endswith(GGUF) and not Path(base).is_file():
+        raise UserError(f"--model_path {base}: no such file.", "Name a .gguf file.")
 
 
 def _base(options: ChatConfig, found: list[Source], locate: Callable[[str], str]) -> str:
@@ -67,74 +149,66 @@ def _base(options: ChatConfig, found: list[Source], locate: Callable[[str], str]
         raise UserError(problem, "Give it alone, as --model_path or --lora_path.")
     if whole:
         return str(whole[0].folder)
-    named = next((source.base for source in found if source.base), None)
-    name = options.model_path or named or DEMO
-    if (
-        not options.model_path
-        and named
-        and "/" in name
-        and Path(name).is_absolute()
-        and not Path(name).exists()
-    ):
-        problem = f"{found[0].name} was trained on {name}, which is not there any more."
-        raise UserError(problem, "Name its base with --model_path.")
-    return locate(name)
+    named = [source for source in found if source.base]
+    if not options.model_path and len({_place(source.base, locate) for source in named}) > 1:
+        told = ", ".join(f"{source.name} on {source.base}" for source in named)
+        problem = f"--lora_path: the adapters were trained on different base models: {told}."
+        raise UserError(problem, "Talk with one of them, or say with --model_path which base they share.")
+    if not (options.model_path or named) and any(source.is_gguf for source in found):
+        problem = f"--lora_path {found[0].folder}: a GGUF adapter does not say its base model."
+        raise UserError(problem, "Name it with --model_path.")
+    return locate(sources.base_of(named[0] if named else None, options.model_path) or DEMO)
 
 
-def _transformers(
-    options: ChatConfig, base: str, adapters: list[Source], say: Callable[[str], None]
-) -> tuple[engine_hf.Engine, Any]:
+def _place(base: str, locate: Callable[[str], str]) -> str:
+    """Two names of one folder are the same base; nothing is fetched to find out."""
+    folder = Path(locate(base) if sources.is_here(base) else base).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else base
+
+
+def _transformers(found: Found, say: Callable[[str], None], exact: bool) -> engine_hf.Engine:
     import torch
 
-    if base.endswith(GGUF):
-        raise UserError(f"--engine transformers: {base} is for llama.cpp.", "Use --engine llama.cpp.")
-    device = _device(options.device)
-    if options.card_memory and options.device != "all":
-        raise UserError("--card_memory is for --device all.", "Add --device all.")
+    options, base, device = found.options, found.base, found.device
     dtype = Choice("fp16", "Apple's cards") if device.value == "mps" and options.dtype == "auto" else None
+    if exact and device.value == "cpu" and options.dtype == "auto":
+        dtype = Choice("fp32", "to be compared")
     dtype = dtype or hardware.choose_dtype(options.dtype, "cuda:0" if device.value == "all" else device.value)
-    config = model.load_config(base)
-    bits = _bits(options, base, config, device.value)
+    config = model.load_config(base, found.code)
+    bits = _bits(found, config, device.value, dtype.value)
     say(f"base        {base}, {bits.value} bits: {bits.reason}")
     say(f"device      {device.value} ({device.reason}), arithmetic {dtype.value}: {dtype.reason}")
     if options.rope_scaling != "none":
         config = model.stretched(base, config, options.rope_scaling, options.rope_factor)
-    tokenizer = model.load_tokenizer(base)
+    own = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
+    if options.context and options.context > own and not exact:
+        problem = f"--context {options.context}: the model has {own}."
+        raise UserError(problem, "Use less, or --rope_scaling yarn.")
     if options.threads:
         torch.set_num_threads(options.threads)
     cards = memory_of_cards(options.card_memory)
-    made = model.load_base(base, bits.value, dtype.value, device.value, config, cards).eval()
-    for source in adapters:
+    made = model.load_base(base, bits.value, dtype.value, device.value, config, cards, code=found.code).eval()
+    for source in found.adapters:
         made = adapter.attach(made, source.folder, source.name)
-    own = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
-    if options.context and options.context > own:
-        problem = f"--context {options.context}: the model has {own}."
-        raise UserError(problem, "Use less, or --rope_scaling yarn.")
-    names = [source.name for source in adapters]
-    return engine_hf.Engine(made, tokenizer, options.context or own, names), tokenizer
+    names = [source.name for source in found.adapters]
+    return engine_hf.Engine(made, found.tokenizer, min(options.context or own, own), names)
 
 
-def _llama(
-    options: ChatConfig, base: str, adapters: list[Source], to_gguf: ToGguf, say: Callable[[str], None]
-) -> tuple[Any, Any]:
-    from onecard import engine_llama  # its package is an extra of its own
-
-    if options.rope_scaling != "none":
-        problem = "--rope_scaling is for the transformers engine."
-        raise UserError(problem, "A GGUF file carries its own scaling; --context makes use of it.")
-    if not base.endswith(GGUF):
-        tokenizer = model.load_tokenizer(base)
-        path, files = to_gguf(Path(base), {source.name: source.folder for source in adapters})
-    elif adapters:
-        problem = f"{base}: an adapter is put on a model folder, not on a .gguf file."
-        raise UserError(problem, "Name the folder with --model_path; it is converted once.")
-    elif not Path(base).is_file():
-        raise UserError(f"--model_path {base}: no such file.", "Name a .gguf file.")
-    else:
-        path, files = Path(base), {}
-        tokenizer = engine_llama.tokenizer_of(path)
+def _llama(found: Found, to_gguf: ToGguf, say: Callable[[str], None], exact: bool) -> engine_llama.Engine:
+    options, path, files = found.options, Path(found.base), {}
+    if not found.base.endswith(GGUF):
+        folders = {source.name: source.folder for source in found.adapters if not source.is_gguf}
+        path, files = to_gguf(path, folders)
+    files |= {source.name: source.folder for source in found.adapters if source.is_gguf}
+    threads = hardware.choose_threads(options.threads)
     say(f"base        {path} in llama.cpp, on the processor")
-    return engine_llama.Engine(path, tokenizer, options.context or 2048, files, options.threads), tokenizer
+    say(f"threads     {threads.value}: {threads.reason}")
+    context = options.context or 2048
+    engine = engine_llama.Engine(path, found.tokenizer, context, files, threads.value, exact=exact)
+    if options.context and engine.context < options.context and not exact:
+        engine.close()
+        raise UserError(f"--context {options.context}: the model has {engine.context}.", "Use less.")
+    return engine
 
 
 def _device(wanted: str) -> Choice:
@@ -152,26 +226,23 @@ def _device(wanted: str) -> Choice:
     return hardware.choose_device(wanted)
 
 
-def _bits(options: ChatConfig, base: str, config: Any, device: str) -> Choice:
+def _bits(found: Found, config: Any, device: str, dtype: str) -> Choice:
     """Bits of a weight; auto: the most of 16, 8 and 4 that fit into the card's free memory."""
     import torch
 
-    if getattr(config, "quantization_config", None):
-        method = dict(config.quantization_config).get("quant_method", "quantised")
-        return Choice(16, f"{method} weights stay as they are")
-    asked = 8 if options.load_8bit else options.bits
+    if quantised.method(config):
+        return Choice(quantised.bits(config) or 16, f"{quantised.method(config)} weights stay as they are")
+    asked = 8 if found.options.load_8bit else found.options.bits
     if asked != "auto":
         return Choice(asked, "asked for")
     if device == "all":
         return Choice(16, "spread over the cards; --bits 8 or 4 needs fewer of them")
     if not device.startswith("cuda"):
         return Choice(16, "a processor multiplies 16 bits faster than it unpacks fewer")
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in model.skeleton(base, config).parameters())
-    free = torch.cuda.mem_get_info(device)[0] * USABLE
+    bare = model.skeleton(found.base, config, found.code).to(model.DTYPES[dtype])
+    free = torch.cuda.mem_get_info(device)[0] * memory.SAFETY  # the rest is for keys, values and activations
     for bits in (16, 8, 4):
-        if weights * bits / 8 <= free or bits == 4:
-            return Choice(
-                bits, f"{weights * bits / 8 / 2**30:.1f} GiB of weights, {free / 2**30:.1f} GiB can be used"
-            )
+        needed = memory.weight_bytes(bare, bits)
+        if needed <= free or bits == 4:
+            return Choice(bits, f"{needed / 2**30:.1f} GiB of weights, {free / 2**30:.1f} GiB can be used")
     raise AssertionError

@@ -1,12 +1,20 @@
-"""How many tokens of a micro-batch fit into a card's free memory.
+"""Predicted memory of a training: what it holds, and how many tokens of a micro-batch fit beside that.
 
-An estimate from shapes alone; tests compare it with what a forward pass really keeps.
+From shapes alone, no weight is read. Bytes of weights, adapter, gradient and optimizer are exact; activations
+are an estimate that tests compare with what a forward pass really keeps.
 """
 
+from pathlib import Path
 from typing import Any
 
-from onecard import loss
+import torch
+from transformers.pytorch_utils import Conv1D
 
+from onecard import hardware, loss, model, quantised, shards, weights
+from onecard.config import FinetuneConfig
+from onecard.plan import check_quantised, lora_shape
+
+SMALL = 4096  # elements; moments of smaller parameters stay in fp32 (bitsandbytes)
 SAFETY = 0.8  # share of the free memory that is planned for
 
 
@@ -25,6 +33,123 @@ def bytes_per_token(config: Any, element: int, checkpointing: bool) -> int:
 
 def tokens_that_fit(free_bytes: int, config: Any, element: int, checkpointing: bool) -> int:
     """Micro-batch budget in tokens for `free_bytes` of free memory; at least 1."""
-    logits = 4 * 4 * loss.CHUNK * config.vocab_size
-    usable = free_bytes * SAFETY - logits
+    usable = free_bytes * SAFETY - _logits_bytes(config)
     return max(1, int(usable // bytes_per_token(config, element, checkpointing)))
+
+
+def tokens_on_cpu(options: FinetuneConfig) -> int:
+    """Micro-batch budget in tokens on the processor."""
+    return max(2048, options.cutoff_len)
+
+
+def _logits_bytes(config: Any) -> int:
+    """Of the logits that exist at the same time, with their gradients, in fp32."""
+    return 4 * 4 * loss.CHUNK * config.vocab_size
+
+
+def predict(options: FinetuneConfig, folder: str, device: str, free_bytes: int | None) -> dict[str, float]:
+    """GiB of weights, adapter, gradient, optimizer and activations at the peak of a training on one device.
+
+    folder: of the base model; device: cpu or cuda:N; free_bytes: there now, for --micro_batch_tokens auto on
+    a card. Not in it: the program itself, and on a card the CUDA context. Raises UserError for a model or an
+    adapter that cannot be trained.
+    """
+    config = model.load_config(folder)
+    check_quantised(options, config)
+    shape = lora_shape(options)
+    model.check_architecture(options.model_path, config, shape)
+    dtype = hardware.choose_dtype(options.dtype, device).value
+    kept_in = "fp32" if options.train_what == weights.FULL else dtype
+    bare = model.skeleton(folder, config).to(model.DTYPES[kept_in])
+    held = 0
+    if quantised.method(config):
+        held = stored_bytes(bare, folder)
+    elif options.train_what != weights.FULL:
+        held = weight_bytes(bare, options.bits)
+    with torch.device("meta"):
+        trained = weights.trainable(weights.prepare(bare, shape, seed=0))
+    parameters = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    parts = {
+        "weights": held,
+        "adapter": parameters,
+        "gradient": parameters,
+        "optimizer": optimizer_bytes([parameter.numel() for parameter in trained], options.optimizer),
+    }
+    recompute = hardware.choose_checkpointing(options.gradient_checkpointing, device).value
+    left = None if free_bytes is None else free_bytes - sum(parts.values())
+    element = model.DTYPES[dtype].itemsize
+    tokens = _micro_batch(options, config, element, recompute, device, left)
+    activations = tokens * bytes_per_token(config, element, recompute)
+    parts["activations"] = activations + _logits_bytes(config)
+    return {name: count / 2**30 for name, count in parts.items()}
+
+
+def _micro_batch(
+    options: FinetuneConfig, config: Any, element: int, recompute: bool, device: str, left: int | None
+) -> int:
+    """Tokens of the largest micro-batch, if rows are as long as --cutoff_len lets them be."""
+    in_step = options.batch_size * options.cutoff_len
+    budget = options.micro_batch_tokens
+    if budget == "auto" and device == "cpu":
+        budget = tokens_on_cpu(options)
+    elif budget == "auto":
+        fits = in_step if left is None else tokens_that_fit(left, config, element, recompute)
+        budget = max(options.cutoff_len, fits)
+    return min(max(budget, options.cutoff_len), in_step)
+
+
+def weight_bytes(bare: torch.nn.Module, bits: int) -> int:
+    """Bytes of a frozen base. bare: without weights, in the dtype that 16 bits have.
+
+    In 8 and 4 bits every linear layer but the head is stored as bitsandbytes does.
+    """
+    head = bare.get_output_embeddings()
+    packed = {
+        module.weight: isinstance(module, Conv1D)
+        for module in bare.modules()
+        if bits < 16 and isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    }
+    return sum(
+        _packed_bytes(parameter.numel(), parameter.shape[packed[parameter]], bits)
+        if parameter in packed
+        else parameter.numel() * parameter.element_size()
+        for parameter in bare.parameters()
+    )
+
+
+def stored_bytes(bare: torch.nn.Module, folder: str) -> int:
+    """Bytes of a base whose files are quantised: theirs, and plain weights in the dtype that 16 bits have.
+
+    bare: without weights, in that dtype.
+    """
+    plain, packed = dict(bare.named_parameters(remove_duplicate=False)), 0
+    found = {}  # of tied weights one
+    for name, tensor in shards.of_folder(Path(folder)).items():
+        own = plain.get(name)
+        if own is not None and tensor.dtype.is_floating_point and tensor.shape == tuple(own.shape):
+            found[id(own)] = own.numel() * own.element_size()
+        else:
+            packed += tensor.size
+    return packed + sum(found.values())
+
+
+def _packed_bytes(count: int, rows: int, bits: int) -> int:
+    """One matrix as it is stored; rows: its outputs.
+
+    8 bits: int8 and a scale a row. 4 bits: NF4 in blocks of 64 whose scales are 8 bits, in blocks of 256, and
+    the two tables of values (QLoRA, arXiv 2305.14314).
+    """
+    if bits == 8:
+        return count + 4 * rows
+    blocks = -(-count // 64)
+    return -(-count // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
+
+
+def optimizer_bytes(counts: list[int], optimizer: str) -> int:
+    """Bytes of AdamW's two moments for parameters of these counts.
+
+    bitsandbytes keeps the moments of small ones in fp32, else in 8 bits with a scale for each 256.
+    """
+    if optimizer == "adamw":
+        return 8 * sum(counts)
+    return sum(8 * n if n < SMALL else 2 * (n + 4 * -(-n // 256)) for n in counts)

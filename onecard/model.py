@@ -3,15 +3,13 @@
 It does not know rows, steps or run folders.
 """
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
-from safetensors import SafetensorError
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,13 +19,13 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from onecard import adapter, attention, frozen, weights
+from onecard import adapter, attention, frozen, headers, layouts, quantised, remote_code, weights
 from onecard.adapter import LoraShape
-from onecard.errors import UserError
+from onecard.errors import CHECKPOINT, UNSAFE, UserError
+from onecard.remote_code import Consent
+from onecard.unreadable import NOT_A_MODEL, cannot_load
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# what transformers raises for folders that hold no model, or a damaged one
-NOT_A_MODEL = (OSError, ValueError, KeyError, TypeError, SafetensorError, StrictDataclassError)
 # settings that change logits or attention, and their values that do not
 PLAIN = {
     "logits_scaling": 1,
@@ -39,14 +37,16 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 TOKENIZER_EXTRAS = ("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
 SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 NOT_LOADED = ["*/*", "consolidated*"]  # what transformers leaves alone
-PICKLED_WEIGHTS = ("*.bin", "*.bin.index.json", "config.json")
 
 
 MIXED = 0.1  # of a hidden state's norm; rounding moves it by a hundredth at most, another document by a half
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Tokenizer of a base model; raises UserError when there is none or it has no end token."""
+def load_tokenizer(path: str, code: Consent | None = None) -> PreTrainedTokenizerBase:
+    """Tokenizer of a base model; raises UserError when there is none or it has no end token.
+
+    code, here and below: to run Python code of the model's own; without it such a model is refused (exit 8).
+    """
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
@@ -54,9 +54,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             f"It needs one of: {', '.join(TOKENIZER_FILES)}.",
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        if code:
+            tokenizer = code.read(AutoTokenizer)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except NOT_A_MODEL as error:
-        raise _cannot_load(path, "its tokenizer", error) from None
+        raise cannot_load(path, "its tokenizer", error) from None
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"--model_path {path}: the tokenizer has no end token.", "Set eos_token in tokenizer_config.json."
@@ -72,39 +75,36 @@ def identity_files(path: str) -> dict[str, list[Path]]:
             folder = Path(
                 snapshot_download(path, allow_patterns=[*names, *SAFE_WEIGHTS], ignore_patterns=NOT_LOADED)
             )
-            if not list(folder.glob(SAFE_WEIGHTS[0])):  # repositories often hold both kinds
-                folder = Path(
-                    snapshot_download(
-                        path, allow_patterns=[*names, *PICKLED_WEIGHTS], ignore_patterns=NOT_LOADED
-                    )
-                )
         except (OSError, ValueError, HfHubHTTPError) as error:
-            raise _cannot_load(path, "its files", error) from None
-    patterns = SAFE_WEIGHTS if list(folder.glob(SAFE_WEIGHTS[0])) else PICKLED_WEIGHTS
+            raise cannot_load(path, "its files", error) from None
     return {
         "tokenizer": [folder / name for name in names if (folder / name).is_file()],
-        "weights": sorted({file for pattern in patterns for file in folder.glob(pattern)}),
+        "weights": sorted({file for pattern in SAFE_WEIGHTS for file in folder.glob(pattern)}),
     }
 
 
-def load_config(path: str) -> Any:
+def load_config(path: str, code: Consent | None = None) -> Any:
     """transformers config of a base model; raises UserError when there is none."""
     try:
-        return AutoConfig.from_pretrained(path)
+        if code:
+            return code.read(AutoConfig)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except NOT_A_MODEL as error:
-        raise _cannot_load(path, "its config.json", error) from None
+        raise cannot_load(path, "its config.json", error) from None
 
 
-def skeleton(path: str, config: Any) -> torch.nn.Module:
+def skeleton(path: str, config: Any, code: Consent | None = None) -> torch.nn.Module:
     """The model without its weights, on the meta device; raises UserError when its config gives none."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            if code:
+                return code.build(AutoModelForCausalLM, config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except NOT_A_MODEL as error:
-        raise _cannot_load(path, "a causal language model from its config.json", error) from None
+        raise cannot_load(path, "a causal language model from its config.json", error) from None
 
 
-def check_architecture(path: str, config: Any, shape: LoraShape) -> int:
+def check_architecture(path: str, config: Any, shape: LoraShape, code: Consent | None = None) -> int:
     """Number of parameters that will be trained; no weight is read.
 
     Raises UserError when a target module is not in the model, or when the model is of a kind whose logits or
@@ -114,7 +114,7 @@ def check_architecture(path: str, config: Any, shape: LoraShape) -> int:
     if strange:
         problem = f"--model_path {path}: models with {', '.join(strange)} cannot be trained yet."
         raise UserError(problem, "Choose a Llama-like model: Llama, Mistral, Qwen, SmolLM.")
-    bare = skeleton(path, config)
+    bare = skeleton(path, config, code)
     if shape.what == weights.FULL:
         return sum(p.numel() for p in bare.parameters())
     if shape.what != adapter.EMBEDDINGS:
@@ -176,20 +176,22 @@ def load_base(
     device: str,
     config: Any = None,
     cards: dict[int | str, str] | None = None,
+    to_train: bool = False,
+    code: Consent | None = None,
 ) -> torch.nn.Module:
     """Frozen causal language model with per-document attention and frozen products.
 
     bits 8: LLM.int8 row-wise weights; bits 4: NF4 with double quantisation (QLoRA, arXiv 2305.14314); weights
     that are already quantised (GPTQ, AWQ) stay as they are. config: changed from the folder's; device "all":
-    spread over all cards, at most as much on each as `cards` says.
+    spread over all cards, at most as much on each as `cards` says. to_train: an adapter on top of it.
     """
     torch_dtype = DTYPES[dtype]
-    quantisation = None
-    if config is not None and getattr(config, "quantization_config", None):
-        _check_quantised(path, config)
-    elif bits == 8:
+    given = config or load_config(path, code)
+    quantisation = quantised.how_to_read(path, given, to_train)
+    plain = not quantised.method(given)
+    if plain and bits == 8:
         quantisation = BitsAndBytesConfig(load_in_8bit=True)
-    elif bits == 4:
+    elif plain and bits == 4:
         quantisation = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -197,30 +199,47 @@ def load_base(
             bnb_4bit_compute_dtype=torch_dtype,
         )
     settings = {
+        "output_loading_info": True,
         "dtype": torch_dtype,
-        "quantization_config": quantisation,
         "device_map": "auto" if device == "all" else {"": device},
     }
+    if quantisation is not None:  # None would be written over what the folder's config says
+        settings["quantization_config"] = quantisation
     if config is not None:
         settings["config"] = config
     if cards:
         settings["max_memory"] = cards
+    _refuse_pickles(path)
+    headers.check(_weight_files(path))
     try:
-        base = _with_attention(path, "sdpa", settings)
+        base, found = _with_attention(path, "sdpa", settings, code)
     except NOT_A_MODEL as error:
-        raise _cannot_load(path, "its weights", error) from None
+        raise cannot_load(path, "its weights", error) from None
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would draw them at random
+        problem = f"--model_path {path}: {len(missing)} of its weights are missing, {missing[0]} first."
+        raise UserError(problem, "Download or convert it again.", CHECKPOINT)
     base.requires_grad_(False)
     frozen.use_frozen_products(base)
     return base
 
 
-def _check_quantised(path: str, config: Any) -> None:
-    """Raise UserError when the packages that read GPTQ and AWQ weights are missing."""
-    method = dict(config.quantization_config).get("quant_method", "")
-    missing = [name for name in ("gptqmodel", "optimum") if importlib.util.find_spec(name) is None]
-    if method in ("gptq", "awq") and missing:
-        problem = f"--model_path {path}: {method.upper()} weights need {' and '.join(missing)}."
-        raise UserError(problem, f"Run: .venv/bin/pip install -c requirements.txt {' '.join(missing)}")
+def _weight_files(path: str) -> list[Path]:
+    """The safetensors files that transformers will read; raises UserError for an index that leads away."""
+    found = identity_files(path)["weights"]
+    folder = found[0].parent if found else Path(path)
+    if (folder / layouts.INDEX).is_file():
+        return layouts.files_of(folder)
+    return [file for file in found if file.suffix == ".safetensors"]
+
+
+def _refuse_pickles(path: str) -> None:
+    """Raise UserError (exit 8) for a folder whose weights are pickled only."""
+    folder = Path(path)
+    names = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(folder.glob(pattern))]
+    if folder.is_dir() and names and not any(folder.glob("*.safetensors")):
+        problem = f"--model_path {path}: its weights are pickled ({names[0]}), and a pickle can run code."
+        raise UserError(problem, "Take the model in safetensors, or have it converted.", UNSAFE)
 
 
 def stretched(path: str, config: Any, how: str, factor: float) -> Any:
@@ -251,14 +270,19 @@ def stretched(path: str, config: Any, how: str, factor: float) -> Any:
     return config
 
 
-def _with_attention(path: str, name: str, settings: dict[str, Any]) -> torch.nn.Module:
+def _with_attention(
+    path: str, name: str, settings: dict[str, Any], code: Consent | None
+) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The base with this attention, or with its only one (BLOOM's)."""
+    settings = {**settings, "use_safetensors": True, "attn_implementation": name}
     try:
-        return AutoModelForCausalLM.from_pretrained(path, attn_implementation=name, **settings)
+        if code:
+            return code.read(AutoModelForCausalLM, **settings)
+        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **settings)
     except ValueError as error:
-        if "does not support an attention implementation" not in str(error):
+        if name == "eager" or remote_code.NO_ATTENTION not in str(error):
             raise
-        return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **settings)
+    return _with_attention(path, "eager", settings, code)
 
 
 def prepare_for_packed_training(model: Any, checkpointing: bool) -> bool:
@@ -305,11 +329,3 @@ def _documents_are_apart(model: Any) -> bool:
 
 def _is_named(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
-
-
-def _cannot_load(path: str, what: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UserError(
-        f"--model_path {path}: cannot load {what}: {reason[:200]}",
-        "Give a model folder, a hub name, or demo.",
-    )

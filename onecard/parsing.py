@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -16,6 +17,10 @@ from typing import Any, TypeVar
 from onecard.errors import UserError
 
 LEARNED, EXECUTION = "learned", "execution"
+RUNS_CODE = (
+    "run the Python code that came with the base model, with your rights, at this full commit; "
+    "none: such a model is refused"
+)
 Settings = TypeVar("Settings")
 Check = Callable[[Any], str | None]  # a value -> what is wrong with it, or None
 
@@ -28,13 +33,17 @@ def option(
     check: Check | None = None,
     label: tuple[str, str] | None = None,
     slider: tuple[float, float, float] | None = None,
+    positional: bool = False,
+    typed: bool = False,
 ) -> Any:
     """One option: its default, role, help with the unit, the values it may take.
 
-    label: its name in a window, English and Chinese; slider: there from, to, step.
+    label: its name in a window, English and Chinese; slider: there from, to, step; positional: its value may
+    stand on the command line without the flag; typed: only there, as a file of options may be a stranger's.
     """
     metadata = {"role": role, "help": text, "choices": tuple(choices), "check": check}
-    return dataclasses.field(default=default, metadata={**metadata, "label": label, "slider": slider})
+    metadata |= {"label": label, "slider": slider, "positional": positional, "typed": typed}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def inherited(settings: type, name: str, default: Any = dataclasses.MISSING) -> Any:
@@ -70,6 +79,16 @@ def rows_or_fraction(value: float) -> str | None:
     return None
 
 
+def full_commit(value: str) -> str | None:
+    whole = re.fullmatch(r"[0-9a-f]{40}", value)
+    return None if whole else "must be a full commit: 40 characters 0-9 and a-f, no branch, no tag"
+
+
+def commit_option(text: str) -> Any:
+    """Consent to a model's own code by its full commit, which nobody but the user may give."""
+    return option(None, EXECUTION, text, check=full_commit, typed=True)
+
+
 def parse(settings: type[Settings], argv: Sequence[str] | None = None, description: str = "") -> Settings:
     """Command line (and `--config FILE`, which flags override) -> settings; all mistakes in one UserError."""
     return parse_given(settings, argv, description)[0]
@@ -88,7 +107,12 @@ def parse_given(
     known, unknown = parser.parse_known_args(argv)
     flags = vars(known)
     file = flags.pop("config")
-    values = {**(_read_json(file) if file else {}), **flags}
+    stored = _read_json(file) if file else {}
+    for field in dataclasses.fields(settings):
+        if field.metadata["typed"] and stored.get(field.name) is not None:
+            problem = f"--config {file}: {field.name} is not taken from a file."
+            raise UserError(problem, f"Give --{field.name} on the command line.")
+    values = {**stored, **flags}
     return build(settings, values, source=file, unknown=unknown), frozenset(values)
 
 
@@ -207,6 +231,9 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None
     extra = {"nargs": "?", "const": "true"} if field.type is bool else {}
     metavar = choices or ("true|false" if field.type is bool else field.name.upper())
     parser.add_argument(f"--{field.name}", metavar=metavar, default=argparse.SUPPRESS, help=text, **extra)
+    if field.metadata["positional"]:
+        also = {"metavar": field.name.upper(), "help": f"the same as --{field.name}"}
+        parser.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, **also)
 
 
 class _HelpFormatter(argparse.HelpFormatter):

@@ -22,7 +22,9 @@ from onecard import (
     model,
     parallel,
     prompt,
+    quantised,
     reader,
+    remote_code,
     rows,
     runfolder,
     sharded,
@@ -35,8 +37,6 @@ from onecard.journal import check_wandb, say
 
 HELD_OUT_PROMPTS = 8
 STARTING = "starting adapter"  # a fingerprint
-DEFAULTS = FinetuneConfig()
-ADAPTER_OPTIONS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "rslora", "peft_config")
 SHORT_RUN = 5  # --warmup_steps takes at most one of this many steps
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 LEAST_ROOM = 16 << 20  # bytes on the disk for log, picture and the like
@@ -66,6 +66,7 @@ class Plan:
     reasons: dict[str, str]  # of automatic choices
     total_steps: int
     warmup_steps: int
+    code: remote_code.Consent | None = None  # to run Python code of the base's own
 
     @property
     def steps_per_epoch(self) -> int:
@@ -184,11 +185,14 @@ def prepare(
     sharded.check(options, dtype.value)
     runfolder.check_room(Path(options.output_path), LEAST_ROOM)
     base_path = locate(options.model_path)
-    base_config = model.load_config(base_path)
-    parameters = model.check_architecture(options.model_path, base_config, lora_shape(options))
+    code = _ask(options, base_path)
+    base_path = str(code.folder) if code else base_path
+    base_config = model.load_config(base_path, code)
+    check_quantised(options, base_config)
+    parameters = model.check_architecture(options.model_path, base_config, lora_shape(options), code)
     # weights and two moments in fp32, for the best and the newest checkpoint and for one being written
     runfolder.check_room(Path(options.output_path), LEAST_ROOM + 3 * 3 * 4 * parameters)
-    tokenizer = model.load_tokenizer(base_path)
+    tokenizer = model.load_tokenizer(base_path, code)
 
     templates = [template.load(name, tokenizer) for name in names]
     files = model.identity_files(base_path)
@@ -217,6 +221,8 @@ def prepare(
     }
     if options.peft_config:
         prints["adapter settings"] = fingerprint.of_file(Path(options.peft_config))
+    if code:
+        prints[remote_code.PRINT] = code.commit
     return Plan(
         options=options,
         base_path=base_path,
@@ -238,7 +244,27 @@ def prepare(
         reasons={"device": device.reason, "arithmetic": dtype.reason, "recompute": recompute.reason},
         total_steps=total_steps,
         warmup_steps=warmup,
+        code=code,
     )
+
+
+def _ask(options: FinetuneConfig, base_path: str) -> remote_code.Consent | None:
+    """The consent to run code of the base's own; raises UserError when it does not cover what is there."""
+    if options.remote_code and options.train_what == weights.FULL:
+        problem = "--train_what full: what a model with code of its own becomes could not be loaded again."
+        raise UserError(problem, "Train an adapter: --train_what lora.")
+    return remote_code.ask(base_path, options.remote_code, say)
+
+
+def check_quantised(options: FinetuneConfig, base_config: Any) -> None:
+    """Raise UserError for what cannot be trained of weights that come quantised."""
+    kind = quantised.method(base_config)
+    if kind and options.train_what == weights.FULL:
+        problem = f"--train_what full: the {kind} weights of {options.model_path} cannot be trained."
+        raise UserError(problem, "Train an adapter: --train_what lora; or take the model in 16 bits.")
+    if kind and sharded.wanted():
+        problem = f"--model_path {options.model_path}: {kind} weights cannot be spread over processes."
+        raise UserError(problem, "Use torchrun: each card then holds the whole base.")
 
 
 def _split(options: FinetuneConfig, found: rows.Rows) -> tuple[np.ndarray, np.ndarray]:
@@ -264,56 +290,6 @@ def _as_before(value: Any) -> hardware.Choice | None:
 def round_up(number: float) -> int:
     """The next whole number, not taken in by floating point: 0.07 * 100 is 7."""
     return math.ceil(round(number, 6))
-
-
-def describe(plan: Plan) -> None:
-    """Say what was chosen and why, what happened to the rows, and show three of them."""
-    options, lengths, reasons, encoding = plan.options, plan.examples.lengths, plan.reasons, plan.encoding
-    say(f"device      {plan.device}: {reasons['device']}")
-    say(f"arithmetic  {plan.dtype}: {reasons['arithmetic']}; trained weights and optimizer in fp32")
-    if options.train_what in (weights.FULL, adapter.EMBEDDINGS):
-        unused = [name for name in ADAPTER_OPTIONS if getattr(options, name) != getattr(DEFAULTS, name)]
-        if unused:
-            say(f"warning: without LoRA, {', '.join(f'--{name}' for name in unused)} has no effect.")
-    say(
-        f"base        {options.bits} bits"
-        + ("" if options.bits == 16 else " by bitsandbytes, multiplied by frozen products")
-    )
-    recompute = "on" if plan.checkpointing else "off"
-    say(f"recompute   {recompute} (gradient checkpointing): {reasons['recompute']}")
-    used = [source for source in plan.sources if not source.validation]
-    if len(plan.sources) > 1:
-        more = "".join(f", {s.path.name} x {s.weight:g}" for s in used if s.weight != 1)
-        say(f"files       {len(used)} to train on, {len(plan.sources) - len(used)} for validation{more}")
-    what = "blocks of raw text" if plan.task == rows.PRETRAIN else "rows"
-    say(
-        f"{what:<11} {len(plan.train_rows)} to train on, {len(plan.validation_rows)} for validation; "
-        f"{int(lengths.sum())} tokens, median {int(np.median(lengths))}, longest {int(lengths.max())}"
-    )
-    say(
-        f"            of {encoding.read} rows {encoding.cut} were cut at {options.cutoff_len} tokens, "
-        f"{encoding.dropped} dropped (no target left), {len(encoding.rejected)} rejected"
-    )
-    if encoding.cut:
-        say("            an answer that is cut short has no end token; --long_rows drop leaves such rows out")
-    if options.overlap and plan.task != rows.PRETRAIN:
-        say("warning: --overlap is for raw text; these rows have none.")
-    if plan.overlapping:
-        say(f"warning: {plan.overlapping} validation rows are training rows too.")
-    say(
-        f"steps       {plan.total_steps} of {options.batch_size} rows ({plan.steps_per_epoch} an epoch), "
-        f"rate {options.learning_rate:g} {options.lr_scheduler}, warm-up {plan.warmup_steps} steps"
-    )
-    asked = options.warmup_steps
-    if options.warmup_ratio is None and plan.warmup_steps < asked:
-        say(f"            a short run: {plan.warmup_steps} warm-up steps, not {asked} (at most a fifth)")
-    if options.learning_rate == 0:
-        say("warning: --learning_rate is 0, so nothing will be learned.")
-    say("\nThree rows as the model sees them; what it learns to say stands between « and »:")
-    for row in plan.train_rows[:3]:
-        ids, is_target = plan.examples[row]
-        say("-" * 60 + "\n" + prompt.show(plan.tokenizer, ids.tolist(), is_target.tolist()))
-    say("-" * 60)
 
 
 def learning_rate(options: FinetuneConfig, updates: int, total: int, warmup: int) -> float:

@@ -12,7 +12,18 @@ from typing import Any
 
 import torch
 
-from onecard import checkpoint, config, hardware, legacy, lock, parallel, reader, runfolder, warmstart
+from onecard import (
+    checkpoint,
+    config,
+    hardware,
+    legacy,
+    lock,
+    parallel,
+    reader,
+    remote_code,
+    runfolder,
+    warmstart,
+)
 from onecard.checkpoint import Progress
 from onecard.config import ContinueConfig, FinetuneConfig
 from onecard.errors import CHECKPOINT, UserError
@@ -91,6 +102,8 @@ def make_plan(
     options = start.options
     if start.same_run and options.device == "auto" and resolved["device"] == "cpu":
         options = dataclasses.replace(options, device="cpu")  # a card that came later is not used by itself
+    if start.stored:
+        _check_code(start, options)
     plan = prepare(options, locate, fetch_data, _arithmetic(options, resolved), again=wish.verify)
     plan.options = start.options
     if start.stored:
@@ -128,7 +141,7 @@ def _keep_or_lengthen(start: Start, plan: Plan, planned: int) -> None:
 
 def _same_run(folder: Path, chosen: Path | None, wish: ContinueConfig, given: frozenset[str]) -> Start | None:
     stored = _read_run(folder)
-    before = config.build(FinetuneConfig, stored["options"])
+    before = _options_of(stored, wish)
     if before.max_steps and "num_epochs" in given and "max_steps" not in given:
         before = dataclasses.replace(before, max_steps=None, num_epochs=0)  # which had no say so far
     options, changes = _merged(before, wish, given, _fixed_in_same_run)
@@ -179,7 +192,7 @@ def _same_run(folder: Path, chosen: Path | None, wish: ContinueConfig, given: fr
 def _other_rows(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Start | None:
     _verify_chosen(source, source.parent)
     stored = _read_run(source.parent)
-    before = config.build(FinetuneConfig, stored["options"])
+    before = _options_of(stored, wish)
     options, _ = _merged(before, wish, given, _fixed_with_other_rows)
     options = dataclasses.replace(options, output_path=wish.output_path)
     if finished_before(options, Path(wish.output_path)):
@@ -204,6 +217,20 @@ def _read_run(folder: Path) -> dict[str, Any]:
         problem = f"{folder / runfolder.CONFIG}: damaged, or written by another program."
         raise UserError(problem, "", CHECKPOINT) from None
     return stored
+
+
+def _options_of(stored: dict[str, Any], wish: ContinueConfig) -> FinetuneConfig:
+    """The run's options; a consent to run code is never read from a file, which may be a stranger's."""
+    return config.build(FinetuneConfig, {**stored["options"], "remote_code": wish.remote_code})
+
+
+def _check_code(start: Start, options: FinetuneConfig) -> None:
+    """Raise UserError unless the code of the base that is asked for is that which the run began with."""
+    before = start.stored["fingerprints"]
+    remote_code.check_same("The run that goes on", before, options.remote_code)
+    if options.remote_code and not before.get(remote_code.PRINT):
+        problem = "--remote_code: the run's base was loaded without code of its own."
+        raise UserError(problem, "Leave it out, or start another run with finetune.py.", CHECKPOINT)
 
 
 def _merged(

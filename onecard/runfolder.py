@@ -15,9 +15,11 @@ from onecard.errors import CHECKPOINT, DISK, UserError
 
 CONFIG, LOG, FINISHED, REJECTED = "finetune_config.json", "log.jsonl", "finished.json", "rejected_rows.jsonl"
 SAMPLES = "samples.jsonl"
-PROBE = ".onecard-"  # of a folder that only shows whether there can be one
+PROBE = ".onecard-"  # of what only shows whether there can be something
 DROPPED, ASIDE = "log.dropped.jsonl", "set-aside-"
 PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "loss.png", "adapter_config.json", "adapter_model.safetensors"
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # init_lora_weights: the base stayed as it was
+EXPORT = "export.json"  # of a folder of GGUF files: what it holds
 MODEL, MODEL_CONFIG, MODEL_WEIGHTS = "model", "config.json", "model.safetensors"  # when all was trained
 
 
@@ -56,7 +58,7 @@ def check_room(folder: Path, needed_bytes: int) -> None:
     """Raise UserError (exit 7) when `folder` cannot be written or less than needed_bytes are free."""
     parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
     try:
-        Path(tempfile.mkdtemp(prefix=PROBE, dir=parent)).rmdir()
+        tempfile.TemporaryFile(prefix=PROBE, dir=parent).close()  # without a name: a kill leaves nothing
     except OSError as error:
         raise UserError(
             f"--output_path {folder}: cannot write in {parent}: {error.strerror}.", "Choose another.", DISK

@@ -15,12 +15,13 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from onecard import checkpoint, legacy, runfolder, template
+from onecard import checkpoint, fingerprint, legacy, receipt, runfolder, template
 from onecard.chat_config import BASE, MIX
 from onecard.errors import CHECKPOINT, UserError
 from onecard.prompt import Template
 
 BEST, NEWEST = "best", "newest"
+GGUF = ".gguf"
 
 
 @dataclasses.dataclass
@@ -28,22 +29,33 @@ class Source:
     """An adapter, or a whole model that was trained."""
 
     name: str  # in windows and /adapter
-    folder: Path  # adapter_config.json and adapter_model.safetensors, or a model's files
+    folder: Path  # adapter_config.json and adapter_model.safetensors, a model's files, or a .gguf file
     whole: bool = False  # a model, not an adapter
     weight: float = 1.0
     base: str | None = None  # the model it was made with, where that is written
     template: dict[str, Any] | str | None = None  # its texts or its name, where that is written
     notes: list[str] = dataclasses.field(default_factory=list)
+    given: Path | None = None  # the user's folder, where `folder` is a copy in peft's form
+    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)  # of its run: base, tokenizer
+    bits: int | None = None  # of the base in its run
+
+    @property
+    def origin(self) -> Path:
+        return self.given or self.folder
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.folder.suffix == GGUF
 
 
-def read_list(lora_path: str | None) -> list[tuple[str, str, float]]:
-    """(name, path, weight) of each adapter in NAME=PATH:WEIGHT,...; name and weight may be left out."""
-    found: list[tuple[str, str, float]] = []
+def read_list(lora_path: str | None) -> list[tuple[str, str, float | None]]:
+    """(name, path, weight) of each adapter in NAME=PATH:WEIGHT,...; weight: None where none is written."""
+    found: list[tuple[str, str, float | None]] = []
     for text in filter(None, (part.strip() for part in (lora_path or "").split(","))):
         named = re.match(r"([\w.-]+)=(.+)", text)
         name, path = (named[1], named[2]) if named else ("", text)
         weighted = re.fullmatch(r"(.+):(-?\d+(?:\.\d+)?)", path)
-        path, weight = (weighted[1], float(weighted[2])) if weighted else (path, 1.0)
+        path, weight = (weighted[1], float(weighted[2])) if weighted else (path, None)
         name = name or _short(path)
         if name in (BASE, MIX):
             raise UserError(f"--lora_path: an adapter cannot be called {name}.", f"Write NAME={path}.")
@@ -68,6 +80,10 @@ def find(path: str, name: str, which: str, fetch: Callable[[str], str], keep: Pa
     for adapters that have to be written in peft's form first.
     """
     local = Path(path).expanduser()
+    if local.suffix == GGUF and local.is_file():
+        return _exported(local.parent, local, name)
+    if (local / runfolder.EXPORT).is_file():
+        return _exported(local, None, name)
     folder = local if local.is_dir() else Path(fetch(path))
     made = _find(folder, name, which, keep)
     stored = _object(folder / runfolder.CONFIG)
@@ -75,8 +91,64 @@ def find(path: str, name: str, which: str, fetch: Callable[[str], str], keep: Pa
         stored = _object(folder.parent / runfolder.CONFIG)
     options = stored.get("options") or {}
     made.base = options.get("model_path") or made.base
+    made.bits = options.get("bits")
+    made.fingerprints = stored.get("fingerprints") or {}
     made.template = (stored.get("resolved") or {}).get("template") or _first(options.get("template"))
     return made
+
+
+def is_here(base: str) -> bool:
+    """Whether a base that an adapter names can be had without fetching it or leaving the user's own folders.
+
+    An adapter may come from anybody: what it names is shown, not followed to other places.
+    """
+    if base == receipt.DEMO:
+        return True
+    if "://" in base or ".." in Path(base).parts:
+        return False
+    return Path(base).exists() or receipt.at_hand(base) is not None
+
+
+def base_of(found: Source | None, asked: str | None) -> str | None:
+    """The base: asked for, or what the adapter names; raises UserError when that would have to be fetched."""
+    if asked or found is None or not found.base:
+        return asked
+    if not is_here(found.base):
+        problem = f"{found.name} says that it was trained on {found.base}, which is not on this machine."
+        raise UserError(problem, "Name its base with --model_path; nothing is fetched on its word.")
+    return found.base
+
+
+def check_belongs(found: Source, base: Path, files: dict[str, list[Path]]) -> None:
+    """Raise UserError (exit 4) when the run that made the adapter had another base or tokenizer.
+
+    files: those of model.identity_files that have to be the same.
+    """
+    for name, paths in files.items():
+        key = "base model" if name == "weights" else name
+        before = str(found.fingerprints.get(key) or "")
+        now = fingerprint.of_folder(paths) if before else ""
+        if now != before:
+            problem = f"{found.origin}: it was trained with another {key} than that of {base}"
+            sums = f"SHA-256 {before[:12]}, not {now[:12]}"
+            fix = "Name the base it was trained on with --model_path."
+            raise UserError(f"{problem} ({sums}).", fix, CHECKPOINT)
+
+
+def _exported(folder: Path, file: Path | None, name: str) -> Source:
+    """A GGUF adapter, its base and template where export.json says them; file None: the one it names."""
+    values = _object(folder / runfolder.EXPORT)
+    names = {key: values.get(key) for key in ("base", "adapter")}
+    if not all(
+        what is None or (isinstance(what, str) and Path(what).name == what) for what in names.values()
+    ):
+        raise UserError(f"{folder / runfolder.EXPORT}: damaged.", "Export the model again.", CHECKPOINT)
+    base = str((folder / names["base"]).resolve()) if names["base"] else None
+    if file is None and not names["adapter"]:
+        return Source(name, Path(base or folder), whole=True)
+    if file is not None and file.name != names["adapter"]:
+        return Source(name, file)
+    return Source(name, folder / names["adapter"], base=base, template=values.get("template"))
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -170,7 +242,7 @@ def _from_older(folder: Path, name: str, keep: Path) -> Source:
         "inference_mode": True,
     }
     (place / runfolder.ADAPTER_CONFIG).write_text(json.dumps(values), encoding="utf-8")
-    return Source(name, place, base=given.get("base_model_name_or_path"), notes=notes)
+    return Source(name, place, base=given.get("base_model_name_or_path"), notes=notes, given=folder)
 
 
 def _first(names: Any) -> str | None:

@@ -33,9 +33,10 @@ from onecard.batching import PackedBatch, micro_batches, pack
 from onecard.config import ContinueConfig, FinetuneConfig
 from onecard.errors import NON_FINITE, Stopped, UserError
 from onecard.finish import Draw, Sample, answers, finish, note_answers, samples_are_due
-from onecard.plan import STARTING, Plan, describe, finished_before, learning_rate, prepare
+from onecard.plan import STARTING, Plan, finished_before, learning_rate, prepare
 from onecard.reader import Fetch
 from onecard.start import Start
+from onecard.summary import describe
 from onecard.trainer import Trainer, load
 
 Locate = Callable[[str], str]

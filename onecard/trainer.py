@@ -55,7 +55,8 @@ def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
     hardware.keep_large_memory_apart(plan.device)
     kept_in = "fp32" if options.train_what == weights.FULL else plan.dtype
     spread = sharded.wanted()  # over processes, from the CPU's memory
-    base = model.load_base(plan.base_path, options.bits, kept_in, "cpu" if spread else plan.device)
+    place = "cpu" if spread else plan.device
+    base = model.load_base(plan.base_path, options.bits, kept_in, place, to_train=True, code=plan.code)
     adapted = weights.prepare(base, lora_shape(options), options.seed)
     say(f"trained     {weights.describe(adapted)}")
     packs = model.prepare_for_packed_training(adapted, plan.checkpointing)
@@ -109,7 +110,7 @@ def micro_batch_budget(plan: Plan, device: torch.device) -> int:
             f"estimated to fit into {free / 2**30:.1f} GiB",
         )
     else:
-        budget, reason = max(2048, options.cutoff_len), "auto on a CPU: max(2048, cutoff_len)"
+        budget, reason = memory.tokens_on_cpu(options), "auto on a CPU: max(2048, cutoff_len)"
     say(f"micro-batch {budget} tokens: {reason}; the gradient does not depend on it")
     return budget
 
@@ -159,7 +160,7 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: Start | No
             "rejected": len(plan.encoding.rejected),
         }
         record = {
-            "options": dataclasses.asdict(plan.options),
+            "options": {**dataclasses.asdict(plan.options), "remote_code": None},  # a consent is not kept
             "resolved": resolved,
             "data": rows,
             "fingerprints": plan.fingerprints,

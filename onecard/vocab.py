@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from onecard import model, runfolder
-from onecard.errors import DATA, DISK, UserError
+from onecard import layouts, model, runfolder, shards
+from onecard.errors import CHECKPOINT, DATA, DISK, UserError
+from onecard.layouts import INDEX
 
-INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
 WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
 LONGEST_PIECE = 16  # characters; longer ones are no pieces of a vocabulary
@@ -122,7 +122,7 @@ def prepare(
     held = {name for shard in files.values() for name in shard}
     missing = sorted(set(names) - held)
     if missing:
-        raise UserError(f"{source}: its weights lack {missing[0]}.", "Fetch the model again.")
+        raise UserError(f"{source}: its weights lack {missing[0]}.", "Fetch the model again.", CHECKPOINT)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -136,7 +136,7 @@ def prepare(
                 rows = len(tensors[name])
                 if rows <= max(ids):
                     problem = f"{source}: its embedding has {rows} rows, its tokenizer ids up to {max(ids)}."
-                    raise UserError(problem, "Model and tokenizer do not belong together.")
+                    raise UserError(problem, "Model and tokenizer do not belong together.", CHECKPOINT)
                 tensors[name] = resized(tensors[name], ids, added, multiple)
                 after = len(tensors[name])
             save_file(tensors, temporary / file, metadata=metadata)
@@ -184,19 +184,7 @@ def _embedding_names(source: Path) -> list[str]:
 
 def _shards(source: Path) -> dict[str, list[str]]:
     """File -> names of its tensors, of a model in safetensors."""
-    if (source / INDEX).is_file():
-        files = sorted(set(json.loads((source / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    elif (source / WEIGHTS).is_file():
-        files = [WEIGHTS]
-    else:
-        raise UserError(
-            f"--model_path {source}: has no safetensors weights.", "Save it as safetensors first."
-        )
-    found = {}
-    for file in files:
-        with safe_open(source / file, "pt") as tensors:
-            found[file] = list(tensors.keys())
-    return found
+    return {path.name: list(shards.of_file(path)) for path in layouts.files_of(source)}
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -215,14 +203,6 @@ def _ids(tokenizer: PreTrainedTokenizerBase, known: dict[str, Any]) -> dict[str,
 def _index(source: Path, folder: Path, files: dict[str, list[str]]) -> None:
     """The index with the size that the shards now have."""
     index = json.loads(source.read_text(encoding="utf-8"))
-    total = 0
-    for file in files:
-        with safe_open(folder / file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                piece = tensors.get_slice(name)
-                total += torch.Size(piece.get_shape()).numel() * SIZES[piece.get_dtype()]
+    total = sum(tensor.size for file in files for tensor in shards.of_file(folder / file).values())
     index.setdefault("metadata", {})["total_size"] = total
     runfolder.write_json(folder / INDEX, index)
-
-
-SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}

@@ -1,8 +1,10 @@
-"""Shared by all tests: nothing reaches a model hub, two threads, a tiny model."""
+"""Shared by all tests: nothing reaches a model hub, two threads between them, a tiny model."""
 
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside another one: threads that wait for a core slow both down
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import shutil
 import subprocess
@@ -16,7 +18,7 @@ from tests import tiny
 from tests.harness import started
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(scope="session")

@@ -208,10 +208,10 @@ def test_model_without_end_token(bad_run, own_model):
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 @pytest.mark.parametrize("rest", [0, 40], ids=["emptied", "cut short"])
 def test_damaged_model_file(bad_run, own_model, name, rest):
-    """A download that broke off: exit 2 and the folder, no traceback of a library."""
+    """A download that broke off: exit 4 and the folder, no traceback of a library."""
     content = (own_model / name).read_bytes()
     (own_model / name).write_bytes(content[:rest])
-    check(bad_run("--model_path", own_model), USAGE, f"--model_path {own_model}")
+    check(bad_run("--model_path", own_model), CHECKPOINT, own_model, "again")
 
 
 @pytest.mark.parametrize("kind", ["folder", "hub name", "file"])

@@ -309,6 +309,7 @@ def test_every_control_does_something_or_says_that_it_does_not(small, mode):
     talk = chat_with(small)
     settings = Generation(mode, 1.5, 0.98, 100, 4, 1.0, 0, 0, 14, seed=1)
     questions = [asked("Say red", "red", "Say blue", "blue", f"Say {word}") for word in tiny.WORDS[:4]]
+    talk.ends = []  # or an answer might end before its fifth token
     count = last(talk, questions[0], settings).prompt_tokens
     talk.ends = [talk.engine.kept[-1][1][count + 4]]  # so that an answer ends by itself
 
@@ -324,6 +325,59 @@ def test_every_control_does_something_or_says_that_it_does_not(small, mode):
     same = {name for name, value in other.items() if said(changed(settings, **{name: value})) == plain}
     assert same == talk.unused(mode).keys()
     assert all(english and chinese for english, chinese in talk.unused(mode).values())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_drawn_seed_is_told_and_gives_the_answer_again(talk, mode):
+    """Without one each sampled answer has its own, which repeats it; the other modes have none."""
+    settings = changed(mode=mode, num_beams=2, temperature=2.0, seed=None)
+    first, second = last(talk, asked("Say red"), settings), last(talk, asked("Say red"), settings)
+    if not settings.samples:
+        assert (first.seed, second.seed) == (None, None)
+        return
+    assert first.seed != second.seed
+    assert first.text.whole != second.text.whole
+    for reply in (first, second):
+        assert last(talk, asked("Say red"), changed(settings, seed=reply.seed)).text == reply.text
+
+
+@pytest.mark.parametrize("mode", ["sample", BEAM_SAMPLE])
+def test_a_seed_gives_the_same_answer_twenty_times(loaded, mode):
+    """I11: alone, and while another user is answered all the time: an answer is never part of a batch with
+    another's, so all 20 are equal."""
+    talk = chat_with(loaded)
+    settings = changed(mode=mode, num_beams=2, temperature=1.5, seed=12)
+    alone = {last(talk, asked("Say red"), settings).text.whole for _ in range(20)}
+    assert len(alone) == 1
+    stop, others = threading.Event(), []
+
+    def other() -> None:
+        while not stop.is_set():
+            others.append(last(talk, asked(f"Say blue {len(others)}"), changed(mode=mode, seed=len(others))))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    together = {last(talk, asked("Say red"), settings).text.whole for _ in range(20)}
+    stop.set()
+    thread.join(60)
+    assert together == alone
+    assert others
+
+
+def test_another_template_for_an_answer(loaded, talk):
+    """The answer is that of a chat with this template; the own one stays; a file's name is none."""
+    plain = last(talk, asked("Say red")).text.whole
+    for name in ("cutegpt", "tigerbot"):
+        assert name in template.names()
+        replies = list(talk.stream(asked("Say red"), QUICK, form=name))
+        assert replies[-1].text.whole == fresh(chat_with(loaded, form=name), asked("Say red"), QUICK)
+        assert replies[-1].text.whole != plain
+        assert talk.template_of(name).name == name
+    assert last(talk, asked("Say red")).text.whole == plain
+    assert talk.template_of().name == "alpaca"
+    for name in ("/etc/passwd.json", "../templates/alpaca.json", "none"):
+        with pytest.raises(UserError, match="No template is called"):
+            last(talk, asked("x"), QUICK, None, lambda: False, name)
 
 
 def test_stop_words_and_banned_phrases_of_the_options(talk):

@@ -1,14 +1,17 @@
 """Options: flags, a JSON file, both, and what is wrong with them, all in one message."""
 
+import contextlib
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from onecard import config
+from onecard import chat_config, config, parsing
+from onecard.chat_config import ChatConfig, CpuConfig, SingleConfig
 from onecard.config import FinetuneConfig
 from onecard.errors import USAGE, UserError
 
@@ -227,3 +230,50 @@ def test_help_is_shown_even_beside_a_mistake(capsys):
         parse("--bits", "5", "--help")
     assert caught.value.code == 0
     assert "--bits" in capsys.readouterr().out
+
+
+WINDOW = {
+    "studio": "true",
+    "lang": "zh",
+    "server_name": "localhost",
+    "server_port": "7870",
+    "origin": "https://x",
+    "share": "true",
+    "auth": "me:secret",
+    "queue": "3",
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "idle"),
+    [
+        (ChatConfig, {}, []),
+        (ChatConfig, {**WINDOW, "max_memory": "64", "last_turns": "1"}, []),
+        (ChatConfig, {"terminal": "true", "max_memory": "64", "last_turns": "1"}, []),
+        (ChatConfig, {"terminal": "true", **WINDOW}, [*WINDOW]),
+        (ChatConfig, {"rope_factor": "8"}, ["rope_factor"]),
+        (ChatConfig, {"rope_factor": "8", "rope_scaling": "yarn"}, []),
+        (CpuConfig, {"terminal": "true", "max_memory": "64"}, []),
+        (CpuConfig, WINDOW, [*WINDOW]),
+        (CpuConfig, {"share": "false", "lang": "en", "rope_factor": "4"}, []),
+        (SingleConfig, {name: value for name, value in WINDOW.items() if name != "studio"}, []),
+        (SingleConfig, {"studio": "true", "max_memory": "64", "last_turns": "1"}, [*chat_config.TURNS_ONLY]),
+        (SingleConfig, {"terminal": "true", "auth": "me:secret", "last_turns": "1"}, ["last_turns", "auth"]),
+    ],
+)
+def test_options_that_a_program_does_not_use_are_refused(settings, given, idle):
+    """All of them in one message, none that has its default value."""
+    options = parsing.parse(settings, [f"--{name}={value}" for name, value in given.items()])
+    with pytest.raises(UserError) if idle else contextlib.nullcontext() as caught:
+        chat_config.check_used(options)
+    told = str(caught.value) if idle else ""
+    assert set(re.findall(r"--(\w+) is", told)) == set(idle)
+
+
+@pytest.mark.parametrize("program", ["generate.py", "interaction.py", "tools/cpu_chat.py"])
+def test_programs_refuse_what_they_do_not_use(program):
+    """Before anything is loaded."""
+    command = [sys.executable, program, "--terminal", "--share"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert ended.returncode == USAGE
+    assert ended.stderr == "error: --share is for a window, not for a terminal. Leave it out.\n"

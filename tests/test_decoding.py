@@ -1,10 +1,12 @@
 """The choice of the next token: transformers' generate, exact probabilities, plain properties."""
 
 import collections
+import dataclasses
 import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -184,8 +186,7 @@ DRAWS = 4000
 def test_sampled_tokens_have_the_exact_probabilities(temperature, top_k, top_p):
     """4000 draws: total variation below 0.03 from the right probabilities, above it from the plain ones."""
     settings = with_(mode=SAMPLE, temperature=temperature, top_k=top_k, top_p=top_p)
-    generator = torch.Generator().manual_seed(0)
-    pick = decoding._Picker(settings, generator, [], [0], None)
+    pick = decoding._Picker(dataclasses.replace(settings, seed=0), [], [0], None)
     scores = torch.tensor([LOGITS])
     drawn = collections.Counter(pick.best(scores, [[]], [0.0], 1)[0][2] for _ in range(DRAWS))
     wanted = dict(enumerate(exact(LOGITS, temperature, top_k, top_p)))
@@ -195,12 +196,48 @@ def test_sampled_tokens_have_the_exact_probabilities(temperature, top_k, top_p):
         assert variation(drawn, dict(enumerate(exact(LOGITS, 1.0, 0, 1.0)))) > 0.03
 
 
+@pytest.mark.parametrize("shortlist", [1, 2, 5])
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_a_draw_depends_on_seed_step_and_token_alone(monkeypatch, shortlist, top_k):
+    """However many tokens are looked at first, and in which order equal ones come, the same are drawn."""
+    settings = with_(mode=SAMPLE, top_k=top_k, seed=3)
+    scores = torch.tensor([[0.5, 1.0, 0.5, 1.0, -1.0, 0.5, 1.0, 0.0]])
+
+    def drawn(noise: float) -> list[int]:
+        pick = decoding._Picker(settings, [], [0], None)
+        jitter = torch.Generator().manual_seed(1)
+        moved = [scores + noise * torch.rand(scores.shape, generator=jitter) for _ in range(50)]
+        return [pick.best(each, [[]], [0.0], 1)[0][2] for each in moved]
+
+    whole = drawn(0.0)
+    assert len(set(whole)) > 4
+    monkeypatch.setattr(decoding, "SHORTLIST", shortlist)
+    assert drawn(0.0) == whole
+    if not top_k:
+        assert drawn(1e-6) == whole  # as another device would round
+
+
+def test_uniform_numbers():
+    """Of different seeds, steps and places: even, uncorrelated, never 0 or 1."""
+    grid = np.array(
+        [[decoding.uniforms(seed, step, np.arange(500)) for step in range(4)] for seed in range(5)]
+    )
+    flat = grid.reshape(-1)
+    assert 0 < flat.min() < flat.max() < 1
+    shares = np.histogram(flat, 10, (0, 1))[0] / len(flat)
+    assert abs(shares - 0.1).max() < 0.02
+    together = np.corrcoef(grid.reshape(20, 500)) - np.eye(20)
+    assert abs(together).max() < 0.2
+    assert (
+        decoding.uniforms(2**63 - 1, 1, np.array([7])) == decoding.uniforms(2**63 - 1, 1, np.arange(9))[7]
+    ).all()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_beam_sampling_is_without_replacement(temperature):
     """Pairs out of two beams with four tokens each come as often as two draws without putting back."""
     settings = with_(mode=BEAM_SAMPLE, num_beams=2, temperature=temperature)
-    generator = torch.Generator().manual_seed(0)
-    pick = decoding._Picker(settings, generator, [], [0], None)
+    pick = decoding._Picker(dataclasses.replace(settings, seed=0), [], [0], None)
     scores, totals = torch.tensor([LOGITS[:4], LOGITS[3:7]]), [-0.5, -1.2]
     weights = (torch.log_softmax(scores, -1) / temperature + torch.tensor(totals)[:, None]).exp().flatten()
     p = (weights / weights.sum()).tolist()
@@ -312,11 +349,11 @@ def test_equal_scores_lose_no_candidate(mode):
     """Sixteen tokens with one score, all but one banned: the one is found, and none comes twice."""
     for left in range(16):
         pick = decoding._Picker(
-            with_(mode=mode), None, [], [99], lambda ids, left=left: GOES if ids[-1] == left else BANNED
+            with_(mode=mode), [], [99], lambda ids, left=left: GOES if ids[-1] == left else BANNED
         )
         found = pick.best(torch.zeros(1, 16), [[]], [0.0], 1 if mode == GREEDY else 8)
         assert [token for _, _, token, _ in found] == [left]
-    pick = decoding._Picker(with_(mode=mode), None, [], [99], lambda ids: GOES if ids[-1] % 2 else BANNED)
+    pick = decoding._Picker(with_(mode=mode), [], [99], lambda ids: GOES if ids[-1] % 2 else BANNED)
     found = pick.best(torch.zeros(1, 64), [[]], [0.0], 20)
     assert len({token for _, _, token, _ in found}) == 20
 

@@ -4,6 +4,9 @@ import dataclasses
 import json
 import pickle
 import shutil
+import threading
+import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from onecard import adapter, loading, model, runfolder, sources, template, train, weights
+from onecard import (
+    adapter,
+    chat,
+    hardware,
+    late,
+    loading,
+    model,
+    runfolder,
+    sources,
+    talking,
+    template,
+    train,
+    weights,
+)
 from onecard.chat import CANCELLED, Chat
 from onecard.chat_config import GREEDY, ChatConfig, Generation
 from onecard.config import FinetuneConfig, build
@@ -258,6 +274,7 @@ def test_older_folders_are_read_and_left_as_they_are(run, tiny_model, old, name,
     scale = ALPHA / RANK if config else 2.0  # where it is not written: twice the rank, and said so
     assert torch.allclose(scores(chat), merged(tiny_model, tensors, scale), atol=1e-4)
     assert any("does not say its alpha" in line for line in said) == (not config)
+    assert f"adapter     {'mine' if named else 'old'}: {old}" in said  # not a copy of ours
     assert chat.engine.adapters == ["mine" if named else "old"]
 
 
@@ -299,6 +316,9 @@ def test_several_adapters_with_names_and_weights(run, tiny_model):
     assert Chat.stream
     chat, _ = load(f"one={best}:0.25,two={third}:-0.5")
     assert chat.mixture == (("one", 0.25), ("two", -0.5))
+    chat, _ = load(f"one={best}:1,two={third}:1")
+    assert chat.mixture == (("one", 1.0), ("two", 1.0))
+    chat, _ = load(f"one={best}:0.25,two={third}:-0.5")
     both = [load_file(path / "adapter_model.safetensors") for path in (best, third)]
     scaled = {
         name: torch.cat([0.25 * both[0][name], -0.5 * both[1][name]], 1)
@@ -317,14 +337,15 @@ def test_several_adapters_with_names_and_weights(run, tiny_model):
     [
         (None, []),
         (" , ", []),
-        ("a/b", [("b", "a/b", 1.0)]),
-        ("a/b/", [("b", "a/b/", 1.0)]),
+        ("a/b", [("b", "a/b", None)]),
+        ("a/b/", [("b", "a/b/", None)]),
         ("x=a/b:0.5", [("x", "a/b", 0.5)]),
-        ("a/b:2,c/b", [("b", "a/b", 2.0), ("b+", "c/b", 1.0)]),
-        ("/p=q/r", [("r", "/p=q/r", 1.0)]),
-        ("run/checkpoint-7", [("run-checkpoint-7", "run/checkpoint-7", 1.0)]),
-        ("模型=a", [("模型", "a", 1.0)]),
-        ("my lora/new one", [("new-one", "my lora/new one", 1.0)]),
+        ("x=a/b:1", [("x", "a/b", 1.0)]),
+        ("a/b:2,c/b", [("b", "a/b", 2.0), ("b+", "c/b", None)]),
+        ("/p=q/r", [("r", "/p=q/r", None)]),
+        ("run/checkpoint-7", [("run-checkpoint-7", "run/checkpoint-7", None)]),
+        ("模型=a", [("模型", "a", None)]),
+        ("my lora/new one", [("new-one", "my lora/new one", None)]),
     ],
 )
 def test_the_list_of_adapters(text, wanted):
@@ -376,7 +397,9 @@ def test_the_base_is_the_runs_own(run, tiny_model, tmp_path):
     values = json.loads((moved / "finetune_config.json").read_text())
     values["options"]["model_path"] = str(tmp_path / "gone")
     (moved / "finetune_config.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"moved was trained on .*gone, which is not there") as caught:
+    with pytest.raises(
+        UserError, match=r"moved says that it was trained on .*gone, which is not on"
+    ) as caught:
         load(moved)
     assert "--model_path" in caught.value.fix
     assert is_checkpoint(load(moved, model_path=str(tiny_model))[0], tiny_model, run)
@@ -395,8 +418,8 @@ WRONG = {  # file, its content from what it was, the words, the exit code
         "does not fit",
         4,
     ),
-    "cut weights": ("adapter_model.safetensors", lambda raw: raw[: len(raw) // 2], "does not fit", 4),
-    "empty weights": ("adapter_model.safetensors", lambda _: b"", "does not fit", 4),
+    "cut weights": ("adapter_model.safetensors", lambda raw: raw[: len(raw) // 2], "damaged", 4),
+    "empty weights": ("adapter_model.safetensors", lambda _: b"", "damaged", 4),
     "no weights": ("adapter_model.safetensors", None, "no adapter", 4),
     "damaged run": ("finetune_config.json", lambda raw: raw[:50], "damaged", 4),
     "run of a list": ("finetune_config.json", lambda _: b"[1]", "no JSON object", 4),
@@ -490,7 +513,126 @@ def test_options_that_do_not_go_together(tiny_model, run):
         ({"card_memory": "0:1GiB"}, "--device all"),
         ({"engine": "transformers", "model_path": "x.gguf"}, "llama.cpp"),
         ({"device": "mps"}, "no Apple card"),
+        ({"load_8bit": True, "bits": 4}, "--load_8bit and --bits 4 contradict"),
+        ({"load_8bit": "true", "bits": "16"}, "contradict"),
     ):
         with pytest.raises(UserError) as caught:
             load(**{"model_path": str(tiny_model), **given})
         assert word in str(caught.value)
+
+
+def test_adapters_of_different_bases(run, tiny_model, tmp_path):
+    """Both are named, and --model_path decides; two names of one folder are one base."""
+    copies = [tmp_path / name for name in ("a", "b")]
+    for copy in copies:
+        shutil.copytree(run, copy)
+    both = ",".join(map(str, copies))
+
+    def names(base: str) -> None:
+        stored = json.loads((run / "finetune_config.json").read_text())
+        stored["options"]["model_path"] = base
+        (copies[1] / "finetune_config.json").write_text(json.dumps(stored))
+
+    names("someone/other-model")
+    with pytest.raises(UserError) as caught:
+        load(both)
+    for word in (f"a on {tiny_model}", "b on someone/other-model", "--model_path"):
+        assert word in str(caught.value)
+    assert load(both, model_path=str(tiny_model))[0].engine.adapters == ["a", "b"]
+    (tmp_path / "link").symlink_to(tiny_model)
+    names(str(tmp_path / "link"))
+    assert load(both)[0].engine.adapters == ["a", "b"]
+
+
+def later(beside=lambda device: [], **options) -> tuple[Chat, list[str]]:
+    said: list[str] = []
+    given = build(ChatConfig, {"dtype": "fp32", "device": "cpu", **options})
+    return chat.later(given, str, no_fetch, None, said.append, beside), said
+
+
+def test_a_model_that_waits_for_its_first_question(run, tiny_model):
+    """What a page needs is there without weights; the first question loads them, says so, and is answered."""
+    asked = []
+    made, said = later(lambda device: asked.append(device) or ["run-7"], lora_path=str(run))
+    assert (made.engine.name, made.engine.adapters, made.template.name) == ("transformers", ["run"], "mine")
+    assert made.modes()
+    assert made.mixture == (("run", 1.0),)
+    with pytest.raises(UserError, match="No adapter is called x"):
+        made.engine.check_mixture((("x", 1.0),))
+    assert not made.engine.is_loaded
+    assert any("not loaded" in line for line in said)
+    sides = talking.answers(talking.Sessions(), "page", made, QUESTION, QUICK, None, "en")
+    assert next(sides)[1].startswith("loading the model ...")
+    sides.close()
+    assert not made.engine.is_loaded
+    first, *_, last = made.stream(QUESTION, QUICK)
+    assert first.loading
+    told = talking.describe(first, made, "en"), talking.describe(first, made, "zh")
+    assert told[0] == "loading the model ... (run-7 is trained on the same device)"
+    assert "run-7" in told[1]
+    *_, wanted = load(run)[0].stream(QUESTION, QUICK)
+    assert last.text == wanted.text
+    assert not any(reply.loading for reply in made.stream(QUESTION, QUICK))
+    assert talking.describe(last, made, "en").endswith(
+        "cpu, beside the training run-7 · cut at the most new tokens"
+    )
+    assert set(asked) == {"cpu"}
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_again(tiny_model, monkeypatch):
+    """Out of memory names the training; a second question succeeds; two at once load once."""
+    plain, calls = loading.engine_of, []
+
+    def engine_of(*how):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return plain(*how)
+
+    monkeypatch.setattr(loading, "engine_of", engine_of)
+    made, _ = later(lambda device: ["run-7"], model_path=str(tiny_model))
+    with pytest.raises(UserError, match=r"while the model was loaded\. Wait for run-7") as caught:
+        list(made.stream(QUESTION, QUICK))
+    assert caught.value.code == 6
+    threads = [threading.Thread(target=lambda: list(made.stream(QUESTION, QUICK))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(calls) == 2
+    assert made.engine.is_loaded
+
+
+def test_a_model_that_cannot_be_loaded_keeps_no_memory(monkeypatch):
+    """What was read before the memory ran out is let go, then the card's cache is emptied."""
+    read, emptied = [], []
+
+    def engine_of() -> None:
+        weights = torch.zeros(9)
+        read.append(weakref.ref(weights))
+        raise RuntimeError("CUDA out of memory. Tried to allocate")
+
+    def empty(device: str) -> None:
+        emptied.append((device, read[-1]() is None))
+
+    monkeypatch.setattr(hardware, "forget_cached_memory", empty)
+    for device, wanted in (("cuda:1", "cuda:1"), ("all", "cuda")):
+        nothing = types.SimpleNamespace(name="", cannot={})
+        found = types.SimpleNamespace(
+            kind=nothing, adapters=[], tokenizer=None, device=hardware.Choice(device, "")
+        )
+        with pytest.raises(UserError, match="Out of memory"):
+            late.Engine(found, engine_of, lambda device: []).loaded()
+        assert emptied.pop() == (wanted, True)
+
+
+def test_mistakes_are_told_before_any_question(tiny_model, tmp_path):
+    """A model that waits is checked as far as that needs no weights."""
+    for options, word in (
+        ({"model_path": str(tmp_path)}, "no tokenizer"),
+        ({"model_path": str(tiny_model), "lora_path": str(tmp_path / "none")}, "no such folder"),
+        ({"model_path": str(tiny_model), "template": "chatml"}, "no token"),
+        ({"model_path": str(tiny_model), "device": "mps"}, "no Apple card"),
+    ):
+        with pytest.raises(UserError, match=word):
+            later(**options)

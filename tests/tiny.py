@@ -1,5 +1,6 @@
 """A tiny random Llama with a real tokenizer, as an ordinary model folder, and rows to train it on."""
 
+import io
 import json
 import shutil
 import tempfile
@@ -102,6 +103,13 @@ def encoded(conversations: Iterable[Conversation], tokenizer: PreTrainedTokenize
 def one_by_one(encode: Callable[[Conversation, int], data.Encoded]) -> data.Encode:
     """An encoding of single rows as one of many."""
     return lambda rows, numbers: [encode(row, number) for row, number in zip(rows, numbers, strict=True)]
+
+
+class Screen(io.StringIO):
+    """What a terminal gets to see."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def save_rows(path: Path, count: int) -> Path:

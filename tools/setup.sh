@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Make .venv and install what a program needs, once: bash tools/setup.sh train|chat|cpu|test
+# Make .venv and install what a program needs, once: bash tools/setup.sh train|chat|cpu|gptq|test
 # The entries call this on first use. requirements.txt fixes every version. PYTHON chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-}
 case "$what" in
-  train | chat | cpu | test) ;;
-  *) echo "error: tools/setup.sh: unknown part '$what'. Use: bash tools/setup.sh train|chat|cpu|test" >&2; exit 2 ;;
+  train | chat | cpu | gptq | test) ;;
+  *) echo "error: tools/setup.sh: unknown part '$what'. Use: bash tools/setup.sh train|chat|cpu|gptq|test" >&2; exit 2 ;;
 esac
 
 python=${PYTHON:-python3}
@@ -44,7 +44,7 @@ if [ "$what" = test ] && ! command -v strace >/dev/null && command -v apt-get >/
   echo "Installing strace, which kills a save at each of its system calls (without it these tests are left out) ..."
   { apt-get update && apt-get install --yes --no-install-recommends strace; } >/dev/null || echo "strace could not be installed."
 fi
-if [ "$what" = cpu ] && ! .venv/bin/python -c "from onecard import gguf; gguf.converter()"; then
+if [ "$what" = cpu ] && ! .venv/bin/python -c "from onecard import converter; converter.home()"; then
   echo "error: llama.cpp's converter could not be fetched; what was said is above. Run the same command again to go on." >&2
   exit 2
 fi
@@ -56,5 +56,5 @@ fi
 touch "$stamp" # written last: it means complete
 case "$what" in # what else is complete with it
   test) touch "${stamp/-test-/-train-}" "${stamp/-test-/-chat-}" "${stamp/-test-/-cpu-}" ;;
-  chat | cpu) touch "${stamp/-$what-/-train-}" ;;
+  chat | cpu | gptq) touch "${stamp/-$what-/-train-}" ;;
 esac

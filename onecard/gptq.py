@@ -1,0 +1,213 @@
+"""A model in fewer bits: GPTQ and AWQ by gptqmodel, 8 and 4 bits by bitsandbytes; in the folders others load.
+
+GPTQ (Frantar et al. 2022, arXiv 2210.17323) and AWQ (Lin et al. 2023, arXiv 2306.00978) look at rows, one
+layer at a time: the others wait outside of the card.
+"""
+
+import contextlib
+import gc
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onecard import (
+    bars,
+    hardware,
+    memory,
+    model,
+    newfolder,
+    quantised,
+    reader,
+    shards,
+    sources,
+    trial_rows,
+)
+from onecard.errors import CHECKPOINT, DATA, UserError
+from onecard.tool_config import QuantizeConfig
+from onecard.trial_rows import Row
+
+BNB = "bnb"
+FLAG = "--output_path"
+WAITING, LOGS = ".waiting", "logs"  # of gptqmodel, in the new folder until it is done
+BITS = {quantised.GPTQ: (2, 3, 4, 8), quantised.AWQ: (4,), BNB: (4, 8)}
+GROUPS = (128, 64, 32)
+OUTPUTS = {quantised.GPTQ: 32, quantised.AWQ: 64}  # a layer's outputs are a multiple of this
+Say = Callable[[str], None]
+
+
+def run(options: QuantizeConfig, locate: Callable[[str], str], say: Say) -> Path:
+    """Make the folder and tell what it cost; raises UserError. locate: name of a model -> folder."""
+    if not options.model_path:
+        raise UserError("--model_path is needed.", "Name a folder, a hub name, or demo.")
+    if options.bits not in BITS[options.method]:
+        known = ", ".join(map(str, BITS[options.method]))
+        raise UserError(f"--bits {options.bits}: {options.method} has {known}.", "Choose one of them.")
+    name = Path(options.model_path).name
+    target = Path(options.output_path or f"{name}-{options.method}-{options.bits}bit")
+    source = Path(locate(options.model_path))
+    newfolder.check_apart(source, target, ("--model_path", FLAG))
+    config = model.load_config(str(source))
+    if quantised.method(config):
+        problem = f"--model_path {options.model_path}: is quantised already ({quantised.method(config)})."
+        raise UserError(problem, "Name the model in 16 bits.")
+    group = _group(options, _layers(source, config))
+    if options.method != BNB:
+        quantised.require(f"--method {options.method} needs")
+    made_of = newfolder.record("quantize", _settings(options, group), _read(options, source))
+    if newfolder.is_made(target, made_of, FLAG):
+        say(f"{target} is there already, made of the same.")
+        return target
+    size = _size(source)
+    needed = size if options.method == BNB else 2 * size  # layers that wait lie beside those that are done
+    with newfolder.making(target, needed, made_of, FLAG) as (place, _):  # first of all the disk's room
+        _check_weights(source, say)
+        seen, others = _rows(options, source, say)
+        device = hardware.choose_device(options.device).value
+        before = _perplexity(source, others, device, "perplexity before", say)
+        if options.method == BNB:
+            _by_bitsandbytes(source, place, options.bits, device)
+        else:
+            _by_gptqmodel(source, place, options, group, seen, device)
+        model.load_tokenizer(str(source)).save_pretrained(place)
+    after = _perplexity(target, others, device, "perplexity after", say)
+    now = _size(target)
+    say(f"size        {size / 2**20:.1f} -> {now / 2**20:.1f} MiB ({now / size:.2f} of it)")
+    if others:
+        ratio = after / before
+        say(
+            f"perplexity  {before:.3f} -> {after:.3f} (ratio {ratio:.3f}) of {len(others)} rows not looked at"
+        )
+    return target
+
+
+def _size(folder: Path) -> int:
+    """Bytes of a model's weights."""
+    return sum(path.stat().st_size for path in shards.files_of(folder))
+
+
+def _settings(options: QuantizeConfig, group: int) -> dict[str, Any]:
+    """What decides what the folder holds."""
+    names = ("method", "bits")
+    if options.method != BNB:
+        names += ("act_order", "damp", "template", "rows", "cutoff_len", "seed", "report_rows")
+    return {"group_size": group, **{name: getattr(options, name) for name in names}}
+
+
+def _read(options: QuantizeConfig, source: Path) -> list[Path]:
+    """All files that decide it."""
+    found = model.identity_files(str(source))
+    rows = [] if options.method == BNB else [each.path for each in reader.sources(options.data_path)]
+    return [*found["weights"], *found["tokenizer"], *rows]
+
+
+def _layers(source: Path, config: Any) -> dict[str, tuple[int, int]]:
+    """Name -> (outputs, inputs) of the layers that are quantised: all linear ones but the head."""
+    bare = model.skeleton(str(source), config)
+    head = bare.get_output_embeddings()
+    found = {name: layer for name, layer in bare.named_modules() if isinstance(layer, torch.nn.Linear)}
+    return {name: tuple(layer.weight.shape) for name, layer in found.items() if layer is not head}
+
+
+def _group(options: QuantizeConfig, layers: dict[str, tuple[int, int]]) -> int:
+    """Weights that share a scale, -1 for a row of each layer; raises UserError for shapes that do not fit."""
+    if options.method == BNB:
+        return -1
+    if not layers:
+        problem = f"--model_path {options.model_path}: has no linear layers."
+        raise UserError(problem, "Use --method bnb, or another model.")
+    fitting = [group for group in GROUPS if all(inputs % group == 0 for _, inputs in layers.values())]
+    wanted = options.group_size if options.group_size != "auto" else (fitting or [-1])[0]
+    for name, (outputs, inputs) in layers.items():
+        if wanted != -1 and inputs % wanted:
+            problem = f"--group_size {wanted}: {name} has {inputs} inputs, no multiple of it."
+            raise UserError(problem, f"Use {' or '.join(map(str, [*fitting, -1]))}, or auto.")
+        step = OUTPUTS[options.method]
+        if outputs % step or inputs % 32:
+            problem = f"--method {options.method}: {name} has {inputs} inputs and {outputs} outputs;"
+            raise UserError(f"{problem} they have to be multiples of 32 and {step}.", "Use --method bnb.")
+    return wanted
+
+
+def _check_weights(source: Path, say: Say) -> None:
+    """Raise UserError (exit 4) for weights that are no numbers: nothing computed from them would be one."""
+    tensors, done = shards.of_folder(source), 0
+    total = sum(tensor.size for tensor in tensors.values())
+    with shards.Files() as files, bars.over_bytes("looking at weights") as (_, progress):
+        for name, tensor in tensors.items():
+            for first, last in tensor.blocks():
+                block = files.read(tensor, first, last)
+                done += block.nbytes
+                progress(done, total)
+                if block.is_floating_point() and not torch.isfinite(block).all():
+                    problem = f"{tensor.file}: {name} holds numbers that are not finite."
+                    raise UserError(problem, "Download or convert the model again.", CHECKPOINT)
+    say("weights     all finite")
+
+
+def _rows(options: QuantizeConfig, source: Path, say: Say) -> tuple[list[Row], list[Row]]:
+    """(rows to look at, other rows to tell the perplexity of), chosen by the seed."""
+    tokenizer = model.load_tokenizer(str(source))
+    form, _ = sources.choose_template(options.template, [], tokenizer)
+    found = list(trial_rows.read(options.data_path, options.cutoff_len, form, tokenizer))
+    if not found:
+        raise UserError(f"--data_path {options.data_path}: no row has an answer.", "Name others.", DATA)
+    random.Random(options.seed).shuffle(found)
+    apart = min(options.report_rows, len(found) // 4)
+    others, found = found[:apart], found[apart:]
+    if options.method == BNB:
+        return [], others
+    seen = found[: options.rows]
+    tokens = sum(len(ids) for ids, _ in seen)
+    say(f"rows        {len(seen)} of {options.data_path} are looked at, {tokens} tokens ({form.name})")
+    return seen, others
+
+
+def _by_gptqmodel(
+    source: Path, place: Path, options: QuantizeConfig, group: int, seen: list[Row], device: str
+) -> None:
+    library = quantised.library()
+    from gptqmodel.quantization.config import AWQConfig, GPTQConfig
+
+    shared = {"bits": options.bits, "group_size": group, "device": device}
+    shared["offload_to_disk_path"] = str(place / WAITING)  # layers that wait
+    if options.method == quantised.AWQ:
+        settings, backend = AWQConfig(**shared), library.BACKEND.AWQ_TORCH
+    else:
+        order = {"desc_act": options.act_order, "act_group_aware": not options.act_order}
+        settings, backend = GPTQConfig(damp_percent=options.damp, **order, **shared), library.BACKEND.AUTO
+    given = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in seen]
+    source, place = source.resolve(), place.resolve()
+    with contextlib.chdir(place):  # it writes a log into the working folder, and draws bars of its own
+        made = library.GPTQModel.load(str(source), settings)
+        made.quantize(given, batch_size=1, backend=backend, calibration_data_min_length=1)
+        made.save(str(place))
+    for name in (WAITING, LOGS):
+        shutil.rmtree(place / name, ignore_errors=True)
+
+
+def _by_bitsandbytes(source: Path, place: Path, bits: int, device: str) -> None:
+    dtype = hardware.choose_dtype("auto", device).value
+    made = model.load_base(str(source), bits, dtype, device)
+    made.save_pretrained(place)
+
+
+def _perplexity(folder: Path, rows: list[Row], device: str, title: str, say: Say) -> float:
+    """Of these rows; by the processor when the whole model does not fit on the card."""
+    if not rows:
+        return float("nan")
+    size = _size(folder)
+    if device != "cpu" and size > memory.SAFETY * (hardware.free_memory_bytes(device) or 0):
+        say(f"perplexity  of {folder.name} by the processor: {size / 2**30:.1f} GiB do not fit on {device}")
+        device = "cpu"
+    dtype = hardware.choose_dtype("auto", device).value
+    made = model.load_base(str(folder), 16, dtype, device).eval()
+    try:
+        return trial_rows.perplexity(made, rows, device, title)
+    finally:
+        del made
+        gc.collect()
+        hardware.forget_cached_memory(device)

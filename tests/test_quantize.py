@@ -1,0 +1,271 @@
+"""Quantised folders: made, loaded by others' libraries, trained on; what cannot be quantised is refused."""
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from onecard import gptq, model, quantised, template, trial_rows
+from onecard.errors import CHECKPOINT, DISK, USAGE, UserError
+from onecard.parsing import build
+from onecard.tool_config import QuantizeConfig
+from tests import kills, tiny
+
+ROOT = Path(__file__).parent.parent
+HAS_LIBRARY = all(importlib.util.find_spec(name) for name in quantised.PACKAGES)
+needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs gptqmodel: bash tools/setup.sh gptq")
+SHAPE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "initializer_range": 0.05}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+IDS = torch.arange(2, 130)[None]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("quantize") / "model", **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    return tiny.save_rows(tmp_path_factory.mktemp("quantize") / "rows.json", 60)
+
+
+def run(folder: Path, program: str, *flags) -> subprocess.CompletedProcess:
+    """A program in a process of its own, as gptqmodel keeps threads."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, ROOT / program, *map(str, flags)]
+    settings = {"capture_output": True, "text": True, "timeout": 1500, "env": environment}
+    return subprocess.run(command, cwd=folder, **settings)
+
+
+def quantise(source: Path | str, rows: Path, target: Path, *flags) -> str:
+    given = ("--model_path", source, "--data_path", rows, "--output_path", target, "--device", "cpu")
+    ended = run(target.parent, "tools/quantize.py", *given, *flags)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout
+
+
+@functools.cache
+def loaded(folder: Path) -> torch.nn.Module:
+    return model.load_base(str(folder), 16, "fp32", "cpu").eval()
+
+
+def logits(folder: Path, ids: Sequence[int] = range(2, 130)) -> torch.Tensor:
+    with torch.no_grad():
+        return loaded(folder)(input_ids=torch.tensor([list(ids)])).logits[0]
+
+
+def rounded(source: Path, target: Path, bits: int, group: int) -> Path:
+    """The model with each linear weight rounded to the nearest of its group's steps."""
+    made = model.load_base(str(source), 16, "fp32", "cpu")
+    for name, layer in made.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            grouped = layer.weight.data.reshape(layer.out_features, -1, group)
+            step = grouped.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 0.5)
+            whole = (grouped / step).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            layer.weight.data = (whole * step).reshape(layer.weight.shape)
+    made.save_pretrained(target)
+    return target
+
+
+def errors(source: Path, rows: Path, *targets: Path) -> list[float]:
+    """How far each target's logits are from the model's on rows of the file, as a share of their norm."""
+    own = model.load_tokenizer(str(source))
+    seen = [ids for ids, _ in trial_rows.read(str(rows), 512, template.load("alpaca", own), own)][:20]
+    expected, *found = (torch.cat([logits(folder, ids) for ids in seen]) for folder in (source, *targets))
+    return [((each - expected).norm() / expected.norm()).item() for each in found]
+
+
+@pytest.fixture(scope="module")
+def by_gptq(source, rows, tmp_path_factory) -> tuple[Path, str]:
+    target = tmp_path_factory.mktemp("gptq") / "model"
+    return target, quantise(source, rows, target, "--report_rows", 4, "--group_size", 32)
+
+
+@needs_library
+def test_a_gptq_folder_is_what_others_load(source, by_gptq, rows, tmp_path):
+    """Standard keys and settings, smaller, nearer to the model than rounding; made once."""
+    target, said = by_gptq
+    settings = json.loads((target / "config.json").read_text())["quantization_config"]
+    assert (settings["quant_method"], settings["bits"], settings["group_size"]) == ("gptq", 4, 32)
+    names = set(load_file(target / "model.safetensors"))
+    layer = "model.layers.0.self_attn.q_proj"
+    assert {f"{layer}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")} <= names
+    assert "rows        56 of" in said
+    assert "size        " in said
+    assert "of 4 rows not looked at" in said
+    error, plain = errors(source, rows, target, rounded(source, tmp_path / "rounded", 4, 32))
+    assert error < plain < 0.5
+    assert "is there already, made of the same" in quantise(
+        source, rows, target, "--report_rows", 4, "--group_size", 32
+    )
+    assert not {"logs", ".waiting"} & {path.name for path in (*target.iterdir(), *target.parent.iterdir())}
+
+
+@needs_library
+def test_an_adapter_learns_on_a_gptq_base(by_gptq, rows, tmp_path):
+    """finetune.py takes the folder as it is, and the loss falls; all-linear means the packed layers."""
+    flags = {"model_path": by_gptq[0], "data_path": rows, "output_path": tmp_path / "run", "device": "cpu"}
+    flags |= {"dtype": "fp32", "learning_rate": 1e-2, "num_epochs": 2, "batch_size": 6, "test_size": 0}
+    flags |= {"lora_target_modules": "all-linear", "warmup_steps": 0}
+    ended = run(tmp_path, "finetune.py", *(f"--{name}={value}" for name, value in flags.items()))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "base        4 bits by gptq" in ended.stdout
+    assert "in down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in ended.stdout
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_bitsandbytes_folder_is_the_model_in_these_bits(source, rows, tmp_path):
+    """The same logits as the 16-bit folder loaded in 4 bits."""
+    said = quantise(source, rows, tmp_path / "small", "--method", "bnb", "--report_rows", 0)
+    assert "perplexity" not in said
+    dtype = json.loads((tmp_path / "small" / "config.json").read_text())["dtype"]
+    short = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
+    expected = model.load_base(str(source), 4, short, "cpu").eval()
+    got = model.load_base(str(tmp_path / "small"), 16, short, "cpu").eval()
+    with torch.no_grad():
+        assert torch.equal(got(input_ids=IDS).logits, expected(input_ids=IDS).logits)
+
+
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--bits", 2),
+        ("--bits", 3),
+        ("--bits", 8),
+        ("--act_order",),
+        ("--group_size", -1),
+        ("--rows", 1),
+        ("--damp", 1e-9),
+        ("--method", "awq"),
+    ],
+    ids=str,
+)
+def test_every_kind_loads_with_finite_logits(source, rows, tmp_path, flags):
+    """X6: few bits, one row, hardly any damping, a dead input: no numbers that are not finite."""
+    whole = load_file(source / "model.safetensors")
+    whole["model.embed_tokens.weight"][:, 5] = 0  # this input of the first layer is always zero
+    dead = tmp_path / "dead"
+    tiny.save_model(dead, **SHAPE)
+    save_file(whole, dead / "model.safetensors", {"format": "pt"})
+    quantise(dead, rows, tmp_path / "made", *flags)
+    got, expected = logits(tmp_path / "made"), logits(dead)
+    assert torch.isfinite(got).all()
+    limit = 1.0 if flags == ("--bits", 2) else 0.5
+    assert (got - expected).norm() / expected.norm() < limit
+
+
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_error_is_at_most_that_of_rounding(source, rows, tmp_path, bits):
+    """X6: at the logits, on rows of the kind that were looked at, with the same bits and groups."""
+    quantise(source, rows, tmp_path / "made", "--bits", bits, "--group_size", 32, "--report_rows", 0)
+    error, plain = errors(source, rows, tmp_path / "made", rounded(source, tmp_path / "rounded", bits, 32))
+    assert error <= plain
+
+
+@needs_library
+@pytest.mark.slow
+def test_the_demo_with_the_tool(tmp_path):
+    """GPTQ with 4 bits: the perplexity of rows not looked at is told, and hardly more than before."""
+    sample = ROOT / "sample" / "instruct.json"
+    said = quantise("demo", sample, tmp_path / "made", "--rows", 64)
+    before, after, ratio = map(
+        float, re.search(r"perplexity  ([\d.]+) -> ([\d.]+) \(ratio ([\d.]+)\) of 16 rows", said).groups()
+    )
+    assert 1 < before < 100
+    assert ratio == pytest.approx(after / before, abs=1e-3)
+    assert ratio < 1.3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "awq", "bits": 3}, "awq has 4"),
+        ({"method": "bnb", "bits": 2}, "bnb has 4, 8"),
+        ({"group_size": 128, "hidden": 192}, "has 192 inputs"),
+        ({"hidden": 96, "method": "awq"}, "multiples of 32 and 64"),
+        ({"model_path": None}, "--model_path is needed"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, rows, changes, words):
+    """Before anything is read or written, with the layer's name and shape."""
+    hidden = changes.pop("hidden", 128)
+    source = tiny.save_model(tmp_path / "model", **{**SHAPE, "hidden_size": hidden, "head_dim": 16})
+    given = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
+    options = build(QuantizeConfig, {**given, **changes})
+    with pytest.raises(UserError, match=words) as caught:
+        gptq.run(options, str, print)
+    assert caught.value.code == USAGE
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damp", [0, 1, -0.1, "nan"])
+def test_damping_is_a_share(damp):
+    with pytest.raises(UserError, match="damp"):
+        build(QuantizeConfig, {"damp": float(damp)})
+
+
+def test_weights_that_are_no_numbers_are_refused(source, rows, tmp_path):
+    """X6: exit 4 with the tensor's name; nothing is written."""
+    whole = load_file(source / "model.safetensors")
+    whole["model.layers.1.mlp.up_proj.weight"][7, 7] = float("nan")
+    bad = tmp_path / "bad"
+    tiny.save_model(bad, **SHAPE)
+    save_file(whole, bad / "model.safetensors", {"format": "pt"})
+    given = {"model_path": str(bad), "data_path": str(rows), "output_path": str(tmp_path / "out")}
+    options = build(QuantizeConfig, {**given, "method": "bnb"})
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds numbers") as caught:
+        gptq.run(options, str, print)
+    assert caught.value.code == CHECKPOINT
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_before_anything_is_read(source, rows, tmp_path, monkeypatch):
+    """Exit 7 with the size, before the weights are looked at and the perplexity is measured."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    given = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"--output_path .*needs .*free: 0 MiB") as caught:
+        gptq.run(build(QuantizeConfig, {**given, "method": "bnb"}), str, said.append)
+    assert (caught.value.code, said, list(tmp_path.iterdir())) == (DISK, [], [])
+
+
+@pytest.mark.slow
+def test_killed_at_every_operation(source, tmp_path):
+    """SIGKILL before each operation: no folder is seen, the next run is clean."""
+    kills.check("quantize", tmp_path / "out", model_path=source, report_rows=0)
+
+
+def test_a_terminal_sees_how_far_it_is(source, rows, tmp_path, capsys, monkeypatch):
+    """A bar for the look at the weights and for each perplexity; a pipe gets none."""
+    titles = ("looking at weights:", "perplexity before:", "perplexity after:")
+    given = {"model_path": str(source), "data_path": str(rows), "method": "bnb", "report_rows": 2}
+    given |= {"device": "cpu"}
+    gptq.run(build(QuantizeConfig, {**given, "output_path": str(tmp_path / "one")}), str, print)
+    assert not [title for title in titles if title in capsys.readouterr().err]
+    monkeypatch.setattr(sys, "stderr", tiny.Screen())
+    gptq.run(build(QuantizeConfig, {**given, "output_path": str(tmp_path / "two")}), str, print)
+    assert [title for title in titles if title not in sys.stderr.getvalue()] == []
+
+
+def test_missing_packages_are_named(monkeypatch, source, rows, tmp_path):
+    monkeypatch.setattr(quantised, "PACKAGES", ("no_such_package",))
+    given = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
+    with pytest.raises(UserError, match=r"no_such_package.*setup\.sh gptq"):
+        gptq.run(build(QuantizeConfig, given), str, print)
