@@ -13,6 +13,7 @@ from onecard.errors import run_program
 
 def main() -> None:
     options, given = parsing.parse_given(chat_config.SingleConfig, sys.argv[1:], __doc__)
+    chat_config.check_used(options)
     from onecard import chat, gguf, hub, terminal  # after the options: --help needs no torch
 
     load = (hub.for_engine(options.engine), hub.fetch_adapter, gguf.for_llama, print)
@@ -21,9 +22,9 @@ def main() -> None:
             talk = chat.start(options, *load)
         terminal.talk(talk, chat.with_its_mode(talk, options, given), single_turn=True)
         return
-    from onecard import page, windows
+    from onecard import guard, page, windows
 
-    page.check_exposure(options)
+    guard.check_exposure(options)
     talk = chat.start(options, *load)
     options = chat.with_its_mode(talk, options, given)
     page.launch(windows.single(talk, options), options)

@@ -14,6 +14,7 @@ from onecard.errors import run_program
 
 def main() -> None:
     options = parsing.parse(chat_config.ChatConfig, sys.argv[1:], __doc__)
+    chat_config.check_used(options)
     from onecard import chat, gguf, hub, terminal  # after the options: --help needs no torch
 
     load = (hub.for_engine(options.engine), hub.fetch_adapter, gguf.for_llama, print)
@@ -22,11 +23,15 @@ def main() -> None:
             talk = chat.start(options, *load)
         terminal.talk(talk, options)
         return
-    from onecard import chat_window, page, studio
+    from onecard import chat_window, guard, page, runs, studio
 
-    page.check_exposure(options)
-    training = functools.partial(studio.build, locate=hub.locate) if options.studio else None
-    page.launch(chat_window.turns(chat.start(options, *load), options, training), options)
+    guard.check_exposure(options)
+    training = functools.partial(studio.build, locate=hub.locate, here=hub.here) if options.studio else None
+    if options.studio:  # a training may need the memory before a question does
+        talk = chat.later(options, *load, functools.partial(runs.training_on, studio.WORKSPACE))
+    else:
+        talk = chat.start(options, *load)
+    page.launch(chat_window.turns(talk, options, training), options)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from typing import Any
 import gradio as gr
 
 from onecard import controls, form, page
-from onecard.chat_config import BASE, ChatConfig
+from onecard.chat_config import BASE, TRAINED, ChatConfig
+from onecard.errors import UserError
 
 MATH = [
     {"left": "$$", "right": "$$", "display": True},
@@ -21,10 +22,8 @@ class ChatLayout:
         """chat: a chat.Chat."""
         self.chat, self.options, self.lang = chat, options, options.lang
         self.state = gr.State([])
-        self.kept = gr.BrowserState([], storage_key="onecard-chat", secret="onecard")
-        with gr.Row(elem_classes=["narrow", "head"]):
-            gr.Markdown(f"## OneCard · {self.say('chat', '对话')}")
-            self.dark = self.button("dark", "Light / dark", "明 / 暗", scale=0, min_width=90)
+        self.kept = gr.Textbox(visible="hidden", elem_id="kept")  # the chat as JSON, for this tab's storage
+        page.head(self.say("chat", "对话"), self.lang)
         with gr.Row():
             with gr.Column(scale=3):
                 self.lay_out_chat()
@@ -55,6 +54,7 @@ class ChatLayout:
             self.left = self.chatbot("left", show_label=False)
             self.right = self.chatbot("right", visible=False, label=BASE)
         self.status = gr.HTML(page.status(""), elem_id="status")
+        self.unkept = gr.HTML("", elem_id="unkept")
         self.box = gr.Textbox(
             show_label=False,
             placeholder=self.say("Your message (Shift-Enter: new line)", "输入消息（Shift-Enter 换行）"),
@@ -83,9 +83,8 @@ class ChatLayout:
 
     def lay_out_side(self) -> None:
         names = self.chat.engine.adapters
-        can_system = self.chat.template.system is not None
-        without = f"template {self.chat.template.name} has none", "此模板没有系统提示"
         self.adapter, *self.weights = controls.picker(self.chat, self.lang)
+        self.form = controls.templates(self.chat, self.lang)
         self.compare = gr.Checkbox(
             False, label=self.say("Compare two adapters", "对比两个适配器"), elem_id="compare"
         )
@@ -99,8 +98,7 @@ class ChatLayout:
         self.system = gr.Textbox(
             value=self.options.system,
             label=self.say("System prompt", "系统提示"),
-            info=None if can_system else self.say(*without),
-            interactive=can_system,
+            **self.usable_system(TRAINED),
             lines=2,
             elem_id="system",
         )
@@ -112,10 +110,23 @@ class ChatLayout:
         self.inputs = controls.answer(self.chat, self.options, controls.MEMORY)
         self.reset = self.button("reset", "Reset parameters", "重置参数")
 
+    def usable_system(self, name: str) -> dict[str, Any]:
+        """Whether the box can be used with a template, and why not."""
+        try:
+            form = self.chat.template_of(name)
+        except UserError as error:  # told again when something is asked
+            return {"interactive": True, "info": str(error)}
+        without = f"template {form.name} has none", f"模板 {form.name} 没有系统提示"
+        can = form.system is not None
+        # None would leave what stands there
+        return {"interactive": can, "info": "" if can else self.say(*without)}
+
     def side(self) -> list[gr.Component]:
         """What goes with every question, in the order that ChatWindow.wish reads."""
-        first = [self.system, self.context, self.adapter, self.compare, self.against]
-        return [*first, *self.inputs.values(), *self.weights]
+        return [self.system, self.context, *self.pickers(), *self.inputs.values(), *self.weights]
+
+    def pickers(self) -> list[gr.Component]:
+        return [self.form, self.adapter, self.compare, self.against]
 
     def others(self) -> list[gr.Component]:
         """What would disturb an answer that is growing."""

@@ -1,10 +1,11 @@
 """The many-turn window: a chat with its tools, two adapters side by side on request.
 
-A chat is kept in its browser: a reload shows it again, no other browser sees it, the server keeps none.
+A chat is kept in its browser's tab: a reload shows it again, no other tab sees it, the server keeps none.
 """
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import gradio as gr
 
 from onecard import controls, decoding, form, page, talking, transcript
 from onecard.answer import Text
-from onecard.chat_config import ChatConfig, Generation
+from onecard.chat_config import BASE, TRAINED, ChatConfig, Generation, seeded
 from onecard.chat_layout import ChatLayout
 from onecard.errors import UserError
+from onecard.transcript import LEFT, RIGHT, Turns
 
 SUMMARISE = ("Summarize our conversation so far in three sentences.", "请用三句话概括我们到目前为止的对话。")
 FOCUS = "() => document.querySelector('#box textarea')?.focus()"
@@ -26,8 +28,15 @@ DOWNLOAD = """(line) => {
   link.download = 'chat-' + new Date().toISOString().slice(0, 19).replace(/[:T]/g, '-') + '.jsonl';
   link.click();
 }"""
-Turns = list[dict[str, Any]]  # question, input, answer, other (of the second adapter), what made them
-LEFT, RIGHT = "answer", "other"
+# a tab has its own sessionStorage, which a reload keeps
+KEEP = """(chat) => {
+  try { sessionStorage.setItem('onecard-chat', chat); return ''; } catch (full) { return %s; }
+}"""
+TOO_LONG = (
+    "This chat is too long for your browser to keep: save it, a reload would lose it.",
+    "对话过长，浏览器无法保留：请保存，刷新会丢失。",
+)
+KEPT = "() => [sessionStorage.getItem('onecard-chat') || '[]']"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +44,11 @@ class Wish:
     """What the inputs beside the chat say."""
 
     options: Generation
+    form: str  # name of the prompt template
     system: str
     context: str
     mixtures: dict[str, Any]  # LEFT, and RIGHT when two are compared
+    note: str = ""  # what of it cannot be had
 
 
 class ChatWindow(ChatLayout):
@@ -51,7 +62,7 @@ class ChatWindow(ChatLayout):
 
     def wish(self, values: tuple[Any, ...]) -> Wish:
         """The inputs' values, in the order of self.side(); raises UserError."""
-        system, context, choice, compare, against, *rest = values
+        system, context, shape, choice, compare, against, *rest = values
         names = list(self.inputs)
         loaded = self.chat.engine.adapters
         weights = dict(zip(loaded, rest[len(names) :], strict=True))
@@ -59,7 +70,8 @@ class ChatWindow(ChatLayout):
         if compare:
             mixtures[RIGHT] = talking.mixture_of(against, weights, loaded)
         options = form.read(dict(zip(names, rest[: len(names)], strict=True)))
-        return Wish(options, (system or "").strip(), (context or "").strip(), mixtures)
+        usable, note = talking.system_for(self.chat, shape, (system or "").strip(), self.lang)
+        return Wish(options, shape, usable, (context or "").strip(), mixtures, note)
 
     def ask(self, request: gr.Request, question: str, turns: Turns, *values: Any) -> Iterator[list[Any]]:
         if not question.strip():
@@ -92,13 +104,14 @@ class ChatWindow(ChatLayout):
     ) -> Iterator[list[Any]]:
         """The last turn's answer as it grows.
 
-        before, box: what is shown when it cannot even begin; after: what stands in the box meanwhile.
+        before, box: what is shown when there is none; after: what stands in the box meanwhile.
         """
         try:
             wish = self.wish(values)
         except UserError as error:
             yield self.shown(before, str(error), True, box=box)
             return
+        wish = dataclasses.replace(wish, options=seeded(wish.options))  # one for both sides
         last = dict(turns[-1])
         if not unfinished:
             last |= {LEFT: ""}  # a reload in the middle finds a whole turn
@@ -107,15 +120,22 @@ class ChatWindow(ChatLayout):
         turns = [*turns[:-1], last]
         waiting = self.say("waiting ...", "等待中 ...")
         yield self.shown(turns, waiting, texts={LEFT: Text("")}, box=after, keep=len(turns) > len(before))
-        texts: dict[str, Text] = {}
+        earlier = last.get("adapters", {}) if unfinished else {}  # a side that does not go on keeps its own
+        turns[-1] |= transcript.made_by(self.chat, wish.options, {**earlier, **wish.mixtures}, wish.form)
+        sides: dict[str, talking.Said] = {}
         for key, text, told, wrong in self.grow(request, turns, wish, unfinished):
-            texts[key] = text
-            if wrong and not text.whole and not texts.get(LEFT, text).whole:
-                yield self.shown(before, told, True, box=box)
-                return
-            turns[-1] |= {key: text.whole, **self.made_by(wish)}
-            ended = all(grown.finished for grown in texts.values())
-            yield self.shown(turns, told, wrong, texts, keep=ended or wrong)
+            sides[key] = text, told, wrong
+            if text.whole or not unfinished:  # an answer that could not go on stays
+                turns[-1][key] = text.whole
+            texts = {side: grown for side, (grown, _, _) in sides.items() if grown.whole or not unfinished}
+            told, wrong = talking.together(sides, told, wish.note)
+            over = all(grown.finished or failed for grown, _, failed in sides.values())
+            keep = over and any(grown.whole for grown, _, _ in sides.values())
+            yield self.shown(turns, told, wrong, texts, keep=keep)
+        if talking.came_to_nothing(sides):
+            yield self.shown(before, told, wrong, box=box)
+        elif not keep:
+            yield self.shown(turns, told, wrong, texts)
 
     def grow(
         self, request: gr.Request, turns: Turns, wish: Wish, unfinished: bool
@@ -126,7 +146,14 @@ class ChatWindow(ChatLayout):
             goes_on = unfinished and bool(turns[-1].get(key))
             asked = talking.conversation(turns, wish.system, key=key, unfinished=goes_on)
             side = talking.answers(
-                self.sessions, request.session_hash, self.chat, asked, wish.options, mixture, self.lang
+                self.sessions,
+                request.session_hash,
+                self.chat,
+                asked,
+                wish.options,
+                mixture,
+                self.lang,
+                wish.form,
             )
             growing.append(zip(itertools.repeat(key), side))
         if self.chat.engine.name == "transformers":
@@ -136,10 +163,6 @@ class ChatWindow(ChatLayout):
         else:  # one sequence at a time
             for key, made in itertools.chain(*growing):
                 yield key, *made
-
-    def made_by(self, wish: Wish) -> dict[str, Any]:
-        options = dataclasses.asdict(wish.options)
-        return {"options": options, "adapters": {key: dict(mix) for key, mix in wish.mixtures.items()}}
 
     def shown(
         self,
@@ -154,7 +177,7 @@ class ChatWindow(ChatLayout):
         texts = texts or {}
         sides = [self.messages(turns, key, texts.get(key)) for key in (LEFT, RIGHT)]
         beams = page.beams(texts[LEFT], self.lang) if LEFT in texts else gr.skip()
-        kept = turns if keep else gr.skip()
+        kept = json.dumps(turns, ensure_ascii=False) if keep else gr.skip()
         return [turns, kept, *sides, page.status(told, wrong), gr.skip() if box is None else box, beams]
 
     def outputs(self) -> list[gr.Component]:
@@ -173,7 +196,10 @@ class ChatWindow(ChatLayout):
         return made
 
     def summed_up(self, request: gr.Request, turns: Turns, *values: Any) -> Iterator[list[Any]]:
-        """Summary -> context; the turns go when it is whole."""
+        """Summary -> context; the turns go when it is whole.
+
+        The context's text stays before it, unless a turn was asked with that: then the summary has it.
+        """
         if not turns:
             yield [*self.shown(turns, self.say("Nothing to summarise yet.", "还没有内容。"), True), gr.skip()]
             return
@@ -190,24 +216,39 @@ class ChatWindow(ChatLayout):
             yield [*self.shown(turns, told, failed, keep=False), gr.skip()]
         if text.finished in (decoding.END, decoding.STOP) and text.whole:
             done = "Summarised: the context stands for the earlier turns.", "已总结：以背景代替之前的对话。"
-            yield [*self.shown([], self.say(*done)), text.whole]
+            new = wish.context if all(wish.context != turn.get("input") for turn in turns) else ""
+            yield [*self.shown([], self.say(*done)), "\n\n".join(filter(None, [new, text.whole]))]
         elif not failed:
             kept = "The summary is not whole, so the chat stays as it was.", "总结不完整，对话保持不变。"
             yield [*self.shown(turns, self.say(*kept), True), gr.skip()]
 
     def fresh(self) -> list[Any]:
-        """A new session: no turns, and everything as the program was started."""
+        """A new session: no turns, and everything beside them as the program was started."""
+        given = dict(self.chat.mixture)
         start = [getattr(self.options, name) for name in self.inputs]
-        return [*self.shown([], box=""), self.options.system, "", *start]
+        weights = [given.get(name, 1.0) for name in self.chat.engine.adapters]
+        pickers = [TRAINED, talking.choice_of(self.chat.mixture), False, BASE]
+        return [*self.shown([], box=""), self.options.system, "", *pickers, *start, *weights]
 
     def side_by_side(self, choice: str, on: bool, against: str) -> list[Any]:
-        """Two chats with their adapters' names, or one without."""
+        """Two chats with their adapters' names, or one without; and which weights have an effect."""
         left = gr.update(show_label=on, label=choice)
-        return [left, gr.update(visible=on, label=against), gr.update(visible=on)]
+        weights = controls.weighing(self.chat, [choice, against] if on else [choice], self.lang)
+        updates = [gr.update(**can) for can in weights.values()]
+        return [left, gr.update(visible=on, label=against), gr.update(visible=on), *updates]
 
-    def take_back(self, turns: Turns) -> list[Any]:
-        question = turns[-1]["question"] if turns else None
-        return self.shown(turns[:-1], box=question)
+    def take_back(self, box: str, context: str, turns: Turns) -> list[Any]:
+        """The last question and its context into their boxes, unless something else was typed there."""
+        asked, wrong = turns[-1].get("input", "") if turns else "", None
+        if not turns:
+            wrong = "There is no question yet.", "还没有提问。"
+        elif asked and context.strip() not in ("", asked):
+            wrong = "The context is another now: save or remove it first.", "背景已更改，请先保存或删除。"
+        elif box.strip():
+            wrong = "Your message is not sent yet: send or remove it first.", "内容尚未发送，请先发送或删除。"
+        if wrong:
+            return [*self.shown(turns, self.say(*wrong), True), gr.skip()]
+        return [*self.shown(turns[:-1], box=turns[-1]["question"]), asked or gr.skip()]
 
     def saved(self, turns: Turns, *values: Any) -> tuple[str, str]:
         try:
@@ -216,90 +257,84 @@ class ChatWindow(ChatLayout):
                 raise UserError(self.say("There is nothing to save yet.", "还没有可保存的内容。"))
         except UserError as error:
             return "", page.status(str(error), True)
-        about = {
-            "model": self.options.model_path,
-            "lora_path": self.options.lora_path,
-            "engine": self.chat.engine.name,
-            "template": self.chat.template.name,
-            "system": wish.system,
-            "context": wish.context,
-            "adapters": {key: dict(mix) for key, mix in wish.mixtures.items()},
-        }
         told = self.say("Saved by your browser.", "已由浏览器保存。")
-        return transcript.record(turns, wish.options, **about), page.status(told)
+        how = (wish.options, self.chat, self.options, wish.mixtures, wish.form)
+        return transcript.record(turns, *how, system=wish.system, context=wish.context), page.status(told)
 
-    def loaded(self, path: str) -> list[Any]:
-        """A saved chat: its turns, texts and options."""
+    def loaded(self, path: str, *weights: float) -> list[Any]:
+        """A saved chat: its turns, texts, options, template and adapters, as far as they can be had here."""
         file = Path(path)
-        sides = [self.system, self.context, *self.inputs.values()]
         try:
-            turns, options, about = transcript.read(file.read_text(encoding="utf-8"))
+            saved, notes = transcript.fitted(transcript.read(file.read_text(encoding="utf-8")), self.chat)
         except (UserError, ValueError, OSError) as error:
-            nothing = [gr.skip()] * (len(self.outputs()) + len(sides))
+            nothing = [gr.skip()] * (len(self.outputs()) + len(self.side()))
             nothing[self.outputs().index(self.status)] = page.status(str(error), True)
             return nothing
         finally:
             file.unlink(missing_ok=True)  # the server keeps no chat
-        values = [getattr(options, name) for name in self.inputs]
-        said = [str(about.get(name) or "") for name in ("system", "context")]
-        return [*self.shown(turns, self.say("Loaded.", "已载入。")), *said, *values]
+        values, beyond = form.clamped(saved.options, list(self.inputs), self.options)
+        choices, sliders, more = controls.restored(self.chat, saved.mixtures, list(weights))
+        notes = [*notes, *beyond, *more]
+        pickers = [gr.skip() if saved.template is None else saved.template, choices.get(LEFT, gr.skip())]
+        pickers += [RIGHT in choices, choices.get(RIGHT, gr.skip())] if choices else [gr.skip()] * 2
+        told = self.say("Loaded.", "已载入。")
+        if notes:
+            lacking = "; ".join(self.say(*note).rstrip(".") for note in notes)
+            told = self.say(f"Loaded, but not as saved: {lacking}.", f"已载入，但与保存时不同：{lacking}。")
+        texts = [saved.texts["system"], saved.texts["context"]]
+        return [*self.shown(saved.turns, told, bool(notes)), *texts, *pickers, *values, *sliders]
+
+    def reopened(self, kept: str) -> list[Any]:
+        """What this tab had kept, if it did."""
+        try:
+            turns = transcript.turns_of(json.loads(kept or "[]"))
+        except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            turns = []
+        return self.shown(turns)
 
     def wire(self, window: gr.Blocks) -> None:
         given = [self.box, self.state, *self.side()]
 
-        def halt(request: gr.Request) -> None:
-            self.sessions.stop(request.session_hash)
-
-        def swap(answering: bool) -> list[Any]:
-            send, stop = gr.update(visible=not answering), gr.update(visible=answering)
-            return [send, stop, *(gr.update(interactive=not answering) for _ in self.others())]
-
-        def begin(request: gr.Request) -> list[Any]:
-            self.sessions.begin(request.session_hash)
-            return swap(True)
-
-        def end(request: gr.Request) -> list[Any]:
-            self.sessions.end(request.session_hash)
-            return swap(False)
-
-        def long(triggers: list[Any], work: Any, inputs: list[Any], outputs: list[Any]) -> None:
-            """Work that shows Stop instead of Send."""
-            buttons = [self.send, self.stop, *self.others()]
-            begun = gr.on(triggers, begin, None, buttons, **page.QUICK)
-            done = begun.then(work, inputs, outputs, **page.LONG)
-            done.then(end, None, buttons, **page.QUICK).then(None, js=FOCUS)
-            done.failure(end, None, buttons, **page.QUICK)  # then() is not for those
+        def long(
+            triggers: list[Any], work: Any, inputs: list[Any], outputs: list[Any], *more: gr.Component
+        ) -> None:
+            buttons = [self.send, self.stop, [*self.others(), *more]]
+            controls.answering(triggers, work, inputs, outputs, self.sessions, *buttons, FOCUS)
 
         long([self.send.click, self.box.submit], self.ask, given, self.outputs())
         long([self.retry.click], self.again, given, self.outputs())
         long([self.go_on.click], self.further, given, self.outputs())
         summed = [self.state, *self.side()]
-        long([self.summarise.click], self.summed_up, summed, [*self.outputs(), self.context])
-        self.stop.click(halt, **page.QUICK)
-        self.edit.click(self.take_back, self.state, self.outputs(), **page.QUICK)
+        written = [*self.outputs(), self.context]
+        long([self.summarise.click], self.summed_up, summed, written, self.context)
+        controls.halting(self.stop, window, self.sessions, self.status, self.lang)
+        typed = [self.box, self.context, self.state]
+        self.edit.click(self.take_back, typed, [*self.outputs(), self.context], **page.QUICK)
         self.delete.click(lambda turns: self.shown(turns[:-1]), self.state, self.outputs(), **page.QUICK)
         for trigger in (self.clear.click, self.left.clear, self.right.clear):
             trigger(lambda: self.shown([]), None, self.outputs(), **page.QUICK)
-        texts = [self.system, self.context]
-        fresh = [*self.outputs(), *texts, *self.inputs.values()]
+        fresh = [*self.outputs(), *self.side()]
         self.new.click(self.fresh, None, fresh, **page.QUICK)
         compared = [self.adapter, self.compare, self.against]
         gr.on(
             [box.change for box in compared],
             self.side_by_side,
             compared,
-            [self.left, self.right, self.against],
+            [self.left, self.right, self.against, *self.weights],
             **page.QUICK,
         )
         saving = self.save.click(
             self.saved, [self.state, *self.side()], [self.line, self.status], **page.QUICK
         )
         saving.then(None, self.line, None, js=DOWNLOAD)
-        self.load.upload(self.loaded, self.load, fresh, **page.QUICK)
-        self.dark.click(None, js=page.TOGGLE_DARK)
+        self.load.upload(self.loaded, [self.load, *self.weights], fresh, **page.QUICK)
+        self.form.change(
+            lambda name: gr.update(**self.usable_system(name)), self.form, self.system, **page.QUICK
+        )
         controls.wire(window, self.chat, self.options, self.inputs, self.reset)
-        window.load(lambda turns: self.shown(turns or []), self.kept, self.outputs(), **page.QUICK)
-        window.unload(halt)
+        unkept = page.status(self.say(*TOO_LONG), True)
+        self.kept.change(None, self.kept, self.unkept, js=KEEP % json.dumps(unkept))
+        window.load(self.reopened, self.kept, self.outputs(), js=KEPT, **page.QUICK)
 
 
 def turns(chat: Any, options: ChatConfig, training: Callable[[str], None] | None = None) -> gr.Blocks:

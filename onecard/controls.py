@@ -1,12 +1,12 @@
 """The inputs beside a chat: how it answers, with which adapters; those that do nothing now say so."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
 
-from onecard import form, page, talking
-from onecard.chat_config import BASE, MIX, ChatConfig
+from onecard import form, page, talking, template
+from onecard.chat_config import BASE, MIX, TRAINED, ChatConfig, Mixture
 
 Chat = Any  # onecard.chat.Chat, which stands above
 ANSWER = [
@@ -19,6 +19,7 @@ ANSWER = [
     "max_new_tokens",
 ]
 MORE = ["min_new_tokens", "no_repeat_ngram_size", "stop", "banned", "seed"]
+LOWEST, HIGHEST = 0.0, 2.0  # weights that the sliders of adapters go to
 MEMORY = ["max_memory", "last_turns"]
 
 
@@ -46,13 +47,120 @@ def picker(chat: Chat, lang: str, start: str | None = None) -> list[gr.Component
     )
     weights = []
     if names:
-        with gr.Accordion(form.say(lang, "Weights of the adapters", "适配器权重"), open=False):
-            weights = [_weight(name, given.get(name, 1.0)) for name in names]
+        title = form.say(lang, "Weights of the adapters", "适配器权重")
+        can = weighing(chat, [choice.value], lang)
+        with gr.Accordion(title, open=False, elem_id="weights"):
+            weights = [_weight(name, given.get(name, 1.0), can[name]) for name in names]
     return [choice, *weights]
 
 
-def _weight(name: str, value: float) -> gr.Slider:
-    return gr.Slider(min(0, value), max(2, value), value, step=0.05, label=name)
+def weighing(chat: Chat, choices: Sequence[str], lang: str) -> dict[str, dict[str, Any]]:
+    """Whether each adapter's weight has an effect when these are chosen, and why not."""
+    found = {}
+    for name in chat.engine.adapters:
+        can = name in choices or MIX in choices
+        why = "" if can else form.say(lang, "this adapter is not chosen", "未选择此适配器")
+        found[name] = {"interactive": can, "info": why}
+    return found
+
+
+def restored(
+    chat: Chat, mixtures: dict[str, Mixture], now: list[float]
+) -> tuple[dict[str, str], list[float], list[tuple[str, str]]]:
+    """What the pickers show for these mixtures: the choice of each side, the weights, what they cannot show.
+
+    now: the weights that the sliders have.
+    """
+    names, given, notes = chat.engine.adapters, dict(chat.mixture), []
+    weights = dict(zip(names, now, strict=True))
+    choices = {side: talking.choice_of(mixture) for side, mixture in mixtures.items()}
+    for side, mixture in mixtures.items():
+        if choices[side] == MIX:
+            weights |= dict.fromkeys(names, 0.0)
+        weights |= {name: _on_slider(weight, given.get(name, 1.0)) for name, weight in mixture}
+    for side, mixture in mixtures.items():
+        if dict(talking.mixture_of(choices[side], weights, names)) != dict(mixture):
+            told = " + ".join(f"{name}:{weight:g}" for name, weight in mixture)
+            notes.append((f"the weights {told} are more than the sliders can show",
+                          f"滑块无法表示权重 {told}"))  # fmt: skip
+    return choices, [weights[name] for name in names], notes
+
+
+def templates(chat: Chat, lang: str) -> gr.Dropdown:
+    """Which prompt template the next answers have."""
+    trained = form.say(lang, f"as trained ({chat.template.name})", f"训练时的模板（{chat.template.name}）")
+    return gr.Dropdown(
+        [(trained, TRAINED), *template.names()],
+        value=TRAINED,
+        label=form.say(lang, "Prompt template", "提示模板"),
+        elem_id="template",
+    )
+
+
+def _on_slider(weight: float, start: float) -> float:
+    """The weight, or the slider's end that is next to it."""
+    return min(max(weight, min(LOWEST, start)), max(HIGHEST, start))
+
+
+def _weight(name: str, value: float, can: dict[str, Any]) -> gr.Slider:
+    return gr.Slider(min(LOWEST, value), max(HIGHEST, value), value, step=0.05, label=name, **can)
+
+
+def answering(
+    triggers: list[Any],
+    work: Callable[..., Any],
+    inputs: list[gr.Component],
+    outputs: list[gr.Component],
+    sessions: talking.Sessions,
+    send: gr.Button,
+    stop: gr.Button,
+    others: list[gr.Component],
+    focus: str | None = None,
+) -> None:
+    """Work that shows Stop instead of Send while it goes on, and leaves alone what would disturb it.
+
+    others: what cannot be used meanwhile; focus: JavaScript at the end.
+    """
+
+    def swap(on: bool) -> list[Any]:
+        shown = [gr.update(visible=not on), gr.update(visible=on)]
+        return [*shown, *(gr.update(interactive=not on) for _ in others)]
+
+    def begin(request: gr.Request) -> list[Any]:
+        sessions.begin(request.session_hash)
+        return swap(True)
+
+    def end(request: gr.Request) -> list[Any]:
+        sessions.end(request.session_hash)
+        return swap(False)
+
+    changed = [send, stop, *others]
+    done = gr.on(triggers, begin, None, changed, **page.QUICK).then(work, inputs, outputs, **page.LONG)
+    ended = done.then(end, None, changed, **page.QUICK)
+    done.failure(end, None, changed, **page.QUICK)  # then() is not for those
+    if focus:
+        ended.then(None, js=focus)
+
+
+def halting(
+    stop: gr.Button, window: gr.Blocks, sessions: talking.Sessions, status: gr.HTML, lang: str
+) -> None:
+    """Stop, and a page that is closed, end the answer that this page asked for.
+
+    One that waits behind others is given back when its turn comes; the status line says so.
+    """
+    waits = form.say(lang, "stopped; waiting for others to finish", "已停止，等待其他回答结束")
+
+    def leave(request: gr.Request) -> None:
+        sessions.stop(request.session_hash)
+
+    def halt(request: gr.Request) -> Any:
+        waiting = sessions.is_waiting(request.session_hash)
+        leave(request)
+        return page.status(waits) if waiting else gr.skip()
+
+    stop.click(halt, None, status, **page.QUICK)
+    window.unload(leave)
 
 
 def wire(

@@ -31,8 +31,7 @@ def _input(field: dataclasses.Field, value: Any, lang: str, fewer: list[Any] | N
     what = {"label": label, "value": value, "elem_id": f"option-{field.name}", "interactive": True}
     what["info"] = meta["help"] if lang == "en" else None
     if meta["slider"]:
-        low, high, step = meta["slider"]
-        low, high = min(low, value), max(high, value)
+        low, high, step = _ends(meta["slider"], value)
         return gr.Slider(minimum=low, maximum=high, step=step, **what)
     if meta["choices"]:
         return gr.Radio(fewer or list(meta["choices"]), **what)
@@ -50,12 +49,36 @@ def read(values: dict[str, Any]) -> Generation:
     return parsing.build(Generation, {name: value for name, value in given.items() if value is not None})
 
 
+def clamped(options: Generation, names: list[str], start: Any) -> tuple[list[Any], list[tuple[str, str]]]:
+    """Values for the inputs that were made from `start`, and what was beyond a slider's end."""
+    fields = {field.name: field for field in dataclasses.fields(start)}
+    values, notes = [], []
+    for name in names:
+        value, meta = getattr(options, name), fields[name].metadata
+        if meta["slider"]:
+            low, high, _ = _ends(meta["slider"], getattr(start, name))
+            if not low <= value <= high:
+                inside = min(max(value, low), high)
+                english, chinese = meta["label"]
+                notes.append((f"{english} {value} is beyond the slider: {inside}",
+                              f"{chinese} {value} 超出滑块范围，取 {inside}"))  # fmt: skip
+                value = inside
+        values.append(value)
+    return values, notes
+
+
+def _ends(slider: tuple[float, float, float], value: float) -> tuple[float, float, float]:
+    """From, to and step of a slider that can show the value it begins with."""
+    low, high, step = slider
+    return min(low, value), max(high, value), step
+
+
 def usable(names: list[str], unused: dict[str, tuple[str, str]], start: Any, lang: str) -> list[Any]:
     """Updates that disable the inputs which do nothing now, each with the reason, and enable the others."""
     fields = {field.name: field for field in dataclasses.fields(start)}
     updates = []
     for name in names:
         why = unused.get(name)
-        info = fields[name].metadata["help"] if lang == "en" else None
+        info = fields[name].metadata["help"] if lang == "en" else ""  # None would leave what stands there
         updates.append(gr.update(interactive=why is None, info=say(lang, *why) if why else info))
     return updates

@@ -5,6 +5,7 @@ Text in, HTML out; whatever comes from rows, models and files is escaped. It kno
 
 import html
 
+from onecard import preview
 from onecard.form import say
 from onecard.runs import FAILED, FINISHED, NEW, RUNNING, STARTING, STOPPED, State
 
@@ -59,6 +60,37 @@ def note(text: str, wrong: bool = False) -> str:
     return f'<div class="oc-note{kind}">{html.escape(text)}</div>' if text else ""
 
 
+PARTS = {  # what memory is for
+    "weights": ("weights", "权重"),
+    "adapter": ("adapter", "适配器"),
+    "gradient": ("gradient", "梯度"),
+    "optimizer": ("optimizer", "优化器"),
+    "activations": ("activations", "激活"),
+}
+
+
+def memory(parts: dict[str, float], free: int | None, device: str, lang: str) -> str:
+    """Predicted memory in GiB by its parts, beside the bytes that are free; in red when they are fewer."""
+    total = sum(parts.values())
+    named = say(lang, ", ", "，").join(f"{say(lang, *PARTS[n])} {_gib(size)}" for n, size in parts.items())
+    text = say(lang, f"Predicted peak memory: {_gib(total)} GiB", f"预计内存峰值：{_gib(total)} GiB")
+    if free is not None:
+        there = f"{free / 2**30:.1f} GiB"
+        text += say(lang, f" of {there} free on {device}", f"，{device} 空闲 {there}")
+    own = say(lang, "The program itself comes on top.", "程序本身另计。")
+    return note(f"{text} ({named}). {own}", free is not None and total * 2**30 > free)
+
+
+def unpredicted(reason: str, lang: str) -> str:
+    reason = reason.rstrip(".")
+    return note(say(lang, f"Memory is not predicted: {reason}.", f"无法预计内存：{reason}。"))
+
+
+def _gib(size: float) -> str:
+    """Two digits that count."""
+    return f"{size:.2f}" if size < 10 else f"{size:.0f}"
+
+
 def card(name: str, state: State, latest: dict[str, float], lang: str) -> str:
     """How a run stands. latest: last values of its curves and `seconds` a step takes."""
     kind = say(lang, *KINDS[state.kind])
@@ -99,13 +131,8 @@ def rows(shown: list[tuple[str, list[tuple[str, bool]]]], lang: str) -> str:
     rest = say(lang, "is what it learns to say; the rest is only read.", "是模型要学会说的；其余只是读入。")
     made = [f'<p class="oc-head oc-legend"><mark>{marked}</mark> {rest}</p>']
     for place, runs in shown:
-        text = "".join(_run(piece, target) for piece, target in runs)
-        made.append(_box(_line("oc-place", html.escape(place)) + _line("oc-text", text)))
+        made.append(_box(_line("oc-place", html.escape(place)) + _line("oc-text", preview.marked(runs))))
     return "".join(made)
-
-
-def _run(piece: str, target: bool) -> str:
-    return f"<mark>{html.escape(piece)}</mark>" if target else html.escape(piece)
 
 
 def answers(

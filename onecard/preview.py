@@ -1,9 +1,12 @@
 """The first rows of files as the model will see them, in runs of text that are learned or only read.
 
+Both reports of rows, the training window's and tools/check_data.py's, mark them in the same way.
+
 It loads a tokenizer, never a model.
 """
 
 import functools
+import html
 import threading
 from collections.abc import Callable
 from itertools import islice
@@ -31,6 +34,12 @@ def first_rows(options: FinetuneConfig, locate: Callable[[str], str], count: int
             row = reader.conversation(line, column, value, text, options.schema)
             made.append(_seen(row, schemas.place(source.path, line, column), text, options, *load))
     return made
+
+
+def marked(runs: list[tuple[str, bool]]) -> str:
+    """Runs of text as HTML, what is learned inside of <mark>."""
+    texts = ((html.escape(piece), target) for piece, target in runs)
+    return "".join(f"<mark>{text}</mark>" if target else text for text, target in texts)
 
 
 def _seen(row: Any, place: str, text: str, options: FinetuneConfig, tokenizer: Any, form: Any) -> Row:

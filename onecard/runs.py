@@ -89,7 +89,8 @@ def free_name(workspace: Path) -> str:
 
 
 def check_paths(options: FinetuneConfig, uploads: Path) -> None:
-    """Raise UserError when an option that may name a file leads out of this folder and the uploads.
+    """Raise UserError when an option that may name a file leads out of this folder and the uploads, or is an
+    address: somebody at a page chooses what is read, but not what this machine asks others for.
 
     A link inside the folder may lead out of it: only the owner of the folder can have put it there.
     """
@@ -99,7 +100,7 @@ def check_paths(options: FinetuneConfig, uploads: Path) -> None:
             path = Path(part.strip())
             outside = path.is_absolute() and not any(path.is_relative_to(folder) for folder in open_folders)
             strange = part.strip().startswith(("-", "~")) or re.search(r"[\x00-\x1f\x7f]", part)
-            if outside or strange or ".." in path.parts:
+            if outside or strange or ".." in path.parts or "://" in part:
                 fix = "Name something inside the folder where this window was started, or upload it."
                 raise UserError(f"--{name} {part!r} is not open to this window.", fix)
 
@@ -178,6 +179,14 @@ def state(workspace: Path, name: str) -> State:
         end = [] if wrong else ["(It ended without a word: was it killed?)"]
         return State(FAILED, saved, total, None, "\n".join(spoken[-SHOWN:] + end))
     return State(STOPPED if stored or said else NEW, saved, total, None, last)
+
+
+def training_on(workspace: Path, device: str) -> list[str]:
+    """Names of the runs that are trained on a device now; of one that has just begun nobody knows better."""
+    going = [name for name in names(workspace) if state(workspace, name).going]
+    used = {name: config_of(workspace / name).get("resolved", {}).get("device", device) for name in going}
+    kinds = ("cuda", "cuda:0") if device in ("cuda", "cuda:0") else (device,)
+    return [name for name in going if used[name] in kinds or (device == "all" and used[name] != "cpu")]
 
 
 def config_of(folder: Path) -> dict[str, Any]:

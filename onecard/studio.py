@@ -7,8 +7,6 @@ Closing the page or killing the window loses nothing; whoever opens it again see
 import dataclasses
 import functools
 import re
-import types
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,26 +14,24 @@ from typing import Any
 import gradio as gr
 from gradio.context import Context
 
-from onecard import chart, config, curves, labels, panels, preview, reader, runs
+from onecard import chart, config, curves, hardware, labels, panels, preview, runs
 from onecard.config import FinetuneConfig
 from onecard.curves import ACCURACY, LOSS, RATE, SPEED, VALIDATION, Curves
 from onecard.errors import UserError
 from onecard.form import say
+from onecard.page import head
+from onecard.studio_layout import FIELDS, StudioLayout
 
+WORKSPACE = Path("lora-checkpoints")  # folder of the runs
 Locate = Callable[[str], str]
-FIELDS = {field.name: field for field in dataclasses.fields(FinetuneConfig)}
-COMMON = (
-    "num_epochs", "learning_rate", "batch_size", "cutoff_len", "bits", "template", "lora_r",
-    "lora_target_modules", "max_steps", "sample_steps",
+Here = Callable[[str], str | None]
+SHAPES = (  # options that decide how much memory a training takes
+    "model_path", "bits", "cutoff_len", "batch_size", "micro_batch_tokens", "train_what", "lora_r",
+    "lora_target_modules", "peft_config", "device", "dtype", "gradient_checkpointing", "optimizer",
 )  # fmt: skip
-ABOVE = ("data_path", "model_path")
-HIDDEN = ("output_path", "log_steps")  # the name of the run says the first, no screen needs the second
-FIRST_VALUES = {"sample_steps": 50}  # a window has a place to show them
-SLOT = {"padding": False, "elem_classes": "oc-slot"}  # takes no room while it is empty
 SECONDS = 2.0  # between two looks at the files
 POINTS = 300  # of a curve
 PREVIEW = 5  # rows
-FOLDERS = (".", "sample", "data")  # where files of rows are offered from
 PLOTS = {  # curves of one plot -> its title
     (LOSS, VALIDATION): ("Loss (nats per target token)", "损失（每个目标词元）"),
     (ACCURACY,): ("Validation: target tokens right", "验证：目标词元正确率"),
@@ -44,20 +40,29 @@ PLOTS = {  # curves of one plot -> its title
 }
 
 
-def page(lang: str = "en", workspace: Path = Path("lora-checkpoints"), locate: Locate = str) -> gr.Blocks:
+def folder_alone(name: str) -> str | None:
+    return name if Path(name).is_dir() else None
+
+
+def page(
+    lang: str = "en", workspace: Path = WORKSPACE, locate: Locate = str, here: Here = folder_alone
+) -> gr.Blocks:
     """The training window alone; `build` for what it takes."""
     with gr.Blocks(analytics_enabled=False, title="OneCard", fill_width=True) as window:
-        gr.Markdown(f"## OneCard · {say(lang, 'training', '训练')}")
-        build(lang, workspace, locate)
+        head(say(lang, "training", "训练"), lang)
+        build(lang, workspace, locate, here)
     return window
 
 
-def build(lang: str = "en", workspace: Path = Path("lora-checkpoints"), locate: Locate = str) -> None:
+def build(
+    lang: str = "en", workspace: Path = WORKSPACE, locate: Locate = str, here: Here = folder_alone
+) -> None:
     """Make the training window inside the gr.Blocks or gr.Tab that is open.
 
-    lang: en or zh; workspace: folder of the runs; locate: name of a model -> folder, for the preview.
+    lang: en or zh; workspace: folder of the runs; locate: name of a model -> folder, for the preview; here:
+    the same, None for one that would have to be fetched first.
     """
-    Studio(lang, workspace, locate)
+    Studio(lang, workspace, locate, here)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,101 +76,15 @@ class Seen:
     steps: tuple[Any, ...] = ()  # the run, then the steps of its answers
 
 
-class Studio:
+class Studio(StudioLayout):
     """The components of one window and what happens when they are used; it has no state of any page."""
 
-    def __init__(self, lang: str, workspace: Path, locate: Locate):
-        self.lang, self.workspace, self.locate = lang, workspace, locate
+    def __init__(self, lang: str, workspace: Path, locate: Locate, here: Here):
+        super().__init__(lang, workspace)
+        self.locate, self.here = locate, here
         self.curves = functools.lru_cache(maxsize=64)(Curves)
-        self.lay_out()
+        self.seen, self.timer = gr.State(Seen()), gr.Timer(SECONDS)
         self.wire()
-
-    def say(self, english: str, chinese: str) -> str:
-        return say(self.lang, english, chinese)
-
-    def lay_out(self) -> None:
-        say = self.say
-        gr.HTML(panels.STYLE + chart.STYLE, padding=False)
-        with gr.Row():
-            with gr.Column(min_width=320):
-                words = {"value": FIELDS["data_path"].default, **self.words("data_path")}
-                rows = gr.Dropdown(self.files(), allow_custom_value=True, **words)
-                self.inputs = {"data_path": rows}
-                with gr.Row():
-                    self.upload = gr.UploadButton(
-                        say("Upload a file", "上传文件"), file_types=list(reader.FORMATS), size="sm"
-                    )
-                    self.preview = gr.Button(say("Preview", "预览"), size="sm", elem_id="train-preview")
-                self.rows = gr.HTML(elem_id="train-rows", **SLOT)
-                self.inputs["model_path"] = self.input("model_path")
-                even = {"elem_classes": ["oc-form", "oc-even"]}
-                with gr.Row(**even):
-                    self.inputs |= {name: self.input(name) for name in COMMON}
-                rest = [name for name in FIELDS if name not in (*ABOVE, *COMMON, *HIDDEN)]
-                with gr.Accordion(say("All options", "全部选项"), open=False), gr.Row(**even):
-                    self.inputs |= {name: self.input(name) for name in rest}
-                self.name = gr.Textbox(
-                    label=say("Name of the new run", "新训练的名称"),
-                    info=say(f"a folder in {self.workspace}", f"{self.workspace} 中的文件夹"),
-                    max_length=runs.LONGEST_NAME,
-                    elem_id="train-name",
-                )
-                self.start = gr.Button(say("Start", "开始训练"), variant="primary", elem_id="train-start")
-                self.started = gr.HTML(elem_id="train-started", **SLOT)
-            with gr.Column(min_width=320):
-                words = {"label": say("Run", "训练"), "elem_id": "train-run", "interactive": True}
-                self.run = gr.Dropdown([], allow_custom_value=True, **words)
-                self.card = gr.HTML(elem_id="train-card", **SLOT)
-                with gr.Row():
-                    small = {"min_width": 100, "size": "md"}
-                    stop = say("Stop and save", "停止并保存")
-                    self.stop = gr.Button(stop, variant="stop", elem_id="train-stop", **small)
-                    self.go_on = gr.Button(say("Continue", "继续训练"), elem_id="train-continue", **small)
-                    self.reuse = gr.Button(say("Copy options", "复制选项"), elem_id="train-reuse", **small)
-                self.done = gr.HTML(elem_id="train-done", **SLOT)
-                with gr.Row(elem_classes="oc-form"):
-                    self.longer = gr.Textbox(
-                        label=say("Continue up to epoch", "继续训练到第几轮"),
-                        info=say("empty: as planned", "留空：按原计划"),
-                        elem_id="train-longer",
-                    )
-                    words = {"label": say("Compare with", "对比"), "elem_id": "train-others"}
-                    words |= {"info": say("earlier runs in the same plots", "在同一图中显示其他训练")}
-                    words |= {"multiselect": True, "interactive": True}
-                    self.others = gr.Dropdown([], allow_custom_value=True, **words)
-                self.plots = gr.HTML(elem_id="train-plots", **SLOT)
-                at = say("Answers at step", "第几步的回答")
-                self.step = gr.Slider(0, 1, 0, step=1, label=at, visible=False, elem_id="train-step")
-                self.answers = gr.HTML(elem_id="train-answers", **SLOT)
-        self.seen = gr.State(Seen())
-        self.timer = gr.Timer(SECONDS)
-
-    def files(self) -> list[str]:
-        """Files of rows that are offered; any other inside this folder can be typed."""
-        places = [*map(Path, FOLDERS), self.workspace / runs.UPLOADS]
-        found = [path for place in places for path in sorted(place.glob("*")) if path.is_file()]
-        return [str(path) for path in found if path.suffix in reader.FORMATS and path.name[0] != "."]
-
-    def words(self, name: str) -> dict[str, Any]:
-        english, chinese, help_ = labels.FINETUNE[name]
-        text = self.say(FIELDS[name].metadata["help"], help_)
-        label = self.say(english, chinese)
-        return {"label": label, "info": text, "elem_id": f"train-{name}", "min_width": 140}
-
-    def input(self, name: str) -> Any:
-        """The input of an option, by what it is declared to be."""
-        field, words = FIELDS[name], self.words(name)
-        value = FIRST_VALUES.get(name, field.default)
-        kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
-        if field.metadata["choices"]:
-            choices = [(str(choice), choice) for choice in field.metadata["choices"]]
-            empty = [("-", "")] if type(None) in kinds else []
-            return gr.Dropdown([*empty, *choices], value="" if value is None else value, **words)
-        if bool in kinds:
-            return gr.Checkbox(value, **words)
-        if str in kinds or type(None) in kinds:  # a number's input cannot be empty
-            return gr.Textbox("" if value is None else str(value), max_lines=3, **words)
-        return gr.Number(value, precision=0 if int in kinds else None, **words)
 
     def wire(self) -> None:
         """Which event does what; nothing here waits for a training."""
@@ -187,6 +106,12 @@ class Studio:
         self.others.input(**look)
         self.step.input(self.show_answers, [self.run, self.step], self.answers, **quick)
         self.timer.tick(**look)
+        changed = [self.inputs[name].change for name in SHAPES]
+        one = {"concurrency_limit": 1, "trigger_mode": "always_last", "show_progress": "hidden"}
+        gr.on(
+            [*changed, Context.root_block.load],
+            self.predict, form, self.memory, api_visibility="private", **one
+        )  # fmt: skip
         Context.root_block.load(self.attach, None, [self.run, self.name], **quick).then(**look)
 
     def attach(self) -> tuple[Any, str]:
@@ -325,6 +250,24 @@ class Studio:
         finally:
             Path(path).unlink(missing_ok=True)  # gradio would hand it to whoever knows its name
         return gr.update(choices=self.files(), value=str(kept)), ""
+
+    def predict(self, *values: Any) -> str:
+        """Predicted peak memory of the form's options beside what is free; without a model nothing."""
+        try:
+            options = self.options(values)
+            runs.check_paths(options, self.workspace / runs.UPLOADS)
+            folder = self.here(options.model_path)
+            if folder is None:
+                name = options.model_path
+                reason = self.say(f"{name} is not on this machine yet", f"{name} 还不在本机")
+                return panels.unpredicted(reason, self.lang)
+            from onecard import memory  # brings torch, which a window alone does not need
+
+            device = hardware.choose_device(options.device).value
+            free = hardware.free_memory_bytes(device)
+            return panels.memory(memory.predict(options, folder, device, free), free, device, self.lang)
+        except UserError as error:
+            return panels.unpredicted(error.problem, self.lang)
 
     def show_rows(self, *values: Any) -> str:
         try:

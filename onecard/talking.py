@@ -10,12 +10,14 @@ import traceback
 from collections.abc import Iterator
 
 from onecard.answer import Text
-from onecard.chat_config import BASE, MIX, Generation
-from onecard.decoding import CANCELLED, LENGTH, NO_MEMORY, STOP
+from onecard.chat_config import BASE, MIX, TRAINED, Generation
+from onecard.decoding import CANCELLED, END, LENGTH, NO_MEMORY, STOP
 from onecard.errors import UserError
 from onecard.prompt import Conversation, Turn
 
 SHOWN_EVERY = 0.05  # seconds: a browser gains nothing from more
+BY_ITSELF = (END, STOP, LENGTH)
+Said = tuple[Text, str, bool]  # an answer, what the status line says, is it an error
 WHY = {
     LENGTH: ("cut at the most new tokens", "已达最多新词元"),
     STOP: ("stop word", "遇到停止词"),
@@ -32,13 +34,23 @@ class Sessions:
 
     def __init__(self) -> None:
         self.asking: dict[str, threading.Event] = {}
+        self.waiting: set[str] = set()
 
     def begin(self, session: str) -> None:
         """A button was pressed; the answer may still have to wait for its turn."""
         self.asking[session] = threading.Event()
+        self.waiting.add(session)
+
+    def start(self, session: str) -> None:
+        """Its turn has come."""
+        self.waiting.discard(session)
 
     def end(self, session: str) -> None:
         self.asking.pop(session, None)
+        self.waiting.discard(session)
+
+    def is_waiting(self, session: str) -> bool:
+        return session in self.waiting
 
     def stop(self, session: str) -> None:
         """Stop what this page asked for; others go on."""
@@ -69,12 +81,24 @@ def conversation(
 
 
 def answers(
-    sessions: Sessions, session: str, chat, asked: Conversation, settings: Generation, mixture, lang: str
-) -> Iterator[tuple[Text, str, bool]]:
-    """(text, what the status line says, is it an error) as the answer grows; no exception comes through."""
+    sessions: Sessions,
+    session: str,
+    chat,
+    asked: Conversation,
+    settings: Generation,
+    mixture,
+    lang: str,
+    shape: str = TRAINED,
+) -> Iterator[Said]:
+    """What is there as the answer grows; no exception comes through.
+
+    shape: name of the prompt template.
+    """
     shown, text = 0.0, Text("")
+    sessions.start(session)
     try:
-        for reply in chat.stream(asked, settings, mixture, lambda: sessions.is_stopped(session)):
+        stream = chat.stream(asked, settings, mixture, lambda: sessions.is_stopped(session), shape)
+        for reply in stream:
             text = reply.text
             now = time.monotonic()
             if reply.finished or now - shown >= SHOWN_EVERY:
@@ -91,6 +115,11 @@ def answers(
 def describe(reply, chat, lang: str) -> str:
     """The status line: speed, tokens of the context, device, and why it ended."""
     zh = lang == "zh"
+    if reply.loading:
+        others = ", ".join(chat.engine.beside())
+        told = "正在载入模型 ..." if zh else "loading the model ..."
+        shared = f"（{others} 正在同一设备上训练）" if zh else f" ({others} is trained on the same device)"
+        return told + (shared if others else "")
     if not reply.finished and not reply.text.tokens:
         word = "读取" if zh else "reading"
         return f"{word} {reply.read} / {reply.prompt_tokens} {'词元' if zh else 'tokens'}"
@@ -102,12 +131,39 @@ def describe(reply, chat, lang: str) -> str:
     ]
     if reply.first is not None:
         parts.insert(1, f"{'首词元' if zh else 'first after'} {reply.first:.1f} s")
+    if reply.finished and reply.seed is not None:
+        parts.append(f"{'种子' if zh else 'seed'} {reply.seed}")
     if reply.left_out:
         left = reply.left_out
         parts.append(f"{left} 轮较早对话未包含" if zh else f"{left} oldest turns left out")
     if reply.finished in WHY:
         parts.append(WHY[reply.finished][zh])
     return " · ".join(parts)
+
+
+def together(sides: dict[str, Said], newest: str, note: str = "") -> tuple[str, bool]:
+    """The status line of answers side by side: errors of any, else the newest; note: goes behind it."""
+    problems = [told for _, told, wrong in sides.values() if wrong]
+    told = dict.fromkeys([*(problems or [newest]), *filter(None, [note])])
+    return " · ".join(told), bool(problems)
+
+
+def came_to_nothing(sides: dict[str, Said]) -> bool:
+    """Whether no side has text, and none ended by itself."""
+    return not any(text.whole or text.finished in BY_ITSELF for text, _, _ in sides.values())
+
+
+def system_for(chat, shape: str, system: str, lang: str) -> tuple[str, str]:
+    """The system prompt as far as a template holds one, and what to say when it does not; raises UserError.
+
+    shape: name of the template.
+    """
+    form = chat.template_of(shape)
+    if not system or form.system is not None:
+        return system, ""
+    if lang == "zh":
+        return "", f"模板 {form.name} 没有系统提示，已略去"
+    return "", f"the system prompt is left out: template {form.name} has none"
 
 
 def mixture_of(choice: str, weights: dict[str, float], names: list[str]) -> tuple[tuple[str, float], ...]:

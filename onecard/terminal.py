@@ -9,34 +9,25 @@ import dataclasses
 import math
 import os
 import re
-import signal
 import sys
-import termios
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import WordCompleter
-from prompt_toolkit.enums import DEFAULT_BUFFER
-from prompt_toolkit.filters import has_focus
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-
-from onecard import parsing, talking, transcript
-from onecard.chat_config import BASE, ChatConfig, Generation, Mixture
+from onecard import keyboard, parsing, talking, template, transcript
+from onecard.chat_config import BASE, TRAINED, ChatConfig, Generation, Mixture
 from onecard.decoding import END, LENGTH, STOP
 from onecard.errors import UserError
-from onecard.fingerprint import cache_folder
 from onecard.prompt import Conversation
 from onecard.screen import Screen, in_terminal, tell
+from onecard.transcript import LEFT, RIGHT, Turns
 
 WELCOME = (
     "Enter sends, Alt-Enter or a last \\ goes on; /help lists commands; Ctrl-C stops an answer, Ctrl-D ends."
 )
-NONE = "none"
+NONE, AS_TRAINED = "none", "trained"
 
 
 def talk(
@@ -52,7 +43,7 @@ def talk(
     with contextlib.suppress(AttributeError):  # stand-ins for streams
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")
-    read = editor() if session.live else plain_line
+    read = keyboard.editor([*COMMANDS, "exit"]) if session.live else keyboard.plain_line
     try:
         while True:
             try:
@@ -71,19 +62,6 @@ def talk(
         raise UserError(f"{session.failed} of {session.taken} lines failed.")
 
 
-def plain_line() -> str:
-    """The next line of stdin with those that a backslash adds to it; raises EOFError behind the last."""
-    lines = []
-    while line := sys.stdin.readline():
-        line = line.rstrip("\r\n")
-        lines.append(line.removesuffix("\\"))
-        if not line.endswith("\\"):
-            break
-    if not lines:
-        raise EOFError
-    return "\n".join(lines)
-
-
 class Session:
     """A conversation, its settings, and what the commands do to them."""
 
@@ -92,11 +70,12 @@ class Session:
         self.live = in_terminal()
         self.screen = Screen(self.live and os.environ.get("TERM", "dumb") != "dumb")
         self.mixture: Mixture = chat.mixture
-        self.turns: list[dict[str, str]] = []
-        self.before: list[dict[str, str]] = []  # turns before the last question, which /retry asks again
-        self.question = ""
+        self.form = TRAINED  # name of the template
+        self.turns: Turns = []
+        self.before: Turns = []  # turns before the last question, which /retry asks again
+        self.question = self.input = ""  # input: of a turn that a window had saved
         self.taken = self.failed = 0  # lines
-        if settings.system and chat.template.system is None:
+        if settings.system and not self._has_system():
             say(f"--system: {self._no_system()}")
             self.settings = dataclasses.replace(settings, system="")
 
@@ -124,12 +103,13 @@ class Session:
             self.say(f"error: {error}")
         return True
 
-    def ask(self, question: str, before: list[dict[str, str]]) -> None:
+    def ask(self, question: str, before: Turns, about: str = "") -> None:
         """Print the answer to a question behind these turns; without one the conversation stays as it was."""
-        self.question, self.before = question, before
-        asked = talking.conversation([*before, {"question": question}], self.settings.system)
+        self.question, self.before, self.input = question, before, about
+        turn = {"question": question, **({"input": about} if about else {})}
+        asked = talking.conversation([*before, turn], self.settings.system)
         reply = None
-        with stoppable(self.live) as cancelled:
+        with keyboard.stoppable(self.live) as cancelled:
             for reply in self._replies(asked, cancelled):
                 begun = reply.text.tokens or reply.finished
                 behind = reply.text.open if begun else f"reading {reply.read}/{reply.prompt_tokens} tokens"
@@ -138,7 +118,13 @@ class Session:
         assert reply is not None, "Chat.stream ends with a finished reply"
         by_itself = reply.finished in (END, STOP, LENGTH)
         if by_itself or reply.text.stable:
-            self.turns = [*before, {"question": question, "answer": reply.text.stable}]
+            settings = (
+                dataclasses.replace(self.settings, seed=reply.seed)
+                if reply.seed is not None
+                else self.settings
+            )
+            how = transcript.made_by(self.chat, settings, {LEFT: self.mixture}, self.form)
+            self.turns = [*before, {**turn, LEFT: reply.text.stable, **how}]
         told = f"{reply.text.tokens} tokens · {talking.describe(reply, self.chat, 'en')}"
         if self.live:
             self.screen.remark(told)
@@ -148,7 +134,7 @@ class Session:
     def _replies(self, asked: Conversation, cancelled: Callable[[], bool]) -> Iterator[Any]:
         """The answer as it grows; whatever goes wrong is a UserError."""
         try:
-            yield from self.chat.stream(asked, self.settings, self.mixture, cancelled)
+            yield from self.chat.stream(asked, self.settings, self.mixture, cancelled, self.form)
         except Exception as error:  # of any library; the conversation is worth more than the program's end
             self.screen.end(always=False)
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -166,7 +152,7 @@ class Session:
     def retry(self, _: str) -> None:
         if not self.question:
             raise UserError("There is no question yet.")
-        self.ask(self.question, self.before)
+        self.ask(self.question, self.before, self.input)
 
     def save(self, name: str) -> None:
         if not self.turns:
@@ -174,19 +160,53 @@ class Session:
         path = Path(name or time.strftime("chat-%Y%m%d-%H%M%S.jsonl")).expanduser()
         if path.suffix != ".jsonl":
             raise UserError(f"/save {name}: a line of JSON would be added to it.", "Name a .jsonl file.")
-        about = {
-            "model": self.settings.model_path,
-            "lora_path": self.settings.lora_path,
-            "engine": self.chat.engine.name,
-            "template": self.chat.template.name,
-            "system": self.settings.system,
-            "adapters": {"answer": dict(self.mixture)},
-        }
+        how = (self.settings, {LEFT: self.mixture}, self.form)
+        line = transcript.record(
+            self.turns, self.settings, self.chat, *how, system=self.settings.system, context=""
+        )
         try:
-            append(path, transcript.record(self.turns, self.settings, **about))
+            append(path, line)
         except OSError as error:
             raise UserError(f"/save {path}: {error.strerror}.", "Name another file.") from None
         self.say(f"Saved: one more line in {path}")
+
+    def load(self, name: str) -> None:
+        try:
+            text = Path(name).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "no text"
+            raise UserError(f"/load {name}: {reason}.", "Name a saved chat.") from None
+        saved, notes = transcript.fitted(transcript.read(text), self.chat)
+        options = dataclasses.asdict(saved.options)
+        self.mixture = saved.mixtures.get(LEFT, self.mixture)
+        self.form = self.form if saved.template is None else saved.template
+        system = saved.texts["system"]
+        if system and not self._has_system():
+            notes.append((f"the system prompt is left out: {self._no_system()}", ""))
+            system = ""
+        if saved.texts["context"]:
+            notes.append(("the context box is left out: a terminal has none", ""))
+        if RIGHT in saved.mixtures:
+            notes.append(("a terminal compares nothing: the first of two adapters answers", ""))
+        self.settings = dataclasses.replace(self.settings, **options, system=system)
+        self.turns, self.before, self.question = saved.turns, saved.turns[:-1], ""
+        if saved.turns:
+            self.question, self.input = saved.turns[-1]["question"], saved.turns[-1].get("input", "")
+        self.say(f"Loaded: {len(saved.turns)} turns, options, adapters and template.")
+        for note, _ in notes:
+            self.say(f"not as saved: {note}")
+
+    def template(self, name: str) -> None:
+        if name:
+            wanted = TRAINED if name == AS_TRAINED else name
+            self.chat.template_of(wanted)
+            self.form = wanted
+            if self.settings.system and not self._has_system():
+                self.settings = dataclasses.replace(self.settings, system="")
+                self.say(f"the system prompt is gone: {self._no_system()}")
+        how = f" ({AS_TRAINED})" if self.form == TRAINED else ""
+        shown = self.chat.template_of(self.form).name
+        self.say(f"template: {shown}{how}; known: {', '.join([AS_TRAINED, *template.names()])}")
 
     def adapter(self, rest: str) -> None:
         names = self.chat.engine.adapters
@@ -226,7 +246,7 @@ class Session:
             self.say(f"{name:<22}{text}" + (f"  (does nothing now: {idle[name][0]})" if name in idle else ""))
 
     def system(self, text: str) -> None:
-        if self.chat.template.system is None:
+        if not self._has_system():
             raise UserError(self._no_system())
         if text:
             system = "" if text == NONE else text
@@ -238,8 +258,11 @@ class Session:
             self.say(f"/{name} {arguments}".ljust(40) + what)
         self.say(f"{'/exit':<40}leave, as Ctrl-D does")
 
+    def _has_system(self) -> bool:
+        return self.chat.template_of(self.form).system is not None
+
     def _no_system(self) -> str:
-        return f"the template {self.chat.template.name} has no place for a system prompt."
+        return f"the template {self.chat.template_of(self.form).name} has no place for a system prompt."
 
 
 Command = tuple[Callable[[Session, str], None], str, str]  # what it does, its arguments, its help
@@ -247,29 +270,13 @@ COMMANDS: dict[str, Command] = {
     "clear": (Session.clear, "", "begin a new conversation"),
     "retry": (Session.retry, "", "answer the last question again"),
     "save": (Session.save, "[FILE.jsonl]", "add the conversation and its options to a file"),
+    "load": (Session.load, "FILE.jsonl", "take up the last conversation in a file, with its options"),
     "adapter": (Session.adapter, f"[{BASE} | NAME | NAME:0.5 OTHER:0.5]", "which adapters answer"),
     "params": (Session.params, "[NAME VALUE | NAME=VALUE ...]", "options of the next answers"),
+    "template": (Session.template, f"[{AS_TRAINED} | NAME]", "the prompt template of the next answers"),
     "system": (Session.system, f"[TEXT | {NONE}]", "the system prompt"),
     "help": (Session.help, "", "this list"),
 }
-
-
-@contextlib.contextmanager
-def stoppable(live: bool) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C asks the answer to end; other keys wait for the prompt, unseen so that nothing is drawn over."""
-    if not live:
-        yield lambda: False
-        return
-    pressed: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
-    keyboard = termios.tcgetattr(sys.stdin)
-    flags = keyboard[3] & ~termios.ECHO
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, [*keyboard[:3], flags, *keyboard[4:]])
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, keyboard)
-        signal.signal(signal.SIGINT, handler)
 
 
 def weighted(word: str) -> tuple[str, float]:
@@ -297,51 +304,3 @@ def append(path: Path, line: str) -> None:
     with open(path, "ab+") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         file.write((b"" if file.read(1) in (b"", b"\n") else b"\n") + line.encode("utf-8", "replace"))
-
-
-class Remembered(FileHistory):
-    """Questions of earlier days; one that cannot be written is no reason to stop."""
-
-    def store_string(self, string: str) -> None:
-        with contextlib.suppress(OSError, UnicodeError):
-            super().store_string(string)
-
-
-def history() -> History:
-    path = cache_folder() / "chat-history"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
-        path.chmod(0o600)  # questions are nobody else's business
-    except OSError:
-        return InMemoryHistory()
-    return Remembered(str(path))
-
-
-def editor() -> Callable[[], str]:
-    """Reads a message of one or more lines from the terminal; raises EOFError and KeyboardInterrupt."""
-    keys, here = KeyBindings(), has_focus(DEFAULT_BUFFER)
-
-    @keys.add("enter", filter=here)
-    def _(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if buffer.document.text_before_cursor.endswith("\\"):
-            buffer.delete_before_cursor()
-            buffer.newline(copy_margin=False)
-        else:
-            buffer.validate_and_handle()
-
-    @keys.add("escape", "enter", filter=here)
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.newline(copy_margin=False)
-
-    line = PromptSession(
-        history=history(),
-        completer=WordCompleter([*(f"/{name}" for name in COMMANDS), "/exit"], sentence=True),
-        complete_while_typing=False,
-        key_bindings=keys,
-        multiline=True,
-        prompt_continuation="  ",
-        enable_suspend=True,
-    )
-    return lambda: line.prompt("> ")

@@ -16,6 +16,19 @@ EXAMPLES = [
     ["Write a short poem about a bicycle in the rain.", ""],
 ]
 
+# browsers give navigator.clipboard to https and to this machine alone
+COPY = """() => {
+  const text = document.querySelector('#output .answer')?.innerText ?? '';
+  if (navigator.clipboard) { navigator.clipboard.writeText(text); return; }
+  const box = document.createElement('textarea');
+  box.value = text;
+  box.style.cssText = 'position: fixed; opacity: 0';
+  document.body.append(box);
+  box.select();
+  document.execCommand('copy');
+  box.remove();
+}"""
+
 
 def single(chat, options: ChatConfig) -> gr.Blocks:
     """The page of generate.py."""
@@ -25,9 +38,7 @@ def single(chat, options: ChatConfig) -> gr.Blocks:
         return form.say(lang, english, chinese)
 
     with gr.Blocks(analytics_enabled=False, title="OneCard", fill_width=True) as window:
-        with gr.Row(elem_classes=["narrow", "head"]):
-            gr.Markdown(f"## OneCard · {say('one instruction, one answer', '单轮问答')}")
-            dark = gr.Button(say("Light / dark", "明 / 暗"), size="sm", scale=0, min_width=90)
+        page.head(say("one instruction, one answer", "单轮问答"), lang)
         with gr.Row():
             with gr.Column(scale=3):
                 instruction = gr.Textbox(
@@ -58,64 +69,54 @@ def single(chat, options: ChatConfig) -> gr.Blocks:
                 )
             with gr.Column(scale=2, min_width=280):
                 adapters = controls.picker(chat, lang)
+                shape = controls.templates(chat, lang)
                 inputs = controls.answer(chat, options)
                 reset = gr.Button(say("Reset parameters", "重置参数"), size="sm", elem_id="reset")
 
         names = list(inputs)
 
-        def answer(request: gr.Request, question: str, subject: str, choice: str, *values):
+        def answer(request: gr.Request, question: str, subject: str, choice: str, shape: str, *values):
             weights = dict(zip(chat.engine.adapters, values[len(names) :], strict=True))
             try:
                 settings = form.read(dict(zip(names, values[: len(names)], strict=True)))
                 if not question.strip():
                     raise UserError(say("Write an instruction first.", "请先写指令。"))
+                system, note = talking.system_for(chat, shape, options.system, lang)
             except UserError as error:
                 yield gr.skip(), gr.skip(), page.status(str(error), True)
                 return
-            asked = talking.conversation([{"question": question, "input": subject}], options.system)
+            asked = talking.conversation([{"question": question, "input": subject}], system)
             mixture = talking.mixture_of(choice, weights, chat.engine.adapters)
-            growing = talking.answers(sessions, request.session_hash, chat, asked, settings, mixture, lang)
+            growing = talking.answers(
+                sessions, request.session_hash, chat, asked, settings, mixture, lang, shape
+            )
             for text, told, wrong in growing:
+                told, wrong = talking.together({"": (text, told, wrong)}, told, note)
                 yield page.growing(text), page.beams(text, lang), page.status(told, wrong)
 
-        def halt(request: gr.Request) -> None:
-            sessions.stop(request.session_hash)
-
-        def swap(answering: bool) -> list:
-            changed = [gr.update(visible=not answering), gr.update(visible=answering)]
-            return [*changed, gr.update(interactive=not answering), gr.update(interactive=not answering)]
-
-        def starts(request: gr.Request) -> list:
-            sessions.begin(request.session_hash)
-            return swap(True)
-
-        def ends(request: gr.Request) -> list:
-            sessions.end(request.session_hash)
-            return swap(False)
-
-        buttons = [send, stop, clear, instruction]
-        asked = gr.on([send.click, instruction.submit], starts, None, buttons, **page.QUICK)
-        run = asked.then(
+        controls.answering(
+            [send.click, instruction.submit],
             answer,
-            [instruction, about, adapters[0], *inputs.values(), *adapters[1:]],
+            [instruction, about, adapters[0], shape, *inputs.values(), *adapters[1:]],
             [output, beams, status],
-            **page.LONG,
+            sessions,
+            send,
+            stop,
+            [clear, instruction],
         )
-        run.then(ends, None, buttons, **page.QUICK)
-        run.failure(ends, None, buttons, **page.QUICK)  # then() is not for those
-        stop.click(halt, **page.QUICK)
+        controls.halting(stop, window, sessions, status, lang)
         clear.click(
             lambda: ("", "", page.growing(talking.Text("")), "", page.status("")),
             None,
             [instruction, about, output, beams, status],
             **page.QUICK,
         )
-        copy.click(
-            None,
-            js="() => { const shown = document.querySelector('#output .answer');"
-            " navigator.clipboard.writeText(shown ? shown.innerText : ''); }",
+        copy.click(None, js=COPY)
+        adapters[0].change(
+            lambda choice: [gr.update(**can) for can in controls.weighing(chat, [choice], lang).values()],
+            adapters[0],
+            adapters[1:],
+            **page.QUICK,
         )
         controls.wire(window, chat, options, inputs, reset)
-        dark.click(None, js=page.TOGGLE_DARK)
-        window.unload(halt)
     return window

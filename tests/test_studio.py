@@ -14,9 +14,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import gradio as gr
 import pytest
 
-from onecard import chart, chat, curves, labels, panels, preview, report, runfolder, runs, train
+from onecard import chart, chat, curves, labels, panels, preview, report, runfolder, runs, studio, train
 from onecard.config import ContinueConfig, FinetuneConfig, build
 from onecard.errors import Stopped, UserError
 from tests import cells, tiny
@@ -196,6 +197,9 @@ def test_plain_words_are_names(workspace, name):
         "a\nb",
         "a\0",
         "ok,/etc",
+        "http://127.0.0.1/rows.json",
+        "ok, hf://owner/name",
+        "file:///etc/passwd",
     ],
 )
 def test_paths_stay_inside(workspace, sleeper, option, path):
@@ -295,6 +299,20 @@ def test_a_trainer_that_has_not_begun_can_be_stopped(workspace, sleeper):
     assert runs.state(workspace, "run").kind == runs.STARTING
 
 
+def test_who_is_trained_on_a_device(workspace, sleeper):
+    """Runs that go on there; one that has just begun might be anywhere; those that ended are nobody's."""
+    assert runs.training_on(workspace, "cpu") == []
+    planted(workspace, "ended")
+    for number, device in enumerate(("cpu", "cuda:0", "cuda:1", None)):
+        runs.start(workspace, f"run-{number}", FinetuneConfig())
+        if device:
+            folder = planted(workspace, f"run-{number}")
+            stored = {"options": {}, "resolved": {"device": device}}
+            (folder / runfolder.CONFIG).write_text(json.dumps(stored))
+    for device, names in (("cpu", "03"), ("cuda:0", "13"), ("cuda:1", "23"), ("all", "123"), ("cuda", "13")):
+        assert sorted(runs.training_on(workspace, device)) == [f"run-{name}" for name in names]
+
+
 def test_a_stale_lock_is_nobodys(workspace):
     """The pid of a dead process, of one that lives but holds nothing, and nonsense: nobody trains there."""
     folder = planted(workspace, "run")
@@ -341,6 +359,25 @@ def test_how_a_run_stands_is_read_from_its_files(workspace):
     assert runs.state(workspace, "run").total is None
     (folder / runfolder.CONFIG).write_text("{")
     assert runs.state(workspace, "run").kind == runs.FINISHED
+
+
+def test_memory_is_predicted_from_the_form(workspace, tiny_model, tmp_path):
+    """With the form's options, for a model that is here; what cannot be predicted says why."""
+    shutil.copytree(tiny_model, tmp_path / "tiny")
+    with gr.Blocks():
+        made = studio.Studio("en", workspace, str, studio.folder_alone)
+
+    def shown(**changes) -> str:
+        values = {name: studio.FIELDS[name].default for name in made.inputs}
+        return made.predict(*{**values, "model_path": "tiny", "device": "cpu", **changes}.values())
+
+    assert "Predicted peak memory: " in shown()
+    assert "weights 0.00" in shown()
+    assert shown(batch_size=2, cutoff_len=64) != shown()
+    assert "elsewhere/model is not on this machine yet" in shown(model_path="elsewhere/model")
+    assert "not in this model" in shown(lora_target_modules="x_proj")
+    assert "not open to this window" in shown(model_path=str(tiny_model.parent / ".." / "x"))
+    assert "must be 1 or more" in shown(batch_size=0)
 
 
 # what is read and shown
@@ -423,7 +460,8 @@ def test_any_curve_can_be_drawn(points):
 
 def test_every_option_has_its_names():
     """English and Chinese label and a Chinese help for each option that the window can show."""
-    names = [field.name for field in dataclasses.fields(FinetuneConfig) if field.name != "output_path"]
+    never = ("output_path", "remote_code")
+    names = [field.name for field in dataclasses.fields(FinetuneConfig) if field.name not in never]
     assert list(labels.FINETUNE) == names
     assert all(len(words) == 3 and all(words) for words in labels.FINETUNE.values())
 
@@ -517,8 +555,8 @@ def test_a_training_in_the_browser(window, browser, tiny_model, tmp_path):
     assert not (tmp_path / "lora-checkpoints").exists()
     page.page.get_by_text("All options").click()
     page.choose(bits="16", dtype="fp32")
-    page.fill(batch_size=4, num_epochs=2, device="cpu", test_size=2, eval_steps=5)
-    page.fill(data_path="rows.json", sample_steps=4, sample_prompts="Say red", name="mine")
+    page.fill(batch_size=4, num_epochs=20, device="cpu", test_size=2, eval_steps=30)
+    page.fill(data_path="rows.json", sample_steps=40, sample_prompts="Say red", name="mine")
     page.press("start")
     page.page.get_by_text("mine was started.").wait_for()
     page.fill(data_path="sample/instruct.json")
@@ -554,10 +592,10 @@ def test_a_training_in_the_browser(window, browser, tiny_model, tmp_path):
 
     page.press("continue")
     page.wait("starting")
-    page.wait("finished", 12)
+    page.wait("finished", 120)
     assert page.page.locator("#train-plots polyline").count() >= 5  # loss twice, accuracy, rate, speed
     answers = page.page.locator("#train-answers")
-    answers.get_by_text("After step 12").first.wait_for()
+    answers.get_by_text("After step 120").first.wait_for()
     assert answers.get_by_text("Say red").count() >= 1
     page.page.fill("#train-step input[type=number]", "0")
     page.page.keyboard.press("Enter")

@@ -24,7 +24,7 @@ import pytest
 import torch
 from wcwidth import wcwidth
 
-from onecard import chat, engine_hf, errors, model, template, terminal, transcript
+from onecard import chat, engine_hf, errors, keyboard, model, template, terminal, transcript
 from onecard.answer import Text
 from onecard.chat_config import ChatConfig, Generation
 from onecard.errors import UserError
@@ -63,12 +63,20 @@ class Scripted:
         self.write, self.template, self.engine = write, form, Engine()
         self.mixture: engine_hf.Mixture = (("one", 1.0),)
         self.asked: list[tuple[list[str], Generation, engine_hf.Mixture]] = []
+        self.forms: list[str] = []
 
     def unused(self, mode: str) -> dict[str, tuple[str, str]]:
         return chat.Chat.unused(self, mode)
 
-    def stream(self, conversation, settings, mixture=None, cancelled=lambda: False):
+    def template_of(self, name: str = "") -> Template:
+        return {"": self.template, "alpaca": dataclasses.replace(NO_SYSTEM, name="alpaca")}[name]
+
+    def modes(self) -> list[str]:
+        return chat.Chat.modes(self)
+
+    def stream(self, conversation, settings, mixture=None, cancelled=lambda: False, form=""):
         self.asked.append(([turn.text for turn in conversation.turns], settings, mixture))
+        self.forms.append(form)
         self.engine.check_mixture(mixture)
         for text in self.write(conversation):
             if cancelled() and not text.finished:
@@ -82,7 +90,7 @@ class Scripted:
 
 
 def reply(text: Text, read: int = 7) -> chat.Reply:
-    return chat.Reply(text, 7, read, 0, 0, 1.5, 0.5 if text.tokens else None)
+    return chat.Reply(text, 7, read, 0, 0, 1.5, 0.5 if text.tokens else None, 11)
 
 
 def echo(conversation: Conversation) -> Iterator[Text]:
@@ -349,7 +357,11 @@ def test_saved_chat_has_all_that_made_it(piped, tmp_path, monkeypatch):
     assert (saved["template"], saved["engine"]) == ("plain", "toy")
     assert saved["adapters"] == {"answer": {"one": 0.5}}
     answer = "odd \u2028 “text” \x85 \x1b[31m\n漢"
-    assert saved["turns"] == [{"question": q, "answer": answer} for q in ("first", "second")]
+    texts = [{key: turn[key] for key in ("question", "answer")} for turn in saved["turns"]]
+    assert texts == [{"question": q, "answer": answer} for q in ("first", "second")]
+    assert [turn["adapters"]["answer"] for turn in saved["turns"]] == [{"one": 1.0}, {"one": 0.5}]
+    assert [turn["options"]["top_k"] for turn in saved["turns"]] == [settings.top_k, 3]
+    assert [turn["options"]["seed"] for turn in saved["turns"]] == [11, 11]  # the one that was drawn
     [own] = set(tmp_path.glob("chat-*.jsonl"))
     assert re.fullmatch(r"chat-\d{8}-\d{6}\.jsonl", own.name)
     assert own.name in notes
@@ -363,9 +375,90 @@ def test_saving_adds_and_never_overwrites(piped, tmp_path):
     mine, *saved = path.read_text(encoding="utf-8").splitlines()
     assert mine == '{"mine": 1}'
     assert [len(json.loads(line)["turns"]) for line in saved] == [1, 2]
-    turns, settings, _ = transcript.read(path.read_text(encoding="utf-8"))
-    assert [turn["answer"] for turn in turns] == ["A", "B"]
-    assert settings.max_new_tokens == 20
+    read = transcript.read(path.read_text(encoding="utf-8"))
+    assert [turn["answer"] for turn in read.turns] == ["A", "B"]
+    assert read.options.max_new_tokens == 20
+
+
+def test_a_saved_chat_is_taken_up_again(piped, tmp_path):
+    """Turns, options, weights, template and system prompt; /retry asks its last question."""
+    path = tmp_path / "chats.jsonl"
+    settings = dataclasses.replace(SETTINGS, system="Be kind.")
+    piped(Scripted(echo), f"a\n/params top_k 3\n/adapter two:0.5\nb\n/save {path}\n", settings)
+    made = Scripted(echo)
+    _, notes, problem = piped(made, f"/load {path}\n/retry\nc\n")
+    assert (notes, problem) == ("Loaded: 2 turns, options, adapters and template.\n", "")
+    assert made.questions == [["Be kind.", "a", "A", "b"], ["Be kind.", "a", "A", "b", "B", "c"]]
+    for _, asked, mixture in made.asked:
+        assert (asked.top_k, asked.max_new_tokens, mixture) == (3, 20, (("two", 0.5),))
+    piped(Scripted(echo), f"/template alpaca\na\n/save {path}\n")
+    made = Scripted(echo)
+    piped(made, f"/load {path}\nb\n")
+    assert made.forms == ["alpaca"]
+
+
+def test_retry_of_a_loaded_turn_has_its_input(piped, tmp_path):
+    """What a question was about is asked again with it, and saved again; not with the next question."""
+    path = tmp_path / "chats.jsonl"
+    piped(Scripted(echo), f"a\n/save {path}\n")
+    saved = json.loads(path.read_text())
+    saved["turns"][0]["input"] = "about"
+    path.write_text(json.dumps(saved), encoding="utf-8")
+    asked = []
+    made = Scripted(lambda conversation: asked.append(conversation.turns[-1]) or echo(conversation))
+    _, _, problem = piped(made, f"/load {path}\n/retry\n/retry\nb\n/save {path}\n")
+    assert problem == ""
+    assert [(turn.text, turn.input) for turn in asked] == [("a", "about"), ("a", "about"), ("b", "")]
+    turns = transcript.read(path.read_text()).turns
+    assert [turn.get("input") for turn in turns] == ["about", None]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"adapters": {"answer": {"three": 1.0}}}, "No adapter is called three. The choice stays"),
+        ({"template": "gone"}, "template gone is not here: plain stays"),
+        ({"context": "x"}, "a terminal has none"),
+        ({"adapters": {"answer": {"two": 1.0}, "other": {}}}, "the first of two adapters answers"),
+    ],
+)
+def test_what_cannot_be_taken_up_is_named(piped, tmp_path, change, words):
+    """One line for each; the rest is restored."""
+    path = tmp_path / "chat.jsonl"
+    piped(Scripted(echo), f"a\n/params top_k 3\n/save {path}\n")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}), encoding="utf-8")
+    made = Scripted(echo)
+    _, notes, problem = piped(made, f"/load {path}\nb\n")
+    assert (problem, len(notes.splitlines())) == ("", 2)
+    assert words in notes.splitlines()[1]
+    [(texts, asked, mixture)] = made.asked
+    assert (texts, asked.top_k) == (["a", "A", "b"], 3)
+    assert mixture == ((("two" if "two" in str(change) else "one"), 1.0),)
+
+
+def test_files_that_hold_no_chat(piped, tmp_path):
+    """One message each, and the conversation stays."""
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
+    (tmp_path / "other.jsonl").write_text('{"rows": 1}\n')
+    lines = "".join(f"/load {tmp_path / name}\n" for name in ("none.jsonl", "bytes.jsonl", "other.jsonl"))
+    made = Scripted(echo)
+    _, notes, problem = piped(made, f"a\n{lines}/load\nb\n")
+    assert problem == "4 of 6 lines failed."
+    assert len(notes.splitlines()) == 4
+    assert made.questions[-1] == ["a", "A", "b"]
+
+
+def test_templates(piped):
+    """/template chooses for the next answers, `trained` goes back; without a system turn the prompt goes."""
+    made = Scripted(echo)
+    settings = dataclasses.replace(SETTINGS, system="Be kind.")
+    _, notes, problem = piped(made, "a\n/template alpaca\nb\n/template trained\nc\n/template\n", settings)
+    assert (made.forms, problem) == (["", "alpaca", ""], "")
+    assert made.questions[1] == ["a", "A", "b"]
+    lines = notes.splitlines()
+    assert "no place for a system prompt" in lines[0]
+    assert lines[1].startswith("template: alpaca; known: trained, auto, alpaca")
+    assert lines[3].startswith("template: plain (trained); known: ")
 
 
 @pytest.mark.parametrize(
@@ -580,6 +673,16 @@ class Pty:
         self.place = found.end()
         return found
 
+    def press_until(self, keys: str, shown: str, seconds: float = 20) -> None:
+        """Press these keys again and again until this is shown."""
+        end = time.monotonic() + seconds
+        while shown not in self.text[self.place :]:
+            assert time.monotonic() < end, f"{shown!r} did not come; there is {self.text[self.place :]!r}"
+            self.keys(keys)
+            if select.select([self.fd], [], [], 0.2)[0]:
+                self.text += os.read(self.fd, 65536).decode(errors="replace")
+        self.place = len(self.text)
+
     def code(self) -> int:
         """The exit code, once it has ended."""
         with contextlib.suppress(OSError):
@@ -685,16 +788,22 @@ def test_what_beams_may_still_change(shell):
     assert made.code() == 0
 
 
+OLDEST = "\x1b[A"  # the arrow that goes back, and stays at the oldest
+
+
 def test_history_and_completion(shell, tmp_path):
     """Questions of an earlier session come back with the arrow; their file is for its owner alone."""
     path = tmp_path / "cache" / "chat-history"
     path.parent.mkdir()
     path.touch(mode=0o644)
-    for keys in ("first question", "\x1b[A\x1b[A"):
+    for keys in ("first question", OLDEST):
         made = shell(Scripted(echo))
         made.see(READY)
-        time.sleep(0.3)  # the history is read in the background
-        made.line(keys)
+        if keys == OLDEST:
+            made.press_until(keys, "question")  # the history is read in the background
+        else:
+            made.keys(keys)
+        made.line("")
         made.see("FIRST QUESTION\r\n")
         made.see(READY)
         made.keys("/he\t")
@@ -713,7 +822,7 @@ def test_history_that_cannot_be_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "new" / "cache"))
     before = os.umask(0)
     try:
-        kept = terminal.history()
+        kept = keyboard.history()
     finally:
         os.umask(before)
     path = tmp_path / "new" / "cache" / "chat-history"
@@ -722,7 +831,7 @@ def test_history_that_cannot_be_kept(monkeypatch, tmp_path):
     path.mkdir()
     kept.append_string("no place for it")
     monkeypatch.setenv("ONECARD_CACHE", "/dev/null/cache")
-    assert isinstance(terminal.history(), terminal.InMemoryHistory)
+    assert isinstance(keyboard.history(), keyboard.InMemoryHistory)
 
 
 def test_a_terminal_without_escapes(shell):
@@ -740,7 +849,15 @@ def test_ctrl_c_stops_a_real_answer(shell, tiny_model):
     """A tiny Llama: Ctrl-C in the middle of a long answer, then the prompt, another answer, /exit, code 0."""
 
     def tiny_chat() -> chat.Chat:
-        return real_chat(tiny_model)
+        made = real_chat(tiny_model)
+        plain = made.engine.scores
+
+        def slow(*how):  # 400 tokens take at least eight seconds
+            time.sleep(0.02)
+            return plain(*how)
+
+        made.engine.scores = slow
+        return made
 
     settings = ChatConfig(mode="sample", seed=1, max_new_tokens=400, min_new_tokens=400)
     made = shell(tiny_chat, settings)

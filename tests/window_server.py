@@ -1,7 +1,8 @@
 """A window on a tiny model, slow enough to be watched, in its own process: python -m tests.window_server.
 
-Arguments: single, turns or broken, a folder for what it makes, then options of the window. Answers are those
-of a random Llama with two adapters; --answers FILE takes texts from a JSON list instead, one a question.
+Arguments: single, turns, broken or training, a folder for what it makes, then options of the window. Answers
+are those of a random Llama with two adapters; --answers FILE takes texts from a JSON list instead, one a
+question.
 Every token is one line in FOLDER/tokens, so that a test sees whether somebody is still being answered.
 """
 
@@ -14,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from onecard import adapter, chat, chat_window, engine_hf, page, parsing, template, windows
+from onecard import adapter, chat, chat_window, engine_hf, page, parsing, studio, template, windows
 from onecard.answer import Text
 from onecard.chat_config import ChatConfig, SingleConfig
 from tests import tiny
@@ -43,7 +44,7 @@ class Recorded(chat.Chat):
 
     texts: list[str]
 
-    def stream(self, conversation, settings, mixture=None, cancelled=lambda: False):
+    def stream(self, conversation, settings, mixture=None, cancelled=lambda: False, form=""):
         text = self.texts.pop(0)
         for end in range(1, len(text) + 1, 7):
             yield chat.Reply(Text(text[:end], tokens=end), 5, 5, 0, 0, 0.1, 0.1)
@@ -95,6 +96,9 @@ def main() -> None:
         argv = argv[:place] + argv[place + 2 :]
     torch.set_num_threads(1)
     options = parsing.parse(SingleConfig if kind == "single" else ChatConfig, argv)
+    if kind == "training":
+        page.launch(studio.page(options.lang, Path(folder) / "runs"), options)
+        return
     talk = make_chat(Path(folder))
     if texts is not None:
         talk = Recorded(talk.engine, talk.template, talk.mixture)

@@ -17,6 +17,7 @@ from onecard.errors import run_program
 
 def main() -> None:
     options = parsing.parse(chat_config.CpuConfig, sys.argv[1:], description=__doc__)
+    chat_config.check_used(options)
     from onecard import chat, gguf, hub, terminal  # after the options: --help needs no torch
 
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers

@@ -1,0 +1,70 @@
+"""What a model or a user writes as Markdown: code is left as it is, HTML around it is escaped."""
+
+import pytest
+
+from onecard import page
+from onecard.answer import Text
+
+BAD = "<img src=x>"
+ESCAPED = "&lt;img src=x>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a `{}` b",
+        "a ``{} ` `` b",
+        "`a\\` `{}`",
+        "```html\n{}\n```",
+        "~~~\n{}\n```\n{}\n~~~",
+        "````\n```\n{}\n```\n{}\n````",
+        "```\n{}",
+        "- a\n  ```\n  {}\n  ```",
+        "1. a\n\n   - b\n\n     - c\n\n       ```\n       {}\n       ```",
+        "- ```\n  {}\n  ```",
+        "> ```\n> {}\n> ```",
+        "  ```\n{}\n  ```",
+        "```\n{}\n  - {}\n```",
+    ],
+)
+def test_code_keeps_its_signs(text):
+    """Spans, fences of both kinds and longer ones, in lists and quotes; what comes behind is none."""
+    code = text.replace("{}", BAD + " & x")
+    assert page.as_markdown(Text(code)) == code
+    if text.count("```") != 1:
+        assert page.as_markdown(Text(f"{code}\n\n{BAD}")) == f"{code}\n\n{ESCAPED}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "`` a ` {}",
+        "` a `` {} ``` b",
+        "`a\\` {} `",
+        "\\`{}\\`",
+        "- `a\n- {} `",
+        "`a\n\n{} `",
+        "~~~\na\n~~~\n{}\n~~~\nb\n~~~",
+        "```\n~~~\n```\n{}",
+        "````\n```\n````\n{}",
+        "    ```\n{}",
+        "- a\n  ```\n  b\n{}",
+        "> ```\n> a\n{}",
+        "```a`b\n{}",
+    ],
+)
+def test_html_outside_of_code_is_escaped(text):
+    """Runs of backticks that do not match, fences of another kind, shorter ones and those that are over."""
+    shown = page.as_markdown(Text(text.replace("{}", BAD)))
+    assert BAD not in shown
+    assert ESCAPED in shown
+
+
+@pytest.mark.parametrize("before", ["```\na\n", "~~~\na\n", "- a\n  ```\n  b\n", "````\n```\n", "~~~\n```\n"])
+def test_what_may_change_is_not_marked_in_code(before):
+    """Inside of a fence there is no tag, and behind it there is one."""
+    assert page.as_markdown(Text(before, "  a < b")) == f"{before}  a < b"
+    closing = "  ```" if before.startswith("-") else before.split("\n")[0]
+    closed = f"{before}{closing}\n"
+    assert page.as_markdown(Text(closed, "a < b")) == f'{closed}<span class="may-change">a &lt; b</span>'
