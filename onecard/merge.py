@@ -4,7 +4,9 @@ Each tensor of the base goes by in blocks of rows. What the adapter changes is c
 the base's own dtype; everything else is copied byte for byte.
 """
 
+import contextlib
 import dataclasses
+import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -34,6 +36,7 @@ from onecard.tool_config import MergeConfig
 
 FLAG = "--output_path"
 SMALL = 64 << 20  # bytes for tokenizer and settings
+MOST_THREADS = 4  # more than a disk can follow
 Progress = Callable[[int, int], None]
 
 
@@ -296,25 +299,33 @@ def _check_tokenizer(place: Path, plan: Plan, own: Path | None) -> None:
 def _write(plan: Plan, place: Path, folder: Path, progress: Progress) -> int:
     placed = shards.create(place, plan.files)
     total, done = sum(tensor.size for tensor in placed.values()), 0
-    with Files() as files, Behind(files) as behind:
+    threads = min(MOST_THREADS, torch.get_num_threads())
+    with Files() as files, Behind(files, threads) as behind, _one_thread_each():
         for name, target in placed.items():
             source, pair, norms = plan.origin[name], None, None
             if name in plan.changes:
                 change, transposed = plan.changes[name]
                 pair = merging.load(files, change, transposed, folder)
                 norms = merging.norms_of(pair, _blocks(files, source))
+            bias = plan.biases.get(name)
+            make = functools.partial(merging.make_block, files, source, target, pair, norms, bias)
             for first, last in source.blocks():
-                rows = files.read(source, first, last)
-                if pair is not None:
-                    rows = merging.merged(pair, rows, first, norms, target.dtype)
-                if name in plan.biases:
-                    change = plan.biases[name]
-                    rows = rows.float() + files.read(change.bias, first, last).float() * change.scale
-                behind.write(target, first, rows.to(target.dtype))
+                behind.do(make, first, last)
                 done += (last - first) * target.row_bytes
                 progress(done, total)
         behind.sync()
     return total
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """torch computes in the thread that asks: several blocks at once need no second kind of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _blocks(files: Files, source: Tensor) -> Iterator[tuple[int, torch.Tensor]]:

@@ -168,6 +168,25 @@ def load(files: Files, change: Change, transposed: bool, folder: Path) -> Pair:
     return Pair(value(change.a), value(change.b), change.scale, value(change.magnitude), turned)
 
 
+def make_block(
+    files: Files,
+    source: Tensor,
+    target: Tensor,
+    pair: Pair | None,
+    norms: torch.Tensor | None,
+    bias: Change | None,
+    first: int,
+    last: int,
+) -> None:
+    """Read rows first..last of a tensor, change them, and write them; bias: the change that adds to it."""
+    rows = files.read(source, first, last)
+    if pair is not None:
+        rows = merged(pair, rows, first, norms, target.dtype)
+    if bias is not None:
+        rows = rows.float() + files.read(bias.bias, first, last).float() * bias.scale
+    files.write(target, first, rows.to(target.dtype))
+
+
 def merged(
     pair: Pair, rows: torch.Tensor, first: int, norms: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:

@@ -12,8 +12,9 @@ import errno
 import json
 import math
 import os
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,6 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 BLOCK = 8 << 20  # bytes that are read, changed and written at a time
-AHEAD = 2  # blocks that wait for the disk
 SHARD = 5 << 30  # bytes of a file, unless one tensor is larger
 
 
@@ -76,10 +76,11 @@ class Tensor:
 
 
 class Files:
-    """Open files, by their paths: read and written at any place."""
+    """Open files, by their paths: read and written at any place, by any thread."""
 
     def __init__(self) -> None:
         self.handles: dict[tuple[Path, int], int] = {}
+        self.opening = threading.Lock()
 
     def __enter__(self) -> "Files":
         return self
@@ -124,33 +125,38 @@ class Files:
                 os.fsync(handle)
 
     def _open(self, path: Path, how: int) -> int:
-        if (path, how) not in self.handles:
-            self.handles[path, how] = os.open(path, how)
-        return self.handles[path, how]
+        with self.opening:
+            if (path, how) not in self.handles:
+                self.handles[path, how] = os.open(path, how)
+            return self.handles[path, how]
 
 
 class Behind:
-    """Writes in a thread of its own, a few blocks behind: reading and computing go on meanwhile."""
+    """Work on blocks in threads of its own, a few blocks behind: whoever asks goes on meanwhile."""
 
-    def __init__(self, files: Files):
-        self.files, self.waiting = files, deque()
-        self.thread = ThreadPoolExecutor(1)
-        self.thread.submit(int)  # starts it, before a limit forbids that
+    def __init__(self, files: Files, threads: int = 1):
+        self.files, self.waiting, self.most = files, deque(), threads + 1
+        self.pool = ThreadPoolExecutor(threads)
+        self.pool.submit(int)  # starts the first, before a limit forbids that
 
     def __enter__(self) -> "Behind":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.thread.shutdown(cancel_futures=True)
+        self.pool.shutdown(cancel_futures=True)
 
-    def write(self, tensor: Tensor, first: int, rows: torch.Tensor) -> None:
-        """Like Files.write; rows must not change any more. An error comes with a later call."""
-        self.waiting.append(self.thread.submit(self.files.write, tensor, first, rows))
-        while len(self.waiting) > AHEAD:
+    def do(self, work: Callable[..., None], *given: Any) -> None:
+        """Have it done; what it is given must not change any more. An error comes with a later call."""
+        self.waiting.append(self.pool.submit(work, *given))
+        while len(self.waiting) > self.most:
             self.waiting.popleft().result()
 
+    def write(self, tensor: Tensor, first: int, rows: torch.Tensor) -> None:
+        """Like Files.write, in the order of the calls when there is one thread."""
+        self.do(self.files.write, tensor, first, rows)
+
     def sync(self) -> None:
-        """Wait until all is written and on the disk."""
+        """Wait until all is done, and on the disk."""
         while self.waiting:
             self.waiting.popleft().result()
         self.files.sync()
