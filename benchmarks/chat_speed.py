@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
-"""What the chat engine costs: time to first token and tokens/s against the engines called directly.
+"""What the chat engine costs: time to first token and tokens/s against transformers called directly.
 
     .venv/bin/python benchmarks/chat_speed.py [--pairs 5] [--tokens 256] [--model_path demo] [--device auto]
 
 Each pair runs one after the other in this process, in changing order, on the same prompt: onecard.chat's
-stream, every snapshot taken as a window would, and model.generate or llama.cpp's own generate with the same
-settings. Both write exactly as many tokens, and the texts must be equal, but for sampling, where each draws
-its own numbers; in fp32, as 16 bits round another way when four beams read the prompt instead of one.
-llama.cpp runs on the processor, and is left out where it is not installed.
+stream, every snapshot taken as a window would, and model.generate with the same settings. Both write exactly
+as many tokens, and the texts must be equal, but for sampling, where each draws its own numbers; in fp32, as
+16 bits round another way when four beams read the prompt instead of one. The engine of the processor,
+llama.cpp, is measured by tools.py.
 """
 
 import argparse
-import functools
-import importlib.util
+import dataclasses
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from onecard import chat, gguf, hardware, hub, plan, prompt
 from onecard.chat_config import BEAM, GREEDY, SAMPLE, ChatConfig, Generation
 
 QUESTION = "Write a long story about a lighthouse keeper who finds a letter in a bottle."
-ENGINES = ("transformers", "llama.cpp")
+Run = tuple[float, float, str]  # seconds to the first token, seconds in all, text
 
 
 class First(BaseStreamer):
@@ -47,8 +47,7 @@ class First(BaseStreamer):
         pass
 
 
-def ours(talk: chat.Chat, settings: Generation) -> tuple[float, float, str]:
-    """(seconds to the first token, seconds in all, text)."""
+def ours(talk: chat.Chat, settings: Generation) -> Run:
     started, first = time.perf_counter(), None
     for reply in talk.stream(conversation(), settings):
         if first is None and reply.text.tokens:
@@ -57,7 +56,7 @@ def ours(talk: chat.Chat, settings: Generation) -> tuple[float, float, str]:
     return first, time.perf_counter() - started, reply.text.stable
 
 
-def transformers_alone(talk: chat.Chat, settings: Generation) -> tuple[float, float, str]:
+def transformers_alone(talk: chat.Chat, settings: Generation) -> Run:
     engine = talk.engine
     ids = prompt.encode(conversation(), talk.template, talk.tokenizer)[0]
     asked = GenerationConfig(
@@ -81,66 +80,49 @@ def transformers_alone(talk: chat.Chat, settings: Generation) -> tuple[float, fl
     return (watch.at - started if watch else float("nan")), time.perf_counter() - started, text
 
 
-def llama_alone(path: str, talk: chat.Chat, settings: Generation) -> tuple[float, float, str]:
-    import llama_cpp
-
-    llama = direct(talk.engine.threads, path)
-    ids = prompt.encode(conversation(), talk.template, talk.tokenizer)[0]
-    llama.reset()
-    ends = {token: float("-inf") for token in talk.ends}
-
-    def no_end(_, scores):
-        for token in ends:
-            scores[token] = float("-inf")
-        return scores
-
-    made, first, started = [], None, time.perf_counter()
-    rules = llama_cpp.LogitsProcessorList([no_end])
-    for token in llama.generate(ids, temp=0.0, repeat_penalty=1.0, logits_processor=rules):
-        first = first or time.perf_counter() - started
-        made.append(token)
-        if len(made) == settings.max_new_tokens:
-            break
-    text = prompt.decode(talk.tokenizer, made)
-    taken = time.perf_counter() - started
-    talk.engine.forget()
-    return first, taken, text
-
-
-@functools.cache
-def direct(threads: int, path: str):
-    """llama.cpp on the same file, by its own Python interface."""
-    import llama_cpp
-
-    return llama_cpp.Llama(path, n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
-
-
 def conversation() -> prompt.Conversation:
     return prompt.single(QUESTION)
 
 
-def compare(name: str, talk: chat.Chat, settings: Generation, alone, pairs: int) -> None:
-    sides = {"ours": lambda: ours(talk, settings), "alone": lambda: alone(talk, settings)}
-    runs: dict[str, list[tuple[float, float, str]]] = {side: [] for side in sides}
+@dataclasses.dataclass
+class Compared:
+    """Two ways to the same answer, run in pairs; what has two parts is ours and then the other's."""
+
+    speeds: tuple[float, float]  # tokens/s, medians
+    firsts: tuple[float, float]  # seconds to the first token, medians
+    takes: list[float]  # our seconds over the other's, of each pair
+    same: bool  # all texts are equal
+
+
+def compared(mine: Callable[[], Run], other: Callable[[], Run], tokens: int, pairs: int) -> Compared:
+    """tokens: that each writes."""
+    sides, runs = (mine, other), ([], [])
     for side in sides:  # once to warm up
-        sides[side]()
+        side()
     for number in range(pairs):
-        for side in list(sides) if number % 2 else reversed(list(sides)):
-            runs[side].append(sides[side]())
-    firsts = {side: statistics.median(first for first, _, _ in found) for side, found in runs.items()}
-    speeds = {
-        side: statistics.median(settings.max_new_tokens / taken for _, taken, _ in found)
-        for side, found in runs.items()
-    }
-    ratio = statistics.median(
-        mine[1] / theirs[1] for mine, theirs in zip(runs["ours"], runs["alone"], strict=True)
+        for which in (0, 1) if number % 2 else (1, 0):
+            runs[which].append(sides[which]())
+    return Compared(
+        tuple(statistics.median(tokens / taken for _, taken, _ in found) for found in runs),
+        tuple(statistics.median(first for first, _, _ in found) for found in runs),
+        [one[1] / two[1] for one, two in zip(*runs, strict=True)],
+        len({text for found in runs for *_, text in found}) == 1,
     )
-    same = "yes" if len({text for found in runs.values() for *_, text in found}) == 1 else "NO"
-    same = "-" if settings.samples else same
-    direct = "-" if firsts["alone"] != firsts["alone"] else f"{firsts['alone'] * 1000:.0f} ms"
+
+
+def compare(name: str, talk: chat.Chat, settings: Generation, pairs: int) -> None:
+    found = compared(
+        lambda: ours(talk, settings),
+        lambda: transformers_alone(talk, settings),
+        settings.max_new_tokens,
+        pairs,
+    )
+    same = "-" if settings.samples else "yes" if found.same else "NO"
+    first, direct = found.firsts
+    told = "-" if direct != direct else f"{direct * 1000:.0f} ms"
     print(
-        f"| {name} | {speeds['ours']:.1f} | {speeds['alone']:.1f} | {100 * (ratio - 1):+.1f} % "
-        f"| {firsts['ours'] * 1000:.0f} ms | {direct} | {same} |",
+        f"| {name} | {found.speeds[0]:.1f} | {found.speeds[1]:.1f} "
+        f"| {100 * (statistics.median(found.takes) - 1):+.1f} % | {first * 1000:.0f} ms | {told} | {same} |",
         flush=True,
     )
 
@@ -157,25 +139,16 @@ def main() -> None:
     print("| | OneCard, tokens/s | direct, tokens/s | OneCard takes | first token | direct | same text |")
     print("|---|---:|---:|---:|---:|---:|---|")
     lengths = {"min_new_tokens": given.tokens, "max_new_tokens": given.tokens, "repetition_penalty": 1.0}
-    for engine in ENGINES:
-        if engine == "llama.cpp" and importlib.util.find_spec("llama_cpp") is None:
-            print("llama.cpp is not installed (bash tools/setup.sh cpu): not measured.")
-            continue
-        settings = {"model_path": given.model_path}
-        if engine == "transformers":
-            settings |= {"device": given.device, "dtype": "fp32"}
-        options = ChatConfig(engine=engine, context=1024, **settings)
-        talk = chat.start(options, hub.locate, hub.fetch_adapter, gguf.for_llama, lambda _: None)
-        alone = transformers_alone
-        if engine == "llama.cpp":
-            path = gguf.for_llama(Path(hub.locate(given.model_path)), {})[0]
-            alone = functools.partial(llama_alone, str(path))
-        compare(f"{engine}, greedy", talk, Generation(mode=GREEDY, **lengths), alone, given.pairs)
-        if engine == "transformers":
-            sample = Generation(mode=SAMPLE, seed=1, **lengths)
-            compare(f"{engine}, sampling", talk, sample, alone, given.pairs)
-            beam = Generation(mode=BEAM, num_beams=4, **lengths)
-            compare(f"{engine}, 4 beams", talk, beam, alone, given.pairs)
+    settings = {"model_path": given.model_path, "device": given.device, "dtype": "fp32"}
+    options = ChatConfig(engine="transformers", context=1024, **settings)
+    talk = chat.start(options, hub.locate, hub.fetch_adapter, gguf.for_llama, lambda _: None)
+    modes = {
+        "greedy": Generation(mode=GREEDY, **lengths),
+        "sampling": Generation(mode=SAMPLE, seed=1, **lengths),
+        "4 beams": Generation(mode=BEAM, num_beams=4, **lengths),
+    }
+    for name, mode in modes.items():
+        compare(name, talk, mode, given.pairs)
 
 
 if __name__ == "__main__":

@@ -1,107 +1,168 @@
 #!/usr/bin/env python3
-"""What the model tools cost: GB/s beside a plain copy of the same bytes, and peak memory.
+"""What the model tools cost: GB/s beside a plain copy, peak memory, and the processor engine's tokens/s.
 
-    .venv/bin/python benchmarks/tools.py weights [FOLDER]
+    .venv/bin/python benchmarks/tools.py weights [FOLDER] [--layers 32]
+    .venv/bin/python benchmarks/tools.py engine [--pairs 5] [--tokens 256]
 
-weights: a model with the layers of LLaMA 7B, but fewer of them (as FOLDER's disk allows), in many shards, is
-copied, converted both ways and merged with an adapter on all linear layers. Each copies or writes the same
-bytes to the same disk, synced, after the source has been read once. Peak memory is VmHWM of the largest
-process; the share of a whole 7B is that peak over 13.5 GB: the peak does not grow with the layers, as the run
-with a third of them shows.
+weights: a model of LLaMA 7B's shape in files of 500 MiB is converted both ways and merged with an adapter on
+all linear layers, in turns with a plain copy of the same bytes to the same disk, both synced; the best of
+some tries, start-up included. Start-up alone is the same work on a model with the same tokenizer and as many
+layers, but hardly any weights; some of it goes on beside the work. Peak memory is that of the largest
+process. FOLDER lies on the disk that is measured and needs room for two such models, 28 GB (18 layers: 16).
+
+engine: the demo model in GGUF files of several types, with and without an adapter. OneCard's stream, every
+snapshot taken as the terminal does, against llama.cpp's own C interface in the shortest loop there is:
+decode, take the largest logit, again. Same file, context, batch, threads, prompt and number of tokens; pairs
+run one after the other in this process, in changing order; the texts must be equal.
+
+Each section prints the date, the machine and a Markdown table. On a busy machine the figures mean nothing.
 """
 
+import argparse
+import contextlib
+import ctypes
+import functools
+import importlib.metadata
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
+import chat_speed  # beside this file
+import numpy as np
+import random_llama
 
-from onecard import hardware, llama, plan, pth, shards
-from onecard.shards import Files, Tensor
+from onecard import chat, gguf, hardware, hub, llama, llama_library, plan, prompt
+from onecard.chat_config import GREEDY, ChatConfig, Generation
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS, VOCAB, WHOLE = 18, 32000, 13_476_831_232  # bytes of a whole 7B in 16 bits
-FILE = 500 << 20  # bytes of a file in transformers' layout
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-REPEATS = 3
+NARROW = 128  # width of the model whose conversion is start-up alone
+BYTES = 2  # of a weight
+SPEED, MEMORY, ENGINE = (
+    0.5,
+    0.25,
+    0.97,
+)  # goals: of a copy's speed at least, of the model's size at most, of bare
+CONTEXT, BATCH = 1024, 256  # tokens
 # runs a program and writes the peak memory of its largest process (KiB) into a file; its own start counts, so
 # it imports nothing large
 WITH_PEAK = """import resource, subprocess, sys
 ended = subprocess.run(sys.argv[2:])
 open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
 sys.exit(ended.returncode)"""
+MAKE = {"original": random_llama.make_meta, "transformers": random_llama.make_hf}
+MERGE = "merge, r 16 on all linear layers"
+WORK = {  # by the layout it begins with: name -> options of convert_llama
+    "original": {"original -> transformers": []},
+    "transformers": {
+        "transformers -> original, 2 shards": ["--to", "meta", "--num_shards", "2"],
+        MERGE: [],
+    },
+}
 
 
 def main() -> None:
-    sections = {"weights": weights}
-    if len(sys.argv) < 2 or sys.argv[1] not in sections:
-        sys.exit(f"usage: benchmarks/tools.py {'|'.join(sections)} [FOLDER]")
-    versions = ", ".join(f"{name} {version}" for name, version in plan.versions().items())
-    print(f"{date.today().isoformat()}; {hardware.describe_machine()}; {versions}.\n")
-    sections[sys.argv[1]](*sys.argv[2:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    sections = parser.add_subparsers(required=True, metavar="weights|engine")
+    one = sections.add_parser("weights", help="GB/s and peak memory of converting and merging")
+    one.add_argument("folder", nargs="?", type=Path, default=Path(), help="on the disk that is measured")
+    one.add_argument("--layers", type=int, default=32, help="0.4 GB each, and 0.5 GB")
+    one.add_argument("--width", type=int, default=4096, help="another one is for a trial of this program")
+    one.add_argument("--repeats", type=int, default=3, help="tries of which the best counts")
+    one.set_defaults(section=weights)
+    two = sections.add_parser("engine", help="tokens/s beside llama.cpp alone")
+    two.add_argument("--pairs", type=int, default=5)
+    two.add_argument("--tokens", type=int, default=256, help="of an answer")
+    two.add_argument("--types", default="f16,q8_0", help="of the base's weights")
+    two.set_defaults(section=engine)
+    args = parser.parse_args()
+    found = plan.versions()
+    if args.section is engine:
+        llama_library.library()  # without it: the line that installs it
+        found["llama-cpp-python"] = importlib.metadata.version("llama-cpp-python")
+    versions = ", ".join(f"{name} {version}" for name, version in found.items())
+    load = os.getloadavg()[0]
+    print(f"{date.today().isoformat()}; {hardware.describe_machine()}, load average {load:.1f}; {versions}.")
+    args.section(args)
 
 
-def weights(folder: str = ".") -> None:
+def weights(args: argparse.Namespace) -> None:
     """Conversion and merge beside a plain copy."""
-    print("| work | layers | size | plain copy | tool | ratio | peak memory | of a whole 7B |")
+    whole = random_llama.shape_of(args.width, args.layers)
+    parameters = sum(np.prod(weight.shape, dtype=int) for weight in llama.weights(whole, 1))
+    free = shutil.disk_usage(args.folder).free
+    if 2.1 * BYTES * parameters > free:
+        sys.exit(f"error: {args.folder} has {free / 1e9:.0f} GB free; give another folder or fewer --layers")
+    print(f"{args.layers} layers of width {args.width}, best of {args.repeats}.\n")
+    print("| work | size | plain copy | tool | ratio | peak memory | of the size | start-up alone |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
-    taken = []
-    for layers in (LAYERS // 3, LAYERS):
-        with tempfile.TemporaryDirectory(prefix="onecard-tools-", dir=folder) as place:
-            taken.append(measure(Path(place), layers))
-    print("\nWithout start-up, by the difference of the two sizes:\n")
-    print("| work | plain copy | tool | ratio |")
-    print("|---|---:|---:|---:|")
-    for name, (size, plain, tool) in taken[0].items():
-        larger = taken[1][name]
-        more = (larger[0] - size) / 1e9
-        speeds = more / (larger[1] - plain), more / (larger[2] - tool)
-        print(f"| {name} | {speeds[0]:.2f} GB/s | {speeds[1]:.2f} GB/s | {speeds[1] / speeds[0]:.2f} |")
+    verdicts, shares = [], []
+    for layout, works in WORK.items():
+        with tempfile.TemporaryDirectory(prefix="onecard-tools-", dir=args.folder) as name:
+            place = Path(name)
+            make(place, layout, random_llama.shape_of(NARROW, args.layers))
+            starts = {
+                work: min(ran(command(work, place, options), place) for _ in range(args.repeats))
+                for work, options in works.items()
+            }
+            make(place, layout, whole)
+            for work, options in works.items():
+                size, plain, tool, peak = measure(work, place, options, args.repeats)
+                verdicts.append(f"{work}: {plain / tool:.2f} of a copy's speed, {goal(plain / tool, SPEED)}")
+                shares.append(peak / size)
+                seconds, held = starts[work]
+                print(
+                    f"| {work} | {size / 1e9:.2f} GB | {size / plain / 1e9:.2f} GB/s "
+                    f"| {size / tool / 1e9:.2f} GB/s | {plain / tool:.2f} | {peak / 2**20:.0f} MiB "
+                    f"| {peak / size:.3f} | {seconds:.1f} s, {held / 2**20:.0f} MiB |",
+                    flush=True,
+                )
+    met = "met" if max(shares) < MEMORY else "NOT met"
+    verdicts.append(f"peak memory: at most {max(shares):.3f} of the size, goal below {MEMORY}: {met}")
+    print("\n" + "\n".join(f"- {verdict}" for verdict in verdicts))
 
 
-def measure(place: Path, layers: int) -> dict[str, tuple[int, float, float]]:
-    """(bytes, seconds of a plain copy, of the tool) for each kind of work; the best of some tries."""
-    taken = {}
-    meta, hf, adapter = place / "meta", place / "hf", place / "adapter"
-    shape = llama.Shape(4096, layers, 32, 32, 11008, VOCAB, 1e-5, length=4096)
-    make_meta(meta, shape)
-    make_hf(hf, shape)
-    make_adapter(adapter, shape)
-    convert = [ROOT / "tools/convert_llama.py", "--input_dir"]
-    merge = [ROOT / "tools/merge_lora.py", "--model_path", hf, "--lora_path", adapter, "--output_path"]
-    rows = {
-        "original -> transformers": (meta, [*convert, meta, "--output_dir"], []),
-        "transformers -> original, 2 shards": (
-            hf,
-            [*convert, hf, "--output_dir"],
-            ["--to", "meta", "--num_shards", "2"],
-        ),
-        "merge, r 16 on all linear layers": (hf, merge, []),
-    }
-    for name, (source, before, after) in rows.items():
-        size = sum(path.stat().st_size for path in source.iterdir())
-        plain, tool, peaks = [], [], []
-        for _ in range(REPEATS):  # in turns, so that both meet the same disk
-            plain.append(copied(source, place / "out"))
-            seconds, peak = ran([*before, place / "out", *after], place)
-            tool.append(seconds)
-            peaks.append(peak)
-        taken[name] = size, min(plain), min(tool)
-        speeds = size / min(plain) / 1e9, size / min(tool) / 1e9
-        print(
-            f"| {name} | {layers} | {size / 1e9:.2f} GB | {speeds[0]:.2f} GB/s | {speeds[1]:.2f} GB/s "
-            f"| {speeds[1] / speeds[0]:.2f} | {max(peaks) / 2**20:.0f} MiB | {max(peaks) / WHOLE:.3f} |",
-            flush=True,
-        )
-    return taken
+def goal(value: float, least: float) -> str:
+    return f"goal at least {least}: {'met' if value >= least else 'NOT met'}"
+
+
+def make(place: Path, layout: str, shape: llama.Shape) -> None:
+    for name in ("source", "adapter"):
+        shutil.rmtree(place / name, ignore_errors=True)
+    MAKE[layout](place / "source", shape)
+    random_llama.make_adapter(place / "adapter", shape)
+
+
+def command(work: str, place: Path, options: list[str]) -> list[str | Path]:
+    source, target = place / "source", place / "out"
+    if work == MERGE:
+        given = ["--model_path", source, "--lora_path", place / "adapter", "--output_path", target]
+        return [ROOT / "tools/merge_lora.py", *given]
+    return [ROOT / "tools/convert_llama.py", "--input_dir", source, "--output_dir", target, *options]
+
+
+def measure(work: str, place: Path, options: list[str], repeats: int) -> tuple[int, float, float, int]:
+    """(bytes, seconds of a plain copy, of the tool, peak bytes), the best of some tries."""
+    source = place / "source"
+    size = sum(path.stat().st_size for path in source.iterdir())
+    plain, tool, peaks = [], [], []
+    for _ in range(repeats):  # in turns, so that both meet the same disk
+        plain.append(copied(source, place / "out"))
+        seconds, peak = ran(command(work, place, options), place)
+        tool.append(seconds)
+        peaks.append(peak)
+    return size, min(plain), min(tool), max(peaks)
 
 
 def copied(source: Path, target: Path) -> float:
@@ -117,7 +178,7 @@ def copied(source: Path, target: Path) -> float:
     return seconds
 
 
-def ran(command: list, place: Path) -> tuple[float, int]:
+def ran(command: list[str | Path], place: Path) -> tuple[float, int]:
     """(seconds, peak bytes of the largest process) of a tool; start-up is counted too."""
     started = time.monotonic()
     asked = [sys.executable, "-c", WITH_PEAK, place / "peak", sys.executable, *command]
@@ -127,69 +188,101 @@ def ran(command: list, place: Path) -> tuple[float, int]:
     return seconds, 1024 * int((place / "peak").read_text())
 
 
-def fill(placed: dict[str, Tensor]) -> None:
-    draw = torch.Generator().manual_seed(0)
-    with Files() as files:
-        for tensor in placed.values():
-            for first, last in tensor.blocks():
-                rows = torch.empty(last - first, *tensor.shape[1:], dtype=tensor.dtype)
-                files.write(tensor, first, rows.uniform_(-0.1, 0.1, generator=draw))
-        files.sync()
+def engine(args: argparse.Namespace) -> None:
+    """Tokens a second of the processor's engine beside llama.cpp alone."""
+    base, ratios = Path(hub.locate("demo")), []
+    with tempfile.TemporaryDirectory(prefix="onecard-tools-") as name:
+        place = Path(name)
+        shape = llama.from_config(json.loads((base / "config.json").read_text()), base)
+        random_llama.make_adapter(place / "adapter", shape)
+        with contextlib.redirect_stdout(sys.stderr):  # what converts them tells how far it is
+            adapter = gguf.adapter(place / "adapter", base, place / "adapter.gguf")
+            files = {
+                kind: gguf.base(base, place / f"{kind}.gguf", any_tokenizer=True, kind=kind)
+                for kind in args.types.split(",")
+            }
+        print(f"SmolLM2-135M-Instruct, {args.tokens} tokens, {args.pairs} pairs, medians.\n")
+        print("| | OneCard, tokens/s | llama.cpp, tokens/s | ratio | of the pairs | same text |")
+        print("|---|---:|---:|---:|---:|---|")
+        for kind, file in files.items():
+            for added in (None, adapter):
+                title = f"{kind}, adapter of rank {random_llama.RANK} on all linear layers" if added else kind
+                found = beside_bare(file, added, str(place / "adapter") if added else "", args)
+                pairs = [1 / takes for takes in found.takes]
+                ratios.append(statistics.median(pairs))
+                print(
+                    f"| {title} | {found.speeds[0]:.1f} | {found.speeds[1]:.1f} | {ratios[-1]:.3f} "
+                    f"| {min(pairs):.3f} to {max(pairs):.3f} | {'yes' if found.same else 'NO'} |",
+                    flush=True,
+                )
+    print(f"\n- the least ratio is {min(ratios):.3f}, {goal(min(ratios), ENGINE)}")
 
 
-def make_meta(folder: Path, shape: llama.Shape) -> None:
-    folder.mkdir()
-    for number in range(2):
-        tensors = [Tensor(w.meta, torch.bfloat16, llama.part(w, 2)) for w in llama.weights(shape, 1)]
-        fill(pth.create_file(folder / f"consolidated.{number:02d}.pth", tensors))
-    (folder / "params.json").write_text(json.dumps(llama.to_params(shape)))
-    make_tokenizer(folder)
+def beside_bare(
+    file: Path, adapter: Path | None, lora_path: str, args: argparse.Namespace
+) -> chat_speed.Compared:
+    """One GGUF file, with an adapter or without, in OneCard's chat and alone."""
+    options = ChatConfig(engine="llama.cpp", model_path="demo", lora_path=lora_path, context=CONTEXT)
 
+    def to_gguf(_: Path, folders: dict[str, Path]) -> tuple[Path, dict[str, Path]]:
+        return file, dict.fromkeys(folders, adapter)
 
-def make_hf(folder: Path, shape: llama.Shape) -> None:
-    folder.mkdir()
-    tensors = [Tensor(w.hf, torch.bfloat16, w.shape) for w in llama.weights(shape, 1)]
-    files = shards.divide(tensors, FILE)
-    fill(shards.create(folder, dict(zip(shards.names_of(len(files)), files, strict=True))))
-    ids = {"bos_token_id": 1, "eos_token_id": 2}
-    (folder / "config.json").write_text(json.dumps(llama.to_config(shape, "bfloat16", False, ids)))
-    make_tokenizer(folder)
-
-
-def make_adapter(folder: Path, shape: llama.Shape) -> None:
-    from peft import LoraConfig
-
-    folder.mkdir()
-    LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM").save_pretrained(folder)
-    pairs = []
-    for weight in llama.weights(shape, 1):
-        module = weight.hf.removesuffix(".weight")
-        if module.rsplit(".", 1)[-1] in TARGETS:
-            name, (out, inside) = f"base_model.model.{module}", weight.shape
-            pairs.append(Tensor(f"{name}.lora_A.weight", torch.float32, (16, inside)))
-            pairs.append(Tensor(f"{name}.lora_B.weight", torch.float32, (out, 16)))
-    fill(shards.create_file(folder / "adapter_model.safetensors", pairs))
-
-
-def make_tokenizer(folder: Path) -> None:
-    """A tokenizer with as many tokens as the model has rows, most of them single characters."""
-    import sentencepiece
-
-    letters = [chr(n) for n in range(0x4E00, 0x9FA5)] + [chr(n) for n in range(0xAC00, 0xD7A4)]
-    letters = letters[:31_000]
-    with tempfile.TemporaryDirectory() as place:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter("".join(letters[i : i + 50]) for i in range(0, len(letters), 50)),
-            model_prefix=f"{place}/tokenizer",
-            model_type="bpe",
-            vocab_size=VOCAB,
-            character_coverage=1.0,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            minloglevel=2,
+    talk = chat.start(options, hub.locate, hub.fetch_adapter, to_gguf, lambda _: None)
+    length = {"min_new_tokens": args.tokens, "max_new_tokens": args.tokens}
+    settings = Generation(mode=GREEDY, repetition_penalty=1.0, **length)
+    bare = Bare(file, adapter, talk.engine.threads)
+    ids = prompt.encode(chat_speed.conversation(), talk.template, talk.tokenizer)[0]
+    decode = functools.partial(prompt.decode, talk.tokenizer)
+    try:
+        return chat_speed.compared(
+            lambda: chat_speed.ours(talk, settings),
+            lambda: bare.run(ids, args.tokens, talk.ends, decode),
+            args.tokens,
+            args.pairs,
         )
-        shutil.copy(f"{place}/tokenizer.model", folder)
+    finally:
+        bare.close()
+        talk.engine.close()
+
+
+class Bare:
+    """llama.cpp by its C interface: what any program that uses it has to call, and nothing else."""
+
+    def __init__(self, file: Path, adapter: Path | None, threads: int):
+        self.api = api = llama_library.library()  # the package's own module, its log turned off
+        self.model = api.llama_model_load_from_file(os.fsencode(file), api.llama_model_default_params())
+        settings = api.llama_context_default_params()
+        settings.n_ctx, settings.n_batch, settings.n_ubatch = CONTEXT, BATCH, BATCH
+        settings.n_threads = settings.n_threads_batch = threads
+        self.state = api.llama_init_from_model(self.model, settings)
+        self.entries = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
+        if adapter:
+            loaded = api.llama_adapter_lora_init(self.model, os.fsencode(adapter))
+            api.llama_set_adapters_lora(
+                self.state, (api.llama_adapter_lora_p_ctypes * 1)(loaded), 1, (ctypes.c_float * 1)(1.0)
+            )
+
+    def run(
+        self, given: list[int], count: int, ends: list[int], decode: Callable[[list[int]], str]
+    ) -> chat_speed.Run:
+        """The most probable token, `count` times, none of which is an end."""
+        api, made, first, started = self.api, [], 0.0, time.perf_counter()
+        api.llama_memory_clear(api.llama_get_memory(self.state), False)
+        while len(made) < count:
+            tokens = (api.llama_token * len(given))(*given)
+            code = api.llama_decode(self.state, api.llama_batch_get_one(tokens, len(given)))
+            assert code == 0, code
+            scores = np.ctypeslib.as_array(api.llama_get_logits_ith(self.state, -1), (self.entries,))
+            scores[ends] = -np.inf
+            given = [int(scores.argmax())]
+            first = first or time.perf_counter() - started
+            made += given
+        text = decode(made)
+        return first, time.perf_counter() - started, text
+
+    def close(self) -> None:
+        self.api.llama_free(self.state)
+        self.api.llama_model_free(self.model)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from transformers import (
-    LogitsProcessorList,
-    MinNewTokensLengthLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -31,6 +29,7 @@ END, STOP, LENGTH = "end", "stop", "length"  # why an answer is finished
 CANCELLED, NO_MEMORY = "cancelled", "out of memory"  # and why one stopped before
 SHORTLIST = 256  # tokens looked at first when one is drawn: with --top_k there are hardly ever more
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step
+Rule = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]  # tokens so far [B, T], scores -> scores
 IMPOSSIBLE = -1e8  # scores below are of beams that do not exist (transformers starts them at -1e9)
 
 
@@ -160,7 +159,8 @@ class _Picker:
         self.watch, self.width, self.step = watch, settings.width, 0
         self.seed = secrets.randbits(63) if settings.seed is None else settings.seed
         self.prompt, self.settings, self.ends = prompt, settings, ends
-        self.rules: LogitsProcessorList | None = None  # made on the device of the first scores
+        self.rules: list[Rule] | None = None  # made on the device of the first scores
+        self.warpers = list(_warpers(settings, ends))
 
     def best(
         self, scores: torch.Tensor, beams: list[list[int]], totals: list[float], count: int
@@ -170,16 +170,16 @@ class _Picker:
         scores: [B, V] of the engine; totals: of each beam so far.
         """
         if self.rules is None:
-            made = _rules(self.settings, len(self.prompt), self.ends, scores.device)
-            self.rules = LogitsProcessorList(made)
+            self.rules = list(_rules(self.settings, len(self.prompt), self.ends, scores))
         scores = scores.float()
         if self.width > 1:
             scores = torch.log_softmax(scores, dim=-1)
         if self.rules:
             ids = torch.tensor([self.prompt + beam for beam in beams], device=scores.device)  # [B, T]
-            scores = self.rules(ids, scores)
+            for rule in self.rules:
+                scores = rule(ids, scores)
         if self.width > 1:
-            scores = scores + torch.tensor(totals, device=scores.device)[:, None]
+            scores = self._warped(scores) + torch.tensor(totals, device=scores.device)[:, None]
         flat = scores.reshape(-1)
         places, values, ranked = self._drawn(flat) if self.settings.samples else (None, flat, flat)
         found: list[tuple[float, int, int, str]] = []
@@ -211,6 +211,13 @@ class _Picker:
         """
         count = min(len(flat), SHORTLIST)
         values, places = (part.cpu() for part in torch.topk(flat, count))
+        if self.width == 1 and self.warpers:
+            scaled, keep = values / self.settings.temperature, self.settings.top_k
+            if count == len(flat) or (0 < keep < count and scaled[keep - 1] > scaled[-1]):
+                values = self._warped(values[None])[0]  # all that --top_k leaves, equal ones too, is here
+            else:
+                flat = self._warped(flat[None])[0]
+                values, places = (part.cpu() for part in torch.topk(flat, count))
         while count < len(flat) and values[-1] >= IMPOSSIBLE:
             count = min(len(flat), 8 * count)
             values, places = (part.cpu() for part in torch.topk(flat, count))
@@ -219,6 +226,12 @@ class _Picker:
         self.step += 1
         uniform = torch.from_numpy(uniforms(self.seed, self.step, places.numpy()))
         return places, values, values - torch.log(-torch.log(uniform)).float()
+
+    def _warped(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [B, V] after --temperature, --top_k and --top_p; they look at no token before."""
+        for warp in self.warpers:
+            scores = warp(None, scores)
+        return scores
 
 
 def uniforms(seed: int, step: int, places: np.ndarray) -> np.ndarray:
@@ -240,19 +253,27 @@ def _mixed(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-def _rules(settings: Generation, prompt: int, ends: Sequence[int], device: torch.device) -> Iterator[object]:
-    """transformers' processors for what the settings ask for, in its order."""
+def _rules(settings: Generation, prompt: int, ends: Sequence[int], scores: torch.Tensor) -> Iterator[Rule]:
+    """What the settings ask for that depends on the tokens before, in transformers' order."""
     if settings.repetition_penalty != 1:
         yield RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)
     if settings.no_repeat_ngram_size:
         yield NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size)
     if settings.min_new_tokens:
-        yield MinNewTokensLengthLogitsProcessor(prompt, settings.min_new_tokens, list(ends), str(device))
-    if settings.samples:
-        keep = 1 if settings.width == 1 else 1 + max(1, len(ends))
-        if settings.temperature != 1:
-            yield TemperatureLogitsWarper(settings.temperature)
-        if settings.top_k:
-            yield TopKLogitsWarper(settings.top_k, min_tokens_to_keep=keep)
-        if settings.top_p < 1:
-            yield TopPLogitsWarper(settings.top_p, min_tokens_to_keep=keep)
+        within = torch.tensor([end for end in ends if end < scores.shape[-1]], device=scores.device)
+        least = prompt + settings.min_new_tokens
+        # transformers' own compares each of the V tokens with the ends at every step
+        yield lambda ids, now: now if ids.shape[1] >= least else now.index_fill(1, within, -torch.inf)
+
+
+def _warpers(settings: Generation, ends: Sequence[int]) -> Iterator[Rule]:
+    """transformers' own for sampling; the order is its order."""
+    if not settings.samples:
+        return
+    keep = 1 if settings.width == 1 else 1 + max(1, len(ends))
+    if settings.temperature != 1:
+        yield TemperatureLogitsWarper(settings.temperature)
+    if settings.top_k:
+        yield TopKLogitsWarper(settings.top_k, min_tokens_to_keep=keep)
+    if settings.top_p < 1:
+        yield TopPLogitsWarper(settings.top_p, min_tokens_to_keep=keep)

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ MARKS = (STATE, OPTIMIZER, *PICKLED_WEIGHTS)  # any of these makes a folder an o
 NAME = re.compile(r"(?P<module>.*\.(?P<last>[^.]+))\.lora_(?P<side>[AB])(\.default)?\.weight")
 PLAIN = torch.Tensor | int | float  # of an optimizer's state
 SECONDS, MEMORY = 600, 8 << 30  # of the child; bytes of its own beside twice its file
+ZIP = b"PK\x03\x04"  # how a zip begins, and how torch knows one
 OLDEST_TORCH = (2, 10)  # below it a file could run code in spite of weights_only (CVE-2026-24747)
 
 
@@ -210,6 +212,7 @@ def _child(source: str, output: str) -> int:
     torch.set_num_threads(1)
     try:
         value = torch.load(source, map_location="cpu", weights_only=True)
+        _check_records(source)
         tensors: dict[str, torch.Tensor] = {}
         tree = json.dumps(_split(value, tensors))
         save_file(tensors, f"{output}.safetensors")
@@ -221,6 +224,23 @@ def _child(source: str, output: str) -> int:
         return CHECKPOINT
     Path(f"{output}.json").write_text(tree, encoding="utf-8")
     return 0
+
+
+def _check_records(source: str) -> None:
+    """Compare the checksums of a zip, which torch does not; raises BadZipFile.
+
+    A record that is called compressed torch fills with whatever memory it gets.
+    """
+    with open(source, "rb") as file:
+        if file.read(len(ZIP)) != ZIP:
+            return  # a format before torch 1.6, which has none
+    with zipfile.ZipFile(source) as archive:
+        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise zipfile.BadZipFile(f"{packed[0]} is compressed")
+        bad = archive.testzip()
+        if bad:
+            raise zipfile.BadZipFile(f"{bad} has another checksum")
 
 
 if __name__ == "__main__":

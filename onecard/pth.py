@@ -29,7 +29,7 @@ def of_file(path: Path) -> dict[str, Tensor]:
 
     Raises UserError: exit 8 when the file is no zip or asks for more than tensors, 4 when it is damaged.
     """
-    if not zipfile.is_zipfile(path):
+    if not _is_zip(path):
         problem = f"{path}: not in torch's zip format; older formats can run code when they are read."
         fix = "Have somebody who trusts it save it again with torch.save."
         raise UserError(problem, fix, UNSAFE)
@@ -65,6 +65,13 @@ def of_file(path: Path) -> dict[str, Tensor]:
     }
 
 
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True  # one that says odd things of itself: damaged
+
+
 def _places(path: Path, held: dict[str, torch.Tensor]) -> dict[int, int]:
     """Address of each mapped storage -> where its bytes lie in the file."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held.values()}
@@ -94,7 +101,7 @@ def _records(path: Path) -> list[tuple[int, int]]:
                 if mark != MARK:
                     raise zipfile.BadZipFile("a record is not where it should be")
                 found.append((entry.header_offset + LOCAL_HEADER.size + name + extra, entry.file_size))
-    except (zipfile.BadZipFile, struct.error, ValueError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}).", "Fetch it again.", CHECKPOINT) from None
     return found
 

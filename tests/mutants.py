@@ -1,8 +1,9 @@
 """Damaged and hostile model files, and what becomes of the process that opens them.
 
-`python -m tests.mutants KIND COUNT SEED` prints what happened to COUNT mutants as JSON. Mutants are read one
-after the other in a forked process that plays OneCard's own; when it dies, the next one goes on behind the
-mutant that killed it. What OneCard reads in a child is read in such a process too, and may die there.
+`python -m tests.mutants KIND COUNT SEED` prints what happened to COUNT mutants, and where and when, as JSON.
+Mutants are read one after the other in a forked process that plays OneCard's own; when it dies, the next one
+goes on behind the mutant that killed it. What OneCard reads in a child is read in such a process too, and may
+die there.
 
 Outcomes: loaded; refused (a UserError); memory (exit 6); escaped (another exception: a traceback for the
 user); crash, hang (of OneCard's own process); child crash, child hang (told by OneCard). SHOW=1 tells more.
@@ -10,17 +11,22 @@ user); crash, hang (of OneCard's own process); child crash, child hang (told by 
 
 import collections
 import contextlib
+import importlib.metadata
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "llama-cpp-python", "gguf", "numpy")
 SECONDS = 20  # of a mutant; longer is a hang
 SPACE = 16 << 30  # bytes of address space of a reader
 EDGES = (1 << 16, 1 << 31, 1 << 32, 1 << 63, 1 << 64)
@@ -411,7 +417,56 @@ class Pth:
             sources.find(str(self.folder), "x", "best", str, Path(keep))
 
 
-KINDS = {"gguf": Gguf, "safetensors": Safetensors, "pth": Pth}
+class Original:
+    """An original-format LLaMA as tools/convert_llama.py reads it: consolidated.00.pth, from either end."""
+
+    def __init__(self, place: Path):
+        import torch
+
+        from tests import llama_original
+
+        place.mkdir(exist_ok=True)
+        count = llama_original.sentencepiece(place / "tokenizer.model", 392)
+        settings = llama_original.params(heads=2, kv_heads=2, vocab=count, multiple_of=16)
+        weights = llama_original.weights(settings, count, torch.bfloat16, tied=False)
+        self.source, self.target = place / "start", place / "made"
+        llama_original.save(self.source, settings, [weights])
+        (place / "tokenizer.model").rename(self.source / "tokenizer.model")
+        self.file = self.source / "consolidated.00.pth"
+        raw = self.file.read_bytes()
+        records = zipfile.ZipFile(self.file).infolist()
+        first = next(record.header_offset for record in records if "/data/" in record.filename)
+        directory = raw.rindex(records[0].filename.encode()) - 46
+        # what lies before the weights, and what lies behind them
+        self.before, self.whole = [b"", raw[:directory]], [raw, raw[directory:]]
+        self.headers = [first + 200, len(raw) - directory]
+
+    def targeted(self) -> list[tuple[int, str, bytes]]:
+        return []  # those that would run code: test_pickles.py
+
+    def outcomes(self, files: list[tuple[int, str, bytes]]) -> dict[int, str]:
+        def write(number: int) -> None:
+            shutil.rmtree(self.target, ignore_errors=True)
+            self.file.write_bytes(self.before[files[number][0]] + files[number][-1])
+
+        # parent and child in one process: what crashes is the child, the parent reads what it wrote
+        return survey(len(files), write, self.read, {"crash": "child crash", "hang": "child hang"})
+
+    def read(self, _: int) -> None:
+        from onecard import convert, llama_files, parsing
+        from onecard.tool_config import ConvertConfig
+
+        def work(request: dict[str, Any], told: Callable[[dict[str, Any]], None], _: int) -> None:
+            if request["step"] == convert.WEIGHTS:
+                llama_files.work({**request, "limit": 0}, lambda **report: told(report))
+            else:
+                told({"ids": {"bos_token_id": 1, "eos_token_id": 2}})
+
+        given = {"input_dir": str(self.source), "output_dir": str(self.target)}
+        convert.run(parsing.build(ConvertConfig, given), str, lambda done, total: None, work)
+
+
+KINDS = {"gguf": Gguf, "safetensors": Safetensors, "pth": Pth, "original": Original}
 
 
 def run(kind: str, count: int, seed: int) -> dict[str, Any]:
@@ -434,12 +489,23 @@ def run(kind: str, count: int, seed: int) -> dict[str, Any]:
         return {"kind": kind, "files": len(files), "outcomes": dict(sorted(counts.items())), "wrong": wrong}
 
 
+def where() -> str:
+    """The date, the machine, and the versions of what is installed of PACKAGES."""
+    from onecard import hardware
+
+    found = [date.today().isoformat(), hardware.describe_machine()]
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return "; ".join(found)
+
+
 if __name__ == "__main__":
     import torch
 
-    from onecard import engine_llama, gguf_trial, legacy, model, sources, template  # noqa: F401 (before forks)
+    from onecard import convert, engine_llama, gguf_trial, legacy, llama_files, model, sources, template  # noqa: F401
 
     os.environ["GGML_NO_BACKTRACE"] = "1"
     torch.set_num_threads(1)
     result = run(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-    print(json.dumps(result))
+    print(json.dumps({**result, "where": where()}))

@@ -359,9 +359,31 @@ def test_equal_scores_lose_no_candidate(mode):
 
 
 def test_least_length_is_kept_on_the_scores_own_device():
-    """transformers' rule compares on one device only; it must be that of the scores."""
-    (rule,) = decoding._rules(with_(min_new_tokens=2), 3, [1, 2], torch.device("meta"))
-    assert rule.eos_token_id.device.type == "meta"
+    """And an end that the scores have no place for is none."""
+    scores = torch.zeros(1, 5, device="meta")
+    (rule,) = decoding._rules(with_(min_new_tokens=2), 3, [1, 2, 7], scores)
+    assert rule(torch.zeros(1, 4), scores).device.type == "meta"
+    (rule,) = decoding._rules(with_(min_new_tokens=2), 3, [1, 2, 7], torch.zeros(1, 5))
+    for length, forbidden in ((3, [1, 2]), (4, [1, 2]), (5, [])):
+        found = rule(torch.zeros(1, length), torch.zeros(1, 5))
+        assert torch.nonzero(found[0] == -torch.inf).flatten().tolist() == forbidden
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+@pytest.mark.parametrize("top_k", [0, 5, 60])
+def test_a_shortlist_draws_what_all_tokens_would(monkeypatch, top_k, top_p):
+    """The same draws whether a few or all are looked at; of equal scores --top_p cuts off any."""
+    settings = with_(mode=SAMPLE, top_k=top_k, top_p=top_p, temperature=0.7, seed=3)
+    luck = torch.Generator().manual_seed(0)
+    digits = 1 if top_p == 1 else 6
+    scores = [(4 * torch.randn(1, 2000, generator=luck)).round(decimals=digits) for _ in range(100)]
+    found = []
+    for shortlist in (2000, 256, 16):
+        monkeypatch.setattr(decoding, "SHORTLIST", shortlist)
+        pick = decoding._Picker(settings, [], [0], None)
+        found.append([pick.best(each, [[]], [0.0], 1)[0][1:3] for each in scores])
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0])) > 20
 
 
 @pytest.mark.parametrize("mode", [BEAM, BEAM_SAMPLE])

@@ -184,6 +184,25 @@ def test_damaged_and_empty_files(written, tmp_path):
         legacy.read(source)
 
 
+@pytest.mark.parametrize("what", ["a bit of a tensor", "a record called compressed"])
+def test_damage_that_torch_does_not_see(tmp_path, what):
+    """torch compares no checksum, and gives memory that nobody wrote for a record that is not compressed."""
+    path = tmp_path / "x.bin"
+    torch.save({"w": torch.arange(400.0)}, path)
+    legacy.unpickle(path)
+    raw = bytearray(path.read_bytes())
+    if what == "a bit of a tensor":
+        raw[raw.index(torch.arange(400.0).numpy().tobytes()) + 1000] ^= 1
+    else:
+        names = [place for place in range(len(raw)) if raw[place:].startswith(b"x/data/0")]
+        raw[names[-1] - 46 + 10] = 8  # its method in the directory behind the records
+    path.write_bytes(raw)
+    torch.load(path, weights_only=True)  # says nothing
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        legacy.unpickle(path)
+    assert caught.value.code == 4
+
+
 def test_plain_values_come_through_the_child(tmp_path):
     """Nested dictionaries with whole-number keys, lists, tensors of several types."""
     value = {

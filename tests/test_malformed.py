@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard import adapter, checkpoint, child, gguf, gguf_trial, headers, merging, model, shards
+from onecard import adapter, checkpoint, child, gguf, gguf_trial, headers, merging, model, pth, shards
 from onecard.errors import CHECKPOINT, UserError
 from tests import mutants
 
 ROOT = Path(__file__).parent.parent
-WHOLE = {"gguf": 3400, "safetensors": 3300, "pth": 3300}  # 10,000
+WHOLE = {"gguf": 3400, "safetensors": 3300, "pth": 3300, "original": 1000}  # more than 10,000
 
 
 def survey(kind: str, count: int, seed: int) -> dict:
@@ -111,6 +111,21 @@ def test_a_large_header_costs_nothing(tmp_path, length):
         headers.read(path)
     assert (caught.value.code, tracemalloc.get_traced_memory()[1] < 1 << 20) == (CHECKPOINT, True)
     tracemalloc.stop()
+
+
+def test_odd_directories_of_a_pth_file(tmp_path):
+    """Another version, several disks: damaged, exit 4, whatever Python's zipfile calls it."""
+    path = tmp_path / "consolidated.00.pth"
+    torch.save({"w": torch.ones(4)}, path)
+    whole = path.read_bytes()
+    entry, locator = whole.index(b"PK\1\2"), whole.index(b"PK\6\7")
+    for place, value in ((entry + 6, 255), (locator + 4, 1), (locator + 16, 2)):
+        odd = bytearray(whole)
+        odd[place] = value
+        path.write_bytes(odd)
+        with pytest.raises(UserError, match="damaged") as caught:
+            pth.of_file(path)
+        assert caught.value.code == CHECKPOINT
 
 
 def test_every_mutant_differs():

@@ -1,0 +1,88 @@
+"""Models of LLaMA's shapes with random weights, and adapters for them: what tools.py works on."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from onecard import llama, pth, shards
+from onecard.shards import Files, Tensor
+
+VOCAB = 32000
+FILE = 500 << 20  # bytes of a file in transformers' layout
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANK = 16
+
+
+def shape_of(width: int, layers: int) -> llama.Shape:
+    """LLaMA 7B's at a width of 4096 and 32 layers."""
+    return llama.Shape(width, layers, 32, 32, llama.feed_forward(width, 256, None), VOCAB, 1e-5, length=4096)
+
+
+def fill(placed: dict[str, Tensor]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    with Files() as files:
+        for tensor in placed.values():
+            for first, last in tensor.blocks():
+                rows = torch.empty(last - first, *tensor.shape[1:], dtype=tensor.dtype)
+                files.write(tensor, first, rows.uniform_(-0.1, 0.1, generator=draw))
+        files.sync()
+
+
+def make_meta(folder: Path, shape: llama.Shape) -> None:
+    folder.mkdir()
+    for number in range(2):
+        tensors = [Tensor(w.meta, torch.bfloat16, llama.part(w, 2)) for w in llama.weights(shape, 1)]
+        fill(pth.create_file(folder / f"consolidated.{number:02d}.pth", tensors))
+    (folder / "params.json").write_text(json.dumps(llama.to_params(shape)))
+    make_tokenizer(folder)
+
+
+def make_hf(folder: Path, shape: llama.Shape) -> None:
+    folder.mkdir()
+    tensors = [Tensor(w.hf, torch.bfloat16, w.shape) for w in llama.weights(shape, 1)]
+    files = shards.divide(tensors, FILE)
+    fill(shards.create(folder, dict(zip(shards.names_of(len(files)), files, strict=True))))
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    (folder / "config.json").write_text(json.dumps(llama.to_config(shape, "bfloat16", False, ids)))
+    make_tokenizer(folder)
+
+
+def make_adapter(folder: Path, shape: llama.Shape) -> None:
+    """On all linear layers."""
+    from peft import LoraConfig
+
+    folder.mkdir()
+    settings = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
+    settings.save_pretrained(folder)
+    pairs = []
+    for weight in llama.weights(shape, 1):
+        module = weight.hf.removesuffix(".weight")
+        if module.rsplit(".", 1)[-1] in TARGETS:
+            name, (out, inside) = f"base_model.model.{module}", weight.shape
+            pairs.append(Tensor(f"{name}.lora_A.weight", torch.float32, (RANK, inside)))
+            pairs.append(Tensor(f"{name}.lora_B.weight", torch.float32, (out, RANK)))
+    fill(shards.create_file(folder / "adapter_model.safetensors", pairs))
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A tokenizer with as many tokens as the model has rows, most of them single characters."""
+    import sentencepiece
+
+    letters = [chr(n) for n in range(0x4E00, 0x9FA5)] + [chr(n) for n in range(0xAC00, 0xD7A4)]
+    letters = letters[:31_000]
+    with tempfile.TemporaryDirectory() as place:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter("".join(letters[i : i + 50]) for i in range(0, len(letters), 50)),
+            model_prefix=f"{place}/tokenizer",
+            model_type="bpe",
+            vocab_size=VOCAB,
+            character_coverage=1.0,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+        shutil.copy(f"{place}/tokenizer.model", folder)
