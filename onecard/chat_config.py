@@ -5,12 +5,21 @@ said here too, so that none silently does nothing.
 """
 
 import dataclasses
-import re
 import secrets
 from typing import Any, TypeVar
 
 from onecard.errors import UserError
-from onecard.parsing import EXECUTION, RUNS_CODE, at_least, between, commit_option, inherited, option
+from onecard.parsing import (
+    EXECUTION,
+    RUNS_CODE,
+    at_least,
+    between,
+    card_memory,
+    commit_option,
+    inherited,
+    login,
+    option,
+)
 
 GREEDY, SAMPLE, BEAM, BEAM_SAMPLE = "greedy", "sample", "beam", "beam_sample"
 MODES = (GREEDY, SAMPLE, BEAM, BEAM_SAMPLE)
@@ -21,32 +30,6 @@ LONGEST_PHRASE = 200  # characters of a stop word or banned phrase
 def phrases(text: str) -> list[str]:
     r"""Texts with | between; \n in them is a new line."""
     return [part for part in text.replace("\\n", "\n").split("|") if part]
-
-
-def memory_of_cards(text: str | None) -> dict[int | str, str] | None:
-    """{0: "10GiB", "cpu": "20GiB"} of "0:10GiB,cpu:20GiB"; raises ValueError for anything else."""
-    if not text:
-        return None
-    found: dict[int | str, str] = {}
-    for part in text.split(","):
-        card, _, size = part.strip().partition(":")
-        if not (card.isdecimal() or card == "cpu") or not re.fullmatch(r"\d+(\.\d+)?(GiB|MiB|GB|MB)", size):
-            raise ValueError(f"{part!r} is not CARD:SIZE, such as 0:10GiB")
-        found[int(card) if card.isdecimal() else card] = size
-    return found
-
-
-def _is_memory(text: str) -> str | None:
-    try:
-        memory_of_cards(text)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _is_login(text: str) -> str | None:
-    user, colon, password = text.partition(":")
-    return None if user and colon and password else "must be user:password"
 
 
 def _is_bits(value: Any) -> str | None:
@@ -67,15 +50,19 @@ class Generation:
     mode: str = option(
         SAMPLE,
         EXECUTION,
-        "greedy: always the most probable token; sample: by chance; beam: the most probable whole answer; "
-        "beam_sample: both",
+        (
+            "greedy: always the most probable token; sample: by chance; "
+            "beam: the most probable whole answer; beam_sample: both",
+            "greedy 每步取概率最高的词元；sample 按概率随机抽取；"
+            "beam 寻找整体概率最高的回答；beam_sample 两者结合",
+        ),
         choices=MODES,
         label=("Mode", "生成方式"),
     )
     temperature: float = option(
         0.7,
         EXECUTION,
-        "above 1 more daring, below 1 more careful",
+        ("above 1 more daring, below 1 more careful", "大于 1 更大胆，小于 1 更谨慎"),
         check=between(0.01, 10),
         label=("Temperature", "温度"),
         slider=(0.05, 2, 0.05),
@@ -83,7 +70,10 @@ class Generation:
     top_p: float = option(
         0.9,
         EXECUTION,
-        "sample from the likeliest tokens that together have this probability",
+        (
+            "sample from the likeliest tokens that together have this probability",
+            "只从累计概率达到此值的最可能词元中抽取",
+        ),
         check=between(0, 1),
         label=("Top-p", "核采样 Top-p"),
         slider=(0, 1, 0.05),
@@ -91,15 +81,15 @@ class Generation:
     top_k: int = option(
         60,
         EXECUTION,
-        "sample from this many likeliest tokens; 0 = all",
+        ("sample from this many likeliest tokens; 0 = all", "只从概率最高的 k 个词元中抽取；0 表示全部"),
         check=at_least(0),
-        label=("Top-k", "Top-k"),
+        label=("Top-k", "候选数 Top-k"),
         slider=(0, 100, 1),
     )
     num_beams: int = option(
         4,
         EXECUTION,
-        "answers that beam search follows at once",
+        ("answers that beam search follows at once", "束搜索同时保留的候选回答数"),
         check=between(2, 16),
         label=("Beams", "束宽"),
         slider=(2, 10, 1),
@@ -107,7 +97,7 @@ class Generation:
     repetition_penalty: float = option(
         1.1,
         EXECUTION,
-        "above 1 avoids tokens that were already there",
+        ("above 1 avoids tokens that were already there", "大于 1 时避免重复已出现的词元"),
         check=between(0.1, 10),
         label=("Repetition penalty", "重复惩罚"),
         slider=(0.5, 3, 0.05),
@@ -115,7 +105,7 @@ class Generation:
     no_repeat_ngram_size: int = option(
         0,
         EXECUTION,
-        "no run of this many tokens comes twice; 0 = off",
+        ("no run of this many tokens comes twice; 0 = off", "相同的连续 n 个词元不会出现两次；0 表示不限制"),
         check=at_least(0),
         label=("No repeated n-gram", "禁止重复 n 元组"),
         slider=(0, 10, 1),
@@ -123,7 +113,7 @@ class Generation:
     min_new_tokens: int = option(
         1,
         EXECUTION,
-        "fewest tokens of an answer",
+        ("fewest tokens of an answer", "回答至少包含的词元数"),
         check=at_least(0),
         label=("Min new tokens", "最少新词元"),
         slider=(0, 300, 1),
@@ -131,7 +121,7 @@ class Generation:
     max_new_tokens: int = option(
         256,
         EXECUTION,
-        "most tokens of an answer",
+        ("most tokens of an answer", "回答至多包含的词元数"),
         check=at_least(1),
         label=("Max new tokens", "最多新词元"),
         slider=(1, 2000, 1),
@@ -139,28 +129,41 @@ class Generation:
     stop: str = option(
         "",
         EXECUTION,
-        "the answer ends before any of these texts (| between, \\n for a new line)",
+        (
+            "the answer ends before any of these texts (| between, \\n for a new line)",
+            "回答在出现其中任一文字之前结束（用 | 分隔，\\n 表示换行）",
+        ),
         check=few_short_phrases,
         label=("Stop at", "停止词"),
     )
     banned: str = option(
         "",
         EXECUTION,
-        "texts the answer never contains (| between, \\n for a new line)",
+        (
+            "texts the answer never contains (| between, \\n for a new line)",
+            "回答中不会出现的文字（用 | 分隔，\\n 表示换行）",
+        ),
         check=few_short_phrases,
         label=("Banned phrases", "禁用短语"),
     )
     seed: int | None = option(
         None,
         EXECUTION,
-        "of sampling: the same seed gives the same answer; none: another each time",
+        (
+            "of sampling: the same seed gives the same answer; none: another each time",
+            "用于采样：种子相同，回答相同；留空则每次不同",
+        ),
         check=between(0, 2**63 - 1),
         label=("Seed", "随机种子"),
     )
     max_memory: int = option(
         2048,
         EXECUTION,
-        "most tokens of the conversation the model is shown; oldest whole turns go first; 0 = as many as fit",
+        (
+            "most tokens of the conversation the model is shown; oldest whole turns go first; "
+            "0 = as many as fit",
+            "模型最多能看到的对话词元数，超出时先整轮去掉最早的；0 表示能放下多少就保留多少",
+        ),
         check=at_least(0),
         label=("Max memory", "记忆词元上限"),
         slider=(0, 8192, 64),
@@ -168,7 +171,10 @@ class Generation:
     last_turns: int = option(
         0,
         EXECUTION,
-        "show at most this many earlier turns; 0 = as many as fit",
+        (
+            "show at most this many earlier turns; 0 = as many as fit",
+            "最多让模型看到多少轮之前的对话；0 表示能放下多少就保留多少",
+        ),
         check=at_least(0),
         label=("Turns remembered", "记忆轮数"),
         slider=(0, 50, 1),
@@ -252,7 +258,7 @@ class ChatConfig(Generation):
         None,
         EXECUTION,
         "most memory per card with --device all, as 0:10GiB,1:10GiB,cpu:20GiB",
-        check=_is_memory,
+        check=card_memory,
     )
     context: int | None = option(
         None,
@@ -284,7 +290,7 @@ class ChatConfig(Generation):
         None, EXECUTION, "address of a proxy whose page may use this window, as a notebook's https://..."
     )
     share: bool = option(False, EXECUTION, "a public link through gradio's servers; needs --auth")
-    auth: str | None = option(None, EXECUTION, "user:password that the window asks for", check=_is_login)
+    auth: str | None = option(None, EXECUTION, "user:password that the window asks for", check=login)
     queue: int = option(
         16, EXECUTION, "questions that may wait; others are told to come back", check=at_least(1)
     )

@@ -52,7 +52,7 @@ class ChatLayout:
     def lay_out_chat(self) -> None:
         with gr.Row():
             self.left = self.chatbot("left", show_label=False)
-            self.right = self.chatbot("right", visible=False, label=BASE)
+            self.right = self.chatbot("right", visible=False, label=controls.shown(BASE, self.lang))
         self.status = gr.HTML(page.status(""), elem_id="status")
         self.unkept = gr.HTML("", elem_id="unkept")
         self.box = gr.Textbox(
@@ -89,7 +89,7 @@ class ChatLayout:
             False, label=self.say("Compare two adapters", "对比两个适配器"), elem_id="compare"
         )
         self.against = gr.Dropdown(
-            [BASE, *names],
+            [(controls.shown(name, self.lang), name) for name in (BASE, *names)],
             value=BASE,
             visible=False,
             label=self.say("Compare with", "对比对象"),

@@ -232,10 +232,10 @@ class ChatWindow(ChatLayout):
 
     def side_by_side(self, choice: str, on: bool, against: str) -> list[Any]:
         """Two chats with their adapters' names, or one without; and which weights have an effect."""
-        left = gr.update(show_label=on, label=choice)
-        weights = controls.weighing(self.chat, [choice, against] if on else [choice], self.lang)
-        updates = [gr.update(**can) for can in weights.values()]
-        return [left, gr.update(visible=on, label=against), gr.update(visible=on), *updates]
+        left = gr.update(show_label=on, label=controls.shown(choice, self.lang))
+        weights = controls.weighing(self.chat, [choice, against] if on else [choice], self.lang).values()
+        right = gr.update(visible=on, label=controls.shown(against, self.lang))
+        return [left, right, gr.update(visible=on), *(gr.update(**can) for can in weights)]
 
     def take_back(self, box: str, context: str, turns: Turns) -> list[Any]:
         """The last question and its context into their boxes, unless something else was typed there."""

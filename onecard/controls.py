@@ -38,7 +38,7 @@ def picker(chat: Chat, lang: str, start: str | None = None) -> list[gr.Component
     several = [MIX] if len(names) > 1 else []
     given = dict(chat.mixture)
     choice = gr.Dropdown(
-        [BASE, *names, *several],
+        [(shown(name, lang), name) for name in (BASE, *names, *several)],
         value=start or talking.choice_of(chat.mixture),
         label=form.say(lang, "Adapter", "适配器"),
         elem_id="adapter",
@@ -52,6 +52,12 @@ def picker(chat: Chat, lang: str, start: str | None = None) -> list[gr.Component
         with gr.Accordion(title, open=False, elem_id="weights"):
             weights = [_weight(name, given.get(name, 1.0), can[name]) for name in names]
     return [choice, *weights]
+
+
+def shown(choice: str, lang: str) -> str:
+    """What a reader sees of a picker's choice."""
+    own = {BASE: (BASE, "基座模型"), MIX: (MIX, "加权混合")}
+    return form.say(lang, *own.get(choice, (choice, choice)))
 
 
 def weighing(chat: Chat, choices: Sequence[str], lang: str) -> dict[str, dict[str, Any]]:

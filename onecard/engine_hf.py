@@ -76,8 +76,9 @@ class Engine:
         self.active: Mixture | None = None
         self.kept: list[tuple[Mixture, list[int], DynamicCache]] = []
 
-    def describe(self) -> str:
-        return str(self.device)
+    def describe(self) -> tuple[str, str]:
+        """Where it runs, English and Chinese."""
+        return str(self.device), str(self.device)
 
     def check_mixture(self, mixture: Mixture) -> None:
         """Raise UserError when these adapters cannot be used so."""

@@ -102,9 +102,13 @@ class Engine:
             raise unusable(path, because("the adapter does not fit this base model", said), ANOTHER)
         return adapter
 
-    def describe(self) -> str:
-        layers = "all layers" if self.gpu_layers < 0 else f"{self.gpu_layers} layers"
-        return f"cpu, {self.threads} threads" + (f", {layers} on the card" if self.gpu_layers else "")
+    def describe(self) -> tuple[str, str]:
+        """Where it runs, English and Chinese."""
+        told = f"cpu, {self.threads} threads", f"cpu，{self.threads} 线程"
+        if not self.gpu_layers:
+            return told
+        layers = ("all", "全部") if self.gpu_layers < 0 else (self.gpu_layers, f"{self.gpu_layers} 个")
+        return f"{told[0]}, {layers[0]} layers on the card", f"{told[1]}，{layers[1]}层在显卡上"
 
     def check_mixture(self, mixture: Mixture) -> None:
         """Raise UserError when these adapters cannot be used so."""

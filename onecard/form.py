@@ -29,7 +29,7 @@ def _input(field: dataclasses.Field, value: Any, lang: str, fewer: list[Any] | N
     meta = field.metadata
     label = say(lang, *(meta["label"] or (field.name, field.name)))
     what = {"label": label, "value": value, "elem_id": f"option-{field.name}", "interactive": True}
-    what["info"] = meta["help"] if lang == "en" else None
+    what["info"] = say(lang, meta["help"], meta["chinese"])
     if meta["slider"]:
         low, high, step = _ends(meta["slider"], value)
         return gr.Slider(minimum=low, maximum=high, step=step, **what)
@@ -79,6 +79,7 @@ def usable(names: list[str], unused: dict[str, tuple[str, str]], start: Any, lan
     updates = []
     for name in names:
         why = unused.get(name)
-        info = fields[name].metadata["help"] if lang == "en" else ""  # None would leave what stands there
-        updates.append(gr.update(interactive=why is None, info=say(lang, *why) if why else info))
+        meta = fields[name].metadata
+        info = say(lang, *(why or (meta["help"], meta["chinese"])))
+        updates.append(gr.update(interactive=why is None, info=info))
     return updates

@@ -61,9 +61,12 @@ class Engine:
     def context(self) -> int:
         return self.loaded().context
 
-    def describe(self) -> str:
-        others = "".join(f", beside the training {name}" for name in self.beside())
-        return self.loaded().describe() + others
+    def describe(self) -> tuple[str, str]:
+        """Where it runs and beside whom, English and Chinese."""
+        english, chinese = self.loaded().describe()
+        for name in self.beside():
+            english, chinese = f"{english}, beside the training {name}", f"{chinese}，与训练 {name} 同时运行"
+        return english, chinese
 
     def check_mixture(self, mixture: Mixture) -> None:
         """Raise UserError when these adapters cannot be used so; of a model that waits, the names alone."""

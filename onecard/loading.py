@@ -21,9 +21,10 @@ from onecard import (
     remote_code,
     sources,
 )
-from onecard.chat_config import ChatConfig, Mixture, memory_of_cards
+from onecard.chat_config import ChatConfig, Mixture
 from onecard.errors import UserError
 from onecard.hardware import Choice
+from onecard.parsing import memory_of_cards
 from onecard.prompt import Template
 from onecard.receipt import DEMO
 from onecard.sources import GGUF, Source

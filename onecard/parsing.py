@@ -28,7 +28,7 @@ Check = Callable[[Any], str | None]  # a value -> what is wrong with it, or None
 def option(
     default: Any,
     role: str,
-    text: str,
+    text: str | tuple[str, str],
     choices: Sequence[Any] = (),
     check: Check | None = None,
     label: tuple[str, str] | None = None,
@@ -38,10 +38,12 @@ def option(
 ) -> Any:
     """One option: its default, role, help with the unit, the values it may take.
 
-    label: its name in a window, English and Chinese; slider: there from, to, step; positional: its value may
-    stand on the command line without the flag; typed: only there, as a file of options may be a stranger's.
+    text: the help, of an option that windows show English and Chinese; label: its name there, in both;
+    slider: there from, to, step; positional: its value may stand on the command line without the flag; typed:
+    only there, as a file of options may be a stranger's.
     """
-    metadata = {"role": role, "help": text, "choices": tuple(choices), "check": check}
+    english, chinese = (text, "") if isinstance(text, str) else text
+    metadata = {"role": role, "help": english, "chinese": chinese, "choices": tuple(choices), "check": check}
     metadata |= {"label": label, "slider": slider, "positional": positional, "typed": typed}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -77,6 +79,32 @@ def rows_or_fraction(value: float) -> str | None:
     if value < 0 or (value >= 1 and value != int(value)):
         return "must be a fraction below 1 or a whole number of rows"
     return None
+
+
+def memory_of_cards(text: str | None) -> dict[int | str, str] | None:
+    """{0: "10GiB", "cpu": "20GiB"} of "0:10GiB,cpu:20GiB"; raises ValueError for anything else."""
+    if not text:
+        return None
+    found: dict[int | str, str] = {}
+    for part in text.split(","):
+        card, _, size = part.strip().partition(":")
+        if not (card.isdecimal() or card == "cpu") or not re.fullmatch(r"\d+(\.\d+)?(GiB|MiB|GB|MB)", size):
+            raise ValueError(f"{part!r} is not CARD:SIZE, such as 0:10GiB")
+        found[int(card) if card.isdecimal() else card] = size
+    return found
+
+
+def card_memory(text: str) -> str | None:
+    try:
+        memory_of_cards(text)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def login(text: str) -> str | None:
+    user, colon, password = text.partition(":")
+    return None if user and colon and password else "must be user:password"
 
 
 def full_commit(value: str) -> str | None:

@@ -306,21 +306,46 @@ def _encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Ids of texts in which no control token can appear, whatever they say."""
     if not texts:
         return []
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
-    control = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    encoded = _plain_ids(tokenizer, texts)
+    control = _control_tokens(tokenizer)
     return [
-        ids if control.isdisjoint(ids) else _without_control(tokenizer, text)
+        ids if control.keys().isdisjoint(ids) else _without_control(tokenizer, text, control)
         for ids, text in zip(encoded, texts, strict=True)
     ]
 
 
-def _without_control(tokenizer: Any, text: str) -> list[int]:
-    """Some Unigram vocabularies hold control tokens as ordinary pieces: cut the text inside each of them."""
-    names = "|".join(re.escape(name) for name in sorted(tokenizer.all_special_tokens, key=len, reverse=True))
+def _plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def _control_tokens(tokenizer: Any) -> dict[int, str]:
+    """Ids and names: those the tokenizer lists, a template's among them, and what was added as special."""
+    listed = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    found = {**_added_as_special(tokenizer), **dict(listed)}
+    found.pop(tokenizer.unk_token_id, None)
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _added_as_special(tokenizer: Any) -> dict[int, str]:
+    added = tokenizer.added_tokens_decoder.items()  # thousands where a vocabulary was extended
+    return {token: str(what) for token, what in added if what.special}
+
+
+def _without_control(tokenizer: Any, text: str, control: dict[int, str]) -> list[int]:
+    """Some vocabularies hold control tokens beside their pieces: cut the text inside each of their names, and
+    what is normalised to a name in halves."""
+    names = "|".join(re.escape(name) for name in sorted(control.values(), key=len, reverse=True))
     cuts = [0, *(found.start() + 1 for found in re.finditer(names, text)), len(text)]
     parts = [text[start:end] for start, end in pairwise(cuts)]
-    encoded = tokenizer(parts, add_special_tokens=False, split_special_tokens=True).input_ids
-    return [token for ids in encoded for token in ids]
+    while True:
+        encoded = list(zip(parts, _plain_ids(tokenizer, parts), strict=True))
+        wrong = [len(part) > 1 and not control.keys().isdisjoint(ids) for part, ids in encoded]
+        if not any(wrong):  # a single letter that is one has no other spelling
+            return [token for _, ids in encoded for token in ids if token not in control]
+        middles = [len(part) // 2 if cut else 0 for part, cut in zip(parts, wrong, strict=True)]
+        halves = [(part[:at], part[at:]) for part, at in zip(parts, middles, strict=True)]
+        parts = [half for both in halves for half in both if half]
 
 
 @functools.lru_cache(maxsize=4)

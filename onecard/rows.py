@@ -31,7 +31,7 @@ from onecard.prompt import Conversation, Template, Turn
 from onecard.reader import Source
 from onecard.schemas import BadRow
 
-FORMAT = 1  # of what is kept; the next number when encoding changes
+FORMAT = 2  # of what is kept; the next number when encoding changes
 ROOM = 20 << 30  # bytes of the cache
 SFT, PRETRAIN = "sft", "pretrain"
 DOCUMENTS = ("context", "text")  # roles that are pre-trained on

@@ -127,7 +127,7 @@ def describe(reply, chat, lang: str) -> str:
     parts = [
         f"{reply.speed:.1f} {'词元/秒' if zh else 'tokens/s'}",
         f"{used} / {chat.engine.context} {'词元' if zh else 'tokens of the context'}",
-        f"{chat.engine.name}, {chat.engine.describe()}",
+        f"{chat.engine.name}, {chat.engine.describe()[zh]}",
     ]
     if reply.first is not None:
         parts.insert(1, f"{'首词元' if zh else 'first after'} {reply.first:.1f} s")

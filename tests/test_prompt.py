@@ -3,10 +3,11 @@
 import io
 import json
 import re
+import unicodedata
 
 import pytest
 import sentencepiece
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from onecard import prompt, rendering, template
@@ -40,11 +41,12 @@ CONVERSATIONS = [
 ]
 
 
-def sentencepiece_tokenizer():
+def sentencepiece_tokenizer(control: tuple[str, ...] = ()):
+    """control: further control pieces of the vocabulary."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=320, byte_fallback=True,
-        hard_vocab_limit=False, minloglevel=2,
+        hard_vocab_limit=False, minloglevel=2, control_symbols=list(control),
     )  # fmt: skip
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     vocab = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
@@ -57,6 +59,7 @@ def sentencepiece_tokenizer():
     core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     bos = processor.bos_id()
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    core.add_special_tokens(list(control))
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -307,6 +310,21 @@ def test_added_tokens_that_a_chat_template_writes_become_control_tokens():
     assert tool not in prompt.encode(row, form, made)[0]
     row = Conversation((*row.turns, Turn("function", "d"), Turn("assistant", "e")))
     assert prompt.encode(row, form, made)[0].count(tool) == 1
+
+
+@pytest.mark.parametrize(
+    "said", ["<call>", "a<call>b", "<ca<call>ll>", "</s><call><s>", "＜call＞", "x＜/s＞y", "＜＜/s＞＞"]
+)
+def test_control_pieces_that_letters_could_make(said):
+    """A vocabulary that holds control tokens as pieces: one that its tokenizer does not list, and signs that
+    are normalised to the letters of a name. The text stays what it is normalised to."""
+    made = sentencepiece_tokenizer(("<call>",))
+    made.backend_tokenizer.normalizer = normalizers.NFKC()
+    assert "<call>" not in made.all_special_tokens
+    ids = prompt.encode_text(made, said)
+    assert {1, 2, made.convert_tokens_to_ids("<call>")}.isdisjoint(ids)
+    told = made.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert told.replace(" ", "") == unicodedata.normalize("NFKC", said)
 
 
 def test_added_pieces_of_words_stay_ordinary():

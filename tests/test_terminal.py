@@ -47,8 +47,8 @@ class Engine:
     def __init__(self) -> None:
         self.adapters, self.cannot = ["one", "two"], {"beam": ("no beams here", "")}
 
-    def describe(self) -> str:
-        return "cpu"
+    def describe(self) -> tuple[str, str]:
+        return "cpu", "cpu"
 
     def check_mixture(self, mixture: engine_hf.Mixture) -> None:
         for name, _ in mixture:
