@@ -36,7 +36,6 @@ PLAIN = {
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 TOKENIZER_EXTRAS = ("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
 SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
-NOT_LOADED = ["*/*", "consolidated*"]  # what transformers leaves alone
 
 
 MIXED = 0.1  # of a hidden state's norm; rounding moves it by a hundredth at most, another document by a half
@@ -72,9 +71,8 @@ def identity_files(path: str) -> dict[str, list[Path]]:
     folder, names = Path(path), (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
     if not folder.is_dir():
         try:
-            folder = Path(
-                snapshot_download(path, allow_patterns=[*names, *SAFE_WEIGHTS], ignore_patterns=NOT_LOADED)
-            )
+            wanted = {"allow_patterns": [*names, *SAFE_WEIGHTS], "ignore_patterns": layouts.NOT_LOADED}
+            folder = Path(snapshot_download(path, **wanted))
         except (OSError, ValueError, HfHubHTTPError) as error:
             raise cannot_load(path, "its files", error) from None
     return {
