@@ -26,7 +26,7 @@ from onecard import (
     shards,
     sources,
 )
-from onecard.errors import CHECKPOINT, UserError, listed
+from onecard.errors import CHECKPOINT, UserError
 from onecard.merging import Adapter, Change
 from onecard.shards import Behind, Files, Tensor
 from onecard.sources import Source
@@ -159,22 +159,9 @@ def _base(folder: Path, adapter_folder: Path) -> Base:
         else:
             made.tied = config["tie_word_embeddings"] = settings.tie_word_embeddings = False
             bare = model.skeleton(str(folder), settings)
-    _check_whole(made, bare)
+    shards.check_whole(folder, tensors, bare)
     made.wanted = adapter.wanted(bare, adapter_folder)
     return made
-
-
-def _check_whole(base: Base, bare: torch.nn.Module) -> None:
-    """Raise UserError (exit 4) with the list of weights that the base lacks.
-
-    Not where it has tensors that the model does not know: transformers renames those of some kinds of model.
-    """
-    found = {name: base.find(name) for name, _ in bare.named_parameters(remove_duplicate=False)}
-    missing = sorted(name for name, tensor in found.items() if tensor is None)
-    known = {tensor.name for tensor in found.values() if tensor is not None}
-    if missing and known >= base.tensors.keys():
-        problem = f"{base.folder}: {len(missing)} of its weights are missing: {listed(missing)}."
-        raise UserError(problem, "Download or convert it again.", CHECKPOINT)
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:
