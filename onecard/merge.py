@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from onecard import (
     adapter,
     beside,
+    commits,
     layouts,
     merging,
     model,
@@ -98,6 +99,7 @@ def run(
         if not folder.is_dir():
             raise UserError(f"--model_path {name}: no such folder.", "Name the adapter's base model.")
         say(f"base        {folder}: {'asked for' if options.model_path else 'the adapter was made with it'}")
+        commits.compare(found.base, folder, say)
         say(f"adapter     {found.origin}")
         for flag, place in (("--model_path", folder), ("--lora_path", found.origin)):
             newfolder.check_apart(place, target, (flag, FLAG))
@@ -110,9 +112,9 @@ def _make(folder: Path, found: Source, target: Path, say: Callable[[str], None],
     tokenizer = beside.tokenizer_of(found.origin)
     copied = beside.rest(folder, skip=beside.TOKENIZER if tokenizer else ())
     copied += beside.rest(tokenizer, only=beside.TOKENIZER) if tokenizer else []
-    made_of = newfolder.record(
-        "merge_lora", {}, [*layouts.files_of(folder), *beside.of_adapter(found.origin), *copied]
-    )
+    files = [*layouts.files_of(folder), *beside.of_adapter(found.origin), *copied]
+    given = {"model_path": folder, "lora_path": found.origin}
+    made_of = newfolder.record("merge_lora", {}, files, given)
     if newfolder.is_made(target, made_of, FLAG):
         say(f"{target} is there already, made of the same files: nothing to do.")
         return
