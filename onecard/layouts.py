@@ -9,6 +9,9 @@ from onecard.errors import CHECKPOINT, UserError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PARAMS, CONFIG = "params.json", "config.json"
 TO_HF, TO_META = "hf", "meta"
+# names of what transformers loads, as patterns, and what of them it leaves alone
+TENSORS, SETTINGS = ("*.safetensors",), ("*.json", "*.txt", "*.model", "*.jinja")
+NOT_LOADED = ("*/*", "consolidated*")
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from onecard import (
     adapter,
+    commits,
     engine_hf,
     engine_llama,
     hardware,
@@ -21,7 +22,7 @@ from onecard import (
     remote_code,
     sources,
 )
-from onecard.chat_config import ChatConfig, Mixture
+from onecard.chat_config import BASE, ChatConfig, Mixture
 from onecard.errors import UserError
 from onecard.hardware import Choice
 from onecard.parsing import memory_of_cards
@@ -54,6 +55,7 @@ class Found:
     mixture: Mixture  # adapters that answer unless told otherwise
     keep: tempfile.TemporaryDirectory  # of adapters that were written in peft's form
     code: remote_code.Consent | None = None  # to run Python code of the base's own
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)  # of base and adapters of the hub
 
 
 def load(
@@ -63,14 +65,14 @@ def load(
     to_gguf: ToGguf,
     say: Callable[[str], None],
     exact: bool = False,
-) -> tuple[Any, Template, Mixture]:
-    """An engine, the template, and the adapters that answer unless told otherwise.
+) -> tuple[Any, Template, Mixture, dict[str, str]]:
+    """An engine, the template, the adapters that answer unless told otherwise, and Found.versions.
 
     locate: model name -> folder or hub name; fetch: name of an adapter on the hub -> folder; to_gguf: model
     and adapter folders -> files for llama.cpp; exact: for measuring, in fp32 where that is free to choose.
     """
     found = look(options, locate, fetch, say)
-    return engine_of(found, to_gguf, say, exact), found.template, found.mixture
+    return engine_of(found, to_gguf, say, exact), found.template, found.mixture, found.versions
 
 
 def look(
@@ -92,6 +94,8 @@ def look(
     base = str(code.folder) if code else base
     is_file = base.endswith(GGUF)
     tokenizer = llama_library.tokenizer_of(Path(base)) if is_file else model.load_tokenizer(base, code)
+    for recorded in dict.fromkeys(source.base for source in found):
+        commits.compare(recorded, base, say)
     for source in adapters:
         say(f"adapter     {source.name}: {source.origin}")
     template, why = sources.choose_template(options.template, found, tokenizer)
@@ -101,7 +105,9 @@ def look(
     # several are there to choose from; weights that are given say that they answer together
     together = any(weight is not None for _, _, weight in listed)
     mixture = mixture if together else mixture[:1]
-    return Found(options, kind, base, device, adapters, tokenizer, template, mixture, keep, code)
+    known = {BASE: base, **{source.name: source.origin for source in adapters}}
+    known = {name: str(version) for name, path in known.items() if (version := commits.of(path))}
+    return Found(options, kind, base, device, adapters, tokenizer, template, mixture, keep, code, known)
 
 
 def engine_of(found: Found, to_gguf: ToGguf, say: Callable[[str], None], exact: bool = False) -> Any:
@@ -158,12 +164,14 @@ def _base(options: ChatConfig, found: list[Source], locate: Callable[[str], str]
     if not (options.model_path or named) and any(source.is_gguf for source in found):
         problem = f"--lora_path {found[0].folder}: a GGUF adapter does not say its base model."
         raise UserError(problem, "Name it with --model_path.")
-    return locate(sources.base_of(named[0] if named else None, options.model_path) or DEMO)
+    name = sources.base_of(named[0] if named else None, options.model_path) or DEMO
+    return remote_code.place(name, options.remote_code, locate)
 
 
 def _place(base: str, locate: Callable[[str], str]) -> str:
     """Two names of one folder are the same base; nothing is fetched to find out."""
-    folder = Path(locate(base) if sources.is_here(base) else base).expanduser()
+    at_hand = None if base == DEMO or Path(base).exists() else commits.at_hand(base)
+    folder = Path(at_hand or (locate(base) if sources.is_here(base) else base)).expanduser()
     return str(folder.resolve()) if folder.is_dir() else base
 
 

@@ -16,7 +16,7 @@ LEAST, LEAST_CONTEXT = 2, 8  # tokens
 def perplexity(options: PerplexityConfig, *how: Any, say: Callable[[str], None]) -> tuple[Score, Text, int]:
     """(score, text, tokens of a window); how: locate, fetch and to_gguf of loading.load. Raises UserError."""
     text = read(options.data_path)
-    engine, _, mixture = loading.load(for_chat(options), *how, say, exact=True)
+    engine, _, mixture, _ = loading.load(for_chat(options), *how, say, exact=True)
     if len(mixture) < len(engine.adapters):
         problem = f"--lora_path names {len(engine.adapters)} adapters."
         raise UserError(problem, "Name one, or give those that act together a weight: PATH:0.5,PATH:0.5.")

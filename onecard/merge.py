@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from onecard import (
     adapter,
     beside,
+    commits,
     layouts,
     merging,
     model,
@@ -28,7 +29,7 @@ from onecard import (
     shards,
     sources,
 )
-from onecard.errors import CHECKPOINT, UserError, listed
+from onecard.errors import CHECKPOINT, UserError
 from onecard.merging import Adapter, Change
 from onecard.shards import Behind, Files, Tensor
 from onecard.sources import Source
@@ -101,6 +102,7 @@ def run(
         if not folder.is_dir():
             raise UserError(f"--model_path {name}: no such folder.", "Name the adapter's base model.")
         say(f"base        {folder}: {'asked for' if options.model_path else 'the adapter was made with it'}")
+        commits.compare(found.base, folder, say)
         say(f"adapter     {found.origin}")
         for flag, place in (("--model_path", folder), ("--lora_path", found.origin)):
             newfolder.check_apart(place, target, (flag, FLAG))
@@ -113,9 +115,9 @@ def _make(folder: Path, found: Source, target: Path, say: Callable[[str], None],
     tokenizer = beside.tokenizer_of(found.origin)
     copied = beside.rest(folder, skip=beside.TOKENIZER if tokenizer else ())
     copied += beside.rest(tokenizer, only=beside.TOKENIZER) if tokenizer else []
-    made_of = newfolder.record(
-        "merge_lora", {}, [*layouts.files_of(folder), *beside.of_adapter(found.origin), *copied]
-    )
+    files = [*layouts.files_of(folder), *beside.of_adapter(found.origin), *copied]
+    given = {"model_path": folder, "lora_path": found.origin}
+    made_of = newfolder.record("merge_lora", {}, files, given)
     if newfolder.is_made(target, made_of, FLAG):
         say(f"{target} is there already, made of the same files: nothing to do.")
         return
@@ -162,22 +164,9 @@ def _base(folder: Path, adapter_folder: Path) -> Base:
         else:
             made.tied = config["tie_word_embeddings"] = settings.tie_word_embeddings = False
             bare = model.skeleton(str(folder), settings)
-    _check_whole(made, bare)
+    shards.check_whole(folder, tensors, bare)
     made.wanted = adapter.wanted(bare, adapter_folder)
     return made
-
-
-def _check_whole(base: Base, bare: torch.nn.Module) -> None:
-    """Raise UserError (exit 4) with the list of weights that the base lacks.
-
-    Not where it has tensors that the model does not know: transformers renames those of some kinds of model.
-    """
-    found = {name: base.find(name) for name, _ in bare.named_parameters(remove_duplicate=False)}
-    missing = sorted(name for name, tensor in found.items() if tensor is None)
-    known = {tensor.name for tensor in found.values() if tensor is not None}
-    if missing and known >= base.tensors.keys():
-        problem = f"{base.folder}: {len(missing)} of its weights are missing: {listed(missing)}."
-        raise UserError(problem, "Download or convert it again.", CHECKPOINT)
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:

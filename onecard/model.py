@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,7 +17,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from onecard import adapter, attention, frozen, headers, layouts, quantised, remote_code, weights
+from onecard import adapter, attention, commits, frozen, headers, layouts, quantised, remote_code, weights
 from onecard.adapter import LoraShape
 from onecard.errors import CHECKPOINT, UNSAFE, UserError
 from onecard.remote_code import Consent
@@ -36,7 +34,6 @@ PLAIN = {
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 TOKENIZER_EXTRAS = ("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
 SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
-NOT_LOADED = ["*/*", "consolidated*"]  # what transformers leaves alone
 
 
 MIXED = 0.1  # of a hidden state's norm; rounding moves it by a hundredth at most, another document by a half
@@ -68,15 +65,15 @@ def load_tokenizer(path: str, code: Consent | None = None) -> PreTrainedTokenize
 
 
 def identity_files(path: str) -> dict[str, list[Path]]:
-    """The files that make a base what it is, as `tokenizer` and `weights`; of a hub name: of its snapshot."""
+    """The files that make a base what it is, as `tokenizer` and `weights`.
+
+    Weights that a snapshot in the hub's cache lacks are fetched.
+    """
     folder, names = Path(path), (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
-    if not folder.is_dir():
-        try:
-            folder = Path(
-                snapshot_download(path, allow_patterns=[*names, *SAFE_WEIGHTS], ignore_patterns=NOT_LOADED)
-            )
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            raise cannot_load(path, "its files", error) from None
+    try:
+        commits.complete(folder, layouts.TENSORS)
+    except commits.REFUSALS as error:
+        raise cannot_load(path, "its weights", error) from None
     return {
         "tokenizer": [folder / name for name in names if (folder / name).is_file()],
         "weights": sorted({file for pattern in SAFE_WEIGHTS for file in folder.glob(pattern)}),

@@ -10,14 +10,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from onecard import runfolder
+from onecard import commits, runfolder
 from onecard.errors import DISK, UserError
 
-RECORD = "onecard.json"
+RECORD, VERSIONS = "onecard.json", "versions"  # the latter: told, not compared, as the files are
 PATIENCE = 5.0  # seconds: the child of a killed run needs a moment to see it
 
 
@@ -29,10 +29,17 @@ def check_apart(source: Path, target: Path, flags: tuple[str, str]) -> None:
         raise UserError(problem, "Name a new folder elsewhere.")
 
 
-def record(program: str, settings: dict[str, Any], sources: Iterable[Path]) -> dict[str, Any]:
-    """What a folder is made of: the program, its settings, and files with their sizes and times."""
+def record(
+    program: str, settings: dict[str, Any], sources: Iterable[Path], folders: Mapping[str, Path] | None = None
+) -> dict[str, Any]:
+    """What a folder is made of: the program, its settings, and files with their sizes and times.
+
+    folders: option -> folder, whose version is noted where it comes from the hub.
+    """
+    found = {name: commits.of(folder) for name, folder in (folders or {}).items()}
     stamps = {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in sources}
-    return {"program": program, "settings": settings, "from": dict(sorted(stamps.items()))}
+    noted = {VERSIONS: {name: str(version) for name, version in found.items() if version}}
+    return {"program": program, "settings": settings, "from": dict(sorted(stamps.items())), **noted}
 
 
 def is_made(target: Path, made_of: dict[str, Any], flag: str) -> bool:
@@ -44,7 +51,7 @@ def is_made(target: Path, made_of: dict[str, Any], flag: str) -> bool:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         known = json.loads((target / RECORD).read_text(encoding="utf-8"))
         files = known.pop("files")
-        if known == made_of and files == _sizes(target):
+        if {**known, VERSIONS: {}} == {**made_of, VERSIONS: {}} and files == _sizes(target):
             return True
     raise UserError(f"{flag} {target}: is there already.", "Name a new folder.")
 

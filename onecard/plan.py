@@ -47,7 +47,7 @@ class Plan:
     """All that is known about a run before its weights are loaded."""
 
     options: FinetuneConfig
-    base_path: str  # folder or hub name that transformers loads
+    base_path: str  # folder that transformers loads
     base_config: Any
     tokenizer: Any
     template: prompt.Template  # of several the first, which asks the held-out prompts
@@ -184,7 +184,7 @@ def prepare(
     hardware.check_optimizer(options.optimizer, device.value)
     sharded.check(options, dtype.value)
     runfolder.check_room(Path(options.output_path), LEAST_ROOM)
-    base_path = locate(options.model_path)
+    base_path = remote_code.place(options.model_path, options.remote_code, locate)
     code = _ask(options, base_path)
     base_path = str(code.folder) if code else base_path
     base_config = model.load_config(base_path, code)

@@ -23,7 +23,7 @@ METADATA = ("dataset_infos.json", "dataset_dict.json", "state.json")  # of datas
 TRAIN = re.compile(r"(^|[^a-z])train([^a-z]|$)")
 HEAVIEST = 1000  # weight of a file
 WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>\d+(\.\d+)?)")
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")  # with a revision
 Fetch = Callable[[str], str]  # name of a dataset on the hub -> local folder
 
 

@@ -8,8 +8,6 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-
 from onecard import fingerprint, runfolder, transfer
 from onecard.errors import CHECKPOINT, UserError
 
@@ -29,17 +27,6 @@ def kept(name: str) -> Path | None:
         return None
     folder = place(name)
     return folder if (folder / NAME).is_file() else None
-
-
-def at_hand(name: str) -> Path | None:
-    """The folder of a hub's model that is on this machine, fetched by us or by another program, or None."""
-    if folder := kept(name):
-        return folder
-    try:
-        found = try_to_load_from_cache(name, runfolder.MODEL_CONFIG)
-    except ValueError:  # no hub name
-        return None
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -15,15 +15,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
-from onecard import transfer
+from onecard import layouts, transfer
 from onecard.addresses import Hosts
 from onecard.errors import UNSAFE, UserError
 from onecard.transfer import GIT, MD5, SHA256, Remote, UnreachableError
 
-USUAL = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # what transformers loads
 PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".joblib")
 CODE = (".py", ".pyc", ".so", ".dll", ".dylib", ".sh")
-NOT_LOADED = ("*/*", "consolidated*")  # what transformers leaves alone
 OWN = "onecard_download.json"  # a receipt that came along with somebody's folder says nothing here
 HUB_SITE = "https://huggingface.co"
 MODELSCOPE_SITES = ("https://www.modelscope.cn", "https://modelscope.cn", "https://www.modelscope.ai")
@@ -183,11 +181,15 @@ def choice(patterns: str | None, pickles: bool, code: bool = False) -> Callable[
         if lower.endswith(CODE) or (lower.endswith(PICKLED) and not pickles) or name == OWN:
             return False
         if given:
-            return any(fnmatch.fnmatchcase(name, pattern) for pattern in given)
-        usual = any(fnmatch.fnmatchcase(lower, pattern) for pattern in USUAL) or lower.endswith(PICKLED)
-        return usual and not any(fnmatch.fnmatchcase(lower, pattern) for pattern in NOT_LOADED)
+            return _is_any(name, given)
+        usual = lower.endswith(PICKLED) or _is_any(lower, (*layouts.TENSORS, *layouts.SETTINGS))
+        return usual and not _is_any(lower, layouts.NOT_LOADED)
 
     return wanted
+
+
+def _is_any(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _checked(names: list[Any], source: str, wanted: Callable[[str], bool], entries: list[Any]) -> list[Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
 
-from onecard import errors, fingerprint, receipt, runfolder, transfer
+from onecard import commits, errors, fingerprint, receipt, runfolder, transfer
 from onecard.errors import UNSAFE, UserError, is_out_of_memory
 
 PRINT = "code of the base"  # among a run's fingerprints: the commit
@@ -92,6 +92,12 @@ def ask(path: str, commit: str | None, say: Callable[[str], None]) -> Consent | 
     files = listed(verified(folder, commit))
     say(f"code        of {path} now runs on this machine with your rights: {files}; commit {commit}")
     return Consent(folder, commit, say)
+
+
+def place(name: str, commit: str | None, locate: Callable[[str], str]) -> str:
+    """locate(name); a hub's name whose code is asked for stays: `ask` finds its commit in the hub's cache."""
+    in_cache = commit is not None and commits.is_name(name) and not receipt.kept(name)
+    return commits.split(name)[0] if in_cache and name != receipt.DEMO else locate(name)
 
 
 def check_same(what: str, fingerprints: dict[str, Any], commit: str | None) -> None:

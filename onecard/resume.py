@@ -6,6 +6,7 @@ for the last rename of a save that a kill cut in two.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from onecard import (
     checkpoint,
+    commits,
     config,
     hardware,
     legacy,
@@ -104,7 +106,9 @@ def make_plan(
         options = dataclasses.replace(options, device="cpu")  # a card that came later is not used by itself
     if start.stored:
         _check_code(start, options)
-    plan = prepare(options, locate, fetch_data, _arithmetic(options, resolved), again=wish.verify)
+    found = functools.partial(_located, locate, resolved.get("base"))
+    plan = prepare(options, found, fetch_data, _arithmetic(options, resolved), again=wish.verify)
+    commits.compare(resolved.get("base") or start.base, plan.base_path, say)
     plan.options = start.options
     if start.stored:
         _check_same(start, plan)
@@ -128,6 +132,11 @@ def make_plan(
         problem = f"All {plan.total_steps} planned steps are done: none is left for these rows."
         raise UserError(problem, "Give a larger --num_epochs or --max_steps.")
     return plan
+
+
+def _located(locate: Callable[[str], str], recorded: str | None, name: str) -> str:
+    """The folder of a model, of the hub's at the commit that the run began with."""
+    return locate(commits.recorded(name, recorded))
 
 
 def _keep_or_lengthen(start: Start, plan: Plan, planned: int) -> None:

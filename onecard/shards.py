@@ -14,7 +14,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from onecard import headers
-from onecard.errors import CHECKPOINT, UserError
+from onecard.errors import CHECKPOINT, UserError, listed
 from onecard.layouts import INDEX, WEIGHTS, files_of
 
 DTYPES = {
@@ -207,6 +207,22 @@ def of_folder(folder: Path) -> dict[str, Tensor]:
                 raise UserError(f"{folder}: {problem}", "Fetch it again.", CHECKPOINT)
             found[name] = tensor
     return found
+
+
+def check_whole(folder: Path, tensors: Mapping[str, Tensor], bare: torch.nn.Module) -> None:
+    """Raise UserError (exit 4) with the list of weights of the model that its folder lacks.
+
+    tensors: the folder's; bare: the model without weights. Not where there are tensors that the model does
+    not know: transformers renames those of some kinds of model.
+    """
+    names: dict[int, set[str]] = {}  # of one parameter: several when it is tied, with or without the prefix
+    for name, parameter in bare.named_parameters(remove_duplicate=False):
+        both = {name, name.removeprefix(f"{bare.base_model_prefix}.")}
+        names[id(parameter)] = names.get(id(parameter), set()) | both
+    missing = sorted(max(each, key=len) for each in names.values() if not each & tensors.keys())
+    if missing and set().union(*names.values()) >= tensors.keys():
+        problem = f"{folder}: {len(missing)} of its weights are missing: {listed(missing)}."
+        raise UserError(problem, "Download or convert it again.", CHECKPOINT)
 
 
 def divide(tensors: Iterable[Tensor], most: int = SHARD) -> list[list[Tensor]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from onecard import checkpoint, fingerprint, legacy, receipt, runfolder, template
+from onecard import checkpoint, commits, fingerprint, legacy, receipt, runfolder, template
 from onecard.chat_config import BASE, MIX
 from onecard.errors import CHECKPOINT, UserError
 from onecard.prompt import Template
@@ -32,7 +32,7 @@ class Source:
     folder: Path  # adapter_config.json and adapter_model.safetensors, a model's files, or a .gguf file
     whole: bool = False  # a model, not an adapter
     weight: float = 1.0
-    base: str | None = None  # the model it was made with, where that is written
+    base: str | None = None  # the model it was made with, where that is written; of the hub with its commit
     template: dict[str, Any] | str | None = None  # its texts or its name, where that is written
     notes: list[str] = dataclasses.field(default_factory=list)
     given: Path | None = None  # the user's folder, where `folder` is a copy in peft's form
@@ -69,6 +69,7 @@ def read_list(lora_path: str | None) -> list[tuple[str, str, float | None]]:
 def _short(path: str) -> str:
     """The last part of a path; of a checkpoint with its run's."""
     parts = Path(path.rstrip("/")).parts or (path,)
+    parts = (*parts[:-1], commits.split(parts[-1])[0])  # without a revision of the hub's
     last = parts[-1] if not parts[-1].startswith("checkpoint-") else "-".join(parts[-2:])
     return re.sub(r"[^\w.-]+", "-", last) or "adapter"
 
@@ -90,7 +91,8 @@ def find(path: str, name: str, which: str, fetch: Callable[[str], str], keep: Pa
     if not stored and ((folder / checkpoint.MANIFEST).is_file() or folder.name == runfolder.MODEL):
         stored = _object(folder.parent / runfolder.CONFIG)
     options = stored.get("options") or {}
-    made.base = options.get("model_path") or made.base
+    if options.get("model_path"):
+        made.base = commits.recorded(options["model_path"], (stored.get("resolved") or {}).get("base"))
     made.bits = options.get("bits")
     made.fingerprints = stored.get("fingerprints") or {}
     made.template = (stored.get("resolved") or {}).get("template") or _first(options.get("template"))
@@ -106,17 +108,29 @@ def is_here(base: str) -> bool:
         return True
     if "://" in base or ".." in Path(base).parts:
         return False
-    return Path(base).exists() or receipt.at_hand(base) is not None
+    return Path(base).exists() or commits.at_hand(base) is not None
 
 
 def base_of(found: Source | None, asked: str | None) -> str | None:
-    """The base: asked for, or what the adapter names; raises UserError when that would have to be fetched."""
-    if asked or found is None or not found.base:
+    """The base: asked for, or what the adapter names; raises UserError when that would have to be fetched.
+
+    A hub's name without a revision is meant at the commit that was trained on, where that is written.
+    """
+    if found is None or not found.base:
         return asked
-    if not is_here(found.base):
-        problem = f"{found.name} says that it was trained on {found.base}, which is not on this machine."
-        raise UserError(problem, "Name its base with --model_path; nothing is fetched on its word.")
-    return found.base
+    if asked and (asked == found.base or commits.recorded(asked, found.base) != found.base):
+        return asked
+    if is_here(found.base):
+        here = None if Path(found.base).exists() else commits.at_hand(found.base)
+        return str((here and commits.of(here)) or found.base)
+    name, commit = commits.split(found.base)
+    other = commits.at_hand(name) if commit else None
+    there = f"; here is {commits.of(other).commit}" if other and commits.of(other) else ""
+    problem = f"{found.name} says that it was trained on {found.base}, which is not on this machine{there}."
+    fix = "Name its base with --model_path; nothing is fetched on its word."
+    if commit:
+        fix = f"Say which: --model_path {found.base}, or {name}@main, as it is now. None is fetched unasked."
+    raise UserError(problem, fix)
 
 
 def check_belongs(found: Source, base: Path, files: dict[str, list[Path]]) -> None:
@@ -187,8 +201,7 @@ def _as_it_is(folder: Path, name: str) -> Source:
     if values.get("peft_type", "LORA") != "LORA":
         problem = f"{folder / runfolder.ADAPTER_CONFIG}: not a LoRA adapter's."
         raise UserError(problem, "OneCard talks with LoRA adapters.", CHECKPOINT)
-    base = values.get("base_model_name_or_path")
-    return Source(name, folder, base=base if isinstance(base, str) and base else None)
+    return Source(name, folder, base=commits.of_settings(values))
 
 
 def _of_run(folder: Path, which: str) -> tuple[Path, str]:

@@ -27,6 +27,7 @@ class Start:
     same_run: bool = False  # in its own folder
     fingerprint: str | None = None  # of the weights alone that it starts with
     begun_from: str | None = None  # what a new run takes its adapter from
+    base: str | None = None  # that this adapter was made with: owner/name@COMMIT
     changes: list[str] = dataclasses.field(default_factory=list)
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from onecard import (
     checkpoint,
+    commits,
     data,
     fitting,
     hardware,
@@ -33,6 +34,7 @@ from onecard.batching import PackedBatch, micro_batches, pack
 from onecard.config import ContinueConfig, FinetuneConfig
 from onecard.errors import NON_FINITE, Stopped, UserError
 from onecard.finish import Draw, Sample, answers, finish, note_answers, samples_are_due
+from onecard.journal import say
 from onecard.plan import STARTING, Plan, finished_before, learning_rate, prepare
 from onecard.reader import Fetch
 from onecard.start import Start
@@ -65,6 +67,7 @@ def run(
         if not finished_before(options, Path(options.output_path), weights_print):
             plan = prepare(options, locate, fetch_data)
             plan.fingerprints |= {STARTING: weights_print} if weights_print else {}
+            commits.compare(start and start.base, plan.base_path, say)
             carry_out(plan, start, sample, draw)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from onecard import hardware, memory, model, parallel, runfolder, sharded, step, weights
+from onecard import commits, hardware, memory, model, parallel, runfolder, sharded, step, weights
 from onecard.checkpoint import Progress
 from onecard.config import FinetuneConfig
 from onecard.journal import Journal, say
@@ -58,6 +58,9 @@ def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
     place = "cpu" if spread else plan.device
     base = model.load_base(plan.base_path, options.bits, kept_in, place, to_train=True, code=plan.code)
     adapted = weights.prepare(base, lora_shape(options), options.seed)
+    version = None if Path(options.model_path).exists() else commits.of(plan.base_path)
+    if version:
+        weights.note_base(adapted, version.name, version.commit)
     say(f"trained     {weights.describe(adapted)}")
     packs = model.prepare_for_packed_training(adapted, plan.checkpointing)
     alone = "one row at a time: this model's attention cannot be packed"
@@ -141,6 +144,7 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: Start | No
             write_rejected(plan, folder)
         resolved = {
             "base_path": plan.base_path,
+            "base": _text(commits.of(plan.base_path)),
             "template": plan.template.texts(),
             "device": plan.device,
             "dtype": plan.dtype,
@@ -153,6 +157,7 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: Start | No
             "warmup_steps": plan.warmup_steps,
         }
         rows = {
+            "versions": sorted({_text(commits.of(source.path)) for source in plan.sources} - {None}),
             "train_rows": len(plan.train_rows),
             "validation_rows": len(plan.validation_rows),
             "cut": plan.encoding.cut,
@@ -170,6 +175,10 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: Start | No
         runfolder.write_json(folder / runfolder.CONFIG, record)
     except OSError as error:
         raise runfolder.disk_error(folder, error) from None
+
+
+def _text(version: Any) -> str | None:
+    return None if version is None else str(version)
 
 
 def write_rejected(plan: Plan, folder: Path) -> None:

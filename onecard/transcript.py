@@ -47,6 +47,7 @@ def record(
         "time": now,
         "model": program.model_path,
         "lora_path": program.lora_path,
+        "versions": chat.versions,
         "engine": chat.engine.name,
         **texts,
         **made_by(chat, settings, mixtures, form),
@@ -68,6 +69,7 @@ class Saved:
     mixtures: dict[str, Mixture]  # {} in a chat of an older version
     template: str | None
     texts: dict[str, str]  # system, context
+    versions: dict[str, str]  # of base and adapters that came from the hub
 
 
 def read(text: str) -> Saved:
@@ -84,6 +86,7 @@ def read(text: str) -> Saved:
             _mixtures(saved.get("adapters") or {}),
             form if isinstance(form, str) else None,
             {name: str(saved.get(name) or "") for name in ("system", "context")},
+            {str(name): str(text) for name, text in (saved.get("versions") or {}).items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
         raise UserError(
@@ -130,6 +133,10 @@ def fitted(saved: Saved, chat: Chat) -> tuple[Saved, list[Note]]:
         notes.append((f"mode {options.mode} is not there with {chat.engine.name}: {mode} instead",
                       f"{chat.engine.name} 没有 {options.mode} 模式，改用 {mode}"))  # fmt: skip
         options = dataclasses.replace(options, mode=mode)
+    for name, before in saved.versions.items():
+        now = chat.versions.get(name)
+        if now not in (None, before):
+            notes.append((f"{name} was {before}, now it is {now}", f"{name} 当时是 {before}，现在是 {now}"))
     mixtures = {}
     for side, mixture in saved.mixtures.items():
         try:

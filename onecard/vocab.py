@@ -116,7 +116,9 @@ def prepare(
         problem = f"The tokenizers do not belong together: {moved!r} has another id, or none, in the new one."
         raise UserError(problem, "Extend this model's own tokenizer with tools/extend_vocab.py.")
     ids, added = sorted(known.values()), sorted(set(wanted.values()) - set(known.values()))
-    names = _embedding_names(source)
+    bare = model.skeleton(str(source), model.load_config(str(source)))
+    shards.check_whole(source, shards.of_folder(source), bare)
+    names = _embedding_names(bare)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     files = _shards(source)
     held = {name for shard in files.values() for name in shard}
@@ -173,13 +175,12 @@ def resized(weight: torch.Tensor, old: list[int], new: list[int], multiple: int)
     return made
 
 
-def _embedding_names(source: Path) -> list[str]:
+def _embedding_names(bare: torch.nn.Module) -> list[str]:
     """Names of the input embedding and, where it is not the same tensor, of the head."""
-    skeleton = model.skeleton(str(source), model.load_config(str(source)))
-    wanted = [skeleton.get_input_embeddings().weight]
-    if not skeleton.config.tie_word_embeddings:
-        wanted.append(skeleton.get_output_embeddings().weight)
-    return [name for name, p in skeleton.named_parameters() if any(p is weight for weight in wanted)]
+    wanted = [bare.get_input_embeddings().weight]
+    if not bare.config.tie_word_embeddings:
+        wanted.append(bare.get_output_embeddings().weight)
+    return [name for name, p in bare.named_parameters() if any(p is weight for weight in wanted)]
 
 
 def _shards(source: Path) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from onecard import adapter, checkpoint, fingerprint, legacy, runfolder, weights
+from onecard import adapter, checkpoint, commits, fingerprint, legacy, runfolder, weights
 from onecard.checkpoint import Progress
 from onecard.config import ContinueConfig, FinetuneConfig
 from onecard.errors import CHECKPOINT, UserError
@@ -60,7 +60,9 @@ def _start_from(source: Path, wish: FinetuneConfig, given: frozenset[str]) -> St
         checkpoint.verify(source)
     tensors = checkpoint.read_tensors(source / runfolder.ADAPTER_WEIGHTS)
     say(f"Warm start: the weights of {source}; optimizer, rate and rows start anew.")
-    return Start(options, Progress(), adapter=tensors, begun_from=str(source))
+    base = commits.of_settings(runfolder.read_json(source / runfolder.ADAPTER_CONFIG) or {})
+    begun_from = str(commits.of(source) or source)
+    return Start(options, Progress(), adapter=tensors, begun_from=begun_from, base=base)
 
 
 def from_older(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Start | None:

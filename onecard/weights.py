@@ -65,6 +65,13 @@ def describe(model: Any) -> str:
     return f"{share}, {count * 4 / 2**20:.1f} MiB, in {', '.join(sorted(names))}"
 
 
+def note_base(model: Any, name: str, commit: str) -> None:
+    """Write a hub's model into the adapter's settings as peft does, which would name its folder here."""
+    if adapter.is_adapter(model):
+        settings = model.peft_config["default"]
+        settings.base_model_name_or_path, settings.revision = name, commit
+
+
 def places(model: Any, gathered: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """What is trained, where it lies, under the names that peft or transformers reads.
 

@@ -1,12 +1,15 @@
-"""A stand-in for the model hub on the loopback address: one repository, the folder it is given.
+"""A stand-in for the model hub on the loopback address: one repository, the folder it is given, or several
+commits of it, between which its branch moves.
 
 It speaks what huggingface_hub's snapshot_download asks for: the revision, the list of files, the files.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -18,9 +21,18 @@ from urllib.parse import urlsplit
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+@dataclasses.dataclass
+class Repository:
+    """Commits with their files, and the one that main is at."""
+
+    commits: dict[str, Path]
+    branch: str
+
+
 @contextlib.contextmanager
-def serving(name: str, folder: Path, kind: str = "models") -> Iterator[str]:
+def serving(name: str, folder: Path | Repository, kind: str = "models") -> Iterator[str]:
     """The address of a hub that holds `folder` under `name` (owner/repository) while the block runs."""
+    held = folder if isinstance(folder, Repository) else Repository({COMMIT: folder}, COMMIT)
     prefix = "" if kind == "models" else f"/{kind}"
 
     class Handler(BaseHTTPRequestHandler):
@@ -29,7 +41,14 @@ def serving(name: str, folder: Path, kind: str = "models") -> Iterator[str]:
 
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
-            file = folder / path.removeprefix(f"{prefix}/{name}/resolve/{COMMIT}/")
+            named = re.search(r"/(?:resolve|tree|revision)/([^/]+)", path)
+            commit = named[1] if named and named[1] != "main" else held.branch
+            if commit not in held.commits:
+                unknown = {"X-Error-Code": "RevisionNotFound"}
+                self.answer(b'{"error": "Invalid rev id"}', 404, **unknown)
+                return
+            folder = held.commits[commit]
+            file = folder / path.removeprefix(f"{prefix}/{name}/resolve/{commit}/")
             files = [item for item in sorted(folder.iterdir()) if item.is_file()]
             if path.startswith(f"/api/{kind}/{name}/tree/"):
                 listed = [
@@ -39,9 +58,9 @@ def serving(name: str, folder: Path, kind: str = "models") -> Iterator[str]:
                 self.answer(json.dumps(listed).encode())
             elif path.startswith(f"/api/{kind}/{name}"):
                 siblings = [{"rfilename": item.name} for item in files]
-                self.answer(json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
-            elif path.startswith(f"{prefix}/{name}/resolve/{COMMIT}/") and file in files:
-                self.answer(file.read_bytes(), ETag=f'"{digest(file)}"', **{"X-Repo-Commit": COMMIT})
+                self.answer(json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode())
+            elif path.startswith(f"{prefix}/{name}/resolve/{commit}/") and file in files:
+                self.answer(file.read_bytes(), ETag=f'"{digest(file)}"', **{"X-Repo-Commit": commit})
             else:
                 self.answer(b'{"error": "Repository not found"}', 404, **{"X-Error-Code": "RepoNotFound"})
 

@@ -25,6 +25,7 @@ LAYERS = {  # from the lowest
         "chart",
         "chat_layout",
         "checkpoint",
+        "commits",
         "child",
         "controls",
         "converter",

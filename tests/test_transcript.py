@@ -25,6 +25,7 @@ class Toy:
     def __init__(self, cannot: dict | None = None, mixture=(("one", 1.0),), form: Template = PLAIN_TEMPLATE):
         self.engine, self.template, self.mixture = Engine(), form, mixture
         self.engine.cannot = cannot or {}
+        self.versions: dict[str, str] = {}
 
     def template_of(self, name: str = TRAINED) -> Template:
         return dataclasses.replace(self.template, name=name or self.template.name)
@@ -116,6 +117,19 @@ def test_what_cannot_be_restored_is_named(window, tmp_path, change, words, kept)
     assert shown["turns"] == [TURN]
     for name, value in kept.items():
         assert shown.get(name) == value
+
+
+def test_another_commit_than_the_chat_was_saved_with_is_named(window, tmp_path):
+    """Of the base or an adapter of the hub; both are told, the same one is not."""
+    chat = Toy()
+    chat.versions = {"base": "someone/model@" + "a" * 40, "one": "someone/lora@" + "c" * 40}
+    values = saved(chat, {LEFT: ()})
+    assert values["versions"] == chat.versions
+    assert "not as saved" not in load(window, chat, tmp_path, values)[1]
+    chat.versions = {**chat.versions, "base": "someone/model@" + "b" * 40}
+    status = load(window, chat, tmp_path, values)[1]
+    assert all(f"someone/model@{letter * 40}" in status for letter in "ab")
+    assert "someone/lora" not in status
 
 
 @pytest.mark.parametrize("name", ["top_k", "no_repeat_ngram_size", "max_memory", "last_turns"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -108,6 +108,19 @@ def test_another_familys_tokenizer_is_refused(base, tmp_path):
     with pytest.raises(UserError, match="do not belong together"):
         vocab.prepare(base, other, shuffled, tmp_path / "new", 128)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_base_without_some_weights_is_refused(base, tmp_path, name):
+    """Exit 4 with the tensor's name, and no folder: what is made of it would lack them too."""
+    [path] = [path for path in base.glob("*.safetensors") if name in load_file(path)]
+    kept = {other: tensor for other, tensor in load_file(path).items() if other != name}
+    save_file(kept, path, {"format": "pt"})
+    own = AutoTokenizer.from_pretrained(base)
+    with pytest.raises(UserError, match=f"1 of its weights are missing: {name}") as caught:
+        vocab.prepare(base, own, own, tmp_path / "new", 64)
+    assert caught.value.code == 4
+    assert [each.name for each in tmp_path.iterdir()] == ["base"]
 
 
 def test_ids_with_gaps(tmp_path):
