@@ -298,8 +298,8 @@ class ChatWindow(ChatLayout):
         def long(
             triggers: list[Any], work: Any, inputs: list[Any], outputs: list[Any], *more: gr.Component
         ) -> None:
-            buttons = [self.send, self.stop, [*self.others(), *more]]
-            controls.answering(triggers, work, inputs, outputs, self.sessions, *buttons, FOCUS)
+            parts = [self.send, self.stop, [*self.others(), *more], self.status]
+            controls.answering(triggers, work, inputs, outputs, self.sessions, *parts, self.lang, FOCUS)
 
         long([self.send.click, self.box.submit], self.ask, given, self.outputs())
         long([self.retry.click], self.again, given, self.outputs())

@@ -1,6 +1,7 @@
 """The inputs beside a chat: how it answers, with which adapters; those that do nothing now say so."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -19,6 +20,7 @@ ANSWER = [
     "max_new_tokens",
 ]
 MORE = ["min_new_tokens", "no_repeat_ngram_size", "stop", "banned", "seed"]
+PLACES = "answers"  # all buttons that ask share them
 LOWEST, HIGHEST = 0.0, 2.0  # weights that the sliders of adapters go to
 MEMORY = ["max_memory", "last_turns"]
 
@@ -121,12 +123,20 @@ def answering(
     send: gr.Button,
     stop: gr.Button,
     others: list[gr.Component],
+    status: gr.HTML,
+    lang: str,
     focus: str | None = None,
 ) -> None:
     """Work that shows Stop instead of Send while it goes on, and leaves alone what would disturb it.
 
-    others: what cannot be used meanwhile; focus: JavaScript at the end.
+    others: what cannot be used meanwhile; status: where it is told that too many wait already; focus:
+    JavaScript at the end.
     """
+    busy = form.say(
+        lang,
+        "Too many questions are waiting: yours was not taken. Ask again in a moment.",
+        "等待回答的问题太多，您的问题未被接受，请稍后再试。",
+    )
 
     def swap(on: bool) -> list[Any]:
         shown = [gr.update(visible=not on), gr.update(visible=on)]
@@ -136,14 +146,24 @@ def answering(
         sessions.begin(request.session_hash)
         return swap(True)
 
+    @functools.wraps(work)  # gradio looks what it takes
+    def turn(request: gr.Request, *values: Any) -> Iterator[Any]:
+        sessions.start(request.session_hash)
+        yield from talking.STEPS.each(work(request, *values))
+
     def end(request: gr.Request) -> list[Any]:
         sessions.end(request.session_hash)
         return swap(False)
 
+    def fail(request: gr.Request) -> list[Any]:
+        refused = sessions.is_waiting(request.session_hash)  # the queue was full: its turn never came
+        return [*end(request), page.status(busy, True) if refused else gr.skip()]
+
     changed = [send, stop, *others]
-    done = gr.on(triggers, begin, None, changed, **page.QUICK).then(work, inputs, outputs, **page.LONG)
+    taken = gr.on(triggers, begin, None, changed, **page.QUICK)
+    done = taken.then(turn, inputs, outputs, concurrency_id=PLACES, **page.LONG)
     ended = done.then(end, None, changed, **page.QUICK)
-    done.failure(end, None, changed, **page.QUICK)  # then() is not for those
+    done.failure(fail, None, [*changed, status], **page.QUICK)  # then() is not for those
     if focus:
         ended.then(None, js=focus)
 

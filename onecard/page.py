@@ -8,7 +8,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is i
 import gradio as gr
 from starlette.middleware import Middleware
 
-from onecard import form, guard, markdown
+from onecard import form, guard, markdown, talking
 from onecard.answer import Text
 from onecard.chat_config import ChatConfig
 from onecard.errors import UserError
@@ -95,6 +95,7 @@ def launch(window: gr.Blocks, options: ChatConfig, wait: bool = True) -> str:
     guard.check_exposure(options)
     guard.confirm_share(options)
     local = guard.is_local(options.server_name)
+    talking.STEPS.allow()
     window.queue(max_size=options.queue, default_concurrency_limit=4, api_open=False)
     ports = [options.server_port] if options.server_port else PORTS
     user = tuple(options.auth.split(":", 1)) if options.auth else None
@@ -126,6 +127,7 @@ def launch(window: gr.Blocks, options: ChatConfig, wait: bool = True) -> str:
         print(f"Open {url} in a browser. Ctrl-C ends.", flush=True)
         if wait:
             window.block_thread()
+            talking.STEPS.end()
         return url
     problem = f"--server_port {options.server_port or f'{PORTS[0]} to {PORTS[-1]}'}: in use, or not allowed."
     raise UserError(problem, "Choose another.")

@@ -3,11 +3,13 @@
 It knows no component of a window; sessions are gradio's, one for each open page.
 """
 
+import contextlib
 import os
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 from onecard.answer import Text
 from onecard.chat_config import BASE, MIX, TRAINED, Generation
@@ -15,6 +17,7 @@ from onecard.decoding import CANCELLED, END, LENGTH, NO_MEMORY, STOP
 from onecard.errors import UserError
 from onecard.prompt import Conversation, Turn
 
+PATIENCE = 30  # seconds: a piece is a token, or some hundred of a prompt that is read
 SHOWN_EVERY = 0.05  # seconds: a browser gains nothing from more
 BY_ITSELF = (END, STOP, LENGTH)
 Said = tuple[Text, str, bool]  # an answer, what the status line says, is it an error
@@ -62,6 +65,45 @@ class Sessions:
         return event is not None and event.is_set()
 
 
+class Steps:
+    """Pieces of answers that are being made now; a program that ends in the middle of one is aborted."""
+
+    def __init__(self) -> None:
+        self.changed, self.count, self.is_over = threading.Condition(), 0, False
+
+    def allow(self) -> None:
+        """A window is opened, perhaps after another one was ended."""
+        self.is_over = False
+
+    def each(self, made: Generator) -> Iterator[Any]:
+        """What is made, piece by piece, until the program ends."""
+        with contextlib.closing(made):
+            while self._begin():
+                try:
+                    piece = next(made, self)
+                finally:
+                    with self.changed:
+                        self.count -= 1
+                        self.changed.notify_all()
+                if piece is self:
+                    return
+                yield piece
+
+    def _begin(self) -> bool:
+        with self.changed:
+            self.count += not self.is_over
+            return not self.is_over
+
+    def end(self) -> None:
+        """Begin no further piece, wait for those that are being made."""
+        with self.changed:
+            self.is_over = True
+            self.changed.wait_for(lambda: not self.count, PATIENCE)
+
+
+STEPS = Steps()
+
+
 def conversation(
     turns: list[dict[str, str]], system: str, key: str = "answer", unfinished: bool = False
 ) -> Conversation:
@@ -95,7 +137,6 @@ def answers(
     shape: name of the prompt template.
     """
     shown, text = 0.0, Text("")
-    sessions.start(session)
     try:
         stream = chat.stream(asked, settings, mixture, lambda: sessions.is_stopped(session), shape)
         for reply in stream:

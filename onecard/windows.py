@@ -103,6 +103,8 @@ def single(chat, options: ChatConfig) -> gr.Blocks:
             send,
             stop,
             [clear, instruction],
+            status,
+            lang,
         )
         controls.halting(stop, window, sessions, status, lang)
         clear.click(

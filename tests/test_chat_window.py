@@ -1,18 +1,20 @@
 """What the many-turn window shows as an answer grows, stops or fails; without a browser."""
 
+import threading
 import types
 from collections.abc import Iterator
 
 import gradio as gr
 import pytest
 
-from onecard import chat_window, talking, windows
+from onecard import chat_window, controls, talking, windows
 from onecard.answer import Text
 from onecard.chat_config import BASE, TRAINED, ChatConfig
 from onecard.decoding import CANCELLED, END
 from onecard.errors import UserError
 from onecard.transcript import LEFT, RIGHT
 from tests.test_terminal import Scripted, echo, reply
+from tests.training_page import eventually
 
 PAGE = types.SimpleNamespace(session_hash="page")
 OLD = {"question": "q", LEFT: "old", RIGHT: "old too"}
@@ -169,6 +171,41 @@ def test_edit_last_gives_the_context_back(context, wanted):
     else:
         assert (turns, given) == ([asked], gr.skip())
         assert "another now" in status
+
+
+def test_all_buttons_that_ask_share_the_places():
+    """Or a visitor would be answered beside the limit by Retry, Continue and Summarise."""
+    for made, buttons in ((chat_window.turns, 4), (windows.single, 1)):
+        events = made(Scripted(echo), ChatConfig(mode="greedy")).fns.values()
+        queued = [event for event in events if event.queue and event.inputs]
+        assert len(queued) == buttons
+        assert {event.concurrency_id for event in queued} == {controls.PLACES}
+
+
+def test_a_program_ends_between_two_pieces_of_an_answer():
+    """What is being made is waited for, nothing more is begun: else a thread in torch aborts the process."""
+    steps, inside, go, seen = talking.Steps(), threading.Event(), threading.Event(), []
+
+    def made() -> Iterator[int]:
+        inside.set()
+        go.wait()
+        yield from (1, 2)
+
+    answering = threading.Thread(target=lambda: seen.extend(steps.each(made())))
+    ending = threading.Thread(target=steps.end)
+    answering.start()
+    inside.wait()
+    ending.start()
+    eventually(lambda: steps.is_over)
+    ending.join(0.1)
+    assert ending.is_alive()
+    go.set()
+    for thread in (ending, answering):
+        thread.join(20)
+        assert not thread.is_alive()
+    assert seen == [1]
+    steps.allow()
+    assert list(steps.each(made())) == [1, 2]
 
 
 def test_stop_while_waiting_is_told():

@@ -3,6 +3,7 @@
 Plain HTTP against a real server (tests/window_server.py); the browser's side is test_windows.py.
 """
 
+import contextlib
 import http.client
 import itertools
 import json
@@ -12,6 +13,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +26,8 @@ from playwright.sync_api import expect
 from onecard import guard
 from onecard.chat_config import ChatConfig
 from onecard.errors import UserError
-from tests.test_windows import Server, bubbles, finished, opened, serving, status
+from tests.test_windows import Server, bubbles, finished, opened, serving, set_slider, status
+from tests.training_page import eventually
 
 
 def request(server: Server, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
@@ -219,6 +222,50 @@ def test_stop_while_a_question_waits_for_its_turn(browser, server):
         assert "stopped" in status(page)
         assert bubbles(page) == []
         assert page.input_value("#box textarea") == "Say late 5"
+
+
+@contextlib.contextmanager
+def full(server: Server, places: int) -> Iterator[None]:
+    """Others hold all places for answers and all for waiting, until the end of the block."""
+    pages = []
+    for number in range(places):
+        eventually(lambda name=f"other{number}": question(server, name)[0] == 200)  # the one before moves up
+        pages.append(listening(server, f"other{number}"))
+    try:
+        yield
+    finally:
+        for page in pages:
+            page.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "lang", "told"),
+    [
+        ("turns", "en", "Too many questions are waiting: yours was not taken. Ask again in a moment."),
+        ("single", "zh", "等待回答的问题太多，您的问题未被接受，请稍后再试。"),
+    ],
+)
+def test_who_is_refused_by_a_full_queue_is_told(browser, tmp_path, kind, lang, told):
+    """W6: plainly, in the language of the page; the question stays, and is answered when there is room."""
+    box, answer = ("box", "left") if kind == "turns" else ("instruction", "output")
+    options = ["--queue=1", "--max_new_tokens=450", "--mode=greedy", f"--lang={lang}"]
+    with (
+        serving(kind, tmp_path / "server", *options) as server,
+        opened(browser, server, f"#{box} textarea") as page,
+    ):
+        set_slider(page, "max_new_tokens", "30")
+        page.fill(f"#{box} textarea", "Say late 6")
+        with full(server, 4 + 1):
+            page.click("#send")
+            expect(page.locator("#status [role=alert]")).to_have_text(told)
+            finished(page)
+            assert page.input_value(f"#{box} textarea") == "Say late 6"
+        page.wait_for_timeout(1000)
+        page.click("#send")
+        expect(page.locator("#status")).to_contain_text("/ 512")
+        finished(page)
+        assert page.locator("#status [role=alert]").count() == 0
+        assert page.inner_text(f"#{answer}").strip() != ""
 
 
 def upload(server: Server, content: bytes) -> tuple[int, bytes]:

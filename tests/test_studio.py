@@ -6,9 +6,7 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from onecard import chart, chat, curves, labels, panels, preview, report, runfol
 from onecard.config import ContinueConfig, FinetuneConfig, build
 from onecard.errors import Stopped, UserError
 from tests import cells, tiny
+from tests.training_page import eventually, visited, windows
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,13 +120,6 @@ def sleeper(tmp_path, monkeypatch) -> Iterator[Path]:
     for process in pids:
         process.kill()
         process.wait()
-
-
-def eventually(check, seconds: float = 40) -> None:
-    end = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < end, check
-        time.sleep(0.05)
 
 
 def planted(workspace: Path, name: str, steps: int = 3, **more) -> Path:
@@ -468,77 +460,11 @@ def test_every_option_has_its_names():
 
 # a real browser
 
-WINDOW = """
-import sys
-from pathlib import Path
-from onecard import page, studio
-from onecard.chat_config import ChatConfig
-page.launch(studio.page(workspace=Path("lora-checkpoints")), ChatConfig(server_port=int(sys.argv[1])))
-"""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
 
 @pytest.fixture
 def window(tmp_path) -> Iterator:
-    """Opens training windows in processes of their own; what is left of them is killed, trainings too."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    opened = []
-
-    def begin() -> tuple[subprocess.Popen, str]:
-        port = free_port()
-        command = [sys.executable, "-c", WINDOW, str(port)]
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
-        opened.append(process)
-        assert "Open" in process.stdout.readline()
-        return process, f"http://127.0.0.1:{port}/"
-
-    yield begin
-    for name in runs.names(tmp_path / "lora-checkpoints"):
-        pid = runs.state(tmp_path / "lora-checkpoints", name).pid
-        if pid:
-            os.kill(pid, signal.SIGKILL)
-    for process in opened:
-        process.kill()
-        process.wait()
-
-
-class Page:
-    """One page of the window, and what it asked for elsewhere."""
-
-    def __init__(self, browser, url: str):
-        self.page = browser.new_page()
-        self.page.set_default_timeout(90_000)
-        self.elsewhere: list[str] = []
-        self.page.on("request", lambda request: self.note(request.url, url))
-        self.page.goto(url)
-
-    def note(self, asked: str, url: str) -> None:
-        if not asked.startswith((url, "data:", "blob:")):
-            self.elsewhere.append(asked)
-
-    def fill(self, **values) -> None:
-        for name, value in values.items():
-            self.page.fill(f"#train-{name} :is(input, textarea)", str(value))
-
-    def choose(self, **values) -> None:
-        for name, value in values.items():
-            self.page.click(f"#train-{name} input")
-            self.page.get_by_role("option", name=value, exact=True).click()
-
-    def press(self, name: str) -> None:
-        self.page.click(f"#train-{name}")
-
-    def wait(self, kind: str, step: int = 0) -> int:
-        """Until the run stands so, `step` steps done; returns how many are."""
-        state = self.page.locator(f"[data-testid=state][data-kind={kind}]")
-        state.wait_for()
-        eventually(lambda: int(state.get_attribute("data-step")) >= step, 90)
-        return int(state.get_attribute("data-step"))
+    with windows(tmp_path) as begin:
+        yield begin
 
 
 def test_a_training_in_the_browser(window, browser, tiny_model, tmp_path):
@@ -548,57 +474,56 @@ def test_a_training_in_the_browser(window, browser, tiny_model, tmp_path):
     shutil.copy(ROOT / "sample" / "instruct.json", tmp_path / "sample")
     tiny.save_rows(tmp_path / "rows.json", 24)
     first, url = window()
-    page = Page(browser, url)
-    page.fill(model_path="tiny", batch_size=0)
-    page.press("start")
-    page.page.get_by_text("Rows per step (--batch_size) 0: must be 1 or more.").wait_for()
-    assert not (tmp_path / "lora-checkpoints").exists()
-    page.page.get_by_text("All options").click()
-    page.choose(bits="16", dtype="fp32")
-    page.fill(batch_size=4, num_epochs=20, device="cpu", test_size=2, eval_steps=30)
-    page.fill(data_path="rows.json", sample_steps=40, sample_prompts="Say red", name="mine")
-    page.press("start")
-    page.page.get_by_text("mine was started.").wait_for()
-    page.fill(data_path="sample/instruct.json")
-    page.press("preview")
-    learned = page.page.locator("#train-rows .oc-row mark").first
-    learned.wait_for()
-    assert learned.inner_text().startswith("Answer: Trim the stems")
+    with visited(browser, url) as page:
+        page.fill(model_path="tiny", batch_size=0)
+        page.press("start")
+        page.page.get_by_text("Rows per step (--batch_size) 0: must be 1 or more.").wait_for()
+        assert not (tmp_path / "lora-checkpoints").exists()
+        page.page.get_by_text("All options").click()
+        page.choose(bits="16", dtype="fp32")
+        page.fill(batch_size=4, num_epochs=20, device="cpu", test_size=2, eval_steps=30)
+        page.fill(data_path="rows.json", sample_steps=40, sample_prompts="Say red", name="mine")
+        page.press("start")
+        page.page.get_by_text("mine was started.").wait_for()
+        page.fill(data_path="sample/instruct.json")
+        page.press("preview")
+        learned = page.page.locator("#train-rows .oc-row mark").first
+        learned.wait_for()
+        assert learned.inner_text().startswith("Answer: Trim the stems")
 
-    folder = tmp_path / "lora-checkpoints" / "mine"
-    pid = runs.state(folder.parent, "mine").pid
-    eventually(lambda: curves.last_step(folder) >= 1, 90)
-    os.kill(pid, signal.SIGSTOP)  # between looks at the page: the tiny run would soon be over
-    seen = page.wait("running", 1)
-    os.kill(pid, signal.SIGCONT)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    eventually(lambda: curves.last_step(folder) >= seen + 2)
-    os.kill(pid, signal.SIGSTOP)
+        folder = tmp_path / "lora-checkpoints" / "mine"
+        pid = runs.state(folder.parent, "mine").pid
+        eventually(lambda: curves.last_step(folder) >= 1, 90)
+        os.kill(pid, signal.SIGSTOP)  # between looks at the page: the tiny run would soon be over
+        seen = page.wait("running", 1)
+        os.kill(pid, signal.SIGCONT)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        eventually(lambda: curves.last_step(folder) >= seen + 2)
+        os.kill(pid, signal.SIGSTOP)
     _, url = window()
-    page = Page(browser, url)
-    seen = page.wait("running", seen + 2)
-    assert page.page.input_value("#train-run input") == "mine"
-    os.kill(pid, signal.SIGCONT)
-    eventually(lambda: curves.last_step(folder) > seen)
-    os.kill(pid, signal.SIGSTOP)
-    seen = page.wait("running", seen + 1)
-    page.press("stop")
-    page.page.get_by_text("It saves, then stops.").wait_for()
-    os.kill(pid, signal.SIGCONT)
-    saved = page.wait("stopped", seen)
-    assert (folder / f"checkpoint-{saved}").is_dir()
-    assert not runs.state(folder.parent, "mine").going
+    with visited(browser, url) as page:
+        seen = page.wait("running", seen + 2)
+        assert page.page.input_value("#train-run input") == "mine"
+        os.kill(pid, signal.SIGCONT)
+        eventually(lambda: curves.last_step(folder) > seen)
+        os.kill(pid, signal.SIGSTOP)
+        seen = page.wait("running", seen + 1)
+        page.press("stop")
+        page.page.get_by_text("It saves, then stops.").wait_for()
+        os.kill(pid, signal.SIGCONT)
+        saved = page.wait("stopped", seen)
+        assert (folder / f"checkpoint-{saved}").is_dir()
+        assert not runs.state(folder.parent, "mine").going
 
-    page.press("continue")
-    page.wait("starting")
-    page.wait("finished", 120)
-    assert page.page.locator("#train-plots polyline").count() >= 5  # loss twice, accuracy, rate, speed
-    answers = page.page.locator("#train-answers")
-    answers.get_by_text("After step 120").first.wait_for()
-    assert answers.get_by_text("Say red").count() >= 1
-    page.page.fill("#train-step input[type=number]", "0")
-    page.page.keyboard.press("Enter")
-    answers.get_by_text("After step").first.wait_for(state="detached")
-    assert answers.get_by_text("Base model").count() == 3
-    assert page.elsewhere == []
+        page.press("continue")
+        page.wait("starting")
+        page.wait("finished", 120)
+        assert page.page.locator("#train-plots polyline").count() >= 5  # loss twice, accuracy, rate, speed
+        answers = page.page.locator("#train-answers")
+        answers.get_by_text("After step 120").first.wait_for()
+        assert answers.get_by_text("Say red").count() >= 1
+        page.page.fill("#train-step input[type=number]", "0")
+        page.page.keyboard.press("Enter")
+        answers.get_by_text("After step").first.wait_for(state="detached")
+        assert answers.get_by_text("Base model").count() == 3
