@@ -228,15 +228,15 @@ def beside_bare(
         return file, dict.fromkeys(folders, adapter)
 
     talk = chat.start(options, hub.locate, hub.fetch_adapter, to_gguf, lambda _: None)
-    length = {"min_new_tokens": args.tokens, "max_new_tokens": args.tokens}
-    settings = Generation(mode=GREEDY, repetition_penalty=1.0, **length)
+    talk.ends = []  # so that both write as many tokens, whatever they are
+    settings = Generation(mode=GREEDY, repetition_penalty=1.0, max_new_tokens=args.tokens)
     bare = Bare(file, adapter, talk.engine.threads)
     ids = prompt.encode(chat_speed.conversation(), talk.template, talk.tokenizer)[0]
     decode = functools.partial(prompt.decode, talk.tokenizer)
     try:
         return chat_speed.compared(
             lambda: chat_speed.ours(talk, settings),
-            lambda: bare.run(ids, args.tokens, talk.ends, decode),
+            lambda: bare.run(ids, args.tokens, decode),
             args.tokens,
             args.pairs,
         )
@@ -262,10 +262,8 @@ class Bare:
                 self.state, (api.llama_adapter_lora_p_ctypes * 1)(loaded), 1, (ctypes.c_float * 1)(1.0)
             )
 
-    def run(
-        self, given: list[int], count: int, ends: list[int], decode: Callable[[list[int]], str]
-    ) -> chat_speed.Run:
-        """The most probable token, `count` times, none of which is an end."""
+    def run(self, given: list[int], count: int, decode: Callable[[list[int]], str]) -> chat_speed.Run:
+        """The most probable token, `count` times."""
         api, made, first, started = self.api, [], 0.0, time.perf_counter()
         api.llama_memory_clear(api.llama_get_memory(self.state), False)
         while len(made) < count:
@@ -273,7 +271,6 @@ class Bare:
             code = api.llama_decode(self.state, api.llama_batch_get_one(tokens, len(given)))
             assert code == 0, code
             scores = np.ctypeslib.as_array(api.llama_get_logits_ith(self.state, -1), (self.entries,))
-            scores[ends] = -np.inf
             given = [int(scores.argmax())]
             first = first or time.perf_counter() - started
             made += given

@@ -159,8 +159,8 @@ class _Picker:
         self.watch, self.width, self.step = watch, settings.width, 0
         self.seed = secrets.randbits(63) if settings.seed is None else settings.seed
         self.prompt, self.settings, self.ends = prompt, settings, ends
-        self.rules: list[Rule] | None = None  # made on the device of the first scores
-        self.warpers = list(_warpers(settings, ends))
+        self.rules, self.warpers = list(_rules(settings)), list(_warpers(settings, ends))
+        self.within: torch.Tensor | None = None  # of _within, for the first scores
 
     def best(
         self, scores: torch.Tensor, beams: list[list[int]], totals: list[float], count: int
@@ -169,8 +169,6 @@ class _Picker:
 
         scores: [B, V] of the engine; totals: of each beam so far.
         """
-        if self.rules is None:
-            self.rules = list(_rules(self.settings, len(self.prompt), self.ends, scores))
         scores = scores.float()
         if self.width > 1:
             scores = torch.log_softmax(scores, dim=-1)
@@ -178,6 +176,10 @@ class _Picker:
             ids = torch.tensor([self.prompt + beam for beam in beams], device=scores.device)  # [B, T]
             for rule in self.rules:
                 scores = rule(ids, scores)
+        if len(beams[0]) < self.settings.min_new_tokens:
+            if self.within is None:
+                self.within = _within(self.ends, scores)
+            scores = scores.index_fill(1, self.within, -torch.inf)
         if self.width > 1:
             scores = self._warped(scores) + torch.tensor(totals, device=scores.device)[:, None]
         flat = scores.reshape(-1)
@@ -186,9 +188,7 @@ class _Picker:
         wanted, tried = count, set()
         while len(ranked):
             wanted = min(wanted, len(ranked))
-            order = torch.topk(ranked, wanted).indices if wanted > 1 else ranked.argmax()[None]
-            chosen = order if places is None else places[order]
-            for place, value in zip(chosen.tolist(), values[order].tolist(), strict=True):
+            for place, value in _largest(ranked, values, places, wanted):
                 if value < IMPOSSIBLE:  # forbidden by a rule, as are all that follow
                     wanted = len(ranked)
                     break
@@ -253,17 +253,30 @@ def _mixed(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-def _rules(settings: Generation, prompt: int, ends: Sequence[int], scores: torch.Tensor) -> Iterator[Rule]:
+def _largest(
+    ranked: torch.Tensor, values: torch.Tensor, places: torch.Tensor | None, count: int
+) -> list[tuple[int, float]]:
+    """(place, value) of the `count` entries that rank highest."""
+    if count == 1:  # at every token: numpy's is the cheaper call
+        first = int((ranked.numpy() if ranked.device.type == "cpu" else ranked).argmax())
+        return [(first if places is None else int(places[first]), float(values[first]))]
+    order = torch.topk(ranked, count).indices
+    chosen = order if places is None else places[order]
+    return list(zip(chosen.tolist(), values[order].tolist(), strict=True))
+
+
+def _within(ends: Sequence[int], scores: torch.Tensor) -> torch.Tensor:
+    """The end tokens that there are scores of, on their device."""
+    found = [end for end in ends if end < scores.shape[-1]]
+    return torch.tensor(found, dtype=torch.long, device=scores.device)
+
+
+def _rules(settings: Generation) -> Iterator[Rule]:
     """What the settings ask for that depends on the tokens before, in transformers' order."""
     if settings.repetition_penalty != 1:
         yield RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)
     if settings.no_repeat_ngram_size:
         yield NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size)
-    if settings.min_new_tokens:
-        within = torch.tensor([end for end in ends if end < scores.shape[-1]], device=scores.device)
-        least = prompt + settings.min_new_tokens
-        # transformers' own compares each of the V tokens with the ends at every step
-        yield lambda ids, now: now if ids.shape[1] >= least else now.index_fill(1, within, -torch.inf)
 
 
 def _warpers(settings: Generation, ends: Sequence[int]) -> Iterator[Rule]:

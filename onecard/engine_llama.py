@@ -166,13 +166,14 @@ class Engine:
         tokens = (self.library.llama_token * len(ids))(*ids)
         rows = len(ids) if each else 1
         wanted = (ctypes.c_int8 * len(ids))(*[1] * rows) if each else None
-        with llama_library.complaints() as said:
-            batch = self.library.llama_batch_get_one(tokens, len(ids))
-            batch.logits = wanted
-            code = self.library.llama_decode(self.state, batch)
+        llama_library.forget()
+        batch = self.library.llama_batch_get_one(tokens, len(ids))
+        batch.logits = wanted
+        code = self.library.llama_decode(self.state, batch)
         row = None if code else self.library.llama_get_logits_ith(self.state, 0 if each else -1)
         if not row:
             self.stale = True  # what it holds now is not known
+            said = llama_library.said()
             reason = said[-1] if said else f"code {code}"
             kind = MemoryError if code == -2 or is_allocation(reason) else RuntimeError
             raise kind(f"llama.cpp: {reason}")

@@ -56,10 +56,20 @@ def _log(level: int, text: bytes, _: Any) -> None:
         _said.append(text.decode("utf-8", "replace").strip())
 
 
+def forget() -> None:
+    """Let go of the errors that llama.cpp logged so far."""
+    _said.clear()
+
+
+def said() -> list[str]:
+    """The errors that llama.cpp logged since, the newest last."""
+    return list(_said)
+
+
 @contextlib.contextmanager
 def complaints() -> Iterator[list[str]]:
     """A list that at the end has the errors llama.cpp logged meanwhile."""
-    _said.clear()
-    said: list[str] = []
-    yield said
-    said.extend(_said)
+    forget()
+    found: list[str] = []
+    yield found
+    found.extend(said())

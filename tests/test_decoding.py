@@ -359,14 +359,13 @@ def test_equal_scores_lose_no_candidate(mode):
 
 
 def test_least_length_is_kept_on_the_scores_own_device():
-    """And an end that the scores have no place for is none."""
-    scores = torch.zeros(1, 5, device="meta")
-    (rule,) = decoding._rules(with_(min_new_tokens=2), 3, [1, 2, 7], scores)
-    assert rule(torch.zeros(1, 4), scores).device.type == "meta"
-    (rule,) = decoding._rules(with_(min_new_tokens=2), 3, [1, 2, 7], torch.zeros(1, 5))
-    for length, forbidden in ((3, [1, 2]), (4, [1, 2]), (5, [])):
-        found = rule(torch.zeros(1, length), torch.zeros(1, 5))
-        assert torch.nonzero(found[0] == -torch.inf).flatten().tolist() == forbidden
+    """And an end that there are no scores of is none."""
+    made = decoding._within([1, 2, 7], torch.zeros(1, 5, device="meta"))
+    assert (made.device.type, made.shape) == ("meta", (2,))
+    pick = decoding._Picker(with_(min_new_tokens=2), [0, 0], [1, 2, 7], None)
+    scores = torch.tensor([[0.0, 3.0, 2.0, 1.0, 0.0]])
+    assert [pick.best(scores, [[0] * length], [0.0], 1)[0][2] for length in range(4)] == [3, 3, 1, 1]
+    assert decoding._Picker(with_(min_new_tokens=2), [0], [7], None).best(scores, [[]], [0.0], 1)[0][2] == 1
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
