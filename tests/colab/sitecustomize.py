@@ -1,0 +1,3 @@
+"""Colab's kernel has google.colab from its start."""
+
+import google.colab  # noqa: F401
