@@ -23,6 +23,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import RevisionNotFoundError, RevisionResolutionError
 
 from onecard import layouts, receipt, runfolder
+from onecard.errors import UserError
 
 MODEL, DATASET = "model", "dataset"
 KINDS = {f"{kind}s": kind for kind in (MODEL, DATASET)}  # as the cache calls their folders
@@ -68,7 +69,9 @@ def parsed(text: str | None) -> Version | None:
 def of(path: Path | str) -> Version | None:
     """The version that a folder is, or a file in it, None where nothing says so."""
     path = Path(path)
-    stored = receipt.read(path) if path.is_dir() else None
+    stored = None
+    with contextlib.suppress(UserError):  # a damaged receipt says nothing
+        stored = receipt.read(path) if path.is_dir() else None
     if stored and stored["source"] != "list" and stored["name"] != receipt.DEMO:
         return Version(stored["name"], stored["commit"])
     return _in_cache(path)

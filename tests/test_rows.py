@@ -513,7 +513,9 @@ def test_rows_of_a_hub_dataset(tmp_path):
     with fake_hub.serving("someone/rows", folder, "datasets") as address:
         said = fake_hub.fetch(address, tmp_path / "home", "fetch_dataset", "someone/rows")
         missing = fake_hub.fetch(address, tmp_path / "home", "fetch_dataset", "someone/none")
-    assert [path.name for path in Path(said).iterdir()] == ["train.json"]
+    told, place = said.splitlines()
+    assert told.endswith(f"someone/rows is commit {fake_hub.COMMIT}")
+    assert [path.name for path in Path(place).iterdir()] == ["train.json"]
     assert "as a dataset of the hub it cannot be fetched" in missing
 
 

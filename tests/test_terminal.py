@@ -62,6 +62,7 @@ class Scripted:
     def __init__(self, write: Callable[[Conversation], Iterator[Text]], form: Template = PLAIN_TEMPLATE):
         self.write, self.template, self.engine = write, form, Engine()
         self.mixture: engine_hf.Mixture = (("one", 1.0),)
+        self.versions: dict[str, str] = {}
         self.asked: list[tuple[list[str], Generation, engine_hf.Mixture]] = []
         self.forms: list[str] = []
 
