@@ -149,14 +149,14 @@ def test_a_program_opens_its_page_answers_and_ends(browser, copy, run, tiny_mode
             picker = page.locator("#adapter input")
             expect(picker).to_have_value(adapters[0] if adapters else "base")
             answered(page, single)
-            code = program.end(number)  # with the page still open
+        code = program.end(number)
         assert code == (0 if number == signal.SIGINT else -number), program.said()
         assert "Traceback" not in program.said()
         assert "Setting up" not in program.said()
 
 
 def test_ctrl_c_in_the_middle_of_an_answer_ends_the_program(browser, tmp_path):
-    """Not only once the answer is whole."""
+    """Not only once the answer is whole, though its page stays open; and by itself, not by an abort."""
     with (
         serving("turns", tmp_path / "server", "--mode=greedy", "--min_new_tokens=450") as server,
         opened(browser, server, "#box textarea") as page,
@@ -193,8 +193,8 @@ def test_the_studio_trains_and_chats(browser, tiny_model, tmp_path):
             page.get_by_role("tab", name="Chat").click()
             answered(page, single=False)
             folder = tmp_path / "lora-checkpoints" / "mine"
-            seen = curves.last_step(folder)
-            assert program.end(signal.SIGINT) == 0, program.said()
+        seen = curves.last_step(folder)
+        assert program.end(signal.SIGINT) == 0, program.said()
         eventually(lambda: curves.last_step(folder) > seen)
         again = stack.enter_context(started(command, tmp_path, tmp_path / "log2"))
         with opened(browser, again, "#box textarea") as page:
@@ -205,4 +205,4 @@ def test_the_studio_trains_and_chats(browser, tiny_model, tmp_path):
             saved = training.wait("stopped", seen + 1)
             assert (folder / f"checkpoint-{saved}").is_dir()
             assert not runs.state(folder.parent, "mine").going
-            assert again.end(signal.SIGTERM) == -signal.SIGTERM
+        assert again.end(signal.SIGTERM) == -signal.SIGTERM
