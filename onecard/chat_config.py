@@ -202,6 +202,7 @@ def seeded(settings: Settings) -> Settings:
 Mixture = tuple[tuple[str, float], ...]  # active adapters and their weights; () is the base alone
 TRAINED = ""  # name of the template that was saved with the adapter, or is usual without one
 BASE, MIX = "base", "mix"  # what a picker offers besides adapters
+IN_CHINESE = {BASE: "基座模型", MIX: "加权混合"}
 WINDOW_ONLY = ("studio", "lang", "server_name", "server_port", "origin", "share", "auth", "queue")
 TURNS_ONLY = ("studio", "max_memory", "last_turns")
 SAMPLING_ONLY = ("temperature", "top_p", "top_k", "seed")

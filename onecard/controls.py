@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from onecard import form, page, talking, template
-from onecard.chat_config import BASE, MIX, TRAINED, ChatConfig, Mixture
+from onecard.chat_config import BASE, IN_CHINESE, MIX, TRAINED, ChatConfig, Mixture
 
 Chat = Any  # onecard.chat.Chat, which stands above
 ANSWER = [
@@ -58,8 +58,7 @@ def picker(chat: Chat, lang: str, start: str | None = None) -> list[gr.Component
 
 def shown(choice: str, lang: str) -> str:
     """What a reader sees of a picker's choice."""
-    own = {BASE: (BASE, "基座模型"), MIX: (MIX, "加权混合")}
-    return form.say(lang, *own.get(choice, (choice, choice)))
+    return form.say(lang, choice, IN_CHINESE.get(choice, choice))
 
 
 def weighing(chat: Chat, choices: Sequence[str], lang: str) -> dict[str, dict[str, Any]]:

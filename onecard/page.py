@@ -127,7 +127,7 @@ def launch(window: gr.Blocks, options: ChatConfig, wait: bool = True) -> str:
         print(f"Open {url} in a browser. Ctrl-C ends.", flush=True)
         if wait:
             window.block_thread()
-            talking.STEPS.end()
+            talking.STEPS.end(print)
         return url
     problem = f"--server_port {options.server_port or f'{PORTS[0]} to {PORTS[-1]}'}: in use, or not allowed."
     raise UserError(problem, "Choose another.")

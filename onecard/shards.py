@@ -136,8 +136,14 @@ class Behind:
 
     def __init__(self, files: Files, threads: int = 1):
         self.files, self.waiting, self.most = files, deque(), threads + 1
-        self.pool = ThreadPoolExecutor(threads)
-        self.pool.submit(int)  # starts the first, before a limit forbids that
+        self.pool, started = ThreadPoolExecutor(threads), threading.Event()
+        try:  # all of them now, before a limit forbids that
+            for _ in range(threads):
+                self.pool.submit(started.wait)
+        except RuntimeError as error:
+            raise MemoryError(f"{error}: {threads} are needed") from None
+        finally:
+            started.set()
 
     def __enter__(self) -> "Behind":
         return self

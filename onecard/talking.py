@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from onecard.answer import Text
@@ -17,7 +17,8 @@ from onecard.decoding import CANCELLED, END, LENGTH, NO_MEMORY, STOP
 from onecard.errors import UserError
 from onecard.prompt import Conversation, Turn
 
-PATIENCE = 30  # seconds: a piece is a token, or some hundred of a prompt that is read
+PATIENCE = 30  # seconds: a piece is a token, some hundred of a prompt, or the loading of a model that waits
+UNTOLD = 1  # second of it that needs no word
 SHOWN_EVERY = 0.05  # seconds: a browser gains nothing from more
 BY_ITSELF = (END, STOP, LENGTH)
 Said = tuple[Text, str, bool]  # an answer, what the status line says, is it an error
@@ -94,11 +95,13 @@ class Steps:
             self.count += not self.is_over
             return not self.is_over
 
-    def end(self) -> None:
+    def end(self, say: Callable[[str], None]) -> None:
         """Begin no further piece, wait for those that are being made."""
         with self.changed:
             self.is_over = True
-            self.changed.wait_for(lambda: not self.count, PATIENCE)
+            if not self.changed.wait_for(lambda: not self.count, UNTOLD):
+                say(f"Waiting for a part of an answer to end, {PATIENCE} s at most.")
+                self.changed.wait_for(lambda: not self.count, PATIENCE)
 
 
 STEPS = Steps()

@@ -10,7 +10,16 @@ import math
 from typing import Any
 
 from onecard import parsing, template
-from onecard.chat_config import BEAM_SAMPLE, GREEDY, SAMPLE, TRAINED, ChatConfig, Generation, Mixture
+from onecard.chat_config import (
+    BEAM_SAMPLE,
+    GREEDY,
+    IN_CHINESE,
+    SAMPLE,
+    TRAINED,
+    ChatConfig,
+    Generation,
+    Mixture,
+)
 from onecard.errors import DATA, UserError
 
 LONGEST = 20_000_000  # characters
@@ -136,7 +145,8 @@ def fitted(saved: Saved, chat: Chat) -> tuple[Saved, list[Note]]:
     for name, before in saved.versions.items():
         now = chat.versions.get(name)
         if now not in (None, before):
-            notes.append((f"{name} was {before}, now it is {now}", f"{name} 当时是 {before}，现在是 {now}"))
+            chinese = f"{IN_CHINESE.get(name, name)}当时是 {before}，现在是 {now}"
+            notes.append((f"{name} was {before}, now it is {now}", chinese))
     mixtures = {}
     for side, mixture in saved.mixtures.items():
         try:

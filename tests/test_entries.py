@@ -69,9 +69,21 @@ class Program:
         """Exit code after a signal to the group, as Ctrl-C sends it; nothing of the session may be left."""
         os.killpg(self.process.pid, number)
         code = self.process.wait(timeout=60)
-        with pytest.raises(ProcessLookupError):
-            os.killpg(self.process.pid, 0)
+        eventually(lambda: not self.group())
         return code
+
+    def group(self) -> list[str]:
+        """Processes of the group that are not over; one that nobody has asked for yet is."""
+        stats = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                stats.append(path.read_text(encoding="utf-8").rpartition(")"))
+        held = {before: after.split() for before, _, after in stats}
+        return [
+            name
+            for name, (state, _, group, *_) in held.items()
+            if state != "Z" and int(group) == self.process.pid
+        ]
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
