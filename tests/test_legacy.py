@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,26 @@ def test_damage_that_torch_does_not_see(tmp_path, what):
     with pytest.raises(UserError, match="cannot be read") as caught:
         legacy.unpickle(path)
     assert caught.value.code == 4
+
+
+def test_a_file_without_checksums(tmp_path):
+    """torch can leave them out, all of them: there is nothing to compare then. One alone is a damage."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.arange(400.0)}, tmp_path / "x.bin")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(legacy.unpickle(tmp_path / "x.bin")["w"], torch.arange(400.0))
+    torch.save({"w": torch.arange(400.0)}, tmp_path / "x.bin")
+    raw = bytearray((tmp_path / "x.bin").read_bytes())
+    entry = next(
+        entry for entry in zipfile.ZipFile(tmp_path / "x.bin").infolist() if "data/0" in entry.filename
+    )
+    place = raw.rindex(entry.CRC.to_bytes(4, "little"))  # in the directory behind the records
+    raw[place : place + 4] = bytes(4)
+    (tmp_path / "x.bin").write_bytes(raw)
+    with pytest.raises(UserError, match="cannot be read"):
+        legacy.unpickle(tmp_path / "x.bin")
 
 
 def test_plain_values_come_through_the_child(tmp_path):
