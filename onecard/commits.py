@@ -1,51 +1,53 @@
-"""Names of the hub -> folders at one commit, and what a run recorded -> whether the name still means it.
+"""Names of the hub -> folders at one commit, and what a run recorded -> whether that is what is used.
 
-owner/name is what its branch points to now, owner/name@REVISION a commit, a branch or a tag. A name is asked
-for once: a program works with the files of one commit, from the hub's cache or from tools/download.py.
+owner/name is what its branch points to now, owner/name@REVISION a commit, a branch or a tag. The hub is asked
+only about names that the user typed, once each and for seconds; a record is looked for on this machine alone.
 """
 
 import contextlib
 import dataclasses
 import functools
 import re
+import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import (
-    HfApi,
-    constants,
-    resolve_revision,
-    snapshot_download,
-    try_to_load_from_cache,
-)
-from huggingface_hub.errors import RevisionNotFoundError, RevisionResolutionError
+from huggingface_hub import HfApi, constants, get_session, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from onecard import layouts, receipt, runfolder
 from onecard.errors import UserError
+from onecard.tool_config import HUB, MODELSCOPE
 
 MODEL, DATASET = "model", "dataset"
 KINDS = {f"{kind}s": kind for kind in (MODEL, DATASET)}  # as the cache calls their folders
 NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")  # of git; the longer one stands for ModelScope's
 FILES = (".gguf", ".json", ".safetensors", ".bin")  # no hub name ends so
-PATIENCE = 10.0  # seconds
+PATIENCE = 5.0  # seconds in all for the question which commit a name is, then the cache
+REST = 60.0  # seconds that a hub that said nothing is left alone
 BRANCH = "main"
-REFUSALS = (OSError, ValueError, httpx2.HTTPError, RevisionResolutionError)  # of the hub's client
+REFUSED = (401, 403, 404)  # an answer, if no good one
+REFUSALS = (OSError, ValueError, httpx2.HTTPError)  # of the hub's client
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """A repository of the hub at one commit."""
+    """A repository at one commit."""
 
     name: str
     commit: str
     kind: str = MODEL
+    source: str = HUB  # or ModelScope, whose commits and owners are others
 
     def __str__(self) -> str:
-        return f"{self.name}@{self.commit}"
+        where = "" if self.source == HUB else f"{self.source}:"
+        return f"{where}{self.name}@{self.commit}"
 
 
 def is_name(text: str) -> bool:
@@ -60,10 +62,12 @@ def split(text: str) -> tuple[str, str | None]:
 
 
 def parsed(text: str | None) -> Version | None:
-    """The version that owner/name@COMMIT names; None for anything else, such as a name alone."""
-    name, commit = split(text or "")
-    is_whole = commit is not None and COMMIT.fullmatch(commit) and is_name(text)
-    return Version(name, commit) if is_whole else None
+    """The version that str(Version) gave; None for anything else, such as a name alone."""
+    source, _, rest = (text or "").rpartition(":")
+    name, commit = split(rest)
+    is_whole = commit is not None and COMMIT.fullmatch(commit) and is_name(rest)
+    known = is_whole and source in ("", MODELSCOPE)
+    return Version(name, commit, source=source or HUB) if known else None
 
 
 def of(path: Path | str) -> Version | None:
@@ -73,14 +77,16 @@ def of(path: Path | str) -> Version | None:
     with contextlib.suppress(UserError):  # a damaged receipt says nothing
         stored = receipt.read(path) if path.is_dir() else None
     if stored and stored["source"] != "list" and stored["name"] != receipt.DEMO:
-        return Version(stored["name"], stored["commit"])
+        source = MODELSCOPE if stored["source"] == MODELSCOPE else HUB
+        return Version(stored["name"], stored["commit"], source=source)
     return _in_cache(path)
 
 
 def recorded(name: str, version: str | None) -> str:
-    """The version that was recorded for a name that says none itself, else the name."""
+    """The hub's version that was recorded for a name that says none itself, else the name."""
     known = parsed(version)
-    return str(known) if known and known.name == name and not Path(name).exists() else name
+    is_its = known is not None and known.source == HUB and known.name == name and not Path(name).exists()
+    return str(known) if is_its else name
 
 
 def of_settings(values: dict[str, Any]) -> str | None:
@@ -90,47 +96,172 @@ def of_settings(values: dict[str, Any]) -> str | None:
     return base and recorded(base, f"{base}@{values.get('revision')}")
 
 
-def at_hand(text: str) -> Path | None:
-    """The folder of a hub's model that is on this machine, fetched by us or by another program, or None."""
+def at_hand(text: str, kind: str = MODEL) -> Path | None:
+    """The folder of a hub's name that is on this machine with its weights or rows, or None.
+
+    It was fetched by us or by another program. The hub is not asked.
+    """
     name, revision = split(text)
-    folder = receipt.kept(name)
-    if folder and revision in (None, receipt.read(folder)["commit"]):
-        return folder
-    try:
-        found = try_to_load_from_cache(name, runfolder.MODEL_CONFIG, revision=revision)
-    except ValueError:  # no hub name
+    if name == receipt.DEMO:
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    kept = _kept(name, revision, kind)
+    found = _cached(name, revision, kind)
+    return kept or (found[0] if found and _has_content(found[0], kind) else None)
+
+
+def of_record(text: str, say: Say, kind: str = MODEL) -> str | None:
+    """at_hand of what a run or an adapter names, with its commit said."""
+    folder = at_hand(text, kind)
+    version = folder and of(folder)
+    if version:
+        say(f"{version.source:<12}{version.name} is commit {version.commit}")
+    return str(folder) if folder else None
+
+
+_answered: dict[Path, Version] = {}  # folders that folder_of fetched from a hub that answers
 
 
 @functools.cache  # in one program a name means one commit, which is said once
 def folder_of(text: str, kind: str, patterns: tuple[str, ...], say: Say) -> Path:
-    """The folder of a name of the hub with the files of these patterns; raises one of REFUSALS.
+    """The folder of a name that the user typed, with the files of these patterns; raises one of REFUSALS.
 
-    What tools/download.py fetched by the name stays what the name means. Without network it is the commit
-    that the cache has.
+    What tools/download.py fetched by the name stays what the name means. Where the hub gives no commit or no
+    files it is the commit that the cache has. A commit that is whole in the cache is not asked for.
     """
     name, revision = split(text)
-    kept = receipt.kept(name) if kind == MODEL else None
-    if kept and revision in (None, receipt.read(kept)["commit"]):
-        say(f"hub         {name} is commit {receipt.read(kept)['commit']}, which is in {kept}")
+    kept = _kept(name, revision, kind)
+    if kept:
+        version = of(kept) or Version(name, "unknown")
+        say(f"{version.source:<12}{name} is commit {version.commit}, which is in {kept}")
         return kept
+    cached = _cached(name, revision, kind)
+    if cached and cached[0].name == revision and _is_whole(cached[0], kind, patterns):
+        say(f"hub         {name} is commit {revision}")
+        return cached[0]
     branch = revision or BRANCH
-    before = _fetched(name, kind, branch)
-    commit = resolve_revision(name, repo_type=kind, revision=branch).resolved
-    folder = _bring(Version(name, commit, kind), patterns)
-    if before not in (None, commit):
-        moved = f"{branch} has moved from {before[:12]} to {commit[:12]} since it was last fetched"
-        say(f"hub         {name}: {moved}; the new one is used. To stay: {name}@{before}")
+    try:
+        commit = _asked(name, kind, branch)
+        before = _ref(name, kind, branch)
+        if before not in (None, commit):
+            moved = f"{branch} has moved from {before[:12]} to {commit[:12]} since it was last fetched"
+            say(f"hub         {name}: {moved}. To stay: {name}@{before}")
+        folder = _bring(Version(name, commit, kind), patterns)
+    except REFUSALS as error:
+        if not cached:
+            raise
+        say(f"hub         {name}: {_reason(error)}; commit {cached[0].name} of the cache is used")
+        return cached[0]
+    _note(name, kind, branch, commit)
+    _answered[folder] = Version(name, commit, kind)
     say(f"hub         {name} is commit {commit}")
     return folder
 
 
-def _fetched(name: str, kind: str, branch: str) -> str | None:
+def complete(folder: Path, patterns: Iterable[str]) -> None:
+    """Fetch the weights that a folder lacks which folder_of gave; raises one of REFUSALS. Others stay."""
+    version = _answered.get(folder)
+    if version and not _has_weights(folder):
+        _bring(version, (*patterns,))
+
+
+def compare(record: str | None, used: Path | str, say: Say) -> None:
+    """Say it when the version that was recorded is not the one in use. Nobody is asked."""
+    before, now = parsed(record), of(used)
+    if before and now and now.name == before.name and str(now) != str(before):
+        there, here = (
+            version.commit + (" of ModelScope" if version.source == MODELSCOPE else "")
+            for version in (before, now)
+        )
+        say(f"{before.source:<12}{before.name}: commit {there} was trained on, {here} is used")
+
+
+def tell_move(record: str, say: Say) -> None:
+    """Say it when a name that the user typed means another commit than the recorded one, which is used."""
+    version = parsed(record)
+    kept = _kept(version.name, None, MODEL)
+    try:
+        head = of(kept).commit if kept and of(kept) else _asked(version.name, MODEL, BRANCH)
+    except REFUSALS as error:
+        say(f"hub         {version.name}: {_reason(error)}; commit {version.commit} of the cache is used")
+        return
+    if head != version.commit:
+        moved = f"has moved from {version.commit[:12]} to {head[:12]}"
+        way = f"--model_path {version.name}@{head}"
+        say(f"hub         {version.name} {moved}; the first, which was trained on, is used. To change: {way}")
+
+
+def _kept(name: str, revision: str | None, kind: str) -> Path | None:
+    """What tools/download.py fetched by a name, where it is of that revision."""
+    folder = receipt.kept(name) if kind == MODEL else None
+    return folder if folder and revision in (None, receipt.read(folder)["commit"]) else None
+
+
+def _place(name: str, kind: str) -> Path:
+    """The folder of a repository in the hub's own cache."""
+    return Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
+
+
+def _cached(name: str, revision: str | None, kind: str) -> list[Path]:
+    """Snapshots in the hub's cache that a name can mean, those with content first; none for a name unknown.
+
+    For a branch it is the commit when it was last fetched; for the usual one, others may stand in, the newest
+    first.
+    """
+    if not NAME.fullmatch(name) or len(name) > 200:
+        return []
+    snapshots = _place(name, kind) / "snapshots"
+    is_commit = COMMIT.fullmatch(revision or "")
+    commit = revision if is_commit else _ref(name, kind, revision or BRANCH)
+    found = [snapshots / commit] if commit else []
+    if revision in (None, BRANCH) and snapshots.is_dir():
+        found += sorted(snapshots.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    found = [folder for folder in dict.fromkeys(found) if COMMIT.fullmatch(folder.name) and folder.is_dir()]
+    return sorted(found, key=lambda folder: not _has_content(folder, kind))  # else they stay in their order
+
+
+def _ref(name: str, kind: str, branch: str) -> str | None:
     """The commit of a branch when it was last fetched, None when it was not."""
-    with contextlib.suppress(RevisionResolutionError):
-        return resolve_revision(name, repo_type=kind, revision=branch, local_files_only=True).resolved
-    return None
+    path = _place(name, kind) / "refs" / branch
+    text = path.read_text(encoding="utf-8").strip() if ".." not in path.parts and path.is_file() else ""
+    return text if COMMIT.fullmatch(text) else None
+
+
+def _note(name: str, kind: str, branch: str, commit: str) -> None:
+    """Keep the commit of a branch where the hub's client has it, once its files are there and it was said."""
+    path = _place(name, kind) / "refs" / branch
+    if not COMMIT.fullmatch(branch) and ".." not in path.parts:
+        with contextlib.suppress(OSError):  # a cache that cannot be written
+            path.parent.mkdir(parents=True, exist_ok=True)
+            runfolder.replace(path, commit.encode())
+
+
+def _has_content(folder: Path, kind: str) -> bool:
+    """Whether a snapshot has weights, all that its index names, or a dataset's any file."""
+    if kind == DATASET:
+        return any(folder.iterdir())
+    return (
+        _has_weights(folder)
+        or any(folder.glob("*.gguf"))
+        or any((folder / name).is_file() for name in ADAPTERS)
+    )
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a snapshot has what its index names, or its one file of weights."""
+    with contextlib.suppress(UserError):
+        return bool(layouts.files_of(folder))
+    return False
+
+
+def _is_whole(folder: Path, kind: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a snapshot lacks nothing, by the list of its files, where one was kept, and by their kinds."""
+    version = Version(_in_cache(folder).name, folder.name, kind)
+    try:
+        snapshot_download(version.name, **_wanted(version, patterns), local_files_only=True)
+    except REFUSALS:
+        return False
+    has_words = patterns != layouts.SETTINGS or any(folder.glob("*token*"))
+    return has_words and _has_content(folder, kind)
 
 
 def _in_cache(path: Path) -> Version | None:
@@ -146,45 +277,60 @@ def _in_cache(path: Path) -> Version | None:
     return Version(name.replace("--", "/"), commit, KINDS[kinds])
 
 
-def complete(folder: Path, patterns: Iterable[str]) -> None:
-    """Fetch what a snapshot in the hub's cache lacks of these; raises one of REFUSALS. Others stay."""
-    version = _in_cache(folder)
-    if version:
-        _bring(version, (*patterns,))
+def _wanted(version: Version, patterns: tuple[str, ...]) -> dict[str, Any]:
+    wanted = {"repo_type": version.kind, "revision": version.commit, "allow_patterns": list(patterns)}
+    return {**wanted, "ignore_patterns": list(layouts.NOT_LOADED)} if version.kind == MODEL else wanted
 
 
-@functools.cache
 def _bring(version: Version, patterns: tuple[str, ...]) -> Path:
     """The snapshot of a version with these files; raises one of REFUSALS."""
-    wanted = {"repo_type": version.kind, "revision": version.commit, "allow_patterns": list(patterns)}
-    if version.kind == MODEL:
-        wanted["ignore_patterns"] = list(layouts.NOT_LOADED)
-    try:
-        return Path(snapshot_download(version.name, **wanted))
-    except RevisionNotFoundError:  # a branch that was rewritten: what was fetched before is here
-        return Path(snapshot_download(version.name, **wanted, local_files_only=True))
+    hooks = get_session().event_hooks
+    if _end_in_time not in hooks["request"]:
+        get_session().event_hooks = {**hooks, "request": [*hooks["request"], _end_in_time]}
+    return Path(snapshot_download(version.name, **_wanted(version, patterns)))
 
 
-def compare(record: str | None, used: Path | str, say: Say) -> None:
-    """Say it when the version that was recorded is not the one in use, or no more what its name means."""
-    before, now = parsed(record), of(used)
-    if before is None:
-        return
-    if now and now.name == before.name and now.commit != before.commit:
-        say(f"hub         {before.name}: commit {before.commit} was trained on, {now.commit} is used")
-        return
-    head = _means_now(before)
-    if head not in (None, before.commit):
-        moved = f"has moved from {before.commit[:12]} to {head[:12]}"
-        way = f"--model_path {before.name}@{head}"
-        say(f"hub         {before.name} {moved}; the first, which was trained on, is used. To change: {way}")
+def _end_in_time(request: httpx2.Request) -> None:
+    """A limit for each wait of a request, where the hub's client sets none."""
+    limits = request.extensions.get("timeout") or {}
+    kept = {name: limits.get(name) or PATIENCE for name in ("connect", "read", "write", "pool")}
+    request.extensions["timeout"] = kept
 
 
-def _means_now(version: Version) -> str | None:
-    """The commit that a name alone would be now, None when that cannot be known."""
-    folder = receipt.kept(version.name)
-    if folder:
-        return receipt.read(folder)["commit"]
-    with contextlib.suppress(*REFUSALS):
-        return HfApi().repo_info(version.name, timeout=PATIENCE).sha
-    return None
+_silence = {"until": 0.0}  # of the monotonic clock, in seconds
+
+
+def _asked(name: str, kind: str, revision: str) -> str:
+    """The commit that the hub says a revision is, within PATIENCE; raises one of REFUSALS."""
+    answers: list[Any] = []
+
+    def ask() -> None:
+        try:
+            answers.append(HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=PATIENCE).sha)
+        except Exception as error:
+            answers.append(error)
+
+    if time.monotonic() >= _silence["until"]:
+        asking = threading.Thread(target=ask, daemon=True)  # looking up the hub's address has no limit
+        asking.start()
+        asking.join(PATIENCE)
+    answer = answers[0] if answers else TimeoutError()
+    if isinstance(answer, TimeoutError | httpx2.TimeoutException):
+        _silence["until"] = max(_silence["until"], time.monotonic() + REST)
+        raise TimeoutError(f"nothing in {PATIENCE:g} seconds")
+    if isinstance(answer, Exception):
+        raise answer
+    if not COMMIT.fullmatch(str(answer)):
+        raise ValueError("the hub names no commit")
+    return str(answer)
+
+
+def _reason(error: Exception) -> str:
+    """Why the hub gave nothing, in short."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return "the hub is not asked (HF_HUB_OFFLINE)"
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status in REFUSED:
+        return f"the hub refuses it ({status})"
+    told = str(error) if isinstance(error, TimeoutError) else type(error).__name__
+    return f"the hub did not answer ({status or told})"

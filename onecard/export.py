@@ -108,11 +108,11 @@ def _job(
     if whole and options.model_path:
         raise UserError(f"--lora_path {whole.folder}: a whole model, no adapter.", "Give it alone.")
     adapter = found[0] if found and not whole else None
-    name = str(whole.folder) if whole else sources.base_of(adapter, options.model_path) or DEMO
+    name = str(whole.folder) if whole else sources.base_of(adapter, options.model_path, say) or DEMO
     base = Path(locate(name))
     if not base.is_dir():
         raise UserError(f"--model_path {name}: no such folder.", "Name the base model with --model_path.")
-    commits.compare(adapter and adapter.base, base, say)
+    commits.compare(adapter and adapter.record, base, say)
     tokenizer = model.load_tokenizer(str(base))
     named = _check_tokenizer(base, tokenizer)
     if adapter:

@@ -82,7 +82,7 @@ def look(
     listed = sources.read_list(options.lora_path)
     keep = tempfile.TemporaryDirectory(prefix="onecard-adapters-")
     found = [sources.find(path, name, options.checkpoint, fetch, Path(keep.name)) for name, path, _ in listed]
-    base = _base(options, found, locate)
+    base = _base(options, found, locate, say)
     for note in [note for source in found for note in source.notes]:
         say(note)
     adapters = [source for source in found if not source.whole]
@@ -94,7 +94,7 @@ def look(
     base = str(code.folder) if code else base
     is_file = base.endswith(GGUF)
     tokenizer = llama_library.tokenizer_of(Path(base)) if is_file else model.load_tokenizer(base, code)
-    for recorded in dict.fromkeys(source.base for source in found):
+    for recorded in dict.fromkeys(source.record for source in found):
         commits.compare(recorded, base, say)
     for source in adapters:
         say(f"adapter     {source.name}: {source.origin}")
@@ -148,7 +148,9 @@ def _check(options: ChatConfig, base: str, adapters: list[Source], is_llama: boo
         raise UserError(f"--model_path {base}: no such file.", "Name a .gguf file.")
 
 
-def _base(options: ChatConfig, found: list[Source], locate: Callable[[str], str]) -> str:
+def _base(
+    options: ChatConfig, found: list[Source], locate: Callable[[str], str], say: Callable[[str], None]
+) -> str:
     """The base model: asked for, trained whole, or what an adapter was trained on."""
     whole = [source for source in found if source.whole]
     if whole and (len(found) > 1 or options.model_path):
@@ -164,8 +166,8 @@ def _base(options: ChatConfig, found: list[Source], locate: Callable[[str], str]
     if not (options.model_path or named) and any(source.is_gguf for source in found):
         problem = f"--lora_path {found[0].folder}: a GGUF adapter does not say its base model."
         raise UserError(problem, "Name it with --model_path.")
-    name = sources.base_of(named[0] if named else None, options.model_path) or DEMO
-    return remote_code.place(name, options.remote_code, locate)
+    name = sources.base_of(named[0] if named else None, options.model_path, say) or DEMO
+    return remote_code.place(name, options.remote_code, locate, say)
 
 
 def _place(base: str, locate: Callable[[str], str]) -> str:

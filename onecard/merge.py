@@ -95,14 +95,14 @@ def run(
             raise UserError(problem, f"{found.folder} is the whole model already.")
         for note in found.notes:
             say(note)
-        name = sources.base_of(found, options.model_path)
+        name = sources.base_of(found, options.model_path, say)
         if not name:
             raise UserError("The adapter does not say what it was made with.", "Give --model_path.")
         folder = Path(locate(name))
         if not folder.is_dir():
             raise UserError(f"--model_path {name}: no such folder.", "Name the adapter's base model.")
         say(f"base        {folder}: {'asked for' if options.model_path else 'the adapter was made with it'}")
-        commits.compare(found.base, folder, say)
+        commits.compare(found.record, folder, say)
         say(f"adapter     {found.origin}")
         for flag, place in (("--model_path", folder), ("--lora_path", found.origin)):
             newfolder.check_apart(place, target, (flag, FLAG))

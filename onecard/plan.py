@@ -184,7 +184,7 @@ def prepare(
     hardware.check_optimizer(options.optimizer, device.value)
     sharded.check(options, dtype.value)
     runfolder.check_room(Path(options.output_path), LEAST_ROOM)
-    base_path = remote_code.place(options.model_path, options.remote_code, locate)
+    base_path = remote_code.place(options.model_path, options.remote_code, locate, say)
     code = _ask(options, base_path)
     base_path = str(code.folder) if code else base_path
     base_config = model.load_config(base_path, code)

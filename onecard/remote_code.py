@@ -94,10 +94,20 @@ def ask(path: str, commit: str | None, say: Callable[[str], None]) -> Consent | 
     return Consent(folder, commit, say)
 
 
-def place(name: str, commit: str | None, locate: Callable[[str], str]) -> str:
-    """locate(name); a hub's name whose code is asked for stays: `ask` finds its commit in the hub's cache."""
-    in_cache = commit is not None and commits.is_name(name) and not receipt.kept(name)
-    return commits.split(name)[0] if in_cache and name != receipt.DEMO else locate(name)
+def place(name: str, commit: str | None, locate: Callable[[str], str], say: Callable[[str], None]) -> str:
+    """locate(name); a hub's name whose code is asked for stays: `ask` finds its commit in the hub's cache.
+
+    Raises UserError when the name says another commit.
+    """
+    if commit is None or name == receipt.DEMO or not commits.is_name(name):
+        return locate(name)
+    alone, revision = commits.split(name)
+    if revision and commits.COMMIT.fullmatch(revision) and revision != commit:
+        problem = f"--model_path {name} and --remote_code {commit} name two commits."
+        raise UserError(problem, "Name the commit whose code you read, once.")
+    if revision and revision != commit:
+        say(f"hub         {alone}: commit {commit} of --remote_code is used, wherever {revision} points")
+    return locate(alone) if receipt.kept(alone) else alone
 
 
 def check_same(what: str, fingerprints: dict[str, Any], commit: str | None) -> None:

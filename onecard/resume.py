@@ -6,7 +6,6 @@ for the last rename of a save that a kill cut in two.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from onecard import (
     commits,
     config,
     hardware,
+    hubnames,
     legacy,
     lock,
     parallel,
@@ -97,17 +97,26 @@ def decide(wish: ContinueConfig, given: frozenset[str], fetch: Callable[[str], s
 
 
 def make_plan(
-    start: Start, locate: Callable[[str], str], fetch_data: reader.Fetch | None, wish: ContinueConfig
+    start: Start,
+    locate: Callable[[str], str],
+    fetch_data: reader.Fetch | None,
+    wish: ContinueConfig,
+    given: frozenset[str],
 ) -> Plan:
-    """The plan of a run that goes on; raises UserError (exit 4) when rows or base are not what they were."""
+    """The plan of a run that goes on; raises UserError (exit 4) when rows or base are not what they were.
+
+    given: names of the options that the user gave; of the hub's names only theirs are asked for.
+    """
     resolved = start.stored["resolved"] if start.stored else {}
     options = start.options
     if start.same_run and options.device == "auto" and resolved["device"] == "cpu":
         options = dataclasses.replace(options, device="cpu")  # a card that came later is not used by itself
     if start.stored:
         _check_code(start, options)
-    found = functools.partial(_located, locate, resolved.get("base"))
-    plan = prepare(options, found, fetch_data, _arithmetic(options, resolved), again=wish.verify)
+        typed = {name: getattr(wish, name) for name in hubnames.OPTIONS if name in given}
+        locate = hubnames.base_of(start.stored, typed, locate)
+        fetch_data = fetch_data and hubnames.rows_of(start.stored, typed, fetch_data)
+    plan = prepare(options, locate, fetch_data, _arithmetic(options, resolved), again=wish.verify)
     commits.compare(resolved.get("base") or start.base, plan.base_path, say)
     plan.options = start.options
     if start.stored:
@@ -132,11 +141,6 @@ def make_plan(
         problem = f"All {plan.total_steps} planned steps are done: none is left for these rows."
         raise UserError(problem, "Give a larger --num_epochs or --max_steps.")
     return plan
-
-
-def _located(locate: Callable[[str], str], recorded: str | None, name: str) -> str:
-    """The folder of a model, of the hub's at the commit that the run began with."""
-    return locate(commits.recorded(name, recorded))
 
 
 def _keep_or_lengthen(start: Start, plan: Plan, planned: int) -> None:

@@ -33,6 +33,7 @@ class Source:
     whole: bool = False  # a model, not an adapter
     weight: float = 1.0
     base: str | None = None  # the model it was made with, where that is written; of the hub with its commit
+    version: str | None = None  # of the base, where its run wrote one, of ModelScope too
     template: dict[str, Any] | str | None = None  # its texts or its name, where that is written
     notes: list[str] = dataclasses.field(default_factory=list)
     given: Path | None = None  # the user's folder, where `folder` is a copy in peft's form
@@ -42,6 +43,11 @@ class Source:
     @property
     def origin(self) -> Path:
         return self.given or self.folder
+
+    @property
+    def record(self) -> str | None:
+        """What to compare the base in use with."""
+        return self.version or self.base
 
     @property
     def is_gguf(self) -> bool:
@@ -92,7 +98,8 @@ def find(path: str, name: str, which: str, fetch: Callable[[str], str], keep: Pa
         stored = _object(folder.parent / runfolder.CONFIG)
     options = stored.get("options") or {}
     if options.get("model_path"):
-        made.base = commits.recorded(options["model_path"], (stored.get("resolved") or {}).get("base"))
+        made.version = (stored.get("resolved") or {}).get("base")
+        made.base = commits.recorded(options["model_path"], made.version)
     made.bits = options.get("bits")
     made.fingerprints = stored.get("fingerprints") or {}
     made.template = (stored.get("resolved") or {}).get("template") or _first(options.get("template"))
@@ -111,26 +118,36 @@ def is_here(base: str) -> bool:
     return Path(base).exists() or commits.at_hand(base) is not None
 
 
-def base_of(found: Source | None, asked: str | None) -> str | None:
+def base_of(found: Source | None, asked: str | None, say: Callable[[str], None]) -> str | None:
     """The base: asked for, or what the adapter names; raises UserError when that would have to be fetched.
 
-    A hub's name without a revision is meant at the commit that was trained on, where that is written.
+    A hub's name without a revision is meant at the commit that was trained on, where that is written. The hub
+    is asked only for what the user typed: `asked`.
     """
     if found is None or not found.base:
         return asked
     if asked and (asked == found.base or commits.recorded(asked, found.base) != found.base):
         return asked
-    if is_here(found.base):
-        here = None if Path(found.base).exists() else commits.at_hand(found.base)
-        return str((here and commits.of(here)) or found.base)
-    name, commit = commits.split(found.base)
-    other = commits.at_hand(name) if commit else None
-    there = f"; here is {commits.of(other).commit}" if other and commits.of(other) else ""
-    problem = f"{found.name} says that it was trained on {found.base}, which is not on this machine{there}."
-    fix = "Name its base with --model_path; nothing is fetched on its word."
-    if commit:
-        fix = f"Say which: --model_path {found.base}, or {name}@main, as it is now. None is fetched unasked."
-    raise UserError(problem, fix)
+    here = None if Path(found.base).exists() else commits.of_record(found.base, say)
+    if asked and here:
+        commits.tell_move(found.base, say)
+    elif asked:
+        name, commit = commits.split(found.base)
+        say(f"hub         {name}: commit {commit}, which was trained on, is not here and is fetched")
+    elif not is_here(found.base):
+        name, commit = commits.split(found.base)
+        other = commits.at_hand(name) if commit else None
+        version = commits.of(other) if other else None
+        there = f"; here is {version.commit}" if version else ""
+        problem = (
+            f"{found.name} says that it was trained on {found.base}, which is not on this machine{there}."
+        )
+        fix = "Name its base with --model_path; nothing is fetched on its word."
+        if commit:
+            way = f"--model_path {found.base}, or {name}@main, as it is now"
+            fix = f"Say which: {way}. None is fetched unasked."
+        raise UserError(problem, fix)
+    return here or found.base
 
 
 def check_belongs(found: Source, base: Path, files: dict[str, list[Path]]) -> None:

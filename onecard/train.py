@@ -84,7 +84,7 @@ def go_on(
     with signals.watch():
         start = resume.decide(wish, given, fetch)
         if start is not None:
-            carry_out(resume.make_plan(start, locate, fetch_data, wish), start, sample, draw)
+            carry_out(resume.make_plan(start, locate, fetch_data, wish, given), start, sample, draw)
 
 
 def carry_out(plan: Plan, start: Start | None, sample: Sample, draw: Draw) -> None:

@@ -59,7 +59,7 @@ def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
     base = model.load_base(plan.base_path, options.bits, kept_in, place, to_train=True, code=plan.code)
     adapted = weights.prepare(base, lora_shape(options), options.seed)
     version = None if Path(options.model_path).exists() else commits.of(plan.base_path)
-    if version:
+    if version and version.source == commits.HUB:  # what peft looks up there
         weights.note_base(adapted, version.name, version.commit)
     say(f"trained     {weights.describe(adapted)}")
     packs = model.prepare_for_packed_training(adapted, plan.checkpointing)

@@ -23,10 +23,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclasses.dataclass
 class Repository:
-    """Commits with their files, and the one that main is at."""
+    """Commits with their files, and the one that main is at; how it fails, and what it was asked."""
 
     commits: dict[str, Path]
     branch: str
+    fails: dict[str, int] = dataclasses.field(default_factory=dict)  # a word of a path -> status
+    asked: list[str] = dataclasses.field(default_factory=list)
+    silent: bool = False  # takes connections and says nothing
 
 
 @contextlib.contextmanager
@@ -34,6 +37,7 @@ def serving(name: str, folder: Path | Repository, kind: str = "models") -> Itera
     """The address of a hub that holds `folder` under `name` (owner/repository) while the block runs."""
     held = folder if isinstance(folder, Repository) else Repository({COMMIT: folder}, COMMIT)
     prefix = "" if kind == "models" else f"/{kind}"
+    stopped = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -41,6 +45,15 @@ def serving(name: str, folder: Path | Repository, kind: str = "models") -> Itera
 
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
+            if name in path:
+                held.asked.append(path)
+            if held.silent:
+                stopped.wait()
+                return
+            status = next((status for word, status in held.fails.items() if word in path), None)
+            if status:
+                self.answer(b'{"error": "not now"}', status)
+                return
             named = re.search(r"/(?:resolve|tree|revision)/([^/]+)", path)
             commit = named[1] if named and named[1] != "main" else held.branch
             if commit not in held.commits:
@@ -80,6 +93,7 @@ def serving(name: str, folder: Path | Repository, kind: str = "models") -> Itera
         try:
             yield f"http://127.0.0.1:{server.server_port}"
         finally:
+            stopped.set()
             server.shutdown()
 
 

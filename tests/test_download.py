@@ -693,11 +693,11 @@ def test_what_an_adapter_names_is_not_followed(tmp_path, base, monkeypatch):
     found = sources.Source("adapter", tmp_path / "in" / "a", base=base)
     located: list[str] = []
     with pytest.raises(UserError, match="not on this machine") as caught:
-        loading._base(ChatConfig(lora_path="a"), [found], lambda name: located.append(name) or name)
+        loading._base(ChatConfig(lora_path="a"), [found], lambda name: located.append(name) or name, print)
     assert base in str(caught.value)
     assert located == []
     asked = dataclasses.replace(ChatConfig(lora_path="a"), model_path=base)
-    assert loading._base(asked, [found], str) == base  # typed by the user
+    assert loading._base(asked, [found], str, print) == base  # typed by the user
 
 
 def test_a_base_that_is_here_is_followed(served, tmp_path, tiny_model):

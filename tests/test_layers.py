@@ -45,6 +45,7 @@ LAYERS = {  # from the lowest
         "guard",
         "headers",
         "history",
+        "hubnames",
         "journal",
         "json_rows",
         "keyboard",

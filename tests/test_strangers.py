@@ -275,9 +275,14 @@ def few(tmp_path_factory) -> dict[str, Path]:
     get_peft_model(model.load_base(str(base), 16, "fp32", "cpu"), settings).save_pretrained(
         folder / "adapter"
     )
+    shutil.copytree(folder / "adapter", folder / "beacon")  # which names a hub's model, and its commit
+    settings = json.loads((folder / "beacon" / "adapter_config.json").read_text())
+    settings |= {"base_model_name_or_path": "evil/beacon", "revision": "a" * 40}
+    (folder / "beacon" / "adapter_config.json").write_text(json.dumps(settings))
     (folder / "text.txt").write_text("red green blue")
     rows = tiny.save_rows(folder / "rows.json", 8)
     made = {"original": original, "model": base, "adapter": folder / "adapter", "rows": rows}
+    made["beacon"] = folder / "beacon"
     return {**made, "text": folder / "text.txt"}
 
 
@@ -292,8 +297,14 @@ def few(tmp_path_factory) -> dict[str, Path]:
         " --output_path={new}",
         "tools/perplexity.py {text} --model_path={model} --device=cpu",
         "generate.py --terminal --model_path={model} --lora_path={adapter} --max_new_tokens=4 --device=cpu",
+        "tools/merge_lora.py --model_path={model} --lora_path={beacon} --output_path={new}",
+        "tools/export_gguf.py --model_path={model} --lora_path={beacon} --template=alpaca --check=false"
+        " --output_path={new}",
+        "generate.py --terminal --model_path={model} --lora_path={beacon} --max_new_tokens=4 --device=cpu",
+        "finetune.py --model_path={model} --lora_path={beacon} --data_path={rows} --max_steps=1 --test_size=0"
+        " --device=cpu --bits=16 --output_path={new}",
     ],
-    ids=lambda line: line.split()[0],
+    ids=lambda line: line.split()[0] + ("-beacon" if "{beacon}" in line else ""),
 )
 def test_a_tool_asks_nobody(line, few, tmp_path):
     """Each does its work from local files, in one process and its children."""
