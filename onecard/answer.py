@@ -39,11 +39,12 @@ def grow(
     window = Detokenizer(tokenizer)
     window.push(before)
     beams = _Texts(window.copy())
-    read = 0
+    read, known = 0, len(window.text)
     for step in steps:
         best = step.beams[0]
         if step.finished:
-            texts = [final(tokenizer, ids, stops, before) for ids in step.beams]
+            # what is stable all beams share
+            texts = [_ended(window.copy(), ids[read:], stops, known) for ids in step.beams]
             yield Text(texts[0], "", tuple(texts), len(best), step.finished)
             return
         window.push(best[read : step.stable])
@@ -67,7 +68,14 @@ def final(tokenizer: Any, ids: list[int], stops: list[str], before: list[int] | 
     """The whole text, up to the first stop word that does not stand in its beginning `before` already."""
     window = Detokenizer(tokenizer)
     window.push(before or [])
-    known = len(window.text)
+    return _ended(window, ids, stops, len(window.text))
+
+
+def _ended(window: "Detokenizer", ids: list[int], stops: list[str], known: int) -> str:
+    """The whole text with these tokens, the last ones.
+
+    known: letters of the answer's beginning, in which no stop word counts.
+    """
     window.push(ids)
     text = window.text + window.tail([])
     places = [text.find(stop, max(0, known + 1 - len(stop))) for stop in stops]

@@ -161,7 +161,8 @@ class Engine:
     def scores(self, ids: list[int], each: bool = False) -> torch.Tensor:
         """[1, V] of what follows `ids`, at most CHUNK of them; the context then holds them too.
 
-        each: [len(ids), V], what follows each of them.
+        It is llama.cpp's own memory, which the next call writes over. each: [len(ids), V], what follows each
+        of them, in memory of its own.
         """
         tokens = (self.library.llama_token * len(ids))(*ids)
         rows = len(ids) if each else 1
@@ -178,7 +179,8 @@ class Engine:
             kind = MemoryError if code == -2 or is_allocation(reason) else RuntimeError
             raise kind(f"llama.cpp: {reason}")
         self.held += ids
-        return torch.from_numpy(np.ctypeslib.as_array(row, (rows, self.entries)).copy())
+        scores = np.ctypeslib.as_array(row, (rows, self.entries))
+        return torch.from_numpy(scores.copy() if each else scores)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text by the file's own vocabulary, added tokens in it as such; no token comes before."""
