@@ -184,7 +184,7 @@ def test_all_buttons_that_ask_share_the_places():
 
 def test_a_program_ends_between_two_pieces_of_an_answer():
     """What is being made is waited for, nothing more is begun: else a thread in torch aborts the process."""
-    steps, inside, go, seen = talking.Steps(), threading.Event(), threading.Event(), []
+    steps, inside, go, seen, told = talking.Steps(), threading.Event(), threading.Event(), [], []
 
     def made() -> Iterator[int]:
         inside.set()
@@ -192,12 +192,12 @@ def test_a_program_ends_between_two_pieces_of_an_answer():
         yield from (1, 2)
 
     answering = threading.Thread(target=lambda: seen.extend(steps.each(made())))
-    ending = threading.Thread(target=steps.end)
+    ending = threading.Thread(target=steps.end, args=(told.append,))
     answering.start()
     inside.wait()
     ending.start()
     eventually(lambda: steps.is_over)
-    ending.join(0.1)
+    eventually(lambda: told)  # who waits is told so
     assert ending.is_alive()
     go.set()
     for thread in (ending, answering):
