@@ -8,17 +8,13 @@ import contextlib
 import dataclasses
 import functools
 import re
-import threading
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import httpx2
-from huggingface_hub import HfApi, constants, get_session, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub import constants, snapshot_download
 
-from onecard import layouts, receipt, runfolder
+from onecard import asking, layouts, receipt, runfolder
 from onecard.errors import UserError
 from onecard.tool_config import HUB, MODELSCOPE
 
@@ -27,11 +23,7 @@ KINDS = {f"{kind}s": kind for kind in (MODEL, DATASET)}  # as the cache calls th
 NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")  # of git; the longer one stands for ModelScope's
 FILES = (".gguf", ".json", ".safetensors", ".bin")  # no hub name ends so
-PATIENCE = 5.0  # seconds in all for the question which commit a name is, then the cache
-REST = 60.0  # seconds that a hub that said nothing is left alone
 BRANCH = "main"
-REFUSED = (401, 403, 404)  # an answer, if no good one
-REFUSALS = (OSError, ValueError, httpx2.HTTPError)  # of the hub's client
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 Say = Callable[[str], None]
 
@@ -82,10 +74,14 @@ def of(path: Path | str) -> Version | None:
     return _in_cache(path)
 
 
-def recorded(name: str, version: str | None) -> str:
-    """The hub's version that was recorded for a name that says none itself, else the name."""
+def recorded(name: str, version: str | None, stored: bool = False) -> str:
+    """The hub's version that was recorded for a name that says none itself, else the name.
+
+    stored: the name was kept with the version; whatever revision it says is where the version came from.
+    """
     known = parsed(version)
-    is_its = known is not None and known.source == HUB and known.name == name and not Path(name).exists()
+    said = split(name)[0] if stored else name
+    is_its = known is not None and known.source == HUB and known.name == said and not Path(name).exists()
     return str(known) if is_its else name
 
 
@@ -123,8 +119,9 @@ _answered: dict[Path, Version] = {}  # folders that folder_of fetched from a hub
 
 @functools.cache  # in one program a name means one commit, which is said once
 def folder_of(text: str, kind: str, patterns: tuple[str, ...], say: Say) -> Path:
-    """The folder of a name that the user typed, with the files of these patterns; raises one of REFUSALS.
+    """The folder of a name that the user typed, with the files of these patterns.
 
+    Raises one of asking.REFUSALS.
     What tools/download.py fetched by the name stays what the name means. Where the hub gives no commit or no
     files it is the commit that the cache has. A commit that is whole in the cache is not asked for.
     """
@@ -135,21 +132,25 @@ def folder_of(text: str, kind: str, patterns: tuple[str, ...], say: Say) -> Path
         say(f"{version.source:<12}{name} is commit {version.commit}, which is in {kept}")
         return kept
     cached = _cached(name, revision, kind)
-    if cached and cached[0].name == revision and _is_whole(cached[0], kind, patterns):
+    if (
+        cached
+        and cached[0].name == revision
+        and _is_whole(cached[0], Version(name, revision, kind), patterns)
+    ):
         say(f"hub         {name} is commit {revision}")
         return cached[0]
     branch = revision or BRANCH
     try:
-        commit = _asked(name, kind, branch)
+        commit = asking.commit_of(name, kind, branch)
         before = _ref(name, kind, branch)
         if before not in (None, commit):
             moved = f"{branch} has moved from {before[:12]} to {commit[:12]} since it was last fetched"
             say(f"hub         {name}: {moved}. To stay: {name}@{before}")
         folder = _bring(Version(name, commit, kind), patterns)
-    except REFUSALS as error:
-        if not cached:
+    except asking.REFUSALS as error:
+        if not cached or asking.is_local(error):
             raise
-        say(f"hub         {name}: {_reason(error)}; commit {cached[0].name} of the cache is used")
+        say(f"hub         {name}: {asking.reason(error)}; commit {cached[0].name} of the cache is used")
         return cached[0]
     _note(name, kind, branch, commit)
     _answered[folder] = Version(name, commit, kind)
@@ -158,7 +159,7 @@ def folder_of(text: str, kind: str, patterns: tuple[str, ...], say: Say) -> Path
 
 
 def complete(folder: Path, patterns: Iterable[str]) -> None:
-    """Fetch the weights that a folder lacks which folder_of gave; raises one of REFUSALS. Others stay."""
+    """Fetch the weights that a folder of folder_of lacks; raises one of asking.REFUSALS. Others stay."""
     version = _answered.get(folder)
     if version and not _has_weights(folder):
         _bring(version, (*patterns,))
@@ -175,14 +176,19 @@ def compare(record: str | None, used: Path | str, say: Say) -> None:
         say(f"{before.source:<12}{before.name}: commit {there} was trained on, {here} is used")
 
 
+@functools.cache  # asked and said once
 def tell_move(record: str, say: Say) -> None:
     """Say it when a name that the user typed means another commit than the recorded one, which is used."""
     version = parsed(record)
     kept = _kept(version.name, None, MODEL)
+    ours = of(kept) if kept else None
+    if ours and ours.source != HUB:
+        return
     try:
-        head = of(kept).commit if kept and of(kept) else _asked(version.name, MODEL, BRANCH)
-    except REFUSALS as error:
-        say(f"hub         {version.name}: {_reason(error)}; commit {version.commit} of the cache is used")
+        head = ours.commit if ours else asking.commit_of(version.name, MODEL, BRANCH)
+    except asking.REFUSALS as error:
+        why = asking.reason(error)
+        say(f"hub         {version.name}: {why}; commit {version.commit} of the cache is used")
         return
     if head != version.commit:
         moved = f"has moved from {version.commit[:12]} to {head[:12]}"
@@ -221,24 +227,33 @@ def _cached(name: str, revision: str | None, kind: str) -> list[Path]:
 
 def _ref(name: str, kind: str, branch: str) -> str | None:
     """The commit of a branch when it was last fetched, None when it was not."""
-    path = _place(name, kind) / "refs" / branch
-    text = path.read_text(encoding="utf-8").strip() if ".." not in path.parts and path.is_file() else ""
+    path, text = _ref_file(name, kind, branch), ""
+    with contextlib.suppress(OSError, ValueError):
+        text = path.read_text(encoding="utf-8").strip() if path and path.is_file() else ""
     return text if COMMIT.fullmatch(text) else None
+
+
+def _ref_file(name: str, kind: str, branch: str) -> Path | None:
+    """Where the hub's client keeps the commit of a branch; None for what is no branch's name."""
+    inside = Path(branch)
+    if inside.is_absolute() or ".." in inside.parts or COMMIT.fullmatch(branch):
+        return None
+    return _place(name, kind) / "refs" / inside
 
 
 def _note(name: str, kind: str, branch: str, commit: str) -> None:
     """Keep the commit of a branch where the hub's client has it, once its files are there and it was said."""
-    path = _place(name, kind) / "refs" / branch
-    if not COMMIT.fullmatch(branch) and ".." not in path.parts:
+    path = _ref_file(name, kind, branch)
+    if path:
         with contextlib.suppress(OSError):  # a cache that cannot be written
             path.parent.mkdir(parents=True, exist_ok=True)
             runfolder.replace(path, commit.encode())
 
 
 def _has_content(folder: Path, kind: str) -> bool:
-    """Whether a snapshot has weights, all that its index names, or a dataset's any file."""
+    """Whether a snapshot has weights, all that its index names, or a dataset's any file but a text on it."""
     if kind == DATASET:
-        return any(folder.iterdir())
+        return any(path.is_file() and path.suffix not in ("", ".md") for path in folder.rglob("*"))
     return (
         _has_weights(folder)
         or any(folder.glob("*.gguf"))
@@ -253,24 +268,28 @@ def _has_weights(folder: Path) -> bool:
     return False
 
 
-def _is_whole(folder: Path, kind: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a snapshot lacks nothing, by the list of its files, where one was kept, and by their kinds."""
-    version = Version(_in_cache(folder).name, folder.name, kind)
+def _is_whole(folder: Path, version: Version, patterns: tuple[str, ...]) -> bool:
+    """Whether a model's snapshot lacks nothing, by the list of its files, if one was kept, and their kinds.
+
+    Of a dataset's nothing else says which files it should have.
+    """
+    if version.kind == DATASET:
+        return False
     try:
         snapshot_download(version.name, **_wanted(version, patterns), local_files_only=True)
-    except REFUSALS:
+    except asking.REFUSALS:
         return False
     has_words = patterns != layouts.SETTINGS or any(folder.glob("*token*"))
-    return has_words and _has_content(folder, kind)
+    return has_words and _has_content(folder, version.kind)
 
 
 def _in_cache(path: Path) -> Version | None:
     """The version of a snapshot in the hub's own cache, or of a file in it, by the folders' names."""
-    cache = Path(constants.HF_HUB_CACHE).resolve()
+    cache = Path(constants.HF_HUB_CACHE)
     place = path.resolve() if path.is_dir() else path.parent.resolve() / path.name  # a file is a link
-    if not place.is_relative_to(cache):
-        return None
-    repository, inside, commit = (*place.relative_to(cache).parts, "", "", "")[:3]
+    ways = (place, cache.resolve()), (path.absolute(), cache.absolute())  # a repository may be a link, too
+    inner = [way.relative_to(start).parts for way, start in ways if way.is_relative_to(start)]
+    repository, inside, commit = (*(inner[0] if inner else ()), "", "", "")[:3]
     kinds, _, name = repository.partition("--")
     if kinds not in KINDS or inside != "snapshots" or not COMMIT.fullmatch(commit):
         return None
@@ -283,54 +302,6 @@ def _wanted(version: Version, patterns: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _bring(version: Version, patterns: tuple[str, ...]) -> Path:
-    """The snapshot of a version with these files; raises one of REFUSALS."""
-    hooks = get_session().event_hooks
-    if _end_in_time not in hooks["request"]:
-        get_session().event_hooks = {**hooks, "request": [*hooks["request"], _end_in_time]}
+    """The snapshot of a version with these files; raises one of asking.REFUSALS."""
+    asking.limit_waits()
     return Path(snapshot_download(version.name, **_wanted(version, patterns)))
-
-
-def _end_in_time(request: httpx2.Request) -> None:
-    """A limit for each wait of a request, where the hub's client sets none."""
-    limits = request.extensions.get("timeout") or {}
-    kept = {name: limits.get(name) or PATIENCE for name in ("connect", "read", "write", "pool")}
-    request.extensions["timeout"] = kept
-
-
-_silence = {"until": 0.0}  # of the monotonic clock, in seconds
-
-
-def _asked(name: str, kind: str, revision: str) -> str:
-    """The commit that the hub says a revision is, within PATIENCE; raises one of REFUSALS."""
-    answers: list[Any] = []
-
-    def ask() -> None:
-        try:
-            answers.append(HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=PATIENCE).sha)
-        except Exception as error:
-            answers.append(error)
-
-    if time.monotonic() >= _silence["until"]:
-        asking = threading.Thread(target=ask, daemon=True)  # looking up the hub's address has no limit
-        asking.start()
-        asking.join(PATIENCE)
-    answer = answers[0] if answers else TimeoutError()
-    if isinstance(answer, TimeoutError | httpx2.TimeoutException):
-        _silence["until"] = max(_silence["until"], time.monotonic() + REST)
-        raise TimeoutError(f"nothing in {PATIENCE:g} seconds")
-    if isinstance(answer, Exception):
-        raise answer
-    if not COMMIT.fullmatch(str(answer)):
-        raise ValueError("the hub names no commit")
-    return str(answer)
-
-
-def _reason(error: Exception) -> str:
-    """Why the hub gave nothing, in short."""
-    if isinstance(error, OfflineModeIsEnabled):
-        return "the hub is not asked (HF_HUB_OFFLINE)"
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if status in REFUSED:
-        return f"the hub refuses it ({status})"
-    told = str(error) if isinstance(error, TimeoutError) else type(error).__name__
-    return f"the hub did not answer ({status or told})"

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from onecard import commits, layouts
+from onecard import asking, commits, layouts
 from onecard.errors import DISK, UserError
 from onecard.fingerprint import cache_folder
 from onecard.reader import FORMATS
@@ -65,7 +65,7 @@ def fetch_model(name: str) -> str:
     folder = locate(name)
     try:
         commits.complete(Path(folder), layouts.TENSORS)
-    except commits.REFUSALS as error:
+    except asking.REFUSALS as error:
         raise _refusal(f"--model_path {name}: its weights", error, MODELS) from None
     return folder
 
@@ -91,7 +91,9 @@ def fetch_dataset(name: str) -> str:
 def _fetch(name: str, kind: str, patterns: tuple[str, ...], what: str, fix: str) -> str:
     try:
         return str(commits.folder_of(name, kind, patterns, _say))
-    except commits.REFUSALS as error:
+    except asking.REFUSALS as error:
+        if asking.is_local(error):
+            raise
         raise _refusal(what, error, fix) from None
 
 

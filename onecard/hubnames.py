@@ -20,7 +20,9 @@ def base_of(stored: dict[str, Any], typed: dict[str, str | None], locate: Fetch)
     """locate for the run's base; typed: those of OPTIONS that the user gave, stored: finetune_config.json."""
 
     def found(name: str) -> str:
-        version = commits.recorded(name, stored["resolved"].get("base"))
+        if MODEL_PATH in typed and commits.split(name)[1]:
+            return locate(name)
+        version = commits.recorded(name, stored["resolved"].get("base"), stored=MODEL_PATH not in typed)
         if name == DEMO or not commits.is_name(version):
             return locate(version)
         here = commits.of_record(version, say)
@@ -40,7 +42,9 @@ def rows_of(stored: dict[str, Any], typed: dict[str, str | None], fetch: Fetch) 
     def found(name: str) -> str:
         if any(part == name or part.startswith(f"{name}:") for part in asked):  # with a weight
             return fetch(name)
-        known = [text for text in (commits.recorded(name, text) for text in noted) if text != name]
+        known = [
+            text for text in (commits.recorded(name, text, stored=True) for text in noted) if text != name
+        ]
         here = commits.of_record(known[0] if known else name, say, commits.DATASET)
         if here:
             return here

@@ -17,7 +17,18 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from onecard import adapter, attention, commits, frozen, headers, layouts, quantised, remote_code, weights
+from onecard import (
+    adapter,
+    asking,
+    attention,
+    commits,
+    frozen,
+    headers,
+    layouts,
+    quantised,
+    remote_code,
+    weights,
+)
 from onecard.adapter import LoraShape
 from onecard.errors import CHECKPOINT, UNSAFE, UserError
 from onecard.remote_code import Consent
@@ -72,7 +83,7 @@ def identity_files(path: str) -> dict[str, list[Path]]:
     folder, names = Path(path), (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
     try:
         commits.complete(folder, layouts.TENSORS)
-    except commits.REFUSALS as error:
+    except asking.REFUSALS as error:
         raise cannot_load(path, "its weights", error) from None
     return {
         "tokenizer": [folder / name for name in names if (folder / name).is_file()],

@@ -3,6 +3,7 @@
 Works under torchrun (gloo on CPU, nccl on CUDA) and, with one process, without it.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable
 
@@ -70,6 +71,12 @@ def smallest(number: int) -> int:
 def largest(number: int) -> int:
     """The largest of all processes' numbers."""
     return -smallest(-number)
+
+
+def agree(text: str) -> bool:
+    """Whether all processes have the same text."""
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+    return smallest(number) == largest(number)
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], also: torch.Tensor) -> torch.Tensor:

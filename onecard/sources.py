@@ -99,7 +99,7 @@ def find(path: str, name: str, which: str, fetch: Callable[[str], str], keep: Pa
     options = stored.get("options") or {}
     if options.get("model_path"):
         made.version = (stored.get("resolved") or {}).get("base")
-        made.base = commits.recorded(options["model_path"], made.version)
+        made.base = commits.recorded(options["model_path"], made.version, stored=True)
     made.bits = options.get("bits")
     made.fingerprints = stored.get("fingerprints") or {}
     made.template = (stored.get("resolved") or {}).get("template") or _first(options.get("template"))

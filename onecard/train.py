@@ -5,6 +5,7 @@ adapter. Fetching models, answering prompts and drawing are other verbs' work an
 """
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from onecard import (
 )
 from onecard.batching import PackedBatch, micro_batches, pack
 from onecard.config import ContinueConfig, FinetuneConfig
-from onecard.errors import NON_FINITE, Stopped, UserError
+from onecard.errors import CHECKPOINT, NON_FINITE, Stopped, UserError
 from onecard.finish import Draw, Sample, answers, finish, note_answers, samples_are_due
 from onecard.journal import say
 from onecard.plan import STARTING, Plan, finished_before, learning_rate, prepare
@@ -93,6 +94,9 @@ def carry_out(plan: Plan, start: Start | None, sample: Sample, draw: Draw) -> No
     describe(plan)
     parallel.start(torch.device(plan.device), alone_too=sharded.wanted() is not None)
     try:
+        if not parallel.agree(json.dumps(plan.fingerprints, sort_keys=True)):
+            problem = "The processes do not have the same base model, tokenizer or rows."
+            raise UserError(problem, "Give them the same files, or owner/name@COMMIT.", CHECKPOINT)
         with lock.owned(folder) if parallel.is_main() else contextlib.nullcontext():
             new = not (start and start.same_run) and not plan.options.overwrite
             if new and (folder / runfolder.FINISHED).exists():

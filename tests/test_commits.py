@@ -3,6 +3,7 @@
 The hub is a stand-in on the loopback address, its cache a folder of the test; programs run as users run them.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import pytest
 from huggingface_hub import get_session
 from safetensors.torch import load_file, save_file
 
-from onecard import commits, hub, hubnames, layouts, model, receipt, remote_code, sources
+from onecard import asking, commits, hub, hubnames, layouts, model, receipt, remote_code, sources
 from onecard.errors import USAGE, UserError
 from tests import fake_hub, tiny
 from tests.fake_hub import Repository
@@ -280,7 +281,7 @@ def test_a_silent_hub_is_left_alone(cached, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.HfApi.repo_info", answer)
     monkeypatch.setattr(commits, "PATIENCE", 0.2)
-    monkeypatch.setattr(commits, "_silence", {"until": 0.0})
+    monkeypatch.setattr(asking, "_silence", {"until": 0.0})
     said: list[str] = []
     assert commits.folder_of(NAME, commits.MODEL, layouts.SETTINGS, said.append).name == NEW
     assert "nothing in 0.2 seconds" in said[0]
@@ -310,7 +311,7 @@ def test_files_that_a_hub_holds_back(folders, tmp_path):
 def test_a_list_of_files_that_never_comes(folders, tmp_path, cached, monkeypatch):
     """The hub's client sets no limit there; every wait has one."""
     request = httpx2.Request("GET", "http://127.0.0.1/", extensions={"timeout": {"read": None, "write": 3.0}})
-    commits._end_in_time(request)
+    asking._end_in_time(request)
     limits = {"connect": 5.0, "read": 5.0, "write": 3.0, "pool": 5.0}
     assert request.extensions["timeout"] == limits
     seen: list[object] = []
@@ -320,7 +321,7 @@ def test_a_list_of_files_that_never_comes(folders, tmp_path, cached, monkeypatch
         lambda *_, **__: seen.extend(get_session().event_hooks["request"]) or "x",
     )
     commits._bring(commits.Version(NAME, OLD), ("*",))
-    assert commits._end_in_time in seen
+    assert asking._end_in_time in seen
 
 
 def test_a_snapshot_given_as_a_folder_is_nobodys_question(cached, monkeypatch):
@@ -422,3 +423,60 @@ def test_the_rows_of_a_run_that_goes_on(cached):
     assert (
         hubnames.rows_of(stored, typed, lambda name: f"asked {name}")("someone/rows") == "asked someone/rows"
     )
+
+
+def test_a_stored_name_with_a_branch_has_its_commit(cached):
+    """A run that was begun with name@main stays where it began; one that is typed so follows the branch."""
+    stored = {"resolved": {"base": f"{NAME}@{OLD}"}}
+    assert hubnames.base_of(stored, {}, pytest.fail)(f"{NAME}@main") == str(cached / "snapshots" / OLD)
+    typed = {"model_path": f"{NAME}@main"}
+    assert hubnames.base_of(stored, typed, "asked {}".format)(f"{NAME}@main") == f"asked {NAME}@main"
+
+
+@pytest.mark.parametrize("branch", ["/etc/passwd", "../../../x", "..", "x/../../../../x"])
+def test_a_revision_that_is_a_path(cached, branch):
+    """It leads out of the cache to nothing."""
+    assert commits.at_hand(f"{NAME}@{branch}") is None
+
+
+def test_a_branch_that_cannot_be_read(cached):
+    """What is no commit says nothing; the snapshots are still there."""
+    (cached / "refs" / "main").write_bytes(b"\xff\xfe")
+    assert commits.at_hand(NAME).parent == cached / "snapshots"
+
+
+def test_a_cache_on_another_disk(cached, tmp_path, monkeypatch):
+    """A repository's folder that is a link, and a cache whose path has dots, keep their versions."""
+    cached.rename(tmp_path / "elsewhere")
+    cached.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "x").mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "x" / ".." / cached.parent))
+    for revision in (OLD, "main"):
+        folder = commits.at_hand(f"{NAME}@{revision}")
+        assert folder is not None
+        assert commits.of(folder).name == NAME
+
+
+def test_a_full_disk_is_no_silent_hub(cached, monkeypatch):
+    """An older commit is not taken instead."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(asking, "commit_of", lambda *_: GONE)
+    monkeypatch.setattr(commits, "snapshot_download", full)
+    said: list[str] = []
+    with pytest.raises(OSError, match="No space"):
+        commits.folder_of(NAME, commits.MODEL, ("*",), said.append)
+    assert not any("of the cache is used" in line for line in said)
+
+
+def test_an_endpoint_that_is_no_address(cached, monkeypatch):
+    """What the client makes of it is one of the refusals."""
+
+    def odd(*_: object, **__: object) -> None:
+        raise KeyError("sha")
+
+    monkeypatch.setattr(asking.HfApi, "repo_info", odd)
+    with pytest.raises(ValueError, match="KeyError"):
+        asking.commit_of(NAME, commits.MODEL, "main")

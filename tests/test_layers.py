@@ -18,6 +18,7 @@ LAYERS = {  # from the lowest
         "adapter",
         "addresses",
         "answer",
+        "asking",
         "attention",
         "bars",
         "batching",
