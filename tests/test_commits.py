@@ -280,7 +280,7 @@ def test_a_silent_hub_is_left_alone(cached, monkeypatch):
         never.wait()
 
     monkeypatch.setattr("huggingface_hub.HfApi.repo_info", answer)
-    monkeypatch.setattr(commits, "PATIENCE", 0.2)
+    monkeypatch.setattr(asking, "PATIENCE", 0.2)
     monkeypatch.setattr(asking, "_silence", {"until": 0.0})
     said: list[str] = []
     assert commits.folder_of(NAME, commits.MODEL, layouts.SETTINGS, said.append).name == NEW
@@ -351,7 +351,7 @@ def test_settings_alone_are_no_base_that_is_here(cached):
 def test_modelscope_is_another_source(cached, tmp_path, monkeypatch):
     """Its commits are compared and said, never looked up at the hub."""
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "own"))
-    monkeypatch.setattr(commits, "_asked", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(asking, "commit_of", lambda *_: pytest.fail("asked"))
     folder = receipt.place(NAME)
     folder.mkdir(parents=True)
     values = {"source": "modelscope", "name": NAME, "revision": "master", "commit": OLD, "endpoint": ""}
