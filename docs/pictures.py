@@ -4,8 +4,8 @@
     bash finetune.sh && bash tools/setup.sh test
     .venv/bin/python docs/pictures.py [FOLDER]
 
-The adapter is the one that finetune.sh leaves; the training window trains a short run beside it in a temporary
-folder. About five minutes on two cores. Look at what comes out before you commit it.
+The adapter is the one that finetune.sh leaves; the training window trains a short run beside it in a
+temporary folder. About five minutes on two cores. Look at what comes out before you commit it.
 """
 
 import os
