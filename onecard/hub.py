@@ -92,12 +92,13 @@ def _fetch(name: str, kind: str, patterns: tuple[str, ...], what: str, fix: str)
     try:
         return str(commits.folder_of(name, kind, patterns, _say))
     except asking.REFUSALS as error:
-        if asking.is_local(error):
-            raise
         raise _refusal(what, error, fix) from None
 
 
 def _refusal(what: str, error: Exception, fix: str) -> UserError:
+    """What to tell of a refusal; an error of this machine's disk is raised as it is, for its exit code."""
+    if asking.is_local(error):
+        raise error
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return UserError(f"{what} cannot be fetched: {reason}", fix)
 

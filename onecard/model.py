@@ -84,6 +84,8 @@ def identity_files(path: str) -> dict[str, list[Path]]:
     try:
         commits.complete(folder, layouts.TENSORS)
     except asking.REFUSALS as error:
+        if asking.is_local(error):
+            raise
         raise cannot_load(path, "its weights", error) from None
     return {
         "tokenizer": [folder / name for name in names if (folder / name).is_file()],

@@ -471,6 +471,18 @@ def test_a_full_disk_is_no_silent_hub(cached, monkeypatch):
     assert not any("of the cache is used" in line for line in said)
 
 
+@pytest.mark.parametrize("use", [hub.fetch_model, model.identity_files])
+def test_weights_that_the_disk_has_no_room_for(cached, monkeypatch, use):
+    """It is not said that they cannot be fetched: whoever fetches them, the disk's own error stays."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(commits, "complete", full)
+    with pytest.raises(OSError, match="No space"):
+        use(str(cached))
+
+
 def test_an_endpoint_that_is_no_address(cached, monkeypatch):
     """What the client makes of it is one of the refusals."""
 
