@@ -113,18 +113,19 @@ def test_a_signal_at_any_moment_loses_nothing(
         harness.run("finetune", flags(tiny_model, rows, tmp_path / "t"))["seconds"],
     )
 
-    def cell(item: tuple[int, float]) -> tuple[int, float]:
+    def cell(item: tuple[int, float]) -> float:
         number, delay = item
         run = tmp_path / str(number)
-        signals = [[delay, name]]
-        answer = harness.run("finetune", flags(tiny_model, rows, run, save_steps=100), signals=signals)
-        assert answer["code"] in (0, code), answer["said"]
-        if (
-            code != -9
-            and answer["code"]
-            and not (run / "finished.json").exists()
-            and list(run.glob("checkpoint-*"))
-        ):
+        for _ in range(4):  # one that ends before its signal comes is done again, stopped earlier
+            shutil.rmtree(run, ignore_errors=True)
+            settings = flags(tiny_model, rows, run, save_steps=100)
+            answer = harness.run("finetune", settings, signals=[[delay, name]])
+            assert answer["code"] in (0, code), answer["said"]
+            if answer["code"]:
+                break
+            delay /= 2
+        assert answer["code"] == code, answer["said"]
+        if code != -9 and not (run / "finished.json").exists() and list(run.glob("checkpoint-*")):
             logged = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
             assert max(runfolder.checkpoint_steps(run)) == max(logged, default=0)
             assert "finetune_continue.py --output_path" in answer["said"]
@@ -134,11 +135,9 @@ def test_a_signal_at_any_moment_loses_nothing(
         again = harness.run("finetune_continue" if begun else "finetune", wish)
         assert again["code"] == 0, again["said"]
         assert differences(expected, outcome(run)) == [], answer["said"] + again["said"]
-        return answer["code"], answer["seconds"] - delay
+        return answer["seconds"] - delay
 
-    answers = harness.map(cell, list(enumerate(moments(count, seconds))))
-    assert sum(stopped == code for stopped, _ in answers) >= count // 2
-    assert max(after for stopped, after in answers if stopped == code) < 5
+    assert max(harness.map(cell, list(enumerate(moments(count, seconds))))) < 5
 
 
 @pytest.mark.parametrize("mutant", [{}])
