@@ -15,7 +15,7 @@ import dataclasses
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 
@@ -47,13 +47,21 @@ class First(BaseStreamer):
         pass
 
 
-def ours(talk: chat.Chat, settings: Generation) -> Run:
-    started, first = time.perf_counter(), None
+def our_tokens(talk: chat.Chat, settings: Generation) -> Iterator[str]:
+    """An empty text for each token of OneCard's answer, and its text in the end."""
     for reply in talk.stream(conversation(), settings):
-        if first is None and reply.text.tokens:
-            first = time.perf_counter() - started
+        if reply.text.tokens:
+            yield ""
     talk.engine.forget()  # the next run begins as cold as the other side's
-    return first, time.perf_counter() - started, reply.text.stable
+    yield reply.text.stable
+
+
+def ours(talk: chat.Chat, settings: Generation) -> Run:
+    started, tokens = time.perf_counter(), our_tokens(talk, settings)
+    next(tokens)
+    first = time.perf_counter() - started
+    *_, text = tokens
+    return first, time.perf_counter() - started, text
 
 
 def transformers_alone(talk: chat.Chat, settings: Generation) -> Run:
@@ -102,6 +110,29 @@ def compared(mine: Callable[[], Run], other: Callable[[], Run], tokens: int, pai
     for number in range(pairs):
         for which in (0, 1) if number % 2 else (1, 0):
             runs[which].append(sides[which]())
+    return summed_up(runs, tokens)
+
+
+def compared_in_turns(
+    mine: Callable[[], Iterator[str]], other: Callable[[], Iterator[str]], tokens: int, pairs: int
+) -> Compared:
+    """The same, of two that write at the same time, a token each in turn."""
+    runs: tuple[list[Run], list[Run]] = ([], [])
+    for number in range(-1, pairs):  # once to warm up
+        sides, taken, firsts, texts = (mine(), other()), [0.0, 0.0], [0.0, 0.0], ["", ""]
+        for step in range(tokens + 1):
+            for which in (0, 1) if step % 2 else (1, 0):
+                started = time.perf_counter()
+                texts[which] = next(sides[which])
+                taken[which] += time.perf_counter() - started
+                firsts[which] = firsts[which] or taken[which]
+        assert all(texts), "another number of tokens"
+        for which in (0, 1) if number >= 0 else ():
+            runs[which].append((firsts[which], taken[which], texts[which]))
+    return summed_up(runs, tokens)
+
+
+def summed_up(runs: tuple[list[Run], list[Run]], tokens: int) -> Compared:
     return Compared(
         tuple(statistics.median(tokens / taken for _, taken, _ in found) for found in runs),
         tuple(statistics.median(first for first, _, _ in found) for found in runs),

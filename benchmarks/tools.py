@@ -12,8 +12,9 @@ process. FOLDER lies on the disk that is measured and needs room for two such mo
 
 engine: the demo model in GGUF files of several types, with and without an adapter. OneCard's stream, every
 snapshot taken as the terminal does, against llama.cpp's own C interface in the shortest loop there is:
-decode, take the largest logit, again. Same file, context, batch, threads, prompt and number of tokens; pairs
-run one after the other in this process, in changing order; the texts must be equal.
+decode, take the largest logit, again. Same file, context, batch, threads, prompt and number of tokens. Both
+write in this process at the same time, each a token and then the other one, in changing order, so that a
+machine that slows down does so for both; the texts must be equal.
 
 Each section prints the date, the machine and a Markdown table. On a busy machine the figures mean nothing.
 """
@@ -31,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 
@@ -234,9 +235,9 @@ def beside_bare(
     ids = prompt.encode(chat_speed.conversation(), talk.template, talk.tokenizer)[0]
     decode = functools.partial(prompt.decode, talk.tokenizer)
     try:
-        return chat_speed.compared(
-            lambda: chat_speed.ours(talk, settings),
-            lambda: bare.run(ids, args.tokens, decode),
+        return chat_speed.compared_in_turns(
+            lambda: chat_speed.our_tokens(talk, settings),
+            lambda: bare.tokens(ids, args.tokens, decode),
             args.tokens,
             args.pairs,
         )
@@ -262,9 +263,9 @@ class Bare:
                 self.state, (api.llama_adapter_lora_p_ctypes * 1)(loaded), 1, (ctypes.c_float * 1)(1.0)
             )
 
-    def run(self, given: list[int], count: int, decode: Callable[[list[int]], str]) -> chat_speed.Run:
-        """The most probable token, `count` times."""
-        api, made, first, started = self.api, [], 0.0, time.perf_counter()
+    def tokens(self, given: list[int], count: int, decode: Callable[[list[int]], str]) -> Iterator[str]:
+        """The most probable token, `count` times: an empty text for each, and the text in the end."""
+        api, made = self.api, []
         api.llama_memory_clear(api.llama_get_memory(self.state), False)
         while len(made) < count:
             tokens = (api.llama_token * len(given))(*given)
@@ -272,10 +273,9 @@ class Bare:
             assert code == 0, code
             scores = np.ctypeslib.as_array(api.llama_get_logits_ith(self.state, -1), (self.entries,))
             given = [int(scores.argmax())]
-            first = first or time.perf_counter() - started
             made += given
-        text = decode(made)
-        return first, time.perf_counter() - started, text
+            yield ""
+        yield decode(made)
 
     def close(self) -> None:
         self.api.llama_free(self.state)

@@ -13,6 +13,7 @@ from typing import Any
 from onecard.decoding import BANNED, GOES, STOPS, Step
 
 BROKEN = "\ufffd"  # how a decoder writes bytes that are no character (yet)
+CONTEXT = 4  # settled tokens, about, that are decoded again with the next: with fewer more are decoded twice
 LONGEST = 3  # tokens behind the one a character begins in; a character has four bytes at most
 
 
@@ -93,7 +94,7 @@ class Detokenizer:
         self.byte_tokens = _byte_tokens(tokenizer)
         self.bytes = {token: byte for byte, token in enumerate(self.byte_tokens)}
         self.text = ""
-        self.context: list[int] = []  # tokens whose text is out, kept because they shape the next one's
+        self.context: list[int] = []  # tokens whose text is out, kept because they shape that of the next
         self.known = ""  # their text
         self.waiting: list[int] = []
 
@@ -132,8 +133,11 @@ class Detokenizer:
 
     def _out(self, text: str, count: int) -> None:
         self.text += text
-        self.context, self.waiting = self.waiting[:count], self.waiting[count:]
-        self.known = self._decode(self.context)
+        out, self.waiting = self.waiting[:count], self.waiting[count:]
+        if len(self.context) < CONTEXT:
+            self.context, self.known = [*self.context, *out], self.known + text
+        else:
+            self.context, self.known = out, self._decode(out)
 
     def _new(self, ids: list[int]) -> str:
         return self._decode([*self.context, *ids])[len(self.known) :]

@@ -10,7 +10,7 @@ Legend: B beams, V entries of the vocabulary, T tokens of prompt and answer.
 import dataclasses
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -160,6 +160,8 @@ class _Picker:
         self.seed = secrets.randbits(63) if settings.seed is None else settings.seed
         self.prompt, self.settings, self.ends = prompt, settings, ends
         self.rules, self.warpers = list(_rules(settings)), list(_warpers(settings, ends))
+        self.greedy = not (settings.samples or self.width > 1 or self.rules or watch)
+        self.seen: tuple[torch.Tensor | None, Any] = None, None  # of _highest
         self.within: torch.Tensor | None = None  # of _within, for the first scores
 
     def best(
@@ -169,6 +171,8 @@ class _Picker:
 
         scores: [B, V] of the engine; totals: of each beam so far.
         """
+        if self.greedy and len(beams[0]) >= self.settings.min_new_tokens:
+            return self._highest(scores)
         scores = scores.float()
         if self.width > 1:
             scores = torch.log_softmax(scores, dim=-1)
@@ -203,6 +207,21 @@ class _Picker:
                 return sorted(found[:count], key=lambda one: -one[0])
             wanted *= 4  # banned phrases took some away
         return []
+
+    def _highest(self, scores: torch.Tensor) -> list[tuple[float, int, int, str]]:
+        """What best() finds when nothing is asked for but the token with the highest score.
+
+        A call of torch costs more than that search on a processor, at every token; llama.cpp's scores come in
+        the same tensor each time, and its view is kept.
+        """
+        known, row = self.seen
+        if scores is not known or scores.dtype != torch.float32:
+            row = scores.float()
+            row = row.numpy() if row.device.type == "cpu" else row
+            self.seen = scores, row
+        token = int(row.argmax())
+        value = float(row[0, token])
+        return [] if value < IMPOSSIBLE else [(value, 0, token, GOES)]
 
     def _drawn(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(place in flat, score, score with Gumbel noise) of each possible token, on the processor.

@@ -58,6 +58,7 @@ class Engine:
         self.held: list[int] = []  # tokens whose keys and values the context has
         self.active: dict[str, float] = {}
         self.stale = False
+        self.row: tuple[int, torch.Tensor] = 0, torch.empty(0)  # address and view of llama.cpp's scores
         self.library = llama_library.library()
         gguf_trial.check(gguf, list((adapters or {}).values()))
         with contextlib.ExitStack() as stack:
@@ -179,8 +180,12 @@ class Engine:
             kind = MemoryError if code == -2 or is_allocation(reason) else RuntimeError
             raise kind(f"llama.cpp: {reason}")
         self.held += ids
-        scores = np.ctypeslib.as_array(row, (rows, self.entries))
-        return torch.from_numpy(scores.copy() if each else scores)
+        if each:
+            return torch.from_numpy(np.ctypeslib.as_array(row, (rows, self.entries)).copy())
+        address = ctypes.addressof(row.contents)
+        if address != self.row[0]:  # hardly ever: a view costs more than all else here
+            self.row = address, torch.from_numpy(np.ctypeslib.as_array(row, (1, self.entries)))
+        return self.row[1]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text by the file's own vocabulary, added tokens in it as such; no token comes before."""

@@ -63,6 +63,21 @@ class Table:
         return self.first()
 
 
+class Memory:
+    """A stream whose scores come in the same tensor each time, as llama.cpp's do, or in a new one."""
+
+    def __init__(self, rows: torch.Tensor, kind: torch.dtype, one_tensor: bool):
+        self.rows, self.one_tensor = iter(rows.to(kind)), one_tensor
+        self.tensor = torch.empty((1, rows.shape[-1]), dtype=kind)
+
+    def first(self) -> torch.Tensor:
+        self.tensor[0] = next(self.rows)
+        return self.tensor if self.one_tensor else self.tensor.clone()
+
+    def advance(self, parents: list[int], tokens: list[int]) -> torch.Tensor:
+        return self.first()
+
+
 def answer(engine: Engine, prompt: list[int], settings: Generation, ends, watch=None) -> list[decoding.Step]:
     stream = engine.open(prompt)
     list(stream.read())
@@ -125,6 +140,27 @@ def test_greedy_and_beams_are_those_of_transformers(engines, width):
         seen[steps[-1].finished, len(wanted[0]) < settings.max_new_tokens] += 1
     assert seen[END, True] >= 8, seen  # both kinds of ends were there
     assert seen[LENGTH, False] >= 8, seen
+
+
+@pytest.mark.parametrize("one_tensor", [True, False])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_short_way_to_the_highest_score_is_the_long_one(kind, one_tensor):
+    """With a watch that says nothing the scores go all the way; ties, -inf and no possible token too."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(-6, 6, (400, 40), generator=generator).float()
+    rows[torch.rand(rows.shape, generator=generator) < 0.3] = -torch.inf
+    for most in (150, 400):
+        rows[300] = -torch.inf
+        settings = with_(min_new_tokens=20)
+        answers = [
+            list(decoding.decode(Memory(rows, kind, one_tensor), [1], settings, [3], most, watch))
+            for watch in (None, lambda ids: GOES)
+        ]
+        assert answers[0] == answers[1]
+        assert len(answers[0]) > 20
+    rows[:, 3] = -torch.inf  # no end token
+    rows[300] = -torch.inf
+    assert len(list(decoding.decode(Memory(rows, kind, one_tensor), [1], PLAIN, [3], 400))) == 301
 
 
 @pytest.mark.parametrize("mode", MODES)
