@@ -1,7 +1,6 @@
 """Questions to the hub through its own client, with an end to every wait; what no answer means."""
 
 import errno
-import re
 import threading
 import time
 from typing import Any
@@ -10,12 +9,13 @@ import httpx2
 from huggingface_hub import HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+from onecard.parsing import COMMIT
+
 PATIENCE = 5.0  # seconds in all for the question which commit a name is, and for each wait of a download
 REST = 60.0  # seconds that a hub that said nothing is left alone
 REFUSED = (401, 403, 404)  # an answer, if no good one
 REFUSALS = (OSError, ValueError, httpx2.HTTPError)  # of the hub's client
 DISK_SAYS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-COMMIT = re.compile(r"[0-9a-f]{40}")
 _silence = {"until": 0.0}  # of the monotonic clock, in seconds
 
 

@@ -14,14 +14,14 @@ from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 
-from onecard import asking, layouts, receipt, runfolder
+from onecard import asking, layouts, parsing, receipt, runfolder
 from onecard.errors import UserError
 from onecard.tool_config import HUB, MODELSCOPE
 
 MODEL, DATASET = "model", "dataset"
 KINDS = {f"{kind}s": kind for kind in (MODEL, DATASET)}  # as the cache calls their folders
 NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
-COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")  # of git; the longer one stands for ModelScope's
+COMMIT = re.compile(rf"{parsing.COMMIT.pattern}([0-9a-f]{{24}})?")  # the longer one stands for ModelScope's
 FILES = (".gguf", ".json", ".safetensors", ".bin")  # no hub name ends so
 BRANCH = "main"
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")

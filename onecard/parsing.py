@@ -21,6 +21,7 @@ RUNS_CODE = (
     "run the Python code that came with the base model, with your rights, at this full commit; "
     "none: such a model is refused"
 )
+COMMIT = re.compile(r"[0-9a-f]{40}")  # of git, whole
 Settings = TypeVar("Settings")
 Check = Callable[[Any], str | None]  # a value -> what is wrong with it, or None
 
@@ -108,8 +109,8 @@ def login(text: str) -> str | None:
 
 
 def full_commit(value: str) -> str | None:
-    whole = re.fullmatch(r"[0-9a-f]{40}", value)
-    return None if whole else "must be a full commit: 40 characters 0-9 and a-f, no branch, no tag"
+    problem = "must be a full commit: 40 characters 0-9 and a-f, no branch, no tag"
+    return None if COMMIT.fullmatch(value) else problem
 
 
 def commit_option(text: str) -> Any:

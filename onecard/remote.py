@@ -18,6 +18,7 @@ from urllib.parse import quote, urlencode, urlsplit
 from onecard import layouts, transfer
 from onecard.addresses import Hosts
 from onecard.errors import UNSAFE, UserError
+from onecard.parsing import COMMIT
 from onecard.transfer import GIT, MD5, SHA256, Remote, UnreachableError
 
 PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".joblib")
@@ -66,7 +67,7 @@ def of_hub(
     with transfer.connect(hosts) as client:
         answer = _json(transfer.get(client, url, headers, name))
     commit = answer.get("sha") if isinstance(answer, dict) else None
-    if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40}", commit):
+    if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
         raise _not_a_list(name, site, "no commit")
     entries = answer.get("siblings") or []
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
