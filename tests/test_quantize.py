@@ -23,7 +23,8 @@ from tests import kills, tiny
 
 ROOT = Path(__file__).parent.parent
 HAS_LIBRARY = all(importlib.util.find_spec(name) for name in quantised.PACKAGES)
-needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs gptqmodel: bash tools/setup.sh gptq")
+APART = ROOT / ".venv" / "gptq" / "bin" / "python"  # has gptqmodel, which changes every program's start
+needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs gptqmodel, which .venv/gptq has")
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "initializer_range": 0.05}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 IDS = torch.arange(2, 130)[None]
@@ -86,12 +87,25 @@ def errors(source: Path, rows: Path, *targets: Path) -> list[float]:
     return [((each - expected).norm() / expected.norm()).item() for each in found]
 
 
+@pytest.mark.skipif(HAS_LIBRARY, reason="gptqmodel is here: they run by themselves")
+@pytest.mark.skipif(not APART.exists(), reason=f"{APART} is not there: bash tools/setup.sh test")
+def test_those_that_need_gptqmodel():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [APART, "-m", "pytest", "-m", "gptq and not slow", "-p", "no:cacheprovider", __file__]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
+    assert ended.returncode == 0, ended.stdout[-5000:]
+    summary = ended.stdout.splitlines()[-1]
+    assert re.search(r"\b[1-9]\d* passed", summary), summary
+    assert "skipped" not in summary
+
+
 @pytest.fixture(scope="module")
 def by_gptq(source, rows, tmp_path_factory) -> tuple[Path, str]:
     target = tmp_path_factory.mktemp("gptq") / "model"
     return target, quantise(source, rows, target, "--report_rows", 4, "--group_size", 32)
 
 
+@pytest.mark.gptq
 @needs_library
 def test_a_gptq_folder_is_what_others_load(source, by_gptq, rows, tmp_path):
     """Standard keys and settings, smaller, nearer to the model than rounding; made once."""
@@ -115,6 +129,7 @@ def test_a_gptq_folder_is_what_others_load(source, by_gptq, rows, tmp_path):
     assert not {"logs", ".waiting"} & {path.name for path in (*target.iterdir(), *target.parent.iterdir())}
 
 
+@pytest.mark.gptq
 @needs_library
 def test_an_adapter_learns_on_a_gptq_base(by_gptq, rows, tmp_path):
     """finetune.py takes the folder as it is, and the loss falls; all-linear means the packed layers."""
@@ -142,6 +157,7 @@ def test_a_bitsandbytes_folder_is_the_model_in_these_bits(source, rows, tmp_path
         assert torch.equal(got(input_ids=IDS).logits, expected(input_ids=IDS).logits)
 
 
+@pytest.mark.gptq
 @needs_library
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -176,6 +192,7 @@ def test_every_kind_loads_with_finite_logits(source, rows, tmp_path, flags):
     assert error <= plain
 
 
+@pytest.mark.gptq
 @needs_library
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -186,6 +203,7 @@ def test_the_error_is_at_most_that_of_rounding(source, rows, tmp_path, bits):
     assert error <= plain
 
 
+@pytest.mark.gptq
 @needs_library
 @pytest.mark.slow
 def test_the_demo_with_the_tool(tmp_path):

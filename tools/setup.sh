@@ -40,6 +40,17 @@ if [ "$what" = test ] && ! .venv/bin/python -m pip install -c requirements.txt -
   echo "error: DeepSpeed could not be installed; what pip says is above. Run the same command again to go on." >&2
   exit 2
 fi
+apart=.venv/gptq # beside .venv's packages: where gptqmodel is installed it is imported at every start
+add_gptqmodel() {
+  local packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+  .venv/bin/python -m venv --without-pip "$apart" &&
+    echo "import site; site.addsitedir(r'$(.venv/bin/python -c "$packages")')" >"$("$apart/bin/python" -c "$packages")/beside.pth" &&
+    "$apart/bin/python" -m pip install -c requirements.txt gptqmodel optimum
+}
+if [ "$what" = test ] && ! add_gptqmodel; then
+  echo "error: gptqmodel could not be installed; what pip says is above. Run the same command again to go on." >&2
+  exit 2
+fi
 if [ "$what" = test ] && ! command -v strace >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
   echo "Installing strace, which kills a save at each of its system calls (without it these tests are left out) ..."
   { apt-get update && apt-get install --yes --no-install-recommends strace; } >/dev/null || echo "strace could not be installed."
