@@ -142,11 +142,12 @@ class Studio(StudioLayout):
             slider = gr.update(maximum=max(newest, 1), value=step, visible=bool(rounds))
             text = self.show_answers(run, step)
         may = self.may(run, state)
-        pressable = [gr.skip()] * 4 if may == seen.may else ["", *(gr.update(interactive=m) for m in may)]
+        told = "" if seen.may[:1] == (True,) and not state.going else gr.skip()  # of a stop, or of going on
+        pressable = [gr.skip()] * 3 if may == seen.may else [gr.update(interactive=m) for m in may]
         now = Seen(names, hash(card), may, hash(plots), steps)
         new_card = gr.skip() if now.card == seen.card else card
         drawn = gr.skip() if now.plots == seen.plots else f'<div class="oc-plots">{plots}</div>'
-        return [choices, choices, new_card, *pressable, drawn, slider, text, now]
+        return [choices, choices, new_card, told, *pressable, drawn, slider, text, now]
 
     def may(self, run: str | None, state: runs.State) -> tuple[bool, bool, bool]:
         """Whether this run can be stopped, continued, taken as a pattern."""

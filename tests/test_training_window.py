@@ -106,7 +106,10 @@ def test_a_finished_run_goes_on_up_to_an_epoch(browser, address):
         page.fill(longer="1")
         page.press("continue")
         expect(page.page.locator("#train-longer :is(input, textarea)")).to_have_value("")
+        page.wait("starting")
+        expect(page.page.locator("#train-done")).to_contain_text(" goes on.")  # as long as it does
         assert page.wait("finished", 4) == 4
+        expect(page.page.locator("#train-done")).to_have_text("")
         expect(page.page.locator("#train-card")).to_contain_text("step 4 of 4")
         page.fill(longer="0.5")
         page.press("continue")
