@@ -78,7 +78,7 @@ def _ended(window: "Detokenizer", ids: list[int], stops: list[str], known: int) 
     known: letters of the answer's beginning, in which no stop word counts.
     """
     window.push(ids)
-    text = window.text + window.tail([])
+    text = window.with_tail([])
     places = [text.find(stop, max(0, known + 1 - len(stop))) for stop in stops]
     found = [place for place in places if place >= 0]
     return text[: min(found)].strip() if found else text.strip()

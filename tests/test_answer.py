@@ -114,23 +114,41 @@ def test_the_joined_stream_is_the_whole_text(tokenizer):
 
     So no broken character is shown that does not stay.
     """
-    broken = 0
+    broken = cut = 0
     for number in range(1000):
         chance = random.Random(number)
         make = thrown if number % 3 == 0 else written
         ids = make(tokenizer, chance, chance.randint(1, 8))
         shown = list(answer.grow(tokenizer, single(ids), []))
-        whole, stream = plainly(tokenizer, ids).strip(), ""
+        said, stream = plainly(tokenizer, ids).strip(), ""
+        whole = answer.final(tokenizer, ids, [])
+        # a character that the end has cut off is left out
+        assert said.startswith(whole)
+        assert not said[len(whole) :].replace(BROKEN, "").strip()
         for text in shown:
             assert text.stable.startswith(stream)
             stream += text.stable[len(stream) :]
             assert whole.startswith(text.beams[0])
             assert text.whole == text.stable
-        assert stream == whole == answer.final(tokenizer, ids, [])
+        assert stream == whole
         if BROKEN not in decoded(tokenizer, ids):
             assert whole == decoded(tokenizer, ids).strip()
         broken += BROKEN in whole
-    assert 100 < broken < 500
+        cut += whole != said
+    assert 50 < broken < 500
+    assert 50 < cut < 500
+
+
+def test_a_character_that_the_end_cuts_off_is_left_out(tokenizer):
+    """Wherever an answer is cut, and an answer that goes on behind it has the whole one."""
+    text = "在这个示例中 🙂 我将"
+    ids = encode_text(tokenizer, text)
+    for length in range(1, len(ids) + 1):
+        steps = single(ids[:length])
+        *_, last = answer.grow(tokenizer, steps, [])
+        assert BROKEN not in last.stable
+        assert text.startswith(last.stable)
+    assert last.stable == text
 
 
 def test_broken_bytes_are_as_many_as_utf8_says(tokenizer):
