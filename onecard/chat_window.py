@@ -12,31 +12,19 @@ from typing import Any
 
 import gradio as gr
 
-from onecard import controls, decoding, form, page, talking, transcript
+from onecard import controls, decoding, form, page, scripts, talking, transcript
 from onecard.answer import Text
 from onecard.chat_config import BASE, TRAINED, ChatConfig, Generation, seeded
 from onecard.chat_layout import ChatLayout
 from onecard.errors import UserError
 from onecard.transcript import LEFT, RIGHT, Turns
 
+FIELDS = {field.name: field for field in dataclasses.fields(Generation)}
 SUMMARISE = ("Summarize our conversation so far in three sentences.", "请用三句话概括我们到目前为止的对话。")
-FOCUS = "() => document.querySelector('#box textarea')?.focus()"
-DOWNLOAD = """(line) => {
-  if (!line) return;
-  const link = document.createElement('a');
-  link.href = URL.createObjectURL(new Blob([line], {type: 'application/jsonl'}));
-  link.download = 'chat-' + new Date().toISOString().slice(0, 19).replace(/[:T]/g, '-') + '.jsonl';
-  link.click();
-}"""
-# a tab has its own sessionStorage, which a reload keeps
-KEEP = """(chat) => {
-  try { sessionStorage.setItem('onecard-chat', chat); return ''; } catch (full) { return %s; }
-}"""
 TOO_LONG = (
     "This chat is too long for your browser to keep: save it, a reload would lose it.",
     "对话过长，浏览器无法保留：请保存，刷新会丢失。",
 )
-KEPT = "() => [sessionStorage.getItem('onecard-chat') || '[]']"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +57,7 @@ class ChatWindow(ChatLayout):
         mixtures = {LEFT: talking.mixture_of(choice, weights, loaded)}
         if compare:
             mixtures[RIGHT] = talking.mixture_of(against, weights, loaded)
-        options = form.read(dict(zip(names, rest[: len(names)], strict=True)))
+        options = form.read(dict(zip(names, rest[: len(names)], strict=True)), self.lang)
         usable, note = talking.system_for(self.chat, shape, (system or "").strip(), self.lang)
         return Wish(options, shape, usable, (context or "").strip(), mixtures, note)
 
@@ -122,13 +110,15 @@ class ChatWindow(ChatLayout):
         yield self.shown(turns, waiting, texts={LEFT: Text("")}, box=after, keep=len(turns) > len(before))
         earlier = last.get("adapters", {}) if unfinished else {}  # a side that does not go on keeps its own
         turns[-1] |= transcript.made_by(self.chat, wish.options, {**earlier, **wish.mixtures}, wish.form)
+        named = {key: talking.choice_of(mixture) for key, mixture in wish.mixtures.items()}
+        names = {key: controls.shown(choice, self.lang) for key, choice in named.items()}
         sides: dict[str, talking.Said] = {}
         for key, text, told, wrong in self.grow(request, turns, wish, unfinished):
             sides[key] = text, told, wrong
             if text.whole or not unfinished:  # an answer that could not go on stays
                 turns[-1][key] = text.whole
             texts = {side: grown for side, (grown, _, _) in sides.items() if grown.whole or not unfinished}
-            told, wrong = talking.together(sides, told, wish.note)
+            told, wrong = talking.together(sides, names, wish.note)
             over = all(grown.finished or failed for grown, _, failed in sides.values())
             keep = over and any(grown.whole for grown, _, _ in sides.values())
             yield self.shown(turns, told, wrong, texts, keep=keep)
@@ -176,7 +166,9 @@ class ChatWindow(ChatLayout):
         """Values of self.outputs(). keep: in the browser too, where a reload finds it."""
         texts = texts or {}
         sides = [self.messages(turns, key, texts.get(key)) for key in (LEFT, RIGHT)]
-        beams = page.beams(texts[LEFT], self.lang) if LEFT in texts else gr.skip()
+        beams = gr.skip() if texts or wrong else ""  # those of an answer that stays
+        if LEFT in texts:
+            beams = page.beams(texts[LEFT], self.lang)
         kept = json.dumps(turns, ensure_ascii=False) if keep else gr.skip()
         return [turns, kept, *sides, page.status(told, wrong), gr.skip() if box is None else box, beams]
 
@@ -219,8 +211,13 @@ class ChatWindow(ChatLayout):
             new = wish.context if all(wish.context != turn.get("input") for turn in turns) else ""
             yield [*self.shown([], self.say(*done)), "\n\n".join(filter(None, [new, text.whole]))]
         elif not failed:
-            kept = "The summary is not whole, so the chat stays as it was.", "总结不完整，对话保持不变。"
-            yield [*self.shown(turns, self.say(*kept), True), gr.skip()]
+            kept = "The summary is not whole, so the chat stays as it was", "总结不完整，对话保持不变"
+            why = talking.WHY[text.finished] if text.whole else ("it is empty", "内容为空")
+            if text.finished == decoding.LENGTH:
+                limit = form.say(self.lang, *FIELDS["max_new_tokens"].metadata["label"])
+                why = f"{why[0]}; raise {limit}", f"{why[1]}；请增大{limit}"
+            told = f"{self.say(*kept)}: {self.say(*why)}."
+            yield [*self.shown(turns, told, True), gr.skip()]
 
     def fresh(self) -> list[Any]:
         """A new session: no turns, and everything beside them as the program was started."""
@@ -265,8 +262,8 @@ class ChatWindow(ChatLayout):
         """A saved chat: its turns, texts, options, template and adapters, as far as they can be had here."""
         file = Path(path)
         try:
-            saved, notes = transcript.fitted(transcript.read(file.read_text(encoding="utf-8")), self.chat)
-        except (UserError, ValueError, OSError) as error:
+            saved, notes = transcript.fitted(transcript.load(file), self.chat)
+        except (UserError, OSError) as error:
             nothing = [gr.skip()] * (len(self.outputs()) + len(self.side()))
             nothing[self.outputs().index(self.status)] = page.status(str(error), True)
             return nothing
@@ -284,13 +281,13 @@ class ChatWindow(ChatLayout):
         texts = [saved.texts["system"], saved.texts["context"]]
         return [*self.shown(saved.turns, told, bool(notes)), *texts, *pickers, *values, *sliders]
 
-    def reopened(self, kept: str) -> list[Any]:
-        """What this tab had kept, if it did."""
+    def reopened(self, kept: str, *texts: str) -> list[Any]:
+        """What this tab had kept, if it did: turns, context and system prompt."""
         try:
             turns = transcript.turns_of(json.loads(kept or "[]"))
         except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             turns = []
-        return self.shown(turns)
+        return [*self.shown(turns), *texts]
 
     def wire(self, window: gr.Blocks) -> None:
         given = [self.box, self.state, *self.side()]
@@ -298,8 +295,8 @@ class ChatWindow(ChatLayout):
         def long(
             triggers: list[Any], work: Any, inputs: list[Any], outputs: list[Any], *more: gr.Component
         ) -> None:
-            parts = [self.send, self.stop, [*self.others(), *more], self.status]
-            controls.answering(triggers, work, inputs, outputs, self.sessions, *parts, self.lang, FOCUS)
+            parts = [self.send, self.stop, [*self.others(), *more], self.status, self.lang, scripts.FOCUS]
+            controls.answering(triggers, work, inputs, outputs, self.sessions, *parts)
 
         long([self.send.click, self.box.submit], self.ask, given, self.outputs())
         long([self.retry.click], self.again, given, self.outputs())
@@ -326,15 +323,19 @@ class ChatWindow(ChatLayout):
         saving = self.save.click(
             self.saved, [self.state, *self.side()], [self.line, self.status], **page.QUICK
         )
-        saving.then(None, self.line, None, js=DOWNLOAD)
+        saving.then(None, self.line, None, js=scripts.DOWNLOAD)
         self.load.upload(self.loaded, [self.load, *self.weights], fresh, **page.QUICK)
         self.form.change(
             lambda name: gr.update(**self.usable_system(name)), self.form, self.system, **page.QUICK
         )
         controls.wire(window, self.chat, self.options, self.inputs, self.reset)
         unkept = page.status(self.say(*TOO_LONG), True)
-        self.kept.change(None, self.kept, self.unkept, js=KEEP % json.dumps(unkept))
-        window.load(self.reopened, self.kept, self.outputs(), js=KEPT, **page.QUICK)
+        self.kept.change(None, self.kept, self.unkept, js=scripts.KEEP_CHAT % json.dumps(unkept))
+        texts = [self.context, self.system]
+        for text in texts:
+            text.change(None, texts, None, js=scripts.KEEP_TEXTS)
+        opened = [*self.outputs(), *texts]
+        window.load(self.reopened, [self.kept, *texts], opened, js=scripts.KEPT, **page.QUICK)
 
 
 def turns(chat: Any, options: ChatConfig, training: Callable[[str], None] | None = None) -> gr.Blocks:

@@ -1,12 +1,15 @@
 """Declared options -> Gradio inputs, and their values back -> checked options. It knows no option by name."""
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import gradio as gr
 
 from onecard import parsing
 from onecard.chat_config import Generation
+from onecard.errors import UserError
 
 LANGUAGES = ("en", "zh")
 
@@ -42,11 +45,23 @@ def _input(field: dataclasses.Field, value: Any, lang: str, fewer: list[Any] | N
     return gr.Textbox(**{**what, "value": "" if value is None else str(value)})
 
 
-def read(values: dict[str, Any]) -> Generation:
+def read(values: dict[str, Any], lang: str) -> Generation:
     """The options of an answer out of inputs; raises UserError naming every wrong one."""
-    types = {field.name: field.type for field in dataclasses.fields(Generation)}
-    given = {name: value for name, value in values.items() if value != "" or types[name] is str}
-    return parsing.build(Generation, {name: value for name, value in given.items() if value is not None})
+    fields = {field.name: field for field in dataclasses.fields(Generation)}
+    given = {name: value for name, value in values.items() if value != "" or fields[name].type is str}
+    try:
+        return parsing.build(Generation, {name: value for name, value in given.items() if value is not None})
+    except UserError as error:
+        names = {name: say(lang, *fields[name].metadata["label"]) for name in values}
+        raise UserError(told(error, names)) from None
+
+
+def told(error: UserError, labels: Mapping[str, str]) -> str:
+    """What is wrong, with the options called as they are in the window."""
+    text = str(error).removesuffix(" See --help.")
+    for name, label in labels.items():
+        text = re.sub(rf"--{name}\b", f"{label} (--{name})", text)
+    return text
 
 
 def clamped(options: Generation, names: list[str], start: Any) -> tuple[list[Any], list[tuple[str, str]]]:

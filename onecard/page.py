@@ -8,7 +8,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is i
 import gradio as gr
 from starlette.middleware import Middleware
 
-from onecard import form, guard, markdown, talking
+from onecard import form, guard, markdown, scripts, talking
 from onecard.answer import Text
 from onecard.chat_config import ChatConfig
 from onecard.errors import UserError
@@ -32,6 +32,8 @@ CSS = """
 /* above the chat: its label and its button would lie over what is written */
 .bubble-wrap { margin-top: 2.5em; height: calc(100% - 2.5em) !important; }
 .narrow button { min-width: 0 !important; white-space: nowrap; }
+/* examples on a phone */
+thead th { white-space: normal !important; }
 /* a path in it would make the page wider than a phone */
 .info-text { overflow-wrap: anywhere; }
 .head { align-items: center; justify-content: space-between; flex-wrap: nowrap !important; }
@@ -46,7 +48,6 @@ CSS = """
 # of every event: no spinner over the text, and not in the list of endpoints, which gradio shows to anyone
 LONG = {"show_progress": "hidden", "api_visibility": "private"}
 QUICK = {**LONG, "queue": False}
-TOGGLE_DARK = "() => { document.body.classList.toggle('dark'); }"
 
 
 def head(title: str, lang: str) -> None:
@@ -55,7 +56,7 @@ def head(title: str, lang: str) -> None:
         gr.Markdown(f"## OneCard · {title}")
         label = form.say(lang, "Light / dark", "明 / 暗")
         dark = gr.Button(label, size="sm", scale=0, min_width=90, elem_id="dark")
-    dark.click(None, js=TOGGLE_DARK)
+    dark.click(None, js=scripts.TOGGLE_DARK)
 
 
 def escaped(text: str) -> str:

@@ -78,7 +78,8 @@ def memory(parts: dict[str, float], free: int | None, device: str, lang: str) ->
         there = f"{free / 2**30:.1f} GiB"
         text += say(lang, f" of {there} free on {device}", f"，{device} 空闲 {there}")
     own = say(lang, "The program itself comes on top.", "程序本身另计。")
-    return note(f"{text} ({named}). {own}", free is not None and total * 2**30 > free)
+    text = say(lang, f"{text} ({named}). {own}", f"{text}（{named}）。{own}")
+    return note(text, free is not None and total * 2**30 > free)
 
 
 def unpredicted(reason: str, lang: str) -> str:

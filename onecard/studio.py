@@ -6,7 +6,6 @@ Closing the page or killing the window loses nothing; whoever opens it again see
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import gradio as gr
 from gradio.context import Context
 
-from onecard import chart, config, curves, hardware, labels, panels, preview, runs
+from onecard import chart, config, curves, form, hardware, labels, panels, preview, runs
 from onecard.config import FinetuneConfig
 from onecard.curves import ACCURACY, LOSS, RATE, SPEED, VALIDATION, Curves
 from onecard.errors import UserError
@@ -198,12 +197,8 @@ class Studio(StudioLayout):
         return config.build(FinetuneConfig, {n: value for n, value in given.items() if n not in empty})
 
     def told(self, error: UserError) -> str:
-        """What is wrong, with the options called as they are in the form."""
-        text = str(error).removesuffix(" See --help.")
-        for name in self.inputs:
-            label = self.say(*labels.FINETUNE[name][:2])
-            text = re.sub(rf"--{name}\b", f"{label} (--{name})", text)
-        return panels.note(text, True)
+        names = {name: self.say(*labels.FINETUNE[name][:2]) for name in self.inputs}
+        return panels.note(form.told(error, names), True)
 
     def begin(self, name: str, *values: Any) -> tuple[str, Any, Any, Any]:
         name = name.strip()

@@ -170,7 +170,7 @@ def describe(reply, chat, lang: str) -> str:
     used = reply.prompt_tokens + reply.text.tokens
     parts = [
         f"{reply.speed:.1f} {'词元/秒' if zh else 'tokens/s'}",
-        f"{used} / {chat.engine.context} {'词元' if zh else 'tokens of the context'}",
+        f"{used} / {chat.engine.context} {'词元（上下文）' if zh else 'tokens of the context'}",
         f"{chat.engine.name}, {chat.engine.describe()[zh]}",
     ]
     if reply.first is not None:
@@ -179,17 +179,24 @@ def describe(reply, chat, lang: str) -> str:
         parts.append(f"{'种子' if zh else 'seed'} {reply.seed}")
     if reply.left_out:
         left = reply.left_out
-        parts.append(f"{left} 轮较早对话未包含" if zh else f"{left} oldest turns left out")
+        turns = "turn" if left == 1 else "turns"
+        parts.append(f"{left} 轮较早对话未包含" if zh else f"{left} oldest {turns} left out")
     if reply.finished in WHY:
         parts.append(WHY[reply.finished][zh])
     return " · ".join(parts)
 
 
-def together(sides: dict[str, Said], newest: str, note: str = "") -> tuple[str, bool]:
-    """The status line of answers side by side: errors of any, else the newest; note: goes behind it."""
-    problems = [told for _, told, wrong in sides.values() if wrong]
-    told = dict.fromkeys([*(problems or [newest]), *filter(None, [note])])
-    return " · ".join(told), bool(problems)
+def together(sides: dict[str, Said], names: dict[str, str], note: str = "") -> tuple[str, bool]:
+    """The status line of one answer, or of two side by side, and whether it is an error.
+
+    names: of the sides, said when there are two that say something else; note: goes behind it.
+    """
+    problems = {key: told for key, (_, told, wrong) in sides.items() if wrong}
+    shown = problems or {key: told for key, (_, told, _) in sides.items()}
+    lines = list(dict.fromkeys(shown.values()))
+    if len(sides) > 1 and (len(lines) > 1 or len(shown) < len(sides)):
+        lines = [f"{names[key]}: {told}" for key, told in shown.items()]
+    return " | ".join([*lines, *filter(None, [note])]), bool(problems)
 
 
 def came_to_nothing(sides: dict[str, Said]) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard import keyboard, parsing, talking, template, transcript
-from onecard.chat_config import BASE, TRAINED, ChatConfig, Generation, Mixture
+from onecard.chat_config import BASE, TRAINED, TURNS_ONLY, ChatConfig, Generation, Mixture
 from onecard.decoding import END, LENGTH, STOP
 from onecard.errors import UserError
 from onecard.prompt import Conversation
@@ -27,6 +27,7 @@ from onecard.transcript import LEFT, RIGHT, Turns
 WELCOME = (
     "Enter sends, Alt-Enter or a last \\ goes on; /help lists commands; Ctrl-C stops an answer, Ctrl-D ends."
 )
+HELP = 48  # columns before what a command does
 NONE, AS_TRAINED = "none", "trained"
 
 
@@ -94,7 +95,7 @@ class Session:
                 question = text[1:] if text.startswith("/") else text
                 self.ask(question, [] if self.single_turn else self.turns)
             elif name not in COMMANDS:
-                known = " ".join(f"/{name}" for name in COMMANDS)
+                known = " ".join(f"/{name}" for name in [*COMMANDS, "exit"])
                 raise UserError(f"/{name} is no command.", f"Known: {known}; // begins a message with a /.")
             else:
                 COMMANDS[name][0](self, rest)
@@ -171,12 +172,13 @@ class Session:
         self.say(f"Saved: one more line in {path}")
 
     def load(self, name: str) -> None:
+        if not name:
+            raise UserError("/load needs a file.", "Name a saved chat: /load FILE.jsonl.")
         try:
-            text = Path(name).expanduser().read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "no text"
+            saved, notes = transcript.fitted(transcript.load(Path(name).expanduser()), self.chat)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise UserError(f"/load {name}: {reason}.", "Name a saved chat.") from None
-        saved, notes = transcript.fitted(transcript.read(text), self.chat)
         options = dataclasses.asdict(saved.options)
         self.mixture = saved.mixtures.get(LEFT, self.mixture)
         self.form = self.form if saved.template is None else saved.template
@@ -192,7 +194,8 @@ class Session:
         self.turns, self.before, self.question = saved.turns, saved.turns[:-1], ""
         if saved.turns:
             self.question, self.input = saved.turns[-1]["question"], saved.turns[-1].get("input", "")
-        self.say(f"Loaded: {len(saved.turns)} turns, options, adapters and template.")
+        count = len(saved.turns)
+        self.say(f"Loaded: {count} turn{'s' * (count != 1)}, options, adapters and template.")
         for note, _ in notes:
             self.say(f"not as saved: {note}")
 
@@ -240,6 +243,8 @@ class Session:
             new = {name: getattr(made, name) for name in given}
             self.settings = dataclasses.replace(self.settings, **new)
         idle = self.chat.unused(self.settings.mode)
+        if self.single_turn:
+            idle |= dict.fromkeys(TURNS_ONLY, ("each question is a conversation of its own", ""))
         for name in shown:
             value = getattr(self.settings, name)
             text = NONE if value is None else repr(value) if value == "" else value
@@ -255,8 +260,8 @@ class Session:
 
     def help(self, _: str) -> None:
         for name, (_, arguments, what) in COMMANDS.items():
-            self.say(f"/{name} {arguments}".ljust(40) + what)
-        self.say(f"{'/exit':<40}leave, as Ctrl-D does")
+            self.say(f"/{name} {arguments}".ljust(HELP) + what)
+        self.say("/exit".ljust(HELP) + "leave, as Ctrl-D does")
 
     def _has_system(self) -> bool:
         return self.chat.template_of(self.form).system is not None

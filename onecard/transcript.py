@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from onecard import parsing, template
@@ -23,6 +24,7 @@ from onecard.chat_config import (
 from onecard.errors import DATA, UserError
 
 LONGEST = 20_000_000  # characters
+OTHER_FILE = "Choose a file that was saved here."
 LEFT, RIGHT = "answer", "other"  # of two adapters that are compared
 TEXTS = ("question", "input", LEFT, RIGHT, "template")
 Turns = list[dict[str, Any]]  # question, input, answer, other; options, adapters and template that made them
@@ -81,12 +83,22 @@ class Saved:
     versions: dict[str, str]  # of base and adapters that came from the hub
 
 
+def load(path: Path) -> Saved:
+    """The last chat in a file; raises UserError (exit 3), and OSError when it cannot be read."""
+    try:
+        return read(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise UserError("This is no saved chat: it is no text.", OTHER_FILE, DATA) from None
+
+
 def read(text: str) -> Saved:
-    """The last chat in a file; raises UserError (exit 3)."""
+    """The last chat in these lines; raises UserError (exit 3)."""
     lines = [line for line in text.split("\n") if line.strip()]  # a text may hold other kinds of line ends
     try:
-        if len(text) > LONGEST or not lines:
-            raise ValueError("it is empty, or too long")
+        if not lines:
+            raise ValueError("it is empty")
+        if len(text) > LONGEST:
+            raise ValueError(f"it is longer than {LONGEST} characters")
         saved = json.loads(lines[-1])
         form = saved.get("template")
         return Saved(
@@ -98,9 +110,7 @@ def read(text: str) -> Saved:
             {str(name): str(text) for name, text in (saved.get("versions") or {}).items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
-        raise UserError(
-            f"This is no saved chat: {error}.", "Choose a file that was saved here.", DATA
-        ) from None
+        raise UserError(f"This is no saved chat: {error}.", OTHER_FILE, DATA) from None
 
 
 def turns_of(values: Any) -> Turns:

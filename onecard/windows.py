@@ -2,7 +2,7 @@
 
 import gradio as gr
 
-from onecard import controls, form, page, talking
+from onecard import controls, form, page, scripts, talking
 from onecard.chat_config import ChatConfig
 from onecard.errors import UserError
 
@@ -15,19 +15,6 @@ EXAMPLES = [
     ["用一句话解释什么是显卡。", ""],
     ["Write a short poem about a bicycle in the rain.", ""],
 ]
-
-# browsers give navigator.clipboard to https and to this machine alone
-COPY = """() => {
-  const text = document.querySelector('#output .answer')?.innerText ?? '';
-  if (navigator.clipboard) { navigator.clipboard.writeText(text); return; }
-  const box = document.createElement('textarea');
-  box.value = text;
-  box.style.cssText = 'position: fixed; opacity: 0';
-  document.body.append(box);
-  box.select();
-  document.execCommand('copy');
-  box.remove();
-}"""
 
 
 def single(chat, options: ChatConfig) -> gr.Blocks:
@@ -45,11 +32,12 @@ def single(chat, options: ChatConfig) -> gr.Blocks:
                     label=say("Instruction", "指令"),
                     lines=3,
                     max_lines=12,
+                    placeholder=say("Shift-Enter generates", "Shift-Enter 生成"),
                     elem_id="instruction",
                     autofocus=True,
                 )
                 about = gr.Textbox(
-                    label=say("Input (what it is about; may be empty)", "输入（可为空）"),
+                    label=say("Input (may be empty)", "输入（可为空）"),
                     lines=2,
                     max_lines=12,
                     elem_id="input",
@@ -78,7 +66,7 @@ def single(chat, options: ChatConfig) -> gr.Blocks:
         def answer(request: gr.Request, question: str, subject: str, choice: str, shape: str, *values):
             weights = dict(zip(chat.engine.adapters, values[len(names) :], strict=True))
             try:
-                settings = form.read(dict(zip(names, values[: len(names)], strict=True)))
+                settings = form.read(dict(zip(names, values[: len(names)], strict=True)), lang)
                 if not question.strip():
                     raise UserError(say("Write an instruction first.", "请先写指令。"))
                 system, note = talking.system_for(chat, shape, options.system, lang)
@@ -91,7 +79,7 @@ def single(chat, options: ChatConfig) -> gr.Blocks:
                 sessions, request.session_hash, chat, asked, settings, mixture, lang, shape
             )
             for text, told, wrong in growing:
-                told, wrong = talking.together({"": (text, told, wrong)}, told, note)
+                told, wrong = talking.together({"": (text, told, wrong)}, {}, note)
                 yield page.growing(text), page.beams(text, lang), page.status(told, wrong)
 
         controls.answering(
@@ -113,7 +101,7 @@ def single(chat, options: ChatConfig) -> gr.Blocks:
             [instruction, about, output, beams, status],
             **page.QUICK,
         )
-        copy.click(None, js=COPY)
+        copy.click(None, js=scripts.COPY)
         adapters[0].change(
             lambda choice: [gr.update(**can) for can in controls.weighing(chat, [choice], lang).values()],
             adapters[0],

@@ -90,6 +90,7 @@ LAYERS = {  # from the lowest
         "schemas",
         "scoring",
         "screen",
+        "scripts",
         "sharded",
         "shards",
         "signals",

@@ -305,6 +305,9 @@ def test_params_are_listed_with_what_does_nothing(piped):
     assert lines[names.index("seed")].split() == ["seed", "none"]
     assert lines[-3].split() == ["top_p", "0.9"]
     assert "0.5  (does nothing now: only for sampling)" in lines[-1]
+    _, notes, _ = piped(Scripted(echo), "/params\n", single_turn=True)
+    idle = [line.split()[0] for line in notes.splitlines() if "conversation of its own" in line]
+    assert idle == ["max_memory", "last_turns"]
 
 
 def test_system_prompt(piped):
@@ -335,7 +338,9 @@ def test_help_exit_and_unknown_commands(piped):
     names = [*terminal.COMMANDS, "exit"]
     assert [line.split()[0] for line in helped] == [f"/{name}" for name in names]
     assert unknown.startswith("error: /stop is no command.")
-    assert all(f"/{name}" in unknown for name in terminal.COMMANDS)
+    assert all(f"/{name}" in unknown for name in names)
+    told = [what for _, _, what in terminal.COMMANDS.values()]
+    assert len({line.index(what) for line, what in zip(helped, told, strict=False)}) == 1, "one column"
     assert empty.startswith("error: / is no command.")
     assert (made.asked, problem) == ([], "2 of 3 lines failed.")
 
@@ -446,6 +451,8 @@ def test_files_that_hold_no_chat(piped, tmp_path):
     _, notes, problem = piped(made, f"a\n{lines}/load\nb\n")
     assert problem == "4 of 6 lines failed."
     assert len(notes.splitlines()) == 4
+    assert "/load needs a file." in notes
+    assert "it is no text" in notes
     assert made.questions[-1] == ["a", "A", "b"]
 
 

@@ -166,6 +166,17 @@ def test_files_that_hold_no_chat(window, tmp_path, text):
     assert caught.value.code == 3
 
 
+def test_a_file_that_an_editor_marked_as_utf8(tmp_path):
+    """Some write a byte order mark; bytes that are no text are told as such."""
+    line = transcript.record([TURN], Generation(), Toy(), START, {LEFT: ()}, system="", context="")
+    file = tmp_path / "chat.jsonl"
+    file.write_text(line, encoding="utf-8-sig")
+    assert transcript.load(file).turns == [TURN]
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="it is no text"):
+        transcript.load(file)
+
+
 def test_turns_keep_what_made_them():
     """Options (with the seed that was drawn), adapters and template of each turn survive saving twice."""
     chat = Toy()
@@ -195,7 +206,8 @@ def test_a_new_session_is_as_the_program_was_started(window):
 def test_what_a_tab_kept_is_checked(window):
     """A tab's storage may hold anything: turns come back, the rest is no chat."""
     made = window(Toy())
-    assert made.reopened(json.dumps([TURN]))[0] == [TURN]
+    shown = made.reopened(json.dumps([TURN]), "a context", "a system prompt")
+    assert (shown[0], shown[-2:]) == ([TURN], ["a context", "a system prompt"])
     for kept in (None, "", "{", "7", '{"a": 1}', '[{"question": "q"}]', "[[]]", "[" * 100_000):
         assert made.reopened(kept)[0] == []
 

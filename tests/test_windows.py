@@ -252,6 +252,12 @@ def test_wrong_values_and_no_question_are_told(browser, single):
         page.fill("#instruction textarea", "x" * 3000)
         page.click("#send")
         expect(page.locator("#status [role=alert]")).to_contain_text(re.compile(r"has \d+ tokens .* \d+ fit"))
+        page.locator("#option-mode").get_by_text("sample", exact=True).click()
+        page.click("#more")
+        page.fill("#option-seed textarea:enabled", "-1")
+        page.click("#send")
+        expect(page.locator("#status [role=alert]")).to_contain_text("Seed (--seed) -1: must be")
+        assert "--help" not in status(page)
 
 
 def test_chat_with_all_its_buttons(browser, turns, tmp_path):
@@ -509,6 +515,10 @@ def test_summary_becomes_the_context(browser, tmp_path):
         page.click("#summarise")
         expect(page.locator("#context textarea")).to_have_value("We counted to four.")
         expect(page.locator(MESSAGES)).to_have_count(0)
+        page.fill("#system textarea", "Be brief.")
+        page.reload()
+        expect(page.locator("#context textarea")).to_have_value("We counted to four.")
+        expect(page.locator("#system textarea")).to_have_value("Be brief.")
 
 
 HOSTILE = """# Title
@@ -559,7 +569,7 @@ CUT = """() => [...document.querySelectorAll('.narrow button')]
   .filter(button => button.scrollWidth > button.clientWidth + 1).map(button => button.innerText)"""
 
 
-@pytest.mark.parametrize(
+PAGES = pytest.mark.parametrize(
     ("kind", "ready", "labels"),
     [
         ("turns", "#box textarea", {"#send": "发送", "#option-mode": "生成方式"}),
@@ -567,6 +577,20 @@ CUT = """() => [...document.querySelectorAll('.narrow button')]
         ("training", "#train-name textarea", {"#train-start": "开始训练", "#train-bits": "基座位数"}),
     ],
 )
+
+
+@PAGES
+def test_english_on_a_phone(browser, tmp_path, kind, ready, labels):
+    phone = {"viewport": {"width": 390, "height": 844}}
+    with (
+        serving(kind, tmp_path / ("a_long_name_" * 6), "--max_new_tokens=20") as server,
+        opened(browser, server, ready, **phone) as page,
+    ):
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.evaluate(CUT) == [], "a button is narrower than its words"
+
+
+@PAGES
 def test_chinese_dark_and_on_a_phone(browser, tmp_path, kind, ready, labels):
     """Chinese labels; light and dark; at 390 pixels nothing is wider than the screen, not even a path."""
     folder = tmp_path / ("a_long_name_" * 6)
