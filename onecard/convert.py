@@ -51,7 +51,7 @@ def run(
     beside = [path for path in map(source.joinpath, [*small, "../tokenizer.model"]) if path.is_file()]
     made_of = newfolder.record("convert_llama", settings, [*files, *beside])
     if newfolder.is_made(target, made_of, FLAG):
-        say(f"{target} is there already, made of the same files: nothing to do.")
+        say(f"{target} is there already, made of the same files, by sizes and times: nothing to do.")
         return
     # a tied head is written once more in the original layout; twice the embedding would be far too much
     needed = sum(path.stat().st_size for path in files) * 5 // 4 + SMALL

@@ -119,7 +119,7 @@ def _make(folder: Path, found: Source, target: Path, say: Callable[[str], None],
     given = {"model_path": folder, "lora_path": found.origin}
     made_of = newfolder.record("merge_lora", {}, files, given)
     if newfolder.is_made(target, made_of, FLAG):
-        say(f"{target} is there already, made of the same files: nothing to do.")
+        say(f"{target} is there already, made of the same files, by sizes and times: nothing to do.")
         return
     remote_code.check_same(found.origin, found.fingerprints, None)
     weights = model.identity_files(str(folder))["weights"]

@@ -1,13 +1,15 @@
 """A folder that appears whole: made beside its place, synced, and put there by one rename.
 
 What a killed run left is removed by the next. A record inside says what the folder was made of, so that the
-same command once more finds that there is nothing to do.
+same command once more finds that there is nothing to do. The folder's files are known by size and time:
+a SHA-256 would take another reading of a model that no longer is in memory.
 """
 
 import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard import commits, runfolder
-from onecard.errors import DISK, UserError
+from onecard.errors import CHECKPOINT, DISK, UserError, listed
 
 RECORD, VERSIONS = "onecard.json", "versions"  # the latter: told, not compared, as the files are
 PATIENCE = 5.0  # seconds: the child of a killed run needs a moment to see it
@@ -42,18 +44,66 @@ def record(
     return {"program": program, "settings": settings, "from": dict(sorted(stamps.items())), **noted}
 
 
+def find(target: Path, flag: str) -> Path:
+    """Where a folder really is or will be, links followed.
+
+    Raises UserError where none can be: exit 2, or 7 when the system says so.
+    """
+    try:
+        place = target.resolve()
+        if place.is_symlink():
+            raise RuntimeError("links in a circle")  # as Python says it before 3.13
+        there = next(path for path in (place, *place.parents) if path.exists())
+    except RuntimeError:
+        raise UserError(f"{flag} {target}: its links lead nowhere.", "Name a new folder.") from None
+    except OSError as error:
+        problem = f"{flag} {target}: cannot be made there: {error.strerror}."
+        raise UserError(problem, "Choose another.", DISK) from None
+    if there != place and not there.is_dir():
+        raise UserError(f"{flag} {target}: {there} is a file.", "Name a new folder elsewhere.")
+    return place
+
+
 def is_made(target: Path, made_of: dict[str, Any], flag: str) -> bool:
-    """Whether the folder is there already, made of the same; raises UserError when something else is."""
-    if not target.exists() and not target.is_symlink():
-        return False
-    if target.is_dir() and not any(target.iterdir()):
-        return False
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        known = json.loads((target / RECORD).read_text(encoding="utf-8"))
-        files = known.pop("files")
-        if {**known, VERSIONS: {}} == {**made_of, VERSIONS: {}} and files == _sizes(target):
-            return True
-    raise UserError(f"{flag} {target}: is there already.", "Name a new folder.")
+    """Whether the folder is there already, made of the same; its files are known by their sizes and times.
+
+    Raises UserError: exit 2 when something else is there, or none can come there; 4 when a file has changed.
+    """
+    place = find(target, flag)
+    changed = None
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+        known = json.loads((place / RECORD).read_text(encoding="utf-8"))
+        files, now = known.pop("files"), _stamps(place)
+        if {**known, VERSIONS: {}} == {**made_of, VERSIONS: {}}:
+            changed = sorted(name for name in {*files, *now} if files.get(name) != now.get(name))
+    if changed:
+        problem = f"{flag} {target}: was made of the same files, but {listed(changed)} changed, came or went"
+        problem += " since, or was copied without its time."
+        raise UserError(problem, "Name a new folder, or delete this one to make it again.", CHECKPOINT)
+    if changed is None:
+        check_free(place, target, flag)
+    return changed is not None
+
+
+def check_free(place: Path, target: Path, flag: str) -> None:
+    """Raise UserError (exit 2) unless a new folder can be put there; place: of `find`."""
+    if not place.exists():
+        return
+    what = "the current folder" if place.samefile(Path()) else "a mount point" if _is_mount(place) else None
+    if what:
+        problem = f"{flag} {target}: is {what}, which a new folder cannot replace."
+        raise UserError(problem, "Name a new folder inside it.")
+    if not place.is_dir() or any(place.iterdir()):
+        raise UserError(f"{flag} {target}: is there already.", "Name a new folder.")
+
+
+def _is_mount(place: Path) -> bool:
+    """Also one of the same file system, which only Linux' own list tells."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+        names = {re.sub(rb"\\(\d{3})", lambda at: bytes([int(at[1], 8)]), line.split()[4]) for line in lines}
+        return os.fsencode(place) in names
+    return os.path.ismount(place)
 
 
 @contextlib.contextmanager
@@ -62,20 +112,20 @@ def making(target: Path, needed: int, made_of: dict[str, Any], flag: str) -> Ite
 
     needed: bytes. Raises UserError: exit 7 when they are not free, 2 when another process makes it.
     """
-    parent = target.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    place = parent / f".{target.name}.making"
+    end = find(target, flag)
+    parent, place = end.parent, end.parent / f".{end.name}.making"
     handle = _own(place, target, flag)
     try:
         _empty(place)
         _check_room(place, needed, target, flag)
         yield place, handle
-        content = {**made_of, "files": _sizes(place)}
-        (place / RECORD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for path in place.rglob("*"):
             runfolder.sync_folder(path) if path.is_dir() else runfolder.sync_file(path)
+        content = {**made_of, "files": _stamps(place)}  # after the sync, which may set times on a server
+        (place / RECORD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        runfolder.sync_file(place / RECORD)
         runfolder.sync_folder(place)
-        place.rename(target)
+        place.rename(end)
         runfolder.sync_folder(parent)
     except BaseException as error:
         shutil.rmtree(place, ignore_errors=True)
@@ -92,6 +142,7 @@ def _own(place: Path, target: Path, flag: str) -> int:
     until = time.monotonic() + PATIENCE
     while True:
         try:
+            place.parent.mkdir(parents=True, exist_ok=True)
             place.mkdir(exist_ok=True)
             handle = os.open(place, os.O_RDONLY)
         except OSError as error:
@@ -121,6 +172,8 @@ def _check_room(place: Path, needed: int, target: Path, flag: str) -> None:
         raise UserError(problem, "Make room or choose another disk.", DISK)
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _stamps(folder: Path) -> dict[str, list[int]]:
+    """Size and time of each file."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
-    return {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+    found = {str(path.relative_to(folder)): path.stat() for path in paths}
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}

@@ -354,10 +354,13 @@ def test_folders(tmp_path, pair, monkeypatch):
     for target in (base, base / "made", adapter / "made"):
         refused(USAGE, "--output_path", base=base, adapter=adapter, target=target)
     run(base, adapter, tmp_path / "made")
-    before = {path: path.read_bytes() for path in (tmp_path / "made").iterdir()}
+    before = kills.contents(tmp_path / "made")
     assert "nothing to do" in " ".join(run(base, adapter, tmp_path / "made"))
     run(base, adapter, tmp_path / "again")
-    assert before == {tmp_path / "made" / p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()}
+    assert before == kills.contents(tmp_path / "made") == kills.contents(tmp_path / "again")
+    weights = tmp_path / "again/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-16] + bytes(16))
+    refused(CHECKPOINT, weights.name, base=base, adapter=adapter, target=tmp_path / "again")
     shutil.copytree(base, tmp_path / "quantised")
     path = tmp_path / "quantised/config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"bits": 4}}))
