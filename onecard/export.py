@@ -5,7 +5,6 @@ it holds and what it was made from, and the same command again does nothing.
 """
 
 import dataclasses
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +14,12 @@ from onecard import (
     commits,
     converter,
     engine_llama,
+    exported,
     fingerprint,
     gguf,
     hardware,
     model,
+    newfolder,
     ollama,
     parity,
     prompt,
@@ -26,7 +27,7 @@ from onecard import (
     runfolder,
     sources,
 )
-from onecard.errors import CHECKPOINT, USAGE, UserError
+from onecard.errors import CHECKPOINT, UserError
 from onecard.prompt import Template
 from onecard.receipt import DEMO
 from onecard.tool_config import PLAIN_TYPES, ExportConfig
@@ -46,6 +47,8 @@ class Job:
     tokenizer: Any
     kind: str
     output: Path
+    place: Path  # the same, links followed
+    is_own: bool  # whether that is the adapter's own folder for exports
     ends: list[int]  # tokens that end an answer, the tokenizer's first
 
     @property
@@ -59,10 +62,13 @@ def run(
     fetch: Callable[[str], str],
     say: Callable[[str], None],
 ) -> Path:
-    """Export; the folder with the files. Raises UserError, exit 4 when they do not do what the model does.
+    """Export; the folder with the files.
 
+    Raises UserError: exit 2 when something else is there, 4 when the files do not do what the model does.
     locate: model name -> folder; fetch: name of an adapter on the hub -> folder.
     """
+    if options.output_path:  # before a model is fetched
+        exported.find(Path(options.output_path))
     with tempfile.TemporaryDirectory(prefix="onecard-adapters-") as keep:
         job, why = _job(options, locate, fetch, Path(keep), say)
         say(f"base        {job.base} as {job.kind}")
@@ -70,22 +76,28 @@ def run(
         say(f"template    {job.template.name}: {why}")
         say(f"end tokens  {_named(job)}")
         made_from = _made_from(job)
-        known = _known(job.output)
-        if known is not None and _is_whole(job.output, known, made_from, options.check):
+        known = exported.find(job.output)
+        if known is not None and exported.is_done(job.place, known, made_from, options.check):
             say(f"{job.output} was made from these before; nothing to do.")
-            say(known["check"] or "It was not compared with the model.")
+            for name in exported.edited(job.place, known):
+                say(f"{name} was changed since, and stays as it is.")
+            say(known.get("check") or "It was not compared with the model.")
             return job.output
+        if known is not None:
+            say(exported.replaced(job.output, known, made_from, job.is_own))
         _check_room(job, options)
-        with gguf.unfinished(job.output, job.base) as (place, _):
+        with gguf.unfinished(job.place, job.base) as (place, _):
             folder = place / "made"
             folder.mkdir()
             _make(job, folder)
             checked = _check(job, folder, options, say)
             _describe(job, folder, made_from, checked)
-            if job.output.exists():
-                job.output.rename(place / "before")
-            folder.rename(job.output)
-            runfolder.sync_folder(job.output.parent)
+            known = exported.find(job.output)  # once more: what is there may have changed meanwhile
+            if known is not None:
+                exported.replaced(job.output, known, made_from, job.is_own)
+                job.place.rename(place / "before")
+            folder.rename(job.place)
+            runfolder.sync_folder(job.place.parent)
     return job.output
 
 
@@ -120,16 +132,26 @@ def _job(
         sources.check_belongs(adapter, base, model.identity_files(str(base)))
     template, why = sources.choose_template(options.template, found, tokenizer)
     output = Path(options.output_path) if options.output_path else _place(listed, name, options.type)
+    place = newfolder.find(output, exported.FLAG)
+    is_own = not options.output_path and output.parent == _folder(listed)
     ends = list(dict.fromkeys([*prompt.ends(template, tokenizer), *named]))
-    return Job(base, adapter and adapter.folder, template, tokenizer, options.type, output, ends), why
+    kind = options.type
+    return Job(base, adapter and adapter.folder, template, tokenizer, kind, output, place, is_own, ends), why
 
 
 def _place(listed: list[tuple[str, str, float | None]], base: str, kind: str) -> Path:
     """In the adapter's folder, or here under the model's name."""
-    if listed and Path(listed[0][1]).expanduser().is_dir():
-        return Path(listed[0][1]).expanduser() / f"{gguf.FOLDER}-{kind}"
+    folder = _folder(listed)
+    if folder:
+        return folder / f"{gguf.FOLDER}-{kind}"
     name = listed[0][0] if listed else Path(base).name
     return Path(f"{name}-{gguf.FOLDER}-{kind}")
+
+
+def _folder(listed: list[tuple[str, str, float | None]]) -> Path | None:
+    """The adapter's, when it is one of this machine."""
+    folder = Path(listed[0][1]).expanduser() if listed else None
+    return folder if folder and folder.is_dir() else None
 
 
 def _check_tokenizer(base: Path, tokenizer: Any) -> list[int]:
@@ -178,25 +200,6 @@ def _made_from(job: Job) -> dict[str, Any]:
     }
 
 
-def _known(output: Path) -> dict[str, Any] | None:
-    """export.json of an earlier export; raises UserError when something else is there."""
-    if not output.exists():
-        return None
-    values = runfolder.read_json(output / runfolder.EXPORT) if output.is_dir() else None
-    if not isinstance(values, dict) and (not output.is_dir() or any(output.iterdir())):
-        problem = f"--output_path {output}: is there already, and is no export of ours."
-        raise UserError(problem, "Name a new folder.", USAGE)
-    return values
-
-
-def _is_whole(output: Path, known: dict[str, Any], made_from: dict[str, Any], check: bool) -> bool:
-    same = json.loads(json.dumps(made_from)) == {name: known.get(name) for name in made_from}
-    files = known.get("files") or {}
-    if not same or (check and not known.get("check")) or not all((output / name).is_file() for name in files):
-        return False
-    return all(fingerprint.of_file(output / name) == digest for name, digest in files.items())
-
-
 def _check_room(job: Job, options: ExportConfig) -> None:
     """Raise UserError before any work: of memory for the comparison, of disk for all files at once."""
     if options.check:
@@ -204,7 +207,7 @@ def _check_room(job: Job, options: ExportConfig) -> None:
     stored = sum(path.stat().st_size for path in job.base.glob("model*.safetensors"))
     bits16 = stored / (2 if model.load_config(str(job.base)).dtype == model.DTYPES["fp32"] else 1)
     needed = bits16 / 2 * BYTES.get(job.kind, 0.9) + (0 if job.kind in PLAIN_TYPES else bits16)
-    runfolder.check_room(job.output, int(needed * 1.05) + (64 << 20))
+    runfolder.check_room(job.place, int(needed * 1.05) + (64 << 20))
 
 
 def _make(job: Job, folder: Path) -> None:
@@ -253,7 +256,7 @@ def _describe(job: Job, folder: Path, made_from: dict[str, Any], checked: str | 
         "base": job.base_name,
         "adapter": ADAPTER if job.adapter else None,
         **made_from,
-        "made_with": f"{converter.PACKAGE} {converter.version()}",
+        "made_with": exported.made_with(),
         "check": checked,
         "versions": {name: str(version) for name, version in known.items() if version},
         "files": files,

@@ -87,14 +87,19 @@ def is_made(target: Path, made_of: dict[str, Any], flag: str) -> bool:
 
 def check_free(place: Path, target: Path, flag: str) -> None:
     """Raise UserError (exit 2) unless a new folder can be put there; place: of `find`."""
+    check_movable(place, target, flag)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise UserError(f"{flag} {target}: is there already.", "Name a new folder.")
+
+
+def check_movable(place: Path, target: Path, flag: str) -> None:
+    """Raise UserError (exit 2) when no rename can put a new folder there."""
     if not place.exists():
         return
     what = "the current folder" if place.samefile(Path()) else "a mount point" if _is_mount(place) else None
     if what:
         problem = f"{flag} {target}: is {what}, which a new folder cannot replace."
         raise UserError(problem, "Name a new folder inside it.")
-    if not place.is_dir() or any(place.iterdir()):
-        raise UserError(f"{flag} {target}: is there already.", "Name a new folder.")
 
 
 def _is_mount(place: Path) -> bool:

@@ -4,7 +4,7 @@
 
 Each try is a fork of this process, which has used nothing yet that a fork does not survive. Prints how many
 operations there were; fails when a target is seen that is not whole. The last try runs to its end. With
-over=FOLDER each try finds a copy of that folder in the target's place.
+over=FILE each try finds the whole folder there, with that file damaged.
 """
 
 import importlib
@@ -126,10 +126,11 @@ def main(name: str, place: str, *pairs: str) -> None:
     target, whole = Path(place) / "made", Path(place + "-whole") / "made"
     assert fork(TOOLS[name], whole, options, MOST) == 0
     wanted, around = contents(whole), {Path(place), *Path(place).parent.iterdir()}
-    allowed = [wanted, *([contents(Path(over))] if over else [])]
+    allowed = [wanted, *([{**wanted, over: b"damaged"}] if over else [])]
     for number in range(1, MOST):
         if over:
-            shutil.copytree(over, target)
+            shutil.copytree(whole, target)
+            (target / over).write_bytes(b"damaged")
         ended = fork(TOOLS[name], target, options, number)
         if ended == 0:
             break

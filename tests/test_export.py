@@ -33,7 +33,7 @@ from onecard import (
     template,
 )
 from onecard.chat_config import ChatConfig, Generation, PerplexityConfig
-from onecard.errors import CHECKPOINT, DATA, UserError
+from onecard.errors import CHECKPOINT, DATA, USAGE, UserError
 from onecard.prompt import Conversation, Turn
 from onecard.tool_config import GGUF_TYPES, ExportConfig
 from tests import kills, tiny
@@ -260,15 +260,11 @@ def test_what_fails_is_not_kept(base, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("over", [False, True])
+@pytest.mark.parametrize("over", [{}, {"over": "base-f16.gguf"}])
 def test_killed_at_every_operation(base, adapter, tmp_path, over):
-    """SIGKILL before each operation: no folder is seen, or the older one whole; the next run is clean."""
-    old = tmp_path / "old"
-    old.mkdir()
-    (old / "export.json").write_text('{"type": "f32"}')
-    (old / "base-f32.gguf").write_bytes(b"older")
+    """SIGKILL before each operation: no folder is seen, or the damaged one; the next run is clean."""
     found = {"model_path": base, "lora_path": adapter, "template": "alpaca"}
-    kills.check("export", tmp_path / "out", **found, **({"over": old} if over else {}))
+    kills.check("export", tmp_path / "out", **found, **over)
 
 
 def test_a_swapped_tokenizer_is_refused(base, tmp_path):
@@ -334,6 +330,105 @@ def test_other_peoples_files_stay(base, tmp_path):
     with pytest.raises(UserError, match="is there already"):
         run(model_path=base, output_path=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
+
+
+def refused(folder: Path, *words: str, **options) -> None:
+    """Exit 2 with these words, before any work, and the folder as it was."""
+    before = kills.contents(folder)
+    with pytest.raises(UserError) as caught:
+        run(**options)
+    assert caught.value.code == USAGE, caught.value
+    assert all(word in str(caught.value) for word in ("--output_path", *words)), caught.value
+    assert kills.contents(folder) == before
+
+
+def no_work(*_: object) -> None:
+    raise AssertionError("a refusal comes before any work")
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    """Exports of a few bytes, which hold what decides: the base's type and the adapter."""
+
+    def make(job: export.Job, folder: Path) -> None:
+        (folder / job.base_name).write_text(job.kind)
+        (folder / "Modelfile").write_text("FROM it")
+        if job.adapter:
+            shutil.copy(job.adapter / "adapter_model.safetensors", folder / "adapter.gguf")
+
+    monkeypatch.setattr(export, "_make", make)
+    monkeypatch.setattr(export, "_check", lambda job, folder, options, say: "same" if options.check else None)
+
+
+def test_an_export_is_replaced_by_the_same_one_only(quick, base, tmp_path, monkeypatch):
+    """Compared later, or damaged: made again, and told. Another one, edits and other files stay: exit 2.
+
+    The same command finds nothing to do whatever lies beside the files, an edited Modelfile too.
+    """
+    given = {"model_path": base, "output_path": tmp_path / "made", "type": "f32"}
+    made = run(**given, check=False)[0]
+    (made / "notes.txt").write_text("mine")
+    refused(made, "notes.txt", **given)
+    (made / "notes.txt").unlink()
+    assert "It was not compared with the model; it is made again" in " ".join(run(**given)[1])
+    (made / "base-f32.gguf").write_bytes(b"GGUF")
+    assert "base-f32.gguf is not what was written" in " ".join(run(**given)[1])
+    monkeypatch.setattr(export, "_make", no_work)
+    refused(made, "another type", "Name a new folder", **{**given, "type": "q4_0"})
+    other = tiny.save_model(tmp_path / "other", chatty(), vocab_size=301, hidden_size=48)
+    refused(made, "another base model", **{**given, "model_path": other})
+    with open(made / "Modelfile", "a") as file:
+        file.write("# mine")
+    (made / "notes.txt").write_text("mine")
+    said = " ".join(run(**given)[1])
+    assert "nothing to do" in said
+    assert "Modelfile" in said
+    (made / "base-f32.gguf").write_bytes(b"GGUF")
+    refused(made, "Modelfile, notes.txt", **given)
+    (made / "export.json").write_text("{")
+    with pytest.raises(UserError, match=r"export\.json is damaged"):
+        run(**given)
+
+
+def test_an_export_of_a_run_follows_its_training(quick, base, adapter, tmp_path):
+    """In the adapter's own folder an older one is replaced, and told, if it is as it was written."""
+    shutil.copytree(adapter, tmp_path / "run", ignore=shutil.ignore_patterns("gguf-*"))
+    given = {"model_path": base, "lora_path": tmp_path / "run", "check": False}
+    made, _ = run(**given)
+    before = (made / "adapter.gguf").read_bytes()
+    save_adapter(base, tmp_path / "run", 1)
+    refused(made, "another adapter", **given, output_path=made)
+    (made / "notes.txt").write_text("mine")
+    refused(made, "notes.txt", **given)
+    (made / "notes.txt").unlink()
+    assert f"{made}: an export with another adapter is replaced" in " ".join(run(**given)[1])
+    assert (made / "adapter.gguf").read_bytes() != before
+    assert sorted(path.name for path in made.iterdir()) == EXPORTED
+
+
+def test_files_that_come_while_an_export_is_made_stay(quick, base, tmp_path, monkeypatch):
+    """Looked at once more before the rename."""
+    made, real = tmp_path / "made", export._make
+    monkeypatch.setattr(export, "_make", lambda *args: (real(*args), made.mkdir(), (made / "x").touch()))
+    with pytest.raises(UserError, match="is there already"):
+        run(model_path=base, output_path=made, check=False)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["made", "made/x"]
+
+
+def test_where_an_export_cannot_come(quick, base, tmp_path, monkeypatch):
+    """The current folder and one in a file are refused; a link leads where it points."""
+    for name in ("here", "disk"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with monkeypatch.context() as here:
+        here.chdir(tmp_path / "here")
+        here.setattr(export, "_job", no_work)
+        refused(tmp_path, "the current folder", model_path=base, output_path=".")
+        refused(tmp_path, "is a file", model_path=base, output_path=tmp_path / "file/x")
+    run(model_path=base, output_path=tmp_path / "link", check=False)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk/Modelfile").is_file()
 
 
 def test_adapter_for_another_base_is_refused(exported, tmp_path):

@@ -36,6 +36,7 @@ LAYERS = {  # from the lowest
         "dropout",
         "engine_hf",
         "engine_llama",
+        "exported",
         "fingerprint",
         "finish",
         "fitting",
