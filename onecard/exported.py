@@ -13,7 +13,6 @@ from onecard.errors import CHECKPOINT, UserError, listed
 
 FLAG = "--output_path"
 PARTS = {  # of export.json: what makes it another export
-    "type": "type",
     "of_base": "base model",
     "of_adapter": "adapter",
     "template": "template",
@@ -72,7 +71,8 @@ def replaced(output: Path, known: dict[str, Any], made_from: dict[str, Any], is_
 def _difference(known: dict[str, Any], made_from: dict[str, Any]) -> str:
     """In words, empty when both are the same export."""
     wanted = json.loads(json.dumps(made_from))
-    parts = [what for name, what in PARTS.items() if known.get(name) != wanted[name]]
+    names = {**PARTS, "type": f"type ({known.get('type')})"}
+    parts = [what for name, what in names.items() if known.get(name) != wanted[name]]
     if parts and known.get("made_with") != made_with():
         parts.append(f"converter ({known.get('made_with')})")
     return f"with another {', another '.join(parts)}" if parts else ""

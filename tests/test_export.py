@@ -374,7 +374,7 @@ def test_an_export_is_replaced_by_the_same_one_only(quick, base, tmp_path, monke
     (made / "base-f32.gguf").write_bytes(b"GGUF")
     assert "base-f32.gguf is not what was written" in " ".join(run(**given)[1])
     monkeypatch.setattr(export, "_make", no_work)
-    refused(made, "another type", "Name a new folder", **{**given, "type": "q4_0"})
+    refused(made, "another type (f32)", "Name a new folder", **{**given, "type": "q4_0"})
     other = tiny.save_model(tmp_path / "other", chatty(), vocab_size=301, hidden_size=48)
     refused(made, "another base model", **{**given, "model_path": other})
     with open(made / "Modelfile", "a") as file:
