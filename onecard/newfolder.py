@@ -78,7 +78,7 @@ def is_made(target: Path, made_of: dict[str, Any], flag: str) -> bool:
             changed = sorted(name for name in {*files, *now} if files.get(name) != now.get(name))
     if changed:
         problem = f"{flag} {target}: was made of the same files, but {listed(changed)} changed, came or went"
-        problem += " since, or was copied without its time."
+        problem += " since; a copy needs its files' times (cp -a)."
         raise UserError(problem, "Name a new folder, or delete this one to make it again.", CHECKPOINT)
     if changed is None:
         check_free(place, target, flag)
