@@ -8,7 +8,6 @@ import dataclasses
 import secrets
 from typing import Any, TypeVar
 
-from onecard.errors import UserError
 from onecard.parsing import (
     EXECUTION,
     RUNS_CODE,
@@ -19,6 +18,7 @@ from onecard.parsing import (
     inherited,
     login,
     option,
+    refuse_idle,
 )
 
 GREEDY, SAMPLE, BEAM, BEAM_SAMPLE = "greedy", "sample", "beam", "beam_sample"
@@ -320,10 +320,7 @@ def check_used(options: ChatConfig) -> None:
         idle |= dict.fromkeys(WINDOW_ONLY, "for a window, not for a terminal")
     if options.rope_scaling == "none":
         idle["rope_factor"] = "for --rope_scaling yarn or dynamic"
-    plain = type(options)()
-    given = [name for name in idle if getattr(options, name) != getattr(plain, name)]
-    if given:
-        raise UserError("; ".join(f"--{name} is {idle[name]}" for name in given) + ".", "Leave it out.")
+    refuse_idle(options, idle)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from onecard import child, headers, layouts, llama, llama_tokenizer, newfolder, runfolder
+from onecard import child, headers, layouts, llama, llama_tokenizer, newfolder, parsing, runfolder
 from onecard.errors import CHECKPOINT, UserError
 from onecard.layouts import TO_HF
 from onecard.tool_config import ConvertConfig
@@ -36,6 +36,8 @@ def run(
     Raises UserError: exit 2 for options and folders, 4 for files that are damaged, missing or do not fit, 6
     without memory, 7 without room, 8 for a file that would run code.
     """
+    if options.tokenizer_only:
+        parsing.refuse_idle(options, {"num_shards": "for weights, not for --tokenizer_only"})
     source, target = Path(options.input_dir), Path(options.output_dir)
     if not source.is_dir():
         raise UserError(f"--input_dir {source}: no such folder.", "Name the folder of a LLaMA model.")

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from onecard import fingerprint, lock, receipt, remote, remote_code, runfolder, transfer
+from onecard import fingerprint, lock, parsing, receipt, remote, remote_code, runfolder, transfer
 from onecard.errors import CHECKPOINT, DISK, UNSAFE, UserError
 from onecard.receipt import DEMO
 from onecard.remote import Listing
@@ -25,6 +25,7 @@ from onecard.tool_config import MODELSCOPE, DownloadConfig
 from onecard.transfer import SHA256, Remote, UnreachableError
 
 SPARE = 1 << 24  # bytes that stay free
+OF_HUBS = ("source", "revision", "endpoint", "send_token", "files", "pickles")  # what a name's version has
 
 
 def run(
@@ -38,9 +39,10 @@ def run(
     locate: the demo's name -> its folder; lines: of --url_list.
     """
     options = _pinned(options)
+    _check_used(options)
     folder = _folder(options)
     if options.model_path == DEMO:
-        return _demo(Path(locate(DEMO)), folder, say)
+        return _demo(Path(locate(DEMO)), folder, options.verify, say)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(lock.owned(folder))
@@ -62,6 +64,17 @@ def _pinned(options: DownloadConfig) -> DownloadConfig:
         problem = f"--revision {options.revision} and --remote_code {options.remote_code}: two versions."
         raise UserError(problem, "Leave --revision out.")
     return dataclasses.replace(options, revision=options.remote_code)
+
+
+def _check_used(options: DownloadConfig) -> None:
+    """Raise UserError for options that a list or the demo makes no use of."""
+    if options.url_list:
+        parsing.refuse_idle(options, dict.fromkeys(OF_HUBS, "for a model's name, not for --url_list"))
+    elif options.model_path == DEMO:
+        idle = dict.fromkeys((*OF_HUBS, "update"), "for a hub's model, not for demo")
+        if not options.to:
+            idle |= dict.fromkeys(["verify"], "for demo with --to")
+        parsing.refuse_idle(options, idle)
 
 
 def _folder(options: DownloadConfig) -> Path | None:
@@ -257,8 +270,8 @@ def _receipt(folder: Path, listing: Listing) -> dict[str, Any]:
     return {**values, "files": files}
 
 
-def _demo(source: Path, folder: Path | None, say: Callable[[str], None]) -> Path:
-    """The demo model, in the cache or copied byte for byte."""
+def _demo(source: Path, folder: Path | None, again: bool, say: Callable[[str], None]) -> Path:
+    """The demo model, in the cache or copied byte for byte; again: read what is there already in full."""
     if folder is None:
         say(f"The demo model is in {source}.")
         return source
@@ -271,7 +284,7 @@ def _demo(source: Path, folder: Path | None, say: Callable[[str], None]) -> Path
     files = [Remote(path.name, "", path.stat().st_size, SHA256, digests[path]) for path in paths]
     listing = Listing(**values, files=files)
     with lock.owned(folder):
-        missing = [file for file in files if not _is_there(folder, file, {}, False)]
+        missing = [file for file in files if not _is_there(folder, file, {}, again)]
         foreign = [file.name for file in missing if os.path.lexists(folder / file.name)]
         if foreign:
             problem = f"{folder}: {', '.join(foreign[:5])} is there and not the demo's."

@@ -10,7 +10,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -166,6 +166,14 @@ def build(
     if mistakes:
         raise UserError("; ".join(mistakes) + ".", "See --help.")
     return settings(**checked)
+
+
+def refuse_idle(options: Any, idle: Mapping[str, str]) -> None:
+    """Raise UserError naming all options in `idle` (name -> what it is for) that are not at their default."""
+    plain = type(options)()
+    given = [name for name in idle if getattr(options, name) != getattr(plain, name)]
+    if given:
+        raise UserError("; ".join(f"--{name} is {idle[name]}" for name in given) + ".", "Leave it out.")
 
 
 def roles(settings: type) -> dict[str, str]:

@@ -138,6 +138,9 @@ def of_list(lines: Iterable[str], source: str) -> Listing:
         if rest or urlsplit(url).scheme not in ("http", "https"):
             raise UserError(f"{source}, line {number}: not `URL [NAME] [CHECKSUM]`.", "See docs/tools.md.")
         found.append((transfer.check_name(name, f"{source}, line {number},"), url, digest))
+    if not found:
+        problem = f"{source}: lists no file."
+        raise UserError(problem, "Write one `URL [NAME] [CHECKSUM]` a line, as docs/tools.md says.")
     _refuse_offline(source)
     _refuse_twice([name for name, _, _ in found], source)
     hosts = Hosts(url for _, url, _ in found)
@@ -158,10 +161,8 @@ def of_list(lines: Iterable[str], source: str) -> Listing:
                 continue
             empty = Remote(name, url, None, LENGTHS[len(digest)], digest)
             files.append(dataclasses.replace(empty, size=transfer.size_of(client, empty, {})))
-    if missing or not files:
-        problem = (
-            f"{source}: no checksum for {', '.join(missing)}." if missing else f"{source}: lists no file."
-        )
+    if missing:
+        problem = f"{source}: no checksum for {', '.join(missing)}."
         raise UserError(problem, "Write it behind the address, or list a .chk that has it.")
     commit = hashlib.sha256("\n".join(sorted(f"{file.name} {file.digest}" for file in files)).encode())
     names = sorted({urlsplit(file.url).hostname or "" for file in files})

@@ -294,6 +294,16 @@ def test_tokenizer_only(tmp_path, pieces, to):
     assert not list((tmp_path / "made").glob("*.safetensors"))
 
 
+def test_shards_of_a_tokenizer_are_refused(tmp_path, pieces):
+    """It has no weights that could be cut; nothing is written."""
+    (tmp_path / "start").mkdir()
+    shutil.copy(pieces[0], tmp_path / "start/tokenizer.model")
+    with pytest.raises(UserError, match="--num_shards is for weights") as caught:
+        run(tmp_path / "start", tmp_path / "made", "meta", tokenizer_only=True, num_shards=3)
+    assert caught.value.code == USAGE
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize("to", ["hf", "meta"])
 @pytest.mark.parametrize("fault", ["missing", "another's", "garbage"])
 def test_wrong_tokenizers(tmp_path, pieces, fault, to):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,19 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from onecard import addresses, fetch, hub, loading, lock, model, receipt, remote, sources, transfer
+from onecard import (
+    addresses,
+    fetch,
+    fingerprint,
+    hub,
+    loading,
+    lock,
+    model,
+    receipt,
+    remote,
+    sources,
+    transfer,
+)
 from onecard.chat_config import ChatConfig
 from onecard.errors import CHECKPOINT, DISK, UNSAFE, USAGE, UserError
 from onecard.tool_config import DownloadConfig
@@ -533,7 +546,6 @@ def test_llama_without_an_address(served, tmp_path):
         ("{a}/plain/config.json x y z", USAGE),
         ("{a}/plain/config.json ../x " + "0" * 64, UNSAFE),
         ("{a}/plain/config.json x " + "0" * 64, CHECKPOINT),
-        ("# nothing", USAGE),
     ],
 )
 def test_bad_lists(served, tmp_path, line, code):
@@ -542,6 +554,46 @@ def test_bad_lists(served, tmp_path, line, code):
         fetch.run(options, str, [line.replace("{a}", served.address)], print)
     assert caught.value.code == code
     assert inside(tmp_path / "m") == []
+
+
+@pytest.mark.parametrize("lines", [[], ["# nothing", ""]], ids=["empty", "comments"])
+def test_a_list_without_files(tmp_path, lines):
+    """What a line looks like is said, and nothing of checksums that lack."""
+    options = DownloadConfig(url_list="list.txt", to=str(tmp_path / "m"))
+    with pytest.raises(UserError) as caught:
+        fetch.run(options, str, lines, print)
+    assert (caught.value.code, caught.value.problem) == (USAGE, "list.txt: lists no file.")
+    assert "URL [NAME] [CHECKSUM]" in caught.value.fix
+
+
+OF_HUBS = {
+    "source": "modelscope",
+    "revision": "v1",
+    "endpoint": "https://x",
+    "send_token": True,
+    "files": "*.json",
+    "pickles": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "idle"),
+    [
+        ({"url_list": "list.txt", "to": "m", **OF_HUBS}, [*OF_HUBS]),
+        ({"url_list": "list.txt", "to": "m", "files": "*.json"}, ["files"]),
+        ({"model_path": "demo", "update": True, **OF_HUBS}, [*OF_HUBS, "update"]),
+        ({"model_path": "demo", "to": "m", "pickles": True, "verify": True}, ["pickles"]),
+        ({"model_path": "demo", "verify": True}, ["verify"]),
+    ],
+)
+def test_options_that_do_nothing_are_refused(tmp_path, monkeypatch, given, idle):
+    """A list and the demo have no versions, mirrors or choice of files; nothing is asked or written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        fetch.run(DownloadConfig(**given), str, [], print)
+    assert caught.value.code == USAGE
+    assert sorted(re.findall(r"--(\w+) is", str(caught.value))) == sorted(idle)
+    assert inside(tmp_path) == []
 
 
 def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -622,6 +674,19 @@ def test_the_demo(tmp_path, tiny_model):
     (tmp_path / "m" / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"config\.json"):
         fetch.run(options, where, (), said.append)
+
+
+def test_the_demo_is_read_again_on_request(tmp_path, tiny_model, monkeypatch):
+    options = DownloadConfig(model_path="demo", to=str(tmp_path / "m"))
+    fetch.run(options, lambda _: str(tiny_model), (), print)
+    plain, again = fingerprint.of_file, []
+    monkeypatch.setattr(
+        fingerprint, "of_file", lambda path, full=False: again.append(full) or plain(path, full)
+    )
+    for verify in (False, True):
+        again.clear()
+        fetch.run(dataclasses.replace(options, verify=verify), lambda _: str(tiny_model), (), print)
+        assert set(again) == {verify}
 
 
 def test_command_line():
