@@ -6,6 +6,7 @@ layer at a time: the others wait outside of the card.
 
 import contextlib
 import gc
+import math
 import random
 import shutil
 from collections.abc import Callable
@@ -20,18 +21,20 @@ from onecard import (
     memory,
     model,
     newfolder,
+    parsing,
     quantised,
-    reader,
+    runfolder,
     shards,
     sources,
     trial_rows,
 )
-from onecard.errors import CHECKPOINT, DATA, UserError
+from onecard.errors import CHECKPOINT, UserError
 from onecard.tool_config import QuantizeConfig
 from onecard.trial_rows import Row
 
 BNB = "bnb"
 FLAG = "--output_path"
+FIGURES = "quantize.json"  # in the new folder: what it cost
 WAITING, LOGS = ".waiting", "logs"  # of gptqmodel, in the new folder until it is done
 BITS = {quantised.GPTQ: (2, 3, 4, 8), quantised.AWQ: (4,), BNB: (4, 8)}
 GROUPS = (128, 64, 32)
@@ -46,6 +49,7 @@ def run(options: QuantizeConfig, locate: Callable[[str], str], say: Say) -> Path
     if options.bits not in BITS[options.method]:
         known = ", ".join(map(str, BITS[options.method]))
         raise UserError(f"--bits {options.bits}: {options.method} has {known}.", "Choose one of them.")
+    _check_used(options)
     name = Path(options.model_path).name
     target = Path(options.output_path or f"{name}-{options.method}-{options.bits}bit")
     source = Path(locate(options.model_path))
@@ -61,28 +65,52 @@ def run(options: QuantizeConfig, locate: Callable[[str], str], say: Say) -> Path
     made_of = newfolder.record("quantize", _settings(options, group), files, given)
     if newfolder.is_made(target, made_of, FLAG):
         say(f"{target} is there already, made of the same.")
+        _tell_figures(runfolder.read_json(target / FIGURES), options.report_rows, say)
         return target
     size = _size(source)
     needed = size if options.method == BNB else 2 * size  # layers that wait lie beside those that are done
     with newfolder.making(target, needed, made_of, FLAG) as (place, _):  # first of all the disk's room
-        _check_weights(source, say)
         seen, others = _rows(options, source, say)
         device = hardware.choose_device(options.device).value
+        _check_weights(source, say)
         before = _perplexity(source, others, device, "perplexity before", say)
         if options.method == BNB:
             _by_bitsandbytes(source, place, options.bits, device)
         else:
             _tell_errors(_by_gptqmodel(source, place, options, group, seen, device), say)
         model.load_tokenizer(str(source)).save_pretrained(place)
-    after = _perplexity(target, others, device, "perplexity after", say)
-    now = _size(target)
-    say(f"size        {size / 2**20:.1f} -> {now / 2**20:.1f} MiB ({now / size:.2f} of it)")
-    if others:
-        ratio = after / before
-        say(
-            f"perplexity  {before:.3f} -> {after:.3f} (ratio {ratio:.3f}) of {len(others)} rows not looked at"
-        )
+        # under its hidden name: what can be seen has been measured, whenever this is killed
+        after = _perplexity(place, others, device, "perplexity after", say)
+        figures = {"bytes": [size, _size(place)], "perplexity": [before, after] if others else None}
+        figures |= {"rows": len(others), "data_path": options.data_path}
+        runfolder.write_json(place / FIGURES, figures)
+    _tell_figures(figures, options.report_rows, say)
     return target
+
+
+def _check_used(options: QuantizeConfig) -> None:
+    """Raise UserError for options that the method makes no use of."""
+    idle = {}
+    if options.method != quantised.GPTQ:
+        idle |= dict.fromkeys(("act_order", "damp"), "for --method gptq")
+    if options.method == BNB:
+        idle |= dict.fromkeys(("group_size", "rows"), "for --method gptq or awq")
+    parsing.refuse_idle(options, idle)
+
+
+def _tell_figures(figures: dict[str, Any] | None, report_rows: int, say: Say) -> None:
+    """What the new folder cost, as it was measured when it was made; None: an earlier version made it."""
+    if not figures:
+        say(f"It has no {FIGURES}: an earlier version made it.")
+        return
+    size, now = figures["bytes"]
+    say(f"size        {size / 2**20:.1f} -> {now / 2**20:.1f} MiB ({now / size:.2f} of it)")
+    if figures["perplexity"]:
+        before, after = figures["perplexity"]
+        of = f"of {figures['rows']} rows not looked at, of {figures['data_path']}"
+        say(f"perplexity  {before:.3f} -> {after:.3f} (ratio {after / before:.3f}) {of}")
+    elif report_rows:
+        say("perplexity  not measured when it was made")
 
 
 def _size(folder: Path) -> int:
@@ -101,7 +129,7 @@ def _settings(options: QuantizeConfig, group: int) -> dict[str, Any]:
 def _read(options: QuantizeConfig, source: Path) -> list[Path]:
     """All files that decide it."""
     found = model.identity_files(str(source))
-    rows = [] if options.method == BNB else [each.path for each in reader.sources(options.data_path)]
+    rows = [] if options.method == BNB else trial_rows.files(options.data_path)
     return [*found["weights"], *found["tokenizer"], *rows]
 
 
@@ -151,11 +179,11 @@ def _check_weights(source: Path, say: Say) -> None:
 
 def _rows(options: QuantizeConfig, source: Path, say: Say) -> tuple[list[Row], list[Row]]:
     """(rows to look at, other rows to tell the perplexity of), chosen by the seed."""
+    if options.method == BNB and not options.report_rows:
+        return [], []
     tokenizer = model.load_tokenizer(str(source))
     form, _ = sources.choose_template(options.template, [], tokenizer)
-    found = list(trial_rows.read(options.data_path, options.cutoff_len, form, tokenizer))
-    if not found:
-        raise UserError(f"--data_path {options.data_path}: no row has an answer.", "Name others.", DATA)
+    found = trial_rows.some(options.data_path, options.cutoff_len, form, tokenizer)
     random.Random(options.seed).shuffle(found)
     apart = min(options.report_rows, len(found) // 4)
     others, found = found[:apart], found[apart:]
@@ -217,19 +245,27 @@ def _by_bitsandbytes(source: Path, place: Path, bits: int, device: str) -> None:
     made.save_pretrained(place)
 
 
-def _perplexity(folder: Path, rows: list[Row], device: str, title: str, say: Say) -> float:
-    """Of these rows; by the processor when the whole model does not fit on the card."""
+def _perplexity(folder: Path, rows: list[Row], device: str, title: str, say: Say) -> float | None:
+    """Of these rows, None without; by the processor when the whole model does not fit on the card.
+
+    Raises UserError (exit 4) when it is no finite number.
+    """
     if not rows:
-        return float("nan")
+        return None
     size = _size(folder)
     if device != "cpu" and size > memory.SAFETY * (hardware.free_memory_bytes(device) or 0):
-        say(f"perplexity  of {folder.name} by the processor: {size / 2**30:.1f} GiB do not fit on {device}")
+        say(f"{title}: by the processor, as {size / 2**30:.1f} GiB do not fit on {device}")
         device = "cpu"
     dtype = hardware.choose_dtype("auto", device).value
     made = model.load_base(str(folder), 16, dtype, device).eval()
     try:
-        return trial_rows.perplexity(made, rows, device, title)
+        found = trial_rows.perplexity(made, rows, device, title)
     finally:
         del made
         gc.collect()
         hardware.forget_cached_memory(device)
+    if not math.isfinite(found):
+        problem = f"{title}: {found}, computed in {dtype} on {device}. No model was kept."
+        fix = "Look for damaged weights in --model_path, or try more --bits, another --method or --device."
+        raise UserError(problem, fix, CHECKPOINT)
+    return found

@@ -1,20 +1,24 @@
 """Perplexity of a model, with adapters or without, in either engine, on a text file."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from onecard import loading, scoring
 from onecard.chat_config import ChatConfig, PerplexityConfig
-from onecard.errors import DATA, UserError
+from onecard.errors import CHECKPOINT, DATA, UserError
 from onecard.scoring import Score, Text
 
 LEAST, LEAST_CONTEXT = 2, 8  # tokens
 
 
 def perplexity(options: PerplexityConfig, *how: Any, say: Callable[[str], None]) -> tuple[Score, Text, int]:
-    """(score, text, tokens of a window); how: locate, fetch and to_gguf of loading.load. Raises UserError."""
+    """(score, text, tokens of a window); how: locate, fetch and to_gguf of loading.load.
+
+    Raises UserError, exit 4 when the score is no finite number.
+    """
     text = read(options.data_path)
     engine, _, mixture, _ = loading.load(for_chat(options), *how, say, exact=True)
     if len(mixture) < len(engine.adapters):
@@ -27,7 +31,13 @@ def perplexity(options: PerplexityConfig, *how: Any, say: Callable[[str], None])
     if length < LEAST_CONTEXT:
         problem = f"A context of {length} tokens is too short to measure with."
         raise UserError(problem, f"Name a model that reads at least {LEAST_CONTEXT}.")
-    return scoring.score(engine, encoded, length, mixture, "scoring"), encoded, length
+    score = scoring.score(engine, encoded, length, mixture, "scoring")
+    if not math.isfinite(score.nats):
+        named = options.model_path or options.lora_path
+        problem = f"{named}: the probability that it gives {options.data_path} is no finite number."
+        fix = "Look for damaged weights in base and adapter, or try --dtype fp32."
+        raise UserError(problem, fix, CHECKPOINT)
+    return score, encoded, length
 
 
 def for_chat(options: PerplexityConfig) -> ChatConfig:

@@ -28,6 +28,7 @@ from onecard import (
     runfolder,
     shards,
     sources,
+    trial_rows,
 )
 from onecard.errors import CHECKPOINT, UserError
 from onecard.merging import Adapter, Change
@@ -84,8 +85,9 @@ def run(
 ) -> None:
     """Merge. locate: name of a model -> folder; fetch: name of an adapter on the hub -> folder.
 
-    progress(done, all) in bytes; then(base, adapter, merged) is called when the folder is there. Raises
-    UserError: exit 4 with the list of keys when the adapter does not fit this base.
+    progress(done, all) in bytes; then(base, adapter, merged) is called when the folder is there, and its rows
+    are looked at before. Raises UserError: exit 4 with the list of keys when the adapter does not fit this
+    base, 3 without rows.
     """
     target = Path(options.output_path)
     with tempfile.TemporaryDirectory(prefix="onecard-adapters-") as keep:
@@ -106,9 +108,18 @@ def run(
         say(f"adapter     {found.origin}")
         for flag, place in (("--model_path", folder), ("--lora_path", found.origin)):
             newfolder.check_apart(place, target, (flag, FLAG))
+        if then:
+            _check_rows(options, folder, found)
         _make(folder, found, target, say, progress)
         if then:
             then(folder, found, target)
+
+
+def _check_rows(options: MergeConfig, folder: Path, found: Source) -> None:
+    """Raise UserError (exit 3) now and not after all the work, when the report would have no rows."""
+    tokenizer = model.load_tokenizer(str(beside.tokenizer_of(found.origin) or folder))
+    form, _ = sources.choose_template(None, [found], tokenizer)
+    trial_rows.some(options.data_path, options.cutoff_len, form, tokenizer, options.report_rows)
 
 
 def _make(folder: Path, found: Source, target: Path, say: Callable[[str], None], progress: Progress) -> None:

@@ -4,17 +4,14 @@ One model is in memory at a time; of the merged one the logits stay, for the tok
 """
 
 import gc
-import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from onecard import adapter, hardware, model, sources, trial_rows
-from onecard.errors import CHECKPOINT, DATA, UserError
-from onecard.prompt import Template
+from onecard.errors import CHECKPOINT, UserError
 from onecard.sources import Source
 from onecard.tool_config import MergeConfig
 from onecard.trial_rows import Row
@@ -26,7 +23,7 @@ def run(options: MergeConfig, base: Path, found: Source, merged: Path, say: Call
     """Say logit differences and perplexities on sample rows; raises UserError (exit 3) without rows."""
     tokenizer = model.load_tokenizer(str(merged))
     form, _ = sources.choose_template(None, [found], tokenizer)
-    rows = _rows(options, form, tokenizer)
+    rows = trial_rows.some(options.data_path, options.cutoff_len, form, tokenizer, options.report_rows)
     device = hardware.choose_device("auto").value
     dtype = hardware.choose_dtype("auto", device).value
     targets = sum(sum(is_target) for _, is_target in rows)
@@ -44,14 +41,6 @@ def run(options: MergeConfig, base: Path, found: Source, merged: Path, say: Call
             raise UserError(problem, "Delete the folder, and look for a damaged base or adapter.", CHECKPOINT)
 
 
-def _rows(options: MergeConfig, form: Template, tokenizer: Any) -> list[Row]:
-    found = trial_rows.read(options.data_path, options.cutoff_len, form, tokenizer)
-    rows = list(itertools.islice(found, options.report_rows))
-    if not rows:
-        raise UserError(f"--data_path {options.data_path}: no row has an answer.", "Name others.", DATA)
-    return rows
-
-
 def _load(folder: Path, bits: int, dtype: str, device: str, adapter_folder: Path | None) -> torch.nn.Module:
     made = model.load_base(str(folder), bits, dtype, device)
     if adapter_folder:
@@ -66,7 +55,7 @@ def outcome(made: torch.nn.Module, rows: list[Row], device: str) -> tuple[float,
     kept = [logits for logits, _ in found]
     del made
     gc.collect()  # the next model needs the room
-    return math.exp(sum(nats for _, nats in found) / sum(map(len, kept))), kept
+    return trial_rows.per_token(sum(nats for _, nats in found), sum(map(len, kept))), kept
 
 
 def largest_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:

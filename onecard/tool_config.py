@@ -8,6 +8,7 @@ import dataclasses
 from onecard.parsing import EXECUTION, LEARNED, at_least, commit_option, option
 
 HUB, MODELSCOPE = "hub", "modelscope"
+SAMPLE = "sample/instruct.json"  # in the repository; trial_rows finds it from any working folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ class MergeConfig:
         choices=("best", "newest"),
     )
     report: bool = option(False, EXECUTION, "then compare the merged model with base + adapter on rows")
-    data_path: str = option("sample/instruct.json", EXECUTION, "rows for --report")
+    data_path: str = option(SAMPLE, EXECUTION, "rows for --report")
     report_rows: int = option(8, EXECUTION, "rows that --report takes", check=at_least(1))
     cutoff_len: int = option(256, EXECUTION, "longest row of --report, in tokens", check=at_least(8))
 
@@ -157,9 +158,7 @@ class QuantizeConfig:
     damp: float = option(
         0.05, LEARNED, "gptq: share of the mean curvature that is added to every weight's", check=_is_damp
     )
-    data_path: str = option(
-        "sample/instruct.json", LEARNED, "rows to look at; your own fit your model better"
-    )
+    data_path: str = option(SAMPLE, LEARNED, "rows to look at; your own fit your model better")
     template: str | None = option(
         None, LEARNED, "their prompt template: a name, a .json file; none: the tokenizer's own, else alpaca"
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -166,6 +167,18 @@ def test_one_exit_code(whole, tmp_path, monkeypatch, capsys, program, fault):
     code, said = said_by(program, here / "base", tmp_path / "made", capsys)
     assert code == CHECKPOINT, said
     assert "/base" in said
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("program", [perplexity, quantize], ids=lambda each: each.__name__)
+def test_finite_weights_that_answer_with_nan(whole, tmp_path, capsys, program):
+    """What is measured is refused when it is no number."""
+    here = Path(shutil.copytree(whole / "base", tmp_path / "base"))
+    held = load_file(here / WEIGHTS)
+    held |= {name: torch.full_like(tensor, 1e25) for name, tensor in held.items() if ".mlp." in name}
+    save_file(held, here / WEIGHTS, {"format": "pt"})
+    code, said = said_by(program, here, tmp_path / "made", capsys)
+    assert code == CHECKPOINT, said
     assert not (tmp_path / "made").exists()
 
 

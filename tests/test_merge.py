@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from onecard import fingerprint, merge, merge_report, merging, model, newfolder, runfolder, shards, sources
-from onecard.errors import CHECKPOINT, DISK, USAGE, UserError
+from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, UserError
 from onecard.tool_config import MergeConfig
 from tests import kills, tiny
 
@@ -458,6 +458,18 @@ def test_report(tmp_path, pair):
     assert float(table["merged"][0]) > 1
     assert abs(float(same[1]) - 1) < 0.05  # bf16 on a processor
     assert float(coarse[2]) > 0
+
+
+@pytest.mark.parametrize("rows", ["none.json", "no_answers.json"])
+def test_the_rows_of_a_report_are_looked_at_first(tmp_path, pair, monkeypatch, rows):
+    """Exit 3 before any merging; the sample's rows are found from any folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "no_answers.json").write_text('[{"instruction": "a"}]')
+    before = sorted(tmp_path.iterdir())
+    arguments = {"base": pair[0], "adapter": pair[1], "target": tmp_path / "made", "report": True}
+    refused(DATA, "--data_path", rows, **arguments, data_path=rows)
+    assert sorted(tmp_path.iterdir()) == before
+    assert any("rows of sample/instruct.json" in line for line in run(**arguments, report_rows=1))
 
 
 def test_report_numbers():

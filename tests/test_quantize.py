@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onecard import gptq, model, quantised, template, trial_rows
-from onecard.errors import CHECKPOINT, DISK, USAGE, UserError
+from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, UserError
 from onecard.parsing import build
 from onecard.tool_config import QuantizeConfig
 from tests import kills, tiny
@@ -53,6 +54,17 @@ def quantise(source: Path | str, rows: Path, target: Path, *flags) -> str:
     ended = run(target.parent, "tools/quantize.py", *given, *flags)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return ended.stdout
+
+
+def bnb(source: Path, rows: Path, target: Path, **changes) -> QuantizeConfig:
+    given = {"model_path": source, "data_path": rows, "output_path": target, "device": "cpu"}
+    given = {name: str(value) for name, value in given.items()}
+    return build(QuantizeConfig, {**given, "method": "bnb", "report_rows": 2, **changes})
+
+
+def told_of(said: str) -> list[str]:
+    """The lines of what it cost."""
+    return re.findall(r"^(?:size|perplexity)  .* -> .*$", said, re.MULTILINE)
 
 
 @functools.cache
@@ -120,12 +132,12 @@ def test_a_gptq_folder_is_what_others_load(source, by_gptq, rows, tmp_path):
     told = re.findall(r"^layer (\d+) +squared error (\S+), (\S+) in \S+_proj$", said, re.MULTILINE)
     assert [int(number) for number, *_ in told] == list(range(tiny.config().num_hidden_layers))
     assert all(0 < float(most) <= float(both) < 1 for _, both, most in told)
-    assert "of 4 rows not looked at" in said
+    assert f"of 4 rows not looked at, of {rows}" in said
     error, plain = errors(source, rows, target, rounded(source, tmp_path / "rounded", 4, 32))
     assert error < plain < 0.5
-    assert "is there already, made of the same" in quantise(
-        source, rows, target, "--report_rows", 4, "--group_size", 32
-    )
+    again = quantise(source, rows, target, "--report_rows", 4, "--group_size", 32)
+    assert "is there already, made of the same" in again
+    assert told_of(again) == told_of(said) != []
     assert not {"logs", ".waiting"} & {path.name for path in (*target.iterdir(), *target.parent.iterdir())}
 
 
@@ -238,6 +250,9 @@ def test_each_layers_error_is_told():
         ({"group_size": 128, "hidden": 192}, "has 192 inputs"),
         ({"hidden": 96, "method": "awq"}, "multiples of 32 and 64"),
         ({"model_path": None}, "--model_path is needed"),
+        ({"method": "bnb", "damp": 0.1}, "--damp is for --method gptq. Leave it out"),
+        ({"method": "bnb", "rows": 5, "group_size": 64}, "--group_size is .*--rows is for --method gptq or"),
+        ({"method": "awq", "act_order": True, "group_size": 32}, r"^--act_order is for --method gptq\."),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, rows, changes, words):
@@ -273,6 +288,84 @@ def test_weights_that_are_no_numbers_are_refused(source, rows, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def fail(*_) -> None:
+    raise AssertionError("it was not to come this far")
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"device": "foo"}, USAGE),
+        ({"device": "cuda"}, USAGE),
+        ({"template": "nope"}, USAGE),
+        ({"data_path": "no.json"}, DATA),
+    ],
+    ids=str,
+)
+def test_options_are_checked_before_the_weights_are_read(source, rows, tmp_path, monkeypatch, changes, code):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gptq, "_check_weights", fail)
+    with pytest.raises(UserError) as caught:
+        gptq.run(bnb(source, rows, tmp_path / "out", **changes), str, print)
+    assert (caught.value.code, list(tmp_path.iterdir())) == (code, [])
+
+
+def test_rows_are_needed_only_to_be_looked_at(source, tmp_path, monkeypatch):
+    """bitsandbytes without a report needs none; the sample's are found from any folder."""
+    monkeypatch.chdir(tmp_path)
+    assert gptq._rows(bnb(source, "none.json", tmp_path / "out", report_rows=0), source, print) == ([], [])
+    options = build(QuantizeConfig, {"method": "bnb", "report_rows": 3})
+    assert len(gptq._rows(options, source, print)[1]) == 3
+    tiny.save_rows(tmp_path / "rows.json", 8)
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "rows.json").rename(tmp_path / options.data_path)  # the user's own comes first
+    assert len(gptq._rows(options, source, print)[1]) == 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_perplexity_that_is_no_number_is_refused(source, rows, tmp_path, monkeypatch, when, number):
+    """X6: exit 4, and no folder is kept."""
+    plain = trial_rows.perplexity
+
+    def measured(*arguments) -> float:
+        return number if arguments[-1] == f"perplexity {when}" else plain(*arguments)
+
+    monkeypatch.setattr(trial_rows, "perplexity", measured)
+    with pytest.raises(UserError, match=f"perplexity {when}: {number}") as caught:
+        gptq.run(bnb(source, rows, tmp_path / "out"), str, print)
+    assert (caught.value.code, list(tmp_path.iterdir())) == (CHECKPOINT, [])
+
+
+@pytest.mark.parametrize(("nats", "found"), [(0.0, 1.0), (1e9, math.exp(700)), (float("inf"), float("inf"))])
+def test_perplexity_of_a_token(nats, found):
+    assert trial_rows.per_token(nats, 1) == found
+
+
+def test_what_can_be_seen_has_been_measured(source, rows, tmp_path, monkeypatch):
+    """Cut while it is measured, no folder is there; made, its figures are told again."""
+    plain, target = trial_rows.perplexity, tmp_path / "out"
+
+    def cut(*arguments) -> float:
+        if arguments[-1] == "perplexity after":
+            assert not target.exists()
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr(trial_rows, "perplexity", cut)
+    with pytest.raises(KeyboardInterrupt):
+        gptq.run(bnb(source, rows, target), str, print)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(trial_rows, "perplexity", plain)
+    said: list[str] = []
+    gptq.run(bnb(source, rows, target), str, said.append)
+    first = told_of("\n".join(said))
+    monkeypatch.setattr(trial_rows, "perplexity", fail)
+    gptq.run(bnb(source, rows, target), str, said.append)
+    assert told_of("\n".join(said)) == first * 2
+    assert [line.split()[0] for line in first] == ["size", "perplexity"]
+
+
 def test_a_full_disk_is_told_before_anything_is_read(source, rows, tmp_path, monkeypatch):
     """Exit 7 with the size, before the weights are looked at and the perplexity is measured."""
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 10)
@@ -285,9 +378,9 @@ def test_a_full_disk_is_told_before_anything_is_read(source, rows, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_killed_at_every_operation(source, tmp_path):
-    """SIGKILL before each operation: no folder is seen, the next run is clean."""
-    kills.check("quantize", tmp_path / "out", model_path=source, report_rows=0)
+def test_killed_at_every_operation(source, rows, tmp_path):
+    """SIGKILL before each operation: no folder is seen without its figures, the next run is clean."""
+    kills.check("quantize", tmp_path / "out", model_path=source, data_path=rows, report_rows=1)
 
 
 def test_a_terminal_sees_how_far_it_is(source, rows, tmp_path, capsys, monkeypatch):
