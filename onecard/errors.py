@@ -30,6 +30,9 @@ OUT_OF_MEMORY = (  # in lower case
 )
 
 
+ENDS = (".", "!", "?", ":", ";", ",", "。")
+
+
 class UserError(Exception):
     """A problem the user can solve: what is wrong and where, what to do about it, and the exit code."""
 
@@ -38,7 +41,8 @@ class UserError(Exception):
         self.problem, self.fix, self.code = problem, fix, code
 
     def __str__(self) -> str:
-        return f"{self.problem} {self.fix}".strip()
+        ended = self.problem.endswith(ENDS) or not self.fix  # others' words in it often end without a stop
+        return f"{self.problem}{'' if ended else '.'} {self.fix}".strip()
 
 
 class Stopped(BaseException):
@@ -49,10 +53,11 @@ class Stopped(BaseException):
         self.number = number
 
 
-def run_program(main: Callable[[], int | None]) -> None:
+def run_program(main: Callable[[], int | None], smaller: str = "") -> None:
     """Run a root program's `main` and end the process with its exit code.
 
-    A UserError becomes one message on stderr; ONECARD_DEBUG=1 adds the traceback.
+    A UserError becomes one message on stderr; ONECARD_DEBUG=1 adds the traceback. smaller: those of the
+    program's options that need less memory with less.
     """
     try:
         code = main() or OK
@@ -63,7 +68,8 @@ def run_program(main: Callable[[], int | None]) -> None:
         if not is_out_of_memory(error):
             raise
         code = MEMORY
-        _say(error, "error: out of memory. Try a smaller --micro_batch_tokens, --cutoff_len or --bits.")
+        fix = f"Try a smaller {smaller}." if smaller else "End other programs, or give it more memory."
+        _say(error, f"error: out of memory. {fix}")
     except (KeyboardInterrupt, Stopped) as error:
         number = getattr(error, "number", signal.SIGINT)
         code = 128 + number

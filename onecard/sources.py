@@ -295,4 +295,7 @@ def choose_template(asked: str | None, found: list[Source], tokenizer: Any) -> t
             return template.load(template.AUTO, tokenizer), "the tokenizer's own"
         except UserError as error:
             return template.load("alpaca", tokenizer), f"the usual one: {error.problem}"
-    return template.load("alpaca", tokenizer), "none is written with the adapter: the usual one"
+    why = (
+        "none is written with the adapter: the usual one" if found else "the model names none: the usual one"
+    )
+    return template.load("alpaca", tokenizer), why

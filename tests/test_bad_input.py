@@ -13,7 +13,7 @@ import torch
 
 import finetune
 from onecard import chat, config, hub, report, runfolder, template, train
-from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, run_program
+from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, UserError, run_program
 from tests import tiny
 
 QUICK = ("--device", "cpu", "--bits", "16", "--dtype", "fp32", "--max_steps", "2", "--batch_size", "4")
@@ -425,3 +425,17 @@ class TestCardThatTorchCannotUse:
         """An nvidia-smi that shows nothing does not keep a machine from training on its CPU."""
         card_without_torch(answer)
         check(bad_run("--device", "auto", "--cutoff_len", 8), DATA, "no usable row")  # the rows come after it
+
+
+@pytest.mark.parametrize(
+    ("problem", "fix", "told"),
+    [
+        ("It failed: [Errno -2] unknown", "Check it.", "It failed: [Errno -2] unknown. Check it."),
+        ("It failed.", "Check it.", "It failed. Check it."),
+        ("Is it there?", "Look.", "Is it there? Look."),
+        ("It is not there, as in 3.1", "", "It is not there, as in 3.1"),
+    ],
+)
+def test_problem_and_advice_are_two_sentences(problem, fix, told):
+    """Words of a library or a server, with which a problem ends, often have no full stop."""
+    assert str(UserError(problem, fix)) == told

@@ -1,6 +1,9 @@
 """Out of memory costs nothing: the same rows again in smaller micro-batches, with the same gradient."""
 
+import ast
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from onecard import chat, fitting, report, train, weights
-from onecard.errors import is_out_of_memory
+from onecard.errors import MEMORY, is_out_of_memory, run_program
 from tests import tiny
 from tests.test_run import options
 
@@ -25,6 +28,7 @@ FLAGS = {
     "warmup_steps": 0,
 }
 
+ROOT = Path(__file__).parent.parent
 LIMIT = 60 << 20  # bytes beyond what a run holds before its first step
 
 
@@ -154,3 +158,39 @@ def test_a_single_row_that_does_not_fit_is_exit_6(harness, untroubled, tmp_path)
 def test_what_counts_as_out_of_memory(error, is_memory):
     """Messages of CUDA, cuBLAS, bitsandbytes and torch's CPU allocator; nothing else."""
     assert is_out_of_memory(error) == is_memory
+
+
+def without_memory() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("smaller", "fix"), [("--rows", "Try a smaller --rows."), ("", "End other programs")]
+)
+def test_what_a_program_says_without_memory(capsys, smaller, fix):
+    with pytest.raises(SystemExit) as caught:
+        run_program(without_memory, smaller)
+    assert caught.value.code == MEMORY
+    assert f"error: out of memory. {fix}" in capsys.readouterr().err
+
+
+def advice(program: Path) -> str:
+    """What a program tells run_program to name."""
+    calls = (node for node in ast.walk(ast.parse(program.read_text())) if isinstance(node, ast.Call))
+    ends = [call.args for call in calls if getattr(call.func, "id", "") == "run_program"]
+    return ends[0][1].value if ends and len(ends[0]) > 1 else ""
+
+
+ADVISED = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]) if advice(path)]
+
+
+@pytest.mark.parametrize("program", ADVISED, ids=lambda path: path.stem)
+def test_the_advised_options_are_the_programs_own(program):
+    told = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, check=True)
+    flags = [word.strip(",") for word in advice(program).split() if word.startswith("--")]
+    assert flags
+    assert [flag for flag in flags if f"\n  {flag} " not in told.stdout] == []
+
+
+def test_programs_that_hold_a_model_have_advice():
+    assert {"finetune", "generate", "interaction", "quantize"} <= {path.stem for path in ADVISED}

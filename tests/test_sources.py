@@ -332,6 +332,14 @@ def test_several_adapters_with_names_and_weights(run, tiny_model):
     assert is_checkpoint(Chat(chat.engine, chat.template, (("v1.5", 1.0),)), tiny_model, third)
 
 
+def test_the_usual_template_says_why(run, tiny_model):
+    """Without an adapter nothing is said of one."""
+    own = model.load_tokenizer(str(tiny_model))
+    assert "adapter" not in sources.choose_template(None, [], own)[1]
+    alone = sources.Source("mine", run)
+    assert "none is written with the adapter" in sources.choose_template(None, [alone], own)[1]
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
