@@ -111,7 +111,7 @@ def convert_llama(base: Path, place: Path) -> None:
 
 
 def perplexity(base: Path, place: Path) -> None:
-    options = built(PerplexityConfig, data_path=SAMPLE, model_path=base, context=64)
+    options = built(PerplexityConfig, data_path=SAMPLE, model_path=base, context=64, max_tokens=100)
     measure.perplexity(options, hub.locate, hub.fetch_adapter, gguf.for_llama, say=QUIET)
 
 
