@@ -35,6 +35,8 @@ KEEP_TEXTS = """(...texts) => {
 }"""
 KEPT = """(chat, ...texts) => {
   window.onecardKept = true;
-  const kept = JSON.parse(sessionStorage.getItem('onecard-texts') || 'null');
-  return [sessionStorage.getItem('onecard-chat') || '[]', ...(kept || texts)];
+  let kept = null;
+  try { kept = JSON.parse(sessionStorage.getItem('onecard-texts')); } catch (broken) { }
+  const whole = Array.isArray(kept) && kept.length === texts.length;
+  return [sessionStorage.getItem('onecard-chat') || '[]', ...(whole ? kept.map(String) : texts)];
 }"""

@@ -504,7 +504,9 @@ def test_a_chat_that_the_browser_cannot_keep_is_told(browser, turns):
 
 def test_summary_becomes_the_context(browser, tmp_path):
     """A whole summary stands for the turns, which go."""
-    (tmp_path / "answers.json").write_text(json.dumps(["Four.", "We counted to four."]), encoding="utf-8")
+    (tmp_path / "answers.json").write_text(
+        json.dumps(["Four.", "We counted to four.", "Yes."]), encoding="utf-8"
+    )
     options = ["--answers", str(tmp_path / "answers.json")]
     with (
         serving("turns", tmp_path / "server", *options) as server,
@@ -519,6 +521,13 @@ def test_summary_becomes_the_context(browser, tmp_path):
         page.reload()
         expect(page.locator("#context textarea")).to_have_value("We counted to four.")
         expect(page.locator("#system textarea")).to_have_value("Be brief.")
+        ask(page, "Still there?")
+        finished(page)
+        expect(page.locator(MESSAGES)).to_have_count(2)
+        page.evaluate("sessionStorage.setItem('onecard-texts', '{')")  # as nothing of ours writes it
+        page.reload()
+        expect(page.locator(MESSAGES)).to_have_count(2)
+        expect(page.locator("#system textarea")).to_have_value("")
 
 
 HOSTILE = """# Title
