@@ -162,13 +162,15 @@ class ChatWindow(ChatLayout):
         texts: dict[str, Text] | None = None,
         box: str | None = None,
         keep: bool = True,
+        other: bool = False,
     ) -> list[Any]:
-        """Values of self.outputs(). keep: in the browser too, where a reload finds it."""
+        """Values of self.outputs().
+
+        keep: in the browser too, where a reload finds it; other: the last answer is not there any more.
+        """
         texts = texts or {}
         sides = [self.messages(turns, key, texts.get(key)) for key in (LEFT, RIGHT)]
-        beams = gr.skip() if texts or wrong else ""  # those of an answer that stays
-        if LEFT in texts:
-            beams = page.beams(texts[LEFT], self.lang)
+        beams = page.beams(texts[LEFT], self.lang) if LEFT in texts else "" if other else gr.skip()
         kept = json.dumps(turns, ensure_ascii=False) if keep else gr.skip()
         return [turns, kept, *sides, page.status(told, wrong), gr.skip() if box is None else box, beams]
 
@@ -209,7 +211,7 @@ class ChatWindow(ChatLayout):
         if text.finished in (decoding.END, decoding.STOP) and text.whole:
             done = "Summarised: the context stands for the earlier turns.", "已总结：以背景代替之前的对话。"
             new = wish.context if all(wish.context != turn.get("input") for turn in turns) else ""
-            yield [*self.shown([], self.say(*done)), "\n\n".join(filter(None, [new, text.whole]))]
+            yield [*self.shown([], self.say(*done), other=True), "\n\n".join(filter(None, [new, text.whole]))]
         elif not failed:
             kept = "The summary is not whole, so the chat stays as it was", "总结不完整，对话保持不变"
             why = talking.WHY[text.finished] if text.whole else ("it is empty", "内容为空")
@@ -225,7 +227,7 @@ class ChatWindow(ChatLayout):
         start = [getattr(self.options, name) for name in self.inputs]
         weights = [given.get(name, 1.0) for name in self.chat.engine.adapters]
         pickers = [TRAINED, talking.choice_of(self.chat.mixture), False, BASE]
-        return [*self.shown([], box=""), self.options.system, "", *pickers, *start, *weights]
+        return [*self.shown([], box="", other=True), self.options.system, "", *pickers, *start, *weights]
 
     def side_by_side(self, choice: str, on: bool, against: str) -> list[Any]:
         """Two chats with their adapters' names, or one without; and which weights have an effect."""
@@ -245,7 +247,7 @@ class ChatWindow(ChatLayout):
             wrong = "Your message is not sent yet: send or remove it first.", "内容尚未发送，请先发送或删除。"
         if wrong:
             return [*self.shown(turns, self.say(*wrong), True), gr.skip()]
-        return [*self.shown(turns[:-1], box=turns[-1]["question"]), asked or gr.skip()]
+        return [*self.shown(turns[:-1], box=turns[-1]["question"], other=True), asked or gr.skip()]
 
     def saved(self, turns: Turns, *values: Any) -> tuple[str, str]:
         try:
@@ -279,15 +281,15 @@ class ChatWindow(ChatLayout):
             lacking = "; ".join(self.say(*note).rstrip(".") for note in notes)
             told = self.say(f"Loaded, but not as saved: {lacking}.", f"已载入，但与保存时不同：{lacking}。")
         texts = [saved.texts["system"], saved.texts["context"]]
-        return [*self.shown(saved.turns, told, bool(notes)), *texts, *pickers, *values, *sliders]
+        return [*self.shown(saved.turns, told, bool(notes), other=True), *texts, *pickers, *values, *sliders]
 
-    def reopened(self, kept: str, *texts: str) -> list[Any]:
-        """What this tab had kept, if it did: turns, context and system prompt."""
+    def reopened(self, kept: str) -> list[Any]:
+        """What this tab had kept, if it did."""
         try:
             turns = transcript.turns_of(json.loads(kept or "[]"))
         except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             turns = []
-        return [*self.shown(turns), *texts]
+        return self.shown(turns)
 
     def wire(self, window: gr.Blocks) -> None:
         given = [self.box, self.state, *self.side()]
@@ -307,9 +309,11 @@ class ChatWindow(ChatLayout):
         controls.halting(self.stop, window, self.sessions, self.status, self.lang)
         typed = [self.box, self.context, self.state]
         self.edit.click(self.take_back, typed, [*self.outputs(), self.context], **page.QUICK)
-        self.delete.click(lambda turns: self.shown(turns[:-1]), self.state, self.outputs(), **page.QUICK)
+        self.delete.click(
+            lambda turns: self.shown(turns[:-1], other=True), self.state, self.outputs(), **page.QUICK
+        )
         for trigger in (self.clear.click, self.left.clear, self.right.clear):
-            trigger(lambda: self.shown([]), None, self.outputs(), **page.QUICK)
+            trigger(lambda: self.shown([], other=True), None, self.outputs(), **page.QUICK)
         fresh = [*self.outputs(), *self.side()]
         self.new.click(self.fresh, None, fresh, **page.QUICK)
         compared = [self.adapter, self.compare, self.against]
@@ -334,8 +338,9 @@ class ChatWindow(ChatLayout):
         texts = [self.context, self.system]
         for text in texts:
             text.change(None, texts, None, js=scripts.KEEP_TEXTS)
-        opened = [*self.outputs(), *texts]
-        window.load(self.reopened, [self.kept, *texts], opened, js=scripts.KEPT, **page.QUICK)
+        # in the browser alone: what is typed while the page opens must not wait for the server
+        window.load(None, texts, texts, js=scripts.KEPT_TEXTS)
+        window.load(self.reopened, self.kept, self.outputs(), js=scripts.KEPT_CHAT, **page.QUICK)
 
 
 def turns(chat: Any, options: ChatConfig, training: Callable[[str], None] | None = None) -> gr.Blocks:

@@ -41,7 +41,8 @@ class UserError(Exception):
         self.problem, self.fix, self.code = problem, fix, code
 
     def __str__(self) -> str:
-        ended = self.problem.endswith(ENDS) or not self.fix  # others' words in it often end without a stop
+        # others' words at its end often lack their stop
+        ended = not (self.problem and self.fix) or self.problem.endswith(ENDS)
         return f"{self.problem}{'' if ended else '.'} {self.fix}".strip()
 
 

@@ -72,10 +72,12 @@ def _difference(known: dict[str, Any], made_from: dict[str, Any]) -> str:
     """In words, empty when both are the same export."""
     wanted = json.loads(json.dumps(made_from))
     names = {**PARTS, "type": f"type ({known.get('type')})"}
-    parts = [what for name, what in names.items() if known.get(name) != wanted[name]]
+    parts = {name: what for name, what in names.items() if known.get(name) != wanted[name]}
     if parts and known.get("made_with") != made_with():
-        parts.append(f"converter ({known.get('made_with')})")
-    return f"with another {', another '.join(parts)}" if parts else ""
+        # its version is part of what base and adapter are known by: whether they are others is not known then
+        parts = {name: what for name, what in parts.items() if name not in ("of_base", "of_adapter")}
+        parts["made_with"] = f"converter ({known.get('made_with')})"
+    return f"with another {', another '.join(parts.values())}" if parts else ""
 
 
 def made_with() -> str:

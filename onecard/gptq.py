@@ -28,7 +28,7 @@ from onecard import (
     sources,
     trial_rows,
 )
-from onecard.errors import CHECKPOINT, UserError
+from onecard.errors import CHECKPOINT, UserError, is_out_of_memory
 from onecard.tool_config import QuantizeConfig
 from onecard.trial_rows import Row
 
@@ -80,12 +80,23 @@ def run(options: QuantizeConfig, locate: Callable[[str], str], say: Say) -> Path
             _tell_errors(_by_gptqmodel(source, place, options, group, seen, device), say)
         model.load_tokenizer(str(source)).save_pretrained(place)
         # under its hidden name: what can be seen has been measured, whenever this is killed
-        after = _perplexity(place, others, device, "perplexity after", say)
-        figures = {"bytes": [size, _size(place)], "perplexity": [before, after] if others else None}
+        after = _perplexity_after(place, others, device, say)
+        figures = {"bytes": [size, _size(place)], "perplexity": after and [before, after]}
         figures |= {"rows": len(others), "data_path": options.data_path}
         runfolder.write_json(place / FIGURES, figures)
     _tell_figures(figures, options.report_rows, say)
     return target
+
+
+def _perplexity_after(place: Path, others: list[Row], device: str, say: Say) -> float | None:
+    """Of the new model; None without rows, or without the memory: the work of hours is worth more."""
+    try:
+        return _perplexity(place, others, device, "perplexity after", say)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        say("perplexity  the memory was not enough to measure the new model")
+        return None
 
 
 def _check_used(options: QuantizeConfig) -> None:

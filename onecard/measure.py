@@ -33,9 +33,9 @@ def perplexity(options: PerplexityConfig, *how: Any, say: Callable[[str], None])
         raise UserError(problem, f"Name a model that reads at least {LEAST_CONTEXT}.")
     score = scoring.score(engine, encoded, length, mixture, "scoring")
     if not math.isfinite(score.nats):
-        named = options.model_path or options.lora_path
+        named = options.model_path or options.lora_path or "The demo model"
         problem = f"{named}: the probability that it gives {options.data_path} is no finite number."
-        fix = "Look for damaged weights in base and adapter, or try --dtype fp32."
+        fix = "Look for damaged weights in base and adapter."
         raise UserError(problem, fix, CHECKPOINT)
     return score, encoded, length
 

@@ -25,7 +25,7 @@ PATIENCE = 5.0  # seconds: the child of a killed run needs a moment to see it
 
 def check_apart(source: Path, target: Path, flags: tuple[str, str]) -> None:
     """Raise UserError when one folder is the other or lies inside of it; links are followed."""
-    one, other = source.resolve(), target.resolve()
+    one, other = source.resolve(), find(target, flags[1])
     if one == other or one in other.parents or other in one.parents:
         problem = f"{flags[1]} {target}: is {flags[0]} {source}, or inside of it, or around it."
         raise UserError(problem, "Name a new folder elsewhere.")
@@ -74,6 +74,8 @@ def is_made(target: Path, made_of: dict[str, Any], flag: str) -> bool:
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
         known = json.loads((place / RECORD).read_text(encoding="utf-8"))
         files, now = known.pop("files"), _stamps(place)
+        if all(isinstance(size, int) for size in files.values()):  # an earlier version noted no times
+            now = {name: size for name, (size, _) in now.items()}
         if {**known, VERSIONS: {}} == {**made_of, VERSIONS: {}}:
             changed = sorted(name for name in {*files, *now} if files.get(name) != now.get(name))
     if changed:

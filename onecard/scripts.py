@@ -33,10 +33,11 @@ KEEP_TEXTS = """(...texts) => {
   if (!window.onecardKept) return;
   try { sessionStorage.setItem('onecard-texts', JSON.stringify(texts)); } catch (full) { }
 }"""
-KEPT = """(chat, ...texts) => {
+KEPT_CHAT = "() => [sessionStorage.getItem('onecard-chat') || '[]']"
+KEPT_TEXTS = """(...texts) => {
   window.onecardKept = true;
   let kept = null;
   try { kept = JSON.parse(sessionStorage.getItem('onecard-texts')); } catch (broken) { }
   const whole = Array.isArray(kept) && kept.length === texts.length;
-  return [sessionStorage.getItem('onecard-chat') || '[]', ...(whole ? kept.map(String) : texts)];
+  return whole ? kept.map(String) : texts;
 }"""

@@ -96,7 +96,7 @@ class Studio(StudioLayout):
         look = {"fn": self.refresh, "inputs": pages, "outputs": shown, **quick}
         self.upload.upload(self.keep, self.upload, [self.inputs["data_path"], self.rows], **quick)
         self.preview.click(self.show_rows, form, self.rows, concurrency_limit=1, api_visibility="private")
-        begun = [self.started, self.run, self.name, self.inputs["overwrite"]]
+        begun = [self.started, self.run, self.name, self.inputs["overwrite"], self.done]
         self.start.click(self.begin, [self.name, *form], begun, **quick).then(**look)
         self.stop.click(self.end, self.run, self.done, **quick).then(**look)
         self.go_on.click(self.resume, [self.run, self.longer], [self.done, self.longer], **quick).then(**look)
@@ -200,18 +200,18 @@ class Studio(StudioLayout):
         names = {name: self.say(*labels.FINETUNE[name][:2]) for name in self.inputs}
         return panels.note(form.told(error, names), True)
 
-    def begin(self, name: str, *values: Any) -> tuple[str, Any, Any, Any]:
+    def begin(self, name: str, *values: Any) -> tuple[str, Any, Any, Any, Any]:
         name = name.strip()
         try:
             runs.start(self.workspace, name, self.options(values))
         except UserError as error:
-            return self.told(error), gr.skip(), gr.skip(), gr.skip()
+            return self.told(error), *[gr.skip()] * 4
         told = self.say(
             f"{name} was started. It goes on when this page is closed.",
             f"{name} 已启动。关闭页面不影响训练。",
         )
         choice = gr.update(choices=runs.names(self.workspace), value=name)
-        return panels.note(told), choice, runs.free_name(self.workspace), False
+        return panels.note(told), choice, runs.free_name(self.workspace), False, ""
 
     def end(self, run: str | None) -> str:
         try:

@@ -158,7 +158,9 @@ class Session:
     def save(self, name: str) -> None:
         if not self.turns:
             raise UserError("There is nothing to save yet.")
-        path = Path(name or time.strftime("chat-%Y%m%d-%H%M%S.jsonl")).expanduser()
+        path = Path(name or time.strftime("chat-%Y%m%d-%H%M%S.jsonl"))
+        with contextlib.suppress(RuntimeError):  # ~ of nobody: a name like any other
+            path = path.expanduser()
         if path.suffix != ".jsonl":
             raise UserError(f"/save {name}: a line of JSON would be added to it.", "Name a .jsonl file.")
         how = (self.settings, {LEFT: self.mixture}, self.form)
@@ -177,7 +179,7 @@ class Session:
         try:
             saved, notes = transcript.fitted(transcript.load(Path(name).expanduser()), self.chat)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or error
+            reason = getattr(error, "strerror", None) or str(error).rstrip(".")
             raise UserError(f"/load {name}: {reason}.", "Name a saved chat.") from None
         options = dataclasses.asdict(saved.options)
         self.mixture = saved.mixtures.get(LEFT, self.mixture)

@@ -44,12 +44,12 @@ apart=.venv/gptq # beside .venv's packages: where gptqmodel is installed it is i
 add_gptqmodel() {
   local packages='import sysconfig; print(sysconfig.get_path("purelib"))'
   .venv/bin/python -m venv --without-pip "$apart" &&
-    echo "import site; site.addsitedir(r'$(.venv/bin/python -c "$packages")')" >"$("$apart/bin/python" -c "$packages")/beside.pth" &&
+    printf '%s\n' "$(.venv/bin/python -c "$packages")" "$PWD" >"$("$apart/bin/python" -c "$packages")/beside.pth" &&
     "$apart/bin/python" -m pip install -c requirements.txt gptqmodel optimum
 }
 if [ "$what" = test ] && ! add_gptqmodel; then
-  echo "error: gptqmodel could not be installed; what pip says is above. Run the same command again to go on." >&2
-  exit 2
+  rm -rf "$apart"
+  echo "gptqmodel could not be installed; its tests are left out."
 fi
 if [ "$what" = test ] && ! command -v strace >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
   echo "Installing strace, which kills a save at each of its system calls (without it these tests are left out) ..."
