@@ -19,7 +19,6 @@ from onecard.chat_layout import ChatLayout
 from onecard.errors import UserError
 from onecard.transcript import LEFT, RIGHT, Turns
 
-FIELDS = {field.name: field for field in dataclasses.fields(Generation)}
 SUMMARISE = ("Summarize our conversation so far in three sentences.", "请用三句话概括我们到目前为止的对话。")
 TOO_LONG = (
     "This chat is too long for your browser to keep: save it, a reload would lose it.",
@@ -51,13 +50,12 @@ class ChatWindow(ChatLayout):
     def wish(self, values: tuple[Any, ...]) -> Wish:
         """The inputs' values, in the order of self.side(); raises UserError."""
         system, context, shape, choice, compare, against, *rest = values
-        names = list(self.inputs)
         loaded = self.chat.engine.adapters
-        weights = dict(zip(loaded, rest[len(names) :], strict=True))
+        weights = dict(zip(loaded, rest[len(self.inputs) :], strict=True))
         mixtures = {LEFT: talking.mixture_of(choice, weights, loaded)}
         if compare:
             mixtures[RIGHT] = talking.mixture_of(against, weights, loaded)
-        options = form.read(dict(zip(names, rest[: len(names)], strict=True)), self.lang)
+        options = form.read(self.inputs, rest[: len(self.inputs)])
         usable, note = talking.system_for(self.chat, shape, (system or "").strip(), self.lang)
         return Wish(options, shape, usable, (context or "").strip(), mixtures, note)
 
@@ -110,8 +108,8 @@ class ChatWindow(ChatLayout):
         yield self.shown(turns, waiting, texts={LEFT: Text("")}, box=after, keep=len(turns) > len(before))
         earlier = last.get("adapters", {}) if unfinished else {}  # a side that does not go on keeps its own
         turns[-1] |= transcript.made_by(self.chat, wish.options, {**earlier, **wish.mixtures}, wish.form)
-        named = {key: talking.choice_of(mixture) for key, mixture in wish.mixtures.items()}
-        names = {key: controls.shown(choice, self.lang) for key, choice in named.items()}
+        choices = {key: talking.choice_of(mixture) for key, mixture in wish.mixtures.items()}
+        names = {key: controls.shown(choice, self.lang) for key, choice in choices.items()}
         sides: dict[str, talking.Said] = {}
         for key, text, told, wrong in self.grow(request, turns, wish, unfinished):
             sides[key] = text, told, wrong
@@ -216,7 +214,7 @@ class ChatWindow(ChatLayout):
             kept = "The summary is not whole, so the chat stays as it was", "总结不完整，对话保持不变"
             why = talking.WHY[text.finished] if text.whole else ("it is empty", "内容为空")
             if text.finished == decoding.LENGTH:
-                limit = form.say(self.lang, *FIELDS["max_new_tokens"].metadata["label"])
+                limit = self.inputs["max_new_tokens"].label
                 why = f"{why[0]}; raise {limit}", f"{why[1]}；请增大{limit}"
             told = f"{self.say(*kept)}: {self.say(*why)}."
             yield [*self.shown(turns, told, True), gr.skip()]

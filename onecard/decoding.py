@@ -211,13 +211,12 @@ class _Picker:
     def _highest(self, scores: torch.Tensor) -> list[tuple[float, int, int, str]]:
         """What best() finds when nothing is asked for but the token with the highest score.
 
-        A call of torch costs more than that search on a processor, at every token; llama.cpp's scores come in
-        the same tensor each time, and its view is kept.
+        At every token a call of torch costs more than that search; llama.cpp's scores come in the same tensor
+        each time, and its view is kept.
         """
         known, row = self.seen
         if scores is not known or scores.dtype != torch.float32:
-            row = scores.float()
-            row = row.numpy() if row.device.type == "cpu" else row
+            row = _quick(scores.float())
             self.seen = scores, row
         token = int(row.argmax())
         value = float(row[0, token])
@@ -276,12 +275,17 @@ def _largest(
     ranked: torch.Tensor, values: torch.Tensor, places: torch.Tensor | None, count: int
 ) -> list[tuple[int, float]]:
     """(place, value) of the `count` entries that rank highest."""
-    if count == 1:  # at every token: numpy's is the cheaper call
-        first = int((ranked.numpy() if ranked.device.type == "cpu" else ranked).argmax())
+    if count == 1:
+        first = int(_quick(ranked).argmax())
         return [(first if places is None else int(places[first]), float(values[first]))]
     order = torch.topk(ranked, count).indices
     chosen = order if places is None else places[order]
     return list(zip(chosen.tolist(), values[order].tolist(), strict=True))
+
+
+def _quick(scores: torch.Tensor) -> Any:
+    """The same memory as numpy's array on a processor, whose calls are the cheaper ones at every token."""
+    return scores.numpy() if scores.device.type == "cpu" else scores
 
 
 def _within(ends: Sequence[int], scores: torch.Tensor) -> torch.Tensor:

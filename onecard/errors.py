@@ -28,9 +28,7 @@ OUT_OF_MEMORY = (  # in lower case
     "cudaerrormemoryallocation",
     "std::bad_alloc",
 )
-
-
-ENDS = (".", "!", "?", ":", ";", ",", "。")
+ENDS = (".", "!", "?", ":", ";", ",", "。")  # of a sentence or a part of one
 
 
 class UserError(Exception):

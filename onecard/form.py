@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -45,22 +45,22 @@ def _input(field: dataclasses.Field, value: Any, lang: str, fewer: list[Any] | N
     return gr.Textbox(**{**what, "value": "" if value is None else str(value)})
 
 
-def read(values: dict[str, Any], lang: str) -> Generation:
-    """The options of an answer out of inputs; raises UserError naming every wrong one."""
-    fields = {field.name: field for field in dataclasses.fields(Generation)}
-    given = {name: value for name, value in values.items() if value != "" or fields[name].type is str}
+def read(inputs: Mapping[str, gr.Component], values: Sequence[Any]) -> Generation:
+    """The options of an answer out of their inputs; raises UserError naming every wrong one."""
+    types = {field.name: field.type for field in dataclasses.fields(Generation)}
+    given = dict(zip(inputs, values, strict=True))
+    given = {name: value for name, value in given.items() if value != "" or types[name] is str}
     try:
         return parsing.build(Generation, {name: value for name, value in given.items() if value is not None})
     except UserError as error:
-        names = {name: say(lang, *fields[name].metadata["label"]) for name in values}
-        raise UserError(told(error, names)) from None
+        raise UserError(told(error, inputs)) from None
 
 
-def told(error: UserError, labels: Mapping[str, str]) -> str:
+def told(error: UserError, inputs: Mapping[str, gr.Component]) -> str:
     """What is wrong, with the options called as they are in the window."""
     text = str(error).removesuffix(" See --help.")
-    for name, label in labels.items():
-        text = re.sub(rf"--{name}\b", f"{label} (--{name})", text)
+    for name, made in inputs.items():
+        text = re.sub(rf"--{name}\b", f"{made.label} (--{name})", text)
     return text
 
 

@@ -35,6 +35,7 @@ from onecard.merging import Adapter, Change
 from onecard.shards import Behind, Files, Tensor
 from onecard.sources import Source
 from onecard.tool_config import MergeConfig
+from onecard.trial_rows import Row
 
 FLAG = "--output_path"
 SMALL = 64 << 20  # bytes for tokenizer and settings
@@ -81,13 +82,13 @@ def run(
     fetch: Callable[[str], str],
     say: Callable[[str], None],
     progress: Progress,
-    then: Callable[[Path, Source, Path], None] | None = None,
+    then: Callable[[list[Row], Path, Source, Path], None] | None = None,
 ) -> None:
     """Merge. locate: name of a model -> folder; fetch: name of an adapter on the hub -> folder.
 
-    progress(done, all) in bytes; then(base, adapter, merged) is called when the folder is there, and its rows
-    are looked at before. Raises UserError: exit 4 with the list of keys when the adapter does not fit this
-    base, 3 without rows.
+    progress(done, all) in bytes; then(rows, base, adapter, merged) is called when the folder is there, with
+    rows that were read before the work. Raises UserError: exit 4 with the list of keys when the adapter does
+    not fit this base, 3 without rows.
     """
     target = Path(options.output_path)
     with tempfile.TemporaryDirectory(prefix="onecard-adapters-") as keep:
@@ -108,18 +109,17 @@ def run(
         say(f"adapter     {found.origin}")
         for flag, place in (("--model_path", folder), ("--lora_path", found.origin)):
             newfolder.check_apart(place, target, (flag, FLAG))
-        if then:
-            _check_rows(options, folder, found)
+        rows = _rows(options, folder, found) if then else []
         _make(folder, found, target, say, progress)
         if then:
-            then(folder, found, target)
+            then(rows, folder, found, target)
 
 
-def _check_rows(options: MergeConfig, folder: Path, found: Source) -> None:
-    """Raise UserError (exit 3) now and not after all the work, when the report would have no rows."""
+def _rows(options: MergeConfig, folder: Path, found: Source) -> list[Row]:
+    """Rows for the report; raises UserError (exit 3) without any."""
     tokenizer = model.load_tokenizer(str(beside.tokenizer_of(found.origin) or folder))
     form, _ = sources.choose_template(None, [found], tokenizer)
-    trial_rows.some(options.data_path, options.cutoff_len, form, tokenizer, options.report_rows)
+    return trial_rows.some(options.data_path, options.cutoff_len, form, tokenizer, options.report_rows)
 
 
 def _make(folder: Path, found: Source, target: Path, say: Callable[[str], None], progress: Progress) -> None:

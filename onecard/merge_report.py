@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from onecard import adapter, hardware, model, sources, trial_rows
+from onecard import adapter, hardware, model, trial_rows
 from onecard.errors import CHECKPOINT, UserError
 from onecard.sources import Source
 from onecard.tool_config import MergeConfig
@@ -19,11 +19,10 @@ from onecard.trial_rows import Row
 UNMERGED = "base + adapter (peft)"
 
 
-def run(options: MergeConfig, base: Path, found: Source, merged: Path, say: Callable[[str], None]) -> None:
-    """Say logit differences and perplexities on sample rows; raises UserError (exit 3) without rows."""
-    tokenizer = model.load_tokenizer(str(merged))
-    form, _ = sources.choose_template(None, [found], tokenizer)
-    rows = trial_rows.some(options.data_path, options.cutoff_len, form, tokenizer, options.report_rows)
+def run(
+    options: MergeConfig, rows: list[Row], base: Path, found: Source, merged: Path, say: Callable[[str], None]
+) -> None:
+    """Say logit differences and perplexities on these rows; raises UserError, exit 4 for no numbers."""
     device = hardware.choose_device("auto").value
     dtype = hardware.choose_dtype("auto", device).value
     targets = sum(sum(is_target) for _, is_target in rows)

@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 from gradio.context import Context
 
-from onecard import chart, config, curves, form, hardware, labels, panels, preview, runs
+from onecard import chart, config, curves, form, hardware, panels, preview, runs
 from onecard.config import FinetuneConfig
 from onecard.curves import ACCURACY, LOSS, RATE, SPEED, VALIDATION, Curves
 from onecard.errors import UserError
@@ -197,8 +197,7 @@ class Studio(StudioLayout):
         return config.build(FinetuneConfig, {n: value for n, value in given.items() if n not in empty})
 
     def told(self, error: UserError) -> str:
-        names = {name: self.say(*labels.FINETUNE[name][:2]) for name in self.inputs}
-        return panels.note(form.told(error, names), True)
+        return panels.note(form.told(error, self.inputs), True)
 
     def begin(self, name: str, *values: Any) -> tuple[str, Any, Any, Any, Any]:
         name = name.strip()

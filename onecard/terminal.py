@@ -158,9 +158,7 @@ class Session:
     def save(self, name: str) -> None:
         if not self.turns:
             raise UserError("There is nothing to save yet.")
-        path = Path(name or time.strftime("chat-%Y%m%d-%H%M%S.jsonl"))
-        with contextlib.suppress(RuntimeError):  # ~ of nobody: a name like any other
-            path = path.expanduser()
+        path = at_home(name or time.strftime("chat-%Y%m%d-%H%M%S.jsonl"))
         if path.suffix != ".jsonl":
             raise UserError(f"/save {name}: a line of JSON would be added to it.", "Name a .jsonl file.")
         how = (self.settings, {LEFT: self.mixture}, self.form)
@@ -177,10 +175,11 @@ class Session:
         if not name:
             raise UserError("/load needs a file.", "Name a saved chat: /load FILE.jsonl.")
         try:
-            saved, notes = transcript.fitted(transcript.load(Path(name).expanduser()), self.chat)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+            read = transcript.load(at_home(name))
+        except (OSError, ValueError) as error:  # the latter of a name that holds a NUL
+            reason = getattr(error, "strerror", None) or error
             raise UserError(f"/load {name}: {reason}.", "Name a saved chat.") from None
+        saved, notes = transcript.fitted(read, self.chat)
         options = dataclasses.asdict(saved.options)
         self.mixture = saved.mixtures.get(LEFT, self.mixture)
         self.form = self.form if saved.template is None else saved.template
@@ -295,6 +294,13 @@ def weighted(word: str) -> tuple[str, float]:
         if math.isfinite(weight := float(number)):
             return name, weight
     raise UserError(f"/adapter {word}: {number!r} is no weight.", "Write NAME:0.5.")
+
+
+def at_home(name: str) -> Path:
+    """A path that may begin with ~; that of nobody is a name like any other."""
+    with contextlib.suppress(RuntimeError):
+        return Path(name).expanduser()
+    return Path(name)
 
 
 def assignments(text: str) -> dict[str, str]:

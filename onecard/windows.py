@@ -61,12 +61,10 @@ def single(chat, options: ChatConfig) -> gr.Blocks:
                 inputs = controls.answer(chat, options)
                 reset = gr.Button(say("Reset parameters", "重置参数"), size="sm", elem_id="reset")
 
-        names = list(inputs)
-
         def answer(request: gr.Request, question: str, subject: str, choice: str, shape: str, *values):
-            weights = dict(zip(chat.engine.adapters, values[len(names) :], strict=True))
+            weights = dict(zip(chat.engine.adapters, values[len(inputs) :], strict=True))
             try:
-                settings = form.read(dict(zip(names, values[: len(names)], strict=True)), lang)
+                settings = form.read(inputs, values[: len(inputs)])
                 if not question.strip():
                     raise UserError(say("Write an instruction first.", "请先写指令。"))
                 system, note = talking.system_for(chat, shape, options.system, lang)

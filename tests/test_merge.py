@@ -497,8 +497,7 @@ def test_a_difference_that_is_no_number_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(merge_report, "outcome", lambda *_: next(outcomes))
     monkeypatch.setattr(merge_report, "_load", lambda *_: None)
     base = tiny.save_model(tmp_path / "base")
-    rows = tiny.save_rows(tmp_path / "rows.json", 2)
-    options = MergeConfig(data_path=str(rows), output_path=str(base))
+    options = MergeConfig(output_path=str(base))
     with pytest.raises(UserError, match="no numbers") as caught:
-        merge_report.run(options, base, sources.Source("a", tmp_path), base, lambda _: None)
+        merge_report.run(options, [], base, sources.Source("a", tmp_path), base, lambda _: None)
     assert caught.value.code == CHECKPOINT

@@ -23,8 +23,8 @@ def main() -> None:
 
     with bars.over_bytes("merging") as (say, progress):
 
-        def report(*folders) -> None:
-            merge_report.run(options, *folders, say)
+        def report(*merged) -> None:
+            merge_report.run(options, *merged, say)
 
         then = report if options.report else None
         merge.run(options, hub.fetch_model, hub.fetch_adapter, say, progress, then)
