@@ -24,6 +24,7 @@ from onecard import (
     merging,
     model,
     newfolder,
+    parsing,
     remote_code,
     runfolder,
     shards,
@@ -38,6 +39,7 @@ from onecard.tool_config import MergeConfig
 from onecard.trial_rows import Row
 
 FLAG = "--output_path"
+OF_REPORT = ("data_path", "report_rows", "cutoff_len")
 SMALL = 64 << 20  # bytes for tokenizer and settings
 MOST_THREADS = 4  # more than a disk can follow
 Progress = Callable[[int, int], None]
@@ -90,6 +92,8 @@ def run(
     rows that were read before the work. Raises UserError: exit 4 with the list of keys when the adapter does
     not fit this base, 3 without rows.
     """
+    if not options.report:
+        parsing.refuse_idle(options, dict.fromkeys(OF_REPORT, "for --report"))
     target = Path(options.output_path)
     with tempfile.TemporaryDirectory(prefix="onecard-adapters-") as keep:
         found = sources.find(options.lora_path, "adapter", options.checkpoint, fetch, Path(keep))

@@ -472,6 +472,13 @@ def test_the_rows_of_a_report_are_looked_at_first(tmp_path, pair, monkeypatch, r
     assert any("rows of sample/instruct.json" in line for line in run(**arguments, report_rows=1))
 
 
+@pytest.mark.parametrize("given", [{"data_path": "rows.json"}, {"report_rows": 2}, {"cutoff_len": 99}])
+def test_options_of_a_report_that_is_not_asked_for(pair, tmp_path, given):
+    """They would do nothing: refused, and nothing is made."""
+    refused(USAGE, "is for --report", base=pair[0], adapter=pair[1], target=tmp_path / "made", **given)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_report_numbers():
     """Perplexity is that of the targets alone; the difference is the largest over all of them."""
 
