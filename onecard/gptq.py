@@ -17,6 +17,7 @@ import torch
 
 from onecard import (
     bars,
+    commits,
     hardware,
     memory,
     model,
@@ -61,8 +62,8 @@ def run(options: QuantizeConfig, locate: Callable[[str], str], say: Say) -> Path
     group = _group(options, _layers(source, config))
     if options.method != BNB:
         quantised.require(f"--method {options.method} needs")
-    files, given = _read(options, source), {"model_path": source}
-    made_of = newfolder.record("quantize", _settings(options, group), files, given)
+    files, versions = _read(options, source), {"model_path": commits.of(source)}
+    made_of = newfolder.record("quantize", _settings(options, group), files, versions)
     if newfolder.is_made(target, made_of, FLAG):
         say(f"{target} is there already, made of the same.")
         _tell_figures(runfolder.read_json(target / FIGURES), options.report_rows, say)

@@ -131,8 +131,8 @@ def _make(folder: Path, found: Source, target: Path, say: Callable[[str], None],
     copied = beside.rest(folder, skip=beside.TOKENIZER if tokenizer else ())
     copied += beside.rest(tokenizer, only=beside.TOKENIZER) if tokenizer else []
     files = [*layouts.files_of(folder), *beside.of_adapter(found.origin), *copied]
-    given = {"model_path": folder, "lora_path": found.origin}
-    made_of = newfolder.record("merge_lora", {}, files, given)
+    versions = {"model_path": commits.of(folder), "lora_path": commits.of(found.origin)}
+    made_of = newfolder.record("merge_lora", {}, files, versions)
     if newfolder.is_made(target, made_of, FLAG):
         say(f"{target} is there already, made of the same files, by sizes and times: nothing to do.")
         return

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from onecard import commits, runfolder
+from onecard import runfolder
 from onecard.errors import CHECKPOINT, DISK, UserError, listed
 
 RECORD, VERSIONS = "onecard.json", "versions"  # the latter: told, not compared, as the files are
@@ -32,15 +32,14 @@ def check_apart(source: Path, target: Path, flags: tuple[str, str]) -> None:
 
 
 def record(
-    program: str, settings: dict[str, Any], sources: Iterable[Path], folders: Mapping[str, Path] | None = None
+    program: str, settings: dict[str, Any], sources: Iterable[Path], versions: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """What a folder is made of: the program, its settings, and files with their sizes and times.
 
-    folders: option -> folder, whose version is noted where it comes from the hub.
+    versions: option -> version of the folder that it names, None where that does not come from the hub.
     """
-    found = {name: commits.of(folder) for name, folder in (folders or {}).items()}
     stamps = {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in sources}
-    noted = {VERSIONS: {name: str(version) for name, version in found.items() if version}}
+    noted = {VERSIONS: {name: str(version) for name, version in (versions or {}).items() if version}}
     return {"program": program, "settings": settings, "from": dict(sorted(stamps.items())), **noted}
 
 

@@ -1,38 +1,35 @@
 """The first rows of files as the model will see them, in runs of text that are learned or only read.
 
 Both reports of rows, the training window's and tools/check_data.py's, mark them in the same way.
-
-It loads a tokenizer, never a model.
 """
 
-import functools
 import html
-import threading
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
 from onecard import prompt, reader, schemas
 from onecard.config import FinetuneConfig
+from onecard.prompt import Template
 from onecard.schemas import BadRow
 
 Row = tuple[str, list[tuple[str, bool]]]  # where and how long, its text in runs
-_loading = threading.Lock()
+Load = Callable[
+    [str, str], tuple[Any, Template]
+]  # base model, name of a template -> its tokenizer and template
 
 
-def first_rows(options: FinetuneConfig, locate: Callable[[str], str], count: int) -> list[Row]:
-    """`count` rows, the unusable ones with the reason; raises UserError for files, templates and tokenizers.
-
-    locate: name of a model -> folder.
-    """
+def first_rows(options: FinetuneConfig, load: Load, count: int) -> list[Row]:
+    """`count` rows, unusable ones with the reason; raises UserError for files, templates and tokenizers."""
     sources = reader.sources(options.data_path)
-    with _loading:
-        load = _load(locate(options.model_path), options.template.split(",")[0].strip())
+    tokenizer, template = load(options.model_path, options.template.split(",")[0].strip())
     made: list[Row] = []
     for source in sources:
         for line, column, value, text in islice(reader.values(source.path), count - len(made)):
             row = reader.conversation(line, column, value, text, options.schema)
-            made.append(_seen(row, schemas.place(source.path, line, column), text, options, *load))
+            made.append(
+                _seen(row, schemas.place(source.path, line, column), text, options, tokenizer, template)
+            )
     return made
 
 
@@ -52,12 +49,3 @@ def _seen(row: Any, place: str, text: str, options: FinetuneConfig, tokenizer: A
         return f"{place} · {error}", [(str(text).strip(), False)]
     size = f"{len(ids)} tokens, {sum(is_target)} of them learned" + (", cut" if cut else "")
     return f"{place} · {size}", prompt.runs(tokenizer, ids, is_target)
-
-
-@functools.lru_cache(maxsize=2)
-def _load(folder: str, name: str) -> tuple[Any, Any]:
-    from onecard import model, template  # they bring torch, which a window alone does not need
-
-    template.check(name)
-    tokenizer = model.load_tokenizer(folder)
-    return tokenizer, template.load(name, tokenizer)

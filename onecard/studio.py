@@ -6,6 +6,7 @@ Closing the page or killing the window loses nothing; whoever opens it again see
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ class Studio(StudioLayout):
         super().__init__(lang, workspace)
         self.locate, self.here = locate, here
         self.curves = functools.lru_cache(maxsize=64)(Curves)
+        self.encoders, self.loading = functools.lru_cache(maxsize=2)(_encoder), threading.Lock()
         self.seen, self.timer = gr.State(Seen()), gr.Timer(SECONDS)
         self.wire()
 
@@ -268,11 +270,24 @@ class Studio(StudioLayout):
         try:
             options = self.options(values)
             runs.check_paths(options, self.workspace / runs.UPLOADS)
-            return panels.rows(preview.first_rows(options, self.locate, PREVIEW), self.lang)
+            return panels.rows(preview.first_rows(options, self.load_encoder, PREVIEW), self.lang)
         except UserError as error:
             return self.told(error)
         except OSError as error:
             return panels.note(f"{error.filename}: {error.strerror}", True)
+
+    def load_encoder(self, model_path: str, template_name: str) -> tuple[Any, Any]:
+        """Tokenizer and template of a base model; those of the last two are kept."""
+        with self.loading:
+            return self.encoders(self.locate(model_path), template_name)
+
+
+def _encoder(folder: str, template_name: str) -> tuple[Any, Any]:
+    from onecard import model, template  # they bring torch, which a window alone does not need
+
+    template.check(template_name)
+    tokenizer = model.load_tokenizer(folder)
+    return tokenizer, template.load(template_name, tokenizer)
 
 
 def _is_name(text: Any) -> bool:

@@ -15,7 +15,21 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
-from onecard import chart, chat, curves, labels, panels, preview, report, runfolder, runs, studio, train
+from onecard import (
+    chart,
+    chat,
+    curves,
+    labels,
+    model,
+    panels,
+    preview,
+    report,
+    runfolder,
+    runs,
+    studio,
+    template,
+    train,
+)
 from onecard.config import ContinueConfig, FinetuneConfig, build
 from onecard.errors import Stopped, UserError
 from tests import cells, tiny
@@ -424,7 +438,12 @@ def test_nothing_that_is_shown_becomes_a_tag(workspace, tiny_model):
     options = dataclasses.replace(
         FinetuneConfig(), data_path="rows.json", model_path=str(tiny_model), cutoff_len=2000
     )
-    rows = preview.first_rows(options, str, 5)
+
+    def load(model_path: str, name: str):
+        tokenizer = model.load_tokenizer(model_path)
+        return tokenizer, template.load(name, tokenizer)
+
+    rows = preview.first_rows(options, load, 5)
     assert len(rows) == 2
     page = panels.rows(rows, "en")
     answers = [{"instruction": bad, "input": bad, "answer": bad}]
