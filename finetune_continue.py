@@ -1,24 +1,10 @@
 #!/usr/bin/env python3
 """Go on with a run exactly where it stopped, or train further on other rows.
 
-python finetune_continue.py --output_path lora-checkpoints/mine
-python finetune_continue.py --resume_from_checkpoint lora-checkpoints/mine/checkpoint-400
-python finetune_continue.py --resume_from_checkpoint DIR --data_path other.json --output_path NEW
+python finetune_continue.py --help
 """
 
-import sys
-
-from onecard import config
-from onecard.errors import run_program
-
-
-def main() -> None:
-    wish, given = config.parse_given(config.ContinueConfig, sys.argv[1:], description=__doc__)
-    from onecard import chat, hub, report, train  # after the options, so that --help needs no torch
-
-    work = {"sample": chat.reply, "draw": report.loss_curve, "fetch_data": hub.fetch_dataset}
-    train.go_on(wish, given, hub.locate, hub.fetch_adapter, **work)
-
+from onecard.__main__ import start
 
 if __name__ == "__main__":
-    run_program(main, "--micro_batch_tokens")
+    start("continue")

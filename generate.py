@@ -1,34 +1,10 @@
 #!/usr/bin/env python3
 """One instruction, one answer, in a browser or, with --terminal, here.
 
-python generate.py --lora_path lora-checkpoints/demo
+python generate.py --help
 """
 
-import contextlib
-import sys
-
-from onecard import chat_config, parsing
-from onecard.errors import run_program
-
-
-def main() -> None:
-    options, given = parsing.parse_given(chat_config.SingleConfig, sys.argv[1:], __doc__)
-    chat_config.check_used(options)
-    from onecard import chat, gguf, hub, terminal  # after the options: --help needs no torch
-
-    load = (hub.for_engine(options.engine), hub.fetch_adapter, gguf.for_llama, print)
-    if options.terminal:
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-            talk = chat.start(options, *load)
-        terminal.talk(talk, chat.with_its_mode(talk, options, given), single_turn=True)
-        return
-    from onecard import guard, page, windows
-
-    guard.check_exposure(options)
-    talk = chat.start(options, *load)
-    options = chat.with_its_mode(talk, options, given)
-    page.launch(windows.single(talk, options), options)
-
+from onecard.__main__ import start
 
 if __name__ == "__main__":
-    run_program(main, "--bits or --context")
+    start("generate")

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import finetune
 from onecard import chat, config, hub, report, runfolder, template, train
 from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, UserError, run_program
+from onecard.programs import finetune
 from tests import tiny
 
 QUICK = ("--device", "cpu", "--bits", "16", "--dtype", "fp32", "--max_steps", "2", "--batch_size", "4")
@@ -26,10 +25,9 @@ def run(monkeypatch, capsys) -> Finetune:
     """Runs finetune.py in this process: arguments -> exit code and what was printed."""
 
     def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
-            run_program(finetune.main)
+            run_program(lambda: finetune.main([*map(str, arguments)]))
         return Result(caught.value.code, *capsys.readouterr())
 
     return call

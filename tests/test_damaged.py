@@ -12,10 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-import finetune
 from onecard import chat, convert, gguf, gptq, hub, measure, merge, model, parsing, vocab
 from onecard.chat_config import ChatConfig, PerplexityConfig
 from onecard.errors import CHECKPOINT, USAGE, UserError, run_program
+from onecard.programs import finetune
 from onecard.tool_config import ConvertConfig, ExportConfig, MergeConfig, QuantizeConfig
 from tests import tiny
 
@@ -75,9 +75,9 @@ def built(kind: type, **options: object) -> object:
 
 
 def train(base: Path, place: Path) -> None:
-    sys.argv = ["finetune.py", "--model_path", str(base), "--data_path", SAMPLE, "--output_path", str(place)]
-    sys.argv += ["--device", "cpu", "--bits", "16", "--dtype", "fp32", "--max_steps", "1"]
-    run_program(finetune.main)
+    arguments = ["--model_path", str(base), "--data_path", SAMPLE, "--output_path", str(place)]
+    arguments += ["--device", "cpu", "--bits", "16", "--dtype", "fp32", "--max_steps", "1"]
+    run_program(lambda: finetune.main(arguments))
 
 
 def talk(base: Path, place: Path, engine: str = "transformers") -> None:

@@ -112,6 +112,7 @@ LAYERS = {  # from the lowest
         "weights",
     },
     "verbs": {
+        "__main__",
         "chat",
         "chat_window",
         "check",

@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
 """Convert a LLaMA model between its original layout and transformers', or into another number of shards.
 
-python tools/convert_llama.py --input_dir LLAMA/7B --output_dir llama-7b-hf
-python tools/convert_llama.py --input_dir llama-7b-hf --output_dir llama-7b --to meta --num_shards 2
-python tools/convert_llama.py --input_dir LLAMA/13B --output_dir llama-13b --to meta --num_shards 1
+python tools/convert_llama.py --help
 """
 
 import sys
@@ -11,18 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard import bars, convert, parsing
-from onecard.errors import UserError, run_program
-from onecard.tool_config import ConvertConfig
-
-
-def main() -> None:
-    options = parsing.parse(ConvertConfig, sys.argv[1:], description=__doc__)
-    if not options.input_dir or not options.output_dir:
-        raise UserError("--input_dir and --output_dir are needed.", "See --help.")
-    with bars.over_bytes("converting") as (say, progress):
-        convert.run(options, say=say, progress=progress)
-
+from onecard.__main__ import start
 
 if __name__ == "__main__":
-    run_program(main)
+    start("convert")

@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
 """Fetch a model, verified: resumed after a cut, every checksum compared, its commit written down.
 
-python tools/download.py demo
-python tools/download.py owner/model --to models/mine
-python tools/download.py --url_list addresses.txt --to llama/7B
+python tools/download.py --help
 """
 
 import sys
@@ -11,28 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard import parsing, tool_config
-from onecard.errors import UserError, run_program
-
-
-def main() -> None:
-    options = parsing.parse(tool_config.DownloadConfig, sys.argv[1:], description=__doc__)
-    from onecard import fetch, hub  # after the options: --help needs no network library
-
-    folder = fetch.run(options, hub.locate, lines(options.url_list))
-    named = options.model_path if options.model_path and not options.to else folder
-    print(f"It is in {folder}." + ("" if options.url_list else f" Use it with --model_path {named}"))
-
-
-def lines(path: str | None) -> list[str]:
-    """Lines of the list, [] without one."""
-    if path is None:
-        return []
-    try:
-        return (sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--url_list {path}: cannot be read ({error}).", "Name a text file.") from None
-
+from onecard.__main__ import start
 
 if __name__ == "__main__":
-    run_program(main)
+    start("download")

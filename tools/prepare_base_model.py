@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Give a base model special tokens and an embedding whose rows fit its tokenizer.
 
-python tools/prepare_base_model.py --model_path MODEL --output_path NEW
-python tools/prepare_base_model.py --model_path MODEL --tokenizer_path EXTENDED --output_path NEW
+python tools/prepare_base_model.py --help
 """
 
 import sys
@@ -10,28 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard import config
-from onecard.errors import UserError, run_program
-
-
-def main() -> None:
-    options = config.parse(config.PrepareConfig, sys.argv[1:], description=__doc__)
-    target = Path(options.output_path)
-    if target.exists():
-        raise UserError(f"--output_path {target}: is there already.", "Name a new folder.")
-    from onecard import hub, model, vocab  # after the options, so that --help needs no torch
-
-    source = Path(hub.fetch_model(options.model_path))
-    old = model.load_tokenizer(str(source))
-    new = model.load_tokenizer(options.tokenizer_path or str(source))
-    vocab.add_special(new, [token.strip() for token in options.add_tokens.split(",") if token.strip()])
-    before, added, after = vocab.prepare(source, old, new, target, options.multiple)
-    print(
-        f"embedding   {before} -> {after} rows: {len(old)} tokens, {added} new ones with the mean of the old,"
-    )
-    print(f"            {after - len(new)} rows of zeros up to a multiple of {options.multiple}")
-    print(f"The model is in {target}; train with --model_path {target}")
-
+from onecard.__main__ import start
 
 if __name__ == "__main__":
-    run_program(main)
+    start("prepare-base")

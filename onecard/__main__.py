@@ -1,0 +1,60 @@
+"""The command `onecard`: each sub-command is one file of onecard/programs/, with the options it always had.
+
+onecard finetune --data_path rows.json --output_path lora-checkpoints/mine
+python -m onecard finetune --help
+"""
+
+import functools
+import importlib
+import sys
+
+from onecard.errors import UserError, run_program
+
+PROGRAMS = {  # sub-command: (file of onecard/programs/, what it does)
+    "finetune": ("finetune", "fine-tune a model on your rows"),
+    "continue": ("continue_training", "go on with a run, or train further on other rows"),
+    "generate": ("generate", "one instruction, one answer, in a browser or the terminal"),
+    "interaction": ("interaction", "chat in a browser or the terminal; --studio adds a tab for training"),
+    "chat": ("cpu_chat", "chat in the terminal on the CPU, through llama.cpp"),
+    "check-data": ("check_data", "look at rows before training on them"),
+    "download": ("download", "fetch a model and verify it"),
+    "convert": ("convert_llama", "convert a LLaMA model between its original layout and transformers'"),
+    "merge": ("merge_lora", "merge an adapter into its base model"),
+    "quantize": ("quantize", "make a model smaller: GPTQ, AWQ or bitsandbytes"),
+    "export-gguf": ("export_gguf", "write base and adapter as GGUF files for llama.cpp and Ollama"),
+    "perplexity": ("perplexity", "measure the perplexity of a model on a text"),
+    "extend-vocab": ("extend_vocab", "add pieces to a tokenizer"),
+    "prepare-base": ("prepare_base_model", "give a base model the embedding rows that its tokenizer needs"),
+    "json-to-parquet": ("json_to_parquet", "write rows as one Parquet file"),
+}
+
+
+def start(command: str, arguments: list[str] | None = None) -> None:
+    """Run a sub-command with these arguments, else with this process's, and end with its exit code."""
+    program = importlib.import_module(f"onecard.programs.{PROGRAMS[command][0]}")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    run_program(functools.partial(program.main, arguments), program.LESS_MEMORY)
+
+
+def main() -> None:
+    """The sub-command that the command line names; without one, the list of them."""
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in ("--help", "-h", "help"):
+        width = max(map(len, PROGRAMS))
+        lines = [f"  {name:<{width}}  {what}" for name, (_, what) in PROGRAMS.items()]
+        print("usage: onecard COMMAND [options]\n\n" + "\n".join(lines))
+        print("\nonecard COMMAND --help lists the options of a command.")
+        return
+    if command not in PROGRAMS:
+        problem = UserError(f"There is no command {command!r}.", "onecard --help lists the commands.")
+        run_program(functools.partial(_refuse, problem))
+    sys.argv[0] = f"onecard {command}"  # the name that --help and messages show
+    start(command, arguments)
+
+
+def _refuse(problem: UserError) -> None:
+    raise problem
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""Convert a LLaMA model between its original layout and transformers', or into another number of shards.
+
+python tools/convert_llama.py --input_dir LLAMA/7B --output_dir llama-7b-hf
+python tools/convert_llama.py --input_dir llama-7b-hf --output_dir llama-7b --to meta --num_shards 2
+python tools/convert_llama.py --input_dir LLAMA/13B --output_dir llama-13b --to meta --num_shards 1
+"""
+
+from onecard import bars, convert, parsing
+from onecard.errors import UserError
+from onecard.tool_config import ConvertConfig
+
+LESS_MEMORY = ""  # options that need less memory with less
+
+
+def main(arguments: list[str]) -> None:
+    options = parsing.parse(ConvertConfig, arguments, description=__doc__)
+    if not options.input_dir or not options.output_dir:
+        raise UserError("--input_dir and --output_dir are needed.", "See --help.")
+    with bars.over_bytes("converting") as (say, progress):
+        convert.run(options, say=say, progress=progress)

@@ -1,0 +1,19 @@
+"""A model and its adapter as GGUF files for llama.cpp and Ollama, compared with the model they are made from.
+
+python tools/export_gguf.py --lora_path lora-checkpoints/demo
+python tools/export_gguf.py --lora_path lora-checkpoints/demo --type q4_k_m --output_path my-model
+python tools/export_gguf.py --model_path demo --type q8_0
+"""
+
+from onecard import parsing
+from onecard.tool_config import ExportConfig
+
+LESS_MEMORY = ""  # options that need less memory with less
+
+
+def main(arguments: list[str]) -> None:
+    options = parsing.parse(ExportConfig, arguments, description=__doc__)
+    from onecard import export, hub  # after the options: --help needs no torch
+
+    folder = export.run(options, hub.fetch_model, hub.fetch_adapter, print)
+    print(f"The files are in {folder}. Talk to them: bash cpu_chat.sh --lora_path {folder}")

@@ -1,0 +1,19 @@
+"""JSON, JSONL or CSV rows -> one Parquet file, in pieces, so that the file may be larger than memory.
+
+python tools/json_to_parquet.py --data_path rows.jsonl --output_path rows.parquet
+"""
+
+from pathlib import Path
+
+from onecard import config
+
+LESS_MEMORY = ""  # options that need less memory with less
+
+
+def main(arguments: list[str]) -> None:
+    options = config.parse(config.ParquetConfig, arguments, description=__doc__)
+    from onecard import reader, tables
+
+    paths = [source.path for source in reader.sources(options.data_path)]
+    count, columns = tables.write_parquet(paths, reader.values, Path(options.output_path))
+    print(f"{count} rows with the columns {', '.join(columns)} are in {options.output_path}.")

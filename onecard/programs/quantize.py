@@ -1,0 +1,19 @@
+"""Make a model smaller: GPTQ, AWQ or bitsandbytes, in the folder that transformers and vLLM load.
+
+python tools/quantize.py --model_path demo
+python tools/quantize.py --model_path MODEL --bits 3 --group_size 64 --act_order --data_path rows.json
+python tools/quantize.py --model_path MODEL --method bnb --bits 8
+"""
+
+from onecard import parsing
+from onecard.tool_config import QuantizeConfig
+
+LESS_MEMORY = "--cutoff_len"  # options that need less memory with less
+
+
+def main(arguments: list[str]) -> None:
+    options = parsing.parse(QuantizeConfig, arguments, description=__doc__)
+    from onecard import gptq, hub  # after the options, so that --help needs no torch
+
+    folder = gptq.run(options, hub.fetch_model, lambda text: print(text, flush=True))
+    print(f"The model is in {folder}; talk to it or train on it with --model_path {folder}")
