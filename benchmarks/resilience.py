@@ -32,9 +32,9 @@ import pytest
 from tqdm import tqdm
 
 from onecard import checkpoint, hardware, plan, runfolder
-from tests import disk, faults, tiny
-from tests.cells import STEPS, VARIANTS, differences, flags, outcome, stopped_at
-from tests.harness import Harness, started
+from tests.support import faults, power_failure, tiny
+from tests.support.harness import Harness, started
+from tests.support.resume_cases import STEPS, VARIANTS, differences, flags, outcome, stopped_at
 
 ROWS = (1, 5, 6, 24)  # usable rows of the runs with uneven ends
 SEED = 5
@@ -180,7 +180,7 @@ def signals(
 def power_loss(place: Path) -> tuple[int, int]:
     (place / "power").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        good, total = disk.power_failures(place / "power", patch)
+        good, total = power_failure.power_failures(place / "power", patch)
     print(f"power-loss states: {good} of {total}", flush=True)
     return good, total
 
@@ -188,8 +188,8 @@ def power_loss(place: Path) -> tuple[int, int]:
 def flips(place: Path, number: int) -> tuple[int, int]:
     run = place / "flips"
     run.mkdir()
-    disk.save(run, 5)
-    disk.save(run, 10)
+    power_failure.save(run, 5)
+    power_failure.save(run, 10)
     files, generator, cells = sorted((run / "checkpoint-10").iterdir()), random.Random(SEED), []
     for _ in range(number):
         path = generator.choice(files)
@@ -219,7 +219,7 @@ def mutants(harness: Harness, model: Path, rows: Path, place: Path) -> tuple[int
     cells = harness.map(cell, list(faults.MUTANTS))
     (place / "power-mutant").mkdir()
     with pytest.MonkeyPatch.context() as patch:  # nothing is synced
-        good, total = disk.power_failures(place / "power-mutant", patch, fsync_works=False)
+        good, total = power_failure.power_failures(place / "power-mutant", patch, fsync_works=False)
     return count("mutants", [*cells, good < total])
 
 
@@ -329,7 +329,7 @@ def report(table: list[tuple[str, int, int]], theirs: dict[str, tuple[int, int]]
 No failure in {kills} kills means a failure rate below {100 * 3 / kills:.1f} % (95 %). The Trainer's kills
 come between two micro-batches of a step, its flipped bits count as detected when it refuses to go on, and its
 cells compare the adapter alone. Power-loss states are those of a model of a journalling file system
-(tests/disk.py), not of a disk."""
+(tests/support/power_failure.py), not of a disk."""
     return "\n".join([*lines, notes]) + "\n"
 
 

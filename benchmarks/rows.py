@@ -28,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     from onecard import hardware, hub, model, plan, reader, rows, template
     from onecard.config import FinetuneConfig
-    from tests.disk import memory_rise
+    from tests.support.power_failure import memory_rise
 
     tokenizer = model.load_tokenizer(hub.locate("demo"))
     form = template.load("alpaca", tokenizer)

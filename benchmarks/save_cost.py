@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from onecard import checkpoint, hardware, plan
-from tests.disk import memory_rise
+from tests.support.power_failure import memory_rise
 
 SAVES = 20
 SIZES = {"demo, rank 8 on q,v": 460_800, "7B, rank 8 on q,v": 4_194_304, "7B, rank 16 on all": 39_976_960}

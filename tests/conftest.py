@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import tiny
-from tests.harness import started
+from tests.support import tiny
+from tests.support.harness import started
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
@@ -65,7 +65,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def harness():
-    """Trainings in forked children (tests/harness.py)."""
+    """Trainings in forked children (tests/support/harness.py)."""
     with started() as servers:
         yield servers
 

@@ -1,0 +1,717 @@
+"""Exported files do what the model does, others are not kept; perplexity is the same in both engines."""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import normalizers
+from transformers import PreTrainedTokenizerFast
+
+from onecard import (
+    converter,
+    fingerprint,
+    gguf,
+    hub,
+    measure,
+    merging,
+    model,
+    ollama,
+    parsing,
+    probes,
+    prompt,
+    runfolder,
+    scoring,
+    template,
+)
+from onecard.chat_config import ChatConfig, Generation, PerplexityConfig
+from onecard.errors import CHECKPOINT, DATA, USAGE, UserError
+from onecard.prompt import Conversation, Turn
+from onecard.tool_config import GGUF_TYPES, ExportConfig
+from tests.support import kill_points, tiny
+from tests.support.paths import ROOT
+
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu")
+from onecard import chat, engine_llama, export, parity
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CHAT = "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+EXPORTED = ["Modelfile", "adapter.gguf", "base-f16.gguf", "export.json"]
+
+
+def chatty():
+    """The tiny tokenizer with a chat template and tokens of it."""
+    made = tiny.tokenizer()
+    made.add_special_tokens({"extra_special_tokens": ["<turn>"]})
+    made.chat_template = CHAT
+    return made
+
+
+def save_sentencepiece(folder: Path, spaced: bool) -> Path:
+    """A tiny Llama with a tokenizer.model: pieces and byte fallback.
+
+    spaced: a space before every text, as SentencePiece writes it; transformers' own leaves it out before a
+    text that begins with one.
+    """
+    tiny.save_model(folder, vocab_size=400, bos_token_id=1, eos_token_id=2)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(probes.TEXT.splitlines()), model_prefix=str(folder / "tokenizer"),
+        vocab_size=400, model_type="bpe", byte_fallback=True, minloglevel=2, split_digits=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+    )  # fmt: skip
+    (folder / "tokenizer.vocab").unlink()
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    settings = {"tokenizer_class": "LlamaTokenizer", **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if spaced:
+        core = model.load_tokenizer(str(folder)).backend_tokenizer
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        core.pre_tokenizer = None
+        names.pop("add_bos_token")
+        PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(folder)
+    return folder
+
+
+def save_adapter(base: Path, folder: Path, seed: int = 0, std: float = 0.05) -> Path:
+    torch.manual_seed(seed)
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    made = get_peft_model(model.load_base(str(base), 16, "fp32", "cpu"), settings)
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    made.save_pretrained(folder)
+    return folder
+
+
+def run(**options) -> tuple[Path, list[str]]:
+    """The exported folder and what was said."""
+    said: list[str] = []
+    settings = parsing.build(ExportConfig, {name: str(value) for name, value in options.items()})
+    return export.run(settings, hub.locate, hub.fetch_adapter, said.append), said
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("export") / "model", chatty(), vocab_size=301)
+
+
+@pytest.fixture(scope="module")
+def adapter(base) -> Path:
+    return save_adapter(base, base.parent / "adapter")
+
+
+@pytest.fixture(scope="module")
+def exported(base, adapter) -> tuple[Path, list[str]]:
+    return run(model_path=base, lora_path=adapter, type="f16")
+
+
+def rows_of(folder: Path, base: Path, adapter: Path | None, kind: str = "f16") -> dict[str, parity.Row]:
+    """The comparison of files in a folder with a model, row by row."""
+    tokenizer = model.load_tokenizer(str(base))
+    form = template.load("auto" if tokenizer.chat_template else "alpaca", tokenizer)
+    expected = parity.reference(base, adapter, form, tokenizer)
+    files = folder / f"base-{kind}.gguf", folder / "adapter.gguf" if adapter else None
+    return {row.name: row for row in parity.compare(expected, kind, *files, form, tokenizer, 1)}
+
+
+def test_what_is_exported(exported, adapter):
+    """Beside the adapter, compared, with a table; nothing unfinished stays."""
+    folder, said = exported
+    assert folder == adapter / "gguf-f16"
+    assert sorted(path.name for path in folder.iterdir()) == EXPORTED
+    assert not list(adapter.glob(".*"))
+    assert "0 of 1000 texts differ" in said[-1]
+    assert "5 of 5 answers whole" in said[-1]
+    assert "FAILED" not in said[-1]
+
+
+def test_a_second_time_nothing_is_done(exported, base, adapter, monkeypatch):
+    """The same table, the same bytes; a changed file is made again, to the same bytes."""
+    folder, said = exported
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    real, ran = converter.run, []
+    monkeypatch.setattr(converter, "run", lambda *args: (ran.append(args), real(*args)))
+    again = run(model_path=base, lora_path=adapter, type="f16")
+    assert (again[0], again[1][-1], ran) == (folder, said[-1], [])
+    (folder / "adapter.gguf").write_bytes(b"GGUF")
+    run(model_path=base, lora_path=adapter, type="f16")
+    assert len(ran) == 2
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_chat_answers_from_the_exported_files(exported, base, adapter):
+    """By the folder, by its files, and by the adapter's folder; always the answer of transformers."""
+    folder = exported[0]
+
+    def answer(**options) -> str:
+        asked = ChatConfig(mode="greedy", context=256, **options)
+        talk = chat.start(asked, hub.locate, hub.fetch_adapter, gguf.for_llama, lambda _: None)
+        settings = Generation(mode="greedy", max_new_tokens=24, repetition_penalty=1.0)
+        *_, last = talk.stream(prompt.single("Say red"), settings)
+        used.append(getattr(talk.engine, "path", None))
+        return last.text.stable
+
+    used: list[Path | None] = []
+    expected = answer(model_path=str(base), lora_path=str(adapter), engine="transformers", dtype="fp32")
+    files = {"model_path": str(folder / "base-f16.gguf"), "lora_path": str(folder / "adapter.gguf")}
+    assert answer(lora_path=str(folder)) == expected
+    assert answer(**files) == expected
+    assert answer(model_path=str(base), lora_path=str(adapter), engine="llama.cpp") == expected
+    assert answer(model_path=str(base), lora_path=files["lora_path"], engine="llama.cpp") == expected
+    assert used[1:3] == [folder / "base-f16.gguf"] * 2  # of the adapter's folder no base is taken
+    assert fingerprint.cache_folder() in used[3].parents
+    assert answer(model_path=files["model_path"]) != expected
+
+
+def test_tokens_with_byte_fallback(tmp_path):
+    """A SentencePiece model: the ids are transformers', for letters it has no piece for too.
+
+    One that puts no space before a text that begins with one is not what llama.cpp does: refused.
+    """
+    folder = save_sentencepiece(tmp_path / "model", spaced=True)
+    made, said = run(model_path=folder, output_path=tmp_path / "made", type="f32")
+    assert "0 of 1000 texts differ" in said[-1]
+    engine = engine_llama.Engine(made / "base-f32.gguf", model.load_tokenizer(str(folder)), 64, threads=1)
+    pieces = engine.tokenizer.convert_ids_to_tokens(engine.encode("\u4e16"))
+    engine.close()
+    assert "<0xE4>" in pieces
+    with pytest.raises(UserError, match="token ids"):
+        run(
+            model_path=save_sentencepiece(tmp_path / "new", False), output_path=tmp_path / "other", type="f32"
+        )
+
+
+@pytest.mark.parametrize("kind", [pytest.param("q8_0", marks=pytest.mark.slow), "q4_0"])
+def test_quantised(base, tmp_path, kind):
+    """Smaller, of that type, the perplexity's ratio is what counts and a random model's is near 1."""
+    folder, said = run(model_path=base, output_path=tmp_path / "made", type=kind)
+    assert (folder / f"base-{kind}.gguf").is_file()
+    assert re.search(r"ratio (0\.9|1\.0)", said[-1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made"]
+
+
+def test_every_type_is_one_of_llama_cpps():
+    from llama_cpp import llama_cpp as library
+
+    plain = {"f32": "LLAMA_FTYPE_ALL_F32"}
+    for kind in GGUF_TYPES:
+        assert isinstance(getattr(library, plain.get(kind, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")), int)
+
+
+def test_planted_faults_are_found(exported, base, adapter, tmp_path):
+    """A token of the file renamed, weights a little off, another adapter, another end token."""
+    folder, good = exported[0], (exported[0] / "base-f16.gguf").read_bytes()
+    plant = tmp_path / "plant"
+    shutil.copytree(folder, plant)
+    assert not any(row.failed for row in rows_of(plant, base, adapter).values())
+
+    token = good.index(b"\x05\x00\x00\x00\x00\x00\x00\x00quick")  # a text is its length, then its bytes
+    (plant / "base-f16.gguf").write_bytes(good[: token + 8] + b"quicq" + good[token + 13 :])
+    assert rows_of(plant, base, adapter)["token ids"].failed
+
+    end = good.index(b"tokenizer.ggml.eos_token_id") + 27 + 4  # then the type, then the value
+    (plant / "base-f16.gguf").write_bytes(good[:end] + b"\x07\x00\x00\x00" + good[end + 4 :])
+    assert rows_of(plant, base, adapter)["end token"].failed
+
+    (plant / "base-f16.gguf").write_bytes(good.replace(b"<turn>{{ m.role }}", b"<turn>{{ m.rule }}"))
+    assert rows_of(plant, base, adapter)["chat template"].failed
+
+    (plant / "base-f16.gguf").write_bytes(good[:-9000] + bytes(8000) + good[-1000:])
+    assert rows_of(plant, base, adapter)["largest logit gap"].failed
+
+    (plant / "base-f16.gguf").write_bytes(good)
+    gguf.adapter(save_adapter(base, tmp_path / "other", 1), base, plant / "adapter.gguf")
+    assert rows_of(plant, base, adapter)["largest logit gap"].failed
+
+
+def test_a_terminal_sees_how_far_the_comparison_is(exported, base, capsys, monkeypatch):
+    """A bar for each side's answers and text; a pipe gets none."""
+    titles = [
+        f"{what} by {side}:" for side in ("transformers", "llama.cpp") for what in ("answers", "a text")
+    ]
+    rows_of(exported[0], base, None)
+    assert not [title for title in titles if title in capsys.readouterr().err]
+    monkeypatch.setattr(sys, "stderr", tiny.Screen())
+    rows_of(exported[0], base, None)
+    assert [title for title in titles if title not in sys.stderr.getvalue()] == []
+
+
+def test_what_fails_is_not_kept(base, tmp_path, monkeypatch):
+    """Exit code 4; --check false keeps it and says so."""
+    monkeypatch.setattr(parity, "MOST_GAP", -1.0)
+    with pytest.raises(UserError, match=r"largest logit gap\. Nothing was kept") as caught:
+        run(model_path=base, output_path=tmp_path / "made")
+    assert (caught.value.code, list(tmp_path.iterdir())) == (CHECKPOINT, [])
+    folder, said = run(model_path=base, output_path=tmp_path / "made", check=False)
+    assert folder.is_dir()
+    assert "Not compared" in said[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("over", [{}, {"over": "base-f16.gguf"}])
+def test_killed_at_every_operation(base, adapter, tmp_path, over):
+    """SIGKILL before each operation: no folder is seen, or the damaged one; the next run is clean."""
+    found = {"model_path": base, "lora_path": adapter, "template": "alpaca"}
+    kill_points.check("export", tmp_path / "out", **found, **over)
+
+
+def test_a_swapped_tokenizer_is_refused(base, tmp_path):
+    """Larger than the model, without its end tokens, missing, or not the one the run was trained with."""
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    large = tiny.tokenizer()
+    large.add_tokens([f"more{number}" for number in range(40)])
+    large.save_pretrained(folder)
+    with pytest.raises(UserError, match="another model's: its ids go up to") as caught:
+        run(model_path=folder, output_path=tmp_path / "made")
+    assert caught.value.code == CHECKPOINT
+    tiny.tokenizer().save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 300]}')
+    with pytest.raises(UserError, match="it has no token 300") as caught:
+        run(model_path=folder, output_path=tmp_path / "made")
+    assert caught.value.code == CHECKPOINT
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(UserError, match="no tokenizer"):
+        run(model_path=folder, output_path=tmp_path / "made")
+    trained = save_adapter(base, tmp_path / "run")
+    (trained / "finetune_config.json").write_text(json.dumps({"fingerprints": {"tokenizer": "0" * 64}}))
+    with pytest.raises(UserError, match="trained with another tokenizer"):
+        run(model_path=base, lora_path=trained)
+    assert not list(tmp_path.glob("*/gguf-*"))
+
+
+def test_further_end_tokens_come_along(base, tmp_path):
+    """The tokenizer's is the file's; those that the model's settings name are the ends of turns there."""
+    folder = Path(shutil.copytree(base, tmp_path / "model"))
+    settings = json.loads((folder / "config.json").read_text())
+    turn = model.load_tokenizer(str(base)).convert_tokens_to_ids("<turn>")
+    (folder / "config.json").write_text(json.dumps({**settings, "eos_token_id": turn}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [turn, 1, 0]}))
+    made, said = run(model_path=folder, output_path=tmp_path / "made", check=False)
+    told = next(line for line in said if line.startswith("end tokens"))
+    assert f"1 <end> as eos: the tokenizer's, {turn} <turn> as eot, 0 <start> as eom" in told
+    assert json.loads((made / "export.json").read_text())["ends"] == [1, turn, 0]
+    engine = engine_llama.Engine(made / "base-f16.gguf", model.load_tokenizer(str(folder)), 64, threads=1)
+    written = [engine.written(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    assert written == ["1", str(turn), "0"]
+    assert all(engine.ends_with(token) for token in (1, turn, 0))
+    assert not engine.ends_with(7)
+    engine.close()
+
+
+def test_a_way_of_cutting_that_llama_cpp_does_not_know_is_refused(tmp_path):
+    """Export does not guess; chat, which brings the tokenizer, does not mind."""
+    from tokenizers import Regex, pre_tokenizers
+
+    made = tiny.tokenizer()
+    cutting = [pre_tokenizers.Split(Regex("[aeiou]"), "isolated"), pre_tokenizers.ByteLevel(use_regex=False)]
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cutting)
+    folder = tiny.save_model(tmp_path / "model", made)
+    with pytest.raises(UserError, match="does not know how this tokenizer cuts a text"):
+        run(model_path=folder, output_path=tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_other_peoples_files_stay(base, tmp_path):
+    (tmp_path / "letters.txt").write_text("mine")
+    with pytest.raises(UserError, match="is there already"):
+        run(model_path=base, output_path=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
+
+
+def refused(folder: Path, *words: str, **options) -> None:
+    """Exit 2 with these words, before any work, and the folder as it was."""
+    before = kill_points.contents(folder)
+    with pytest.raises(UserError) as caught:
+        run(**options)
+    assert caught.value.code == USAGE, caught.value
+    assert all(word in str(caught.value) for word in ("--output_path", *words)), caught.value
+    assert kill_points.contents(folder) == before
+
+
+def no_work(*_: object) -> None:
+    raise AssertionError("a refusal comes before any work")
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    """Exports of a few bytes, which hold what decides: the base's type and the adapter."""
+
+    def make(job: export.Job, folder: Path) -> None:
+        (folder / job.base_name).write_text(job.kind)
+        (folder / "Modelfile").write_text("FROM it")
+        if job.adapter:
+            shutil.copy(job.adapter / "adapter_model.safetensors", folder / "adapter.gguf")
+
+    monkeypatch.setattr(export, "_make", make)
+    monkeypatch.setattr(export, "_check", lambda job, folder, options, say: "same" if options.check else None)
+
+
+def test_an_export_is_replaced_by_the_same_one_only(quick, base, tmp_path, monkeypatch):
+    """Compared later, or damaged: made again, and told. Another one, edits and other files stay: exit 2.
+
+    The same command finds nothing to do whatever lies beside the files, an edited Modelfile too.
+    """
+    given = {"model_path": base, "output_path": tmp_path / "made", "type": "f32"}
+    made = run(**given, check=False)[0]
+    (made / "notes.txt").write_text("mine")
+    refused(made, "notes.txt", **given)
+    (made / "notes.txt").unlink()
+    assert "It was not compared with the model; it is made again" in " ".join(run(**given)[1])
+    (made / "base-f32.gguf").write_bytes(b"GGUF")
+    assert "base-f32.gguf is not what was written" in " ".join(run(**given)[1])
+    monkeypatch.setattr(export, "_make", no_work)
+    refused(made, "another type (f32)", "Name a new folder", **{**given, "type": "q4_0"})
+    other = tiny.save_model(tmp_path / "other", chatty(), vocab_size=301, hidden_size=48)
+    refused(made, "another base model", **{**given, "model_path": other})
+    with open(made / "Modelfile", "a") as file:
+        file.write("# mine")
+    (made / "notes.txt").write_text("mine")
+    said = " ".join(run(**given)[1])
+    assert "nothing to do" in said
+    assert "Modelfile" in said
+    (made / "base-f32.gguf").write_bytes(b"GGUF")
+    refused(made, "Modelfile, notes.txt", **given)
+    (made / "export.json").write_text("{")
+    with pytest.raises(UserError, match=r"export\.json is damaged"):
+        run(**given)
+
+
+def test_an_export_of_a_run_follows_its_training(quick, base, adapter, tmp_path):
+    """In the adapter's own folder an older one is replaced, and told, if it is as it was written."""
+    shutil.copytree(adapter, tmp_path / "run", ignore=shutil.ignore_patterns("gguf-*"))
+    given = {"model_path": base, "lora_path": tmp_path / "run", "check": False}
+    made, _ = run(**given)
+    before = (made / "adapter.gguf").read_bytes()
+    save_adapter(base, tmp_path / "run", 1)
+    refused(made, "another adapter", **given, output_path=made)
+    (made / "notes.txt").write_text("mine")
+    refused(made, "notes.txt", **given)
+    (made / "notes.txt").unlink()
+    assert f"{made}: an export with another adapter is replaced" in " ".join(run(**given)[1])
+    assert (made / "adapter.gguf").read_bytes() != before
+    assert sorted(path.name for path in made.iterdir()) == EXPORTED
+
+
+def test_files_that_come_while_an_export_is_made_stay(quick, base, tmp_path, monkeypatch):
+    """Looked at once more before the rename."""
+    made, real = tmp_path / "made", export._make
+    monkeypatch.setattr(export, "_make", lambda *args: (real(*args), made.mkdir(), (made / "x").touch()))
+    with pytest.raises(UserError, match="is there already"):
+        run(model_path=base, output_path=made, check=False)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["made", "made/x"]
+
+
+def test_where_an_export_cannot_come(quick, base, tmp_path, monkeypatch):
+    """The current folder and one in a file are refused; a link leads where it points."""
+    for name in ("here", "disk"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with monkeypatch.context() as here:
+        here.chdir(tmp_path / "here")
+        here.setattr(export, "_job", no_work)
+        refused(tmp_path, "the current folder", model_path=base, output_path=".")
+        refused(tmp_path, "is a file", model_path=base, output_path=tmp_path / "file/x")
+    run(model_path=base, output_path=tmp_path / "link", check=False)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk/Modelfile").is_file()
+
+
+def test_adapter_for_another_base_is_refused(exported, tmp_path):
+    """A GGUF adapter on a base of other shapes: in words, exit code 4."""
+    other = tiny.save_model(tmp_path / "model", hidden_size=48, vocab_size=301)
+    path = gguf.base(other, tmp_path / "other.gguf", any_tokenizer=True)
+    asked = ChatConfig(model_path=str(path), lora_path=str(exported[0] / "adapter.gguf"))
+    with pytest.raises(UserError, match="does not fit this base model") as caught:
+        chat.start(asked, hub.locate, hub.fetch_adapter, gguf.for_llama, lambda _: None)
+    assert caught.value.code == CHECKPOINT
+
+
+def test_gguf_adapter_alone_asks_for_its_base(exported, tmp_path):
+    alone = shutil.copy(exported[0] / "adapter.gguf", tmp_path / "alone.gguf")
+    with pytest.raises(UserError, match="does not say its base model"):
+        chat.start(ChatConfig(lora_path=str(alone)), hub.locate, hub.fetch_adapter, gguf.for_llama, print)
+
+
+def test_swapping_adapters_keeps_the_base(exported, base, adapter, tmp_path):
+    """20 swaps, one file of the base loaded once; every answer's scores are those of its adapter alone."""
+    two = gguf.adapter(save_adapter(base, tmp_path / "two", 1), base, tmp_path / "two.gguf")
+    paths = {"one": exported[0] / "adapter.gguf", "two": two}
+    tokenizer, path = model.load_tokenizer(str(base)), exported[0] / "base-f16.gguf"
+    ids = tokenizer("red green blue").input_ids
+    mixtures = [(), (("one", 1.0),), (("two", 1.0),), (("one", 0.5), ("two", -0.25))]
+
+    def scores(engine, mixture) -> torch.Tensor:
+        stream = engine.open(ids, mixture)
+        assert list(stream.read())
+        made = stream.first().clone()  # they lie in llama.cpp's memory
+        stream.close()
+        return made
+
+    alone = []
+    for mixture in mixtures:
+        engine = engine_llama.Engine(path, tokenizer, 64, paths, threads=1)
+        alone.append(scores(engine, mixture))
+        engine.close()
+    assert all(not torch.equal(alone[0], other) for other in alone[1:])
+    engine = engine_llama.Engine(path, tokenizer, 64, paths, threads=1)
+    handles = {name: getattr(engine, name) for name in ("model", "state")}
+    for number in range(20):
+        assert torch.equal(scores(engine, mixtures[number % 4]), alone[number % 4])
+    assert {name: getattr(engine, name) for name in handles} == handles
+    engine.close()
+
+
+def test_a_base_that_only_the_adapter_names_is_not_fetched(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "evil/model"}))
+    asked: list[str] = []
+    with pytest.raises(UserError, match="evil/model, which is not on this machine"):
+        export.run(ExportConfig(lora_path=str(tmp_path / "adapter")), asked.append, asked.append, print)
+    assert asked == []
+
+
+@pytest.mark.parametrize("name", ["../stranger.gguf", "/stranger.gguf", "..", 3])
+def test_files_of_an_export_lie_in_its_folder(tmp_path, name):
+    """export.json may be anybody's: it names an adapter beside it, or nothing."""
+    folder = tmp_path / "gguf-f16"
+    folder.mkdir()
+    (tmp_path / "stranger.gguf").write_bytes(b"GGUF")
+    (folder / "mine.gguf").write_bytes(b"GGUF")
+    for written, expected in ((name, None), ("mine.gguf", folder / "mine.gguf")):
+        values = {"of_base": "b", "of_adapter": "a", "base": "base.gguf", "adapter": written}
+        (folder / "export.json").write_text(json.dumps(values))
+        assert gguf._exported(tmp_path, "b", "a") == expected
+    assert gguf._exported(tmp_path, "b", "other") is None
+
+
+def test_the_export_of_a_checkpoint_is_found_again(base, tmp_path):
+    """It lies in the run's folder, whatever its type, and counts for that checkpoint's content alone."""
+    made = {step: save_adapter(base, tmp_path / f"run/checkpoint-{step}", step) for step in (1, 2)}
+    place = tmp_path / "run/gguf-q4_k_m"
+    place.mkdir()
+    (place / "adapter.gguf").write_bytes(b"GGUF")
+    of_base, of_adapter = gguf.keys(base, made[2])
+    values = {"of_base": of_base, "of_adapter": of_adapter, "adapter": "adapter.gguf"}
+    (place / "export.json").write_text(json.dumps(values))
+    assert gguf._exported(made[2], *gguf.keys(base, made[2])) == place / "adapter.gguf"
+    assert gguf._exported(made[1], *gguf.keys(base, made[1])) is None
+    save_adapter(base, made[2], 3)  # trained on under its old name
+    assert gguf._exported(made[2], *gguf.keys(base, made[2])) is None
+    other = save_adapter(base, tmp_path / "run/mine", 2)  # no checkpoint: its neighbours are others'
+    assert gguf._exported(other, of_base, of_adapter) is None
+
+
+def test_one_meaning_of_a_plain_start():
+    """What can be merged can be a GGUF adapter: the base stayed as it was when training began."""
+    assert merging.PLAIN_VALUES["init_lora_weights"] == runfolder.PLAIN_STARTS
+    assert {True, False, "eva"} <= set(runfolder.PLAIN_STARTS)
+    assert "pissa" not in runfolder.PLAIN_STARTS
+
+
+@pytest.mark.parametrize("kind", ["f16", "q4_k_m"])
+def test_logits_that_are_no_numbers_fail(monkeypatch, kind):
+    """Whatever the type; max() would pass them over."""
+    answers = [parity.Answer([1], [2], torch.zeros(1, 4))] * 2
+    monkeypatch.setattr(parity, "_greedy", lambda *_: [2])
+    found = iter([torch.zeros(1, 4), torch.full((1, 4), float("nan"))])
+    monkeypatch.setattr(parity, "_scores", lambda *_: next(found))
+    assert parity._answers(None, answers, kind, (), [])[1].failed
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_windows_that_do_not_move_on_are_refused(length):
+    with pytest.raises(AssertionError):
+        scoring.windows(4, length)
+
+
+def test_a_context_too_short_to_measure(tmp_path):
+    """In words, instead of without end; a model of llama.cpp may have less than is asked for."""
+    made = tiny.save_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("red green blue")
+    given = PerplexityConfig(data_path=str(tmp_path / "text.txt"), model_path=str(made), context=2)
+    with pytest.raises(UserError, match="context of 2 tokens"):
+        measure.perplexity(given, hub.locate, hub.fetch_adapter, gguf.for_llama, say=lambda _: None)
+
+
+def test_windows_score_every_token_once():
+    for count, length in ((5, 8), (8, 8), (9, 8), (100, 7), (1000, 64)):
+        for unscored in (0, 1):
+            made = scoring.windows(count, length, unscored)
+            scored = [place for window in made for place in range(window.scored, window.end)]
+            assert scored == list(range(unscored, count))
+            assert all(window.end - window.start <= length for window in made)
+            assert all(window.scored - window.start >= length // 2 for window in made[1:])
+
+
+def test_score_is_the_plain_sum(base):
+    """Against transformers' own logits, window by window, in one forward pass each."""
+    tokenizer = model.load_tokenizer(str(base))
+    made = model.load_base(str(base), 16, "fp32", "cpu").eval()
+    from onecard import engine_hf
+
+    text = scoring.encode(tokenizer, "red green été 🙂 " * 20, most=150)
+    found = scoring.score(engine_hf.Engine(made, tokenizer, 64), text, 64)
+    nats = 0.0
+    for start, end, scored in scoring.windows(150, 64):
+        ids = torch.tensor(text.ids[start:end])
+        with torch.inference_mode():
+            chances = torch.log_softmax(made(ids[None], use_cache=False).logits[0, :-1].double(), -1)
+        nats -= chances.gather(1, ids[1:, None])[scored - start - 1 :].sum().item()
+    assert (found.tokens, found.nats) == (149, pytest.approx(nats, rel=1e-6))
+    shown = text.text[text.ends[0] : text.ends[-1]]
+    assert (found.characters, found.bytes) == (len(shown), len(shown.encode()))
+    assert found.perplexity == pytest.approx(math.exp(nats / 149), rel=1e-6)
+
+
+def test_perplexity_is_the_same_in_both_engines(exported, base, adapter, tmp_path, capsys):
+    """Same ids, same windows; base and adapter as folders, as files, with a weight."""
+    file = tmp_path / "text.txt"
+    file.write_text(probes.TEXT[:600], encoding="utf-8")
+    folder = exported[0]
+
+    def measured(**options):
+        given = PerplexityConfig(data_path=str(file), context=64, **options)
+        how = (hub.locate, hub.fetch_adapter, gguf.for_llama)
+        return measure.perplexity(given, *how, say=lambda _: None)
+
+    base_file, file_of_adapter = str(folder / "base-f16.gguf"), folder / "adapter.gguf"
+    for weight in (1, 0.5):
+        ours, text, _ = measured(model_path=str(base), lora_path=f"{adapter}:{weight}")
+        theirs, same, _ = measured(model_path=base_file, lora_path=f"{file_of_adapter}:{weight}")
+        assert text.fingerprint == same.fingerprint
+        assert theirs.perplexity == pytest.approx(ours.perplexity, rel=1e-3)
+    assert measured(model_path=str(base))[0].perplexity != pytest.approx(ours.perplexity, rel=1e-2)
+    assert measured(model_path=str(base), max_tokens=50)[0].tokens == 49
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "bad").write_bytes(b"\xff\xfe")
+    (tmp_path / "empty").write_bytes(b"")
+    for path, said in ((tmp_path / "bad", "not UTF-8"), (tmp_path / "none", "No such file")):
+        with pytest.raises(UserError, match=said) as caught:
+            measure.read(str(path))
+        assert caught.value.code == DATA
+    command = [sys.executable, ROOT / "tools" / "perplexity.py", "--help"]
+    assert "--data_path" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_texts_are_a_thousand_different_ones():
+    made = probes.texts(["<turn>"])
+    assert len(made) == len(set(made)) == probes.COUNT
+    assert made == probes.texts(["<turn>"]) != probes.texts()
+    assert sum("<turn>" in text for text in made) > 50
+
+
+def rendered(source: str, messages: list[dict[str, str]]) -> str:
+    """What Go's text/template writes: range, if eq, else, assignment and fields, which is all we use."""
+    steps = re.split(r"(\{\{.*?\}\})", source)
+
+    def block(start: int, known: dict, on: bool) -> tuple[str, int, str]:
+        """(text, place behind it, the action that ended it) of a block; on: whether it is written."""
+        text, place = "", start
+        while place < len(steps):
+            step, place = steps[place], place + 1
+            action = step[2:-2].strip() if step.startswith("{{") else None
+            if action is None:
+                text += step if on else ""
+            elif action in ("end", "else"):
+                return text, place, action
+            elif action.startswith("range"):
+                inner = ""
+                for message in messages:
+                    known["$m"] = message
+                    piece, behind, _ = block(place, known, on)
+                    inner += piece
+                text, place = text + inner, behind
+            elif action.startswith("if"):
+                left, right = re.fullmatch(r"if eq (\S+) (\S+)", action).groups()
+                yes = value(left, known) == value(right, known)
+                piece, place, ended = block(place, known, on and yes)
+                text += piece
+                if ended == "else":
+                    piece, place, _ = block(place, known, on and not yes)
+                    text += piece
+            elif "=" in action:
+                name, given = re.split(r"\s*:?=\s*", action)
+                if on:
+                    known[name] = value(given, known)
+            elif on:
+                text += value(action, known)
+        return text, place, ""
+
+    def value(word: str, known: dict) -> str:
+        if word.startswith('"'):
+            return json.loads(word)
+        name, _, field = word.partition(".")
+        return known[name][field.lower()] if field else known[name]
+
+    return block(0, {}, True)[0]
+
+
+TALK = (
+    (Turn("user", "Hello {{ you }}"),),
+    (Turn("user", "One"), Turn("assistant", "Two"), Turn("user", "Three")),
+    (Turn("system", "Be kind."), Turn("user", "One"), Turn("assistant", "Two"), Turn("user", "Three")),
+)
+
+
+@pytest.mark.parametrize("name", ["alpaca", "chatml", "vicuna-chat", "tigerbot", "cutegpt", "auto"])
+def test_modelfile_says_the_template(name):
+    """What Ollama's template writes is what the model was trained on, text by text."""
+    tokenizer = chatty()
+    controls = template.read(template.FOLDER / f"{name}.json").controls() if name != "auto" else []
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": sorted(controls)}, replace_extra_special_tokens=False
+    )
+    form = template.load(name, tokenizer)
+    source = ollama.go_template(form, tokenizer)
+    for turns in TALK:
+        if turns[0].role == "system" and form.system is None:
+            continue
+        made = prompt.pieces(Conversation(turns), form, tokenizer)
+        names = [text if isinstance(text, str) else tokenizer.convert_ids_to_tokens(text) for text, _ in made]
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        assert rendered(source, messages) == "".join(names)
+    file = ollama.modelfile(form, tokenizer, "base-f16.gguf", "adapter.gguf")
+    assert file.startswith('FROM ./base-f16.gguf\nADAPTER ./adapter.gguf\nTEMPLATE """')
+    for token in ollama.stops(form, tokenizer):
+        assert f'PARAMETER stop "{token}"' in file
+
+
+def test_a_template_that_a_modelfile_cannot_hold():
+    tokenizer = chatty()
+    form = dataclasses.replace(template.load("alpaca", tokenizer), opening=(("literal", 'Say """'),))
+    assert "TEMPLATE" not in ollama.modelfile(form, tokenizer, "base.gguf", None).splitlines()[1].split()[0]
+
+
+@pytest.mark.slow
+def test_the_demo_with_the_tool(tmp_path):
+    """The whole way, with an adapter: a table without a failed row, the same perplexity to a thousandth."""
+    adapter = save_adapter(Path(hub.locate("demo")), tmp_path / "adapter", std=0.01)
+    command = [sys.executable, ROOT / "tools" / "export_gguf.py", "--model_path", "demo"]
+    command += ["--lora_path", adapter]
+    ended = subprocess.run(
+        [*command, "--output_path", tmp_path / "made"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "0 of 1000 texts differ" in ended.stdout
+    assert "FAILED" not in ended.stdout
+    assert (tmp_path / "made" / "adapter.gguf").is_file()
+    ratio = float(re.search(r"ratio ([\d.]+)", ended.stdout)[1])
+    assert ratio == pytest.approx(1, abs=1e-3)

@@ -1,0 +1,402 @@
+"""Quantised folders: made, loaded by others' libraries, trained on; what cannot be quantised is refused."""
+
+import functools
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from onecard import gptq, model, quantised, template, trial_rows
+from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, UserError
+from onecard.parsing import build
+from onecard.tool_config import QuantizeConfig
+from tests.support import kill_points, tiny
+from tests.support.paths import ROOT
+
+HAS_LIBRARY = all(importlib.util.find_spec(name) for name in quantised.PACKAGES)
+APART = ROOT / ".venv" / "gptq" / "bin" / "python"  # has gptqmodel, which changes every program's start
+needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs gptqmodel, which .venv/gptq has")
+SHAPE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "initializer_range": 0.05}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+IDS = torch.arange(2, 130)[None]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("quantize") / "model", **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    return tiny.save_rows(tmp_path_factory.mktemp("quantize") / "rows.json", 60)
+
+
+def run(folder: Path, program: str, *flags) -> subprocess.CompletedProcess:
+    """A program in a process of its own, as gptqmodel keeps threads."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, ROOT / program, *map(str, flags)]
+    settings = {"capture_output": True, "text": True, "timeout": 1500, "env": environment}
+    return subprocess.run(command, cwd=folder, **settings)
+
+
+def quantise(source: Path | str, rows: Path, target: Path, *flags) -> str:
+    given = ("--model_path", source, "--data_path", rows, "--output_path", target, "--device", "cpu")
+    ended = run(target.parent, "tools/quantize.py", *given, *flags)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout
+
+
+def bnb(source: Path, rows: Path, target: Path, **changes) -> QuantizeConfig:
+    given = {"model_path": source, "data_path": rows, "output_path": target, "device": "cpu"}
+    given = {name: str(value) for name, value in given.items()}
+    return build(QuantizeConfig, {**given, "method": "bnb", "report_rows": 2, **changes})
+
+
+def told_of(said: str) -> list[str]:
+    """The lines of what it cost."""
+    return re.findall(r"^(?:size|perplexity)  .* -> .*$", said, re.MULTILINE)
+
+
+@functools.cache
+def loaded(folder: Path) -> torch.nn.Module:
+    return model.load_base(str(folder), 16, "fp32", "cpu").eval()
+
+
+def logits(folder: Path, ids: Sequence[int] = range(2, 130)) -> torch.Tensor:
+    with torch.no_grad():
+        return loaded(folder)(input_ids=torch.tensor([list(ids)])).logits[0]
+
+
+def rounded(source: Path, target: Path, bits: int, group: int) -> Path:
+    """The model with each linear weight rounded to the nearest of its group's steps."""
+    made = model.load_base(str(source), 16, "fp32", "cpu")
+    for name, layer in made.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            width = layer.in_features if group == -1 else group
+            grouped = layer.weight.data.reshape(layer.out_features, -1, width)
+            step = grouped.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 0.5)
+            whole = (grouped / step).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            layer.weight.data = (whole * step).reshape(layer.weight.shape)
+    made.save_pretrained(target)
+    return target
+
+
+def errors(source: Path, rows: Path, *targets: Path) -> list[float]:
+    """How far each target's logits are from the model's on rows of the file, as a share of their norm."""
+    own = model.load_tokenizer(str(source))
+    seen = [ids for ids, _ in trial_rows.read(str(rows), 512, template.load("alpaca", own), own)][:20]
+    expected, *found = (torch.cat([logits(folder, ids) for ids in seen]) for folder in (source, *targets))
+    return [((each - expected).norm() / expected.norm()).item() for each in found]
+
+
+@pytest.mark.skipif(HAS_LIBRARY, reason="gptqmodel is here: they run by themselves")
+@pytest.mark.skipif(not APART.exists(), reason=f"{APART} is not there: bash tools/setup.sh test")
+def test_those_that_need_gptqmodel():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [APART, "-m", "pytest", "-m", "gptq and not slow", "-p", "no:cacheprovider", __file__]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
+    assert ended.returncode == 0, ended.stdout[-5000:]
+    summary = ended.stdout.splitlines()[-1]
+    assert re.search(r"\b[1-9]\d* passed", summary), summary
+    assert "skipped" not in summary
+
+
+@pytest.fixture(scope="module")
+def by_gptq(source, rows, tmp_path_factory) -> tuple[Path, str]:
+    target = tmp_path_factory.mktemp("gptq") / "model"
+    return target, quantise(source, rows, target, "--report_rows", 4, "--group_size", 32)
+
+
+@pytest.mark.gptq
+@needs_library
+def test_a_gptq_folder_is_what_others_load(source, by_gptq, rows, tmp_path):
+    """Standard keys and settings, smaller, nearer to the model than rounding; made once."""
+    target, said = by_gptq
+    settings = json.loads((target / "config.json").read_text())["quantization_config"]
+    assert (settings["quant_method"], settings["bits"], settings["group_size"]) == ("gptq", 4, 32)
+    names = set(load_file(target / "model.safetensors"))
+    layer = "model.layers.0.self_attn.q_proj"
+    assert {f"{layer}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")} <= names
+    assert "rows        56 of" in said
+    assert "size        " in said
+    told = re.findall(r"^layer (\d+) +squared error (\S+), (\S+) in \S+_proj$", said, re.MULTILINE)
+    assert [int(number) for number, *_ in told] == list(range(tiny.config().num_hidden_layers))
+    assert all(0 < float(most) <= float(both) < 1 for _, both, most in told)
+    assert f"of 4 rows not looked at, of {rows}" in said
+    error, plain = errors(source, rows, target, rounded(source, tmp_path / "rounded", 4, 32))
+    assert error < plain < 0.5
+    again = quantise(source, rows, target, "--report_rows", 4, "--group_size", 32)
+    assert "is there already, made of the same" in again
+    assert told_of(again) == told_of(said) != []
+    assert not {"logs", ".waiting"} & {path.name for path in (*target.iterdir(), *target.parent.iterdir())}
+
+
+@pytest.mark.gptq
+@needs_library
+def test_an_adapter_learns_on_a_gptq_base(by_gptq, rows, tmp_path):
+    """finetune.py takes the folder as it is, and the loss falls; all-linear means the packed layers."""
+    flags = {"model_path": by_gptq[0], "data_path": rows, "output_path": tmp_path / "run", "device": "cpu"}
+    flags |= {"dtype": "fp32", "learning_rate": 1e-2, "num_epochs": 2, "batch_size": 6, "test_size": 0}
+    flags |= {"lora_target_modules": "all-linear", "warmup_steps": 0}
+    ended = run(tmp_path, "finetune.py", *(f"--{name}={value}" for name, value in flags.items()))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "base        4 bits by gptq" in ended.stdout
+    assert "in down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in ended.stdout
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_bitsandbytes_folder_is_the_model_in_these_bits(source, rows, tmp_path):
+    """The same logits as the 16-bit folder loaded in 4 bits."""
+    said = quantise(source, rows, tmp_path / "small", "--method", "bnb", "--report_rows", 0)
+    assert "perplexity" not in said
+    dtype = json.loads((tmp_path / "small" / "config.json").read_text())["dtype"]
+    short = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
+    expected = model.load_base(str(source), 4, short, "cpu").eval()
+    got = model.load_base(str(tmp_path / "small"), 16, short, "cpu").eval()
+    with torch.no_grad():
+        assert torch.equal(got(input_ids=IDS).logits, expected(input_ids=IDS).logits)
+
+
+@pytest.mark.gptq
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--bits", 2),
+        ("--bits", 3),
+        ("--bits", 8),
+        ("--act_order",),
+        ("--group_size", -1),
+        ("--rows", 1),
+        ("--damp", 1e-9),
+        ("--method", "awq"),
+    ],
+    ids=str,
+)
+def test_every_kind_loads_with_finite_logits(source, rows, tmp_path, flags):
+    """X6: few bits, one row, hardly any damping, a dead input: finite, and no worse than rounding.
+
+    At the logits, on rows of the kind that were looked at; beyond them no method promises less than rounding.
+    """
+    whole = load_file(source / "model.safetensors")
+    whole["model.embed_tokens.weight"][:, 5] = 0  # this input of the first layer is always zero
+    dead = tmp_path / "dead"
+    tiny.save_model(dead, **SHAPE)
+    save_file(whole, dead / "model.safetensors", {"format": "pt"})
+    quantise(dead, rows, tmp_path / "made", *flags)
+    assert torch.isfinite(logits(tmp_path / "made")).all()
+    settings = dict([flags]) if len(flags) == 2 else {}
+    bits, group = settings.get("--bits", 4), settings.get("--group_size", 128)
+    error, plain = errors(dead, rows, tmp_path / "made", rounded(dead, tmp_path / "rounded", bits, group))
+    assert error <= plain
+
+
+@pytest.mark.gptq
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_error_is_at_most_that_of_rounding(source, rows, tmp_path, bits):
+    """X6: at the logits, on rows of the kind that were looked at, with the same bits and groups."""
+    quantise(source, rows, tmp_path / "made", "--bits", bits, "--group_size", 32, "--report_rows", 0)
+    error, plain = errors(source, rows, tmp_path / "made", rounded(source, tmp_path / "rounded", bits, 32))
+    assert error <= plain
+
+
+@pytest.mark.gptq
+@needs_library
+@pytest.mark.slow
+def test_the_demo_with_the_tool(tmp_path):
+    """GPTQ with 4 bits: the perplexity of rows not looked at is told, and hardly more than before."""
+    sample = ROOT / "sample" / "instruct.json"
+    said = quantise("demo", sample, tmp_path / "made", "--rows", 64)
+    before, after, ratio = map(
+        float, re.search(r"perplexity  ([\d.]+) -> ([\d.]+) \(ratio ([\d.]+)\) of 16 rows", said).groups()
+    )
+    assert 1 < before < 100
+    assert ratio == pytest.approx(after / before, abs=1e-3)
+    assert ratio < 1.3
+
+
+def test_each_layers_error_is_told():
+    """The sum of a layer's modules and the largest; a module that no row reached, in the library's words."""
+    noted = [("q", 0, "0.25"), ("up", 0, "0.5"), ("q", 1, "0.125"), ("up", 1, "rtn fallback")]
+    said: list[str] = []
+    gptq._tell_errors([{"module": m, "layer": n, "loss": loss} for m, n, loss in noted], said.append)
+    assert said == [
+        "layer 1     up: rtn fallback",
+        "layer 0     squared error 7.50e-01, 5.00e-01 in up",
+        "layer 1     squared error 1.25e-01, 1.25e-01 in q",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "awq", "bits": 3}, "awq has 4"),
+        ({"method": "bnb", "bits": 2}, "bnb has 4, 8"),
+        ({"group_size": 128, "hidden": 192}, "has 192 inputs"),
+        ({"hidden": 96, "method": "awq"}, "multiples of 32 and 64"),
+        ({"model_path": None}, "--model_path is needed"),
+        ({"method": "bnb", "damp": 0.1}, "--damp is for --method gptq. Leave it out"),
+        ({"method": "bnb", "rows": 5, "group_size": 64}, "--group_size is .*--rows is for --method gptq or"),
+        ({"method": "awq", "act_order": True, "group_size": 32}, r"^--act_order is for --method gptq\."),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, rows, changes, words):
+    """Before anything is read or written, with the layer's name and shape."""
+    hidden = changes.pop("hidden", 128)
+    source = tiny.save_model(tmp_path / "model", **{**SHAPE, "hidden_size": hidden, "head_dim": 16})
+    given = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
+    options = build(QuantizeConfig, {**given, **changes})
+    with pytest.raises(UserError, match=words) as caught:
+        gptq.run(options, str, print)
+    assert caught.value.code == USAGE
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damp", [0, 1, -0.1, "nan"])
+def test_damping_is_a_share(damp):
+    with pytest.raises(UserError, match="damp"):
+        build(QuantizeConfig, {"damp": float(damp)})
+
+
+def test_weights_that_are_no_numbers_are_refused(source, rows, tmp_path):
+    """X6: exit 4 with the tensor's name; nothing is written."""
+    whole = load_file(source / "model.safetensors")
+    whole["model.layers.1.mlp.up_proj.weight"][7, 7] = float("nan")
+    bad = tmp_path / "bad"
+    tiny.save_model(bad, **SHAPE)
+    save_file(whole, bad / "model.safetensors", {"format": "pt"})
+    given = {"model_path": str(bad), "data_path": str(rows), "output_path": str(tmp_path / "out")}
+    options = build(QuantizeConfig, {**given, "method": "bnb"})
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds numbers") as caught:
+        gptq.run(options, str, print)
+    assert caught.value.code == CHECKPOINT
+    assert not (tmp_path / "out").exists()
+
+
+def fail(*_) -> None:
+    raise AssertionError("it was not to come this far")
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"device": "foo"}, USAGE),
+        ({"device": "cuda"}, USAGE),
+        ({"template": "nope"}, USAGE),
+        ({"data_path": "no.json"}, DATA),
+    ],
+    ids=str,
+)
+def test_options_are_checked_before_the_weights_are_read(source, rows, tmp_path, monkeypatch, changes, code):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gptq, "_check_weights", fail)
+    with pytest.raises(UserError) as caught:
+        gptq.run(bnb(source, rows, tmp_path / "out", **changes), str, print)
+    assert (caught.value.code, list(tmp_path.iterdir())) == (code, [])
+
+
+def test_rows_are_needed_only_to_be_looked_at(source, tmp_path, monkeypatch):
+    """bitsandbytes without a report needs none; the sample's are found from any folder."""
+    monkeypatch.chdir(tmp_path)
+    assert gptq._rows(bnb(source, "none.json", tmp_path / "out", report_rows=0), source, print) == ([], [])
+    options = build(QuantizeConfig, {"method": "bnb", "report_rows": 3})
+    assert len(gptq._rows(options, source, print)[1]) == 3
+    tiny.save_rows(tmp_path / "rows.json", 8)
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "rows.json").rename(tmp_path / options.data_path)  # the user's own comes first
+    assert len(gptq._rows(options, source, print)[1]) == 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_perplexity_that_is_no_number_is_refused(source, rows, tmp_path, monkeypatch, when, number):
+    """X6: exit 4, and no folder is kept."""
+    plain = trial_rows.perplexity
+
+    def measured(*arguments) -> float:
+        return number if arguments[-1] == f"perplexity {when}" else plain(*arguments)
+
+    monkeypatch.setattr(trial_rows, "perplexity", measured)
+    with pytest.raises(UserError, match=f"perplexity {when}: {number}") as caught:
+        gptq.run(bnb(source, rows, tmp_path / "out"), str, print)
+    assert (caught.value.code, list(tmp_path.iterdir())) == (CHECKPOINT, [])
+
+
+@pytest.mark.parametrize(("nats", "found"), [(0.0, 1.0), (1e9, math.exp(700)), (float("inf"), float("inf"))])
+def test_perplexity_of_a_token(nats, found):
+    assert trial_rows.per_token(nats, 1) == found
+
+
+def test_what_can_be_seen_has_been_measured(source, rows, tmp_path, monkeypatch):
+    """Cut while it is measured, no folder is there; made, its figures are told again."""
+    plain, target = trial_rows.perplexity, tmp_path / "out"
+
+    def cut(*arguments) -> float:
+        if arguments[-1] == "perplexity after":
+            assert not target.exists()
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr(trial_rows, "perplexity", cut)
+    with pytest.raises(KeyboardInterrupt):
+        gptq.run(bnb(source, rows, target), str, print)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(trial_rows, "perplexity", plain)
+    said: list[str] = []
+    gptq.run(bnb(source, rows, target), str, said.append)
+    first = told_of("\n".join(said))
+    monkeypatch.setattr(trial_rows, "perplexity", fail)
+    gptq.run(bnb(source, rows, target), str, said.append)
+    assert told_of("\n".join(said)) == first * 2
+    assert [line.split()[0] for line in first] == ["size", "perplexity"]
+
+
+def test_a_full_disk_is_told_before_anything_is_read(source, rows, tmp_path, monkeypatch):
+    """Exit 7 with the size, before the weights are looked at and the perplexity is measured."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    given = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"--output_path .*needs .*free: 0 MiB") as caught:
+        gptq.run(build(QuantizeConfig, {**given, "method": "bnb"}), str, said.append)
+    assert (caught.value.code, said, list(tmp_path.iterdir())) == (DISK, [], [])
+
+
+@pytest.mark.slow
+def test_killed_at_every_operation(source, rows, tmp_path):
+    """SIGKILL before each operation: no folder is seen without its figures, the next run is clean."""
+    kill_points.check("quantize", tmp_path / "out", model_path=source, data_path=rows, report_rows=1)
+
+
+def test_a_terminal_sees_how_far_it_is(source, rows, tmp_path, capsys, monkeypatch):
+    """A bar for the look at the weights and for each perplexity; a pipe gets none."""
+    titles = ("looking at weights:", "perplexity before:", "perplexity after:")
+    given = {"model_path": str(source), "data_path": str(rows), "method": "bnb", "report_rows": 2}
+    given |= {"device": "cpu"}
+    gptq.run(build(QuantizeConfig, {**given, "output_path": str(tmp_path / "one")}), str, print)
+    assert not [title for title in titles if title in capsys.readouterr().err]
+    monkeypatch.setattr(sys, "stderr", tiny.Screen())
+    gptq.run(build(QuantizeConfig, {**given, "output_path": str(tmp_path / "two")}), str, print)
+    assert [title for title in titles if title not in sys.stderr.getvalue()] == []
+
+
+def test_missing_packages_are_named(monkeypatch, source, rows, tmp_path):
+    monkeypatch.setattr(quantised, "PACKAGES", ("no_such_package",))
+    given = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
+    with pytest.raises(UserError, match=r"no_such_package.*setup\.sh gptq"):
+        gptq.run(build(QuantizeConfig, given), str, print)

@@ -1,0 +1,283 @@
+"""A larger vocabulary: the new rows get the mean, padding rows stay zero, everything else stays as it was."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
+
+from onecard import vocab
+from onecard.errors import UserError
+from tests.data.test_encode import sentencepiece_tokenizer
+from tests.support import tiny
+from tests.support.paths import ROOT
+
+TOKENS = ["<pad>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(params=[(True, "1GB"), (False, "1GB"), (False, "40KB")], ids=["tied", "untied", "shards"])
+def base(request, tmp_path) -> Path:
+    """A tiny model with tied or untied embeddings, in one file or several."""
+    tied, shard = request.param
+    return tiny.save_model(tmp_path / "base", shard=shard, tie_word_embeddings=tied)
+
+
+def run(tool: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, f"tools/{tool}.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("multiple", [1, 64, 128])
+def test_new_rows_get_the_mean_and_padding_is_zero(base, tmp_path, multiple):
+    """Old rows keep their bytes, in the embedding and an untied head; ids agree in all files."""
+    old = AutoTokenizer.from_pretrained(base)
+    new = AutoTokenizer.from_pretrained(base)
+    vocab.add_special(new, TOKENS)
+    before, added, after = vocab.prepare(base, old, new, tmp_path / "new", multiple)
+    assert (before, added, after) == (300, 3, -(-303 // multiple) * multiple)
+    was, now = tensors(base), tensors(tmp_path / "new")
+    assert was.keys() == now.keys()
+    embeddings = {"model.embed_tokens.weight", "lm_head.weight"} & was.keys()
+    assert len(embeddings) == (1 if AutoConfig.from_pretrained(base).tie_word_embeddings else 2)
+    for name, tensor in was.items():
+        if name not in embeddings:
+            assert torch.equal(now[name], tensor), name
+            continue
+        assert now[name].shape == (after, tensor.shape[1])
+        assert torch.equal(now[name][:300], tensor)
+        mean = tensor.float().mean(dim=0).to(tensor.dtype)
+        assert all(torch.equal(row, mean) for row in now[name][300:303])
+        assert not now[name][303:].any()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert [tokenizer.convert_tokens_to_ids(token) for token in TOKENS] == [300, 301, 302]
+    assert tokenizer("<|im_end|>", add_special_tokens=False).input_ids == [302]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert model.config.vocab_size == after
+    generation = GenerationConfig.from_pretrained(tmp_path / "new")
+    for ids in (model.config, generation, tokenizer):
+        assert (ids.bos_token_id, ids.eos_token_id, ids.pad_token_id) == (0, 1, 300)
+    said = torch.arange(2, 30)[None]
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    assert torch.allclose(model(said).logits[..., :300], plain(said).logits, atol=1e-5)
+    index = tmp_path / "new" / vocab.INDEX
+    if index.is_file():
+        total = json.loads(index.read_text())["metadata"]["total_size"]
+        assert total == sum(tensor.nbytes for tensor in now.values())
+
+
+def test_a_padded_model_is_not_padded_again(base, tmp_path):
+    """Enough rows and divisible: the new tokens take padding rows, and the mean lies in theirs."""
+    old, new = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    vocab.prepare(base, old, new, tmp_path / "padded", 128)
+    vocab.add_special(new, TOKENS)
+    before, added, after = vocab.prepare(tmp_path / "padded", old, new, tmp_path / "new", 128)
+    assert (before, added, after) == (384, 3, 384)
+    rows = tensors(tmp_path / "new")["model.embed_tokens.weight"]
+    assert torch.equal(rows[300], rows[:300].float().mean(dim=0))
+    assert rows[302].any()
+    assert not rows[303:].any()
+
+
+def test_another_familys_tokenizer_is_refused(base, tmp_path):
+    """Tokens with other ids would point to other rows."""
+    other = AutoTokenizer.from_pretrained(base)
+    core = json.loads(other.backend_tokenizer.to_str())
+    first, second = list(core["model"]["vocab"])[10:12]
+    vocabulary = core["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    shuffled = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(core)), eos_token="<end>"
+    )
+    with pytest.raises(UserError, match="do not belong together"):
+        vocab.prepare(base, other, shuffled, tmp_path / "new", 128)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_base_without_some_weights_is_refused(base, tmp_path, name):
+    """Exit 4 with the tensor's name, and no folder: what is made of it would lack them too."""
+    [path] = [path for path in base.glob("*.safetensors") if name in load_file(path)]
+    kept = {other: tensor for other, tensor in load_file(path).items() if other != name}
+    save_file(kept, path, {"format": "pt"})
+    own = AutoTokenizer.from_pretrained(base)
+    with pytest.raises(UserError, match=f"1 of its weights are missing: {name}") as caught:
+        vocab.prepare(base, own, own, tmp_path / "new", 64)
+    assert caught.value.code == 4
+    assert [each.name for each in tmp_path.iterdir()] == ["base"]
+
+
+def test_ids_with_gaps(tmp_path):
+    """Rows are found by ids, not by how many tokens there are."""
+    made = vocab.resized(torch.arange(16.0).reshape(8, 2), [0, 1, 2, 7], [8, 9], 4)
+    assert made.shape == (12, 2)
+    assert made[7].tolist() == [14, 15]
+    assert made[8].tolist() == made[9].tolist() == [5, 6]
+    assert not made[3:7].any()
+    assert not made[10:].any()
+
+
+def test_pieces_and_characters(tmp_path):
+    """Text files, running text and SentencePiece models; what is one token already is not added."""
+    tokenizer = tiny.tokenizer()
+    (tmp_path / "pieces.txt").write_text("红色\n\nred\n蓝\n红色\n")
+    assert vocab.pieces_of(tmp_path / "pieces.txt") == ["红色", "red", "蓝", "红色"]
+    assert vocab.extend(tokenizer, ["红色", "red", "蓝", "红色"]) == ["红色", "蓝"]
+    assert len(tokenizer("红色", add_special_tokens=False).input_ids) == 1
+    assert tokenizer.decode(tokenizer("说红色 red").input_ids) == "说红色 red"
+    assert vocab.characters_of("红红红 abc 蓝蓝\n", 2) == ["红", "蓝"]
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["水 在 一百 度 沸腾"] * 9), model_writer=made, vocab_size=40,
+        byte_fallback=False, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "han.model").write_bytes(made.getvalue())
+    pieces = vocab.pieces_of(tmp_path / "han.model")
+    assert {"水", "沸"} <= set(pieces)
+    assert not any("▁" in piece or "<" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "word"),
+    [
+        ("none.txt", None, "no such file"),
+        ("x.model", b"junk", "no SentencePiece"),
+        ("x.txt", b"\xff", "UTF-8"),
+        ("x.txt", b"a" * 40, "no piece"),
+    ],
+)
+def test_what_holds_no_pieces_is_named(tmp_path, name, content, word):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=word) as caught:
+        vocab.pieces_of(tmp_path / name)
+    assert caught.value.code == 3
+
+
+@pytest.mark.parametrize("base", [(True, "1GB")], indirect=True)
+def test_the_tools_and_a_training_on_their_result(base, tmp_path, harness):
+    """Extend, prepare, train with chatml: the whole way; a folder that is there is not written over."""
+    (tmp_path / "text.txt").write_text("红色和蓝色。" * 10)
+    given = (
+        "--model_path",
+        base,
+        "--characters",
+        tmp_path / "text.txt",
+        "--sample_text",
+        tmp_path / "text.txt",
+    )
+    ended = run("extend_vocab", *given, "--output_path", tmp_path / "tokenizer")
+    assert ended.returncode == 0, ended.stderr
+    assert "5 pieces, 5 added" in ended.stdout
+    assert "3.000 -> 1.000 tokens a character" in ended.stdout
+    given = (
+        "--model_path",
+        base,
+        "--tokenizer_path",
+        tmp_path / "tokenizer",
+        "--output_path",
+        tmp_path / "new",
+    )
+    ended = run("prepare_base_model", *given)
+    assert ended.returncode == 0, ended.stderr
+    assert "300 -> 384 rows: 300 tokens, 8 new ones" in ended.stdout
+    again = run("prepare_base_model", *given)
+    assert again.returncode == 2
+    assert "is there already" in again.stderr
+    rows = tiny.save_rows(tmp_path / "rows.json", 12)
+    flags = {"model_path": tmp_path / "new", "data_path": rows, "output_path": tmp_path / "run", "bits": 16}
+    answer = harness.run(
+        "finetune", {**flags, "template": "chatml", "max_steps": 1, "test_size": 0, "device": "cpu"}
+    )
+    assert answer["code"] == 0, answer["said"]
+    assert "<|im_start|>assistant\n«" in answer["said"]
+
+
+def sentencepiece_like(scheme: str) -> PreTrainedTokenizerFast:
+    """As Llama's: a mark for the space before a word, at the start of a text or of every part of it."""
+    made = sentencepiece_tokenizer()
+    core = made.backend_tokenizer
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=scheme)])
+    return made
+
+
+def test_pieces_inside_words_gain_no_spaces():
+    """A tokenizer with a mark at the start of a text takes pieces; one with a mark before each is refused."""
+    pieces = ["月亮", "太阳"]
+    old, new = (sentencepiece_like("first") for _ in range(2))
+    assert vocab.extend(new, pieces) == pieces
+    vocab.check_spaces(old, new, pieces)
+    text = "我看月亮abc 太阳"
+    assert new.decode(new(text, add_special_tokens=False).input_ids) == text
+    old, new = (sentencepiece_like("always") for _ in range(2))
+    vocab.extend(new, pieces)
+    with pytest.raises(UserError, match="prepend_scheme"):
+        vocab.check_spaces(old, new, pieces)
+
+
+def test_a_tokenizer_without_bytes_takes_pieces():
+    """What it could not write so far is what it needs."""
+    core = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0, byte_fallback=False))
+    old, new = (PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>") for _ in range(2))
+    new.add_tokens(["你好"])
+    vocab.check_spaces(old, new, ["你好"])
+
+
+def test_nothing_to_add_is_said(tmp_path):
+    """A text without frequent characters, an empty list of pieces, an empty sample: no traceback."""
+    tiny.save_model(tmp_path / "base")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "pieces.txt").write_text("月亮\n")
+    base = ("--model_path", tmp_path / "base", "--output_path", tmp_path / "new")
+    for given in (
+        ("--characters", tmp_path / "empty.txt"),
+        ("--pieces", tmp_path / "empty.txt"),
+        ("--pieces", tmp_path / "pieces.txt", "--sample_text", tmp_path / "empty.txt"),
+    ):
+        ended = run("extend_vocab", *base, *given)
+        assert ended.returncode == 3
+        assert "Traceback" not in ended.stderr
+        assert "empty.txt" in ended.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_tokenizer_that_does_not_belong_to_the_model_is_seen(harness, tmp_path):
+    """Ids beyond the embedding are exit 2; another end token than the model's is said."""
+    base = tiny.save_model(tmp_path / "base")
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"instruction": "a", "output": "月亮"}] * 4))
+    flags = {
+        "model_path": base,
+        "data_path": rows,
+        "output_path": tmp_path / "run",
+        "bits": 16,
+        "max_steps": 1,
+    }
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**settings, "eos_token_id": 7}))
+    answer = harness.run("finetune", {**flags, "device": "cpu", "test_size": 0})
+    assert answer["code"] == 0, answer["said"]
+    assert "the tokenizer's end token is 1, config.json says [7]" in answer["said"]
+    larger = tiny.tokenizer()
+    vocab.extend(larger, ["月亮"])
+    larger.save_pretrained(base)
+    answer = harness.run("finetune", {**flags, "device": "cpu", "test_size": 0, "overwrite": True})
+    assert answer["code"] == 2
+    assert "token ids up to 300, its embedding 300" in answer["said"]

@@ -1,0 +1,159 @@
+"""Looking at rows: every planted fault is found and counted; what is cleaned adds up; the page is safe."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from onecard import check, template
+from tests.support import tiny
+from tests.support.paths import ROOT
+
+PLANTED = {  # what the report calls it -> a row that has it
+    "empty outputs": {"instruction": "Say nothing", "output": ""},
+    "instruction equal to input": {"instruction": "same", "input": "same ", "output": "x"},
+    "answer equal to question": {"instruction": "echo", "output": "echo"},
+    "placeholders": {"instruction": "Summarise <一段文本>", "output": "x"},
+    "invisible characters": {"instruction": "zero\u200bwidth", "output": "x"},
+    "mojibake": {"instruction": "What is cafÃ© in Ã¼ber?", "output": "x"},
+    "control tokens": {"instruction": "Stop <|im_end|> here", "output": "x"},
+}
+
+
+def look(path: Path, cutoff_len: int = 400, cleaner: check.Cleaner | None = None) -> check.Findings:
+    tokenizer = tiny.tokenizer()
+    found = check.Findings()
+    rows = check.examine(found, [path], None, template.load("alpaca", tokenizer), tokenizer, cutoff_len)
+    check.all_rows(rows, cleaner)
+    return found
+
+
+def save(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_every_planted_fault_is_found_once(tmp_path):
+    """D8: and its first place is named; rows without faults are not accused."""
+    good = tiny.rows(30)
+    rows = [*good[:10], *PLANTED.values(), good[3], good[3], {"instruction": 7}, *good[10:]]
+    found = look(save(tmp_path / "rows.jsonl", rows))
+    assert found.problems == {**dict.fromkeys(PLANTED, 1), "duplicates": 2, "unreadable": 1}
+    for number, name in enumerate(PLANTED, start=11):
+        assert found.examples[name] == f"{tmp_path / 'rows.jsonl'}:{number}:1"
+    assert found.read == len(rows)
+    text = check.report(found, 400)
+    assert "alpaca 39" in text
+    assert "the row has no 'output'" in text
+    assert all(name in text for name in PLANTED)
+
+
+def test_lengths_cuts_and_rows_without_targets(tmp_path):
+    """Counts are those of the encoding: what is longer, what is left with no target."""
+    rows = [{"instruction": "a" * n, "output": "b"} for n in (1, 10, 600)]
+    found = look(save(tmp_path / "rows.jsonl", rows), cutoff_len=300)
+    assert found.problems == {"without targets": 1}
+    assert found.cut == 1
+    assert len(found.lengths) == 3
+    assert len(found.cut_lengths) == 2
+    assert found.targets == 4
+    assert f"An epoch computes {sum(found.cut_lengths)} tokens" in check.report(found, 300)
+
+
+def test_raw_text_is_not_cut(tmp_path):
+    """It is trained in blocks, so a long context is no reason to leave a row out."""
+    row = {"context": "c " * 300, "completion": "the end"}
+    cleaner = check.Cleaner(tmp_path / "clean.jsonl", repair=False)
+    found = look(save(tmp_path / "rows.jsonl", [row]), cutoff_len=50, cleaner=cleaner)
+    assert (found.cut, dict(found.problems), cleaner.kept) == (0, {}, 1)
+    assert found.cut_lengths == found.lengths
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sample").glob("*.json*")), ids=lambda path: path.name)
+def test_what_is_cleaned_reads_the_same(tmp_path, path):
+    """Every sample goes through --clean and comes back as the same conversations."""
+    cleaner = check.Cleaner(tmp_path / "clean.jsonl", repair=True)
+    look(path, cutoff_len=5000, cleaner=cleaner)
+    assert list(check.reader.read_rows(tmp_path / "clean.jsonl")) == list(check.reader.read_rows(path))
+
+
+def test_cleaning_adds_up(tmp_path):
+    """Rows in = rows kept + rows left out with a reason; texts are freed of what is invisible, and mended."""
+    good = tiny.rows(20)
+    path = save(tmp_path / "rows.jsonl", [*good, *PLANTED.values(), good[0]])
+    path.write_text(path.read_text() + "broken\n")
+    cleaner = check.Cleaner(tmp_path / "clean.jsonl", repair=True)
+    found = look(path, cleaner=cleaner)
+    kept = [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text().splitlines()]
+    dropped = [json.loads(line) for line in (tmp_path / "clean.dropped.jsonl").read_text().splitlines()]
+    assert (len(kept), len(dropped)) == (cleaner.kept, cleaner.left_out)
+    assert len(kept) + len(dropped) == found.read == 29
+    assert [row["why"][0] for row in dropped[:3]] == [
+        "an answer is empty",
+        "holds placeholder text",
+        "the same as an earlier row",
+    ]
+    assert dropped[3]["row"] == "broken"
+    texts = [row["instruction"] for row in kept]
+    assert "zerowidth" in texts
+    assert "What is café in über?" in texts
+    again = look(tmp_path / "clean.jsonl")
+    assert not {"unreadable", "duplicates", "mojibake", "invisible characters"} & again.problems.keys()
+
+
+def test_a_broken_look_leaves_nothing(tmp_path):
+    """An error on the way: neither half of a file appears."""
+    cleaner = check.Cleaner(tmp_path / "clean.jsonl", repair=False)
+    with pytest.raises(check.reader.UserError):
+        look(save(tmp_path / "rows.csv", []), cleaner=cleaner)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
+
+
+def test_the_page_shows_targets_and_runs_nothing(tmp_path):
+    """What rows hold is text in it, scripts too; end tokens are visible inside the marks."""
+    row = {"instruction": "<script>alert(1)</script>", "output": "</mark><img src=x onerror=alert(1)>"}
+    found = look(save(tmp_path / "rows.jsonl", [row]))
+    check.write_html(found, "<b>title", check.report(found, 400), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "<b>" not in page
+    assert "&lt;end&gt;</mark>" in page
+
+
+def test_the_tools_run(tmp_path, tiny_model):
+    """As programs, on a sample file; naming the input as output is refused and changes nothing."""
+    chat = ROOT / "sample" / "chat.jsonl"
+    command = [sys.executable, "tools/check_data.py", f"--data_path={chat}", f"--model_path={tiny_model}"]
+    paths = [
+        f"--html={tmp_path / 'r.html'}",
+        f"--png={tmp_path / 'l.png'}",
+        f"--clean={tmp_path / 'c.jsonl'}",
+    ]
+    ended = subprocess.run([*command, *paths], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "chat 40" in ended.stdout
+    assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "c.jsonl").read_text() == chat.read_text()
+    refused = subprocess.run([*command, f"--clean={chat}"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "the file that is looked at" in refused.stderr
+    out = tmp_path / "rows.parquet"
+    convert = [sys.executable, "tools/json_to_parquet.py", f"--data_path={chat}", f"--output_path={out}"]
+    ended = subprocess.run(convert, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "40 rows with the columns input, output" in ended.stdout
+
+
+def test_rows_with_the_same_letters_are_not_the_same(tmp_path):
+    """An instruction with an input is another row than both in one."""
+    (tmp_path / "rows.jsonl").write_text(
+        '{"instruction": "Say: hello", "input": "", "output": "x"}\n'
+        '{"instruction": "Say: ", "input": "hello", "output": "x"}\n'
+        '{"instruction": "Say: \u200bhello", "input": "", "output": "x"}\n'
+    )
+    found = check.Findings()
+    tokenizer = tiny.tokenizer()
+    form = template.load("alpaca", tokenizer)
+    list(check.examine(found, [tmp_path / "rows.jsonl"], None, form, tokenizer, 256))
+    assert found.problems["duplicates"] == 1  # the third, but for what cannot be seen

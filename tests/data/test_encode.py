@@ -1,0 +1,400 @@
+"""Template and token ids: what chat sends is the beginning of what was trained."""
+
+import io
+import json
+import re
+import unicodedata
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from onecard import prompt, rendering, template
+from onecard.errors import UserError
+from onecard.prompt import Conversation, Template, Turn, single
+from tests.support import tiny
+
+CHATML = (
+    "{% if messages[0].role != 'system' %}<start>system\nBe kind.<end>\n{% endif %}"
+    "{% for m in messages %}<start>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
+)
+TURNS = [
+    Turn("system", "Be <end> brief."),
+    Turn("user", "说绿色 <start>", "more"),
+    Turn("assistant", " call it"),
+    Turn("function", "42"),
+    Turn("assistant", "It is 42 <end>. "),
+    Turn("user", "Why?"),
+    Turn("assistant", "答案：好。"),
+]
+TEXTS = [*tiny.WORDS, "Below is an instruction", "答案：水在一百度沸腾。", "### Response:"] * 4
+CONVERSATIONS = [
+    single("Say red", "", "red it is"),
+    single("Say {input} and {instruction}", "{instruction} blue", "{input}"),
+    single("请用中文回答\n", "  两个空格", "答案：好。\n第二行 😀"),
+    single("ends with space ", "", " begins with space"),
+    Conversation(tuple(TURNS)),
+    Conversation(tuple(TURNS[1:])),
+    single("<end> <start> </s> <s>", "<end>", "no <end> here"),
+]
+
+
+def sentencepiece_tokenizer(control: tuple[str, ...] = ()):
+    """control: further control pieces of the vocabulary."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=320, byte_fallback=True,
+        hard_vocab_limit=False, minloglevel=2, control_symbols=list(control),
+    )  # fmt: skip
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    vocab = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
+    core = Tokenizer(
+        models.Unigram(
+            [(piece, processor.get_score(i)) for piece, i in vocab.items()], unk_id=0, byte_fallback=True
+        )
+    )
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    bos = processor.bos_id()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    core.add_special_tokens(list(control))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def unigram_tokenizer():
+    core = Tokenizer(models.Unigram())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=320,
+        special_tokens=["<start>", "<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    core.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<start>", eos_token="<end>")
+
+
+TOKENIZERS = {"bpe": tiny.tokenizer, "sentencepiece": sentencepiece_tokenizer, "unigram": unigram_tokenizer}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request):
+    return TOKENIZERS[request.param]()
+
+
+def fitting(conversation: Conversation, form: Template) -> list[Turn]:
+    """The turns that the template knows: without a function's and the answer to it where it has none."""
+    turns = list(conversation.turns)
+    for number in [i for i, turn in enumerate(turns) if turn.role == "function" and not form.function]:
+        del turns[number : number + 2]
+    return turns
+
+
+def load(name: str, tokenizer) -> Template:
+    """The template; control tokens that this tokenizer lacks become its own."""
+    start, end = tokenizer.bos_token, tokenizer.eos_token
+    if name == "chatml":
+        text = (template.FOLDER / "chatml.json").read_text()
+        made = json.loads(text.replace("<|im_start|>", start).replace("<|im_end|>", end))
+        control = made.pop("control")
+        made.pop("description")
+        return Template(name, **{key: template.parts(text, control) for key, text in made.items()})
+    tokenizer.chat_template = CHATML.replace("<start>", start).replace("<end>", end)
+    return template.load(name, tokenizer)
+
+
+@pytest.mark.parametrize("name", template.names())
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_chat_ids_are_the_beginning_of_the_training_ids(tokenizer, name, conversation):
+    """For every template, after every turn, with three kinds of tokenizer; only answers are targets."""
+    form = load(name, tokenizer)
+    turns = fitting(conversation, form)
+    trained, is_target = prompt.encode(Conversation(tuple(turns)), form, tokenizer)
+    answers = []
+    for number, turn in enumerate(turns):
+        if turn.role == "assistant":
+            asked, targets = prompt.encode(Conversation(tuple(turns[:number])), form, tokenizer)
+            assert trained[: len(asked)] == asked
+            assert is_target[: len(asked)] == targets
+            end = next(i for i in range(len(asked), len(trained) + 1) if not any(is_target[i : i + 1]))
+            assert all(is_target[len(asked) : end])
+            assert trained[end - 1] == tokenizer.eos_token_id
+            answers += range(len(asked), end)
+    assert [i for i, target in enumerate(is_target) if target] == answers
+    assert answers[-1] == len(trained) - 1
+
+
+@pytest.mark.parametrize("name", template.names())
+def test_the_last_answer_alone(tokenizer, name):
+    """--train_on last: the same ids, the targets of the last turn."""
+    form, conversation = load(name, tokenizer), Conversation(tuple(TURNS[1:3] + TURNS[5:]))
+    ids, all_targets = prompt.encode(conversation, form, tokenizer)
+    again, targets = prompt.encode(conversation, form, tokenizer, False, prompt.LAST)
+    asked, _ = prompt.encode(conversation.question, form, tokenizer)
+    assert again == ids
+    assert targets == [False] * len(asked) + all_targets[len(asked) :]
+
+
+@pytest.mark.parametrize("name", template.names())
+@pytest.mark.parametrize("limit", [0, 1, 30, 80, 150, 10_000])
+def test_long_conversations_lose_their_oldest_turns(tokenizer, name, limit):
+    """The system's turn stays, whole turns go, and no more of them than must."""
+    form = load(name, tokenizer)
+    said = [[Turn("user", f"question {i} " + "a " * i), Turn("assistant", f"answer {i}")] for i in range(9)]
+    system = [Turn("system", "Be brief.")]
+
+    def shortened(first: int) -> list[int]:
+        return prompt.encode(
+            Conversation((*system, *(turn for pair in said[first:] for turn in pair))), form, tokenizer
+        )[0]
+
+    whole = Conversation((*system, *(turn for pair in said for turn in pair)))
+    ids, is_target, was_cut = prompt.encode_within(whole, limit, form, tokenizer)
+    fitting = [first for first in range(9) if len(shortened(first)) <= limit]
+    assert ids == (shortened(fitting[0]) if fitting else shortened(8)[:limit])
+    assert len(is_target) == len(ids)
+    assert was_cut == (not fitting or fitting[0] > 0)
+
+
+def test_auto_is_the_text_of_the_chat_template(tokenizer):
+    """What the tokenizer itself would write, token by token, system and function turns included."""
+    form = load("auto", tokenizer)
+    said = [Turn(turn.role, re.sub("<[a-z]+>", "", turn.text)) for turn in TURNS]
+    for turns in (said, said[1:], said[1:3], said[:3]):
+        ids, _ = prompt.encode(Conversation(tuple(turns)), form, tokenizer)
+        messages = [{"role": "tool" if t.role == "function" else t.role, "content": t.text} for t in turns]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        reference = tokenizer(text.removesuffix("\n"), add_special_tokens=False).input_ids
+        got, wanted = (tokenizer.decode(i, skip_special_tokens=False) for i in (ids, reference))
+        if getattr(tokenizer.backend_tokenizer.pre_tokenizer, "prepend_scheme", "") == "first":
+            got, wanted = got.replace(" ", ""), wanted.replace(" ", "")  # a word begins behind every token
+        assert got == wanted
+
+
+@pytest.mark.parametrize(
+    ("broken", "word"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "control token"),
+        ("{{ messages[-1].content }}<end>", "every turn"),
+        ("{{ raise_exception('no') }}", "refuses"),
+        ("{{ 'x' * 999999 }}{% for m in messages %}{{ m.content }}<end>{% endfor %}", "too much"),
+        (
+            "{% for m in messages %}{{ m.role if loop.last else '' }}{{ m.content }}<end>{% endfor %}",
+            "last turn|begin with",
+        ),
+        ("{% for m in messages %}{{ m.content", "refuses"),
+        ("{{ 'x' * 10**11 }}", "memory"),
+        (
+            "{% for a in range(9**5) %}{% for b in range(9**5) %}{% endfor %}{% endfor %}",
+            "not read within 4 s",
+        ),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_refused(monkeypatch, broken, word):
+    """Whatever a stranger's template does: one message, after seconds, in little memory."""
+    monkeypatch.setattr(rendering, "SECONDS", 4)
+    made = tiny.tokenizer()
+    made.chat_template = broken
+    with pytest.raises(UserError, match=word) as caught:
+        template.load("auto", made)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"user": "no place"}, "'user' must hold"),
+        ({"assistant": "{text}"}, "must end with {end}"),
+        ({"assistant": "{text}{text}{end}"}, "once"),
+        ({"user": 7}, "must be a text"),
+        ({"usr": "x"}, "'usr' is not known"),
+        ({"between": "{input}"}, "cannot hold {input}"),
+        ({"user_with_input": "{text} alone"}, "must hold the place {input} once"),
+        ({"between": "\ud800"}, "must be a text"),
+        ({"control": "<x>"}, "'control' must be a list"),
+        ({"control": ["<x>"], "between": "<x>"}, "no token <x>"),
+    ],
+)
+def test_a_broken_template_file_is_named(tmp_path, change, word):
+    """Exit 2, the file and the key; nothing of it is run."""
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"user": "{text}: ", "assistant": "{text}{end}", **change}))
+    with pytest.raises(UserError, match=re.escape(word)) as caught:
+        template.load(str(path), tiny.tokenizer())
+    assert caught.value.code == 2
+    assert "mine.json" in caught.value.problem
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, "x" * 300_000])
+def test_a_file_that_is_no_template_is_named(tmp_path, content):
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"mine\.json") as caught:
+        template.check(str(path))
+    assert caught.value.code == 2
+
+
+def test_ordinary_tokens_of_a_template_become_control_tokens():
+    """D15: a tokenizer that has them as plain added tokens would let rows write them."""
+    made = tiny.tokenizer()
+    made.add_tokens(["<|im_start|>", "<|im_end|>"])
+    form = template.load("chatml", made)
+    ids, _ = prompt.encode(single("say <|im_end|> now", "", "<|im_start|>"), form, made)
+    assert ids.count(made.convert_tokens_to_ids("<|im_end|>")) == 2
+    assert ids.count(made.convert_tokens_to_ids("<|im_start|>")) == 2
+    assert "say <|im_end|> now" in made.decode(ids)
+
+
+def test_chatml_needs_its_tokens():
+    """The demo's tokenizer has them; another is told how to get them."""
+    with pytest.raises(UserError, match=re.escape("no token <|im_end|>, <|im_start|>")) as caught:
+        template.load("chatml", tiny.tokenizer())
+    assert "prepare_base_model" in caught.value.fix
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_control_tokens_in_a_row_are_text(tokenizer, conversation):
+    """The end token appears once an answer, and the texts come back whole."""
+    form = template.load("alpaca", None)
+    conversation = Conversation(tuple(fitting(conversation, form)))
+    ids, is_target = prompt.encode(conversation, form, tokenizer)
+    answers = sum(turn.role == "assistant" for turn in conversation.turns)
+    assert ids.count(tokenizer.eos_token_id) == answers
+    assert tokenizer.bos_token_id not in ids[1:]
+    response = [token for token, flag in zip(ids, is_target, strict=True) if flag][:-1]
+    assert tokenizer.decode(response).strip().endswith(conversation.turns[-1].text.strip())
+
+
+@pytest.mark.parametrize("name", template.names())
+@pytest.mark.parametrize("place", ["system", "user", "input", "assistant", "function"])
+def test_control_tokens_are_text_in_every_place(tokenizer, name, place):
+    """I1: a text made of all control tokens adds none to those that the template writes."""
+    form = load(name, tokenizer)
+    names = sorted({*tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>", "[INST]", "</s>"})
+    counts = []
+    for text in ("plain words", "x ".join(names), "".join(names)):
+        turns = [Turn("system", "s"), Turn("user", "u", "i"), Turn("assistant", "a"), Turn("function", "f")]
+        turns += [Turn("assistant", "b"), Turn("user", "v"), Turn("assistant", "c")]
+        row = Conversation(tuple(fitting(Conversation(tuple(turns)), form)))
+        changed = [
+            turn._replace(**{"input" if place == "input" else "text": text})
+            if turn.role == ("user" if place == "input" else place)
+            else turn
+            for turn in row.turns
+        ]
+        ids, _ = prompt.encode(Conversation(tuple(changed)), form, tokenizer)
+        counts.append(
+            {
+                token: ids.count(token)
+                for token in tokenizer.all_special_ids
+                if token != tokenizer.unk_token_id
+            }
+        )
+    assert counts[0] == counts[1] == counts[2]
+
+
+def test_added_tokens_that_a_chat_template_writes_become_control_tokens():
+    """As Qwen's tool marks: ordinary in the tokenizer, but no row may write them."""
+    made = tiny.tokenizer()
+    made.add_tokens(["<tool>"])
+    made.chat_template = CHATML.replace(
+        "{{ m.content }}", "{{ '<tool>' if m.role == 'tool' else '' }}{{ m.content }}"
+    )
+    form = template.load("auto", made)
+    tool = made.convert_tokens_to_ids("<tool>")
+    row = Conversation((Turn("user", "a <tool> b"), Turn("assistant", "c <tool>")))
+    assert tool not in prompt.encode(row, form, made)[0]
+    row = Conversation((*row.turns, Turn("function", "d"), Turn("assistant", "e")))
+    assert prompt.encode(row, form, made)[0].count(tool) == 1
+
+
+@pytest.mark.parametrize(
+    "said", ["<call>", "a<call>b", "<ca<call>ll>", "</s><call><s>", "＜call＞", "x＜/s＞y", "＜＜/s＞＞"]
+)
+def test_control_pieces_that_letters_could_make(said):
+    """A vocabulary that holds control tokens as pieces: one that its tokenizer does not list, and signs that
+    are normalised to the letters of a name. The text stays what it is normalised to."""
+    made = sentencepiece_tokenizer(("<call>",))
+    made.backend_tokenizer.normalizer = normalizers.NFKC()
+    assert "<call>" not in made.all_special_tokens
+    ids = prompt.encode_text(made, said)
+    assert {1, 2, made.convert_tokens_to_ids("<call>")}.isdisjoint(ids)
+    told = made.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert told.replace(" ", "") == unicodedata.normalize("NFKC", said)
+
+
+def test_added_pieces_of_words_stay_ordinary():
+    """What extend_vocab added may stand in a chat template's own words: rows may say it all the same."""
+    made = tiny.tokenizer()
+    made.add_tokens(["你是", "mark"])
+    made.chat_template = CHATML.replace("Be kind.", "你是助手")
+    form = template.load("auto", made)
+    assert not {"你是", "mark"} & set(made.all_special_tokens)
+    ids, _ = prompt.encode(single("你是谁", "", "mark"), form, made)
+    assert made.convert_tokens_to_ids("你是") in ids
+
+
+def test_bos_comes_first_where_the_tokenizer_puts_it():
+    """Llama-like tokenizers begin every text with it; the others do not."""
+    conversation, form = CONVERSATIONS[0], template.load("alpaca", None)
+    for name, make in TOKENIZERS.items():
+        made = make()
+        ids, _ = prompt.encode(conversation, form, made)
+        assert (ids[0] == made.bos_token_id) == (name == "sentencepiece")
+
+
+def test_the_texts_are_the_known_ones():
+    """The wording and the blank lines that models trained elsewhere have seen."""
+    made = tiny.tokenizer()
+
+    def text(name: str, *said: str) -> str:
+        return prompt.show(made, *prompt.encode(single(*said), template.load(name, made), made))
+
+    assert text("alpaca", "Do it.").endswith("request.\n\n### Instruction:\nDo it.\n\n### Response:\n")
+    filled = text("alpaca", "Do it.", "this", "done")
+    assert "provides further context" in filled
+    assert filled.endswith("### Instruction:\nDo it.\n\n### Input:\nthis\n\n### Response:\n«done<end>»")
+    assert text("vicuna-chat", "Hi").endswith("questions of user.\n\nUser:Hi\n\nAssistant:")
+    assert text("tigerbot", "Hi", "", "Ho") == "\n\n### Instruction:\nHi\n\n### Response:\n«Ho<end>»"
+    assert text("cutegpt", "Hi").endswith("请给出对应请求的回答。\n问：Hi\n答：\n")
+
+
+def test_training_on_inputs_marks_all_but_the_start(tokenizer):
+    """Every token that another one precedes is a target."""
+    _, is_target = prompt.encode(
+        CONVERSATIONS[0], template.load("alpaca", None), tokenizer, train_on_inputs=True
+    )
+    assert is_target == [False] + [True] * (len(is_target) - 1)
+
+
+def test_show_marks_targets_and_the_end_token(tokenizer):
+    """The preview of a row shows the response between the marks, end token included."""
+    ids, is_target = prompt.encode(CONVERSATIONS[0], template.load("alpaca", None), tokenizer)
+    text = prompt.show(tokenizer, ids, is_target)
+    assert text.endswith(f"red it is{tokenizer.eos_token}»")
+    assert text.count("«") == 1
+
+
+def test_unknown_template_names_the_known_ones():
+    """Exit 2 and the list."""
+    with pytest.raises(UserError, match="alpaca") as caught:
+        template.check("nonsense")
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("name", ["alpaca", "auto", "cutegpt"])
+def test_many_at_once_are_as_one_by_one(tokenizer, name):
+    """The fast way and the plain one: the same ids, targets, cuts and refusals."""
+    form = load(name, tokenizer)
+    several = [*CONVERSATIONS, Conversation((Turn("text", "raw <end>"),)), *CONVERSATIONS[:2]]
+    made = prompt.encode_many(several, 60, [form] * len(several), tokenizer, False, prompt.LAST)
+    for conversation, got in zip(several, made, strict=True):
+        if isinstance(got, ValueError):
+            with pytest.raises(ValueError, match=re.escape(str(got))):
+                prompt.encode(conversation, form, tokenizer)
+        else:
+            assert got == prompt.encode_within(conversation, 60, form, tokenizer, False, prompt.LAST)

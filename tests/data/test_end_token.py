@@ -1,0 +1,68 @@
+"""D7: whatever the tokenizer has for padding and for the end, the end token is learned and answers stop."""
+
+import json
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from onecard import engine_hf, prompt, template
+from tests.data.test_encode import sentencepiece_tokenizer, unigram_tokenizer
+from tests.support import tiny
+
+LONGEST = 24  # tokens; the answers that are taught have fewer
+
+
+def padding(made, token: str | None):
+    made.pad_token = token
+    return made
+
+
+def ending_otherwise():
+    """A chat template whose turns do not end with the tokenizer's end token."""
+    made = tiny.tokenizer()
+    made.add_special_tokens({"extra_special_tokens": ["<turn>"]})
+    made.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<turn>{% endfor %}"
+    made.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    return made
+
+
+TOKENIZERS = {
+    "no padding token": lambda: padding(tiny.tokenizer(), None),
+    "padding is the end token": lambda: padding(tiny.tokenizer(), "<end>"),
+    "a padding token of its own": lambda: padding(tiny.tokenizer(), "<pad>"),
+    "sentencepiece, bos first": sentencepiece_tokenizer,
+    "unigram": unigram_tokenizer,
+    "turns end otherwise": ending_otherwise,
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_end_is_learned(harness, tmp_path, name):
+    """The last target of every row is an end token, and what was trained stops by itself."""
+    tokenizer = TOKENIZERS[name]()
+    tiny.save_model(tmp_path / "base", tokenizer, vocab_size=400)
+    rows = [{"instruction": word, "output": f"{word} {word}"} for word in tiny.WORDS]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    which = "auto" if tokenizer.chat_template else "tigerbot"
+    form = template.load(which, tokenizer)
+    ends = prompt.ends(form, tokenizer)
+    for row in rows:
+        ids, is_target = prompt.encode(prompt.single(row["instruction"], "", row["output"]), form, tokenizer)
+        last = max(place for place, target in enumerate(is_target) if target)
+        assert ids[last] in ends
+        assert tokenizer.pad_token_id is None or tokenizer.pad_token_id not in ids[:last]
+    given = {"model_path": tmp_path / "base", "data_path": tmp_path / "rows.json"}
+    given |= {"output_path": tmp_path / "run", "bits": 16, "dtype": "fp32", "device": "cpu", "test_size": 0}
+    given |= {"template": which, "batch_size": 17, "num_epochs": 20, "learning_rate": 2e-2}
+    given |= {"lora_target_modules": "all-linear", "lora_dropout": 0}
+    answer = harness.run("finetune", given)
+    assert answer["code"] == 0, answer["said"]
+    asked = [prompt.encode(prompt.single(row["instruction"]), form, tokenizer)[0] for row in rows]
+    stopped, model = [], AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    for trained in (False, True):
+        model = PeftModel.from_pretrained(model, tmp_path / "run") if trained else model
+        answers = engine_hf.greedy(model, asked, LONGEST, ends)
+        stopped.append(sum(len(ids) < LONGEST for ids in answers) / len(answers))
+    assert stopped[0] < 0.5
+    assert stopped[1] > 0.95

@@ -1,0 +1,69 @@
+"""Every sample file trains with one command, and what the model sees of its first row is written down."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from onecard import hub, model, runfolder
+from tests.programs.test_demo import fall
+from tests.support import golden_tokens
+from tests.support.golden_tokens import SAMPLES
+from tests.support.harness import Harness
+
+FLAGS = {
+    "bits": 16,
+    "dtype": "fp32",
+    "device": "cpu",
+    "batch_size": 4,
+    "max_steps": 14,
+    "learning_rate": 2e-2,
+    "test_size": 4,
+    "lora_target_modules": "all-linear",
+    "save_steps": 100,
+}
+
+
+def test_one_command_trains_on_each_sample_file(harness, tiny_model, tmp_path):
+    """Some but not all tokens are targets, every row is used, the loss falls below 0.8 of its start."""
+    harness.map(lambda path: train_on(path, harness, tiny_model, tmp_path / path.name), SAMPLES)
+
+
+def train_on(path: Path, harness: Harness, tiny_model: Path, run: Path) -> None:
+    answer = harness.run(
+        "finetune",
+        {**FLAGS, "model_path": tiny_model, "data_path": path, "output_path": run, "cutoff_len": 500},
+    )
+    assert answer["code"] == 0, answer["said"]
+    records = [json.loads(line) for line in (run / runfolder.LOG).read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    assert len(steps) == FLAGS["max_steps"]
+    assert all(0 < record["target_tokens"] < record["tokens"] for record in steps)
+    assert fall(run) < 0.8, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
+def test_the_demo_model_learns_from_each_sample_file(harness, tmp_path, path):
+    """The same with the real model, 8 bits, defaults otherwise."""
+    run = tmp_path / "run"
+    flags = {"model_path": hub.locate("demo"), "data_path": path, "output_path": run, "batch_size": 4}
+    answer = harness.run(
+        "finetune",
+        {
+            **flags,
+            "max_steps": 20,
+            "learning_rate": 3e-3,
+            "lora_target_modules": "all-linear",
+            "test_size": 0,
+            "warmup_steps": 0,
+        },
+    )
+    assert answer["code"] == 0, answer["said"]
+    assert fall(run) < 0.8
+
+
+def test_what_the_model_sees_is_written_down():
+    """The golden file: ids, targets and text of a row of every schema in every template."""
+    made = golden_tokens.dump(model.load_tokenizer(hub.locate("demo")))
+    assert made == json.loads(golden_tokens.FILE.read_text(encoding="utf-8"))

@@ -1,0 +1,486 @@
+"""--remote_code: code of a model runs when its commit was typed and is there unchanged, else never.
+
+Every Python file of the model here writes its name into a canary when it is imported.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from onecard import (
+    chat,
+    config,
+    fetch,
+    loading,
+    model,
+    receipt,
+    remote_code,
+    resume,
+    runfolder,
+    train,
+    transfer,
+)
+from onecard.chat_config import ChatConfig, CpuConfig, Generation, PerplexityConfig
+from onecard.config import ContinueConfig, FinetuneConfig
+from onecard.errors import CHECKPOINT, UNSAFE, USAGE, UserError
+from onecard.start import Start
+from onecard.tool_config import DownloadConfig, ExportConfig, MergeConfig, QuantizeConfig
+from tests.support import bad_hub
+from tests.support.bad_hub import NAME, download
+from tests.support.paths import ROOT
+
+COMMIT, OTHER = bad_hub.commit(1), bad_hub.commit(2)
+CANARY = """import os
+with open(os.environ["CANARY"], "a") as file:
+    file.write(__name__.rpartition(".")[2] + "\\n")
+"""
+CODE = {
+    "configuration_odd.py": """from transformers import LlamaConfig
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+""",
+    "modeling_odd.py": """from transformers import LlamaForCausalLM
+from .configuration_odd import OddConfig
+from .parts import scaled
+class OddModel(LlamaForCausalLM):
+    config_class = OddConfig
+    def forward(self, *args, **kwargs):
+        made = super().forward(*args, **kwargs)
+        made.logits = None if made.logits is None else scaled(made.logits)
+        return made
+""",
+    "parts.py": "def scaled(x):\n    return x * 1.0\n",
+    "tokenizer.py": """from transformers import PreTrainedTokenizerFast
+class OddTokenizer(PreTrainedTokenizerFast):
+    pass
+""",
+}
+AUTO = {"AutoConfig": "configuration_odd.OddConfig", "AutoModelForCausalLM": "modeling_odd.OddModel"}
+TOKENIZER = {"AutoTokenizer": [None, "tokenizer.OddTokenizer"]}
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch, tmp_path):
+    """Caches, canary and copies of code are the test's own; the network is allowed."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setenv("CANARY", str(tmp_path / "canary"))
+
+
+def canary(folder: Path) -> set[str]:
+    """The files that were imported."""
+    path = folder / "canary"
+    return set(path.read_text().split()) if path.exists() else set()
+
+
+@pytest.fixture(scope="module")
+def files(tiny_model) -> dict[str, bytes]:
+    """The tiny model as a stranger's of a kind of its own."""
+    found = {path.name: path.read_bytes() for path in tiny_model.iterdir()}
+    settings = json.loads(found["config.json"]) | {"auto_map": AUTO, "model_type": "odd"}
+    words = json.loads(found["tokenizer_config.json"]) | {"auto_map": TOKENIZER}
+    words["tokenizer_class"] = "OddTokenizer"
+    found["config.json"] = json.dumps(settings).encode()
+    found["tokenizer_config.json"] = json.dumps(words).encode()
+    found |= {name: (CANARY + text).encode() for name, text in CODE.items()}
+    return found | {"custom_generate/generate.py": CANARY.encode(), "run.sh": b"touch canary"}
+
+
+@pytest.fixture
+def served(files):
+    """A hub with the model at two commits."""
+    made = bad_hub.Hub({COMMIT: dict(files), OTHER: dict(files)}, COMMIT)
+    with bad_hub.serving(made):
+        yield made
+
+
+@pytest.fixture
+def fetched(served, tmp_path) -> Path:
+    """A folder with the model and its code, as tools/download.py leaves it."""
+    download(served, tmp_path / "m", remote_code=COMMIT)
+    return tmp_path / "m"
+
+
+def refusal(folder: Path | str, commit: str, code: int = UNSAFE) -> str:
+    with pytest.raises(UserError) as caught:
+        remote_code.ask(str(folder), commit, pytest.fail)
+    assert caught.value.code == code
+    return str(caught.value)
+
+
+def program(*words: object, lines: str = "") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        input=lines,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+# fetching
+
+
+def test_code_is_fetched_when_its_commit_is_named(served, tmp_path):
+    """Python files of the top folder alone; recorded, and nothing of them is run."""
+    said = download(served, tmp_path / "m", remote_code=COMMIT)
+    names = {path.relative_to(tmp_path / "m").as_posix() for path in (tmp_path / "m").rglob("*")}
+    assert set(CODE) <= names
+    assert not {"custom_generate/generate.py", "run.sh"} & names
+    stored = receipt.read(tmp_path / "m")
+    assert stored["commit"] == COMMIT
+    assert set(CODE) <= set(stored["files"])
+    assert any("modeling_odd.py" in line and "Read it" in line for line in said)
+    assert any(f"--remote_code {COMMIT}" in line for line in said)
+    assert not canary(tmp_path)
+
+
+def test_code_from_elsewhere_is_told_when_it_is_fetched(served, tmp_path):
+    auto = {"auto_map": {"AutoConfig": "other/repo--configuration_odd.OddConfig"}}
+    served.commits[COMMIT]["config.json"] = json.dumps(auto).encode()
+    said = download(served, tmp_path / "m", remote_code=COMMIT)
+    assert any("from elsewhere" in line and "other/repo" in line for line in said)
+    assert not any("To run it" in line for line in said)
+
+
+def test_without_the_option_no_code_comes_and_what_came_stays(served, tmp_path):
+    said = download(served, tmp_path / "m")
+    assert not list((tmp_path / "m").rglob("*.py"))
+    assert any("--remote_code COMMIT" in line for line in said)
+    download(served, tmp_path / "m", remote_code=COMMIT)
+    download(served, tmp_path / "m")
+    assert remote_code.verified(tmp_path / "m", COMMIT) == sorted(CODE)
+
+
+def test_another_commit_takes_the_code_of_the_first_away(served, fetched):
+    """A file that the other commit has not is gone, and the consent to the first holds no more."""
+    served.commits[OTHER].pop("parts.py")
+    download(served, fetched, remote_code=OTHER)
+    assert not (fetched / "parts.py").exists()
+    assert OTHER in refusal(fetched, COMMIT)
+
+
+def test_no_network_is_no_way_around(served, tmp_path):
+    """A whole folder without code does not count as the one that was asked for."""
+    download(served, tmp_path / "m")
+    gone = {"endpoint": "http://127.0.0.1:9"}
+    with pytest.raises(UserError, match="cannot be reached"):
+        download(served, tmp_path / "m", remote_code=COMMIT, **gone)
+    download(served, tmp_path / "m", remote_code=COMMIT)
+    assert any("is whole" in line for line in download(served, tmp_path / "m", remote_code=COMMIT, **gone))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"source": "modelscope"}, {"model_path": "demo"}, {"revision": "main"}, {"revision": OTHER}],
+    ids=str,
+)
+def test_what_has_no_commit_or_two_is_refused(served, tmp_path, options):
+    with pytest.raises(UserError, match="--remote_code") as caught:
+        download(served, tmp_path / "m", remote_code=COMMIT, **options)
+    assert caught.value.code == USAGE
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_server_that_answers_with_another_commit(served, tmp_path, monkeypatch):
+    given = fetch.remote.of_hub
+    monkeypatch.setattr(fetch.remote, "of_hub", lambda name, _, *rest: given(name, OTHER, *rest))
+    with pytest.raises(UserError, match="another commit") as caught:
+        download(served, tmp_path / "m", remote_code=COMMIT)
+    assert caught.value.code == UNSAFE
+
+
+# asking
+
+
+@pytest.mark.parametrize(
+    "text", ["main", COMMIT[:12], COMMIT[:-1], COMMIT + "0", "v1.0", "g" * 40, "", "true"]
+)
+@pytest.mark.parametrize("settings", [FinetuneConfig, ChatConfig, PerplexityConfig, DownloadConfig])
+def test_only_a_full_commit_is_a_consent(settings, text):
+    """No branch, no tag, no short hash, no plain yes."""
+    with pytest.raises(UserError, match="must be a full commit: 40 characters") as caught:
+        config.parse(settings, [f"--remote_code={text}"])
+    assert caught.value.code == USAGE
+
+
+def test_a_file_of_options_is_no_consent(tmp_path):
+    """It may have come from somebody else."""
+    path = tmp_path / "options.json"
+    path.write_text(json.dumps({"remote_code": COMMIT}))
+    with pytest.raises(UserError, match="Give --remote_code on the command line"):
+        config.parse(FinetuneConfig, ["--config", str(path)])
+    path.write_text(json.dumps({"remote_code": None}))
+    assert config.parse(FinetuneConfig, ["--config", str(path)]).remote_code is None
+
+
+def test_no_window_offers_it():
+    studio_layout = pytest.importorskip("onecard.studio_layout")  # brings gradio
+    assert "remote_code" in studio_layout.HIDDEN
+    assert not hasattr(Generation(), "remote_code")
+
+
+def test_code_that_is_not_asked_for_is_not_run(fetched, tmp_path):
+    """The refusal names the classes and the option (S6)."""
+    for work in (
+        model.load_config,
+        model.load_tokenizer,
+        lambda path: model.load_base(path, 16, "fp32", "cpu"),
+    ):
+        with pytest.raises(UserError, match=r"configuration_odd\.OddConfig.*--remote_code COMMIT") as caught:
+            work(str(fetched))
+        assert caught.value.code == UNSAFE
+    assert not canary(tmp_path)
+
+
+def test_the_commit_that_is_there_is_told(fetched, tmp_path):
+    assert f"is at commit {COMMIT}" in refusal(fetched, OTHER)
+    assert not canary(tmp_path)
+
+
+def test_a_folder_that_nobody_downloaded(fetched):
+    (fetched / receipt.NAME).unlink()
+    assert "tools/download.py OWNER/MODEL --remote_code COMMIT" in refusal(fetched, COMMIT)
+
+
+def test_code_that_was_not_fetched(served, tmp_path):
+    download(served, tmp_path / "m")
+    assert "modeling_odd.py" in refusal(tmp_path / "m", COMMIT)
+
+
+@pytest.mark.parametrize("name", ["modeling_odd.py", "parts.py", "new.py"])
+def test_a_file_that_changed_or_came_later(fetched, name):
+    """Also when the file's time and size are those of before."""
+    path = fetched / name
+    before = path.stat() if path.exists() else None
+    text = path.read_text() if before else "pass\n"
+    path.write_text(text.replace("import os", "import ox") if before else text)
+    if before:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert f"{name} in {fetched} is not what was fetched" in refusal(fetched, COMMIT)
+
+
+@pytest.mark.parametrize(
+    ("file", "value"),
+    [
+        ("config.json", {"AutoModelForCausalLM": "other/repo--modeling_odd.OddModel"}),
+        ("config.json", {"AutoConfig": "../evil.OddConfig"}),
+        ("config.json", {"AutoConfig": "sub/evil.OddConfig"}),
+        ("tokenizer_config.json", {"AutoTokenizer": [None, "other/repo--tokenizer.OddTokenizer"]}),
+        ("tokenizer_config.json", ["other/repo--tokenizer.OddTokenizer", None]),
+        ("config.4.0.0.json", {"AutoConfig": "other/repo--configuration_odd.OddConfig"}),
+    ],
+)
+def test_code_from_elsewhere_stays_refused(fetched, file, value):
+    """Of another repository, or outside of the top folder, at any depth of the settings."""
+    path = fetched / file
+    values = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**values, "text_config": {"auto_map": value}}))
+    assert "names code from elsewhere" in refusal(fetched, COMMIT)
+
+
+def test_a_folder_of_code_that_would_run_too(fetched):
+    (fetched / "custom_generate").mkdir()
+    assert "custom_generate would run too" in refusal(fetched, COMMIT)
+
+
+def test_a_model_without_code_needs_no_consent(served, tmp_path, tiny_model):
+    served.commits[COMMIT] = {path.name: path.read_bytes() for path in tiny_model.iterdir()}
+    said = download(served, tmp_path / "plain", remote_code=COMMIT)
+    assert any("is not needed" in line for line in said)
+    assert "Leave the option out" in refusal(tmp_path / "plain", COMMIT, USAGE)
+
+
+def test_what_is_accepted_is_said_aloud(fetched, tmp_path):
+    """Rights, files and commit in one line, before anything runs."""
+    said: list[str] = []
+    assert remote_code.ask(str(fetched), None, said.append) is None
+    given = remote_code.ask(str(fetched), COMMIT, said.append)
+    assert (given.folder, given.commit) == (fetched, COMMIT)
+    [line] = said
+    assert all(word in line for word in ("with your rights", COMMIT, str(fetched), *CODE))
+    assert not canary(tmp_path)
+
+
+def test_a_consent_ends_when_a_file_changes(fetched, tmp_path):
+    given = remote_code.ask(str(fetched), COMMIT, lambda _: None)
+    (fetched / "modeling_odd.py").write_text(CANARY)
+    with pytest.raises(UserError, match="is not what was fetched"):
+        model.load_config(str(fetched), given)
+    assert not canary(tmp_path)
+
+
+@pytest.fixture
+def cached(files, tmp_path, monkeypatch) -> Path:
+    """The model's snapshot in the hub's own cache, as other programs fetch it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    place = tmp_path / "hub" / f"models--{NAME.replace('/', '--')}"
+    snapshot = place / "snapshots" / COMMIT
+    for folder in (snapshot, place / "blobs", place / "refs"):
+        folder.mkdir(parents=True)
+    (place / "refs" / "main").write_text(COMMIT)
+    for name, content in files.items():
+        if "/" not in name:
+            (tmp_path / "blob").write_bytes(content)
+            digest = transfer.digest(tmp_path / "blob", transfer.GIT)
+            (tmp_path / "blob").replace(place / "blobs" / digest)
+            (snapshot / name).symlink_to(f"../../blobs/{digest}")
+    return snapshot
+
+
+def test_the_hubs_own_cache(cached, tmp_path):
+    """By the snapshot's folder, whose blobs are called by their checksum; a copy elsewhere says nothing."""
+    given = remote_code.ask(NAME, COMMIT, lambda _: None)
+    assert given.folder == cached
+    assert "not on this machine at that commit. Fetch it" in refusal(NAME, OTHER)
+    assert f"is at commit {COMMIT}" in refusal(cached, OTHER)
+    shutil.copytree(tmp_path / "hub", tmp_path / "elsewhere")
+    copy = tmp_path / "elsewhere" / cached.relative_to(tmp_path / "hub")
+    assert "nothing says which commit" in refusal(copy, COMMIT)
+    blob = (cached / "parts.py").resolve()
+    blob.write_text(blob.read_text() + "\n")
+    assert "parts.py" in refusal(cached, COMMIT)
+
+
+def test_a_name_that_is_on_no_hub():
+    assert "not on this machine" in refusal("gone/../there", COMMIT)
+
+
+# what a run or a stranger's files say is no consent
+
+
+def test_a_runs_word_is_no_consent(tmp_path):
+    """An option that stands in a run's file is not taken, whatever it says."""
+    stored = {"options": {"remote_code": COMMIT, "model_path": "x"}}
+    assert resume._options_of(stored, ContinueConfig()).remote_code is None
+    asked = resume._options_of({"options": {}}, ContinueConfig(remote_code=OTHER))
+    assert asked.remote_code == OTHER
+
+
+@pytest.mark.parametrize(
+    ("before", "asked", "code"),
+    [(COMMIT, None, UNSAFE), (COMMIT, OTHER, UNSAFE), (None, COMMIT, CHECKPOINT)],
+)
+def test_a_run_goes_on_with_the_code_it_began_with(before, asked, code):
+    prints = {remote_code.PRINT: before} if before else {}
+    start = Start(FinetuneConfig(), None, stored={"fingerprints": prints})
+    with pytest.raises(UserError, match="--remote_code") as caught:
+        resume._check_code(start, FinetuneConfig(remote_code=asked))
+    assert caught.value.code == code
+
+
+def test_an_adapters_word_is_no_consent(fetched, tmp_path):
+    """Its run had code; whoever talks with it has to ask for that commit too."""
+    adapter = SimpleNamespace(
+        origin="a", folder=tmp_path, is_gguf=False, fingerprints={remote_code.PRINT: COMMIT}
+    )
+    for commit in (None, OTHER):
+        with pytest.raises(UserError, match=f"{COMMIT}.*--remote_code") as caught:
+            loading._check(ChatConfig(remote_code=commit), str(fetched), [adapter], False)
+        assert caught.value.code == UNSAFE
+    loading._check(ChatConfig(remote_code=COMMIT), str(fetched), [adapter], False)
+
+
+def test_llama_cpp_runs_no_code(fetched):
+    with pytest.raises(UserError, match="--remote_code is for the transformers engine"):
+        loading._check(CpuConfig(remote_code=COMMIT), str(fetched), [], True)
+
+
+# all of it, in processes of their own
+
+
+def test_a_training_and_answers_with_code_of_the_model(fetched, tmp_path, tiny_rows):
+    """Downloaded, trained, continued, measured and talked to: by its own classes, each time asked for."""
+    run, asked = tmp_path / "run", f"--remote_code={COMMIT}"
+    text = tmp_path / "text.txt"
+    text.write_text("red green blue small large")
+    training = ["finetune.py", *flags(fetched, tiny_rows, run)]
+    longer = ["finetune_continue.py", f"--output_path={run}", "--max_steps=2"]
+    measuring = ["tools/perplexity.py", text, f"--model_path={fetched}", "--device=cpu"]
+    talking = ["interaction.py", "--terminal", f"--lora_path={run}", "--max_new_tokens=4", "--mode=greedy"]
+    for words in (training, longer, measuring, talking):
+        ended = program(*words, asked, lines="Say red\n")
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        assert ended.stdout.strip()
+        assert "now runs on this machine with your rights" in ended.stdout + ended.stderr
+        assert canary(tmp_path) == {"configuration_odd", "modeling_odd", "parts", "tokenizer"}
+        (tmp_path / "canary").unlink()
+    stored = json.loads((run / runfolder.CONFIG).read_text())
+    assert stored["options"]["remote_code"] is None
+    assert stored["fingerprints"][remote_code.PRINT] == COMMIT
+    assert not list(run.rglob("*.py"))
+
+    for commit in (None, OTHER):  # the run alone starts nothing
+        for work in (
+            lambda c: begin(config.build(FinetuneConfig, {**settings(training), "remote_code": c})),
+            lambda c: go_on(ContinueConfig(output_path=str(run), max_steps=3, remote_code=c)),
+            lambda c: chat.start(ChatConfig(lora_path=str(run), remote_code=c), str, str, None, print),
+        ):
+            with pytest.raises(UserError, match="--remote_code") as caught:
+                work(commit)
+            assert caught.value.code == UNSAFE
+    assert not canary(tmp_path)
+
+
+def flags(base: Path, rows: Path, run: Path) -> list[str]:
+    return [
+        *("--bits=16", "--dtype=fp32", "--device=cpu", "--batch_size=12", "--max_steps=1", "--test_size=0"),
+        *(f"--model_path={base}", f"--data_path={rows}", f"--output_path={run}"),
+    ]
+
+
+def settings(words: list[str]) -> dict[str, str]:
+    """The options of a command line, for a run in a folder of its own."""
+    found = dict(word.removeprefix("--").split("=") for word in words[1:])
+    return {**found, "output_path": found["output_path"] + "-2"}
+
+
+def begin(options: FinetuneConfig) -> None:
+    train.run(options, str, sample=lambda *_: [], draw=lambda *_: None)
+
+
+def go_on(wish: ContinueConfig) -> None:
+    given = frozenset({"output_path", "max_steps", "remote_code"})
+    train.go_on(wish, given, str, str, sample=lambda *_: [], draw=lambda *_: None)
+
+
+def test_all_weights_are_not_trained(fetched, tmp_path, tiny_rows):
+    """What came out could not be loaded again: nobody downloaded it."""
+    values = settings(["", *flags(fetched, tiny_rows, tmp_path / "run")])
+    with pytest.raises(UserError, match="--train_what lora") as caught:
+        begin(config.build(FinetuneConfig, {**values, "train_what": "full", "remote_code": COMMIT}))
+    assert caught.value.code == USAGE
+
+
+def test_the_other_programs_have_no_such_option():
+    for options in (MergeConfig, ExportConfig, QuantizeConfig, config.CheckConfig, config.PrepareConfig):
+        with pytest.raises(UserError, match="unrecognized arguments: --remote_code"):
+            config.parse(options, [f"--remote_code={COMMIT}"])
+
+
+@pytest.mark.parametrize(
+    "fault", ["import a_package_that_is_missing", "raise RuntimeError('odd')", "len(5)", "1 / 0"]
+)
+def test_code_that_fails_is_told(served, tmp_path, fault):
+    """A package that is missing, or code for another version of transformers: no traceback."""
+    served.commits[COMMIT]["parts.py"] = f"{fault}\n{CODE['parts.py']}".encode()
+    download(served, tmp_path / "m", remote_code=COMMIT)
+    script = "import sys; from onecard import errors, model, remote_code\n"
+    script += "def main():\n    code = remote_code.ask(sys.argv[1], sys.argv[2], print)\n"
+    script += "    model.load_base(sys.argv[1], 16, 'fp32', 'cpu', code=code)\nerrors.run_program(main)"
+    ended = program("-c", script, tmp_path / "m", COMMIT)
+    assert ended.returncode == USAGE, ended.stderr
+    assert "the model's code fails" in ended.stderr
+    assert ("a_package_that_is_missing" in ended.stderr) == fault.startswith("import")
+    assert "Traceback" not in ended.stderr

@@ -1,0 +1,494 @@
+"""A hub's name given straight to a program: its commit is said and recorded, a moved branch is told (S9).
+
+The hub is a stand-in on the loopback address, its cache a folder of the test; programs run as users run them.
+"""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx2
+import pytest
+from huggingface_hub import get_session
+from safetensors.torch import load_file, save_file
+
+from onecard import asking, commits, hub, hubnames, layouts, model, receipt, remote_code, sources
+from onecard.errors import USAGE, UserError
+from tests.support import fake_hub, tiny
+from tests.support.fake_hub import Repository
+from tests.support.paths import ROOT
+
+NAME = "someone/model"
+OLD, NEW, GONE = "a" * 40, "b" * 40, "c" * 40
+WEIGHTS = "model.safetensors"
+QUIET = {"device": "cpu", "bits": 16, "template": "alpaca", "test_size": 0, "max_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Two commits of a model; the second has other weights."""
+    place = tmp_path_factory.mktemp("commits")
+    old = tiny.save_model(place / "old")
+    new = Path(shutil.copytree(old, place / "new"))
+    save_file({k: v * 1.5 for k, v in load_file(new / WEIGHTS).items()}, new / WEIGHTS, {"format": "pt"})
+    return {OLD: old, NEW: new}
+
+
+@pytest.fixture
+def cached(folders, tmp_path, monkeypatch) -> Path:
+    """The cache of the hub in this process, with both commits; main was at the second when it was fetched."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    place = tmp_path / "hub" / "models--someone--model"
+    for commit, folder in folders.items():
+        shutil.copytree(folder, place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(NEW)
+    return place
+
+
+def run(program: str, address: str, home: Path, *flags: object, offline: int = 0, **options: object) -> str:
+    """What a program says; it ends well."""
+    hub = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(offline)}
+    given = [*map(str, flags), *(f"--{name}={value}" for name, value in options.items())]
+    command = [sys.executable, str(ROOT / program), *given]
+    settings = {"capture_output": True, "text": True, "cwd": home.parent, "input": "Hello\n"}
+    ended = subprocess.run(command, env={**os.environ, **hub, "OMP_NUM_THREADS": "2"}, **settings)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout + ended.stderr
+
+
+def test_a_name_stays_at_its_commit(folders, tmp_path):
+    """Trained, continued, talked with, merged: the run's commit all the way, and the move is told."""
+    home, made = tmp_path / "home", tmp_path / "run"
+    rows = tiny.save_rows(tmp_path / "rows.json", 8)
+    hub = Repository(dict(folders), OLD)
+    moved = f"{NAME} has moved from {OLD[:12]} to {NEW[:12]}; the first, which was trained on, is used"
+    with fake_hub.serving(NAME, hub) as address:
+        said = run("finetune.py", address, home, model_path=NAME, data_path=rows, output_path=made, **QUIET)
+        assert said.count(f"{NAME} is commit {OLD}") == 1
+        stored = json.loads((made / "finetune_config.json").read_text())
+        assert stored["options"]["model_path"] == NAME
+        assert stored["resolved"]["base"] == f"{NAME}@{OLD}"
+        adapter = json.loads((made / "adapter_config.json").read_text())
+        assert (adapter["base_model_name_or_path"], adapter["revision"]) == (NAME, OLD)
+
+        said = run("finetune_continue.py", address, home, output_path=made, max_steps=2)
+        assert "has moved" not in said
+
+        hub.branch = NEW
+        hub.asked.clear()
+        said = run("finetune_continue.py", address, home, output_path=made, max_steps=3)
+        assert f"hub         {NAME} is commit {OLD}" in said
+        talk = ("--terminal", "--mode=greedy", "--max_new_tokens=2", "--device=cpu", f"--lora_path={made}")
+        assert f"hub         {NAME} is commit {OLD}" in run("interaction.py", address, home, *talk)
+        merge = {"lora_path": made, "output_path": tmp_path / "out"}
+        assert f"hub         {NAME} is commit {OLD}" in run("tools/merge_lora.py", address, home, **merge)
+        assert hub.asked == []  # none of these lines names it
+        assert moved in run("interaction.py", address, home, *talk, model_path=NAME)
+        assert hub.asked == [f"/api/models/{NAME}/revision/main"]
+        said = run("interaction.py", address, home, *talk, model_path=f"{NAME}@main")
+        assert f"commit {OLD} was trained on, {NEW} is used" in said
+        assert moved in run("tools/merge_lora.py", address, home, **merge, model_path=NAME)
+        noted = json.loads((tmp_path / "out" / "onecard.json").read_text())["versions"]
+        assert noted == {"model_path": f"{NAME}@{OLD}"}
+
+        warm = {"model_path": NAME, "data_path": rows, "output_path": tmp_path / "warm", "lora_path": made}
+        said = run("finetune.py", address, home, **warm, **QUIET)
+        assert f"commit {OLD} was trained on, {NEW} is used" in said
+
+        said = run("tools/perplexity.py", address, home, rows, model_path=NAME, device="cpu", max_tokens=64)
+        assert f"{NAME} is commit {NEW}" in said
+    assert stored["fingerprints"] == json.loads((made / "finetune_config.json").read_text())["fingerprints"]
+
+
+def test_a_move_since_the_last_fetch_is_told(folders, tmp_path):
+    """A name without a record is what it means now, which is said; without network, what it was."""
+    hub = Repository(dict(folders), OLD)
+    with fake_hub.serving(NAME, hub) as address:
+        fake_hub.fetch(address, tmp_path / "home", "locate", NAME)
+        snapshot = next((tmp_path / "home").rglob(OLD))
+        (snapshot / "pytorch_model.bin").write_bytes(b"")  # of another program: not what is loaded
+        said = fake_hub.fetch(address, tmp_path / "home", "fetch_model", NAME).splitlines()
+        assert said[0].endswith(f"{NAME} is commit {OLD}")
+        assert Path(said[-1]).name == OLD
+        assert (Path(said[-1]) / WEIGHTS).is_file()
+        hub.branch = NEW
+        said = fake_hub.fetch(address, tmp_path / "home", "locate", NAME).splitlines()
+        assert f"main has moved from {OLD[:12]} to {NEW[:12]} since it was last fetched" in said[0]
+        assert f"{NAME}@{OLD}" in said[0]
+        assert Path(said[-1]).name == NEW
+        assert not (Path(said[-1]) / WEIGHTS).exists()  # a tokenizer needs none
+        said = fake_hub.fetch(address, tmp_path / "home", "locate", f"{NAME}@{OLD}").splitlines()
+        assert [Path(said[-1]).name, len(said)] == [OLD, 2]
+    said = fake_hub.fetch(address, tmp_path / "home", "fetch_model", f"{NAME}@{OLD}").splitlines()
+    assert Path(said[-1]).name == OLD
+    said = fake_hub.fetch(address, tmp_path / "home", "locate", NAME).splitlines()
+    assert (
+        f"the hub did not answer (ConnectError); commit {OLD} of the cache is used" in said[0]
+    )  # has weights
+
+
+def test_a_commit_that_is_gone_from_the_hub(folders, tmp_path):
+    """A rewritten branch: what was fetched before is still used."""
+    hub = Repository(dict(folders), OLD)
+    with fake_hub.serving(NAME, hub) as address:
+        fake_hub.fetch(address, tmp_path / "home", "fetch_model", NAME)
+        for tree in (tmp_path / "home").rglob("trees"):
+            shutil.rmtree(tree)
+        del hub.commits[OLD]
+        hub.branch = NEW
+        said = fake_hub.fetch(address, tmp_path / "home", "fetch_model", f"{NAME}@{OLD}").splitlines()
+        assert Path(said[-1]).name == OLD
+        said = fake_hub.fetch(address, tmp_path / "home", "fetch_model", f"{NAME}@{'c' * 40}")
+        assert "cannot be fetched" in said
+
+
+def test_an_adapter_by_its_name(tmp_path):
+    """Its commit is said, and moves are told, as a base's."""
+    one, two = (tmp_path / name for name in ("one", "two"))
+    for folder in (one, two):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps({"r": len(folder.name)}))
+    hub = Repository({OLD: one, NEW: two}, OLD)
+    with fake_hub.serving("someone/lora", hub) as address:
+        said = fake_hub.fetch(address, tmp_path / "home", "fetch_adapter", "someone/lora")
+        assert f"someone/lora is commit {OLD}" in said
+        hub.branch = NEW
+        said = fake_hub.fetch(address, tmp_path / "home", "fetch_adapter", "someone/lora")
+        assert f"from {OLD[:12]} to {NEW[:12]}" in said
+    assert sources.read_list(f"someone/lora@{OLD}:0.5") == [("lora", f"someone/lora@{OLD}", 0.5)]
+
+
+def test_a_folder_says_its_version(cached, tmp_path, monkeypatch):
+    """A snapshot by its name, a download by its receipt, a file in a snapshot; others say nothing."""
+    monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "own"))
+    assert str(commits.of(cached / "snapshots" / OLD)) == f"{NAME}@{OLD}"
+    assert str(commits.of(cached / "snapshots" / OLD / "config.json")) == f"{NAME}@{OLD}"
+    assert commits.of(cached) is commits.of(tmp_path) is commits.of(cached / "snapshots" / "main") is None
+    other = receipt.place("other/model")
+    other.mkdir(parents=True)
+    values = {"source": "hub", "name": "other/model", "revision": "main", "commit": NEW, "endpoint": ""}
+    receipt.write(other, {**values, "files": {}})
+    assert str(commits.of(other)) == f"other/model@{NEW}"
+    assert commits.at_hand("other/model") == commits.at_hand(f"other/model@{NEW}") == other
+    assert commits.at_hand(f"other/model@{OLD}") is None
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / receipt.NAME).write_text("{}")
+    assert commits.of(tmp_path / "damaged") is None
+    said: list[str] = []
+    commits.compare(f"other/model@{OLD}", cached, said.append)
+    assert said == []  # another folder is in use
+    commits.compare(f"other/model@{OLD}", other, said.append)
+    assert f"commit {OLD} was trained on, {NEW} is used" in said[0]
+    commits.tell_move(f"other/model@{OLD}", said.append)
+    assert f"from {OLD[:12]} to {NEW[:12]}" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "asked", "base"),
+    [
+        (f"{NAME}@{OLD}", None, OLD),
+        (f"{NAME}@{OLD}", NAME, OLD),
+        (f"{NAME}@{OLD}", f"{NAME}@main", f"{NAME}@main"),
+        (f"{NAME}@{OLD}", "other/model", "other/model"),
+        (NAME, None, NEW),  # what is here, and nothing newer on its word
+        (NAME, NAME, NAME),
+    ],
+)
+def test_which_base_an_adapter_gets(cached, recorded, asked, base):
+    found = sources.Source("adapter", Path("a"), base=recorded)
+    assert sources.base_of(found, asked, print) == (
+        str(cached / "snapshots" / base) if base in (OLD, NEW) else base
+    )
+
+
+def test_a_recorded_commit_that_is_not_here_is_fetched_when_its_name_is_typed(cached):
+    """That commit, no other, and it is said."""
+    shutil.rmtree(cached / "snapshots" / OLD)
+    said: list[str] = []
+    found = sources.Source("adapter", Path("a"), base=f"{NAME}@{OLD}")
+    assert sources.base_of(found, NAME, said.append) == f"{NAME}@{OLD}"
+    assert said == [f"hub         {NAME}: commit {OLD}, which was trained on, is not here and is fetched"]
+
+
+def test_a_recorded_commit_that_is_not_here_is_not_replaced(cached):
+    """Both commits are named, and both ways on."""
+    shutil.rmtree(cached / "snapshots" / OLD)
+    found = sources.Source("adapter", Path("a"), base=f"{NAME}@{OLD}")
+    with pytest.raises(UserError, match=f"{OLD}, which is not on this machine; here is {NEW}") as caught:
+        sources.base_of(found, None, print)
+    assert f"--model_path {NAME}@{OLD}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "base"),
+    [
+        ({"base_model_name_or_path": NAME, "revision": OLD}, f"{NAME}@{OLD}"),
+        ({"base_model_name_or_path": NAME, "revision": "main"}, NAME),
+        ({"base_model_name_or_path": NAME, "revision": "../../x"}, NAME),
+        ({"base_model_name_or_path": "/some/folder", "revision": OLD}, "/some/folder"),
+    ],
+)
+def test_what_an_adapters_settings_say(tmp_path, values, base):
+    """peft's own field for the commit, taken only when it is one."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **values}))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    assert sources.find(str(tmp_path), "adapter", "best", str, tmp_path).base == base
+
+
+@pytest.mark.parametrize(
+    ("fails", "reason"),
+    [
+        (401, "the hub refuses it (401)"),
+        (403, "the hub refuses it (403)"),
+        (404, "the hub refuses it (404)"),
+        (429, "the hub did not answer (429)"),
+        (503, "the hub did not answer (503)"),
+        (None, "the hub did not answer (nothing in 5 seconds)"),
+    ],
+)
+def test_a_hub_that_gives_nothing(folders, tmp_path, fails, reason):
+    """What is cached is used, and the reason is said; what is not is refused."""
+    hub = Repository(dict(folders), OLD)
+    with fake_hub.serving(NAME, hub) as address:
+        fake_hub.fetch(address, tmp_path / "home", "fetch_model", NAME)
+        hub.silent, hub.fails = fails is None, {"/": fails} if fails else {}
+        hub.asked.clear()
+        said = fake_hub.fetch(address, tmp_path / "home", "fetch_model", NAME).splitlines()
+        assert said[0] == f"hub         {NAME}: {reason}; commit {OLD} of the cache is used"
+        assert Path(said[-1]).name == OLD
+        assert len(hub.asked) == 1
+        said = fake_hub.fetch(address, tmp_path / "home", "fetch_model", f"{NAME}@{OLD}").splitlines()
+        assert said[0] == f"hub         {NAME} is commit {OLD}"
+        assert len(hub.asked) == 1  # a commit in the cache is not asked for
+        assert "cannot be fetched" in fake_hub.fetch(address, tmp_path / "other", "fetch_model", NAME)
+
+
+def test_a_silent_hub_is_left_alone(cached, monkeypatch):
+    """One wait for all names of a program, whatever keeps the hub from answering."""
+    asked: list[str] = []
+    never = threading.Event()
+
+    def answer(_: object, name: str, **__: object) -> None:
+        asked.append(name)
+        never.wait()
+
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", answer)
+    monkeypatch.setattr(asking, "PATIENCE", 0.2)
+    monkeypatch.setattr(asking, "_silence", {"until": 0.0})
+    said: list[str] = []
+    assert commits.folder_of(NAME, commits.MODEL, layouts.SETTINGS, said.append).name == NEW
+    assert "nothing in 0.2 seconds" in said[0]
+    with pytest.raises(TimeoutError):
+        commits.folder_of("someone/other", commits.MODEL, layouts.SETTINGS, said.append)
+    never.set()
+    assert asked == [NAME]
+
+
+def test_files_that_a_hub_holds_back(folders, tmp_path):
+    """The commit is told, its files are not given (403): what was fetched before is used."""
+    hub = Repository(dict(folders), OLD)
+    with fake_hub.serving(NAME, hub) as address:
+        fake_hub.fetch(address, tmp_path / "home", "fetch_model", NAME)
+        hub.branch, hub.fails = NEW, {"/resolve/": 403}
+        for _ in range(2):  # a move is not lost when its files were not fetched
+            said = fake_hub.fetch(address, tmp_path / "home", "fetch_model", NAME).splitlines()
+            assert f"main has moved from {OLD[:12]} to {NEW[:12]}" in said[0]
+            assert f"commit {OLD} of the cache is used" in said[1]
+            assert Path(said[-1]).name == OLD
+        hub.fails = {}
+        said = fake_hub.fetch(address, tmp_path / "home", "fetch_model", NAME).splitlines()
+        assert f"main has moved from {OLD[:12]} to {NEW[:12]}" in said[0]
+        assert said[1] == f"hub         {NAME} is commit {NEW}"
+
+
+def test_a_list_of_files_that_never_comes(folders, tmp_path, cached, monkeypatch):
+    """The hub's client sets no limit there; every wait has one."""
+    request = httpx2.Request("GET", "http://127.0.0.1/", extensions={"timeout": {"read": None, "write": 3.0}})
+    asking._end_in_time(request)
+    limits = {"connect": 5.0, "read": 5.0, "write": 3.0, "pool": 5.0}
+    assert request.extensions["timeout"] == limits
+    seen: list[object] = []
+    monkeypatch.setattr(
+        commits,
+        "snapshot_download",
+        lambda *_, **__: seen.extend(get_session().event_hooks["request"]) or "x",
+    )
+    commits._bring(commits.Version(NAME, OLD), ("*",))
+    assert asking._end_in_time in seen
+
+
+def test_a_snapshot_given_as_a_folder_is_nobodys_question(cached, monkeypatch):
+    """Not completed, whole or not: it was not named."""
+    monkeypatch.setattr(commits, "_bring", lambda *_: pytest.fail("asked"))
+    hub.fetch_model(str(cached / "snapshots" / OLD))
+    (cached / "snapshots" / OLD / WEIGHTS).unlink()
+    hub.fetch_model(str(cached / "snapshots" / OLD))
+    model.identity_files(str(cached / "snapshots" / OLD))
+
+
+def test_settings_alone_are_no_base_that_is_here(cached):
+    """A snapshot without weights is followed by no adapter's word; another one with weights stands in."""
+    (cached / "snapshots" / NEW / WEIGHTS).unlink()
+    assert not sources.is_here(f"{NAME}@{NEW}")
+    assert commits.at_hand(NAME) == cached / "snapshots" / OLD
+    (cached / "snapshots" / OLD / WEIGHTS).unlink()
+    assert not sources.is_here(NAME)
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (cached / "snapshots" / OLD / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    (cached / "snapshots" / OLD / "one.safetensors").write_bytes(b"")
+    assert not sources.is_here(NAME)
+    (cached / "snapshots" / OLD / "two.safetensors").write_bytes(b"")
+    assert sources.is_here(NAME)
+
+
+def test_modelscope_is_another_source(cached, tmp_path, monkeypatch):
+    """Its commits are compared and said, never looked up at the hub."""
+    monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "own"))
+    monkeypatch.setattr(asking, "commit_of", lambda *_: pytest.fail("asked"))
+    folder = receipt.place(NAME)
+    folder.mkdir(parents=True)
+    values = {"source": "modelscope", "name": NAME, "revision": "master", "commit": OLD, "endpoint": ""}
+    receipt.write(folder, {**values, "files": {}})
+    version = f"modelscope:{NAME}@{OLD}"
+    assert str(commits.of(folder)) == version
+    assert commits.parsed(version) == commits.of(folder)
+    assert commits.recorded(NAME, version) == NAME  # found where tools/download.py put it
+    said: list[str] = []
+    assert commits.folder_of(NAME, commits.MODEL, (), said.append) == folder
+    assert said.pop() == f"modelscope  {NAME} is commit {OLD}, which is in {folder}"
+    commits.compare(version, folder, said.append)
+    assert said == []
+    commits.compare(version, cached / "snapshots" / OLD, said.append)
+    assert said == [f"modelscope  {NAME}: commit {OLD} of ModelScope was trained on, {OLD} is used"]
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0"])
+def test_a_branch_beside_the_commit_whose_code_is_read(cached, revision):
+    said: list[str] = []
+    assert remote_code.place(f"{NAME}@{revision}", OLD, str, said.append) == NAME
+    assert f"commit {OLD} of --remote_code is used" in said[0]
+    assert remote_code.place(f"{NAME}@{OLD}", OLD, str, pytest.fail) == NAME
+
+
+def test_another_commit_than_the_one_whose_code_is_read(cached):
+    with pytest.raises(UserError, match="name two commits") as caught:
+        remote_code.place(f"{NAME}@{NEW}", OLD, str, print)
+    assert caught.value.code == USAGE
+
+
+@pytest.mark.parametrize(
+    ("recorded", "typed", "found"),
+    [
+        (f"{NAME}@{OLD}", {}, OLD),
+        (f"{NAME}@{OLD}", {"model_path": NAME}, OLD),
+        (f"{NAME}@{GONE}", {"model_path": NAME}, f"{NAME}@{GONE}"),
+        (f"{NAME}@{GONE}", {}, None),
+        (None, {}, NEW),
+    ],
+)
+def test_the_base_of_a_run_that_goes_on(cached, recorded, typed, found):
+    """The recorded commit, fetched only where its name was typed."""
+    stored = {"resolved": {"base": recorded}}
+    locate = hubnames.base_of(stored, typed, lambda name: f"asked {name}")
+    if found is None:
+        with pytest.raises(UserError, match=f"{GONE} is not on this machine"):
+            locate(NAME)
+    elif found in (OLD, NEW):
+        assert locate(NAME) == str(cached / "snapshots" / found)
+    else:
+        assert locate(NAME) == f"asked {found}"
+    assert locate("demo") == "asked demo"
+    assert locate(str(cached)) == f"asked {cached}"
+
+
+def test_the_rows_of_a_run_that_goes_on(cached):
+    """Of a dataset its recorded commit, which is here; nothing is asked unless it is typed."""
+    place = cached.parent / "datasets--someone--rows" / "snapshots" / OLD
+    place.mkdir(parents=True)
+    stored = {"data": {"versions": [f"someone/rows@{OLD}"]}}
+    with pytest.raises(UserError, match="are not on this machine"):  # an empty snapshot
+        hubnames.rows_of(stored, {}, pytest.fail)("someone/rows")
+    (place / "rows.json").write_text("[]")
+    assert hubnames.rows_of(stored, {}, pytest.fail)("someone/rows") == str(place)
+    with pytest.raises(UserError, match="are not on this machine"):
+        hubnames.rows_of(stored, {"data_path": "a.json"}, pytest.fail)("other/rows")
+    typed = {"data_path": "a.json, someone/rows:2"}
+    assert (
+        hubnames.rows_of(stored, typed, lambda name: f"asked {name}")("someone/rows") == "asked someone/rows"
+    )
+
+
+def test_a_stored_name_with_a_branch_has_its_commit(cached):
+    """A run that was begun with name@main stays where it began; one that is typed so follows the branch."""
+    stored = {"resolved": {"base": f"{NAME}@{OLD}"}}
+    assert hubnames.base_of(stored, {}, pytest.fail)(f"{NAME}@main") == str(cached / "snapshots" / OLD)
+    typed = {"model_path": f"{NAME}@main"}
+    assert hubnames.base_of(stored, typed, "asked {}".format)(f"{NAME}@main") == f"asked {NAME}@main"
+
+
+@pytest.mark.parametrize("branch", ["/etc/passwd", "../../../x", "..", "x/../../../../x"])
+def test_a_revision_that_is_a_path(cached, branch):
+    """It leads out of the cache to nothing."""
+    assert commits.at_hand(f"{NAME}@{branch}") is None
+
+
+def test_a_branch_that_cannot_be_read(cached):
+    """What is no commit says nothing; the snapshots are still there."""
+    (cached / "refs" / "main").write_bytes(b"\xff\xfe")
+    assert commits.at_hand(NAME).parent == cached / "snapshots"
+
+
+def test_a_cache_on_another_disk(cached, tmp_path, monkeypatch):
+    """A repository's folder that is a link, and a cache whose path has dots, keep their versions."""
+    cached.rename(tmp_path / "elsewhere")
+    cached.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "x").mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "x" / ".." / cached.parent))
+    for revision in (OLD, "main"):
+        folder = commits.at_hand(f"{NAME}@{revision}")
+        assert folder is not None
+        assert commits.of(folder).name == NAME
+
+
+def test_a_full_disk_is_no_silent_hub(cached, monkeypatch):
+    """An older commit is not taken instead."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(asking, "commit_of", lambda *_: GONE)
+    monkeypatch.setattr(commits, "snapshot_download", full)
+    said: list[str] = []
+    with pytest.raises(OSError, match="No space"):
+        commits.folder_of(NAME, commits.MODEL, ("*",), said.append)
+    assert not any("of the cache is used" in line for line in said)
+
+
+@pytest.mark.parametrize("use", [hub.fetch_model, model.identity_files])
+def test_weights_that_the_disk_has_no_room_for(cached, monkeypatch, use):
+    """It is not said that they cannot be fetched: whoever fetches them, the disk's own error stays."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(commits, "complete", full)
+    with pytest.raises(OSError, match="No space"):
+        use(str(cached))
+
+
+def test_an_endpoint_that_is_no_address(cached, monkeypatch):
+    """What the client makes of it is one of the refusals."""
+
+    def odd(*_: object, **__: object) -> None:
+        raise KeyError("sha")
+
+    monkeypatch.setattr(asking.HfApi, "repo_info", odd)
+    with pytest.raises(ValueError, match="KeyError"):
+        asking.commit_of(NAME, commits.MODEL, "main")

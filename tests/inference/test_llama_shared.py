@@ -1,0 +1,94 @@
+"""Several people at one GGUF file: whoever is answered, and however the adapters change, each gets their own.
+
+Weights, keys and values in fp32: in 16 bits a prompt that is read anew and one whose beginning was kept round
+differently, and may part where two tokens are nearly equal (docs/chat.md says how often).
+"""
+
+import dataclasses
+import itertools
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from onecard import gguf, model, prompt, template
+from onecard.chat import Chat
+from onecard.chat_config import GREEDY, SAMPLE, Generation
+from tests.inference.test_llama_cpp import save_adapter
+from tests.support import tiny
+
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu")
+from onecard import engine_llama
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QUICK = Generation(GREEDY, repetition_penalty=1.0, min_new_tokens=0, max_new_tokens=24, seed=1)
+DRAWN = dataclasses.replace(QUICK, mode=SAMPLE, temperature=1.5, top_p=1.0, seed=12)
+MIXTURES = ((), (("a", 1.0),), (("b", 1.0),), (("a", 0.5), ("b", 0.7)))
+ADAPTERS = {"a": ["q_proj", "v_proj"], "b": ["down_proj"]}
+
+
+@pytest.fixture(scope="module")
+def talk(tiny_model, tmp_path_factory) -> Iterator[Chat]:
+    """The tiny model in llama.cpp with two adapters."""
+    place, files = tmp_path_factory.mktemp("shared"), {}
+    for seed, (name, modules) in enumerate(ADAPTERS.items()):
+        folder = save_adapter(tiny_model, place / name, seed, r=8, lora_alpha=32, target_modules=modules)
+        files[name] = gguf.adapter(folder, tiny_model, place / f"{name}.gguf")
+    base = gguf.base(tiny_model, place / "base.gguf", any_tokenizer=True, kind="f32")
+    own = model.load_tokenizer(str(tiny_model))
+    engine = engine_llama.Engine(base, own, 512, files, threads=1, exact=True)
+    yield Chat(engine, template.load("alpaca", engine.tokenizer))
+    engine.close()
+
+
+def answer(talk: Chat, word: str, settings: Generation, mixture=()) -> str:
+    *_, reply = talk.stream(prompt.single(f"Say {word}"), settings, mixture)
+    return reply.text.whole
+
+
+def test_four_answers_at_once_keep_to_their_adapters(talk, monkeypatch):
+    """I10: four threads ask at once, of the base, of two adapters, of both with weights; the adapters change
+    from answer to answer, and each is the one that is given alone."""
+    words = tiny.WORDS[:4]
+
+    def said(word: str, mixture) -> tuple[str, ...]:
+        return tuple(answer(talk, word, settings, mixture) for settings in (QUICK, DRAWN))
+
+    alone = {(word, mixture): said(word, mixture) for word, mixture in itertools.product(words, MIXTURES)}
+    assert all(len({alone[word, mixture] for mixture in MIXTURES}) == 4 for word in words)
+    together, changes, activate = {}, [], talk.engine._activate
+    monkeypatch.setattr(talk.engine, "_activate", lambda active: changes.append(active) or activate(active))
+    starts = threading.Barrier(4)
+
+    def work(mixture) -> None:
+        for word in words:
+            starts.wait(60)
+            together[word, mixture] = said(word, mixture)
+
+    threads = [threading.Thread(target=work, args=(mixture,)) for mixture in MIXTURES]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert together == alone
+    assert len(changes) >= 3 * len(words)
+
+
+def test_a_seed_gives_the_same_answer_twenty_times(talk):
+    """I11: alone, and while another user is answered all the time."""
+    alone = {answer(talk, "red", DRAWN) for _ in range(20)}
+    assert len(alone) == 1
+    stop, others = threading.Event(), []
+
+    def other() -> None:
+        while not stop.is_set():
+            others.append(answer(talk, f"blue {len(others)}", dataclasses.replace(DRAWN, seed=len(others))))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    together = {answer(talk, "red", DRAWN) for _ in range(20)}
+    stop.set()
+    thread.join(60)
+    assert together == alone
+    assert len(set(others)) > 1

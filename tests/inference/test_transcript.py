@@ -1,0 +1,220 @@
+"""Saved chats: what is in them, what comes back of them, in the window without a browser."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import gradio as gr
+import pytest
+
+from onecard import chat_window, transcript
+from onecard.chat import Chat
+from onecard.chat_config import BASE, MIX, TRAINED, ChatConfig, Generation
+from onecard.errors import UserError
+from onecard.prompt import Template
+from onecard.transcript import LEFT, RIGHT
+from tests.ui.test_terminal import PLAIN_TEMPLATE, Engine
+
+START = ChatConfig(mode="sample", temperature=0.5, system="Be kind.")
+TURN = {"question": "q", LEFT: "a"}
+
+
+class Toy:
+    """What a window asks of a Chat before a question."""
+
+    def __init__(self, cannot: dict | None = None, mixture=(("one", 1.0),), form: Template = PLAIN_TEMPLATE):
+        self.engine, self.template, self.mixture = Engine(), form, mixture
+        self.engine.cannot = cannot or {}
+        self.versions: dict[str, str] = {}
+
+    def template_of(self, name: str = TRAINED) -> Template:
+        return dataclasses.replace(self.template, name=name or self.template.name)
+
+    unused, modes = Chat.unused, Chat.modes
+
+
+@pytest.fixture
+def window():
+    def make(chat: Toy) -> chat_window.ChatWindow:
+        with gr.Blocks() as page:
+            return chat_window.ChatWindow(page, chat, START)
+
+    return make
+
+
+def saved(chat: Toy, mixtures: dict, form: str = TRAINED, **options) -> dict:
+    settings = Generation(**{"top_k": 7, **options})
+    line = transcript.record([TURN], settings, chat, START, mixtures, form, system="Be brief.", context="c")
+    return json.loads(line)
+
+
+def load(window, chat: Toy, tmp_path: Path, values: dict, weights=(1.0, 1.0)) -> tuple[dict, str]:
+    """What each input shows afterwards (left out: as before), and the status line."""
+    made = window(chat)
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    updates = made.loaded(str(path), *weights)
+    assert not path.exists(), "the server keeps no chat"
+    components = [*made.outputs(), *made.side()]
+    assert len(updates) == len(components)
+    named = {made.adapter: "adapter", made.compare: "compare", made.against: "against", made.form: "form"}
+    named |= {made.system: "system", made.context: "context", made.state: "turns"}
+    named |= {component: name for name, component in made.inputs.items()}
+    named |= {slider: slider.label for slider in made.weights}
+    shown = {
+        named[one]: value
+        for one, value in zip(components, updates, strict=True)
+        if one in named and not (isinstance(value, dict) and value.get("__type__") == "update")
+    }
+    return shown, updates[made.outputs().index(made.status)]
+
+
+@pytest.mark.parametrize(
+    ("mixtures", "pickers"),
+    [
+        ({LEFT: (("two", 0.5),)}, ("two", False, 1.0, 0.5)),
+        ({LEFT: ()}, (BASE, False, 1.0, 1.0)),
+        ({LEFT: (("one", 0.25), ("two", 1.5))}, (MIX, False, 0.25, 1.5)),
+        ({LEFT: (("two", 1.0),), RIGHT: (("one", 0.5),)}, ("two", True, 0.5, 1.0)),
+        ({LEFT: (("one", 1.0),), RIGHT: ()}, ("one", True, 1.0, 1.0)),
+    ],
+)
+def test_a_loaded_chat_is_as_it_was_saved(window, tmp_path, mixtures, pickers):
+    """Turns, texts, options, template, adapters, weights and the comparison."""
+    chat = Toy()
+    shown, status = load(window, chat, tmp_path, saved(chat, mixtures, "alpaca", seed=5))
+    assert (shown["adapter"], shown["compare"], shown["one"], shown["two"]) == pickers
+    if RIGHT in mixtures:
+        assert shown["against"] == (mixtures[RIGHT][0][0] if mixtures[RIGHT] else BASE)
+    assert (shown["system"], shown["context"], shown["form"]) == ("Be brief.", "c", "alpaca")
+    assert (shown["top_k"], shown["seed"], shown["temperature"]) == (7, 5, 0.7)
+    assert shown["turns"] == [TURN]
+    assert "Loaded." in status
+    assert "alert" not in status
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "kept"),
+    [
+        ({"adapters": {LEFT: {"three": 1.0}}}, "No adapter is called three", {"adapter": None}),
+        ({"adapters": {LEFT: {"one": 5.0}}}, "weights one:5", {"adapter": "one", "one": 2.0}),
+        ({"template": "gone"}, "template gone is not here", {"form": None}),
+        (
+            {"options": {"mode": "beam"}},
+            "mode beam is not there with toy: greedy instead",
+            {"mode": "greedy"},
+        ),
+        ({"options": {"temperature": 9}}, "Temperature 9.0 is beyond the slider", {"temperature": 2}),
+        ({"options": {"max_memory": 9999}}, "Max memory 9999 is beyond", {"max_memory": 8192}),
+    ],
+)
+def test_what_cannot_be_restored_is_named(window, tmp_path, change, words, kept):
+    """It is left or clamped, with one notice for all; the turns are there."""
+    chat = Toy({"beam": ("no beams here", "没有")})
+    shown, status = load(window, chat, tmp_path, {**saved(chat, {LEFT: ()}), **change})
+    assert words in status
+    assert "not as saved" in status
+    assert shown["turns"] == [TURN]
+    for name, value in kept.items():
+        assert shown.get(name) == value
+
+
+def test_another_commit_than_the_chat_was_saved_with_is_named(window, tmp_path):
+    """Of the base or an adapter of the hub; both are told, the same one is not."""
+    chat = Toy()
+    chat.versions = {"base": "someone/model@" + "a" * 40, "one": "someone/lora@" + "c" * 40}
+    values = saved(chat, {LEFT: ()})
+    assert values["versions"] == chat.versions
+    assert "not as saved" not in load(window, chat, tmp_path, values)[1]
+    chat.versions = {**chat.versions, "base": "someone/model@" + "b" * 40}
+    status = load(window, chat, tmp_path, values)[1]
+    assert all(f"someone/model@{letter * 40}" in status for letter in "ab")
+    assert "someone/lora" not in status
+
+
+@pytest.mark.parametrize("name", ["top_k", "no_repeat_ngram_size", "max_memory", "last_turns"])
+def test_zero_on_a_slider_is_explained(name):
+    """It switches a limit off, which nobody would guess from the number."""
+    [option] = [field for field in dataclasses.fields(Generation) if field.name == name]
+    assert option.metadata["slider"][0] == 0
+    assert "0 = " in option.metadata["help"]
+
+
+def test_a_template_that_this_vocabulary_lacks_is_named(window, tmp_path):
+    """The one that is there stays; the page does not offer what every question would fail with."""
+
+    class Lacking(Toy):
+        def template_of(self, name: str = TRAINED) -> Template:
+            if name == "chatml":
+                raise UserError("Template chatml needs a token that is not there.", "Choose another.")
+            return super().template_of(name)
+
+    chat = Lacking()
+    values = {**saved(chat, {LEFT: ()}), "template": "chatml"}
+    shown, status = load(window, chat, tmp_path, values)
+    assert "Template chatml needs a token that is not there. plain stays" in status
+    assert "form" not in shown
+    read, notes = transcript.fitted(transcript.read(json.dumps(values)), chat)
+    assert (read.template, len(notes)) == (None, 1)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"turns": 1}', '{"turns": [], "options": {"mode": "x"}}'])
+def test_files_that_hold_no_chat(window, tmp_path, text):
+    """Told, and nothing on the page changes."""
+    with pytest.raises(UserError, match="no saved chat") as caught:
+        transcript.read(text)
+    assert caught.value.code == 3
+
+
+def test_a_file_that_an_editor_marked_as_utf8(tmp_path):
+    """Some write a byte order mark; bytes that are no text are told as such."""
+    line = transcript.record([TURN], Generation(), Toy(), START, {LEFT: ()}, system="", context="")
+    file = tmp_path / "chat.jsonl"
+    file.write_text(line, encoding="utf-8-sig")
+    assert transcript.load(file).turns == [TURN]
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="it is no text"):
+        transcript.load(file)
+
+
+def test_turns_keep_what_made_them():
+    """Options (with the seed that was drawn), adapters and template of each turn survive saving twice."""
+    chat = Toy()
+    how = transcript.made_by(chat, Generation(seed=9), {LEFT: (("one", 0.5),), RIGHT: ()}, "alpaca")
+    turn = {"question": "q", "input": "i", LEFT: "a", RIGHT: "b", **how}
+    line = transcript.record([turn], Generation(), chat, START, {LEFT: ()}, system="", context="")
+    read = transcript.read(line)
+    assert read.turns == [turn]
+    assert read.turns[0]["options"]["seed"] == 9
+    assert read.turns[0]["adapters"] == {LEFT: {"one": 0.5}, RIGHT: {}}
+    for bad in ({"options": {"top_k": "x"}}, {"adapters": {LEFT: {"one": float("nan")}}}, {"adapters": 3}):
+        with pytest.raises((UserError, ValueError, TypeError, AttributeError)):
+            transcript.turns_of([{**turn, **bad}])
+
+
+def test_a_new_session_is_as_the_program_was_started(window):
+    """Template, adapter, comparison, weights, options and texts; no turns."""
+    made = window(Toy(mixture=(("one", 0.25), ("two", 1.0))))
+    updates = dict(zip([*made.outputs(), *made.side()], made.fresh(), strict=True))
+    assert updates[made.state] == []
+    assert [updates[one] for one in made.pickers()] == [TRAINED, MIX, False, BASE]
+    assert [updates[one] for one in made.weights] == [0.25, 1.0]
+    assert (updates[made.system], updates[made.context]) == ("Be kind.", "")
+    assert updates[made.inputs["temperature"]] == 0.5
+
+
+def test_what_a_tab_kept_is_checked(window):
+    """A tab's storage may hold anything: turns come back, the rest is no chat."""
+    made = window(Toy())
+    assert made.reopened(json.dumps([TURN]))[0] == [TURN]
+    for kept in (None, "", "{", "7", '{"a": 1}', '[{"question": "q"}]', "[[]]", "[" * 100_000):
+        assert made.reopened(kept)[0] == []
+
+
+def test_a_template_without_a_system_turn_closes_its_box(window):
+    """With the reason; the other way round it is open again."""
+    made = window(Toy())
+    assert made.usable_system(TRAINED) == {"interactive": True, "info": ""}
+    made.chat.template = dataclasses.replace(PLAIN_TEMPLATE, system=None)
+    closed = made.usable_system("alpaca")
+    assert closed == {"interactive": False, "info": "template alpaca has none"}

@@ -1,0 +1,40 @@
+"""The measuring programs run as they are, on something small, and print whole tables. No figure is judged."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.paths import ROOT
+
+ENGINE = ["engine", "--pairs", "1", "--tokens", "4", "--types", "f16"]
+WEIGHTS = ["weights", "--layers", "1", "--width", "256", "--repeats", "1"]
+
+
+def cells(*arguments: str) -> list[list[str]]:
+    """The rows of the table that benchmarks/tools.py prints, without its head."""
+    command = [sys.executable, ROOT / "benchmarks" / "tools.py", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    rows = [line.strip("|").split("|") for line in ended.stdout.splitlines() if line.startswith("|")]
+    assert len({len(row) for row in rows}) == 1
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+@pytest.mark.slow
+def test_the_engine_writes_what_llama_writes():
+    """With an adapter and without one."""
+    pytest.importorskip(
+        "llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu"
+    )
+    rows = cells(*ENGINE)
+    assert [row[-1] for row in rows] == ["yes", "yes"]
+    assert all(float(cell) > 0 for row in rows for cell in row[1:4])
+
+
+@pytest.mark.slow
+def test_converting_and_merging_are_measured(tmp_path):
+    """Each tool has its row; nothing is left behind."""
+    rows = cells(*WEIGHTS[:1], str(tmp_path), *WEIGHTS[1:])
+    assert [row[0].split()[0] for row in rows] == ["original", "transformers", "merge,"]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,197 @@
+"""On a real CUDA card; left out without one. What the processor's tests say must hold there, too."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from onecard import chat, config, decoding, hardware, prompt, train
+from onecard.chat_config import BEAM, GREEDY, SAMPLE, ChatConfig, Generation
+from onecard.errors import UserError
+from tests.support import resume_cases, tiny
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+CARD = "cuda:0"
+QUICK = Generation(GREEDY, repetition_penalty=1.0, min_new_tokens=24, max_new_tokens=24)
+GIB = 2**30
+LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 12, "vocab_size": 32000}
+LARGE |= {"num_attention_heads": 16, "num_key_value_heads": 4, "initializer_range": 0.02}
+
+
+def started(folder: Path, **changes) -> tuple[chat.Chat, list[str]]:
+    said: list[str] = []
+    settings = {"model_path": str(folder), "template": "alpaca", "device": CARD, **changes}
+    talk = chat.start(ChatConfig(**settings), str, str, None, said.append)
+    return talk, said
+
+
+def answer(talk: chat.Chat, settings: Generation, question: str = "Say red") -> chat.Reply:
+    *_, last = talk.stream(prompt.single(question), settings)
+    return last
+
+
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory) -> Path:
+    """0.6 thousand million random weights: 1.3 GB in 16 bits."""
+    folder = tmp_path_factory.mktemp("large") / "model"
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return tiny.save_model(folder, **LARGE)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("mode", [GREEDY, BEAM])
+def test_answers_are_generate_s(tiny_model, bits, mode):
+    """The same tokens as transformers' generate on the card."""
+    talk, _ = started(tiny_model, bits=bits, dtype="fp32")
+    settings = dataclasses.replace(QUICK, mode=mode)
+    got = answer(talk, settings)
+    ids = prompt.encode(prompt.single("Say red"), talk.template, talk.tokenizer)[0]
+    asked = GenerationConfig(
+        do_sample=False,
+        num_beams=settings.width,
+        max_new_tokens=24,
+        min_new_tokens=24,
+        eos_token_id=talk.ends,
+        pad_token_id=talk.ends[0],
+    )
+    given = torch.tensor([ids], device=CARD)
+    made = talk.engine.model.generate(given, attention_mask=torch.ones_like(given), generation_config=asked)
+    assert got.text.stable == prompt.decode(talk.tokenizer, made[0, len(ids) :].tolist()).strip()
+    assert talk.engine.device == torch.device(CARD)
+
+
+def test_the_card_answers_as_the_processor(tiny_model):
+    """fp32, greedy: the same text on both; sampled with a seed, too."""
+    for settings in (QUICK, dataclasses.replace(QUICK, mode=SAMPLE, seed=5)):
+        texts = {
+            answer(started(tiny_model, device=device, dtype="fp32")[0], settings).text.stable
+            for device in (CARD, "cpu")
+        }
+        assert len(texts) == 1
+
+
+@contextlib.contextmanager
+def only_free(size: int):
+    """Another tensor holds all of the card but `size` bytes."""
+    hardware.forget_cached_memory(CARD)
+    ballast = torch.empty(torch.cuda.mem_get_info()[0] - size, dtype=torch.uint8, device=CARD)
+    try:
+        yield
+    finally:
+        del ballast
+        hardware.forget_cached_memory(CARD)
+
+
+@pytest.mark.parametrize(("free", "bits"), [(3.0, 16), (1.1, 8), (0.6, 4)])
+def test_auto_takes_the_most_bits_that_fit(large_model, free, bits):
+    """--bits auto by the card's free memory, said with the reason; the model then fits and answers."""
+    with only_free(int(free * GIB)):
+        talk, said = started(large_model)
+        assert any(f"{bits} bits: " in line and "GiB of weights" in line for line in said), said
+        assert answer(talk, QUICK).text.tokens == 24
+        del talk
+
+
+def test_a_cap_per_card_is_kept(large_model):
+    """--device all --card_memory: what does not fit goes to the processor; the answer is the same."""
+    whole, _ = started(large_model, dtype="fp32")
+    expected = answer(whole, QUICK).text.stable
+    del whole
+    hardware.forget_cached_memory(CARD)
+    torch.cuda.reset_peak_memory_stats()
+    capped, said = started(large_model, device="all", card_memory="0:1GiB,cpu:20GiB", dtype="fp32")
+    places = {p.device.type for p in capped.engine.model.parameters()}
+    assert places == {"cuda", "meta"}, said  # meta: lies with the processor, comes when it is needed
+    assert torch.cuda.max_memory_allocated() < 1.1 * GIB
+    assert answer(capped, QUICK).text.stable == expected
+
+
+def test_a_full_card_keeps_the_part_that_is_there(large_model):
+    """Real CUDA out of memory in the middle of an answer: it is kept and said; the next question works."""
+    talk, _ = started(large_model, dtype="fp32")
+    long = dataclasses.replace(QUICK, mode=BEAM, num_beams=16, min_new_tokens=400, max_new_tokens=400)
+    answer(talk, QUICK)
+    hardware.forget_cached_memory(CARD)
+    seen = []
+    with contextlib.ExitStack() as stack:
+        for number, reply in enumerate(talk.stream(prompt.single("Say red"), long)):
+            seen.append(reply)
+            if number == 20:
+                stack.enter_context(only_free(8 << 20))
+    assert seen[-1].text.finished == decoding.NO_MEMORY
+    assert seen[-1].text.tokens >= 15
+    assert answer(talk, QUICK).text.tokens == 24
+
+
+def test_a_card_that_is_not_there_is_refused(tiny_model):
+    with pytest.raises(UserError, match="cuda:99"):
+        started(tiny_model, device="cuda:99")
+
+
+def trained(tiny_model: Path, folder: Path, **changes) -> Path:
+    rows = tiny.save_rows(folder / "rows.json", 24)
+    flags = {"model_path": tiny_model, "data_path": rows, "output_path": folder / "run", "device": "cuda:0"}
+    argv = [f"--{name}={value}" for name, value in {**resume_cases.FLAGS, **flags, **changes}.items()]
+    options, given = config.parse_given(config.FinetuneConfig, argv)
+    train.run(options, locate=str, given=given, sample=lambda *_: [], draw=lambda *_: None)
+    return folder / "run"
+
+
+def losses(run: Path) -> list[float]:
+    records = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"bits": 16, "dtype": "fp32"},
+        {"bits": 16, "dtype": "bf16"},
+        {"bits": 16, "dtype": "fp16"},
+        {"bits": 8, "dtype": "bf16"},
+        {"bits": 4, "dtype": "bf16"},
+        {"bits": 4, "dtype": "bf16", "optimizer": "adamw_8bit", "lora_r": 48},
+    ],
+    ids=str,
+)
+def test_training_learns_and_goes_on_to_the_bit(tiny_model, tmp_path, how):
+    """The loss falls; a run that goes on from step 6 ends with the bytes of one that never stopped."""
+    whole = trained(tiny_model, tmp_path, **how)
+    found = losses(whole)
+    assert found[-1] < found[0] - 0.2
+    part = resume_cases.stopped_at(whole, 6, tmp_path / "part")
+    wish, given = config.parse_given(config.ContinueConfig, [f"--output_path={part}", "--device=cuda:0"])
+    train.go_on(wish, given, str, str, sample=lambda *_: [], draw=lambda *_: None)
+    assert resume_cases.differences(resume_cases.outcome(whole), resume_cases.outcome(part)) == []
+
+
+def test_training_is_the_processor_s(tiny_model, tmp_path):
+    """fp32 without dropout: the losses of both agree."""
+    runs = {}
+    for device in ("cuda:0", "cpu"):
+        (tmp_path / device[:3]).mkdir()
+        runs[device] = trained(tiny_model, tmp_path / device[:3], device=device, lora_dropout=0, dtype="fp32")
+    assert losses(runs["cuda:0"]) == pytest.approx(losses(runs["cpu"]), rel=1e-4)
+
+
+def test_a_full_card_redoes_the_step(large_model, tmp_path, capsys):
+    """Real CUDA out of memory: the same rows in smaller micro-batches, the same losses."""
+    how = {"lora_dropout": 0, "dtype": "bf16", "micro_batch_tokens": 5000, "max_steps": 3, "batch_size": 24}
+    how |= {"gradient_checkpointing": "off", "test_size": 0, "save_steps": 3, "learning_rate": 1e-4}
+    for name in ("free", "full"):
+        (tmp_path / name).mkdir()
+    torch.cuda.reset_peak_memory_stats()
+    free = trained(large_model, tmp_path / "free", **how)
+    assert "out of memory" not in capsys.readouterr().out
+    peak, weights = torch.cuda.max_memory_allocated(), 1.25 * GIB
+    with only_free(int(weights + 0.5 * (peak - weights))):
+        full = trained(large_model, tmp_path / "full", **how)
+    assert "out of memory with micro-batches of 5000 tokens" in capsys.readouterr().out
+    assert losses(full) == pytest.approx(losses(free), rel=1e-2)

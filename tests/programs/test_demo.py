@@ -1,0 +1,161 @@
+"""The real demo model, and the commands of README.md as a new user would type them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from onecard import chat, hub, report, train
+from onecard.config import FinetuneConfig, build
+from tests.support.paths import ROOT
+
+THIS_VERY_RUN = "bash test.sh"
+
+
+def commands(text: str) -> list[str]:
+    """Lines of the bash blocks of a Markdown text."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def fall(folder: Path) -> float:
+    """Mean of the last five losses of a run over the mean of the first five."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    return sum(losses[-5:]) / sum(losses[:5])
+
+
+@pytest.fixture(scope="module")
+def readme(copy) -> dict[str, subprocess.CompletedProcess]:
+    """Every command of README.md, run in order; this test run itself is left out."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB"))}
+    results = {}
+    for command in commands((copy / "README.md").read_text(encoding="utf-8")):
+        if command != THIS_VERY_RUN:
+            results[command] = subprocess.run(
+                ["bash", "-c", command],
+                cwd=copy,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=1200,
+            )
+    return results
+
+
+def test_readme_commands_work(readme):
+    """Each ends with exit code 0."""
+    assert "bash finetune.sh" in readme
+    failed = {command: result.stderr[-2000:] for command, result in readme.items() if result.returncode}
+    assert not failed
+
+
+def test_the_default_run_says_what_it_does(readme):
+    """What was chosen and why, parameters, three rows, steps, validation, answers, where the adapter is."""
+    said = readme["bash finetune.sh"].stdout
+    for line in (
+        r"device      cpu: .+",
+        r"arithmetic  (bf16|fp32): this processor .+",
+        r"base        8 bits by bitsandbytes.+",
+        r"attention   one causal call per row.+",
+        r"recompute   off \(gradient checkpointing\): .+",
+        r"rows        205 to train on, 11 for validation; .+",
+        r"steps       26 of 16 rows \(13 an epoch\), rate 0.003 linear, warm-up 5 steps",
+        r"trained     460,800 of 134,[\d,]+ parameters \(0.34 %\), .+ in q_proj, v_proj",
+        r"micro-batch 2048 tokens: .+",
+        r"validation at step 0: loss [\d.]+, [\d.]+ % of target tokens right",
+        r"step 26/26  loss [\d.]+  [\d.]+ rows/s, \d+ tokens/s  [\d.]+ GiB  0 s left",
+        r"Validation loss [\d.]+ before, [\d.]+ after \(best at step \d+\)\.",
+        r"The adapter lies in lora-checkpoints/demo: .+",
+    ):
+        assert re.search(f"^{line}$", said, flags=re.MULTILINE), line
+    assert said.count("<|im_end|>»") == 3
+    assert said.count("\n  before: ") == said.count("\n  after:  ") == 8
+
+
+def test_the_default_run_teaches_the_form(readme, copy):
+    """At least 6 of 8 held-out answers have the form after, none before; both losses fell."""
+    folder = copy / "lora-checkpoints" / "demo"
+    counted = readme["python3 sample/check_form.py lora-checkpoints/demo"].stdout
+    before, after = (int(number) for number in re.findall(r"training: (\d) of 8", counted))
+    assert before == 0
+    assert after >= 6
+    finished = json.loads((folder / "finished.json").read_text())
+    assert finished["eval_loss_after"] < finished["eval_loss_before"]
+    assert 30_000 < finished["tokens"] < 50_000
+    assert fall(folder) < 0.8
+
+
+def test_the_default_run_again_is_finished(readme, copy):
+    """Exit 0, nothing set up or trained twice, the ways on named."""
+    folder = copy / "lora-checkpoints" / "demo"
+    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    again = subprocess.run(["bash", "finetune.sh"], cwd=copy, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0
+    assert "This run is finished: 26 steps" in again.stdout
+    assert "--overwrite" in again.stdout
+    assert "Setting up" not in again.stdout
+    assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_four_bits_learn_too(tmp_path):
+    """NF4 with double quantisation on the demo model: the loss falls below 0.8 of its start."""
+    changes = {"bits": 4, "batch_size": 8, "max_steps": 16, "learning_rate": 4e-3, "test_size": 0}
+    paths = {"output_path": str(tmp_path / "run"), "data_path": str(ROOT / "sample/instruct.json")}
+    settings = build(FinetuneConfig, {**changes, **paths})
+    train.run(settings, locate=hub.locate, sample=chat.reply, draw=report.loss_curve)
+    assert fall(tmp_path / "run") < 0.8
+
+
+def test_old_python_is_told_so(tmp_path, copy):
+    """An interpreter below 3.11: one message, exit 2, nothing made."""
+    old = tmp_path / "python3"
+    old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo "Python 3.9.2"\n[ "$1" = -c ] && exit 1\nexit 0\n')
+    old.chmod(0o755)
+    for name in ("finetune.sh", "test.sh"):
+        other = tmp_path / "project"
+        shutil.copytree(
+            copy, other, ignore=shutil.ignore_patterns(".venv", "lora-checkpoints"), dirs_exist_ok=True
+        )
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        result = subprocess.run(["bash", name], cwd=other, env=environment, capture_output=True, text=True)
+        assert result.returncode == 2
+        assert result.stderr.count("\n") == 1
+        assert "3.11" in result.stderr
+        assert "3.9.2" in result.stderr
+        assert not (other / ".venv").exists()
+
+
+def test_several_cards_start_torchrun(tmp_path, copy):
+    """TOT_CUDA with two cards runs torchrun with PORT and all variables as flags; one card plain python."""
+    other = tmp_path / "project"
+    shutil.copytree(copy, other, ignore=shutil.ignore_patterns(".venv", "lora-checkpoints"))
+    fake = other / ".venv" / "bin" / "python"
+    fake.parent.mkdir(parents=True)
+    fake.write_text(
+        '#!/bin/sh\n[ "$1" = -m ] && [ "$2" = pip ] && exit 0\necho "$CUDA_VISIBLE_DEVICES: $*"\n'
+    )
+    fake.chmod(0o755)
+    variables = {
+        "PORT": "23456",
+        "DATA_PATH": "a b.json",
+        "OUTPUT_PATH": "o",
+        "MODEL_PATH": "m",
+        "TEST_SIZE": "7",
+    }
+    said = {}
+    for cards in ("0,1", "1"):
+        environment = {**os.environ, **variables, "TOT_CUDA": cards}
+        command = ["bash", "finetune.sh", "--num_epochs", "1"]
+        result = subprocess.run(
+            command, cwd=other, env=environment, capture_output=True, text=True, check=True
+        )
+        said[cards] = result.stdout.splitlines()[-1]
+    flags = "finetune.py --data_path a b.json --output_path o --model_path m --test_size 7 --num_epochs 1"
+    assert said["1"] == f"1: {flags}"
+    assert said["0,1"] == f"0,1: -m torch.distributed.run --nproc_per_node=2 --master_port=23456 {flags}"

@@ -1,0 +1,646 @@
+"""What --lora_path and --model_path may name, and what comes of it: adapter, base, template, or a message."""
+
+import dataclasses
+import json
+import pickle
+import shutil
+import threading
+import types
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from onecard import (
+    adapter,
+    chat,
+    hardware,
+    late,
+    loading,
+    model,
+    runfolder,
+    sources,
+    talking,
+    template,
+    train,
+    weights,
+)
+from onecard.chat import CANCELLED, Chat
+from onecard.chat_config import GREEDY, ChatConfig, Generation
+from onecard.config import FinetuneConfig, build
+from onecard.errors import UserError
+from onecard.prompt import Conversation, Turn
+from tests.support import tiny
+from tests.support.faults import Touch
+from tests.support.resume_cases import stopped_at
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RANK, ALPHA, TARGETS = 4, 12, "q_proj,v_proj"
+QUICK = Generation(GREEDY, repetition_penalty=1.0, min_new_tokens=0, max_new_tokens=8)
+QUESTION = Conversation((Turn("user", "Say red"),))
+MINE = {"user": "Q {text} A", "assistant": "{text}{end}", "between": "\n"}
+
+
+def trained(base: Path, place: Path, **changes) -> Path:
+    """A run of four steps, with a validation loss and a checkpoint at each."""
+    rows = tiny.save_rows(place / "rows.json", 24)
+    given = {
+        "model_path": str(base),
+        "data_path": str(rows),
+        "output_path": str(place / "run"),
+        "bits": 16,
+        "dtype": "fp32",
+        "device": "cpu",
+        "batch_size": 6,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "test_size": 5,
+        "eval_steps": 1,
+        "save_steps": 1,
+        "lora_r": RANK,
+        "lora_alpha": ALPHA,
+        "lora_target_modules": TARGETS,
+    }
+    settings = build(FinetuneConfig, {**given, **changes})
+    train.run(settings, locate=str, sample=lambda *_: [], draw=lambda *_: None)
+    return place / "run"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory) -> Path:
+    """A finished run, with a template of its own that is gone by now; its best step is the second."""
+    place = tmp_path_factory.mktemp("finished")
+    (place / "mine.json").write_text(json.dumps(MINE))
+    made = trained(tiny_model, place, template=str(place / "mine.json"))
+    (place / "mine.json").unlink()
+    lines = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
+    for record in lines:
+        if "eval_loss" in record:
+            record["eval_loss"] = {0: 0.1, 1: 3.0, 2: 1.5, 3: 2.5, 4: 2.0}[record["step"]]
+    (made / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    return made
+
+
+@pytest.fixture
+def unfinished(run, tmp_path) -> Path:
+    """The run as it was before its end, its log's last line torn off."""
+    return stopped_at(run, 4, tmp_path / "unfinished")
+
+
+def no_fetch(name: str) -> str:
+    raise UserError(f"{name}: no such folder here, and the hub has none.", "Check the name.")
+
+
+def load(lora_path=None, fetch=no_fetch, **changes) -> tuple[Chat, list[str]]:
+    """A chat and what was said while it was made."""
+    options = {"dtype": "fp32", "device": "cpu", "lora_path": None if lora_path is None else str(lora_path)}
+    said: list[str] = []
+    made = loading.load(build(ChatConfig, {**options, **changes}), str, fetch, None, said.append)
+    return Chat(*made), said
+
+
+def scores(chat: Chat, mixture=None) -> torch.Tensor:
+    stream = chat.engine.open(list(range(2, 14)), chat.mixture if mixture is None else mixture)
+    list(stream.read())
+    return stream.first()[0]
+
+
+@torch.no_grad()
+def plain(folder: Path) -> torch.Tensor:
+    return AutoModelForCausalLM.from_pretrained(folder)(torch.arange(2, 14)[None]).logits[0, -1]
+
+
+def merged(base: Path, tensors: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
+    """Scores of the base with scale B A added by hand."""
+    made = AutoModelForCausalLM.from_pretrained(base)
+    for name in (name for name in tensors if "lora_A" in name):
+        module = made.get_submodule(name.removeprefix("base_model.model.").split(".lora_A")[0])
+        module.weight.data += scale * (tensors[name.replace("lora_A", "lora_B")] @ tensors[name])
+    with torch.no_grad():
+        return made(torch.arange(2, 14)[None]).logits[0, -1]
+
+
+def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {
+        str(path.relative_to(folder)): (path.read_bytes() if path.is_file() else b"", path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def is_checkpoint(chat: Chat, base: Path, folder: Path) -> bool:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return torch.allclose(scores(chat), merged(base, tensors, ALPHA / RANK), atol=1e-4)
+
+
+def texts(form) -> dict:
+    return {**form.texts(), "name": ""}
+
+
+def test_a_finished_run_a_checkpoint_and_an_adapter_folder(run, tiny_model, tmp_path):
+    """Each is its own adapter on the run's own base, in the template of training; nothing is changed."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(run / name, alone / name)
+    before = tree(run)
+    for path, folder in ((run, run), (run / "checkpoint-3", run / "checkpoint-3"), (alone, alone)):
+        chat, said = load(path)
+        assert is_checkpoint(chat, tiny_model, folder)
+        assert not torch.allclose(scores(chat), plain(tiny_model), atol=1e-3)
+        assert torch.allclose(scores(chat, ()), plain(tiny_model), atol=1e-5)
+        if folder == alone:
+            assert chat.template.name == "alpaca"
+            assert any("none is written with the adapter" in line for line in said)
+        else:
+            own = {key: template.parts(text, []) for key, text in MINE.items()}
+            assert texts(chat.template) == texts(template.Template("", **own))
+            assert any("was trained with it" in line for line in said)
+    assert tree(run) == before
+    assert load(run, template="cutegpt")[0].template.name == "cutegpt"
+
+
+def test_an_unfinished_run_answers_with_its_best_or_newest_checkpoint(unfinished, tiny_model):
+    """Of those that are whole: a damaged newest is left out, without any there is a message."""
+    for checkpoint, wanted in (("best", 2), ("newest", 4)):
+        before = tree(unfinished)
+        chat, said = load(unfinished, checkpoint=checkpoint)
+        assert is_checkpoint(chat, tiny_model, unfinished / f"checkpoint-{wanted}")
+        assert any(f"checkpoint-{wanted} answers" in line for line in said)
+        assert tree(unfinished) == before
+    damage(unfinished / "checkpoint-4")
+    assert is_checkpoint(load(unfinished, checkpoint="newest")[0], tiny_model, unfinished / "checkpoint-3")
+    damage(unfinished / "checkpoint-2")  # the best
+    chat, said = load(unfinished)
+    assert is_checkpoint(chat, tiny_model, unfinished / "checkpoint-3")
+    assert any("checkpoint-3 answers, the newest" in line for line in said)
+    with pytest.raises(UserError, match="changed since it was saved") as caught:
+        load(unfinished / "checkpoint-4")
+    assert caught.value.code == 4
+    for number in (0, 1, 3):
+        damage(unfinished / f"checkpoint-{number}")
+    with pytest.raises(UserError, match="no whole checkpoint") as caught:
+        load(unfinished)
+    assert caught.value.code == 4
+
+
+def damage(checkpoint: Path) -> None:
+    path = checkpoint / "adapter_model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+def test_an_unfinished_run_without_validation_answers_with_its_newest(unfinished, tiny_model):
+    """No loss in the log, or no log at all."""
+    lines = [line for line in (unfinished / "log.jsonl").read_text().splitlines() if "eval_loss" not in line]
+    for text in ("\n".join(lines), "[]\n7\nnull\n", None):
+        (unfinished / "log.jsonl").unlink()
+        if text is not None:
+            (unfinished / "log.jsonl").write_text(text)
+        assert is_checkpoint(load(unfinished)[0], tiny_model, unfinished / "checkpoint-4")
+        (unfinished / "log.jsonl").touch()
+
+
+@pytest.mark.parametrize("what", ["full", "lora+embeddings"])
+def test_runs_that_train_more_than_an_adapter(tiny_model, tmp_path, what):
+    """All weights: RUN, RUN/model and its checkpoints are models of their own; embeddings come and go."""
+    folder = trained(
+        tiny_model, tmp_path, train_what=what, max_steps=2, template="vicuna-chat", learning_rate=3e-3
+    )
+    if what == "full":
+        for path in (folder, folder / "model", folder / "checkpoint-2"):
+            chat, _ = load(path)
+            assert torch.allclose(scores(chat), plain(folder / "model"), atol=1e-5)
+            assert chat.template.name == "vicuna-chat"
+            assert (chat.mixture, chat.engine.adapters) == ((), [])
+        assert not torch.allclose(scores(chat), plain(tiny_model), atol=1e-3)
+        early = stopped_at(folder, 2, tmp_path / "early")
+        assert torch.allclose(scores(load(early)[0]), plain(folder / "model"), atol=1e-5)
+        with open(early / "checkpoint-2" / "model.safetensors", "ab") as file:
+            file.write(b" ")
+        with pytest.raises(UserError, match="changed since it was saved"):
+            load(early / "checkpoint-2")
+        for more in ({"model_path": str(tiny_model)}, {"lora_path": f"{folder},{folder}"}):
+            with pytest.raises(UserError, match="a whole model, no adapter"):
+                load(**{"lora_path": folder, **more})
+        return
+    wanted = adapter.add_adapter(
+        model.load_base(str(tiny_model), 16, "fp32", "cpu"),
+        adapter.LoraShape(RANK, ALPHA, 0.0, TARGETS, what=what),
+        seed=0,
+    )
+    weights.load(wanted, folder)
+    chat, _ = load(folder)
+    with torch.no_grad():
+        assert torch.allclose(scores(chat), wanted.eval()(torch.arange(2, 14)[None]).logits[0, -1], atol=1e-4)
+    assert torch.allclose(scores(chat, ()), plain(tiny_model), atol=1e-5)
+    assert "embed_tokens" in (folder / "adapter_config.json").read_text()
+
+
+@pytest.fixture
+def old(run, tmp_path) -> Path:
+    """A folder as Chinese-Vicuna left it: pickled weights, no adapter_config.json."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text('{"global_step": 3}')
+    torch.save(load_file(run / "adapter_model.safetensors"), folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "named"),
+    [
+        ("pytorch_model.bin", False, True),
+        ("adapter_model.bin", False, False),
+        ("adapter_model.bin", True, False),
+    ],
+)
+def test_older_folders_are_read_and_left_as_they_are(run, tiny_model, old, name, config, named):
+    """Pickled weights with and without a configuration: same bytes, same times, no file more or less."""
+    (old / "pytorch_model.bin").rename(old / name)
+    if config:
+        values = json.loads((run / "adapter_config.json").read_text())
+        (old / "adapter_config.json").write_text(json.dumps(values))
+    (old / "trainer_state.json").unlink()
+    before, folder_before = tree(old), old.stat().st_mtime_ns
+    chat, said = load(f"mine={old}" if named else old, model_path=str(tiny_model))
+    assert (tree(old), old.stat().st_mtime_ns) == (before, folder_before)
+    tensors = load_file(run / "adapter_model.safetensors")
+    scale = ALPHA / RANK if config else 2.0  # where it is not written: twice the rank, and said so
+    assert torch.allclose(scores(chat), merged(tiny_model, tensors, scale), atol=1e-4)
+    assert any("does not say its alpha" in line for line in said) == (not config)
+    assert f"adapter     {'mine' if named else 'old'}: {old}" in said  # not a copy of ours
+    assert chat.engine.adapters == ["mine" if named else "old"]
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin"])
+def test_a_pickle_that_would_run_code_is_refused(old, tmp_path, tiny_model, name):
+    """S1: exit 8, and nothing ran."""
+    (old / "pytorch_model.bin").unlink()
+    canary = tmp_path / "canary"
+    (old / name).write_bytes(pickle.dumps({"x": Touch(canary)}, protocol=2))
+    with pytest.raises(UserError, match=name) as caught:
+        load(old, model_path=str(tiny_model))
+    assert caught.value.code == 8
+    assert not canary.exists()
+
+
+def test_an_adapter_of_the_hub(run, tiny_model, tmp_path):
+    """A name that is no folder is fetched; what the hub has not is told as the hub tells it."""
+    asked = []
+
+    def fetch(name: str) -> str:
+        asked.append(name)
+        return str(run)
+
+    chat, _ = load("someone/some-lora", fetch)
+    assert asked == ["someone/some-lora"]
+    assert is_checkpoint(chat, tiny_model, run)
+    assert chat.engine.adapters == ["some-lora"]
+    with pytest.raises(UserError, match="the hub has none"):
+        load(tmp_path / "nowhere")
+
+
+def test_several_adapters_with_names_and_weights(run, tiny_model):
+    """The first answers; with weights all answer together; names are given, or the folders'."""
+    best, third = run / "checkpoint-2", run / "checkpoint-3"
+    chat, _ = load(f"one={best}, {third}")
+    assert chat.engine.adapters == ["one", "run-checkpoint-3"]
+    assert chat.mixture == (("one", 1.0),)
+    assert is_checkpoint(chat, tiny_model, best)
+    assert Chat.stream
+    chat, _ = load(f"one={best}:0.25,two={third}:-0.5")
+    assert chat.mixture == (("one", 0.25), ("two", -0.5))
+    chat, _ = load(f"one={best}:1,two={third}:1")
+    assert chat.mixture == (("one", 1.0), ("two", 1.0))
+    chat, _ = load(f"one={best}:0.25,two={third}:-0.5")
+    both = [load_file(path / "adapter_model.safetensors") for path in (best, third)]
+    scaled = {
+        name: torch.cat([0.25 * both[0][name], -0.5 * both[1][name]], 1)
+        if "lora_B" in name
+        else torch.cat([both[0][name], both[1][name]], 0)
+        for name in both[0]
+    }
+    assert torch.allclose(scores(chat), merged(tiny_model, scaled, ALPHA / RANK), atol=1e-4)
+    chat, _ = load(f"{best},{best},v1.5={third}")
+    assert chat.engine.adapters == ["run-checkpoint-2", "run-checkpoint-2+", "v1.5"]
+    assert is_checkpoint(Chat(chat.engine, chat.template, (("v1.5", 1.0),)), tiny_model, third)
+
+
+def test_the_usual_template_says_why(run, tiny_model):
+    """Without an adapter nothing is said of one."""
+    own = model.load_tokenizer(str(tiny_model))
+    assert "adapter" not in sources.choose_template(None, [], own)[1]
+    alone = sources.Source("mine", run)
+    assert "none is written with the adapter" in sources.choose_template(None, [alone], own)[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (None, []),
+        (" , ", []),
+        ("a/b", [("b", "a/b", None)]),
+        ("a/b/", [("b", "a/b/", None)]),
+        ("x=a/b:0.5", [("x", "a/b", 0.5)]),
+        ("x=a/b:1", [("x", "a/b", 1.0)]),
+        ("a/b:2,c/b", [("b", "a/b", 2.0), ("b+", "c/b", None)]),
+        ("/p=q/r", [("r", "/p=q/r", None)]),
+        ("run/checkpoint-7", [("run-checkpoint-7", "run/checkpoint-7", None)]),
+        ("模型=a", [("模型", "a", None)]),
+        ("my lora/new one", [("new-one", "my lora/new one", None)]),
+    ],
+)
+def test_the_list_of_adapters(text, wanted):
+    """NAME=PATH:WEIGHT with commas between, name and weight left out as one likes."""
+    assert sources.read_list(text) == wanted
+
+
+def test_the_template_that_was_saved_counts(run, tiny_model, tmp_path):
+    """Its texts, then its name; a chat template only without an adapter; a damaged one is named."""
+    form = json.loads((run / "finetune_config.json").read_text())["resolved"]["template"]
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+
+    def rewritten(change) -> None:
+        values = json.loads((run / "finetune_config.json").read_text())
+        change(values)
+        (copy / "finetune_config.json").write_text(json.dumps(values))
+
+    def older(values: dict) -> None:  # before texts were saved
+        del values["resolved"]["template"]
+        values["options"]["template"] = "cutegpt,alpaca"
+
+    rewritten(older)
+    assert load(copy)[0].template.name == "cutegpt"
+    rewritten(lambda values: values["resolved"].update(template={"name": "x", "usr": []}))
+    with pytest.raises(UserError, match="damaged"):
+        load(copy)
+    assert load(copy, template="alpaca")[0].template.name == "alpaca"
+    rewritten(lambda values: values.update(options=None, resolved=None))
+    assert load(copy)[0].template.name == "alpaca"
+    assert form["name"] == "mine"
+    other = tmp_path / "chatting"
+    shutil.copytree(tiny_model, other)
+    own = tiny.tokenizer()
+    own.chat_template = (
+        "{% for m in messages %}<start>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
+    )
+    own.save_pretrained(other)
+    assert load(model_path=str(other))[0].template.name == "auto"
+    assert load(run, model_path=str(other))[0].template.name == "mine"
+    assert load(model_path=str(tiny_model))[0].template.name == "alpaca"
+
+
+def test_the_base_is_the_runs_own(run, tiny_model, tmp_path):
+    """Another one by --model_path; one that is gone is a message that names it."""
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    values = json.loads((moved / "finetune_config.json").read_text())
+    values["options"]["model_path"] = str(tmp_path / "gone")
+    (moved / "finetune_config.json").write_text(json.dumps(values))
+    with pytest.raises(
+        UserError, match=r"moved says that it was trained on .*gone, which is not on"
+    ) as caught:
+        load(moved)
+    assert "--model_path" in caught.value.fix
+    assert is_checkpoint(load(moved, model_path=str(tiny_model))[0], tiny_model, run)
+    with pytest.raises(UserError, match="cannot load"):
+        load(model_path=str(tmp_path / "nowhere"))
+
+
+WRONG = {  # file, its content from what it was, the words, the exit code
+    "no JSON": ("adapter_config.json", lambda raw: raw[:20], "damaged", 4),
+    "a list": ("adapter_config.json", lambda _: b"[]", "no JSON object", 4),
+    "another kind": ("adapter_config.json", lambda _: b'{"peft_type": "PREFIX_TUNING"}', "not a LoRA", 4),
+    "wrong rank": ("adapter_config.json", lambda raw: raw.replace(b'"r": 4', b'"r": 5'), "does not fit", 4),
+    "no such module": (
+        "adapter_config.json",
+        lambda raw: raw.replace(b"q_proj", b"z_proj"),
+        "does not fit",
+        4,
+    ),
+    "cut weights": ("adapter_model.safetensors", lambda raw: raw[: len(raw) // 2], "damaged", 4),
+    "empty weights": ("adapter_model.safetensors", lambda _: b"", "damaged", 4),
+    "no weights": ("adapter_model.safetensors", None, "no adapter", 4),
+    "damaged run": ("finetune_config.json", lambda raw: raw[:50], "damaged", 4),
+    "run of a list": ("finetune_config.json", lambda _: b"[1]", "no JSON object", 4),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_damaged_adapters_are_named(run, tiny_model, tmp_path, name):
+    """One message with the folder or file, and a code; no traceback."""
+    file, change, words, code = WRONG[name]
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for each in ("adapter_config.json", "adapter_model.safetensors", "finetune_config.json"):
+        shutil.copy(run / each, folder / each)
+    raw = (folder / file).read_bytes()
+    (folder / file).unlink()
+    if change:
+        (folder / file).write_bytes(change(raw))
+    if name == "no weights":
+        (folder / "finetune_config.json").unlink()
+    with pytest.raises(UserError, match=words) as caught:
+        load(folder, model_path=str(tiny_model))
+    assert caught.value.code == code
+    assert "bad" in caught.value.problem
+
+
+def test_a_wrong_base_is_refused(run, tmp_path):
+    """Of other sizes, and of another depth, which peft would load in part."""
+    for change in ({"hidden_size": 48}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}):
+        other = tiny.save_model(tmp_path / "-".join(map(str, change.values())), **change)
+        with pytest.raises(UserError, match="does not fit this base model") as caught:
+            load(run, model_path=str(other))
+        assert caught.value.code == 4
+        assert "--model_path" in caught.value.fix
+
+
+def test_folders_that_hold_nothing(tmp_path, tiny_model):
+    """An empty folder, a run that has not saved yet: exit 4, with what would do."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "young").mkdir()
+    (tmp_path / "young" / runfolder.CONFIG).write_text('{"options": {}}')
+    for name, word in (("empty", "no adapter"), ("young", "no whole checkpoint")):
+        with pytest.raises(UserError, match=word) as caught:
+            load(tmp_path / name, model_path=str(tiny_model))
+        assert caught.value.code == 4
+
+
+@pytest.mark.parametrize("how", ["yarn", "dynamic"])
+def test_stretched_contexts(tiny_model, how):
+    """Four times the context: a conversation beyond the model's own is answered, kept keys change nothing."""
+    chat, _ = load(model_path=str(tiny_model), rope_scaling=how)
+    assert chat.engine.context == 4 * 512
+    long = Conversation((Turn("user", "Say red " * 150),))
+    settings = dataclasses.replace(QUICK, max_memory=0)
+    *_, reply = chat.stream(long, settings)
+    assert reply.prompt_tokens > 1000
+    assert reply.finished != CANCELLED
+    *_, again = chat.stream(long, settings)
+    assert again.reused == reply.prompt_tokens - 1
+    assert again.text.whole == reply.text.whole
+    short, _ = load(model_path=str(tiny_model), rope_scaling=how, context=700)
+    assert short.engine.context == 700
+    with pytest.raises(UserError, match="900: the model has 512"):
+        load(model_path=str(tiny_model), context=900)
+
+
+def test_without_stretching_nothing_changes(tiny_model):
+    """The scores are the plain model's, bit for bit; stretched ones differ."""
+    chat, _ = load(model_path=str(tiny_model), rope_scaling="none", rope_factor=8)
+    assert chat.engine.context == 512
+    chat.engine.model = model.load_base(str(tiny_model), 16, "fp32", "cpu").eval()
+    untouched = scores(chat)
+    assert torch.equal(scores(load(model_path=str(tiny_model), rope_scaling="none")[0]), untouched)
+    assert torch.allclose(untouched, plain(tiny_model), atol=1e-5)
+    for how in ("yarn", "dynamic"):
+        assert not torch.allclose(
+            scores(load(model_path=str(tiny_model), rope_scaling=how)[0]), plain(tiny_model)
+        )
+
+
+def test_threads_are_those_asked_for(tiny_model):
+    load(model_path=str(tiny_model), threads=2)
+    assert torch.get_num_threads() == 2
+    load(model_path=str(tiny_model), threads=1)
+    assert torch.get_num_threads() == 1
+
+
+def test_options_that_do_not_go_together(tiny_model, run):
+    """Each names the option and what would do."""
+    for given, word in (
+        ({"card_memory": "0:1GiB"}, "--device all"),
+        ({"engine": "transformers", "model_path": "x.gguf"}, "llama.cpp"),
+        ({"device": "mps"}, "no Apple card"),
+        ({"load_8bit": True, "bits": 4}, "--load_8bit and --bits 4 contradict"),
+        ({"load_8bit": "true", "bits": "16"}, "contradict"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load(**{"model_path": str(tiny_model), **given})
+        assert word in str(caught.value)
+
+
+def test_adapters_of_different_bases(run, tiny_model, tmp_path):
+    """Both are named, and --model_path decides; two names of one folder are one base."""
+    copies = [tmp_path / name for name in ("a", "b")]
+    for copy in copies:
+        shutil.copytree(run, copy)
+    both = ",".join(map(str, copies))
+
+    def names(base: str) -> None:
+        stored = json.loads((run / "finetune_config.json").read_text())
+        stored["options"]["model_path"] = base
+        (copies[1] / "finetune_config.json").write_text(json.dumps(stored))
+
+    names("someone/other-model")
+    with pytest.raises(UserError) as caught:
+        load(both)
+    for word in (f"a on {tiny_model}", "b on someone/other-model", "--model_path"):
+        assert word in str(caught.value)
+    assert load(both, model_path=str(tiny_model))[0].engine.adapters == ["a", "b"]
+    (tmp_path / "link").symlink_to(tiny_model)
+    names(str(tmp_path / "link"))
+    assert load(both)[0].engine.adapters == ["a", "b"]
+
+
+def later(beside=lambda device: [], **options) -> tuple[Chat, list[str]]:
+    said: list[str] = []
+    given = build(ChatConfig, {"dtype": "fp32", "device": "cpu", **options})
+    return chat.later(given, str, no_fetch, None, said.append, beside), said
+
+
+def test_a_model_that_waits_for_its_first_question(run, tiny_model):
+    """What a page needs is there without weights; the first question loads them, says so, and is answered."""
+    asked = []
+    made, said = later(lambda device: asked.append(device) or ["run-7"], lora_path=str(run))
+    assert (made.engine.name, made.engine.adapters, made.template.name) == ("transformers", ["run"], "mine")
+    assert made.modes()
+    assert made.mixture == (("run", 1.0),)
+    with pytest.raises(UserError, match="No adapter is called x"):
+        made.engine.check_mixture((("x", 1.0),))
+    assert not made.engine.is_loaded
+    assert any("not loaded" in line for line in said)
+    sides = talking.answers(talking.Sessions(), "page", made, QUESTION, QUICK, None, "en")
+    assert next(sides)[1].startswith("loading the model ...")
+    sides.close()
+    assert not made.engine.is_loaded
+    first, *_, last = made.stream(QUESTION, QUICK)
+    assert first.loading
+    told = talking.describe(first, made, "en"), talking.describe(first, made, "zh")
+    assert told[0] == "loading the model ... (run-7 is trained on the same device)"
+    assert "run-7" in told[1]
+    *_, wanted = load(run)[0].stream(QUESTION, QUICK)
+    assert last.text == wanted.text
+    assert not any(reply.loading for reply in made.stream(QUESTION, QUICK))
+    assert talking.describe(last, made, "en").endswith(
+        "cpu, beside the training run-7 · cut at the most new tokens"
+    )
+    assert set(asked) == {"cpu"}
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_again(tiny_model, monkeypatch):
+    """Out of memory names the training; a second question succeeds; two at once load once."""
+    plain, calls = loading.engine_of, []
+
+    def engine_of(*how):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return plain(*how)
+
+    monkeypatch.setattr(loading, "engine_of", engine_of)
+    made, _ = later(lambda device: ["run-7"], model_path=str(tiny_model))
+    with pytest.raises(UserError, match=r"while the model was loaded\. Wait for run-7") as caught:
+        list(made.stream(QUESTION, QUICK))
+    assert caught.value.code == 6
+    threads = [threading.Thread(target=lambda: list(made.stream(QUESTION, QUICK))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(calls) == 2
+    assert made.engine.is_loaded
+
+
+def test_a_model_that_cannot_be_loaded_keeps_no_memory(monkeypatch):
+    """What was read before the memory ran out is let go, then the card's cache is emptied."""
+    read, emptied = [], []
+
+    def engine_of() -> None:
+        weights = torch.zeros(9)
+        read.append(weakref.ref(weights))
+        raise RuntimeError("CUDA out of memory. Tried to allocate")
+
+    def empty(device: str) -> None:
+        emptied.append((device, read[-1]() is None))
+
+    monkeypatch.setattr(hardware, "forget_cached_memory", empty)
+    for device, wanted in (("cuda:1", "cuda:1"), ("all", "cuda")):
+        nothing = types.SimpleNamespace(name="", cannot={})
+        found = types.SimpleNamespace(
+            kind=nothing, adapters=[], tokenizer=None, device=hardware.Choice(device, "")
+        )
+        with pytest.raises(UserError, match="Out of memory"):
+            late.Engine(found, engine_of, lambda device: []).loaded()
+        assert emptied.pop() == (wanted, True)
+
+
+def test_mistakes_are_told_before_any_question(tiny_model, tmp_path):
+    """A model that waits is checked as far as that needs no weights."""
+    for options, word in (
+        ({"model_path": str(tmp_path)}, "no tokenizer"),
+        ({"model_path": str(tiny_model), "lora_path": str(tmp_path / "none")}, "no such folder"),
+        ({"model_path": str(tiny_model), "template": "chatml"}, "no token"),
+        ({"model_path": str(tiny_model), "device": "mps"}, "no Apple card"),
+    ):
+        with pytest.raises(UserError, match=word):
+            later(**options)

@@ -1,0 +1,425 @@
+"""Checkpoints cannot be half: kills and power failures at every file operation, rot, full disks."""
+
+import itertools
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from onecard import adapter, checkpoint, lock, runfolder, weights
+from onecard.checkpoint import Progress
+from onecard.errors import UserError
+from tests.support import faults
+from tests.support.power_failure import memory_rise, optimizer, power_failures, save
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A run folder with checkpoints 5 and 10."""
+    folder = tmp_path_factory.mktemp("saved")
+    save(folder, 5)
+    save(folder, 10)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def in_child(work) -> int:
+    """Exit code of work() in a forked child, negative for a signal."""
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)  # the parent's pool of threads was not forked
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def until_untouched(place: Path, before, attempt):
+    """(folder, exit code) of attempt(folder, number) for number 1, 2, ... until one is not killed any more.
+
+    before(folder) makes the checkpoints that are there already.
+    """
+    for number in itertools.count(1):
+        folder = place / str(number)
+        folder.mkdir()
+        before(folder)
+        code = attempt(folder, number)
+        assert code in (0, -signal.SIGKILL)
+        yield folder, code
+        if code == 0:
+            return
+
+
+def killed_at_operation(work):
+    """An attempt: work(folder) in a child that dies before its file operation `number`."""
+
+    def attempt(folder: Path, number: int) -> int:
+        def dying() -> None:
+            faults.kill_at_operation(number)
+            work(folder)
+
+        return in_child(dying)
+
+    return attempt
+
+
+def check_old_or_new(folder: Path) -> str:
+    """The name of the newest checkpoint, which is whole, after a save of step 3 over step 2."""
+    newest, problems = checkpoint.newest(folder)
+    assert newest is not None
+    assert newest.name in ("checkpoint-2", "checkpoint-3")
+    assert problems == []
+    return newest.name
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, keep):
+    """C1, C13, C19: the old or the new one, never neither, never mixed; the next save cleans up."""
+
+    def before(folder: Path) -> None:
+        save(folder, 1)
+        save(folder, 2, keep)
+
+    killed, attempt = 0, killed_at_operation(lambda folder: save(folder, 3, keep))
+    for folder, code in until_untouched(tmp_path, before, attempt):
+        name = check_old_or_new(folder)
+        if code:
+            killed += 1
+            runfolder.go_back(folder, 3)
+            save(folder, 4, keep)
+            assert not list(folder.glob(".*"))
+            assert checkpoint.newest(folder)[0].name == "checkpoint-4"
+    assert name == "checkpoint-3"
+    assert killed >= 15
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(tmp_path):
+    """C1: the same step with another state (another budget) takes the place of the one there."""
+
+    def before(folder: Path) -> None:
+        save(folder, 1)
+        save(folder, 2, budget=100)
+
+    killed, attempt = 0, killed_at_operation(lambda folder: save(folder, 2, budget=50))
+    for folder, code in until_untouched(tmp_path, before, attempt):
+        newest, problems = checkpoint.newest(folder)
+        assert (newest and newest.name, problems) == ("checkpoint-2", [])
+        assert checkpoint.read_progress(newest).micro_batch_tokens in (50, 100)
+        if code:
+            killed += 1
+            runfolder.go_back(folder, 2)
+            save(folder, 2, budget=25)
+            assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert checkpoint.read_progress(newest).micro_batch_tokens == 50
+    assert killed >= 14
+
+
+SYSTEM_CALLS = ["mkdir", "openat", "ftruncate", "write", "renameat", "fsync", "rename", "unlinkat", "rmdir"]
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace (Debian package strace)")
+@pytest.mark.parametrize("call", SYSTEM_CALLS)
+def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(tmp_path, call):
+    """C2: like C1, seen from outside of Python, so with those that safetensors' own code makes."""
+
+    def before(folder: Path) -> None:
+        save(folder, 1)
+        save(folder, 2)
+
+    def attempt(folder: Path, number: int) -> int:
+        return traced(lambda: save(folder, 3, keep=1), f"{call}:signal=SIGKILL:when={number}")
+
+    killed = 0
+    for folder, code in until_untouched(tmp_path, before, attempt):
+        name = check_old_or_new(folder)
+        killed += code != 0
+    assert name == "checkpoint-3"
+    assert killed >= 1
+
+
+def traced(work, inject: str) -> int:
+    """Exit code of work() in a forked child whose system calls strace interferes with."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.read(reader, 1)
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    os.close(reader)
+    command = ["strace", "-f", "-p", str(pid), "-e", f"inject={inject}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
+        first = tracer.stderr.readline()
+        assert "attached" in first or os.kill(pid, signal.SIGKILL), first
+        os.write(writer, b"x")
+        os.close(writer)
+        tracer.stderr.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("fsync_works", [True, False])
+def test_a_power_failure_leaves_a_whole_checkpoint(tmp_path, monkeypatch, fsync_works):
+    """C3: in every legal state after it; once a save has returned, it is never lost. Without fsync it is."""
+    with monkeypatch.context() as patch:
+        good, total = power_failures(tmp_path, patch, fsync_works)
+    assert total > 100
+    assert (good == total) == fsync_works
+
+
+def test_every_flipped_bit_is_found(copy):
+    """C8: at 300 random places over all files; the checkpoint before is used."""
+    files = [path for path in sorted((copy / "checkpoint-10").iterdir()) if path.is_file()]
+    generator = random.Random(3)
+    missed = []
+    for _ in range(300):
+        path = generator.choice(files)
+        raw = bytearray(path.read_bytes())
+        place, bit = generator.randrange(len(raw)), generator.randrange(8)
+        raw[place] ^= 1 << bit
+        good = path.read_bytes()
+        path.write_bytes(raw)
+        newest, problems = checkpoint.newest(copy)
+        if newest.name != "checkpoint-5" or "checkpoint-10" not in problems[0]:
+            missed.append((path.name, place, bit))
+        path.write_bytes(good)
+    assert missed == []
+    assert checkpoint.newest(copy) == (copy / "checkpoint-10", [])
+
+
+def test_cut_missing_extra_and_mixed_files(copy):
+    """C9, C10, C11: found, except extra files, which are named and not read."""
+    last = copy / "checkpoint-10"
+    for path in sorted(last.iterdir()):
+        content = path.read_bytes()
+        for length in {0, 1, len(content) // 2, len(content) - 1}:
+            path.write_bytes(content[:length])
+            assert checkpoint.newest(copy)[0].name == "checkpoint-5", (path, length)
+        path.unlink()
+        assert checkpoint.newest(copy)[0].name == "checkpoint-5"
+        shutil.copy(copy / "checkpoint-5" / path.name, path)
+        assert checkpoint.newest(copy)[0].name == "checkpoint-5", path
+        path.write_bytes(content)
+    (last / "notes.txt").write_text("mine")
+    assert checkpoint.verify(last) == ["notes.txt"]
+
+
+def test_the_number_in_the_manifest_counts(copy):
+    """T21, C11: neither the folder's name nor its time."""
+    os.utime(copy / "checkpoint-5", (2e9, 2e9))
+    assert checkpoint.newest(copy)[0].name == "checkpoint-10"
+    (copy / "checkpoint-5").rename(copy / "checkpoint-99")
+    newest, problems = checkpoint.newest(copy)
+    assert newest.name == "checkpoint-10"
+    assert "say it is step 5" in problems[0]
+
+
+def test_another_format_is_refused(copy):
+    """C16: a later format is not guessed at."""
+    path = copy / "checkpoint-10" / "manifest.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(UserError, match="format 2") as caught:
+        checkpoint.verify(path.parent)
+    assert caught.value.code == 4
+
+
+@pytest.mark.parametrize("call", range(1, 11))
+def test_a_failing_sync_is_a_failing_save(tmp_path, monkeypatch, call):
+    """C5: an error of fsync is exit 7, before the rename nothing is promoted; nothing temporary is left."""
+    save(tmp_path, 1)
+    plain, calls = os.fsync, itertools.count(1)
+
+    def fsync(handle: int) -> None:
+        if next(calls) == call:
+            raise OSError(5, "Input/output error")
+        plain(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(UserError, match="Input/output error") as caught:
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    assert caught.value.code == 7
+    assert not list(tmp_path.glob(".saving*"))
+    assert checkpoint.newest(tmp_path)[0].name == ("checkpoint-1" if call < 10 else "checkpoint-2")
+
+
+def test_a_quota_is_a_failing_save(tmp_path):
+    """C6: files may not grow beyond a limit, whichever; never "saved", and nothing temporary is left."""
+    save(tmp_path, 1)
+    largest = max(path.stat().st_size for path in (tmp_path / "checkpoint-1").iterdir())
+    for limit in range(0, largest, 16):
+
+        def work(limit: int = limit) -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            refused_with(7, lambda: save(tmp_path, 2))
+
+        assert in_child(work) == 0, limit
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert save(tmp_path, 2).is_dir()
+
+
+def test_a_folder_without_the_right_to_write_is_a_failing_save(tmp_path, monkeypatch):
+    """C6: exit 7; for root, who may write everywhere, as an ordinary user."""
+    save(tmp_path, 1)
+    tmp_path.chmod(0o555)
+    monkeypatch.chdir(tmp_path)  # an ordinary user may not come here through the folders above
+
+    def work() -> None:
+        if os.getuid() == 0:
+            os.setuid(65534)
+        refused_with(7, lambda: save(Path(), 2))
+
+    assert in_child(work) == 0
+    tmp_path.chmod(0o755)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def refused_with(code: int, work) -> None:
+    with pytest.raises(UserError) as caught:
+        work()
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("gather", [None])
+def test_saving_needs_no_memory_for_the_base(tmp_path, gather):
+    """C21: a base of 130 MB is not gathered, nor are adapter and moments copied."""
+
+    def work() -> None:
+        base = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32000,
+                hidden_size=512,
+                intermediate_size=512,
+                num_hidden_layers=1,
+                num_attention_heads=8,
+            )
+        )
+        adapted = adapter.add_adapter(base, adapter.LoraShape(64, 16, 0.0, "q_proj,v_proj"), seed=1)
+        made = torch.optim.AdamW(weights.trainable(adapted))
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+        def saved() -> None:
+            held = gather and gather(adapted)
+            checkpoint.save(
+                tmp_path,
+                Progress(step=1),
+                lambda place: weights.save(adapted, None, place, False),
+                made,
+                scaler,
+            )
+            del held
+
+        saved()  # imports, buffers
+        shutil.rmtree(tmp_path / "checkpoint-1")
+        assert memory_rise(saved) < 32 << 20
+
+    assert in_child(work) == 0
+
+
+def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    """C18: exit 7 with MiB, at a save too."""
+    save(tmp_path, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
+    with pytest.raises(UserError, match=r"needs about 1 MiB, free: 0 MiB") as caught:
+        save(tmp_path, 2)
+    assert caught.value.code == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_leftovers_go_but_not_what_a_link_points_to(tmp_path):
+    """C19: own temporary folders are deleted; a link is removed, its target is not touched."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("mine")
+    run = tmp_path / "run"
+    (run / ".saving-3-77").mkdir(parents=True)
+    (run / ".saving-3-78").symlink_to(outside)
+    (run / ".saving-notes").mkdir()
+    runfolder.go_back(run, 0)
+    assert [path.name for path in run.iterdir()] == [".saving-notes"]
+    assert (outside / "file").read_text() == "mine"
+
+
+def test_temporary_files_lie_beside_their_place(tmp_path, monkeypatch):
+    """C7: the system's folder for temporary files is on another file system, and does not matter."""
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
+    assert save(tmp_path, 1).is_dir()
+
+
+def test_odd_names(tmp_path, monkeypatch):
+    """C17: blanks, Unicode, long names, a linked folder, a relative path."""
+    for name in ("with blank", "ünï-文件", "x" * 250):
+        folder = tmp_path / name
+        folder.mkdir()
+        assert checkpoint.newest(save(folder, 1).parent)[0].name == "checkpoint-1"
+    (tmp_path / "link").symlink_to(tmp_path / "with blank")
+    assert save(tmp_path / "link", 2).is_dir()
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.newest(Path("with blank"))[0].name == "checkpoint-2"
+
+
+def test_saving_over_a_loaded_file_changes_nothing(tmp_path):
+    """C14: tensors read from a checkpoint stay as they were when it is replaced in its place, and pruned."""
+    tensors = checkpoint.load_file(save(tmp_path, 1) / "optimizer.safetensors")
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    save(tmp_path, 1, budget=7)
+    assert checkpoint.read_progress(tmp_path / "checkpoint-1").micro_batch_tokens == 7
+    save(tmp_path, 2, keep=1)
+    assert not (tmp_path / "checkpoint-1").exists()
+    assert all(torch.equal(tensors[name], before[name]) for name in before)
+
+
+def test_optimizer_comes_back(tmp_path):
+    """The restored optimizer makes the same update, bit for bit."""
+    one, path = optimizer(3), save(tmp_path, 3)
+    other = torch.optim.AdamW([torch.nn.Parameter(one.param_groups[0]["params"][0].detach().clone())], lr=0.1)
+    checkpoint.restore(path, other, torch.amp.GradScaler("cpu", enabled=False))
+    for made in (one, other):
+        parameter = made.param_groups[0]["params"][0]
+        parameter.grad = torch.full_like(parameter, 0.25)
+        made.step()
+    assert torch.equal(*(made.param_groups[0]["params"][0] for made in (one, other)))
+
+
+def test_a_lock_dies_with_its_owner(tmp_path):
+    """T22: refused while the owner lives, naming its pid; free after a kill; the file goes at the end."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with lock.owned(tmp_path):
+            os.write(writer, b"x")
+            signal.pause()
+        os._exit(0)
+    os.read(reader, 1)
+    try:
+        for attempt in (lambda: lock.check_free(tmp_path), lambda: lock.owned(tmp_path).__enter__()):
+            with pytest.raises(UserError, match=f"process {pid} is training there") as caught:
+                attempt()
+            assert caught.value.code == 2
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    lock.check_free(tmp_path)
+    with lock.owned(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    assert not (tmp_path / ".lock").exists()
+    with lock.owned(tmp_path / "new" / "run"):
+        pass
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,237 @@
+"""Older checkpoints: written by transformers' Trainer here, and laid out as Chinese-Vicuna left them."""
+
+import json
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from onecard import legacy
+from onecard.errors import UserError
+from tests.support import tiny
+from tests.support.faults import Touch
+
+RANK, ALPHA, TARGETS = 4, 12, ["q_proj", "v_proj"]
+
+
+@pytest.fixture(scope="module")
+def written(tiny_model, tmp_path_factory) -> Path:
+    """A folder that the Trainer wrote after 3 of 6 planned steps."""
+    return write(tiny_model, tmp_path_factory.mktemp("trainer"), "adamw_torch")
+
+
+@pytest.fixture(scope="module")
+def written_8bit(tiny_model, tmp_path_factory) -> Path:
+    """The same with bitsandbytes' optimizer."""
+    return write(tiny_model, tmp_path_factory.mktemp("trainer8"), "adamw_bnb_8bit")
+
+
+def write(tiny_model: Path, place: Path, optimizer: str) -> Path:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    adapted = get_peft_model(
+        base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
+    )
+    ids = [torch.randint(2, 300, (12,), generator=torch.Generator().manual_seed(i)) for i in range(24)]
+    arguments = TrainingArguments(
+        output_dir=str(place),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        save_steps=3,
+        optim=optimizer,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    Trainer(model=adapted, args=arguments, train_dataset=[{"input_ids": x, "labels": x} for x in ids]).train()
+    return place / "checkpoint-3"
+
+
+def vicuna(written: Path, folder: Path) -> Path:
+    """The same content as Chinese-Vicuna left it: pickled weights under its name, no adapter_config.json."""
+    shutil.copytree(written, folder)
+    torch.save(load_file(written / "adapter_model.safetensors"), folder / "pytorch_model.bin")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (folder / name).unlink()
+    return folder
+
+
+def flags(tiny_model, tmp_path, **changes) -> dict:
+    rows = tiny.save_rows(tmp_path / "rows.json", 24)
+    settings = {
+        "bits": 16,
+        "dtype": "fp32",
+        "device": "cpu",
+        "batch_size": 4,
+        "num_epochs": 1,
+        "test_size": 0,
+    }
+    settings |= {"model_path": tiny_model, "data_path": rows, "output_path": tmp_path / "run"}
+    return {**settings, "learning_rate": 1e-2, "warmup_steps": 0, "save_steps": 1, **changes}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"), [("trainer", "written"), ("vicuna", "written"), ("trainer", "written_8bit")]
+)
+def test_an_older_checkpoint_goes_on(harness, request, tiny_model, tmp_path, layout, kind):
+    """Weights, moments, schedule and step arrive, said aloud; the folder is not changed."""
+    written = request.getfixturevalue(kind)
+    source = written if layout == "trainer" else vicuna(written, tmp_path / "old")
+    before = content(source)
+    wish = flags(tiny_model, tmp_path, resume_from_checkpoint=source)
+    if layout == "vicuna":
+        wish["lora_alpha"] = ALPHA
+    answer = harness.run("finetune_continue", wish)
+    assert answer["code"] == 0, answer["said"]
+    said = answer["said"]
+    assert "weights, optimizer, step go on; loss scale start anew" in said
+    assert "rank 4 and targets q_proj,v_proj come from its tensors" in said
+    assert ("its alpha is nowhere written" in said) == (layout == "vicuna")
+    assert "starts fresh" not in said
+    assert content(source) == before
+
+    run = tmp_path / "run"
+    start = load_file(run / "checkpoint-3" / "adapter_model.safetensors")
+    old = load_file(written / "adapter_model.safetensors")
+    assert start.keys() == old.keys()
+    assert all(torch.equal(start[name], old[name]) for name in old)
+    moments = load_file(run / "checkpoint-3" / "optimizer.safetensors")
+    saved = torch.load(written / "optimizer.pt", weights_only=True)["state"]
+    for number, state in saved.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(moments[f"{number}.{key}"].flatten(), value.flatten()), (number, key)
+    steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in steps] == [4, 5, 6]
+    assert [record["learning_rate"] for record in steps] == pytest.approx([1e-2 * k / 6 for k in (3, 2, 1)])
+    assert [record["rows_seen"] for record in steps] == [16, 20, 24]
+    stored = json.loads((run / "finetune_config.json").read_text())["options"]
+    assert (stored["lora_r"], stored["lora_alpha"]) == (RANK, ALPHA)
+
+
+def test_moments_that_do_not_fit_start_fresh(harness, written, tiny_model, tmp_path):
+    """Another optimizer was asked for, or the state is another model's: a warning, and weights only."""
+    source = tmp_path / "old"
+    shutil.copytree(written, source)
+    saved = torch.load(source / "optimizer.pt", weights_only=True)
+    for state in saved["state"].values():
+        for inner in (state, *(value for value in state.values() if isinstance(value, dict))):
+            for key in {"exp_avg", "state1"} & inner.keys():
+                inner[key] = inner[key].flatten()[:5].clone()
+    torch.save(saved, source / "optimizer.pt")
+    answer = harness.run("finetune_continue", flags(tiny_model, tmp_path, resume_from_checkpoint=source))
+    assert answer["code"] == 0, answer["said"]
+    assert "it starts fresh" in answer["said"]
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("adapter_model.bin", "torch"),
+        ("pytorch_model.bin", "pickle"),
+        ("optimizer.pt", "torch"),
+        ("scaler.pt", "pickle"),
+    ],
+)
+def test_a_hostile_file_is_refused_and_runs_nothing(harness, written, tiny_model, tmp_path, name, how):
+    """C20, S1: exit 8, no canary, no run folder."""
+    source, canary = vicuna(written, tmp_path / "old"), tmp_path / "canary"
+    if name == "adapter_model.bin":
+        (source / "pytorch_model.bin").unlink()
+    payload = {"state": Touch(canary), "scale": Touch(canary)}
+    if how == "torch":
+        torch.save(payload, source / name)
+    else:
+        (source / name).write_bytes(pickle.dumps(payload, protocol=2))
+    answer = harness.run("finetune_continue", flags(tiny_model, tmp_path, resume_from_checkpoint=source))
+    assert answer["code"] == 8, answer["said"]
+    assert name in answer["said"]
+    assert "Traceback" not in answer["said"]
+    assert not canary.exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_other_pickles_of_the_trainer_are_never_opened(harness, written, tiny_model, tmp_path):
+    """rng_state.pth and training_args.bin hold nothing that is needed, so nothing in them can run."""
+    source, canary = tmp_path / "old", tmp_path / "canary"
+    shutil.copytree(written, source)
+    for name in ("rng_state.pth", "training_args.bin", "scheduler.pt"):
+        (source / name).write_bytes(pickle.dumps(Touch(canary)))
+    answer = harness.run("finetune_continue", flags(tiny_model, tmp_path, resume_from_checkpoint=source))
+    assert answer["code"] == 0, answer["said"]
+    assert not canary.exists()
+
+
+def test_damaged_and_empty_files(written, tmp_path):
+    """The 443-byte adapter and a cut file: exit 4, named."""
+    source = vicuna(written, tmp_path / "old")
+    torch.save({}, source / "pytorch_model.bin")
+    with pytest.raises(UserError, match="holds no LoRA tensor") as caught:
+        legacy.read(source)
+    assert caught.value.code == 4
+    raw = (written / "optimizer.pt").read_bytes()
+    (source / "pytorch_model.bin").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(UserError, match=r"pytorch_model\.bin"):
+        legacy.read(source)
+
+
+@pytest.mark.parametrize("what", ["a bit of a tensor", "a record called compressed"])
+def test_damage_that_torch_does_not_see(tmp_path, what):
+    """torch compares no checksum, and gives memory that nobody wrote for a record that is not compressed."""
+    path = tmp_path / "x.bin"
+    torch.save({"w": torch.arange(400.0)}, path)
+    legacy.unpickle(path)
+    raw = bytearray(path.read_bytes())
+    if what == "a bit of a tensor":
+        raw[raw.index(torch.arange(400.0).numpy().tobytes()) + 1000] ^= 1
+    else:
+        names = [place for place in range(len(raw)) if raw[place:].startswith(b"x/data/0")]
+        raw[names[-1] - 46 + 10] = 8  # its method in the directory behind the records
+    path.write_bytes(raw)
+    torch.load(path, weights_only=True)  # says nothing
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        legacy.unpickle(path)
+    assert caught.value.code == 4
+
+
+def test_a_file_without_checksums(tmp_path):
+    """torch can leave them out, all of them: there is nothing to compare then. One alone is a damage."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.arange(400.0)}, tmp_path / "x.bin")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(legacy.unpickle(tmp_path / "x.bin")["w"], torch.arange(400.0))
+    torch.save({"w": torch.arange(400.0)}, tmp_path / "x.bin")
+    raw = bytearray((tmp_path / "x.bin").read_bytes())
+    entry = next(
+        entry for entry in zipfile.ZipFile(tmp_path / "x.bin").infolist() if "data/0" in entry.filename
+    )
+    place = raw.rindex(entry.CRC.to_bytes(4, "little"))  # in the directory behind the records
+    raw[place : place + 4] = bytes(4)
+    (tmp_path / "x.bin").write_bytes(raw)
+    with pytest.raises(UserError, match="cannot be read"):
+        legacy.unpickle(tmp_path / "x.bin")
+
+
+def test_plain_values_come_through_the_child(tmp_path):
+    """Nested dictionaries with whole-number keys, lists, tensors of several types."""
+    value = {
+        "state": {0: {"a": torch.arange(3), "b": 1.5}, 1: {"c": [torch.ones(2, dtype=torch.uint8), None]}}
+    }
+    torch.save(value, tmp_path / "x.pt")
+    got = legacy.unpickle(tmp_path / "x.pt")
+    assert torch.equal(got["state"][0]["a"], torch.arange(3))
+    assert got["state"][0]["b"] == 1.5
+    assert got["state"][1]["c"][0].dtype == torch.uint8
+    assert got["state"][1]["c"][1] is None

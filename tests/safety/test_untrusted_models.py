@@ -1,0 +1,345 @@
+"""What model folders and GGUF files bring along: Python files that are not run, templates that are held.
+
+And what OneCard does by itself on the network: nothing (S6, S7, S14).
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from onecard import model, rendering, template
+from onecard.errors import UNSAFE, UserError
+from tests.support import hostile_files, meta_llama_reference, tiny
+from tests.support.paths import ROOT
+
+CODE = """
+from pathlib import Path
+Path(__file__).with_name("canary").write_text("imported")
+from transformers import LlamaConfig, LlamaForCausalLM
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+class OddModel(LlamaForCausalLM):
+    pass
+class OddTokenizer:
+    pass
+"""
+AUTO = {"AutoConfig": "modeling_odd.OddConfig", "AutoModelForCausalLM": "modeling_odd.OddModel"}
+
+
+def with_code(base: Path, folder: Path, kind: str) -> Path:
+    """A model folder with Python files that its configuration asks for."""
+    shutil.copytree(base, folder)
+    for name in ("modeling_odd.py", "tokenizer.py", "configuration_odd.py", "custom_generate/generate.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(CODE)
+    config = json.loads((folder / "config.json").read_text())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    config["auto_map"] = AUTO
+    settings["auto_map"] = {"AutoTokenizer": ["tokenizer.OddTokenizer", None]}
+    if kind == "unknown":
+        config["model_type"], settings["tokenizer_class"] = "odd", "OddTokenizer"
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_code_of_a_folder_is_never_imported(tiny_model, tmp_path):
+    """Exit 8 with the file's name; transformers' own question is not even asked, so `y` answers nothing."""
+    folder = with_code(tiny_model, tmp_path / "model", "unknown")
+    script = "import sys; from onecard import errors, model\n"
+    script += "errors.run_program(lambda: model.load_config(sys.argv[1]))"
+    ended = subprocess.run(
+        [sys.executable, "-c", script, folder],
+        input="y\n",
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == UNSAFE, ended.stderr
+    assert "modeling_odd" in ended.stderr
+    assert "[y/N]" not in ended.stdout + ended.stderr
+    assert not list(tmp_path.rglob("canary"))
+
+
+def test_a_known_kind_with_code_is_loaded_without_it(tiny_model, tmp_path):
+    """transformers' own class reads the folder; nothing in it is imported."""
+    folder = with_code(tiny_model, tmp_path / "model", "known")
+    config = model.load_config(str(folder))
+    made = model.load_base(str(folder), 16, "fp32", "cpu", config)
+    model.skeleton(str(folder), config)
+    assert type(made).__module__ == "transformers.models.llama.modeling_llama"
+    model.load_tokenizer(str(folder))
+    assert not list(tmp_path.rglob("canary"))
+    assert not any("modeling_odd" in name for name in sys.modules)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "lm_head.weight"])
+def test_weights_that_are_missing_are_not_made_up(tiny_model, tmp_path, name):
+    """transformers would draw them at random."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name + "x"] = tensors.pop(name)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"1 of its weights are missing, {name}"):
+        model.load_base(str(folder), 16, "fp32", "cpu")
+
+
+ESCAPES = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ self.__init__.__globals__['__builtins__']['open']('CANARY', 'w') }}",
+    "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}",
+    "{{ joiner.__init__.__globals__.os.popen('touch CANARY').read() }}",
+    "{{ namespace.__init__.__globals__.os.system('touch CANARY') }}",
+    "{{ lipsum.__globals__['os'].popen('touch CANARY').read() }}",
+    "{{ raise_exception.__globals__['__builtins__']['eval']('1') }}",
+    "{{ ('{0.__class__.__init__.__globals__[os]}').format(cycler) }}",
+    "{{ messages|map(attribute='__class__')|list }}",
+    "{{ (messages|attr('__class__'))|attr('__mro__') }}",
+    "{{ messages.append('x') }}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}{{ os.system('touch CANARY') }}",
+    "{% set x = strftime_now.__globals__ %}{{ x['datetime'] }}",
+]
+BOMBS = [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'x' * 100000000 }}",
+    "{{ 'x' * 100000000000 }}",
+    "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+    "{{ 10 ** (10 ** 10) }}",
+    "{{ range(100000000000) }}",
+    "{{ ('%1000000000000d' % 1) }}",
+    "{{ 'x'.center(10000000000) }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{{ " + "(" * 5000 + ")" * 5000 + " }}",
+]
+
+
+def rendered(texts: list[str], folder: Path) -> tuple[dict[int, str], list[str | None]]:
+    """Outcome and text of each template, by the child's own function in forked processes."""
+    source, made = folder / "asked.json", tiny.tokenizer()
+    asked = {
+        "tokens": made.special_tokens_map,
+        "conversations": [[[{"role": "user", "content": "red"}], True]],
+    }
+
+    def read(number: int) -> None:
+        source.write_text(json.dumps({**asked, "template": texts[number]}))
+        if rendering._child(str(source), str(folder / f"{number}.json")):
+            raise UserError("refused")
+
+    found = hostile_files.survey(len(texts), lambda _: None, read, {})
+    paths = [folder / f"{number}.json" for number in range(len(texts))]
+    return found, [json.loads(path.read_text())[0] if path.exists() else None for path in paths]
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    """Tighter in time, wider in memory: these processes have torch in them."""
+    monkeypatch.setattr(rendering, "SECONDS", 2)
+    monkeypatch.setattr(rendering, "MEMORY", 8 << 30)
+    monkeypatch.setattr(hostile_files, "SECONDS", 20)
+
+
+def test_a_template_gets_out_of_nothing(tmp_path, limits, monkeypatch):
+    """Refused, or it writes nothing of the process it runs in."""
+    monkeypatch.setattr(rendering, "SECONDS", 60)
+    (tmp_path / "nest").mkdir()
+    texts = [text.replace("CANARY", str(tmp_path / "nest" / "canary")) for text in ESCAPES]
+    found, written = rendered([*texts, "{{ messages[0].content }}"], tmp_path)
+    assert set(found.values()) == {"loaded"}
+    assert written.pop() == "red"
+    inside = ("subclass", "<class", "<module", "root:", "built-in", "environ")
+    assert [text for text in written if any(word in (text or "") for word in inside)] == []
+    assert not any((tmp_path / "nest").iterdir())
+
+
+@pytest.mark.parametrize("text", BOMBS, ids=range(len(BOMBS)))
+def test_a_template_that_would_never_end(text, tmp_path, limits):
+    """Refused, or ended by the limit; nothing is written in any case."""
+    found, written = rendered([text], tmp_path)
+    assert found[0] in ("loaded", "refused", "crash")  # crash: by the limit of time, which child.py tells
+    assert not written[0]
+
+
+def test_a_gguf_file_brings_the_same_template(tmp_path, monkeypatch):
+    """The template in a file's metadata goes through the same child."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own")
+    from onecard import gguf, llama_library
+
+    monkeypatch.setattr(rendering, "SECONDS", 12)
+    canary = tmp_path / "canary"
+    own = tiny.tokenizer()
+    own.chat_template = ESCAPES[2].replace("CANARY", str(canary)) + BOMBS[0]
+    path = gguf.base(tiny.save_model(tmp_path / "model", own), tmp_path / "x.gguf", any_tokenizer=True)
+    found = llama_library.tokenizer_of(path)
+    assert "cycler" in found.chat_template
+    with pytest.raises(UserError, match="cannot be used"):
+        template.load("auto", found)
+    assert not canary.exists()
+
+
+DENIED = """
+import os, socket, sys
+def denied(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto", "socket.gethostbyname"):
+        place = args[1] if event in ("socket.connect", "socket.sendto") else args
+        host = place[0] if isinstance(place, tuple) else place
+        if isinstance(place, tuple) and host not in ("127.0.0.1", "::1", "localhost", None, ""):
+            with open(os.environ["ATTEMPTS"], "a") as file:
+                file.write(f"{event} {place}\\n")
+            raise OSError("no network")
+sys.addaudithook(denied)
+"""
+
+
+def denial(folder: Path) -> dict[str, str]:
+    """The environment in which every try to leave this machine is written down and fails, in children too."""
+    (folder / "sitecustomize.py").write_text(DENIED)
+    kept = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "WANDB_MODE")}
+    path = f"{folder}{os.pathsep}{ROOT}"
+    return {**kept, "PYTHONPATH": path, "ATTEMPTS": str(folder / "attempts"), "OMP_NUM_THREADS": "1"}
+
+
+def attempts_in(folder: Path) -> str:
+    attempts = folder / "attempts"
+    return attempts.read_text() if attempts.exists() else ""
+
+
+def without_network(
+    folder: Path, *command: object, typed: str = ""
+) -> tuple[subprocess.CompletedProcess, str]:
+    """Run a program without a network; typed: on its standard input. What it tried comes second."""
+    ended = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=denial(folder),
+        input=typed,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    return ended, attempts_in(folder)
+
+
+PROGRAMS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+def test_help_asks_nobody(program, tmp_path):
+    ended, attempts = without_network(tmp_path, program, "--help")
+    assert (ended.returncode, attempts) == (0, ""), ended.stderr
+
+
+def test_a_training_and_an_answer_ask_nobody(tmp_path, tiny_model, tiny_rows):
+    """From local files; also without the variables that tell the libraries to stay offline."""
+    run = tmp_path / "run"
+    common = [
+        "--bits=16",
+        "--dtype=fp32",
+        "--device=cpu",
+        "--batch_size=4",
+        "--num_epochs=1",
+        "--test_size=0",
+    ]
+    flags = [f"--model_path={tiny_model}", f"--data_path={tiny_rows}", f"--output_path={run}", *common]
+    ended, attempts = without_network(tmp_path, "finetune.py", *flags)
+    assert (ended.returncode, attempts) == (0, ""), ended.stderr[-2000:]
+    ended, attempts = without_network(tmp_path, "tools/check_data.py", f"--data_path={tiny_rows}")
+    assert (ended.returncode, attempts) == (0, ""), ended.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> dict[str, Path]:
+    """What the programs below are given: an original LLaMA, a model, an adapter for it, rows, a text."""
+    folder = tmp_path_factory.mktemp("few")
+    count = meta_llama_reference.sentencepiece(folder / "tokenizer.model", 392)
+    settings = meta_llama_reference.params(vocab=count)
+    whole = meta_llama_reference.weights(settings, count, torch.bfloat16, False)
+    original = meta_llama_reference.save(folder / "original", settings, meta_llama_reference.cut(whole, 1))
+    shutil.move(folder / "tokenizer.model", original)
+    base = tiny.save_model(folder / "model")
+    settings = LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path=str(base))
+    get_peft_model(model.load_base(str(base), 16, "fp32", "cpu"), settings).save_pretrained(
+        folder / "adapter"
+    )
+    shutil.copytree(folder / "adapter", folder / "beacon")  # which names a hub's model, and its commit
+    settings = json.loads((folder / "beacon" / "adapter_config.json").read_text())
+    settings |= {"base_model_name_or_path": "evil/beacon", "revision": "a" * 40}
+    (folder / "beacon" / "adapter_config.json").write_text(json.dumps(settings))
+    (folder / "text.txt").write_text("red green blue")
+    rows = tiny.save_rows(folder / "rows.json", 8)
+    made = {"original": original, "model": base, "adapter": folder / "adapter", "rows": rows}
+    made["beacon"] = folder / "beacon"
+    return {**made, "text": folder / "text.txt"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "tools/convert_llama.py --input_dir={original} --output_dir={new}",
+        "tools/merge_lora.py --model_path={model} --lora_path={adapter} --output_path={new}",
+        "tools/quantize.py --model_path={model} --method=bnb --data_path={rows} --report_rows=1"
+        " --device=cpu --output_path={new}",
+        "tools/export_gguf.py --model_path={model} --lora_path={adapter} --template=alpaca --check=false"
+        " --output_path={new}",
+        "tools/perplexity.py {text} --model_path={model} --device=cpu",
+        "generate.py --terminal --model_path={model} --lora_path={adapter} --max_new_tokens=4 --device=cpu",
+        "tools/merge_lora.py --model_path={model} --lora_path={beacon} --output_path={new}",
+        "tools/export_gguf.py --model_path={model} --lora_path={beacon} --template=alpaca --check=false"
+        " --output_path={new}",
+        "generate.py --terminal --model_path={model} --lora_path={beacon} --max_new_tokens=4 --device=cpu",
+        "finetune.py --model_path={model} --lora_path={beacon} --data_path={rows} --max_steps=1 --test_size=0"
+        " --device=cpu --bits=16 --output_path={new}",
+    ],
+    ids=lambda line: line.split()[0] + ("-beacon" if "{beacon}" in line else ""),
+)
+def test_a_tool_asks_nobody(line, few, tmp_path):
+    """Each does its work from local files, in one process and its children."""
+    if "gguf" in line:
+        pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own")
+        from onecard import converter
+
+        converter.home()  # which is fetched on first use
+    command = line.format(**few, new=tmp_path / "new").split()
+    ended, attempts = without_network(tmp_path, *command, typed="Say red\n")
+    assert (ended.returncode, attempts) == (0, ""), ended.stderr[-2000:]
+    assert ("{new}" in line) == (tmp_path / "new").is_dir()
+
+
+def test_a_window_asks_nobody(tmp_path):
+    """Started, and its page looked at from this machine."""
+    command = [sys.executable, "-m", "tests.support.window_server", "turns", str(tmp_path)]
+    settings = {"cwd": ROOT, "env": denial(tmp_path), "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **settings) as started:
+        try:
+            address = next(line.split()[1] for line in started.stdout if line.startswith("Open "))
+            with urllib.request.urlopen(address, timeout=60) as page:
+                assert page.status == 200
+        finally:
+            started.terminate()
+    assert attempts_in(tmp_path) == ""
+
+
+def test_a_try_is_seen(tmp_path):
+    """By name and by address, in a child too."""
+    script = "import socket; socket.create_connection(('192.0.2.1', 80))"
+    named = "import urllib.request; urllib.request.urlopen('http://example.invalid')"
+    for text in (script, named):
+        ended, attempts = without_network(
+            tmp_path, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {text!r}])"
+        )
+        assert attempts.startswith("socket."), ended.stderr
+        (tmp_path / "attempts").unlink()

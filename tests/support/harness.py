@@ -1,0 +1,139 @@
+"""Trainings in forked children of one process that imported torch once and never started a thread pool.
+
+A child takes a second instead of ten, can be killed at any moment, and cannot disturb the tests'
+own process. `Harness` is the client; `python -m tests.support.harness` the server: one JSON request a line,
+one JSON answer a line. Each child runs on one thread.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from tests.support.paths import ROOT
+
+
+class Harness:
+    """Two servers, one for each core; map() spreads requests over them."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, "-m", "tests.support.harness"]
+        self.servers = [
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            for _ in range(2)
+        ]
+        self.free = list(self.servers)
+
+    def run(self, program: str, flags: dict[str, Any], **fault: Any) -> dict[str, Any]:
+        """Run finetune or finetune_continue; returns code (negative: a signal), seconds, what it said."""
+        arguments = [f"--{name}={value}" for name, value in flags.items()]
+        return self.ask({"program": program, "argv": arguments, "fault": fault})
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        server = self.free.pop()
+        try:
+            server.stdin.write(json.dumps(request) + "\n")
+            server.stdin.flush()
+            return json.loads(server.stdout.readline())
+        finally:
+            self.free.append(server)
+
+    def map(self, cell: Any, items: Any) -> list[Any]:
+        """cell(item) for all items, two at a time; the first exception is raised."""
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            return list(pool.map(cell, items))
+
+    def close(self) -> None:
+        for server in self.servers:
+            server.stdin.close()
+            server.wait(timeout=30)
+
+
+def serve() -> None:
+    """Import everything once, then fork a child for each request."""
+    import torch
+    import transformers  # noqa: F401
+
+    from onecard import train  # noqa: F401
+
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    for line in sys.stdin:
+        answers.write(json.dumps(attend(json.loads(line))) + "\n")
+
+
+def attend(request: dict[str, Any]) -> dict[str, Any]:
+    reader, writer = os.pipe()
+    started = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        child(request)
+    os.close(writer)
+    with os.fdopen(reader, errors="replace") as pipe:
+        fault = request["fault"]
+        for delay, number in fault.get("signals", []):
+            time.sleep(max(0, started + delay - time.monotonic()))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, getattr(signal, number))
+        said = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    return {"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - started, "said": said}
+
+
+def child(request: dict[str, Any]) -> None:
+    """Plant the fault, run the program, leave with its exit code."""
+    from onecard import errors
+    from tests.support import faults
+
+    code = 99
+    try:
+        with faults.planted(request["fault"]):
+            code = 0
+            errors.run_program(lambda: program(request["program"], request["argv"]))
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 99
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def program(name: str, argv: list[str]) -> None:
+    """What finetune.py and finetune_continue.py do, without fetching, answers and pictures."""
+    from onecard import config, train
+
+    if name == "finetune":
+        options, given = config.parse_given(config.FinetuneConfig, argv)
+        train.run(options, locate=str, given=given, sample=lambda *_: [], draw=lambda *_: None)
+    else:
+        wish, given = config.parse_given(config.ContinueConfig, argv)
+        train.go_on(wish, given, str, str, sample=lambda *_: [], draw=lambda *_: None)
+
+
+@contextlib.contextmanager
+def started() -> Iterator[Harness]:
+    harness = Harness()
+    try:
+        yield harness
+    finally:
+        harness.close()
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,111 @@
+"""A window on a tiny model, slow enough to be watched, in its own process.
+
+Arguments of python -m tests.support.window_server: single, turns, broken or training, a folder for what it
+makes, then options of the window. Answers are those of a random Llama with two adapters; --answers FILE takes
+texts from a JSON list instead, one a question.
+Every token is one line in FOLDER/tokens, so that a test sees whether somebody is still being answered.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
+from onecard import adapter, chat, chat_window, engine_hf, page, parsing, studio, template, windows
+from onecard.answer import Text
+from onecard.chat_config import ChatConfig, SingleConfig
+from tests.support import tiny
+
+PAUSE = 0.03  # seconds a token
+
+
+class SlowEngine(engine_hf.Engine):
+    """Takes its time, counts, and writes letters only: a random model's bytes are seldom characters."""
+
+    folder: Path
+    unreadable: list[int]
+
+    @torch.inference_mode()
+    def scores(self, *given):
+        time.sleep(PAUSE)
+        with open(self.folder / "tokens", "a", encoding="utf-8") as file:
+            file.write(".\n")
+        scores = super().scores(*given)
+        scores[:, self.unreadable] = float("-inf")
+        return scores
+
+
+class Recorded(chat.Chat):
+    """Says what it was told to say, whatever the question."""
+
+    texts: list[str]
+
+    def stream(self, conversation, settings, mixture=None, cancelled=lambda: False, form=""):
+        text = self.texts.pop(0)
+        for end in range(1, len(text) + 1, 7):
+            yield chat.Reply(Text(text[:end], tokens=end), 5, 5, 0, 0, 0.1, 0.1)
+            time.sleep(0.01)
+        yield chat.Reply(Text(text, "", (text,), len(text), "end"), 5, 5, 0, 0, 0.1, 0.1)
+
+
+def make_chat(folder: Path) -> chat.Chat:
+    path = tiny.save_model(folder / "model")
+    for number in (1, 2):
+        torch.manual_seed(number)
+        model = get_peft_model(
+            LlamaForCausalLM.from_pretrained(path), LoraConfig(r=4, target_modules=["q_proj"])
+        )
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        model.save_pretrained(folder / f"adapter{number}")
+    tokenizer = tiny.tokenizer()
+    model = LlamaForCausalLM.from_pretrained(path).eval()
+    for number in (1, 2):
+        model = adapter.attach(model, folder / f"adapter{number}", f"adapter{number}")
+    engine = SlowEngine(model, tokenizer, 512, ["adapter1", "adapter2"])
+    engine.folder = folder
+    texts = {token: tokenizer.decode([token]) for token in range(len(tokenizer))}
+    engine.unreadable = [token for token, text in texts.items() if not (text.isascii() and text.isalnum())]
+    return chat.Chat(engine, template.load("alpaca", tokenizer), (("adapter1", 1.0),))
+
+
+def break_once() -> None:
+    """The first question meets an exception that no code foresees."""
+    whole = chat_window.ChatWindow.wish
+
+    def wish(self, values):
+        chat_window.ChatWindow.wish = whole
+        raise ArithmeticError("planted")
+
+    chat_window.ChatWindow.wish = wish
+
+
+def main() -> None:
+    kind, folder, *argv = sys.argv[1:]
+    texts = None
+    if kind == "broken":
+        break_once()
+    if "--answers" in argv:
+        place = argv.index("--answers")
+        texts = json.loads(Path(argv[place + 1]).read_text(encoding="utf-8"))
+        argv = argv[:place] + argv[place + 2 :]
+    torch.set_num_threads(1)
+    options = parsing.parse(SingleConfig if kind == "single" else ChatConfig, argv)
+    if kind == "training":
+        page.launch(studio.page(options.lang, Path(folder) / "runs"), options)
+        return
+    talk = make_chat(Path(folder))
+    if texts is not None:
+        talk = Recorded(talk.engine, talk.template, talk.mixture)
+        talk.texts = texts
+    window = windows.single(talk, options) if kind == "single" else chat_window.turns(talk, options)
+    page.launch(window, options)
+
+
+if __name__ == "__main__":
+    main()

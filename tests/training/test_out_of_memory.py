@@ -1,0 +1,196 @@
+"""Out of memory costs nothing: the same rows again in smaller micro-batches, with the same gradient."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from onecard import chat, fitting, report, train, weights
+from onecard.errors import MEMORY, is_out_of_memory, run_program
+from tests.support import tiny
+from tests.support.paths import ROOT
+from tests.training.test_run import options
+
+FLAGS = {
+    "bits": 16,
+    "dtype": "fp32",
+    "device": "cpu",
+    "batch_size": 6,
+    "micro_batch_tokens": 400,
+    "num_epochs": 1,
+    "learning_rate": 1e-2,
+    "lora_dropout": 0,
+    "test_size": 4,
+    "warmup_steps": 0,
+}
+
+LIMIT = 60 << 20  # bytes beyond what a run holds before its first step
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def untroubled(harness, tiny_model, tmp_path_factory) -> tuple[dict, Path]:
+    folder = tmp_path_factory.mktemp("memory")
+    flags = {**FLAGS, "model_path": tiny_model, "data_path": tiny.save_rows(folder / "rows.json", 24)}
+    answer = harness.run("finetune", {**flags, "output_path": folder / "run"})
+    assert answer["code"] == 0, answer["said"]
+    return flags, folder / "run"
+
+
+@pytest.mark.parametrize(
+    "fault", [{"no_memory_at": [2]}, {"no_memory_at": [1, 12]}, {"no_memory_above": 240}], ids=str
+)
+def test_the_step_is_redone_with_the_same_gradient(harness, untroubled, tmp_path, fault):
+    """T18: once, several times, at every large micro-batch: losses, norms and adapter agree to 1e-6."""
+    flags, whole = untroubled
+    run = tmp_path / "run"
+    answer = harness.run("finetune", {**flags, "output_path": run}, **fault)
+    assert answer["code"] == 0, answer["said"]
+    assert "out of memory with micro-batches of 400 tokens: now " in answer["said"]
+    steps = [[record for record in records(folder) if "loss" in record] for folder in (whole, run)]
+    for mine, other in zip(*steps, strict=True):
+        assert other["loss"] == pytest.approx(mine["loss"], rel=1e-6)
+        assert other["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-5)
+        assert other["rows"] == mine["rows"]
+    tensors = [load_file(folder / "adapter_model.safetensors") for folder in (whole, run)]
+    assert all(torch.allclose(tensors[0][name], tensors[1][name], atol=1e-6) for name in tensors[0])
+    last = json.loads((run / "checkpoint-4" / "progress.json").read_text())
+    assert last["progress"]["micro_batch_tokens"] < 400
+
+
+def test_a_real_limit_of_memory(harness, tiny_model, tmp_path):
+    """T18: the system itself gives no more; the budget goes down until the rows fit, with the same loss."""
+    rows = tiny.save_rows(tmp_path / "rows.json", 80)
+    flags = {
+        **FLAGS,
+        "model_path": tiny_model,
+        "data_path": rows,
+        "max_steps": 1,
+        "batch_size": 76,
+        "cutoff_len": 300,
+    }
+    flags["micro_batch_tokens"] = 20000
+    losses = []
+    for name, fault in (("free", {}), ("limited", {"address_space": LIMIT})):
+        answer = harness.run("finetune", {**flags, "output_path": tmp_path / name}, **fault)
+        assert answer["code"] == 0, answer["said"]
+        assert ("out of memory with micro-batches of 20000" in answer["said"]) == bool(fault), answer["said"]
+        losses += [record["loss"] for record in records(tmp_path / name) if "loss" in record]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_the_dry_run_finds_the_limit_before_the_first_step(harness, untroubled, tmp_path):
+    """Said once, before any step; a continued run remembers it."""
+    flags, _ = untroubled
+    run = tmp_path / "run"
+    settings = {**flags, "output_path": run}
+    answer = harness.run("finetune", settings, no_memory_above=240, kill_in_step=[4, 0])
+    assert answer["code"] == -9  # two tries of the dry run, one step, dead in the next
+    said = answer["said"]
+    assert said.count("out of memory") == 1
+    assert said.index("out of memory") < said.index("step 1/")
+    answer = harness.run("finetune_continue", {"output_path": run}, no_memory_above=240)
+    assert answer["code"] == 0, answer["said"]
+    assert "out of memory" not in answer["said"]
+
+
+def test_the_dry_run_changes_nothing(tiny_model, tiny_rows, tmp_path, monkeypatch):
+    """Adapter, optimizer and random state are bit-equal before and after it."""
+    plain, seen = fitting.dry_run, []
+
+    def watched(trainer) -> bool:
+        def state() -> list[torch.Tensor]:
+            parameters = [p.detach().clone() for p in weights.trainable(trainer.model)]
+            assert all(p.grad is None for p in weights.trainable(trainer.model))
+            assert trainer.optimizer.state_dict()["state"] == {}
+            return [*parameters, torch.get_rng_state()]
+
+        torch.manual_seed(123)
+        before = state()
+        fits = plain(trainer)
+        seen.append(all(torch.equal(a, b) for a, b in zip(before, state(), strict=True)))
+        return fits
+
+    monkeypatch.setattr(fitting, "dry_run", watched)
+    settings = options(tiny_model, tiny_rows, tmp_path / "run", max_steps=1, lora_dropout=0.3)
+    train.run(settings, locate=lambda path: path, sample=chat.reply, draw=report.loss_curve)
+    assert seen == [True]
+
+
+def test_a_single_row_that_does_not_fit_is_exit_6(harness, untroubled, tmp_path):
+    """T18: only then, with what would help; the run can go on later."""
+    flags, whole = untroubled
+    run = tmp_path / "run"
+    answer = harness.run("finetune", {**flags, "output_path": run}, no_memory_above=10)
+    assert answer["code"] == 6, answer["said"]
+    assert "a single row of" in answer["said"]
+    assert "--cutoff_len" in answer["said"]
+    answer = harness.run("finetune_continue", {"output_path": run})
+    assert answer["code"] == 0, answer["said"]
+    tensors = [load_file(folder / "adapter_model.safetensors") for folder in (whole, run)]
+    assert all(torch.allclose(tensors[0][name], tensors[1][name], atol=1e-6) for name in tensors[0])
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+            True,
+        ),
+        (RuntimeError("Error out of memory at line 380 in file /src/csrc/pythonInterface.cpp"), True),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, is_memory):
+    """Messages of CUDA, cuBLAS, bitsandbytes and torch's CPU allocator; nothing else."""
+    assert is_out_of_memory(error) == is_memory
+
+
+def without_memory() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("smaller", "fix"), [("--rows", "Try a smaller --rows."), ("", "End other programs")]
+)
+def test_what_a_program_says_without_memory(capsys, smaller, fix):
+    with pytest.raises(SystemExit) as caught:
+        run_program(without_memory, smaller)
+    assert caught.value.code == MEMORY
+    assert f"error: out of memory. {fix}" in capsys.readouterr().err
+
+
+def advice(program: Path) -> str:
+    """What a program tells run_program to name."""
+    calls = (node for node in ast.walk(ast.parse(program.read_text())) if isinstance(node, ast.Call))
+    ends = [call.args for call in calls if getattr(call.func, "id", "") == "run_program"]
+    return ends[0][1].value if ends and len(ends[0]) > 1 else ""
+
+
+ADVISED = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]) if advice(path)]
+
+
+@pytest.mark.parametrize("program", ADVISED, ids=lambda path: path.stem)
+def test_the_advised_options_are_the_programs_own(program):
+    told = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, check=True)
+    flags = [word.strip(",") for word in advice(program).split() if word.startswith("--")]
+    assert flags
+    assert [flag for flag in flags if f"\n  {flag} " not in told.stdout] == []
+
+
+def test_programs_that_hold_a_model_have_advice():
+    assert {"finetune", "generate", "interaction", "quantize"} <= {path.stem for path in ADVISED}

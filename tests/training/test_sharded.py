@@ -1,0 +1,189 @@
+"""Models spread over two processes on the CPU, by each file in sample/distributed: the run of one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from onecard import checkpoint, sharded
+from onecard.config import FinetuneConfig
+from onecard.errors import UserError
+from tests.support import tiny
+from tests.support.paths import ROOT
+from tests.support.resume_cases import flags, outcome, stopped_at
+
+KINDS = sorted(path.stem for path in (ROOT / "sample" / "distributed").glob("*.yaml"))
+KEYS = {"loss", "grad_norm", "eval_loss"}
+QUICK = ("fsdp",)  # DeepSpeed compiles a part of its own first, for minutes
+STEPS = {"num_epochs": 1, "lora_dropout": 0.0, "eval_steps": 2}  # four steps
+
+
+def launch(kind: str, program: str, given: dict, processes: int = 2) -> subprocess.Popen:
+    """A program of two processes, as `accelerate launch` starts them."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--num_processes", str(processes)]
+    command += ["--config_file", f"sample/distributed/{kind}.yaml", f"{program}.py"]
+    command += [f"--{name}={value}" for name, value in given.items()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def said(process: subprocess.Popen) -> str:
+    text, _ = process.communicate(timeout=300)
+    return text
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    return tiny.save_rows(tmp_path_factory.mktemp("rows") / "rows.json", 24)
+
+
+@pytest.fixture(scope="module")
+def alone(harness, tiny_model, tied_model, rows, tmp_path_factory):
+    """Options -> the folder of a run in one process, which has the whole model."""
+    made = {}
+
+    def run(tied: bool = False, **changes) -> Path:
+        key, base = json.dumps([tied, changes]), tied_model if tied else tiny_model
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("alone") / "run"
+            answer = harness.run("finetune", flags(base, rows, made[key], **{**STEPS, **changes}))
+            assert answer["code"] == 0, answer["said"]
+        return made[key]
+
+    return run
+
+
+def close(one: Path, other: Path, relative: float) -> None:
+    """Losses, norms and what was trained are the same but for rounding."""
+    logs = [[r for r in outcome(run)["log"] if KEYS & r.keys()] for run in (one, other)]
+    assert [record["step"] for record in logs[0]] == [record["step"] for record in logs[1]]
+    for mine, theirs in zip(*logs, strict=True):
+        for key in KEYS & mine.keys():
+            assert mine[key] == pytest.approx(theirs[key], rel=relative), (mine["step"], key)
+    name = "model/model.safetensors" if (one / "model").is_dir() else "adapter_model.safetensors"
+    first, second = load_file(one / name), load_file(other / name)
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        assert (tensor - second[key]).norm() <= 30 * relative * tensor.norm() + 1e-7, key
+
+
+def goes_on_spread_and_alone_again(kind: str, harness, whole: Path, tmp_path: Path, relative: float) -> None:
+    """One process up to step 2, two with the model spread up to the end, one from step 3 of these again."""
+    run = stopped_at(whole, 2, tmp_path / "run")
+    process = launch(kind, "finetune_continue", {"output_path": run})
+    text = said(process)
+    assert process.returncode == 0, text
+    assert "spread      over 2 processes" in text
+    close(whole, run, relative)
+    moments = [load_file(path / "checkpoint-4" / "optimizer.safetensors") for path in (whole, run)]
+    assert moments[0].keys() == moments[1].keys()
+    assert all((moments[0][k] - v).norm() <= 1e3 * relative * v.norm() + 1e-7 for k, v in moments[1].items())
+    checkpoint.verify(run / "checkpoint-3")
+    again = stopped_at(run, 3, tmp_path / "again")
+    answer = harness.run("finetune_continue", {"output_path": again})
+    assert answer["code"] == 0, answer["said"]
+    close(whole, again, relative)
+
+
+@pytest.mark.parametrize("kind", QUICK)
+def test_spread_runs_are_those_of_one_process(harness, alone, tmp_path, kind):
+    """LoRA in fp32; moments, position and weights go from one to two processes and back."""
+    goes_on_spread_and_alone_again(kind, harness, alone(tied=kind == "fsdp"), tmp_path, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp_offload", "zero3_offload"])
+def test_one_process_with_its_model_in_the_processors_memory(tiny_model, rows, alone, tmp_path, kind):
+    """A single card that offloads: the same run; saved when it is due and not more often."""
+    run = tmp_path / "run"
+    given = flags(tiny_model, rows, run, **STEPS, save_steps=200)
+    process = launch(kind, "finetune", given, processes=1)
+    text = said(process)
+    assert process.returncode == 0, text
+    close(alone(), run, 1e-5)
+    improved = [r["step"] for r in outcome(run)["log"] if "eval_loss" in r and r["step"]]
+    kept = {int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*")}
+    assert kept <= {0, 4, *improved}
+    assert {0, 4} <= kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in QUICK])
+def test_all_kinds_of_spread_runs(harness, alone, tmp_path, kind):
+    goes_on_spread_and_alone_again(kind, harness, alone(), tmp_path, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", "zero2_offload", "zero3"])
+def test_all_weights_spread(harness, alone, tmp_path, kind):
+    whole = alone(tied=True, train_what="full", learning_rate=1e-3)
+    goes_on_spread_and_alone_again(kind, harness, whole, tmp_path, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("fsdp", "bf16"), ("fsdp", "fp16"), ("zero2", "bf16"), ("zero3", "bf16")]
+)
+def test_half_precision_spread(tiny_model, rows, alone, tmp_path, kind, dtype):
+    """From the first step; rounding may differ, the losses stay together; fp16 with its scaler."""
+    whole, run = alone(dtype=dtype), tmp_path / "run"
+    process = launch(kind, "finetune", flags(tiny_model, rows, run, dtype=dtype, **STEPS))
+    text = said(process)
+    assert process.returncode == 0, text
+    logs = [[r["loss"] for r in outcome(path)["log"] if "loss" in r] for path in (whole, run)]
+    assert logs[0] == pytest.approx(logs[1], rel=2e-3)
+    saved = load_file(run / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_a_signal_stops_all_processes_after_the_same_step(harness, alone, tiny_model, rows, tmp_path):
+    """SIGTERM to one process only: both save together; the run goes on to the end of the others."""
+    run = tmp_path / "run"
+    given = flags(tiny_model, rows, run, **{**STEPS, "num_epochs": 100})
+    process = launch("fsdp", "finetune", given)
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoint-2").is_dir():
+        assert process.poll() is None, said(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(children[-1]), signal.SIGTERM)
+    text = said(process)
+    assert process.returncode != 0
+    assert "all of it is saved" in text
+    newest, problems = checkpoint.newest(run)
+    assert newest is not None
+    assert problems == []
+    assert f"after step {newest.name.removeprefix('checkpoint-')}:" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "word"),
+    [
+        ("FSDP", {}, "8 bits"),
+        ("FSDP", {"bits": 16, "train_what": "embeddings"}, "--train_what embeddings"),
+        ("FSDP", {"bits": 16, "optimizer": "adamw_8bit"}, "--optimizer adamw_8bit"),
+        ("DeepSpeed", {"bits": 16, "dtype": "fp16"}, "--dtype fp16"),
+    ],
+)
+def test_what_cannot_be_spread_is_said(monkeypatch, kind, changes, word):
+    options = FinetuneConfig(**changes)
+    sharded.check(options, "fp32")  # without accelerate launch nothing is spread
+    monkeypatch.setenv(sharded.MARKS[kind], "true")
+    with pytest.raises(UserError, match=word) as caught:
+        sharded.check(options, options.dtype)
+    assert caught.value.code == 2

@@ -1,0 +1,352 @@
+"""What is trained: an adapter, embeddings, both, or all weights; and one after the other."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from onecard import adapter, chat, model, report, step, train, weights
+from onecard.batching import pack
+from onecard.config import FinetuneConfig, build
+from onecard.errors import UserError
+from onecard.prompt import single
+from tests.support import tiny
+from tests.support.resume_cases import differences, flags, outcome, stopped_at
+
+WHAT = ("full", "embeddings", "lora+embeddings")
+
+
+@pytest.fixture(params=["untied", "tied"])
+def base(request, tiny_model, tied_model) -> Path:
+    return tiny_model if request.param == "untied" else tied_model
+
+
+def prepared(folder: Path, what: str, bits: int = 16, dtype: str = "fp32"):
+    kept_in = "fp32" if what == "full" else dtype
+    shape = adapter.LoraShape(4, 8.0, 0.0, "q_proj,v_proj", what=what)
+    made = weights.prepare(model.load_base(str(folder), bits, kept_in, "cpu"), shape, seed=3)
+    packs = model.prepare_for_packed_training(made, checkpointing=False)
+    assert packs
+    return step.StepModel(made, model.DTYPES[dtype])
+
+
+def trained_names(made) -> set[str]:
+    return {adapter.portable(n).split(".lora_")[0] for n, p in made.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("what", WHAT)
+def test_the_gradient_is_that_of_the_plain_model(base, what):
+    """Packed rows, loss in chunks: what autograd gives for full logits, row by row."""
+    examples = tiny.encoded([single(**row) for row in tiny.rows(5)], tiny.tokenizer())
+    ours = prepared(base, what)
+    ours(pack(examples, range(5)))[0].backward()
+    plain = prepared(base, what).model
+    weights.base_of(plain).set_attn_implementation("eager")
+    for row in range(5):
+        ids, is_target = (torch.from_numpy(part.copy()) for part in examples[row])
+        logits = plain(ids.long()[None], use_cache=False).logits[0, :-1][is_target[1:]]
+        torch.nn.functional.cross_entropy(logits, ids.long()[1:][is_target[1:]], reduction="sum").backward()
+    pairs = list(zip(weights.trainable(ours.model), weights.trainable(plain), strict=True))
+    assert all(mine.grad is not None and mine.grad.any() for mine, _ in pairs[:1])
+    for mine, other in pairs:
+        assert (mine.grad - other.grad).norm() <= 1e-5 * other.grad.norm() + 1e-9
+
+
+def test_what_is_trained(base, tied_model):
+    """The embedding alone; with LoRA also the head, unless it is the embedding; or everything."""
+    tied = base == tied_model
+    head = set() if tied else {"base_model.model.lm_head"}
+    assert trained_names(prepared(base, "embeddings").model) == {"base_model.model.model.embed_tokens"}
+    both = trained_names(prepared(base, "lora+embeddings").model)
+    assert {name for name in both if "layers" not in name} == {"base_model.model.model.embed_tokens"} | head
+    assert {name.rsplit(".", 1)[-1] for name in both if "layers" in name} == {"q_proj", "v_proj"}
+    made = prepared(base, "full").model
+    assert len(trained_names(made)) == len(list(made.parameters()))
+
+
+@pytest.mark.parametrize("what", WHAT)
+def test_the_plan_knows_how_many_parameters(base, what):
+    shape = adapter.LoraShape(4, 8.0, 0.0, "q_proj,v_proj", what=what)
+    planned = model.check_architecture(str(base), model.load_config(str(base)), shape)
+    assert planned == sum(p.numel() for p in weights.trainable(prepared(base, what).model))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_embeddings_of_a_quantised_base_are_trained_in_fp32(base, bits):
+    made = prepared(base, "lora+embeddings", bits, "bf16")
+    assert {p.dtype for p in weights.trainable(made.model)} == {torch.float32}
+    examples = tiny.encoded([single(**row) for row in tiny.rows(5)], tiny.tokenizer())
+    made(pack(examples, range(5)))[0].backward()
+    assert made.model.get_input_embeddings().weight.grad.any()
+
+
+@pytest.mark.parametrize("what", WHAT)
+def test_a_run_goes_on_bit_for_bit_and_other_tools_load_it(harness, base, tmp_path, what):
+    """Stopped and continued; the loss falls; peft or transformers gives the validation loss of the log."""
+    rows, whole = tiny.save_rows(tmp_path / "rows.json", 24), tmp_path / "whole"
+    answer = harness.run("finetune", flags(base, rows, whole, train_what=what, learning_rate=3e-3))
+    assert answer["code"] == 0, answer["said"]
+    run = stopped_at(whole, 5, tmp_path / "run")
+    answer = harness.run("finetune_continue", {"output_path": run})
+    assert answer["code"] == 0, answer["said"]
+    assert differences(outcome(whole), outcome(run)) == []
+    losses = [record["eval_loss"] for record in outcome(whole)["log"] if "eval_loss" in record]
+    assert min(losses) < 0.95 * losses[0]
+    before = AutoModelForCausalLM.from_pretrained(base)
+    if what == "full":
+        made = AutoModelForCausalLM.from_pretrained(whole / "model")
+        assert AutoTokenizer.from_pretrained(whole / "model").eos_token == "<end>"
+        checkpoint = AutoModelForCausalLM.from_pretrained(whole / "checkpoint-5")
+        assert all(p.isfinite().all() for p in checkpoint.parameters())
+    else:
+        made = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), whole)
+        stored = load_file(whole / "adapter_model.safetensors")
+        embedding = made.get_input_embeddings().weight
+        assert torch.equal(embedding, stored["base_model.model.model.embed_tokens.weight"])
+    assert validation_loss(made, rows, whole) == pytest.approx(min(losses), rel=1e-4)
+    assert validation_loss(before, rows, whole) == pytest.approx(losses[0], rel=1e-4)
+
+
+def validation_loss(made, rows: Path, run: Path) -> float:
+    """The mean over the targets of the run's validation rows, from full logits."""
+    settings = json.loads((run / "finetune_config.json").read_text())["options"]
+    settings |= {"data_path": str(rows), "output_path": str(run.with_name("plan"))}
+    plan = train.prepare(build(FinetuneConfig, settings), str)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in plan.validation_rows:
+            ids, is_target = (torch.from_numpy(part.copy()) for part in plan.examples[row])
+            logits = made.eval()(ids.long()[None]).logits[0, :-1][is_target[1:]]
+            wanted = ids.long()[1:][is_target[1:]]
+            total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
+            count += len(wanted)
+    return total / count
+
+
+@pytest.mark.parametrize("what", ["lora", *WHAT])
+def test_bf16_runs_answer_their_questions(tied_model, tmp_path, what):
+    """Trained weights are fp32, the arithmetic bf16: training, validation and answers all the same."""
+    rows = tiny.save_rows(tmp_path / "rows.json", 24)
+    settings = flags(
+        tied_model, rows, tmp_path / "run", dtype="bf16", train_what=what, max_steps=2, test_size=3
+    )
+    options = build(FinetuneConfig, {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()})
+    train.run(options, str, chat.reply, report.loss_curve)
+    answers = json.loads((tmp_path / "run" / "finished.json").read_text())["answers"]
+    assert len(answers) == 3
+
+
+def test_all_weights_need_16_bits(harness, tiny_model, tmp_path):
+    rows = tiny.save_rows(tmp_path / "rows.json", 24)
+    given = flags(tiny_model, rows, tmp_path / "run", train_what="full")
+    answer = harness.run("finetune", {**given, "bits": 8})
+    assert answer["code"] == 2
+    assert "--bits 16" in answer["said"]
+    answer = harness.run("finetune", {**given, "lora_path": tmp_path})
+    assert answer["code"] == 2
+    assert "--lora_path with --train_what full" in answer["said"]
+
+
+def test_a_folder_named_model_is_not_deleted(harness, tiny_model, tmp_path):
+    """Where a whole model would be put: what did not come from such a run stays, --overwrite or not."""
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    rows = tiny.save_rows(tmp_path / "rows.json", 24)
+    given = flags(tiny_model, rows, tmp_path / "run", overwrite=True, max_steps=1)
+    answer = harness.run("finetune", {**given, "train_what": "full"})
+    assert answer["code"] == 2
+    assert "did not come from a run" in answer["said"]
+    for _ in range(2):  # a LoRA run writes nothing there, and deletes nothing
+        assert harness.run("finetune", given)["code"] == 0
+        assert (tmp_path / "run" / "model").is_dir()
+    answer = harness.run("finetune", {**given, "train_what": "full"})
+    assert answer["code"] == 2
+
+
+@pytest.mark.parametrize("what", ["embeddings", "lora+embeddings"])
+def test_embeddings_that_learned_nothing_are_not_saved(tiny_model, tmp_path, what):
+    made = prepared(tiny_model, what).model
+    weights.save(made, None, tmp_path, was_updated=False)
+    with pytest.raises(UserError, match="learned nothing"):
+        weights.save(made, None, tmp_path, was_updated=True)
+
+
+def test_tied_embeddings_that_peft_cannot_tie_are_refused(tmp_path):
+    """BLOOM's have another name; all its weights can be trained."""
+    import transformers
+
+    config = transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=1, n_head=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    shape = adapter.LoraShape(4, 8.0, 0.0, "all-linear", what="lora+embeddings")
+    with pytest.raises(UserError, match="tied embeddings of BloomForCausalLM"):
+        weights.prepare(model.load_base(str(tmp_path), 16, "fp32", "cpu"), shape, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [
+        ("lora", "lora", 0),
+        ("lora", "lora+embeddings", 0),
+        ("embeddings", "embeddings", 0),
+        ("embeddings", "lora+embeddings", 0),
+        ("lora+embeddings", "lora+embeddings", 0),
+        ("lora", "embeddings", 4),
+        ("lora+embeddings", "embeddings", 4),
+        ("lora+embeddings", "lora", 4),
+        ("embeddings", "lora", 4),
+    ],
+)
+def test_a_run_may_train_more_than_it_starts_with(harness, base, tmp_path, first, second, code):
+    """--lora_path: the given weights are where the run starts, the others where they always start."""
+    rows = tiny.save_rows(tmp_path / "rows.json", 24)
+    given = flags(base, rows, tmp_path / "first", train_what=first, max_steps=2, lora_alpha=8.0)
+    assert harness.run("finetune", given)["code"] == 0
+    given = flags(
+        base, rows, tmp_path / "second", train_what=second, max_steps=1, lora_path=tmp_path / "first"
+    )
+    answer = harness.run("finetune", given)
+    assert answer["code"] == code, answer["said"]
+    if code:
+        assert f"train_what {first} -> {second}" in answer["said"]
+        assert not (tmp_path / "second").exists()
+        return
+    start, began = (
+        load_file(path / "adapter_model.safetensors")
+        for path in (tmp_path / "first", tmp_path / "second" / "checkpoint-0")
+    )
+    assert all(torch.equal(began[name], tensor) for name, tensor in start.items())
+    new = began.keys() - start.keys()
+    assert bool(new) == (first != second)
+    plain = prepared(base, "embeddings").model
+    for name in new:
+        if ".lora_B" in name:
+            assert not began[name].any()
+        elif ".lora_A" not in name:
+            base_ = plain.get_base_model()
+            is_head = name.endswith("lm_head.weight")
+            place = base_.get_output_embeddings() if is_head else base_.get_input_embeddings()
+            assert torch.equal(began[name], place.weight)
+    kept = json.loads((tmp_path / "second" / "finetune_config.json").read_text())["options"]
+    if "lora" in first:
+        assert kept["lora_alpha"] == 8.0
+
+
+def test_the_kind_of_an_adapter_is_taken_over(harness, tiny_model, tmp_path):
+    """Not said: as the adapter is. rsLoRA too; DoRA by the same --peft_config; others are refused."""
+    rows = tiny.save_rows(tmp_path / "rows.json", 24)
+    (tmp_path / "dora.json").write_text('{"use_dora": true}')
+    for name, changes in {"rs": {"rslora": True}, "dora": {"peft_config": tmp_path / "dora.json"}}.items():
+        given = flags(tiny_model, rows, tmp_path / name, max_steps=1, **changes)
+        assert harness.run("finetune", given)["code"] == 0
+    more = {"max_steps": 1, "lora_path": tmp_path / "rs"}
+    answer = harness.run("finetune", flags(tiny_model, rows, tmp_path / "new", **more))
+    assert answer["code"] == 0, answer["said"]
+    assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["use_rslora"] is True
+    more["lora_path"] = tmp_path / "dora"
+    answer = harness.run("finetune", flags(tiny_model, rows, tmp_path / "plain", **more))
+    assert answer["code"] == 4
+    assert '{"use_dora": true}' in answer["said"]
+    more["peft_config"] = tmp_path / "dora.json"
+    answer = harness.run("finetune", flags(tiny_model, rows, tmp_path / "plain", **more))
+    assert answer["code"] == 0, answer["said"]
+    more = {"max_steps": 1, "lora_path": tmp_path / "first", "rslora": True}
+    given = flags(tiny_model, rows, tmp_path / "first", max_steps=1, lora_target_modules="all-linear")
+    assert harness.run("finetune", given)["code"] == 0
+    answer = harness.run("finetune", flags(tiny_model, rows, tmp_path / "third", **more))
+    assert answer["code"] == 4
+    assert "rslora False -> True" in answer["said"]
+    more = {"max_steps": 1, "lora_path": tmp_path / "first", "lora_target_modules": "all-linear"}
+    answer = harness.run("finetune", flags(tiny_model, rows, tmp_path / "third", **more))
+    assert answer["code"] == 0, answer["said"]
+    answer = harness.run("finetune", flags(tiny_model, rows, tmp_path / "third", **more))
+    assert "This run is finished" in answer["said"]
+    shutil.copy(tmp_path / "third" / "adapter_model.safetensors", tmp_path / "first")
+    answer = harness.run("finetune", flags(tiny_model, rows, tmp_path / "third", **more))
+    assert answer["code"] == 2
+    assert "has changed since" in answer["said"]
+
+
+def test_a_run_that_went_on_still_knows_what_it_started_from(harness, tiny_model, tmp_path):
+    """The same command after it was stopped and continued: finished, and not begun from other weights."""
+    rows = tiny.save_rows(tmp_path / "rows.json", 24)
+    assert harness.run("finetune", flags(tiny_model, rows, tmp_path / "first", max_steps=1))["code"] == 0
+    given = {"max_steps": 3, "lora_path": tmp_path / "first"}
+    whole = tmp_path / "whole"
+    assert harness.run("finetune", flags(tiny_model, rows, whole, **given))["code"] == 0
+    run = stopped_at(whole, 2, tmp_path / "run")
+    assert harness.run("finetune_continue", {"output_path": run})["code"] == 0
+    assert differences(outcome(whole), outcome(run)) == []
+    answer = harness.run("finetune", flags(tiny_model, rows, run, **given))
+    assert "This run is finished" in answer["said"]
+
+
+def test_what_lora_path_cannot_start_from(harness, tiny_model, tmp_path):
+    """Each with what to do: a run that is not finished, all weights, an older checkpoint."""
+    rows = tiny.save_rows(tmp_path / "rows.json", 24)
+    whole = tmp_path / "whole"
+    given = flags(tiny_model, rows, whole, train_what="full", max_steps=1, learning_rate=1e-4)
+    assert harness.run("finetune", given)["code"] == 0
+    (tmp_path / "unfinished").mkdir()
+    shutil.copy(whole / "finetune_config.json", tmp_path / "unfinished")
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "trainer_state.json").write_text("{}")
+    words = {"whole": "--model_path", "unfinished": "not finished", "older": "finetune_continue.py"}
+    for name, word in words.items():
+        answer = harness.run("finetune", flags(tiny_model, rows, tmp_path / "new", lora_path=tmp_path / name))
+        assert answer["code"] in (2, 4)
+        assert word in answer["said"]
+    answer = harness.run("finetune_continue", {"output_path": whole, "lora_path": whole})
+    assert answer["code"] == 2
+    assert "--lora_path starts a run" in answer["said"]
+
+
+def test_tied_embeddings_of_another_tool(tied_model):
+    """One name is enough; two that differ cannot be one tensor."""
+    made = prepared(tied_model, "embeddings").model
+    given = {name: tensor + 1 for name, tensor in weights.tensors(made).items() if "embed_tokens" in name}
+    weights.assign(made, given, "an adapter", start=True)
+    assert torch.equal(made.get_input_embeddings().weight, next(iter(given.values())))
+    both = {name: tensor + len(name) for name, tensor in weights.tensors(made).items()}
+    with pytest.raises(UserError, match="differ"):
+        weights.assign(made, both, "an adapter")
+
+
+def stages(copy: Path, model_path: str, folder: Path, *given: str) -> dict[str, float]:
+    """sample/stages.sh; stage -> validation loss after over before."""
+    where = {**os.environ, "MODEL_PATH": model_path, "OUTPUT_PATH": str(folder)}
+    command = ["bash", "sample/stages.sh", "--batch_size=4", "--test_size=6", "--warmup_steps=0", *given]
+    ended = subprocess.run(command, cwd=copy, env=where, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.count("Warm start: the weights of") == 2
+    falls = {}
+    for name in ("embed", "pretrain", "sft"):
+        figures = json.loads((folder / name / "finished.json").read_text())
+        falls[name] = figures["eval_loss_after"] / figures["eval_loss_before"]
+    return falls
+
+
+def test_the_stages_one_after_the_other(copy, tiny_model, tmp_path):
+    """New vocabulary -> its embeddings -> raw text -> answers; a head of its own is trained from stage 2."""
+    given = ("--bits=16", "--dtype=fp32", "--device=cpu", "--learning_rate=1e-2", "--max_steps=12")
+    falls = stages(copy, str(tiny_model), tmp_path / "stages", *given)
+    assert all(fall < 0.98 for fall in falls.values()), falls
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "stages" / "base")
+    assert base.get_input_embeddings().weight.shape[0] % 128 == 0
+    made = PeftModel.from_pretrained(base, tmp_path / "stages" / "sft")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "stages" / "base")
+    piece = tokenizer("太阳", add_special_tokens=False).input_ids
+    assert len(piece) == 1
+    rows = [made.get_input_embeddings().weight[piece], base.get_output_embeddings().weight[piece]]
+    assert all(row.any() for row in rows)
+
+
+@pytest.mark.slow
+def test_the_stages_with_the_demo_model(copy, tmp_path):
+    falls = stages(copy, "demo", tmp_path / "stages", "--max_steps=10", "--learning_rate=5e-4")
+    assert all(fall < 1 for fall in falls.values()), falls

@@ -1,0 +1,219 @@
+"""What the many-turn window shows as an answer grows, stops or fails; without a browser."""
+
+import threading
+import types
+from collections.abc import Iterator
+
+import gradio as gr
+import pytest
+
+from onecard import chat_window, controls, talking, windows
+from onecard.answer import Text
+from onecard.chat_config import BASE, TRAINED, ChatConfig
+from onecard.decoding import CANCELLED, END
+from onecard.errors import UserError
+from onecard.transcript import LEFT, RIGHT
+from tests.support.training_page import eventually
+from tests.ui.test_terminal import Scripted, echo, reply
+
+PAGE = types.SimpleNamespace(session_hash="page")
+OLD = {"question": "q", LEFT: "old", RIGHT: "old too"}
+
+
+class Sides(Scripted):
+    """Each side, known by its mixture, has a script of its own: texts, and an error if it is to fail."""
+
+    def __init__(self, left: list, right: list, name: str = "toy"):
+        super().__init__(echo)
+        self.scripts, self.engine.name = {(("one", 1.0),): left, (): right}, name
+
+    def stream(self, conversation, settings, mixture=None, cancelled=lambda: False, form="") -> Iterator:
+        for made in self.scripts[mixture]:
+            if isinstance(made, Exception):
+                raise made
+            yield reply(made)
+
+
+def window(chat: Scripted, **options) -> chat_window.ChatWindow:
+    with gr.Blocks():
+        return chat_window.ChatWindow(gr.Blocks(), chat, ChatConfig(mode="greedy", **options))
+
+
+def answered(
+    made: chat_window.ChatWindow, what: str, turns: list, compare: bool = False, **side
+) -> list[dict]:
+    """What the page shows at each step, from what the button gives."""
+    given = {component: component.value for component in made.side()}
+    given |= {made.compare: compare, made.against: BASE, made.form: side.get("form", TRAINED)}
+    steps = getattr(made, what)(PAGE, "new" if what == "ask" else "in the box", turns, *given.values())
+    names = ("turns", "kept", "left", "right", "status", "box", "beams")
+    return [dict(zip(names, step, strict=True)) for step in steps]
+
+
+@pytest.mark.parametrize(("what", "box"), [("ask", "new"), ("again", "in the box")])
+def test_an_answer_stopped_before_its_first_token_changes_nothing(what, box):
+    """The turns are as they were, in the browser's storage too; the question is in the box again."""
+    made = window(Sides([Text(""), Text("", finished=CANCELLED)], []))
+    *_, last = answered(made, what, [OLD])
+    assert (last["turns"], last["box"]) == ([OLD], box)
+    assert "old" in last["kept"]
+    assert [message["content"] for message in last["left"]] == ["q", "old"]
+    assert "stopped" in last["status"]
+    assert "alert" not in last["status"]
+
+
+def test_an_answer_that_ends_empty_is_a_turn():
+    made = window(Sides([Text("", finished=END)], []))
+    *_, last = answered(made, "ask", [OLD])
+    assert [turn["question"] for turn in last["turns"]] == ["q", "new"]
+    assert "new" in last["kept"]
+
+
+WHOLE = [Text("a"), Text("a b"), Text("a b c", finished=END)]
+BROKEN = [UserError("No memory for this side.", "Wait.")]
+
+
+@pytest.mark.parametrize("engine", ["toy", "transformers"])
+@pytest.mark.parametrize("failing", [LEFT, RIGHT])
+def test_an_error_of_one_side_stays_and_the_other_answers(engine, failing):
+    """Told until the end, whichever side comes first."""
+    sides = (BROKEN, WHOLE) if failing == LEFT else (WHOLE, BROKEN)
+    steps = answered(window(Sides(*sides, name=engine)), "ask", [OLD], compare=True)
+    last, other = steps[-1], RIGHT if failing == LEFT else LEFT
+    assert last["turns"][-1][other] == "a b c"
+    assert last["turns"][-1].get(failing) == ""
+    assert "a b c" in last["kept"]
+    assert "No memory for this side" in last["status"]
+    assert "alert" in last["status"]
+
+
+def test_an_answer_that_cannot_go_on_stays():
+    """Continue with two sides: one fails, its earlier text is there."""
+    made = window(Sides(BROKEN, WHOLE))
+    *_, last = answered(made, "further", [OLD], compare=True)
+    assert (last["turns"][-1][LEFT], last["turns"][-1][RIGHT]) == ("old", "a b c")
+    assert last["left"][-1]["content"] == "old"
+
+
+def test_errors_of_both_sides_change_nothing():
+    made = window(Sides(BROKEN, BROKEN))
+    *_, last = answered(made, "again", [OLD], compare=True)
+    assert (last["turns"], last["box"]) == ([OLD], "in the box")
+    assert last["status"].count("No memory for this side") == 1
+
+
+def test_a_system_prompt_that_the_template_cannot_hold_is_left_out():
+    """The question is answered without it, and the status line says so."""
+    chat = Scripted(echo)
+    made = window(chat, system="Be kind.")
+    *_, last = answered(made, "ask", [])
+    assert chat.questions == [["Be kind.", "new"]]
+    assert "left out" not in last["status"]
+    *_, last = answered(made, "ask", [], form="alpaca")
+    assert chat.questions[1:] == [["new"]]
+    assert last["turns"][-1][LEFT] == "NEW"
+    assert "the system prompt is left out: template alpaca has none" in last["status"]
+
+
+def test_the_single_turn_window_leaves_it_out_too():
+    chat = Scripted(echo)
+    page = windows.single(chat, ChatConfig(mode="greedy", system="Be kind."))
+    [work] = [made.fn for made in page.fns.values() if getattr(made.fn, "__name__", "") == "answer"]
+    [given] = [made.inputs for made in page.fns.values() if made.fn is work]
+    values = [component.value for component in given]
+    for form, wanted in ((TRAINED, ["Be kind.", "new"]), ("alpaca", ["new"])):
+        *_, (_, _, status) = work(PAGE, "new", "", values[2], form, *values[4:])
+        assert chat.questions[-1] == wanted
+        assert ("the system prompt is left out" in status) == (form == "alpaca")
+
+
+def test_a_side_that_does_not_go_on_keeps_what_made_it():
+    """Continue without the comparison: the other answer stays, and what made it."""
+    made = window(Sides(WHOLE, []))
+    turn = {**OLD, "adapters": {LEFT: {"one": 1.0}, RIGHT: {"two": 0.5}}}
+    *_, last = answered(made, "further", [turn])
+    assert last["turns"][-1][RIGHT] == "old too"
+    assert last["turns"][-1]["adapters"] == {LEFT: {"one": 1.0}, RIGHT: {"two": 0.5}}
+    *_, last = answered(made, "again", [turn])
+    assert RIGHT not in last["turns"][-1]
+    assert last["turns"][-1]["adapters"] == {LEFT: {"one": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("context", "asked", "kept"), [("facts", "facts", ""), ("facts", "", "facts\n\n"), ("", "", "")]
+)
+def test_a_summary_keeps_what_it_does_not_know(context, asked, kept):
+    """Text in the context that no turn was asked with stays before the summary."""
+    made = window(Sides(WHOLE, []))
+    values = {component: component.value for component in made.side()} | {made.context: context}
+    *_, last = made.summed_up(PAGE, [{**OLD, "input": asked}], *values.values())
+    assert (last[0], last[-1]) == ([], f"{kept}a b c")
+
+
+def test_edit_last_does_not_overwrite_a_message():
+    made = window(Scripted(echo))
+    turns, _, _, _, status, box, _, context = made.take_back("half a thought", "", [OLD])
+    assert turns == [OLD]
+    assert "not sent yet" in status
+    assert box == context == gr.skip()
+    turns, _, _, _, _, box, _, context = made.take_back(" ", "typed", [OLD])
+    assert (turns, box, context) == ([], "q", gr.skip())
+
+
+@pytest.mark.parametrize(("context", "wanted"), [("", "facts"), ("facts", "facts"), ("other", None)])
+def test_edit_last_gives_the_context_back(context, wanted):
+    """Into an empty box; what else was typed there is not overwritten."""
+    made = window(Scripted(echo))
+    asked = {**OLD, "input": "facts"}
+    turns, _, _, _, status, _, _, given = made.take_back("", context, [asked])
+    if wanted:
+        assert (turns, given) == ([], wanted)
+    else:
+        assert (turns, given) == ([asked], gr.skip())
+        assert "another now" in status
+
+
+def test_all_buttons_that_ask_share_the_places():
+    """Or a visitor would be answered beside the limit by Retry, Continue and Summarise."""
+    for made, buttons in ((chat_window.turns, 4), (windows.single, 1)):
+        events = made(Scripted(echo), ChatConfig(mode="greedy")).fns.values()
+        queued = [event for event in events if event.queue and event.inputs]
+        assert len(queued) == buttons
+        assert {event.concurrency_id for event in queued} == {controls.PLACES}
+
+
+def test_a_program_ends_between_two_pieces_of_an_answer():
+    """What is being made is waited for, nothing more is begun: else a thread in torch aborts the process."""
+    steps, inside, go, seen, told = talking.Steps(), threading.Event(), threading.Event(), [], []
+
+    def made() -> Iterator[int]:
+        inside.set()
+        go.wait()
+        yield from (1, 2)
+
+    answering = threading.Thread(target=lambda: seen.extend(steps.each(made())))
+    ending = threading.Thread(target=steps.end, args=(told.append,))
+    answering.start()
+    inside.wait()
+    ending.start()
+    eventually(lambda: steps.is_over)
+    eventually(lambda: told)  # who waits is told so
+    assert ending.is_alive()
+    go.set()
+    for thread in (ending, answering):
+        thread.join(20)
+        assert not thread.is_alive()
+    assert seen == [1]
+    steps.allow()
+    assert list(steps.each(made())) == [1, 2]
+
+
+def test_stop_while_waiting_is_told():
+    """Between the click and the turn in the queue; not once the answer has begun."""
+    sessions = talking.Sessions()
+    sessions.begin("page")
+    assert sessions.is_waiting("page")
+    sessions.start("page")
+    assert not sessions.is_waiting("page")
+    sessions.end("page")
+    assert not sessions.is_waiting("page")

@@ -1,0 +1,550 @@
+"""The training window: answers on the way, trainings as processes, their files, and a real browser."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import gradio as gr
+import pytest
+
+from onecard import (
+    chart,
+    chat,
+    curves,
+    labels,
+    model,
+    panels,
+    preview,
+    report,
+    runfolder,
+    runs,
+    studio,
+    template,
+    train,
+)
+from onecard.config import ContinueConfig, FinetuneConfig, build
+from onecard.errors import Stopped, UserError
+from tests.support import resume_cases, tiny
+from tests.support.paths import ROOT
+from tests.support.training_page import eventually, visited, windows
+
+
+def short_reply(*arguments) -> list[str]:
+    return chat.reply(*arguments[:-1], 6)
+
+
+def run(model, rows, folder, sample=short_reply, **changes) -> Path:
+    options = build(
+        FinetuneConfig,
+        {
+            k: str(v)
+            for k, v in resume_cases.flags(model, rows, folder, **{"max_steps": 6, **changes}).items()
+        },
+    )
+    train.run(options, locate=str, sample=sample, draw=report.loss_curve)
+    return folder
+
+
+def samples(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / runfolder.SAMPLES).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_answers_on_the_way_change_nothing_that_is_learned(one_thread, tiny_model, tiny_rows, tmp_path, bits):
+    """Log, adapters, optimizer and position are the same bytes with and without --sample_steps."""
+    plain = run(tiny_model, tiny_rows, tmp_path / "plain", bits=bits)
+    prompts = {"sample_steps": 4, "sample_prompts": "Say red | Say  blue 3"}
+    asked = run(tiny_model, tiny_rows, tmp_path / "asked", bits=bits, **prompts)
+    assert resume_cases.differences(resume_cases.outcome(plain), resume_cases.outcome(asked)) == []
+    assert not (plain / runfolder.SAMPLES).exists()
+    rounds = samples(asked)
+    assert [record["step"] for record in rounds] == [0, 4, 6]
+    questions = [[answer["instruction"] for answer in record["answers"]] for record in rounds]
+    assert questions == [questions[0]] * 3
+    assert questions[0][-2:] == ["Say red", "Say  blue 3"]
+    finished = json.loads((asked / "finished.json").read_text())["answers"]
+    assert len(finished) == 5
+    for place, when in ((0, "before"), (-1, "after")):
+        assert [a["answer"] for a in rounds[place]["answers"][:5]] == [a[when] for a in finished]
+
+
+def test_answers_on_the_way_survive_a_stop(one_thread, tiny_model, tiny_rows, tmp_path):
+    """Stopped between two checkpoints and continued: the rounds of a straight run, none twice, none torn."""
+    flags = {"sample_steps": 1, "save_steps": 3, "eval_steps": 100}
+    whole = run(tiny_model, tiny_rows, tmp_path / "whole", **flags)
+
+    rounds = []
+
+    def killed(*arguments):
+        rounds.append(1)
+        if len(rounds) == 4:  # 0, 1, 2, then at step 3
+            os.kill(os.getpid(), signal.SIGTERM)
+        return short_reply(*arguments)
+
+    folder = tmp_path / "stopped"
+    with pytest.raises(Stopped):
+        run(tiny_model, tiny_rows, folder, killed, **flags)
+    assert [record["step"] for record in samples(folder)] == [0, 1, 2]
+    with open(folder / runfolder.SAMPLES, "a") as file:
+        file.write('{"step": 99, "answers": []}\n{"step": 3, "ans')
+    wish = build(ContinueConfig, {"output_path": str(folder)})
+    train.go_on(wish, frozenset({"output_path"}), str, str, short_reply, report.loss_curve)
+    assert samples(folder) == samples(whole)
+    assert resume_cases.differences(resume_cases.outcome(whole), resume_cases.outcome(folder)) == []
+
+
+@pytest.mark.parametrize("prompts", ["|".join("abcdefghijklmnopq"), "x" * 501])
+def test_long_lists_of_own_prompts_are_refused(prompts):
+    """Each round asks them all, and each must fit the model."""
+    with pytest.raises(Exception, match=r"--sample_prompts .* at most"):
+        build(FinetuneConfig, {"sample_prompts": prompts})
+
+
+# trainings as processes
+
+SLEEPER = """
+import json, sys, time
+print("argv", json.dumps(sys.argv[1:]), flush=True)
+time.sleep(30)
+"""
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return Path("lora-checkpoints")
+
+
+@pytest.fixture
+def sleeper(tmp_path, monkeypatch) -> Iterator[Path]:
+    """Trainers that only sleep, in the place of finetune.py."""
+    for program in ("finetune.py", "finetune_continue.py"):
+        (tmp_path / program).write_text(SLEEPER)
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    pids = []
+    plain = subprocess.Popen
+    monkeypatch.setattr(runs.subprocess, "Popen", lambda *a, **k: pids.append(plain(*a, **k)) or pids[-1])
+    yield tmp_path
+    for process in pids:
+        process.kill()
+        process.wait()
+
+
+def planted(workspace: Path, name: str, steps: int = 3, **more) -> Path:
+    """A run folder with a log, as a trainer leaves it."""
+    folder = workspace / name
+    folder.mkdir(parents=True)
+    stored = {"options": dataclasses.asdict(FinetuneConfig()), "resolved": {"total_steps": 5}, **more}
+    (folder / runfolder.CONFIG).write_text(json.dumps(stored))
+    lines = [
+        json.dumps({"step": n, "loss": 1.0 / n, "tokens": 10, "seconds": 2.0}) for n in range(1, steps + 1)
+    ]
+    (folder / runfolder.LOG).write_text("".join(f"{line}\n" for line in lines))
+    (folder / f"checkpoint-{steps}").mkdir()
+    return folder
+
+
+HOSTILE = [
+    "",
+    "..",
+    ".",
+    "a/b",
+    "../x",
+    "/etc",
+    "-x",
+    "--x",
+    ".hidden",
+    "a b",
+    "a\n",
+    "a\0",
+    "~",
+    "a;b",
+    "x" * 101,
+]
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, None, 7, "$(id)", "a\\b", "学" * 34])
+def test_a_run_is_named_by_one_plain_word(workspace, name):
+    """Everything else is refused before a file is touched, by each way in."""
+    for way in (
+        lambda: runs.start(workspace, name, FinetuneConfig()),
+        lambda: runs.go_on(workspace, name),
+        lambda: runs.stop(workspace, name),
+        lambda: runs.state(workspace, name),
+    ):
+        with pytest.raises(UserError, match="cannot be the name"):
+            way()
+    assert not workspace.exists()
+
+
+@pytest.mark.parametrize("name", ["run-1", "a.b_c-d", "_x", "训练1", "x" * 100])
+def test_plain_words_are_names(workspace, name):
+    """Letters of any script, digits and three signs."""
+    assert runs.folder_of(workspace, name) == workspace / name
+
+
+@pytest.mark.parametrize("option", runs.PATHS)
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../rows.json",
+        "a/../../b",
+        "/etc/passwd",
+        "~/rows.json",
+        "~root",
+        "--x",
+        "-x",
+        "a\nb",
+        "a\0",
+        "ok,/etc",
+        "http://127.0.0.1/rows.json",
+        "ok, hf://owner/name",
+        "file:///etc/passwd",
+    ],
+)
+def test_paths_stay_inside(workspace, sleeper, option, path):
+    """No option leads out of the folder, and nothing is started."""
+    options = dataclasses.replace(FinetuneConfig(), **{option: path})
+    with pytest.raises(UserError, match=f"--{option} .* not open"):
+        runs.start(workspace, "run", options)
+    assert not workspace.exists()
+
+
+def test_paths_inside_are_open(workspace, tmp_path):
+    """Names, files below this folder, absolute ones too, several with weights, hub names, uploads."""
+    uploads = workspace / runs.UPLOADS
+    for path in (
+        "sample/a.json:2,b.csv",
+        str(tmp_path / "a.json"),
+        "owner/name",
+        f"{uploads.absolute()}/x.json",
+    ):
+        runs.check_paths(dataclasses.replace(FinetuneConfig(), data_path=path), uploads)
+
+
+def test_an_upload_is_kept_under_a_harmless_name(workspace, tmp_path):
+    """A copy by its content, inside the workspace; what is no file of rows is refused."""
+    source = tmp_path / "--a b;$(id)..json"
+    source.write_text("[]")
+    kept = runs.keep_upload(source, workspace)
+    assert kept.parent == workspace / runs.UPLOADS
+    assert kept.name.startswith("a_b__")
+    assert runs.keep_upload(source, workspace) == kept
+    runs.check_paths(dataclasses.replace(FinetuneConfig(), data_path=str(kept)), workspace / runs.UPLOADS)
+    (tmp_path / "x.py").write_text("")
+    with pytest.raises(UserError, match="not a file of rows"):
+        runs.keep_upload(tmp_path / "x.py", workspace)
+
+
+def test_options_reach_the_trainer_as_values(workspace, sleeper):
+    """Each as one --name=value, only those that were changed; a value never becomes an option."""
+    text = "a | --overwrite"
+    options = dataclasses.replace(
+        FinetuneConfig(), sample_prompts=text, seed=7, rslora=True, data_path="a b.json"
+    )
+    runs.start(workspace, "run", options)
+    said = runs.console_of(workspace / "run")
+    eventually(lambda: "argv" in said.read_text())
+    words = ["--data_path=a b.json", "--rslora=true", "--seed=7", f"--sample_prompts={text}"]
+    words.append(f"--output_path={workspace / 'run'}")
+    line = next(line for line in said.read_text().splitlines() if line.startswith("argv "))
+    assert sorted(json.loads(line.removeprefix("argv "))) == sorted(words)
+
+
+def test_a_second_start_is_refused(workspace, sleeper):
+    """Of many windows at once one starts; another process's lock and an earlier run are respected too."""
+    refused = []
+
+    def window() -> None:
+        try:
+            runs.start(workspace, "run", FinetuneConfig())
+        except UserError as error:
+            refused.append(str(error))
+
+    windows = [threading.Thread(target=window) for _ in range(6)]
+    for thread in windows:
+        thread.start()
+    for thread in windows:
+        thread.join()
+    assert len(refused) == 5
+    assert all("is being trained already" in text for text in refused)
+    state = runs.state(workspace, "run")
+    assert (state.kind, state.going) == (runs.STARTING, True)
+    (workspace / "other").mkdir()
+    with open(workspace / "other" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        with pytest.raises(UserError, match=f"process {os.getpid()} is training there"):
+            runs.start(workspace, "other", FinetuneConfig())
+        assert runs.state(workspace, "other").pid == os.getpid()
+    planted(workspace, "earlier")
+    with pytest.raises(UserError, match="earlier run"):
+        runs.start(workspace, "earlier", FinetuneConfig())
+    with pytest.raises(UserError, match="no run to continue"):
+        runs.go_on(workspace, "nothing")
+
+
+def test_a_trainer_that_has_not_begun_can_be_stopped(workspace, sleeper):
+    """It is known by its console until it owns the folder; afterwards the name is free again."""
+    runs.start(workspace, "run", FinetuneConfig())
+    pid = runs.state(workspace, "run").pid
+    assert os.getpgid(pid) == pid != os.getpgid(0)
+    runs.stop(workspace, "run")
+    eventually(lambda: not runs.state(workspace, "run").going)
+    assert runs.state(workspace, "run").kind == runs.STOPPED
+    with pytest.raises(UserError, match="not being trained"):
+        runs.stop(workspace, "run")
+    runs.start(workspace, "run", FinetuneConfig())
+    assert runs.state(workspace, "run").kind == runs.STARTING
+
+
+def test_who_is_trained_on_a_device(workspace, sleeper):
+    """Runs that go on there; one that has just begun might be anywhere; those that ended are nobody's."""
+    assert runs.training_on(workspace, "cpu") == []
+    planted(workspace, "ended")
+    for number, device in enumerate(("cpu", "cuda:0", "cuda:1", None)):
+        runs.start(workspace, f"run-{number}", FinetuneConfig())
+        if device:
+            folder = planted(workspace, f"run-{number}")
+            stored = {"options": {}, "resolved": {"device": device}}
+            (folder / runfolder.CONFIG).write_text(json.dumps(stored))
+    for device, names in (("cpu", "03"), ("cuda:0", "13"), ("cuda:1", "23"), ("all", "123"), ("cuda", "13")):
+        assert sorted(runs.training_on(workspace, device)) == [f"run-{name}" for name in names]
+
+
+def test_a_stale_lock_is_nobodys(workspace):
+    """The pid of a dead process, of one that lives but holds nothing, and nonsense: nobody trains there."""
+    folder = planted(workspace, "run")
+    for pid in ("999999999", str(os.getpid()), "", "-1", "0", "x", "9" * 30):
+        (folder / ".lock").write_text(pid)
+        state = runs.state(workspace, "run")
+        assert (state.kind, state.step, state.total) == (runs.STOPPED, 3, 5)
+        with pytest.raises(UserError, match="not being trained"):
+            runs.stop(workspace, "run")
+
+
+def test_how_a_run_stands_is_read_from_its_files(workspace):
+    """New, failed with its last words, killed, stopped, finished, and gone on without a window since."""
+    assert runs.state(workspace, "run").kind == runs.NEW
+    folder = planted(workspace, "run")
+    console = runs.console_of(folder)
+    start = "=== 2020-01-01 10:00:00 finetune.py\n=== process 1\n"
+
+    def said(text: str) -> runs.State:
+        console.write_text("error: of an earlier start\n" + start + text)
+        return runs.state(workspace, "run")
+
+    failed = said("rows 5\nerror: something is wrong.\n")
+    assert (failed.kind, failed.said.splitlines()[-1]) == (runs.FAILED, "error: something is wrong.")
+    assert "earlier" not in failed.said
+    assert said("Traceback (most recent call last)\n  x\nKeyError: 1\n").kind == runs.FAILED
+    killed = said("step 3/5\r 60%\rstep 4/5")
+    assert (killed.kind, killed.said.splitlines()[0]) == (runs.FAILED, "step 4/5")
+    assert "was it killed" in killed.said
+    assert said("error: in a row\nstopped by SIGTERM.\n").kind == runs.STOPPED
+    assert said(f"step 1\n{runs.ASKED}\n").kind == runs.STOPPED
+    said("step 3/5")
+    later = time.time() + 5
+    os.utime(folder / runfolder.LOG, (later, later))
+    assert runs.state(workspace, "run").kind == runs.STOPPED
+    (folder / runfolder.FINISHED).write_text("{}")
+    assert said("error: in a row\nall is well\n").kind == runs.FINISHED
+    runs.console_of(workspace / "failed").write_text(f"{start}error: no such file\n")
+    runs.console_of(workspace / "deleted").write_text(f"{start}step 5\n")
+    assert sorted(runs.names(workspace)) == ["failed", "run"]
+    assert runs.state(workspace, "deleted").kind == runs.STOPPED
+    assert runs.free_name(workspace) == "run-1"
+    (folder / runfolder.CONFIG).write_text('{"options": {}, "resolved": {"total_steps": "<script>"}}')
+    assert runs.state(workspace, "run").total is None
+    (folder / runfolder.CONFIG).write_text("{")
+    assert runs.state(workspace, "run").kind == runs.FINISHED
+
+
+def test_memory_is_predicted_from_the_form(workspace, tiny_model, tmp_path):
+    """With the form's options, for a model that is here; what cannot be predicted says why."""
+    shutil.copytree(tiny_model, tmp_path / "tiny")
+    with gr.Blocks():
+        made = studio.Studio("en", workspace, str, studio.folder_alone)
+
+    def shown(**changes) -> str:
+        values = {name: studio.FIELDS[name].default for name in made.inputs}
+        return made.predict(*{**values, "model_path": "tiny", "device": "cpu", **changes}.values())
+
+    assert "Predicted peak memory: " in shown()
+    assert "weights 0.00" in shown()
+    assert shown(batch_size=2, cutoff_len=64) != shown()
+    assert "elsewhere/model is not on this machine yet" in shown(model_path="elsewhere/model")
+    assert "not in this model" in shown(lora_target_modules="x_proj")
+    assert "not open to this window" in shown(model_path=str(tiny_model.parent / ".." / "x"))
+    assert "must be 1 or more" in shown(batch_size=0)
+
+
+# what is read and shown
+
+
+def test_curves_grow_with_the_log_and_go_back_with_it(workspace):
+    """Half a line waits, damaged ones are left out, a log that was cut is read anew."""
+    folder = planted(workspace, "run")
+    made = curves.Curves(folder)
+    made.refresh()
+    assert made.points["loss"] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert made.latest()["speed"] == 5.0
+    log = folder / runfolder.LOG
+    with open(log, "ab") as file:
+        file.write(
+            b'\xff\xfe\n[1]\n{"step": "4"}\n{"step": true}\n{"step": 4, "loss": "nan"}\n{"step": 5, "lo'
+        )
+    made.refresh()
+    assert made.points["loss"][-1] == (3, 1 / 3)
+    assert curves.last_step(folder) == 4
+    with open(log, "ab") as file:
+        file.write(b'ss": 0.25}\n{"step": 5, "eval_loss": 0.5}\n')
+    made.refresh()
+    assert made.points["loss"][-1] == (5, 0.25)
+    assert made.points["eval_loss"] == [(5, 0.5)]
+    runfolder.cut_log(folder, 2)
+    made.refresh()
+    assert made.points["loss"] == [(1, 1.0), (2, 0.5)]
+    assert made.thinned("loss", 1) == [(2, 0.75)]
+    log.unlink()
+    made.refresh()
+    assert made.points["loss"] == []
+    assert curves.last_step(folder) == 0
+
+
+def test_answers_are_those_of_the_rounds_or_of_the_end(workspace):
+    """Damaged records are left out; without rounds a finished run has those before and after."""
+    folder = planted(workspace, "run")
+    assert curves.samples(folder) == {}
+    answer = {"instruction": "a", "input": "", "before": "x", "after": "y"}
+    (folder / runfolder.FINISHED).write_text(json.dumps({"steps": 5, "answers": [answer]}))
+    assert {step: given[0]["answer"] for step, given in curves.samples(folder).items()} == {0: "x", 5: "y"}
+    lines = ['{"step": 4, "answers": [{"instruction": "q", "answer": 7}]}', '{"step": 0, "answers": []}']
+    (folder / runfolder.SAMPLES).write_text("\n".join([*lines, '{"step": 9, "answers": [1]}', '{"step": 8']))
+    assert curves.samples(folder) == {0: [], 4: [{"instruction": "q", "input": "", "answer": "7"}]}
+
+
+def test_nothing_that_is_shown_becomes_a_tag(workspace, tiny_model):
+    """Rows, answers, names, messages and logs are text, whatever stands in them."""
+    bad = "<script>alert(1)</script><img src=x onerror=y>"
+    Path("rows.json").write_text(json.dumps([{"instruction": bad, "input": "", "output": bad}, {"x": bad}]))
+    options = dataclasses.replace(
+        FinetuneConfig(), data_path="rows.json", model_path=str(tiny_model), cutoff_len=2000
+    )
+
+    def load(model_path: str, name: str):
+        tokenizer = model.load_tokenizer(model_path)
+        return tokenizer, template.load(name, tokenizer)
+
+    rows = preview.first_rows(options, load, 5)
+    assert len(rows) == 2
+    page = panels.rows(rows, "en")
+    answers = [{"instruction": bad, "input": bad, "answer": bad}]
+    page += panels.answers(answers, answers, (bad, bad), "zh")
+    page += panels.note(bad, True) + panels.card(bad, runs.State(runs.FAILED, 1, 2, None, bad), {}, "en")
+    page += chart.plot(bad, [chart.Line(bad, [(1, 2.0)], 0)])
+    assert "<script" not in page
+    assert "<img" not in page
+    assert page.count("&lt;script&gt;") >= 9
+    marked = panels.rows(rows, "en").split("<mark>")[2]
+    assert marked.startswith("&lt;script&gt;")
+
+
+@pytest.mark.parametrize(
+    "points",
+    [[(0, 0.0)], [(1, 5.0), (2, 5.0)], [(0, -1.0), (10**6, 1e-9)], [(n, n**3) for n in range(300)], []],
+)
+def test_any_curve_can_be_drawn(points):
+    """One point, a flat line, tiny and large numbers, none at all."""
+    for from_zero in (True, False):
+        made = chart.plot("t", [chart.Line("a", points, 0)], from_zero)
+        assert "nan" not in made
+        assert ("<svg" in made) == bool(points)
+
+
+def test_every_option_has_its_names():
+    """English and Chinese label and a Chinese help for each option that the window can show."""
+    never = ("output_path", "remote_code")
+    names = [field.name for field in dataclasses.fields(FinetuneConfig) if field.name not in never]
+    assert list(labels.FINETUNE) == names
+    assert all(len(words) == 3 and all(words) for words in labels.FINETUNE.values())
+
+
+# a real browser
+
+
+@pytest.fixture
+def window(tmp_path) -> Iterator:
+    with windows(tmp_path) as begin:
+        yield begin
+
+
+def test_a_training_in_the_browser(window, browser, tiny_model, tmp_path):
+    """Preview, start, watch; the window dies and the training does not; attach, stop, continue, finish."""
+    shutil.copytree(tiny_model, tmp_path / "tiny")
+    (tmp_path / "sample").mkdir()
+    shutil.copy(ROOT / "sample" / "instruct.json", tmp_path / "sample")
+    tiny.save_rows(tmp_path / "rows.json", 24)
+    first, url = window()
+    with visited(browser, url) as page:
+        page.fill(model_path="tiny", batch_size=0)
+        page.press("start")
+        page.page.get_by_text("Rows per step (--batch_size) 0: must be 1 or more.").wait_for()
+        assert not (tmp_path / "lora-checkpoints").exists()
+        page.page.get_by_text("All options").click()
+        page.choose(bits="16", dtype="fp32")
+        page.fill(batch_size=4, num_epochs=20, device="cpu", test_size=2, eval_steps=30)
+        page.fill(data_path="rows.json", sample_steps=40, sample_prompts="Say red", name="mine")
+        page.press("start")
+        page.page.get_by_text("mine was started.").wait_for()
+        page.fill(data_path="sample/instruct.json")
+        page.press("preview")
+        learned = page.page.locator("#train-rows .oc-row mark").first
+        learned.wait_for()
+        assert learned.inner_text().startswith("Answer: Trim the stems")
+
+        folder = tmp_path / "lora-checkpoints" / "mine"
+        pid = runs.state(folder.parent, "mine").pid
+        eventually(lambda: curves.last_step(folder) >= 1, 90)
+        os.kill(pid, signal.SIGSTOP)  # between looks at the page: the tiny run would soon be over
+        seen = page.wait("running", 1)
+        os.kill(pid, signal.SIGCONT)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        eventually(lambda: curves.last_step(folder) >= seen + 2)
+        os.kill(pid, signal.SIGSTOP)
+    _, url = window()
+    with visited(browser, url) as page:
+        seen = page.wait("running", seen + 2)
+        assert page.page.input_value("#train-run input") == "mine"
+        os.kill(pid, signal.SIGCONT)
+        eventually(lambda: curves.last_step(folder) > seen)
+        os.kill(pid, signal.SIGSTOP)
+        seen = page.wait("running", seen + 1)
+        page.press("stop")
+        page.page.get_by_text("It saves, then stops.").wait_for()
+        os.kill(pid, signal.SIGCONT)
+        saved = page.wait("stopped", seen)
+        assert (folder / f"checkpoint-{saved}").is_dir()
+        assert not runs.state(folder.parent, "mine").going
+
+        page.press("continue")
+        page.wait("starting")
+        page.wait("finished", 120)
+        assert page.page.locator("#train-plots polyline").count() >= 5  # loss twice, accuracy, rate, speed
+        answers = page.page.locator("#train-answers")
+        answers.get_by_text("After step 120").first.wait_for()
+        assert answers.get_by_text("Say red").count() >= 1
+        page.page.fill("#train-step input[type=number]", "0")
+        page.page.keyboard.press("Enter")
+        answers.get_by_text("After step").first.wait_for(state="detached")
+        assert answers.get_by_text("Base model").count() == 3

@@ -1,0 +1,188 @@
+"""The training window's page in a real browser: runs compared, made longer, memory, and hostile texts.
+
+A whole training, watched, stopped and continued, is in test_studio.py.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+
+from onecard import runfolder, runs
+from tests.support import tiny
+from tests.support.training_page import visited, windows
+from tests.ui.test_studio import planted
+from tests.ui.test_studio import run as train
+from tests.ui.test_windows import WAIT
+
+TAG = "<img src=x onerror=window.hit=1>"  # no slash: it may be a file's name
+BAD = f"{TAG}<script>window.hit=2</script><svg onload=window.hit=3>[a](javascript:window.hit=4)"
+LIVE = ".gradio-container :is(img[onerror], script, svg[onload], iframe, a[href^='javascript:' i])"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_model, one_thread) -> Path:
+    """A folder as somebody works in it: a model, rows, runs; some with texts that no browser should run."""
+    folder = tmp_path_factory.mktemp("place")
+    workspace = folder / "lora-checkpoints"
+    shutil.copytree(tiny_model, folder / "tiny")
+    tiny.save_rows(folder / "rows.json", 24)
+    for name, steps in (("first", 3), ("second", 5)):
+        log = planted(workspace, name, steps) / runfolder.LOG
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": steps, "eval_loss": 0.25}) + "\n")
+    with contextlib.chdir(folder):  # what the run stores is named as the window names it
+        train("tiny", "rows.json", Path("lora-checkpoints/short"), max_steps=2)
+    rows = [{"instruction": BAD, "input": BAD, "output": BAD}, {BAD: BAD}]
+    (folder / f"{TAG}.json").write_text(json.dumps(rows), encoding="utf-8")
+    options = {"model_path": BAD, "data_path": BAD, "template": BAD, "sample_prompts": BAD}
+    hostile = planted(workspace, "hostile", options=options, begun_from=BAD)
+    answer = {"instruction": BAD, "input": BAD, "answer": BAD}
+    lines = [json.dumps({"step": step, "answers": [answer]}) for step in (0, 3)]
+    (hostile / runfolder.SAMPLES).write_text("\n".join([*lines, ""]), encoding="utf-8")
+    start = f"=== 2020-01-01 10:00:00 {BAD}\n"
+    runs.console_of(hostile).write_text(f"{start}error: {BAD}\n", encoding="utf-8")
+    runs.console_of(workspace / TAG).write_text(f"{start}error: {BAD}\n", encoding="utf-8")
+    (workspace / TAG).mkdir()
+    shutil.copy(hostile / runfolder.CONFIG, workspace / TAG)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(place) -> Iterator[str]:
+    with windows(place) as begin:
+        yield begin()[1]
+
+
+LINES = """() => [...document.querySelectorAll('#train-plots .oc-plot')].map(plot => ({
+  title: plot.querySelector('.oc-title').innerText,
+  keys: [...plot.querySelectorAll('.oc-keys span')].map(key => key.innerText.trim()),
+  colours: [...plot.querySelectorAll(':scope > svg :is(polyline, circle)')].map(line => {
+    const box = line.getBoundingClientRect();
+    return box.width > 0 && box.bottom > 0 ? getComputedStyle(line).stroke : 'unseen';
+  }),
+}))"""
+
+
+def test_earlier_runs_are_laid_over_the_chosen_one(browser, address):
+    """Each plot has the curves of both, told apart by colour and named with their last values."""
+    with visited(browser, address) as page:
+        page.choose(run="first", others="second")
+        expect(page.page.locator("#train-plots .oc-keys").first).to_contain_text("second")
+        plots = {plot["title"]: plot for plot in page.page.evaluate(LINES)}
+        loss = plots["Loss (nats per target token)"]
+        named = ["first training 0.3333", "first validation 0.25", "second training 0.2"]
+        assert loss["keys"] == [*named, "second validation 0.25"]
+        one, two, *rest = loss["colours"][0], loss["colours"][2], *loss["colours"]
+        assert rest == [one, one, two, two]
+        assert one != two
+        assert "unseen" not in rest
+        speed = plots["Speed (tokens/s)"]
+        assert speed["keys"] == ["first 5", "second 5"]
+        assert speed["colours"] == [one, two]
+        assert "first training: 0.3333 (3)\nfirst validation: 0.25 (3)\nsecond training: 0.3333 (3)" in (
+            page.page.locator("#train-plots .oc-plot").first.inner_html()
+        )
+        page.page.locator("#train-others").get_by_role("button", name="Remove").first.click()
+        expect(page.page.locator("#train-plots")).not_to_contain_text("second")
+        assert page.page.evaluate(LINES)[0]["keys"] == ["training 0.3333", "validation 0.25"]
+
+
+def test_a_finished_run_goes_on_up_to_an_epoch(browser, address):
+    """Planned by steps before; what is no number of epochs, or not more than was planned, is told."""
+    with visited(browser, address) as page:
+        page.choose(run="short")
+        assert page.wait("finished") == 2
+        for wrong in ("0", "x", "-1"):
+            page.fill(longer=wrong)
+            page.press("continue")
+            expect(page.page.locator("#train-done [role=alert]")).to_contain_text(f"{wrong}")
+            expect(page.page.locator("#train-done")).to_contain_text("Epochs (--num_epochs)")
+        page.fill(longer="1")
+        page.press("continue")
+        expect(page.page.locator("#train-longer :is(input, textarea)")).to_have_value("")
+        page.wait("starting")
+        expect(page.page.locator("#train-done")).to_contain_text(" goes on.")  # as long as it does
+        assert page.wait("finished", 4) == 4
+        expect(page.page.locator("#train-done")).to_have_text("")
+        expect(page.page.locator("#train-card")).to_contain_text("step 4 of 4")
+        page.fill(longer="0.5")
+        page.press("continue")
+        page.wait("failed")
+        expect(page.page.locator("#train-card")).to_contain_text("num_epochs 1.0 -> 0.5")
+
+
+def test_memory_is_predicted_in_the_page(browser, address):
+    """As soon as a model that is here is named, and anew with each option that decides it."""
+    with visited(browser, address) as page:
+        told = page.page.locator("#train-memory")
+        page.fill(model_path="tiny")
+        page.page.get_by_text("All options").click()
+        page.fill(device="cpu")
+        expect(told).to_contain_text("Predicted peak memory: ", timeout=WAIT)  # it imports torch
+        expect(told).to_contain_text("free on cpu")
+        before = told.inner_text()
+        page.fill(cutoff_len=64)
+        expect(told).not_to_have_text(before)
+        expect(told).to_contain_text("Predicted peak memory: ")
+        page.fill(model_path="owner/not-here")
+        expect(told).to_contain_text("Memory is not predicted: owner/not-here is not on this machine yet.")
+
+
+def test_no_text_of_others_runs_as_script(browser, address):
+    """W9: names, rows, answers, options, consoles and errors are shown as they are written."""
+    with visited(browser, address) as page:
+        shown = page.page
+
+        def harmless(place: str, text: str = TAG) -> None:
+            expect(shown.locator(f"#train-{place}")).to_contain_text(text, timeout=WAIT)
+            shown.wait_for_timeout(100)  # a handler would run now
+            assert shown.locator(LIVE).count() == 0, place
+            assert shown.evaluate("window.hit") is None, place
+
+        shown.on("dialog", lambda dialog: dialog.dismiss())
+        page.choose(run="hostile", others="hostile")
+        harmless("card", f"error: {BAD}")
+        harmless("answers", BAD)
+        page.press("reuse")
+        harmless("done", "Copied into the form.")
+        expect(shown.locator("#train-model_path :is(input, textarea)")).to_have_value(BAD)
+        harmless("memory", BAD)
+        page.press("preview")
+        harmless("rows", BAD)
+        page.press("start")
+        harmless("started", "run-1 was started.")
+        page.wait("failed")  # a trainer that was given all of this
+        harmless("card", "error: ")
+        harmless("card")
+        shown.reload()
+        shown.click("#train-data_path input")
+        shown.get_by_role("option", name=TAG).click()
+        page.fill(model_path="tiny", cutoff_len=2000)
+        page.press("preview")
+        harmless("rows", f"{TAG}.json")
+        harmless("rows", BAD)
+        assert shown.locator("#train-rows .oc-row").count() == 2
+        page.fill(name=BAD)
+        page.press("start")
+        harmless("started")
+        page.fill(template=BAD)
+        page.press("preview")
+        harmless("rows", f"--template) {BAD}")
+        page.fill(lora_target_modules=TAG)
+        harmless("memory")
+        shown.fill("#train-run input", BAD)
+        shown.keyboard.press("Enter")
+        harmless("card", "No run yet.")
+        shown.fill("#train-others input", BAD)
+        shown.keyboard.press("Enter")
+        harmless("card", "No run yet.")
+        upload = {"name": f"{TAG}.json", "mimeType": "application/json", "buffer": b"[]"}
+        shown.set_input_files("input[type=file]", upload)
+        expect(shown.locator("#train-data_path input")).to_have_value(re.compile(r"uploads/img_src_x"))
+        harmless("card", "No run yet.")
