@@ -26,9 +26,10 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the largest file")
     args = parser.parse_args()
+    from memory_rise import memory_rise  # beside this file
+
     from onecard import hardware, hub, model, plan, reader, rows, template
     from onecard.config import FinetuneConfig
-    from tests.support.power_failure import memory_rise
 
     tokenizer = model.load_tokenizer(hub.locate("demo"))
     form = template.load("alpaca", tokenizer)

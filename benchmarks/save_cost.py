@@ -19,10 +19,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from memory_rise import memory_rise  # beside this file
 from safetensors.torch import save_file
 
 from onecard import checkpoint, hardware, plan
-from tests.support.power_failure import memory_rise
 
 SAVES = 20
 SIZES = {"demo, rank 8 on q,v": 460_800, "7B, rank 8 on q,v": 4_194_304, "7B, rank 16 on all": 39_976_960}

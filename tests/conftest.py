@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import tiny
-from tests.support.harness import started
-from tests.support.paths import ROOT
+pytest.register_assert_rewrite("tests.support")  # so that a failing check there shows its values too
+from tests.support import tiny  # noqa: E402
+from tests.support.harness import started  # noqa: E402
+from tests.support.paths import ROOT  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 

@@ -1,6 +1,7 @@
-"""The tests of what must not be lost can fail: each mutant breaks one promise, and its test sees it.
+"""The tests of what must not be lost can fail: each mutant breaks one promise, and its check sees it.
 
-Mutants of what a resume restores: test_resume.py (faults.MUTANTS); of syncing: test_checkpoint.py.
+The checks are those of tests/support/promises.py, which the tests of the code as it is make too. Mutants of
+what a resume restores: test_resume.py (faults.MUTANTS); of syncing: test_checkpoint.py.
 """
 
 import shutil
@@ -11,34 +12,41 @@ import pytest
 import torch
 
 from onecard import checkpoint, legacy, lock, runfolder
-from tests.runs import test_checkpoint
-from tests.runs.test_checkpoint import copy, saved  # noqa: F401 (fixtures)
-from tests.support import faults
-from tests.training import test_out_of_memory, test_resume
-from tests.training.test_out_of_memory import untroubled  # noqa: F401
-from tests.training.test_resume import rows, straight  # noqa: F401
+from tests.support import faults, promises, tiny
+from tests.support.power_failure import save
+from tests.support.resume_cases import straight_runs
 
 FAILURE = (AssertionError, pytest.fail.Exception)
 
 
-def noticed(test: Callable, *arguments) -> None:
-    """The test fails when it is called with a mutant in place."""
+def noticed(promise: Callable, *arguments, **fault) -> None:
+    """The check fails when it is made with a mutant in place."""
     with pytest.raises(FAILURE):
-        test(*arguments)
+        promise(*arguments, **fault)
 
 
-def test_without_hashes_flipped_bits_are_noticed(copy, monkeypatch):  # noqa: F811
-    for path in sorted(copy.glob("checkpoint-*")):  # as a save without hashes would have left them
-        shutil.rmtree(path)
-    monkeypatch.setattr(checkpoint, "sha256", lambda _: "")
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return tmp_path / "run"
+
+
+def save_both(run: Path) -> Path:
+    """A run folder with checkpoints 5 and 10."""
+    run.mkdir()
     for step in (5, 10):
-        test_checkpoint.save(copy, step)
-    noticed(test_checkpoint.test_every_flipped_bit_is_found, copy)
+        save(run, step)
+    return run
 
 
-def test_without_a_manifest_cut_and_mixed_files_are_noticed(copy, monkeypatch):  # noqa: F811
+def test_without_hashes_flipped_bits_are_noticed(run, monkeypatch):
+    monkeypatch.setattr(checkpoint, "sha256", lambda _: "")
+    noticed(promises.every_flipped_bit_is_found, save_both(run))
+
+
+def test_without_a_manifest_cut_and_mixed_files_are_noticed(run, monkeypatch):
+    save_both(run)
     monkeypatch.setattr(checkpoint, "verify", lambda _: [])
-    noticed(test_checkpoint.test_cut_missing_extra_and_mixed_files, copy)
+    noticed(promises.cut_missing_and_mixed_files_are_found, run)
 
 
 def test_a_save_in_place_is_noticed(tmp_path, monkeypatch):
@@ -52,7 +60,7 @@ def test_a_save_in_place_is_noticed(tmp_path, monkeypatch):
         return target
 
     monkeypatch.setattr(checkpoint, "save", save)
-    noticed(test_checkpoint.test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint, tmp_path, 1)
+    noticed(promises.a_kill_at_any_file_operation_leaves_a_whole_checkpoint, tmp_path, 1)
 
 
 def test_deleting_the_newest_is_noticed(tmp_path, monkeypatch):
@@ -62,32 +70,34 @@ def test_deleting_the_newest_is_noticed(tmp_path, monkeypatch):
                 shutil.rmtree(folder / f"checkpoint-{step}")
 
     monkeypatch.setattr(checkpoint, "prune", prune)
-    noticed(test_checkpoint.test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint, tmp_path, 1)
+    noticed(promises.a_kill_at_any_file_operation_leaves_a_whole_checkpoint, tmp_path, 1)
 
 
 def test_a_lock_that_locks_nothing_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "_take", lambda *_: None)
-    noticed(test_checkpoint.test_a_lock_dies_with_its_owner, tmp_path)
+    noticed(promises.a_lock_dies_with_its_owner, tmp_path)
 
 
 def test_gathering_the_base_is_noticed(tmp_path):
     def gather(adapted) -> list[torch.Tensor]:
         return [tensor.clone() for tensor in adapted.state_dict().values()]
 
-    noticed(test_checkpoint.test_saving_needs_no_memory_for_the_base, tmp_path, gather)
+    noticed(promises.saving_needs_no_memory_for_the_base, tmp_path, gather)
 
 
-def test_a_torn_update_is_noticed(harness, straight, tiny_model, rows, tmp_path):  # noqa: F811
-    fault = {"torn_updates": True}
-    test = test_resume.test_a_signal_within_an_update_waits_for_its_end
-    noticed(test, harness, straight, tiny_model, rows, tmp_path, fault)
+def test_a_torn_update_is_noticed(harness, tiny_model, tmp_path):
+    rows = tiny.save_rows(tmp_path / "rows.json", 24)
+    whole = straight_runs(harness, tiny_model, rows, tmp_path / "straight")("16 bits")
+    promise = promises.a_signal_within_an_update_waits_for_its_end
+    noticed(promise, harness, whole, tiny_model, rows, tmp_path, torn_updates=True)
 
 
-def test_a_partial_gradient_is_noticed(harness, untroubled, tmp_path):  # noqa: F811
+def test_a_partial_gradient_is_noticed(harness, tiny_model, tmp_path):
     fault = {"no_memory_at": [2], "partial_gradients": True}
-    test = test_out_of_memory.test_the_step_is_redone_with_the_same_gradient
+    (tmp_path / "whole").mkdir()
+    untroubled = promises.untroubled_run(harness, tiny_model, tmp_path / "whole")
     with pytest.raises(AssertionError, match="comparison failed"):
-        test(harness, untroubled, tmp_path, fault)
+        promises.the_step_is_redone_with_the_same_gradient(harness, untroubled, tmp_path, fault)
 
 
 def test_an_unpickler_that_knows_everything_is_noticed(tmp_path, monkeypatch):
@@ -99,8 +109,8 @@ def test_an_unpickler_that_knows_everything_is_noticed(tmp_path, monkeypatch):
     def read() -> None:  # it limits its own process, so in a child
         legacy._child(f"{tmp_path}/hostile.pt", f"{tmp_path}/out")
 
-    test_checkpoint.in_child(read)
+    promises.in_child(read)
     assert not canary.exists()
     monkeypatch.setattr(torch, "load", lambda path, **_: plain(path, weights_only=False))
-    test_checkpoint.in_child(read)
+    promises.in_child(read)
     assert canary.exists()

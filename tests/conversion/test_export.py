@@ -1,8 +1,7 @@
-"""Exported files do what the model does, others are not kept; perplexity is the same in both engines."""
+"""Exported files do what the model does, others are not kept (the comparison: evaluation/test_parity.py)."""
 
 import dataclasses
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from peft import LoraConfig, get_peft_model
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -21,40 +19,30 @@ from onecard import (
     fingerprint,
     gguf,
     hub,
-    measure,
     merging,
     model,
     ollama,
-    parsing,
     probes,
     prompt,
     runfolder,
-    scoring,
     template,
 )
-from onecard.chat_config import ChatConfig, Generation, PerplexityConfig
-from onecard.errors import CHECKPOINT, DATA, USAGE, UserError
+from onecard.chat_config import ChatConfig, Generation
+from onecard.errors import CHECKPOINT, USAGE, UserError
 from onecard.prompt import Conversation, Turn
 from onecard.tool_config import GGUF_TYPES, ExportConfig
 from tests.support import kill_points, tiny
+from tests.support.adapters import save_adapter
 from tests.support.paths import ROOT
+from tests.support.tokenizers import chatty
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu")
 from onecard import chat, engine_llama, export, parity
+from tests.support.exports import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CHAT = "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"
-CHAT += "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
 EXPORTED = ["Modelfile", "adapter.gguf", "base-f16.gguf", "export.json"]
-
-
-def chatty():
-    """The tiny tokenizer with a chat template and tokens of it."""
-    made = tiny.tokenizer()
-    made.add_special_tokens({"extra_special_tokens": ["<turn>"]})
-    made.chat_template = CHAT
-    return made
 
 
 def save_sentencepiece(folder: Path, spaced: bool) -> Path:
@@ -84,24 +72,6 @@ def save_sentencepiece(folder: Path, spaced: bool) -> Path:
     return folder
 
 
-def save_adapter(base: Path, folder: Path, seed: int = 0, std: float = 0.05) -> Path:
-    torch.manual_seed(seed)
-    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
-    made = get_peft_model(model.load_base(str(base), 16, "fp32", "cpu"), settings)
-    for name, parameter in made.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=std)
-    made.save_pretrained(folder)
-    return folder
-
-
-def run(**options) -> tuple[Path, list[str]]:
-    """The exported folder and what was said."""
-    said: list[str] = []
-    settings = parsing.build(ExportConfig, {name: str(value) for name, value in options.items()})
-    return export.run(settings, hub.locate, hub.fetch_adapter, said.append), said
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     return tiny.save_model(tmp_path_factory.mktemp("export") / "model", chatty(), vocab_size=301)
@@ -115,15 +85,6 @@ def adapter(base) -> Path:
 @pytest.fixture(scope="module")
 def exported(base, adapter) -> tuple[Path, list[str]]:
     return run(model_path=base, lora_path=adapter, type="f16")
-
-
-def rows_of(folder: Path, base: Path, adapter: Path | None, kind: str = "f16") -> dict[str, parity.Row]:
-    """The comparison of files in a folder with a model, row by row."""
-    tokenizer = model.load_tokenizer(str(base))
-    form = template.load("auto" if tokenizer.chat_template else "alpaca", tokenizer)
-    expected = parity.reference(base, adapter, form, tokenizer)
-    files = folder / f"base-{kind}.gguf", folder / "adapter.gguf" if adapter else None
-    return {row.name: row for row in parity.compare(expected, kind, *files, form, tokenizer, 1)}
 
 
 def test_what_is_exported(exported, adapter):
@@ -208,44 +169,6 @@ def test_every_type_is_one_of_llama_cpps():
     plain = {"f32": "LLAMA_FTYPE_ALL_F32"}
     for kind in GGUF_TYPES:
         assert isinstance(getattr(library, plain.get(kind, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")), int)
-
-
-def test_planted_faults_are_found(exported, base, adapter, tmp_path):
-    """A token of the file renamed, weights a little off, another adapter, another end token."""
-    folder, good = exported[0], (exported[0] / "base-f16.gguf").read_bytes()
-    plant = tmp_path / "plant"
-    shutil.copytree(folder, plant)
-    assert not any(row.failed for row in rows_of(plant, base, adapter).values())
-
-    token = good.index(b"\x05\x00\x00\x00\x00\x00\x00\x00quick")  # a text is its length, then its bytes
-    (plant / "base-f16.gguf").write_bytes(good[: token + 8] + b"quicq" + good[token + 13 :])
-    assert rows_of(plant, base, adapter)["token ids"].failed
-
-    end = good.index(b"tokenizer.ggml.eos_token_id") + 27 + 4  # then the type, then the value
-    (plant / "base-f16.gguf").write_bytes(good[:end] + b"\x07\x00\x00\x00" + good[end + 4 :])
-    assert rows_of(plant, base, adapter)["end token"].failed
-
-    (plant / "base-f16.gguf").write_bytes(good.replace(b"<turn>{{ m.role }}", b"<turn>{{ m.rule }}"))
-    assert rows_of(plant, base, adapter)["chat template"].failed
-
-    (plant / "base-f16.gguf").write_bytes(good[:-9000] + bytes(8000) + good[-1000:])
-    assert rows_of(plant, base, adapter)["largest logit gap"].failed
-
-    (plant / "base-f16.gguf").write_bytes(good)
-    gguf.adapter(save_adapter(base, tmp_path / "other", 1), base, plant / "adapter.gguf")
-    assert rows_of(plant, base, adapter)["largest logit gap"].failed
-
-
-def test_a_terminal_sees_how_far_the_comparison_is(exported, base, capsys, monkeypatch):
-    """A bar for each side's answers and text; a pipe gets none."""
-    titles = [
-        f"{what} by {side}:" for side in ("transformers", "llama.cpp") for what in ("answers", "a text")
-    ]
-    rows_of(exported[0], base, None)
-    assert not [title for title in titles if title in capsys.readouterr().err]
-    monkeypatch.setattr(sys, "stderr", tiny.Screen())
-    rows_of(exported[0], base, None)
-    assert [title for title in titles if title not in sys.stderr.getvalue()] == []
 
 
 def test_what_fails_is_not_kept(base, tmp_path, monkeypatch):
@@ -522,100 +445,6 @@ def test_one_meaning_of_a_plain_start():
     assert merging.PLAIN_VALUES["init_lora_weights"] == runfolder.PLAIN_STARTS
     assert {True, False, "eva"} <= set(runfolder.PLAIN_STARTS)
     assert "pissa" not in runfolder.PLAIN_STARTS
-
-
-@pytest.mark.parametrize("kind", ["f16", "q4_k_m"])
-def test_logits_that_are_no_numbers_fail(monkeypatch, kind):
-    """Whatever the type; max() would pass them over."""
-    answers = [parity.Answer([1], [2], torch.zeros(1, 4))] * 2
-    monkeypatch.setattr(parity, "_greedy", lambda *_: [2])
-    found = iter([torch.zeros(1, 4), torch.full((1, 4), float("nan"))])
-    monkeypatch.setattr(parity, "_scores", lambda *_: next(found))
-    assert parity._answers(None, answers, kind, (), [])[1].failed
-
-
-@pytest.mark.parametrize("length", [0, 1])
-def test_windows_that_do_not_move_on_are_refused(length):
-    with pytest.raises(AssertionError):
-        scoring.windows(4, length)
-
-
-def test_a_context_too_short_to_measure(tmp_path):
-    """In words, instead of without end; a model of llama.cpp may have less than is asked for."""
-    made = tiny.save_model(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("red green blue")
-    given = PerplexityConfig(data_path=str(tmp_path / "text.txt"), model_path=str(made), context=2)
-    with pytest.raises(UserError, match="context of 2 tokens"):
-        measure.perplexity(given, hub.locate, hub.fetch_adapter, gguf.for_llama, say=lambda _: None)
-
-
-def test_windows_score_every_token_once():
-    for count, length in ((5, 8), (8, 8), (9, 8), (100, 7), (1000, 64)):
-        for unscored in (0, 1):
-            made = scoring.windows(count, length, unscored)
-            scored = [place for window in made for place in range(window.scored, window.end)]
-            assert scored == list(range(unscored, count))
-            assert all(window.end - window.start <= length for window in made)
-            assert all(window.scored - window.start >= length // 2 for window in made[1:])
-
-
-def test_score_is_the_plain_sum(base):
-    """Against transformers' own logits, window by window, in one forward pass each."""
-    tokenizer = model.load_tokenizer(str(base))
-    made = model.load_base(str(base), 16, "fp32", "cpu").eval()
-    from onecard import engine_hf
-
-    text = scoring.encode(tokenizer, "red green été 🙂 " * 20, most=150)
-    found = scoring.score(engine_hf.Engine(made, tokenizer, 64), text, 64)
-    nats = 0.0
-    for start, end, scored in scoring.windows(150, 64):
-        ids = torch.tensor(text.ids[start:end])
-        with torch.inference_mode():
-            chances = torch.log_softmax(made(ids[None], use_cache=False).logits[0, :-1].double(), -1)
-        nats -= chances.gather(1, ids[1:, None])[scored - start - 1 :].sum().item()
-    assert (found.tokens, found.nats) == (149, pytest.approx(nats, rel=1e-6))
-    shown = text.text[text.ends[0] : text.ends[-1]]
-    assert (found.characters, found.bytes) == (len(shown), len(shown.encode()))
-    assert found.perplexity == pytest.approx(math.exp(nats / 149), rel=1e-6)
-
-
-def test_perplexity_is_the_same_in_both_engines(exported, base, adapter, tmp_path, capsys):
-    """Same ids, same windows; base and adapter as folders, as files, with a weight."""
-    file = tmp_path / "text.txt"
-    file.write_text(probes.TEXT[:600], encoding="utf-8")
-    folder = exported[0]
-
-    def measured(**options):
-        given = PerplexityConfig(data_path=str(file), context=64, **options)
-        how = (hub.locate, hub.fetch_adapter, gguf.for_llama)
-        return measure.perplexity(given, *how, say=lambda _: None)
-
-    base_file, file_of_adapter = str(folder / "base-f16.gguf"), folder / "adapter.gguf"
-    for weight in (1, 0.5):
-        ours, text, _ = measured(model_path=str(base), lora_path=f"{adapter}:{weight}")
-        theirs, same, _ = measured(model_path=base_file, lora_path=f"{file_of_adapter}:{weight}")
-        assert text.fingerprint == same.fingerprint
-        assert theirs.perplexity == pytest.approx(ours.perplexity, rel=1e-3)
-    assert measured(model_path=str(base))[0].perplexity != pytest.approx(ours.perplexity, rel=1e-2)
-    assert measured(model_path=str(base), max_tokens=50)[0].tokens == 49
-
-
-def test_a_file_that_is_no_text(tmp_path):
-    (tmp_path / "bad").write_bytes(b"\xff\xfe")
-    (tmp_path / "empty").write_bytes(b"")
-    for path, said in ((tmp_path / "bad", "not UTF-8"), (tmp_path / "none", "No such file")):
-        with pytest.raises(UserError, match=said) as caught:
-            measure.read(str(path))
-        assert caught.value.code == DATA
-    command = [sys.executable, ROOT / "tools" / "perplexity.py", "--help"]
-    assert "--data_path" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def test_texts_are_a_thousand_different_ones():
-    made = probes.texts(["<turn>"])
-    assert len(made) == len(set(made)) == probes.COUNT
-    assert made == probes.texts(["<turn>"]) != probes.texts()
-    assert sum("<turn>" in text for text in made) > 50
 
 
 def rendered(source: str, messages: list[dict[str, str]]) -> str:

@@ -21,9 +21,9 @@ from transformers import (
 
 from onecard import vocab
 from onecard.errors import UserError
-from tests.data.test_encode import sentencepiece_tokenizer
 from tests.support import tiny
 from tests.support.paths import ROOT
+from tests.support.tokenizers import sentencepiece_tokenizer
 
 TOKENS = ["<pad>", "<|im_start|>", "<|im_end|>"]
 

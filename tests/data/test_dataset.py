@@ -16,11 +16,13 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from onecard import config, data, prompt, reader, rows, tables, template
+from onecard import data, prompt, reader, rows, tables, template
 from onecard.errors import DATA, UNSAFE, UserError
 from onecard.schemas import BadRow
 from tests.support import fake_hub, tiny
+from tests.support.encoded_rows import encode, options
 from tests.support.faults import Touch
+from tests.support.memory import memory_rise
 from tests.support.paths import ROOT
 
 SAMPLES = sorted(path for path in (ROOT / "sample").iterdir() if path.suffix in reader.FORMATS)
@@ -30,17 +32,6 @@ SAMPLES = sorted(path for path in (ROOT / "sample").iterdir() if path.suffix in 
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def options(path: Path | str, **changes) -> config.FinetuneConfig:
-    return config.FinetuneConfig(data_path=str(path), **{"cutoff_len": 400, **changes})
-
-
-def encode(path: Path | str, tokenizer=None, fetch=None, **changes) -> rows.Rows:
-    given, tokenizer = options(path, **changes), tokenizer or tiny.tokenizer()
-    forms = [template.load(name, tokenizer) for name in given.template.split(",")]
-    sources = reader.sources(given.data_path, given.eval_data_path, fetch)
-    return rows.encode(given, sources, forms, tokenizer, "tokenizer 1")
 
 
 def as_files(folder: Path, values: list[dict]) -> list[Path]:
@@ -521,8 +512,6 @@ def test_rows_of_a_hub_dataset(tmp_path):
 
 def test_a_million_rows_stay_on_the_disk(tmp_path):
     """Memory does not grow with the rows: twenty times as many, and the process holds hardly more."""
-    from tests.support.power_failure import memory_rise
-
     tokenizer, form = tiny.tokenizer(), template.load("tigerbot", None)
 
     def many(count: int):
@@ -710,10 +699,11 @@ def test_processes_of_one_machine_encode_once(tmp_path, capfd):
     path = tiny.save_rows(tmp_path / "rows.json", 400)
     work = """
 import sys
-from tests.data import test_dataset
-plain, calls = test_dataset.reader.read_rows, []
-test_dataset.reader.read_rows = lambda *given: (calls.append(1), plain(*given))[1]
-test_dataset.encode(sys.argv[1])
+from onecard import reader
+from tests.support.encoded_rows import encode
+plain, calls = reader.read_rows, []
+reader.read_rows = lambda *given: (calls.append(1), plain(*given))[1]
+encode(sys.argv[1])
 print("read", len(calls), "times")
 """
     command = [sys.executable, "-c", work, str(path)]

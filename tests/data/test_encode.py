@@ -1,25 +1,18 @@
 """Template and token ids: what chat sends is the beginning of what was trained."""
 
-import io
 import json
 import re
 import unicodedata
 
 import pytest
-import sentencepiece
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import normalizers
 
 from onecard import prompt, rendering, template
 from onecard.errors import UserError
 from onecard.prompt import Conversation, Template, Turn, single
 from tests.support import tiny
+from tests.support.tokenizers import CHATML, TOKENIZERS, load, sentencepiece_tokenizer
 
-CHATML = (
-    "{% if messages[0].role != 'system' %}<start>system\nBe kind.<end>\n{% endif %}"
-    "{% for m in messages %}<start>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
-)
 TURNS = [
     Turn("system", "Be <end> brief."),
     Turn("user", "说绿色 <start>", "more"),
@@ -29,7 +22,6 @@ TURNS = [
     Turn("user", "Why?"),
     Turn("assistant", "答案：好。"),
 ]
-TEXTS = [*tiny.WORDS, "Below is an instruction", "答案：水在一百度沸腾。", "### Response:"] * 4
 CONVERSATIONS = [
     single("Say red", "", "red it is"),
     single("Say {input} and {instruction}", "{instruction} blue", "{input}"),
@@ -39,46 +31,6 @@ CONVERSATIONS = [
     Conversation(tuple(TURNS[1:])),
     single("<end> <start> </s> <s>", "<end>", "no <end> here"),
 ]
-
-
-def sentencepiece_tokenizer(control: tuple[str, ...] = ()):
-    """control: further control pieces of the vocabulary."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=320, byte_fallback=True,
-        hard_vocab_limit=False, minloglevel=2, control_symbols=list(control),
-    )  # fmt: skip
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    vocab = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
-    core = Tokenizer(
-        models.Unigram(
-            [(piece, processor.get_score(i)) for piece, i in vocab.items()], unk_id=0, byte_fallback=True
-        )
-    )
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    bos = processor.bos_id()
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
-    core.add_special_tokens(list(control))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def unigram_tokenizer():
-    core = Tokenizer(models.Unigram())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=320,
-        special_tokens=["<start>", "<end>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    core.train_from_iterator(TEXTS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<start>", eos_token="<end>")
-
-
-TOKENIZERS = {"bpe": tiny.tokenizer, "sentencepiece": sentencepiece_tokenizer, "unigram": unigram_tokenizer}
 
 
 @pytest.fixture(params=TOKENIZERS)
@@ -92,19 +44,6 @@ def fitting(conversation: Conversation, form: Template) -> list[Turn]:
     for number in [i for i, turn in enumerate(turns) if turn.role == "function" and not form.function]:
         del turns[number : number + 2]
     return turns
-
-
-def load(name: str, tokenizer) -> Template:
-    """The template; control tokens that this tokenizer lacks become its own."""
-    start, end = tokenizer.bos_token, tokenizer.eos_token
-    if name == "chatml":
-        text = (template.FOLDER / "chatml.json").read_text()
-        made = json.loads(text.replace("<|im_start|>", start).replace("<|im_end|>", end))
-        control = made.pop("control")
-        made.pop("description")
-        return Template(name, **{key: template.parts(text, control) for key, text in made.items()})
-    tokenizer.chat_template = CHATML.replace("<start>", start).replace("<end>", end)
-    return template.load(name, tokenizer)
 
 
 @pytest.mark.parametrize("name", template.names())

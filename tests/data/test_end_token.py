@@ -7,8 +7,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from onecard import engine_hf, prompt, template
-from tests.data.test_encode import sentencepiece_tokenizer, unigram_tokenizer
 from tests.support import tiny
+from tests.support.tokenizers import sentencepiece_tokenizer, unigram_tokenizer
 
 LONGEST = 24  # tokens; the answers that are taught have fewer
 

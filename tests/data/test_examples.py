@@ -14,7 +14,7 @@ from onecard.errors import DATA, UserError
 from onecard.prompt import Conversation, single
 from onecard.schemas import BadRow
 from tests.support import tiny
-from tests.support.power_failure import memory_rise
+from tests.support.memory import memory_rise
 
 GOOD = [
     {"instruction": "Say red", "input": "", "output": "red"},

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from onecard import hub, model, runfolder
-from tests.programs.test_demo import fall
 from tests.support import golden_tokens
 from tests.support.golden_tokens import SAMPLES
 from tests.support.harness import Harness
+from tests.support.small_runs import fall
 
 FLAGS = {
     "bits": 16,

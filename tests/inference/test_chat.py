@@ -16,8 +16,8 @@ from onecard.chat_config import BEAM, BEAM_SAMPLE, GREEDY, MODES, Generation
 from onecard.engine_hf import Engine
 from onecard.errors import UserError
 from onecard.prompt import Conversation, Turn
-from tests.data.test_encode import TOKENIZERS, load
 from tests.support import tiny
+from tests.support.tokenizers import TOKENIZERS, load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

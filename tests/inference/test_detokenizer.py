@@ -15,7 +15,7 @@ from onecard.answer import BROKEN, Detokenizer
 from onecard.chat_config import BEAM, BEAM_SAMPLE, MODES, Generation
 from onecard.decoding import BANNED, END, GOES, LENGTH, STOP, STOPS, Step
 from onecard.prompt import encode_text
-from tests.data.test_encode import TOKENIZERS
+from tests.support.tokenizers import TOKENIZERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

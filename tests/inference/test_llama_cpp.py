@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 from onecard import adapter, converter, engine_hf, gguf, hub, model, prompt, template
 from onecard.chat import Chat
@@ -25,6 +24,7 @@ from onecard.chat_config import Generation
 from onecard.errors import CHECKPOINT, UserError
 from onecard.prompt import Conversation, Turn
 from tests.support import tiny
+from tests.support.adapters import save_adapter
 from tests.support.paths import ROOT
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu")
@@ -64,17 +64,6 @@ def ask(chat: Chat, question: str | Conversation, settings: Generation | int = 6
 
 def text(*question, **how) -> str:
     return ask(*question, **how).text.stable
-
-
-def save_adapter(base: Path, folder: Path, seed: int, **settings) -> Path:
-    """A random adapter as peft saves it; large enough that answers differ."""
-    torch.manual_seed(seed)
-    made = get_peft_model(model.load_base(str(base), 16, "fp32", "cpu"), LoraConfig(**settings))
-    for name, parameter in made.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    made.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import pytest
 from onecard import gguf, model, prompt, template
 from onecard.chat import Chat
 from onecard.chat_config import GREEDY, SAMPLE, Generation
-from tests.inference.test_llama_cpp import save_adapter
 from tests.support import tiny
+from tests.support.adapters import save_adapter
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu")
 from onecard import engine_llama

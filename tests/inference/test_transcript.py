@@ -8,29 +8,14 @@ import gradio as gr
 import pytest
 
 from onecard import chat_window, transcript
-from onecard.chat import Chat
 from onecard.chat_config import BASE, MIX, TRAINED, ChatConfig, Generation
 from onecard.errors import UserError
 from onecard.prompt import Template
 from onecard.transcript import LEFT, RIGHT
-from tests.ui.test_terminal import PLAIN_TEMPLATE, Engine
+from tests.support.chat_fakes import PLAIN_TEMPLATE, Toy
 
 START = ChatConfig(mode="sample", temperature=0.5, system="Be kind.")
 TURN = {"question": "q", LEFT: "a"}
-
-
-class Toy:
-    """What a window asks of a Chat before a question."""
-
-    def __init__(self, cannot: dict | None = None, mixture=(("one", 1.0),), form: Template = PLAIN_TEMPLATE):
-        self.engine, self.template, self.mixture = Engine(), form, mixture
-        self.engine.cannot = cannot or {}
-        self.versions: dict[str, str] = {}
-
-    def template_of(self, name: str = TRAINED) -> Template:
-        return dataclasses.replace(self.template, name=name or self.template.name)
-
-    unused, modes = Chat.unused, Chat.modes
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from onecard import chat, hub, report, train
 from onecard.config import FinetuneConfig, build
 from tests.support.paths import ROOT
+from tests.support.small_runs import fall
 
 THIS_VERY_RUN = "bash test.sh"
 
@@ -20,13 +20,6 @@ def commands(text: str) -> list[str]:
     """Lines of the bash blocks of a Markdown text."""
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line.strip()]
-
-
-def fall(folder: Path) -> float:
-    """Mean of the last five losses of a run over the mean of the first five."""
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    losses = [record["loss"] for record in records if "loss" in record]
-    return sum(losses[-5:]) / sum(losses[:5])
 
 
 @pytest.fixture(scope="module")

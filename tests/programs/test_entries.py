@@ -19,9 +19,9 @@ from playwright.sync_api import Page, expect
 
 from onecard import config, curves, report, runs, train
 from tests.support import tiny
+from tests.support.browser import ask, finished, opened, serving, set_slider
 from tests.support.paths import ROOT
 from tests.support.training_page import TrainingPage, eventually, kill_trainings
-from tests.ui.test_windows import ask, finished, opened, serving, set_slider
 
 LENGTH = 150  # tokens of an answer: enough to be seen growing
 ANSWER = ["--mode=greedy", f"--min_new_tokens={LENGTH}", f"--max_new_tokens={LENGTH}", "--device=cpu"]

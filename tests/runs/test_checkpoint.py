@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import random
 import resource
 import shutil
 import signal
@@ -12,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from onecard import adapter, checkpoint, lock, runfolder, weights
-from onecard.checkpoint import Progress
+from onecard import checkpoint, runfolder
 from onecard.errors import UserError
-from tests.support import faults
-from tests.support.power_failure import memory_rise, optimizer, power_failures, save
+from tests.support import promises
+from tests.support.power_failure import optimizer, power_failures, save
+from tests.support.promises import check_old_or_new, in_child, killed_at_operation, until_untouched
 
 
 @pytest.fixture(scope="module")
@@ -36,76 +34,10 @@ def copy(saved, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def in_child(work) -> int:
-    """Exit code of work() in a forked child, negative for a signal."""
-    pid = os.fork()
-    if pid == 0:
-        torch.set_num_threads(1)  # the parent's pool of threads was not forked
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def until_untouched(place: Path, before, attempt):
-    """(folder, exit code) of attempt(folder, number) for number 1, 2, ... until one is not killed any more.
-
-    before(folder) makes the checkpoints that are there already.
-    """
-    for number in itertools.count(1):
-        folder = place / str(number)
-        folder.mkdir()
-        before(folder)
-        code = attempt(folder, number)
-        assert code in (0, -signal.SIGKILL)
-        yield folder, code
-        if code == 0:
-            return
-
-
-def killed_at_operation(work):
-    """An attempt: work(folder) in a child that dies before its file operation `number`."""
-
-    def attempt(folder: Path, number: int) -> int:
-        def dying() -> None:
-            faults.kill_at_operation(number)
-            work(folder)
-
-        return in_child(dying)
-
-    return attempt
-
-
-def check_old_or_new(folder: Path) -> str:
-    """The name of the newest checkpoint, which is whole, after a save of step 3 over step 2."""
-    newest, problems = checkpoint.newest(folder)
-    assert newest is not None
-    assert newest.name in ("checkpoint-2", "checkpoint-3")
-    assert problems == []
-    return newest.name
-
-
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, keep):
     """C1, C13, C19: the old or the new one, never neither, never mixed; the next save cleans up."""
-
-    def before(folder: Path) -> None:
-        save(folder, 1)
-        save(folder, 2, keep)
-
-    killed, attempt = 0, killed_at_operation(lambda folder: save(folder, 3, keep))
-    for folder, code in until_untouched(tmp_path, before, attempt):
-        name = check_old_or_new(folder)
-        if code:
-            killed += 1
-            runfolder.go_back(folder, 3)
-            save(folder, 4, keep)
-            assert not list(folder.glob(".*"))
-            assert checkpoint.newest(folder)[0].name == "checkpoint-4"
-    assert name == "checkpoint-3"
-    assert killed >= 15
+    promises.a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, keep)
 
 
 def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(tmp_path):
@@ -185,37 +117,13 @@ def test_a_power_failure_leaves_a_whole_checkpoint(tmp_path, monkeypatch, fsync_
 
 def test_every_flipped_bit_is_found(copy):
     """C8: at 300 random places over all files; the checkpoint before is used."""
-    files = [path for path in sorted((copy / "checkpoint-10").iterdir()) if path.is_file()]
-    generator = random.Random(3)
-    missed = []
-    for _ in range(300):
-        path = generator.choice(files)
-        raw = bytearray(path.read_bytes())
-        place, bit = generator.randrange(len(raw)), generator.randrange(8)
-        raw[place] ^= 1 << bit
-        good = path.read_bytes()
-        path.write_bytes(raw)
-        newest, problems = checkpoint.newest(copy)
-        if newest.name != "checkpoint-5" or "checkpoint-10" not in problems[0]:
-            missed.append((path.name, place, bit))
-        path.write_bytes(good)
-    assert missed == []
-    assert checkpoint.newest(copy) == (copy / "checkpoint-10", [])
+    promises.every_flipped_bit_is_found(copy)
 
 
 def test_cut_missing_extra_and_mixed_files(copy):
     """C9, C10, C11: found, except extra files, which are named and not read."""
+    promises.cut_missing_and_mixed_files_are_found(copy)
     last = copy / "checkpoint-10"
-    for path in sorted(last.iterdir()):
-        content = path.read_bytes()
-        for length in {0, 1, len(content) // 2, len(content) - 1}:
-            path.write_bytes(content[:length])
-            assert checkpoint.newest(copy)[0].name == "checkpoint-5", (path, length)
-        path.unlink()
-        assert checkpoint.newest(copy)[0].name == "checkpoint-5"
-        shutil.copy(copy / "checkpoint-5" / path.name, path)
-        assert checkpoint.newest(copy)[0].name == "checkpoint-5", path
-        path.write_bytes(content)
     (last / "notes.txt").write_text("mine")
     assert checkpoint.verify(last) == ["notes.txt"]
 
@@ -297,40 +205,9 @@ def refused_with(code: int, work) -> None:
     assert caught.value.code == code
 
 
-@pytest.mark.parametrize("gather", [None])
-def test_saving_needs_no_memory_for_the_base(tmp_path, gather):
+def test_saving_needs_no_memory_for_the_base(tmp_path):
     """C21: a base of 130 MB is not gathered, nor are adapter and moments copied."""
-
-    def work() -> None:
-        base = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=32000,
-                hidden_size=512,
-                intermediate_size=512,
-                num_hidden_layers=1,
-                num_attention_heads=8,
-            )
-        )
-        adapted = adapter.add_adapter(base, adapter.LoraShape(64, 16, 0.0, "q_proj,v_proj"), seed=1)
-        made = torch.optim.AdamW(weights.trainable(adapted))
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-
-        def saved() -> None:
-            held = gather and gather(adapted)
-            checkpoint.save(
-                tmp_path,
-                Progress(step=1),
-                lambda place: weights.save(adapted, None, place, False),
-                made,
-                scaler,
-            )
-            del held
-
-        saved()  # imports, buffers
-        shutil.rmtree(tmp_path / "checkpoint-1")
-        assert memory_rise(saved) < 32 << 20
-
-    assert in_child(work) == 0
+    promises.saving_needs_no_memory_for_the_base(tmp_path)
 
 
 def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
@@ -400,26 +277,4 @@ def test_optimizer_comes_back(tmp_path):
 
 def test_a_lock_dies_with_its_owner(tmp_path):
     """T22: refused while the owner lives, naming its pid; free after a kill; the file goes at the end."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        with lock.owned(tmp_path):
-            os.write(writer, b"x")
-            signal.pause()
-        os._exit(0)
-    os.read(reader, 1)
-    try:
-        for attempt in (lambda: lock.check_free(tmp_path), lambda: lock.owned(tmp_path).__enter__()):
-            with pytest.raises(UserError, match=f"process {pid} is training there") as caught:
-                attempt()
-            assert caught.value.code == 2
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    lock.check_free(tmp_path)
-    with lock.owned(tmp_path):
-        assert (tmp_path / ".lock").read_text() == str(os.getpid())
-    assert not (tmp_path / ".lock").exists()
-    with lock.owned(tmp_path / "new" / "run"):
-        pass
-    assert not (tmp_path / "new").exists()
+    promises.a_lock_dies_with_its_owner(tmp_path)

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,19 +40,6 @@ def save(folder: Path, step: int, keep: int | None = None, budget: int = 0) -> P
 def save_adapter(place: Path, weights: torch.Tensor) -> None:
     save_file({"a": weights}, place / "adapter_model.safetensors")
     (place / "adapter_config.json").write_text(json.dumps({"r": weights.flatten()[0].item()}))
-
-
-def memory_rise(work: Callable[[], object]) -> int:
-    """Bytes by which the process's peak memory within work() lies above what it held before (Linux)."""
-
-    def held(name: str) -> int:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return 1024 * int(status.split(f"{name}:")[1].split()[0])
-
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
-    before = held("VmRSS")
-    work()
-    return held("VmHWM") - before
 
 
 class Disk:

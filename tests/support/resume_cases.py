@@ -1,10 +1,12 @@
-"""What test_resume.py and benchmarks/resilience.py compare: a small run, stopped in many ways, and whole."""
+"""What tests of resuming and resilience.py compare: a small run, stopped in many ways, and whole."""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from onecard import runfolder
+from tests.support.harness import Harness
 
 STEPS = 12
 FLAGS = {
@@ -34,6 +36,21 @@ VARIANTS = {
 
 def flags(model: Path, rows: Path, output: Path, **changes) -> dict:
     return {**FLAGS, "model_path": model, "data_path": rows, "output_path": output, **changes}
+
+
+def straight_runs(harness: Harness, model: Path, rows: Path, place: Path) -> Callable[[str], Path]:
+    """Name of a variant -> the folder of a run that was never stopped; each is made once."""
+    made: dict[str, Path] = {}
+
+    def run(variant: str) -> Path:
+        if variant not in made:
+            folder = place / f"run-{len(made)}"
+            answer = harness.run("finetune", flags(model, rows, folder, **VARIANTS[variant]))
+            assert answer["code"] == 0, answer["said"]
+            made[variant] = folder
+        return made[variant]
+
+    return run
 
 
 def outcome(run: Path) -> dict:

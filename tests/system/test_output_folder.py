@@ -10,26 +10,9 @@ from pathlib import Path
 import pytest
 
 from onecard import newfolder
-from onecard.errors import CHECKPOINT, DISK, USAGE, UserError
+from onecard.errors import CHECKPOINT, DISK, USAGE
+from tests.support.output_folders import FLAG, MADE_OF, make, refused
 from tests.support.paths import ROOT
-
-FLAG = "--output_path"
-MADE_OF = {"program": "test", newfolder.VERSIONS: {}}
-
-
-def make(target: Path) -> None:
-    """A folder of two files, made as the tools make theirs."""
-    if not newfolder.is_made(target, MADE_OF, FLAG):
-        with newfolder.making(target, 0, MADE_OF, FLAG) as (place, _):
-            (place / "model.safetensors").write_bytes(bytes(64))
-            (place / "config.json").write_text("{}")
-
-
-def refused(target: Path, code: int, *words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        make(target)
-    assert caught.value.code == code, caught.value
-    assert all(word in str(caught.value) for word in (FLAG, str(target), *words)), caught.value
 
 
 def test_links_lead_where_they_point(tmp_path):
@@ -74,7 +57,7 @@ def test_a_mount_point_is_refused(tmp_path):
         refused(Path(place), USAGE, "a mount point", "inside it")
     (tmp_path / "of it").mkdir()
     program = (
-        "import sys; from pathlib import Path; from tests.system.test_output_folder import make, refused\n"
+        "import sys; from pathlib import Path; from tests.support.output_folders import make, refused\n"
         "refused(Path(sys.argv[1]), 2, 'a mount point', 'inside it')\n"
         "make(Path(sys.argv[1]) / 'made')\n"
     )

@@ -1,7 +1,6 @@
 """Out of memory costs nothing: the same rows again in smaller micro-batches, with the same gradient."""
 
 import ast
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,37 +11,17 @@ from safetensors.torch import load_file
 
 from onecard import chat, fitting, report, train, weights
 from onecard.errors import MEMORY, is_out_of_memory, run_program
-from tests.support import tiny
+from tests.support import promises, tiny
 from tests.support.paths import ROOT
-from tests.training.test_run import options
-
-FLAGS = {
-    "bits": 16,
-    "dtype": "fp32",
-    "device": "cpu",
-    "batch_size": 6,
-    "micro_batch_tokens": 400,
-    "num_epochs": 1,
-    "learning_rate": 1e-2,
-    "lora_dropout": 0,
-    "test_size": 4,
-    "warmup_steps": 0,
-}
+from tests.support.promises import SMALL_STEPS, records
+from tests.support.small_runs import options
 
 LIMIT = 60 << 20  # bytes beyond what a run holds before its first step
 
 
-def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def untroubled(harness, tiny_model, tmp_path_factory) -> tuple[dict, Path]:
-    folder = tmp_path_factory.mktemp("memory")
-    flags = {**FLAGS, "model_path": tiny_model, "data_path": tiny.save_rows(folder / "rows.json", 24)}
-    answer = harness.run("finetune", {**flags, "output_path": folder / "run"})
-    assert answer["code"] == 0, answer["said"]
-    return flags, folder / "run"
+    return promises.untroubled_run(harness, tiny_model, tmp_path_factory.mktemp("memory"))
 
 
 @pytest.mark.parametrize(
@@ -50,27 +29,14 @@ def untroubled(harness, tiny_model, tmp_path_factory) -> tuple[dict, Path]:
 )
 def test_the_step_is_redone_with_the_same_gradient(harness, untroubled, tmp_path, fault):
     """T18: once, several times, at every large micro-batch: losses, norms and adapter agree to 1e-6."""
-    flags, whole = untroubled
-    run = tmp_path / "run"
-    answer = harness.run("finetune", {**flags, "output_path": run}, **fault)
-    assert answer["code"] == 0, answer["said"]
-    assert "out of memory with micro-batches of 400 tokens: now " in answer["said"]
-    steps = [[record for record in records(folder) if "loss" in record] for folder in (whole, run)]
-    for mine, other in zip(*steps, strict=True):
-        assert other["loss"] == pytest.approx(mine["loss"], rel=1e-6)
-        assert other["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-5)
-        assert other["rows"] == mine["rows"]
-    tensors = [load_file(folder / "adapter_model.safetensors") for folder in (whole, run)]
-    assert all(torch.allclose(tensors[0][name], tensors[1][name], atol=1e-6) for name in tensors[0])
-    last = json.loads((run / "checkpoint-4" / "progress.json").read_text())
-    assert last["progress"]["micro_batch_tokens"] < 400
+    promises.the_step_is_redone_with_the_same_gradient(harness, untroubled, tmp_path, fault)
 
 
 def test_a_real_limit_of_memory(harness, tiny_model, tmp_path):
     """T18: the system itself gives no more; the budget goes down until the rows fit, with the same loss."""
     rows = tiny.save_rows(tmp_path / "rows.json", 80)
     flags = {
-        **FLAGS,
+        **SMALL_STEPS,
         "model_path": tiny_model,
         "data_path": rows,
         "max_steps": 1,

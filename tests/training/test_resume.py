@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file
 
 from onecard import checkpoint, config, hardware, resume, runfolder, train
-from tests.support import fake_hub, faults, tiny
+from tests.support import fake_hub, faults, promises, tiny
 from tests.support.paths import ROOT
-from tests.support.resume_cases import STEPS, VARIANTS, differences, flags, outcome, stopped_at
+from tests.support.resume_cases import STEPS, VARIANTS, differences, flags, outcome, stopped_at, straight_runs
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +32,7 @@ def rows(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def straight(harness, tiny_model, rows, tmp_path_factory):
     """Name of a variant -> the folder of a run that was never stopped."""
-    made = {}
-
-    def run(variant: str) -> Path:
-        if variant not in made:
-            folder = tmp_path_factory.mktemp("straight") / "run"
-            answer = harness.run("finetune", flags(tiny_model, rows, folder, **VARIANTS[variant]))
-            assert answer["code"] == 0, answer["said"]
-            made[variant] = folder
-        return made[variant]
-
-    return run
+    return straight_runs(harness, tiny_model, rows, tmp_path_factory.mktemp("straight"))
 
 
 def go_on(harness, run: Path, **fault) -> dict:
@@ -55,7 +45,7 @@ def test_a_run_goes_on_bit_for_bit_from_any_step(harness, straight, tmp_path, va
     whole = straight(variant)
     expected = outcome(whole)
     assert len([record for record in expected["log"] if "loss" in record]) == STEPS
-    steps = range(STEPS) if variant == "16 bits" else (3, 7)  # all of them: benchmarks/resilience.py
+    steps = range(STEPS) if variant == "16 bits" else (3, 7)  # all of them: resilience.py beside this file
 
     def cell(step: int) -> list[str]:
         run = stopped_at(whole, step, tmp_path / str(step))
@@ -139,15 +129,10 @@ def test_a_signal_at_any_moment_loses_nothing(
     assert max(harness.map(cell, list(enumerate(moments(count, seconds))))) < 5
 
 
-@pytest.mark.parametrize("mutant", [{}])
-def test_a_signal_within_an_update_waits_for_its_end(harness, straight, tiny_model, rows, tmp_path, mutant):
+def test_a_signal_within_an_update_waits_for_its_end(harness, straight, tiny_model, rows, tmp_path):
     """T12: between the change of the adapter and its record nothing stops; the run goes on bit for bit."""
-    run = tmp_path / "run"
-    settings = flags(tiny_model, rows, run, save_steps=100)
-    assert harness.run("finetune", settings, signal_in_update=3, **mutant)["code"] == 143
-    assert max(runfolder.checkpoint_steps(run)) == 3
-    assert harness.run("finetune_continue", {"output_path": run})["code"] == 0
-    assert differences(outcome(straight("16 bits")), outcome(run)) == []
+    whole = straight("16 bits")
+    promises.a_signal_within_an_update_waits_for_its_end(harness, whole, tiny_model, rows, tmp_path)
 
 
 def test_a_second_ctrl_c_leaves_at_once(harness, tiny_model, rows, tmp_path):

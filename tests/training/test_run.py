@@ -31,26 +31,11 @@ from onecard import (
     trainer,
     weights,
 )
-from onecard.config import FinetuneConfig, build
+from onecard.config import FinetuneConfig
 from onecard.errors import UserError
 from tests.support import tiny
 from tests.support.paths import ROOT
-
-QUICK = {
-    "bits": 16,
-    "dtype": "fp32",
-    "device": "cpu",
-    "batch_size": 6,
-    "num_epochs": 2,
-    "learning_rate": 1e-2,
-}
-
-
-def options(model_path, data_path, output_path, **changes) -> FinetuneConfig:
-    paths = {"model_path": str(model_path), "data_path": str(data_path), "output_path": str(output_path)}
-    return build(
-        FinetuneConfig, {**QUICK, "warmup_steps": 0, "test_size": 5, "eval_steps": 3, **paths, **changes}
-    )
+from tests.support.small_runs import QUICK, options
 
 
 def run(settings: FinetuneConfig) -> Path:

@@ -13,8 +13,8 @@ from onecard.chat_config import BASE, TRAINED, ChatConfig
 from onecard.decoding import CANCELLED, END
 from onecard.errors import UserError
 from onecard.transcript import LEFT, RIGHT
+from tests.support.chat_fakes import Scripted, echo, reply
 from tests.support.training_page import eventually
-from tests.ui.test_terminal import Scripted, echo, reply
 
 PAGE = types.SimpleNamespace(session_hash="page")
 OLD = {"question": "q", LEFT: "old", RIGHT: "old too"}

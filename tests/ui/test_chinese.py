@@ -12,8 +12,7 @@ from onecard.chat_config import MODES, ChatConfig, Generation, SingleConfig
 from onecard.engine_llama import NO_BEAMS
 from onecard.engine_llama import Engine as Llama
 from onecard.prompt import Template
-from tests.inference.test_transcript import Toy
-from tests.ui.test_terminal import PLAIN_TEMPLATE
+from tests.support.chat_fakes import PLAIN_TEMPLATE, Toy
 
 NAMES = {  # the same in both languages: of methods and programs, and what the user called something
     "LoRA alpha", "LoRA dropout", "rsLoRA", "Weights & Biases", "one", "two",

@@ -26,8 +26,8 @@ from playwright.sync_api import expect
 from onecard import guard
 from onecard.chat_config import ChatConfig
 from onecard.errors import UserError
+from tests.support.browser import Server, bubbles, finished, opened, serving, set_slider, status
 from tests.support.training_page import eventually
-from tests.ui.test_windows import Server, bubbles, finished, opened, serving, set_slider, status
 
 
 def request(server: Server, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:

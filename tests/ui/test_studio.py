@@ -17,7 +17,6 @@ import pytest
 
 from onecard import (
     chart,
-    chat,
     curves,
     labels,
     model,
@@ -34,23 +33,8 @@ from onecard.config import ContinueConfig, FinetuneConfig, build
 from onecard.errors import Stopped, UserError
 from tests.support import resume_cases, tiny
 from tests.support.paths import ROOT
+from tests.support.small_runs import planted, short_reply, trained
 from tests.support.training_page import eventually, visited, windows
-
-
-def short_reply(*arguments) -> list[str]:
-    return chat.reply(*arguments[:-1], 6)
-
-
-def run(model, rows, folder, sample=short_reply, **changes) -> Path:
-    options = build(
-        FinetuneConfig,
-        {
-            k: str(v)
-            for k, v in resume_cases.flags(model, rows, folder, **{"max_steps": 6, **changes}).items()
-        },
-    )
-    train.run(options, locate=str, sample=sample, draw=report.loss_curve)
-    return folder
 
 
 def samples(folder: Path) -> list[dict]:
@@ -60,9 +44,9 @@ def samples(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("bits", [16, 8])
 def test_answers_on_the_way_change_nothing_that_is_learned(one_thread, tiny_model, tiny_rows, tmp_path, bits):
     """Log, adapters, optimizer and position are the same bytes with and without --sample_steps."""
-    plain = run(tiny_model, tiny_rows, tmp_path / "plain", bits=bits)
+    plain = trained(tiny_model, tiny_rows, tmp_path / "plain", bits=bits)
     prompts = {"sample_steps": 4, "sample_prompts": "Say red | Say  blue 3"}
-    asked = run(tiny_model, tiny_rows, tmp_path / "asked", bits=bits, **prompts)
+    asked = trained(tiny_model, tiny_rows, tmp_path / "asked", bits=bits, **prompts)
     assert resume_cases.differences(resume_cases.outcome(plain), resume_cases.outcome(asked)) == []
     assert not (plain / runfolder.SAMPLES).exists()
     rounds = samples(asked)
@@ -79,7 +63,7 @@ def test_answers_on_the_way_change_nothing_that_is_learned(one_thread, tiny_mode
 def test_answers_on_the_way_survive_a_stop(one_thread, tiny_model, tiny_rows, tmp_path):
     """Stopped between two checkpoints and continued: the rounds of a straight run, none twice, none torn."""
     flags = {"sample_steps": 1, "save_steps": 3, "eval_steps": 100}
-    whole = run(tiny_model, tiny_rows, tmp_path / "whole", **flags)
+    whole = trained(tiny_model, tiny_rows, tmp_path / "whole", **flags)
 
     rounds = []
 
@@ -91,7 +75,7 @@ def test_answers_on_the_way_survive_a_stop(one_thread, tiny_model, tiny_rows, tm
 
     folder = tmp_path / "stopped"
     with pytest.raises(Stopped):
-        run(tiny_model, tiny_rows, folder, killed, **flags)
+        trained(tiny_model, tiny_rows, folder, killed, **flags)
     assert [record["step"] for record in samples(folder)] == [0, 1, 2]
     with open(folder / runfolder.SAMPLES, "a") as file:
         file.write('{"step": 99, "answers": []}\n{"step": 3, "ans')
@@ -136,20 +120,6 @@ def sleeper(tmp_path, monkeypatch) -> Iterator[Path]:
     for process in pids:
         process.kill()
         process.wait()
-
-
-def planted(workspace: Path, name: str, steps: int = 3, **more) -> Path:
-    """A run folder with a log, as a trainer leaves it."""
-    folder = workspace / name
-    folder.mkdir(parents=True)
-    stored = {"options": dataclasses.asdict(FinetuneConfig()), "resolved": {"total_steps": 5}, **more}
-    (folder / runfolder.CONFIG).write_text(json.dumps(stored))
-    lines = [
-        json.dumps({"step": n, "loss": 1.0 / n, "tokens": 10, "seconds": 2.0}) for n in range(1, steps + 1)
-    ]
-    (folder / runfolder.LOG).write_text("".join(f"{line}\n" for line in lines))
-    (folder / f"checkpoint-{steps}").mkdir()
-    return folder
 
 
 HOSTILE = [

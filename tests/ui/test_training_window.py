@@ -15,10 +15,9 @@ from playwright.sync_api import expect
 
 from onecard import runfolder, runs
 from tests.support import tiny
+from tests.support.browser import WAIT
+from tests.support.small_runs import planted, trained
 from tests.support.training_page import visited, windows
-from tests.ui.test_studio import planted
-from tests.ui.test_studio import run as train
-from tests.ui.test_windows import WAIT
 
 TAG = "<img src=x onerror=window.hit=1>"  # no slash: it may be a file's name
 BAD = f"{TAG}<script>window.hit=2</script><svg onload=window.hit=3>[a](javascript:window.hit=4)"
@@ -37,7 +36,7 @@ def place(tmp_path_factory, tiny_model, one_thread) -> Path:
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": steps, "eval_loss": 0.25}) + "\n")
     with contextlib.chdir(folder):  # what the run stores is named as the window names it
-        train("tiny", "rows.json", Path("lora-checkpoints/short"), max_steps=2)
+        trained("tiny", "rows.json", Path("lora-checkpoints/short"), max_steps=2)
     rows = [{"instruction": BAD, "input": BAD, "output": BAD}, {BAD: BAD}]
     (folder / f"{TAG}.json").write_text(json.dumps(rows), encoding="utf-8")
     options = {"model_path": BAD, "data_path": BAD, "template": BAD, "sample_prompts": BAD}

@@ -1,7 +1,8 @@
-#!/usr/bin/env python3
 """What stopping costs: the whole grid of interruptions, and the same for transformers' Trainer.
 
-    .venv/bin/python benchmarks/resilience.py [--kills 200] [--flips 1000] [--output FILE.md]
+    .venv/bin/python -m tests.training.resilience [--kills 200] [--flips 1000] [--output FILE.md]
+
+The tests beside this file take a part of these cells; docs/resilience.md shows what all of them gave.
 
 A small random Llama (2 layers, 12 heads, 4 key/value heads) is trained for 12 uneven steps with dropout on,
 in fp32 on one thread. A cell is one interruption; it passes when the continued run equals the run that was
@@ -26,14 +27,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import pytest
 from tqdm import tqdm
 
 from onecard import checkpoint, hardware, plan, runfolder
 from tests.support import faults, power_failure, tiny
 from tests.support.harness import Harness, started
+from tests.support.paths import ROOT
 from tests.support.resume_cases import STEPS, VARIANTS, differences, flags, outcome, stopped_at
 
 ROWS = (1, 5, 6, 24)  # usable rows of the runs with uneven ends
@@ -262,9 +262,10 @@ def trainer_rows(model: Path, place: Path, kills: int) -> dict[str, tuple[int, i
 
 
 def run_trainer(model: Path, folder: Path, resume: str = "-", kill_in_step: int = 0) -> int:
-    command = [sys.executable, __file__, "--trainer", str(model), str(folder), resume]
+    command = [sys.executable, "-m", "tests.training.resilience"]
+    command += ["--trainer", str(model), str(folder), resume]
     environment = {**os.environ, "KILL_IN_STEP": str(kill_in_step)}
-    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False).returncode
 
 
 def train_with_trainer(model: str, folder: str, resume: str) -> None:

@@ -1,0 +1,113 @@
+"""Perplexity is the plain sum over every token once, and the same in both engines."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from onecard import engine_hf, gguf, hub, measure, model, probes, scoring
+from onecard.chat_config import PerplexityConfig
+from onecard.errors import DATA, UserError
+from tests.support import tiny
+from tests.support.adapters import save_adapter
+from tests.support.paths import ROOT
+from tests.support.tokenizers import chatty
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("perplexity") / "model", chatty(), vocab_size=301)
+
+
+@pytest.fixture(scope="module")
+def adapter(base) -> Path:
+    return save_adapter(base, base.parent / "adapter")
+
+
+@pytest.fixture(scope="module")
+def files(base, adapter) -> tuple[Path, Path]:
+    """Model and adapter as GGUF files."""
+    pytest.importorskip(
+        "llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu"
+    )
+    made = gguf.base(base, base.parent / "base.gguf", any_tokenizer=True)
+    return made, gguf.adapter(adapter, base, base.parent / "adapter.gguf")
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_windows_that_do_not_move_on_are_refused(length):
+    with pytest.raises(AssertionError):
+        scoring.windows(4, length)
+
+
+def test_a_context_too_short_to_measure(tmp_path):
+    """In words, instead of without end; a model of llama.cpp may have less than is asked for."""
+    made = tiny.save_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("red green blue")
+    given = PerplexityConfig(data_path=str(tmp_path / "text.txt"), model_path=str(made), context=2)
+    with pytest.raises(UserError, match="context of 2 tokens"):
+        measure.perplexity(given, hub.locate, hub.fetch_adapter, gguf.for_llama, say=lambda _: None)
+
+
+def test_windows_score_every_token_once():
+    for count, length in ((5, 8), (8, 8), (9, 8), (100, 7), (1000, 64)):
+        for unscored in (0, 1):
+            made = scoring.windows(count, length, unscored)
+            scored = [place for window in made for place in range(window.scored, window.end)]
+            assert scored == list(range(unscored, count))
+            assert all(window.end - window.start <= length for window in made)
+            assert all(window.scored - window.start >= length // 2 for window in made[1:])
+
+
+def test_score_is_the_plain_sum(base):
+    """Against transformers' own logits, window by window, in one forward pass each."""
+    tokenizer = model.load_tokenizer(str(base))
+    made = model.load_base(str(base), 16, "fp32", "cpu").eval()
+    text = scoring.encode(tokenizer, "red green été 🙂 " * 20, most=150)
+    found = scoring.score(engine_hf.Engine(made, tokenizer, 64), text, 64)
+    nats = 0.0
+    for start, end, scored in scoring.windows(150, 64):
+        ids = torch.tensor(text.ids[start:end])
+        with torch.inference_mode():
+            chances = torch.log_softmax(made(ids[None], use_cache=False).logits[0, :-1].double(), -1)
+        nats -= chances.gather(1, ids[1:, None])[scored - start - 1 :].sum().item()
+    assert (found.tokens, found.nats) == (149, pytest.approx(nats, rel=1e-6))
+    shown = text.text[text.ends[0] : text.ends[-1]]
+    assert (found.characters, found.bytes) == (len(shown), len(shown.encode()))
+    assert found.perplexity == pytest.approx(math.exp(nats / 149), rel=1e-6)
+
+
+def test_perplexity_is_the_same_in_both_engines(files, base, adapter, tmp_path):
+    """Same ids, same windows; base and adapter as folders, as files, with a weight."""
+    file = tmp_path / "text.txt"
+    file.write_text(probes.TEXT[:600], encoding="utf-8")
+
+    def measured(**options):
+        given = PerplexityConfig(data_path=str(file), context=64, **options)
+        how = (hub.locate, hub.fetch_adapter, gguf.for_llama)
+        return measure.perplexity(given, *how, say=lambda _: None)
+
+    base_file, file_of_adapter = str(files[0]), files[1]
+    for weight in (1, 0.5):
+        ours, text, _ = measured(model_path=str(base), lora_path=f"{adapter}:{weight}")
+        theirs, same, _ = measured(model_path=base_file, lora_path=f"{file_of_adapter}:{weight}")
+        assert text.fingerprint == same.fingerprint
+        assert theirs.perplexity == pytest.approx(ours.perplexity, rel=1e-3)
+    assert measured(model_path=str(base))[0].perplexity != pytest.approx(ours.perplexity, rel=1e-2)
+    assert measured(model_path=str(base), max_tokens=50)[0].tokens == 49
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "bad").write_bytes(b"\xff\xfe")
+    (tmp_path / "empty").write_bytes(b"")
+    for path, said in ((tmp_path / "bad", "not UTF-8"), (tmp_path / "none", "No such file")):
+        with pytest.raises(UserError, match=said) as caught:
+            measure.read(str(path))
+        assert caught.value.code == DATA
+    command = [sys.executable, ROOT / "tools" / "perplexity.py", "--help"]
+    assert "--data_path" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

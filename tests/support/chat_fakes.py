@@ -1,0 +1,93 @@
+"""Chats without a model: a test writes their answers and sees what windows and terminal make of them."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from onecard import chat, engine_hf
+from onecard.answer import Text
+from onecard.chat_config import TRAINED, Generation
+from onecard.errors import UserError
+from onecard.prompt import Conversation, Template
+
+PLAIN_TEMPLATE = Template(
+    "plain", (("{text}", ""),), (("{text}", ""), ("{end}", "")), system=(("{text}", ""),)
+)
+
+NO_SYSTEM = dataclasses.replace(PLAIN_TEMPLATE, name="bare", system=None)
+
+
+class Engine:
+    """What a terminal asks of an engine."""
+
+    name, context = "toy", 1000
+
+    def __init__(self) -> None:
+        self.adapters, self.cannot = ["one", "two"], {"beam": ("no beams here", "")}
+
+    def describe(self) -> tuple[str, str]:
+        return "cpu", "cpu"
+
+    def check_mixture(self, mixture: engine_hf.Mixture) -> None:
+        for name, _ in mixture:
+            if name not in self.adapters:
+                raise UserError(f"No adapter is called {name}.", "Loaded: one, two.")
+
+
+class Scripted:
+    """A Chat whose answers are made by a function of the conversation; it remembers what it was asked."""
+
+    def __init__(self, write: Callable[[Conversation], Iterator[Text]], form: Template = PLAIN_TEMPLATE):
+        self.write, self.template, self.engine = write, form, Engine()
+        self.mixture: engine_hf.Mixture = (("one", 1.0),)
+        self.versions: dict[str, str] = {}
+        self.asked: list[tuple[list[str], Generation, engine_hf.Mixture]] = []
+        self.forms: list[str] = []
+
+    def unused(self, mode: str) -> dict[str, tuple[str, str]]:
+        return chat.Chat.unused(self, mode)
+
+    def template_of(self, name: str = "") -> Template:
+        return {"": self.template, "alpaca": dataclasses.replace(NO_SYSTEM, name="alpaca")}[name]
+
+    def modes(self) -> list[str]:
+        return chat.Chat.modes(self)
+
+    def stream(self, conversation, settings, mixture=None, cancelled=lambda: False, form=""):
+        self.asked.append(([turn.text for turn in conversation.turns], settings, mixture))
+        self.forms.append(form)
+        self.engine.check_mixture(mixture)
+        for text in self.write(conversation):
+            if cancelled() and not text.finished:
+                yield reply(dataclasses.replace(text, stable=text.whole, open="", finished=chat.CANCELLED))
+                return
+            yield text if isinstance(text, chat.Reply) else reply(text)
+
+    @property
+    def questions(self) -> list[list[str]]:
+        return [texts for texts, _, _ in self.asked]
+
+
+def reply(text: Text, read: int = 7) -> chat.Reply:
+    return chat.Reply(text, 7, read, 0, 0, 1.5, 0.5 if text.tokens else None, 11)
+
+
+def echo(conversation: Conversation) -> Iterator[Text]:
+    """Answers with the question in capitals, a word at a time."""
+    whole = conversation.turns[-1].text.upper()
+    for end in [place for place, letter in enumerate(whole) if letter == " "]:
+        yield Text(whole[:end], tokens=end)
+    yield Text(whole, tokens=len(whole), finished="end")
+
+
+class Toy:
+    """What a window asks of a Chat before a question."""
+
+    def __init__(self, cannot: dict | None = None, mixture=(("one", 1.0),), form: Template = PLAIN_TEMPLATE):
+        self.engine, self.template, self.mixture = Engine(), form, mixture
+        self.engine.cannot = cannot or {}
+        self.versions: dict[str, str] = {}
+
+    def template_of(self, name: str = TRAINED) -> Template:
+        return dataclasses.replace(self.template, name=name or self.template.name)
+
+    unused, modes = chat.Chat.unused, chat.Chat.modes

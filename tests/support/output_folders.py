@@ -1,0 +1,27 @@
+"""A folder made as the tools make theirs, and one that is refused; in a test's process or in another one."""
+
+from pathlib import Path
+
+import pytest
+
+from onecard import newfolder
+from onecard.errors import UserError
+
+FLAG = "--output_path"
+
+MADE_OF = {"program": "test", newfolder.VERSIONS: {}}
+
+
+def make(target: Path) -> None:
+    """A folder of two files, made as the tools make theirs."""
+    if not newfolder.is_made(target, MADE_OF, FLAG):
+        with newfolder.making(target, 0, MADE_OF, FLAG) as (place, _):
+            (place / "model.safetensors").write_bytes(bytes(64))
+            (place / "config.json").write_text("{}")
+
+
+def refused(target: Path, code: int, *words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make(target)
+    assert caught.value.code == code, caught.value
+    assert all(word in str(caught.value) for word in (FLAG, str(target), *words)), caught.value

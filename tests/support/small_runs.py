@@ -1,0 +1,60 @@
+"""Trainings in this process that take a moment, and run folders as a trainer leaves them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from onecard import chat, report, runfolder, train
+from onecard.config import FinetuneConfig, build
+from tests.support import resume_cases
+
+QUICK = {
+    "bits": 16,
+    "dtype": "fp32",
+    "device": "cpu",
+    "batch_size": 6,
+    "num_epochs": 2,
+    "learning_rate": 1e-2,
+}
+
+
+def options(model_path, data_path, output_path, **changes) -> FinetuneConfig:
+    """Options of a run on 24 rows of tiny.save_rows; changes: further ones."""
+    paths = {"model_path": str(model_path), "data_path": str(data_path), "output_path": str(output_path)}
+    return build(
+        FinetuneConfig, {**QUICK, "warmup_steps": 0, "test_size": 5, "eval_steps": 3, **paths, **changes}
+    )
+
+
+def fall(folder: Path) -> float:
+    """Mean of the last five losses of a run over the mean of the first five."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    return sum(losses[-5:]) / sum(losses[:5])
+
+
+def short_reply(*arguments) -> list[str]:
+    """chat.reply with answers of at most 6 tokens."""
+    return chat.reply(*arguments[:-1], 6)
+
+
+def trained(model, rows, folder, sample=short_reply, **changes) -> Path:
+    """The folder of a finished run: that of resume_cases, 6 steps long; changes: of its options."""
+    flags = resume_cases.flags(model, rows, folder, **{"max_steps": 6, **changes})
+    settings = build(FinetuneConfig, {name: str(value) for name, value in flags.items()})
+    train.run(settings, locate=str, sample=sample, draw=report.loss_curve)
+    return folder
+
+
+def planted(workspace: Path, name: str, steps: int = 3, **more) -> Path:
+    """A run folder with a log, as a trainer leaves it."""
+    folder = workspace / name
+    folder.mkdir(parents=True)
+    stored = {"options": dataclasses.asdict(FinetuneConfig()), "resolved": {"total_steps": 5}, **more}
+    (folder / runfolder.CONFIG).write_text(json.dumps(stored))
+    lines = [
+        json.dumps({"step": n, "loss": 1.0 / n, "tokens": 10, "seconds": 2.0}) for n in range(1, steps + 1)
+    ]
+    (folder / runfolder.LOG).write_text("".join(f"{line}\n" for line in lines))
+    (folder / f"checkpoint-{steps}").mkdir()
+    return folder
