@@ -3,5 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 bash tools/setup.sh test
-[ $# = 0 ] && set -- -n 2 --dist loadfile --no-loadscope-reorder # the long ones come early in the alphabet
+[ $# = 0 ] && set -- -n 2 --dist loadfile --no-loadscope-reorder # tests/conftest.py puts the long ones first
 exec .venv/bin/python -m pytest "$@"
