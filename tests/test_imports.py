@@ -1,10 +1,12 @@
 """Imports point downwards: ground, words, things, verbs, programs (docs: one direction).
 
 Reads the source with `ast`, so nothing is imported. Only imports that run when the module is imported count;
-those inside functions are how a root program starts fast.
+those inside functions are how a root program starts fast. Who uses tests/ is looked at everywhere, functions
+and texts included.
 """
 
 import ast
+import re
 
 import pytest
 
@@ -297,3 +299,94 @@ def test_planted_cycle_is_found():
     ]
     assert cycle({"loss": {"loss"}}) == ["loss", "loss"]
     assert cycle({"step": {"loss", "batching"}, "loss": {"data"}, "batching": {"data"}, "data": set()}) == []
+
+
+# who imports tests: a test file nobody, tests/support/ the tests alone
+
+FOLDERS = ("benchmarks", "docs", "onecard", "sample", "serve", "tools")
+PRODUCT = ("*.py", *(f"{folder}/**/*.py" for folder in FOLDERS))
+
+
+def files(*patterns: str) -> dict[str, str]:
+    """Path from the root -> source."""
+    paths = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(paths)}
+
+
+def mentioned(path: str, source: str) -> set[str]:
+    """Dotted names that a file imports anywhere, in functions too, or writes in a text, as for a child."""
+    folder, names = path.split("/")[:-1], set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = folder[: len(folder) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names |= set(re.findall(r"\btests(?:\.\w+)+", node.value))
+    return names
+
+
+def wrong_uses_of_tests(path: str, source: str) -> list[str]:
+    """What a file takes from tests/ that is not for it."""
+    names, inside = sorted(mentioned(path, source)), path.startswith("tests/")
+    if inside:
+        names = [name for name in names if any(part.startswith("test_") for part in name.split("."))]
+        return [f"{path} imports {name}: what is shared belongs into tests/support/" for name in names]
+    names = [name for name in names if name.split(".")[0] == "tests"]
+    return [f"{path} imports {name}: it must run without tests/" for name in names]
+
+
+def test_no_test_is_imported():
+    """Each test file can be read, moved and deleted alone. This file is left out: it plants such imports."""
+    sources = files("tests/**/*.py")
+    del sources["tests/test_imports.py"]
+    assert {"tests/conftest.py", "tests/support/tiny.py", "tests/data/test_encode.py"} <= set(sources)
+    assert [wrong for path, source in sources.items() for wrong in wrong_uses_of_tests(path, source)] == []
+
+
+def test_nothing_else_needs_the_tests():
+    """Whoever has no tests/ folder can run everything."""
+    sources = files(*PRODUCT)
+    assert {"finetune.py", "benchmarks/rows.py", "docs/pictures.py", "tools/merge_lora.py"} <= set(sources)
+    assert [wrong for path, source in sources.items() for wrong in wrong_uses_of_tests(path, source)] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("tests/data/test_dataset.py", "from tests.data.test_encode import load"),
+        ("tests/data/test_dataset.py", "def f():\n    from tests.runs import test_checkpoint"),
+        ("tests/data/test_dataset.py", "from . import test_encode"),
+        ("tests/data/test_dataset.py", "from .test_encode import load"),
+        ("tests/data/test_dataset.py", "from ..runs.test_checkpoint import copy"),
+        ("tests/data/test_dataset.py", "CODE = 'from tests.data.test_dataset import encode'"),
+        ("tests/support/tiny.py", "import tests.data.test_encode as other"),
+        ("tests/conftest.py", "command = ['-m', 'tests.data.test_encode']"),
+        ("benchmarks/rows.py", "def main():\n    from tests.support.memory import memory_rise"),
+        ("benchmarks/rows.py", "command = ['-m', 'tests.support.harness']"),
+        ("docs/pictures.py", "import tests"),
+        ("tools/merge_lora.py", "from tests import support"),
+        ("onecard/chat.py", "if True:\n    import tests.support.tiny as tiny"),
+    ],
+)
+def test_planted_use_of_a_test_is_found(path, source):
+    """However it is imported, and in the text of a command or program for a child."""
+    assert len(wrong_uses_of_tests(path, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        (
+            "tests/data/test_dataset.py",
+            "from tests.support import tiny\nfrom tests.support.browser import ask",
+        ),
+        ("tests/support/harness.py", "def child():\n    from . import faults\n    '''as test_run.py'''"),
+        ("benchmarks/rows.py", "from onecard import rows\n'''what the tests. do, tests/support/ too'''"),
+        ("docs/pictures.py", "import pytest, testing"),
+    ],
+)
+def test_right_use_of_tests_is_let_through(path, source):
+    assert wrong_uses_of_tests(path, source) == []
