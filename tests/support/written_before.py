@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from tests import tiny
+from tests.support import tiny
 
 COMMIT = "6ce2917ac09df9b777014599b771c1637dba4108"
 STEPS, STOP_AT = 60, 54  # the stopped run has at least STOP_AT steps, and some are left
