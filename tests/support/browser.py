@@ -23,6 +23,8 @@ WAIT = 60_000  # milliseconds; only a hang takes as long
 
 
 class Server:
+    """The process of a window, made when its port answers."""
+
     def __init__(self, kind: str, folder: Path, *options: str):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -42,6 +44,7 @@ class Server:
         raise AssertionError((folder / "log").read_text(encoding="utf-8"))
 
     def tokens(self) -> int:
+        """Tokens that the model has made so far, whoever asked."""
         path = self.folder / "tokens"
         return path.read_text(encoding="utf-8").count("\n") if path.exists() else 0
 

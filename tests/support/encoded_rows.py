@@ -11,6 +11,7 @@ def options(path: Path | str, **changes) -> config.FinetuneConfig:
 
 
 def encode(path: Path | str, tokenizer=None, fetch=None, **changes) -> rows.Rows:
+    """The rows of a file, by default with the tiny tokenizer; changes: of a training's options."""
     given, tokenizer = options(path, **changes), tokenizer or tiny.tokenizer()
     forms = [template.load(name, tokenizer) for name in given.template.split(",")]
     sources = reader.sources(given.data_path, given.eval_data_path, fetch)
