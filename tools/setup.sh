@@ -19,16 +19,65 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   exit 2
 fi
 
+# fail PROBLEM [WORDS]: words of another program, if it had any, stand above our own line
+fail() {
+  [ -n "${2:-}" ] && printf '%s\n' "$2" >&2
+  echo "error: $1" >&2
+  exit 2
+}
+trap 'echo "stopped by Ctrl-C. Run the same command again to go on." >&2; exit 130' INT
+
+# starts ENVIRONMENT: whether the folder is an environment whose Python starts, and no other Python
+starts() { "$1/bin/python" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null; }
+
+# drop_unfinished ENVIRONMENT: what a stopped pip left there. pip writes INSTALLER when the files of a package are in
+# their places, and keeps what it replaces under a name that begins with ~.
+drop_unfinished() {
+  "$1/bin/python" -c '
+import pathlib, shutil, sysconfig
+packages = pathlib.Path(sysconfig.get_path("purelib"))
+unfinished = [info for info in packages.glob("*.dist-info") if not (info / "INSTALLER").is_file()]
+for folder in [*packages.glob("~*"), *unfinished]:
+    shutil.rmtree(folder, ignore_errors=True)
+'
+}
+
+# has_pip: whether .venv has all of pip, and it runs
+has_pip() {
+  .venv/bin/python -m pip --version >/dev/null 2>&1 &&
+    .venv/bin/python -c 'import importlib.metadata; importlib.metadata.version("pip")' 2>/dev/null
+}
+
+# put_pip_back: the pip that comes with Python, in the place of what is left of one
+put_pip_back() {
+  .venv/bin/python -c '
+import pathlib, shutil, sysconfig
+packages = pathlib.Path(sysconfig.get_path("purelib"))
+for folder in [packages / "pip", *packages.glob("pip-*.dist-info")]:
+    shutil.rmtree(folder, ignore_errors=True)
+' && .venv/bin/python -m ensurepip --upgrade --default-pip && has_pip
+}
+
 stamp=.venv/onecard-$what-$(cat requirements.txt pyproject.toml | cksum | cut -d" " -f1)
-[ -e "$stamp" ] && exit 0
+[ -e "$stamp" ] && starts .venv && exit 0
 
 echo "Setting up .venv for '$what' (once; a few minutes) ..."
-if [ ! -x .venv/bin/python ] && ! "$python" -m venv .venv; then
-  rm -rf .venv # what is there has no pip and would be taken for whole
-  echo "error: $python could not make .venv. On Debian or Ubuntu: apt install python3-venv" >&2
-  exit 2
+no_venv="On Debian and Ubuntu it needs a package: apt install python3-venv"
+# venv writes bin/activate last; Python's words are kept back, since after Ctrl-C they are a page of traceback
+if ! starts .venv || [ ! -e .venv/bin/activate ]; then
+  if [ -L .venv ]; then
+    fail ".venv is a link to $(readlink .venv), which is no whole environment. Remove the link, then run the same command again."
+  fi
+  if [ -e .venv ]; then echo "The Python in .venv does not start, or .venv was never finished: it is made again."; fi
+  words=$("$python" -m venv --clear .venv 2>&1) || fail "$python could not make .venv; its reason is above. $no_venv" "$words"
 fi
-.venv/bin/python -m pip install --quiet "pip==26.3" || { echo "error: pip could not reach the package index; check the network." >&2; exit 2; }
+drop_unfinished .venv
+if ! has_pip; then
+  echo "pip is missing in .venv, or was never finished: it is put back."
+  words=$(put_pip_back 2>&1) || fail "Python could not put pip into .venv; its reason is above. $no_venv" "$words"
+fi
+words=$(.venv/bin/python -m pip install --quiet "pip==26.3" 2>&1) ||
+  fail "pip could not fetch its version 26.3; its reason is above. If that is the network, check it. Then run the same command again." "$words"
 # llama.cpp is compiled here (minutes); code for exactly this processor would crash on those that announce AMX
 # (llama.cpp issue 20824), so it is built for any of the last ten years
 export CMAKE_ARGS="-DGGML_NATIVE=OFF ${CMAKE_ARGS:-}"
@@ -43,9 +92,10 @@ fi
 apart=.venv/gptq # beside .venv's packages: where gptqmodel is installed it is imported at every start
 add_gptqmodel() {
   local packages='import sysconfig; print(sysconfig.get_path("purelib"))'
-  .venv/bin/python -m venv --without-pip "$apart" &&
-    printf '%s\n' "$(.venv/bin/python -c "$packages")" "$PWD" >"$("$apart/bin/python" -c "$packages")/beside.pth" &&
-    "$apart/bin/python" -m pip install -c requirements.txt gptqmodel optimum
+  if [ ! -e "$apart/whole" ]; then .venv/bin/python -m venv --clear --without-pip "$apart" || return; fi
+  printf '%s\n' "$(.venv/bin/python -c "$packages")" "$PWD" >"$("$apart/bin/python" -c "$packages")/beside.pth" &&
+    "$apart/bin/python" -m pip install -c requirements.txt gptqmodel optimum &&
+    touch "$apart/whole"
 }
 if [ "$what" = test ] && ! add_gptqmodel; then
   rm -rf "$apart"

@@ -134,6 +134,7 @@ def test_several_cards_start_torchrun(tmp_path, copy):
         '#!/bin/sh\n[ "$1" = -m ] && [ "$2" = pip ] && exit 0\necho "$CUDA_VISIBLE_DEVICES: $*"\n'
     )
     fake.chmod(0o755)
+    fake.with_name("activate").touch()  # which venv writes last
     variables = {
         "PORT": "23456",
         "DATA_PATH": "a b.json",

@@ -1,0 +1,240 @@
+"""tools/setup.sh after a set-up that was stopped at any point: the next one mends it, or says what is wrong.
+
+The real script runs in a copy of the project; no package index can be reached, so each run ends at the first
+download, behind everything that is tested here.
+"""
+
+import atexit
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PYTHON = Path(os.path.realpath(sys.executable))
+NO_INDEX = {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
+NETWORK = "If that is the network"
+PACKAGES = Path(sysconfig.get_path("purelib", "posix_prefix", {"base": ".venv"}))
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """What set-up reads, in an empty folder."""
+    (tmp_path / "tools").mkdir()
+    for name in ("finetune.sh", "tools/setup.sh", "tools/launch.sh", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def environment(python: Path = PYTHON) -> dict[str, str]:
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "VIRTUAL"))
+    }
+    return {**inherited, **NO_INDEX, "PYTHON": str(python)}
+
+
+def set_up(
+    project: Path, python: Path = PYTHON, part: str = "train", **changes
+) -> subprocess.CompletedProcess:
+    command = ["bash", "tools/setup.sh", part]
+    settings = {"capture_output": True, "text": True, "timeout": 120}
+    return subprocess.run(command, cwd=project, env=environment(python) | changes, **settings)
+
+
+@functools.cache
+def whole_venv() -> Path:
+    """An environment with pip, made once: putting pip there takes seconds."""
+    folder = Path(tempfile.mkdtemp(prefix="onecard-venv-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    subprocess.run([PYTHON, "-m", "venv", folder], check=True)
+    return folder
+
+
+def make_venv(project: Path, pip: bool = True) -> None:
+    if pip:
+        shutil.copytree(whole_venv(), project / ".venv", symlinks=True)
+    else:
+        subprocess.run([PYTHON, "-m", "venv", "--without-pip", ".venv"], cwd=project, check=True)
+
+
+def mark_complete(project: Path) -> Path:
+    """The stamp that a set-up of `train` writes last."""
+    script = 'echo ".venv/onecard-train-$(cat requirements.txt pyproject.toml | cksum | cut -d" " -f1)"'
+    named = subprocess.run(["bash", "-c", script], cwd=project, capture_output=True, text=True, check=True)
+    stamp = project / named.stdout.strip()
+    stamp.parent.mkdir(exist_ok=True)
+    stamp.touch()
+    return stamp
+
+
+def pip_runs(project: Path) -> bool:
+    listed = subprocess.run(
+        [project / ".venv/bin/python", "-m", "pip", "list"], capture_output=True, text=True
+    )
+    return listed.returncode == 0 and "pip " in listed.stdout
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def without_pip(project: Path) -> None:
+    """As `uv venv` makes it: whole, and no pip in it."""
+    make_venv(project, pip=False)
+
+
+def stopped_in_ensurepip(project: Path) -> None:
+    """As Ctrl-C leaves it while venv puts pip there: neither pip nor bin/activate, which venv writes last."""
+    without_pip(project)
+    for path in (project / ".venv/bin").glob("[aA]ctivate*"):
+        path.unlink()
+
+
+def broken_link(project: Path) -> None:
+    """It was complete, and the Python it was made with is gone."""
+    without_pip(project)
+    (project / ".venv/bin/python").unlink()
+    (project / ".venv/bin/python").symlink_to("/nowhere/python3")
+    mark_complete(project)
+
+
+def half_removed_pip(project: Path) -> None:
+    """pip replaces itself: its old files are moved away, its old metadata is still there."""
+    make_venv(project)
+    (project / PACKAGES / "pip").rename(project / PACKAGES / "~ip")
+
+
+def half_written_pip(project: Path) -> None:
+    """pip replaces itself: its new files are there, but not yet what pip writes behind them."""
+    make_venv(project)
+    (info,) = (project / PACKAGES).glob("pip-*.dist-info")
+    (info / "INSTALLER").unlink()
+    shutil.rmtree(project / PACKAGES / "pip/_internal/operations")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        without_pip,
+        stopped_in_ensurepip,
+        broken_link,
+        half_removed_pip,
+        half_written_pip,
+    ],
+)
+def test_a_stopped_set_up_is_mended(project, state):
+    """Whatever lies in .venv: afterwards Python and pip run, and only then is the network in question."""
+    state(project)
+    ended = set_up(project)
+    assert pip_runs(project)
+    assert (project / ".venv/bin/activate").is_file()
+    assert not list((project / PACKAGES).glob("~*"))
+    assert NETWORK in ended.stderr
+    assert ended.returncode == 2
+    assert "No module named pip" not in ended.stderr
+    assert not list((project / ".venv").glob("onecard-*"))
+
+
+def test_what_is_whole_stays(project):
+    """A whole .venv is not made again, and a package whose files were all there keeps its metadata."""
+    make_venv(project)
+    whole, unfinished = (project / PACKAGES / f"{name}-1.dist-info" for name in ("whole", "unfinished"))
+    for info in (whole, unfinished):
+        info.mkdir()
+        (info / "METADATA").touch()
+    (whole / "INSTALLER").write_text("pip\n", encoding="utf-8")
+    ended = set_up(project)
+    assert whole.is_dir()
+    assert not unfinished.exists(), "pip would take it for installed"
+    assert "again" not in ended.stdout
+    assert "put back" not in ended.stdout
+
+
+def test_a_complete_set_up_is_left_alone(project):
+    make_venv(project, pip=False)
+    mark_complete(project)
+    ended = set_up(project)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_a_link_is_never_emptied(project):
+    """.venv may lead to an environment that is somebody else's."""
+    (project / "elsewhere/bin").mkdir(parents=True)
+    (project / "elsewhere/notes.txt").touch()
+    (project / ".venv").symlink_to("elsewhere")
+    ended = set_up(project)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: .venv is a link to elsewhere")
+    assert (project / "elsewhere/notes.txt").is_file()
+
+
+def test_a_python_without_venv_is_named(project):
+    """Debian's Python without python3-venv: its words, then ours, and nothing about a network."""
+    refuse = '[ "$1 $2" = "-m venv" ] && { echo "ensurepip is not available"; exit 1; }'
+    ended = set_up(project, script(project / "python3", f'{refuse}\nexec {PYTHON} "$@"'))
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("ensurepip is not available\nerror: ")
+    assert "apt install python3-venv" in ended.stderr
+    assert "network" not in ended.stderr
+
+
+def test_a_half_made_environment_beside_it_is_made_again(project):
+    """.venv/gptq, which the tests need. Here pip and apt-get do nothing, and say that it went well."""
+    make_venv(project)
+    (project / PACKAGES / "pip/__main__.py").write_text("", encoding="utf-8")
+    (project / "bin").mkdir()
+    script(project / "bin/apt-get", "exit 0")
+    apart = project / ".venv/gptq/bin/python"
+    apart.parent.mkdir(parents=True)
+    apart.symlink_to("/nowhere/python3")
+    ended = set_up(project, part="test", PATH=f"{project / 'bin'}:{os.environ['PATH']}")
+    assert ended.returncode == 0, ended.stderr
+    assert "left out" not in ended.stdout
+    subprocess.run([apart, "-c", "import pip"], check=True)
+
+
+# where Ctrl-C comes: what Python is doing then, as the words of its command
+MOMENTS = {"venv": "-m venv", "ensurepip": "-m ensurepip", "pip": "-m pip install"}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_ctrl_c_ends_it_with_one_line(project, moment):
+    """Exit 130, one line; the next set-up mends what was left."""
+    sleep = f'touch reached; exec {PYTHON} -c "import time; time.sleep(60)"'
+    slow = f'case "$*" in *"{MOMENTS[moment]}"*) {sleep};; esac'
+    stub = script(project / "slow-python", f'{slow}\nexec -a "$0" {PYTHON} "$@"')
+    if moment != "venv":
+        make_venv(project, pip=moment != "ensurepip")
+        (project / ".venv/bin/python").unlink()
+        shutil.copy(stub, project / ".venv/bin/python")
+    process = subprocess.Popen(
+        ["bash", "finetune.sh"],
+        cwd=project,
+        env=environment(stub),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for _ in range(600):
+        if (project / "reached").exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    time.sleep(0.3)  # until the sleeper is a Python that knows what Ctrl-C is
+    os.killpg(process.pid, signal.SIGINT)
+    _, words = process.communicate(timeout=30)
+    assert process.returncode == 130, words
+    assert words == "stopped by Ctrl-C. Run the same command again to go on.\n"
+    if moment == "venv":
+        assert NETWORK in set_up(project).stderr
+        assert pip_runs(project)
