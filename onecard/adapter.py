@@ -26,7 +26,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES as NO_TARGETS
 from safetensors import SafetensorError
 
-from onecard import headers, quantised
+from onecard import building, headers, quantised
 from onecard.dropout import CheapDropout
 from onecard.errors import CHECKPOINT, UserError, is_out_of_memory
 
@@ -111,7 +111,7 @@ def add_adapter(base: torch.nn.Module, shape: LoraShape, seed: int) -> PeftModel
         ensure_weight_tying=tied and shape.what != LORA,
         **shape.extra,
     )
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with building.alone(), torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers by a name that will go
         torch.manual_seed(seed)
         try:
@@ -219,7 +219,7 @@ def attach(model: torch.nn.Module, folder: Path, name: str) -> PeftModel:
     key = _key(name)
     headers.check(folder.glob(SAFETENSORS_WEIGHTS_NAME))
     try:
-        with warnings.catch_warnings():
+        with building.alone(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of names peft asks transformers by
             renamed = getattr(model, "_checkpoint_conversion_mapping", None)
             tensors = load_peft_weights(str(folder), device="cpu", key_mapping=renamed)
@@ -249,7 +249,7 @@ def wanted(bare: torch.nn.Module, folder: Path) -> dict[str, tuple[int, ...]]:
     bare: the base without its weights, on the meta device; it is changed. Raises UserError (exit 4).
     """
     try:
-        with torch.device("meta"), warnings.catch_warnings():
+        with building.alone(), torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = get_peft_model(bare, LoraConfig.from_pretrained(str(folder)))
             tensors = get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -17,6 +17,7 @@ import torch
 
 from onecard import (
     bars,
+    building,
     commits,
     hardware,
     memory,
@@ -225,7 +226,8 @@ def _by_gptqmodel(
     given = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in seen]
     source, place = source.resolve(), place.resolve()
     with contextlib.chdir(place):  # it writes a log into the working folder, and draws bars of its own
-        made = library.GPTQModel.load(str(source), settings)
+        with building.alone():
+            made = library.GPTQModel.load(str(source), settings)
         noted = made.quantize(given, batch_size=1, backend=backend, calibration_data_min_length=1)
         made.save(str(place))
     for name in (WAITING, LOGS):

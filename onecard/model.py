@@ -3,6 +3,7 @@
 It does not know rows, steps or run folders.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from onecard import (
     adapter,
     asking,
     attention,
+    building,
     commits,
     frozen,
     headers,
@@ -104,12 +106,17 @@ def load_config(path: str, code: Consent | None = None) -> Any:
 
 
 def skeleton(path: str, config: Any, code: Consent | None = None) -> torch.nn.Module:
-    """The model without its weights, on the meta device; raises UserError when its config gives none."""
+    """The model without its weights, on the meta device; raises UserError when its config gives none.
+
+    Its dtype is torch's default, whatever the config says: transformers would make the config's the default
+    of the whole process meanwhile, and another thread may compute. The config stays as it is.
+    """
     try:
-        with torch.device("meta"):
+        with building.alone(), torch.device("meta"):
+            config, dtype = copy.deepcopy(config), torch.get_default_dtype()
             if code:
-                return code.build(AutoModelForCausalLM, config)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+                return code.build(AutoModelForCausalLM, config, dtype=dtype)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
     except NOT_A_MODEL as error:
         raise cannot_load(path, "a causal language model from its config.json", error) from None
 
@@ -286,9 +293,10 @@ def _with_attention(
     """The base with this attention, or with its only one (BLOOM's)."""
     settings = {**settings, "use_safetensors": True, "attn_implementation": name}
     try:
-        if code:
-            return code.read(AutoModelForCausalLM, **settings)
-        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **settings)
+        with building.alone():
+            if code:
+                return code.read(AutoModelForCausalLM, **settings)
+            return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **settings)
     except ValueError as error:
         if name == "eager" or remote_code.NO_ATTENTION not in str(error):
             raise

@@ -49,11 +49,11 @@ class Consent:
                 str(self.folder), trust_remote_code=True, local_files_only=True, **settings
             )
 
-    def build(self, auto: Any, config: Any) -> Any:
+    def build(self, auto: Any, config: Any, **settings: Any) -> Any:
         """The Auto class's model for a config that `read` gave, without weights."""
         config.name_or_path = str(self.folder)  # where transformers looks for the code
         with self._alone():
-            return auto.from_config(config, trust_remote_code=True)
+            return auto.from_config(config, trust_remote_code=True, **settings)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

@@ -25,6 +25,7 @@ LAYERS = {  # from the lowest
         "bars",
         "batching",
         "beside",
+        "building",
         "chart",
         "chat_layout",
         "checkpoint",
