@@ -14,7 +14,7 @@ from transformers.models.llama import modeling_llama
 
 from onecard import building, memory, model
 from onecard.config import FinetuneConfig
-from tests import tiny
+from tests.support import tiny
 
 OTHER = 0.5  # seconds for another thread to come to where it must not come
 OPTIONS = dataclasses.replace(FinetuneConfig(), bits=16, dtype="fp32", batch_size=4)
