@@ -6,6 +6,7 @@ each line is a question and only answers are printed, so that it works in script
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -19,7 +20,7 @@ from typing import Any
 from onecard import keyboard, parsing, talking, template, transcript
 from onecard.chat_config import BASE, TRAINED, TURNS_ONLY, ChatConfig, Generation, Mixture
 from onecard.decoding import END, LENGTH, STOP
-from onecard.errors import UserError
+from onecard.errors import UserError, missing_package
 from onecard.prompt import Conversation
 from onecard.screen import Screen, in_terminal, tell
 from onecard.transcript import LEFT, RIGHT, Turns
@@ -29,6 +30,15 @@ WELCOME = (
 )
 HELP = 48  # columns before what a command does
 NONE, AS_TRAINED = "none", "trained"
+
+
+def check_editor(part: str) -> None:
+    """Raise UserError when a terminal is to be read and prompt_toolkit is not installed; pipes need it not.
+
+    part: of tools/setup.sh that installs it. To be asked before a model is loaded.
+    """
+    if in_terminal() and importlib.util.find_spec("prompt_toolkit") is None:
+        raise missing_package("prompt_toolkit", part)
 
 
 def talk(
@@ -44,7 +54,11 @@ def talk(
     with contextlib.suppress(AttributeError):  # stand-ins for streams
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")
-    read = keyboard.editor([*COMMANDS, "exit"]) if session.live else keyboard.plain_line
+    read = keyboard.plain_line
+    if session.live:
+        from onecard import line_editor  # pipes need no prompt_toolkit
+
+        read = line_editor.editor([*COMMANDS, "exit"])
     try:
         while True:
             try:

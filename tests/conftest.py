@@ -7,7 +7,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # beside another one: threads that wait
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,9 +14,8 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite("tests.support")  # so that a failing check there shows its values too
-from tests.support import tiny  # noqa: E402
+from tests.support import fresh_environment, tiny  # noqa: E402
 from tests.support.harness import started  # noqa: E402
-from tests.support.paths import ROOT  # noqa: E402
 
 LONG = (  # files that take minutes, the longest first
     "programs/test_demo.py",
@@ -97,12 +95,6 @@ def harness():
 @pytest.fixture(scope="session")
 def copy(tmp_path_factory) -> Path:
     """The project's files in an empty folder, with the environment that runs these tests as its .venv."""
-    folder = tmp_path_factory.mktemp("clone") / "onecard"
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+    folder = fresh_environment.copy_project(tmp_path_factory.mktemp("clone") / "onecard")
     (folder / ".venv").symlink_to(sys.prefix)
     return folder

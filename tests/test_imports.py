@@ -57,6 +57,7 @@ LAYERS = {  # from the lowest
         "labels",
         "late",
         "layouts",
+        "line_editor",
         "legacy",
         "llama",
         "llama_files",

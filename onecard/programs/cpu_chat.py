@@ -17,6 +17,7 @@ def main(arguments: list[str]) -> None:
     chat_config.check_used(options)
     from onecard import chat, gguf, hub, terminal  # after the options: --help needs no torch
 
+    terminal.check_editor("cpu")
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
         made = chat.start(options, hub.for_engine(options.engine), hub.fetch_adapter, gguf.for_llama, print)
     terminal.talk(made, options)

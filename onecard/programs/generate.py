@@ -18,6 +18,7 @@ def main(arguments: list[str]) -> None:
 
     load = (hub.for_engine(options.engine), hub.fetch_adapter, gguf.for_llama, print)
     if options.terminal:
+        terminal.check_editor("chat")
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
             talk = chat.start(options, *load)
         terminal.talk(talk, chat.with_its_mode(talk, options, given), single_turn=True)

@@ -10,6 +10,7 @@ import pytest
 
 from onecard import chat, hub, report, train
 from onecard.config import FinetuneConfig, build
+from tests.support import fresh_environment as fresh
 from tests.support.paths import ROOT
 from tests.support.small_runs import fall
 
@@ -23,21 +24,19 @@ def commands(text: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def readme(copy) -> dict[str, subprocess.CompletedProcess]:
-    """Every command of README.md, run in order; this test run itself is left out."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB"))}
-    results = {}
-    for command in commands((copy / "README.md").read_text(encoding="utf-8")):
-        if command != THIS_VERY_RUN:
-            results[command] = subprocess.run(
-                ["bash", "-c", command],
-                cwd=copy,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=1200,
-            )
-    return results
+def newcomer(tmp_path_factory) -> fresh.Newcomer:
+    """A copy of the project with nothing set up."""
+    return fresh.Newcomer(tmp_path_factory.mktemp("newcomer") / "onecard")
+
+
+@pytest.fixture(scope="module")
+def readme(newcomer) -> dict[str, subprocess.CompletedProcess]:
+    """Every command of README.md, run in order with only the packages that it and those before it set up.
+
+    This test run itself is left out.
+    """
+    written = commands((newcomer.folder / "README.md").read_text(encoding="utf-8"))
+    return {command: newcomer.run(command) for command in written if command != THIS_VERY_RUN}
 
 
 def test_readme_commands_work(readme):
@@ -70,9 +69,9 @@ def test_the_default_run_says_what_it_does(readme):
     assert said.count("\n  before: ") == said.count("\n  after:  ") == 8
 
 
-def test_the_default_run_teaches_the_form(readme, copy):
+def test_the_default_run_teaches_the_form(readme, newcomer):
     """At least 6 of 8 held-out answers have the form after, none before; both losses fell."""
-    folder = copy / "lora-checkpoints" / "demo"
+    folder = newcomer.folder / "lora-checkpoints" / "demo"
     counted = readme["python3 sample/check_form.py lora-checkpoints/demo"].stdout
     before, after = (int(number) for number in re.findall(r"training: (\d) of 8", counted))
     assert before == 0
@@ -83,11 +82,11 @@ def test_the_default_run_teaches_the_form(readme, copy):
     assert fall(folder) < 0.8
 
 
-def test_the_default_run_again_is_finished(readme, copy):
+def test_the_default_run_again_is_finished(readme, newcomer):
     """Exit 0, nothing set up or trained twice, the ways on named."""
-    folder = copy / "lora-checkpoints" / "demo"
+    folder = newcomer.folder / "lora-checkpoints" / "demo"
     before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
-    again = subprocess.run(["bash", "finetune.sh"], cwd=copy, capture_output=True, text=True, timeout=120)
+    again = newcomer.run("bash finetune.sh", timeout=120)
     assert again.returncode == 0
     assert "This run is finished: 26 steps" in again.stdout
     assert "--overwrite" in again.stdout

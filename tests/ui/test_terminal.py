@@ -24,7 +24,7 @@ import pytest
 import torch
 from wcwidth import wcwidth
 
-from onecard import chat, engine_hf, errors, keyboard, model, template, terminal, transcript
+from onecard import chat, engine_hf, errors, line_editor, model, template, terminal, transcript
 from onecard.answer import Text
 from onecard.chat_config import ChatConfig, Generation
 from onecard.errors import UserError
@@ -764,7 +764,7 @@ def test_history_that_cannot_be_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "new" / "cache"))
     before = os.umask(0)
     try:
-        kept = keyboard.history()
+        kept = line_editor.history()
     finally:
         os.umask(before)
     path = tmp_path / "new" / "cache" / "chat-history"
@@ -773,7 +773,7 @@ def test_history_that_cannot_be_kept(monkeypatch, tmp_path):
     path.mkdir()
     kept.append_string("no place for it")
     monkeypatch.setenv("ONECARD_CACHE", "/dev/null/cache")
-    assert isinstance(keyboard.history(), keyboard.InMemoryHistory)
+    assert isinstance(line_editor.history(), line_editor.InMemoryHistory)
 
 
 def test_a_terminal_without_escapes(shell):

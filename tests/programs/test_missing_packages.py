@@ -1,0 +1,141 @@
+"""What each part of the set-up is enough for, and what a program says whose package another part installs."""
+
+import os
+import pty
+import re
+import subprocess
+
+import pytest
+
+from onecard import errors
+from tests.support import fresh_environment as fresh
+from tests.support.paths import ROOT
+
+PROGRAMS = ["finetune.py", "finetune_continue.py", "generate.py", "interaction.py"]
+ASK = 'echo "Say red" | .venv/bin/python'
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_model):
+    """Part of the set-up, or "" for none -> a newcomer who has set up that alone."""
+    there: dict[str, fresh.Newcomer] = {}
+
+    def make(part: str) -> fresh.Newcomer:
+        if part not in there:
+            there[part] = fresh.Newcomer(tmp_path_factory.mktemp(part or "nothing") / "onecard")
+            (there[part].folder / "tiny").symlink_to(tiny_model)
+            if part:
+                there[part].set_up(part)
+        return there[part]
+
+    return make
+
+
+def refused(ended: subprocess.CompletedProcess, module: str, part: str) -> None:
+    """One line, exit 2, and what to run."""
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stdout == ""
+    expected = rf"error: .*{re.escape(module)}.* Run: bash tools/setup\.sh {part}\b.*\n"
+    assert re.fullmatch(expected, ended.stderr), ended.stderr
+
+
+def test_a_pipe_needs_no_editor(made):
+    """With what training needs alone, generate.py and interaction.py answer in scripts."""
+    for program in ("generate.py", "interaction.py"):
+        command = (
+            f"{ASK} {program} --terminal --model_path tiny --device cpu --max_new_tokens 4 --mode greedy"
+        )
+        ended = made("train").run(command)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.strip()
+
+
+@pytest.mark.parametrize("program", ["generate.py", "interaction.py"])
+def test_a_window_says_what_it_lacks(made, program):
+    refused(made("train").run(f".venv/bin/python {program} --model_path tiny"), "gradio", "chat")
+
+
+@pytest.mark.parametrize("part", ["train", "chat"])
+def test_llama_says_what_it_lacks(made, part):
+    """Through the program and through the engine; what is said while the model is looked at goes before."""
+    ended = made(part).run(f"{ASK} tools/cpu_chat.py --model_path tiny")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert re.search(r"\nerror: llama-cpp-python .* Run: bash tools/setup\.sh cpu\n$", "\n" + ended.stderr)
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "part"),
+    [("generate.py --terminal", "chat"), ("interaction.py --terminal", "chat"), ("tools/cpu_chat.py", "cpu")],
+)
+def test_a_terminal_says_what_it_lacks_before_it_loads(made, program, part):
+    """Where somebody types, prompt_toolkit is needed; it is missed at once."""
+    ours, theirs = pty.openpty()
+    python = made("train").folder / ".venv/bin/python"
+    command = [str(python), *program.split(), "--model_path", "nowhere"]
+    process = subprocess.run(
+        command, cwd=made("train").folder, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, text=True
+    )
+    os.close(theirs)
+    os.close(ours)
+    assert process.returncode == 2
+    expected = rf"error: .*prompt_toolkit.* Run: bash tools/setup\.sh {part}, .*\n"
+    assert re.fullmatch(expected, process.stderr), process.stderr
+
+
+@pytest.mark.parametrize("program", [*PROGRAMS, *sorted(f"tools/{p.name}" for p in ROOT.glob("tools/*.py"))])
+def test_without_any_package_nothing_is_a_traceback(made, program):
+    """The Python of the system, say: one line that names the set-up; --help needs no package at all."""
+    assert made("").run(f".venv/bin/python {program} --help").returncode == 0
+    given = "--output_path out --data_path sample/instruct.json" if program == "finetune.py" else ""
+    ended = made("").run(f".venv/bin/python {program} {given}")
+    assert ended.returncode in (2, 3, 4)
+    assert re.search(r"^error: .*\n$", ended.stderr, re.MULTILINE), ended.stderr
+    assert "Traceback" not in ended.stderr
+    if program in ("finetune.py", "generate.py", "interaction.py"):
+        assert "bash tools/setup.sh" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("part", "modules"),
+    [
+        ("train", "train, hub, report, check, terminal"),
+        ("chat", "page, windows, chat_window, studio, line_editor"),
+        ("cpu", "gguf, line_editor, llama_library; llama_library.library()"),
+    ],
+)
+def test_a_part_is_enough_for_its_modules(made, part, modules):
+    ended = made(part).run(f'.venv/bin/python -c "from onecard import {modules}"')
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_the_closure_leaves_out_what_is_another_parts(made):
+    """Or the tests above could not fail."""
+    for part, missing in (
+        ("train", "prompt_toolkit"),
+        ("chat", "llama_cpp"),
+        ("cpu", "gradio"),
+        ("", "torch"),
+    ):
+        ended = made(part).run(f'.venv/bin/python -c "import {missing}"')
+        assert f"No module named '{missing}'" in ended.stderr
+
+
+def test_every_package_of_the_set_up_is_known():
+    """errors.PARTS names the module of each requirement under the part that brings it first."""
+    modules = {"protobuf": "google.protobuf", "llama-cpp-python": "llama_cpp"}
+    for part in ("train", "chat", "cpu", "gptq"):
+        for name in fresh.PYPROJECT["optional-dependencies"][part]:
+            if not name.startswith("onecard["):
+                module = modules.get(name, name)
+                assert any(module in errors.PARTS[each].split() for each in (part, "chat")), name
+
+
+def test_a_module_of_nobody_is_a_traceback():
+    """A mistake of ours, or of a library: nothing the user could install."""
+
+    def broken() -> None:
+        import onecard.no_such_module  # noqa: F401
+
+    with pytest.raises(ModuleNotFoundError):
+        errors.run_program(broken)

@@ -1,0 +1,120 @@
+"""Environments of a newcomer: what some parts of tools/setup.sh install, and no other packages.
+
+Packages are links into the environment that runs the tests, chosen by what their metadata says they need, so
+that one is made in a second. A folder that several distributions share (google) is linked as a whole.
+"""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.support.paths import ROOT
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SETS_UP = re.compile(r"bash tools/setup\.sh (\w+)")
+ALWAYS = ("pip",)  # which set-up itself puts there
+WITH = {"train": ["train"], "chat": ["chat", "train"], "cpu": ["cpu", "train"]}  # stamps that a part leaves
+
+
+def copy_project(folder: Path) -> Path:
+    """The project's files in a new folder, without an environment."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def closure(extras: Iterable[str]) -> set[str]:
+    """Names of all distributions that these extras of pyproject.toml bring with them."""
+    wanted = [Requirement(f"onecard[{','.join(extras)}]")]
+    seen: set[tuple[str, str]] = set()
+    while wanted:
+        requirement = wanted.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in ("", *requirement.extras):
+            if (name, extra) in seen:
+                continue
+            seen.add((name, extra))
+            for line in _needs(name, extra):
+                need = Requirement(line)
+                if need.marker is None or need.marker.evaluate({"extra": extra}):
+                    wanted.append(need)
+    return {name for name, _ in seen} - {"onecard"}
+
+
+def _needs(name: str, extra: str) -> list[str]:
+    """The requirements of a distribution; onecard's own are those of this pyproject.toml."""
+    if name == "onecard":
+        return PYPROJECT["optional-dependencies"].get(extra, PYPROJECT["dependencies"])
+    return importlib.metadata.requires(name) or []
+
+
+class Newcomer:
+    """A copy of the project whose .venv grows by what the commands set up."""
+
+    def __init__(self, folder: Path):
+        self.folder = copy_project(folder)
+        command = [sys.executable, "-m", "venv", "--without-pip", ".venv"]
+        subprocess.run(command, cwd=self.folder, check=True)
+        places = {"base": str(self.folder / ".venv"), "platbase": str(self.folder / ".venv")}
+        self.packages = Path(sysconfig.get_path("purelib", "posix_prefix", places))
+        self.link(ALWAYS)
+
+    def link(self, names: Iterable[str]) -> None:
+        """Put these distributions there, as links to their files in the environment that runs the tests."""
+        for name in names:
+            found = importlib.metadata.distribution(name)
+            source = Path(found.locate_file(""))
+            tops = {path.parts[0] for path in found.files or [] if ".." not in path.parts}
+            for top in tops - {"__pycache__"}:
+                if not top.endswith(".pth"):  # nothing of the other environment's start
+                    self._link(source / top, self.packages / top)
+
+    def _link(self, source: Path, target: Path) -> None:
+        if source.exists() and not target.exists():
+            target.symlink_to(source)
+
+    def set_up(self, part: str) -> None:
+        """As `bash tools/setup.sh PART` leaves it."""
+        self.link(closure([part]))
+        script = 'cat requirements.txt pyproject.toml | cksum | cut -d" " -f1'
+        summed = subprocess.run(
+            ["bash", "-c", script], cwd=self.folder, capture_output=True, text=True, check=True
+        )
+        for each in WITH[part]:
+            (self.folder / ".venv" / f"onecard-{each}-{summed.stdout.strip()}").touch()
+
+    def parts_of(self, command: str) -> list[str]:
+        """The parts that a command of README.md sets up, itself or through its script."""
+        found = SETS_UP.findall(command)
+        for name in re.findall(r"bash (\w+\.sh)", command):
+            found += SETS_UP.findall((self.folder / name).read_text(encoding="utf-8"))
+        return found
+
+    def run(self, command: str, timeout: float = 1200) -> subprocess.CompletedProcess:
+        """A command as a newcomer types it; what it sets up is there, and what earlier ones did."""
+        for part in self.parts_of(command):
+            self.set_up(part)
+        hidden = ("HF_", "WANDB", "PYTHON", "VIRTUAL_ENV")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+        return subprocess.run(
+            ["bash", "-c", command],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
