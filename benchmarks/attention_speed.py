@@ -4,9 +4,9 @@
     .venv/bin/python benchmarks/attention_speed.py [--tokens 2048] [--repeats 15]
 
 For documents of one length, packed to about 2048 tokens in the shapes of the demo model (9 heads, 3 key/value
-heads of 64, bf16): the backward pass through one torch call per document (onecard.attention.each_document)
+heads of 64, bf16): the backward pass through one torch call per document (packed_attention.each_document)
 against the batched one for short documents (packed_attention, forced for every length, so that the table
-shows where onecard.attention.SHORT should lie). Then onecard.dropout.CheapDropout against torch.nn.Dropout.
+shows where packed_attention.SHORT should lie). Then CheapDropout against torch.nn.Dropout.
 Both ways take turns; the best time of each counts. On a busy machine the figures mean nothing.
 """
 
@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from onecard import attention, hardware
-from onecard.dropout import CheapDropout
+from onecard.models import packed_attention
+from onecard.models.dropout import CheapDropout
+from onecard.system import hardware
 
 LENGTHS = (64, 105, 184, 256, 320, 512, 1024, 2048)
 HEADS, KV_HEADS, SIZE, HIDDEN = 9, 3, 64, 576
@@ -46,9 +47,9 @@ def main() -> None:
     )
     print(f"Backward pass of attention, bf16, {HEADS} heads, {KV_HEADS} key/value heads of {SIZE}; documents")
     print(
-        f"longer than {attention.SHORT} tokens are given to torch in training. The difference is the largest"
+        f"longer than {packed_attention.SHORT} tokens are given to torch in training. The difference is the"
     )
-    print("between the two gradients, relative to the largest gradient.\n")
+    print("largest between the two gradients, relative to the largest gradient.\n")
     print("| document | packed tokens | each_document, ms | packed_attention, ms | ratio | difference |")
     print("|---:|---:|---:|---:|---:|---:|", flush=True)
     for length in LENGTHS:
@@ -70,9 +71,11 @@ def attention_line(length: int, documents: int, repeats: int) -> str:
     """One row of the table: `documents` documents of `length` tokens."""
     lengths, tokens = (length,) * documents, length * documents
     query, key, value = inputs = [random_heads(heads, tokens) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    each = attention.each_document(query, key, value, lengths, SIZE**-0.5).transpose(1, 2)
-    with mock.patch.object(attention, "SHORT", length):  # the batched pass, however long the documents are
-        packed, _ = attention.packed_attention(
+    each = packed_attention.each_document(query, key, value, lengths, SIZE**-0.5).transpose(1, 2)
+    with mock.patch.object(
+        packed_attention, "SHORT", length
+    ):  # the batched pass, however long the documents are
+        packed, _ = packed_attention.packed_attention(
             torch.nn.Module(), query, key, value, None, document_lengths=lengths
         )
     grad = torch.randn_like(each)

@@ -3,7 +3,7 @@
 
     .venv/bin/python benchmarks/chat_speed.py [--pairs 5] [--tokens 256] [--model_path demo] [--device auto]
 
-Each pair runs one after the other in this process, in changing order, on the same prompt: onecard.chat's
+Each pair runs one after the other in this process, in changing order, on the same prompt: OneCard's
 stream, every snapshot taken as a window would, and model.generate with the same settings. Both write exactly
 as many tokens, and the texts must be equal, but for sampling, where each draws its own numbers; in fp32, as
 16 bits round another way when four beams read the prompt instead of one. The engine of the processor,
@@ -25,8 +25,15 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from onecard import chat, gguf, hardware, hub, plan, prompt
-from onecard.chat_config import BEAM, GREEDY, SAMPLE, ChatConfig, Generation
+from onecard.config.chat import ChatConfig
+from onecard.config.generation import BEAM, GREEDY, SAMPLE, Generation
+from onecard.conversion import gguf_cache
+from onecard.data import conversation as data_conversation
+from onecard.data import encode as data_encode
+from onecard.hub import locate
+from onecard.inference import chat
+from onecard.system import hardware
+from onecard.training import plan
 
 QUESTION = "Write a long story about a lighthouse keeper who finds a letter in a bottle."
 Run = tuple[float, float, str]  # seconds to the first token, seconds in all, text
@@ -66,7 +73,7 @@ def ours(talk: chat.Chat, settings: Generation) -> Run:
 
 def transformers_alone(talk: chat.Chat, settings: Generation) -> Run:
     engine = talk.engine
-    ids = prompt.encode(conversation(), talk.template, talk.tokenizer)[0]
+    ids = data_encode.encode(conversation(), talk.template, talk.tokenizer)[0]
     asked = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         min_new_tokens=settings.min_new_tokens,
@@ -84,12 +91,12 @@ def transformers_alone(talk: chat.Chat, settings: Generation) -> Run:
     made = engine.model.generate(
         given, attention_mask=torch.ones_like(given), generation_config=asked, streamer=watch
     )
-    text = prompt.decode(talk.tokenizer, made[0, len(ids) :].tolist())
+    text = data_encode.decode(talk.tokenizer, made[0, len(ids) :].tolist())
     return (watch.at - started if watch else float("nan")), time.perf_counter() - started, text
 
 
-def conversation() -> prompt.Conversation:
-    return prompt.single(QUESTION)
+def conversation() -> data_conversation.Conversation:
+    return data_conversation.single(QUESTION)
 
 
 @dataclasses.dataclass
@@ -172,7 +179,7 @@ def main() -> None:
     lengths = {"min_new_tokens": given.tokens, "max_new_tokens": given.tokens, "repetition_penalty": 1.0}
     settings = {"model_path": given.model_path, "device": given.device, "dtype": "fp32"}
     options = ChatConfig(engine="transformers", context=1024, **settings)
-    talk = chat.start(options, hub.locate, hub.fetch_adapter, gguf.for_llama, lambda _: None)
+    talk = chat.start(options, locate.locate, locate.fetch_adapter, gguf_cache.for_llama, lambda _: None)
     modes = {
         "greedy": Generation(mode=GREEDY, **lengths),
         "sampling": Generation(mode=SAMPLE, seed=1, **lengths),

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from onecard import llama, pth, shards
-from onecard.shards import Files, Tensor
+from onecard.conversion import meta_layout
+from onecard.models import pth_files, tensor_files
+from onecard.models.tensor_files import Files, Tensor
 
 VOCAB = 32000
 FILE = 500 << 20  # bytes of a file in transformers' layout
@@ -16,9 +17,11 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 RANK = 16
 
 
-def shape_of(width: int, layers: int) -> llama.Shape:
+def shape_of(width: int, layers: int) -> meta_layout.Shape:
     """LLaMA 7B's at a width of 4096 and 32 layers."""
-    return llama.Shape(width, layers, 32, 32, llama.feed_forward(width, 256, None), VOCAB, 1e-5, length=4096)
+    return meta_layout.Shape(
+        width, layers, 32, 32, meta_layout.feed_forward(width, 256, None), VOCAB, 1e-5, length=4096
+    )
 
 
 def fill(placed: dict[str, Tensor]) -> None:
@@ -31,26 +34,28 @@ def fill(placed: dict[str, Tensor]) -> None:
         files.sync()
 
 
-def make_meta(folder: Path, shape: llama.Shape) -> None:
+def make_meta(folder: Path, shape: meta_layout.Shape) -> None:
     folder.mkdir()
     for number in range(2):
-        tensors = [Tensor(w.meta, torch.bfloat16, llama.part(w, 2)) for w in llama.weights(shape, 1)]
-        fill(pth.create_file(folder / f"consolidated.{number:02d}.pth", tensors))
-    (folder / "params.json").write_text(json.dumps(llama.to_params(shape)))
+        tensors = [
+            Tensor(w.meta, torch.bfloat16, meta_layout.part(w, 2)) for w in meta_layout.weights(shape, 1)
+        ]
+        fill(pth_files.create_file(folder / f"consolidated.{number:02d}.pth", tensors))
+    (folder / "params.json").write_text(json.dumps(meta_layout.to_params(shape)))
     make_tokenizer(folder)
 
 
-def make_hf(folder: Path, shape: llama.Shape) -> None:
+def make_hf(folder: Path, shape: meta_layout.Shape) -> None:
     folder.mkdir()
-    tensors = [Tensor(w.hf, torch.bfloat16, w.shape) for w in llama.weights(shape, 1)]
-    files = shards.divide(tensors, FILE)
-    fill(shards.create(folder, dict(zip(shards.names_of(len(files)), files, strict=True))))
+    tensors = [Tensor(w.hf, torch.bfloat16, w.shape) for w in meta_layout.weights(shape, 1)]
+    files = tensor_files.divide(tensors, FILE)
+    fill(tensor_files.create(folder, dict(zip(tensor_files.names_of(len(files)), files, strict=True))))
     ids = {"bos_token_id": 1, "eos_token_id": 2}
-    (folder / "config.json").write_text(json.dumps(llama.to_config(shape, "bfloat16", False, ids)))
+    (folder / "config.json").write_text(json.dumps(meta_layout.to_config(shape, "bfloat16", False, ids)))
     make_tokenizer(folder)
 
 
-def make_adapter(folder: Path, shape: llama.Shape) -> None:
+def make_adapter(folder: Path, shape: meta_layout.Shape) -> None:
     """On all linear layers."""
     from peft import LoraConfig
 
@@ -58,13 +63,13 @@ def make_adapter(folder: Path, shape: llama.Shape) -> None:
     settings = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
     settings.save_pretrained(folder)
     pairs = []
-    for weight in llama.weights(shape, 1):
+    for weight in meta_layout.weights(shape, 1):
         module = weight.hf.removesuffix(".weight")
         if module.rsplit(".", 1)[-1] in TARGETS:
             name, (out, inside) = f"base_model.model.{module}", weight.shape
             pairs.append(Tensor(f"{name}.lora_A.weight", torch.float32, (RANK, inside)))
             pairs.append(Tensor(f"{name}.lora_B.weight", torch.float32, (out, RANK)))
-    fill(shards.create_file(folder / "adapter_model.safetensors", pairs))
+    fill(tensor_files.create_file(folder / "adapter_model.safetensors", pairs))
 
 
 def make_tokenizer(folder: Path) -> None:

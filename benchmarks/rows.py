@@ -28,13 +28,19 @@ def main() -> None:
     args = parser.parse_args()
     from memory_rise import memory_rise  # beside this file
 
-    from onecard import hardware, hub, model, plan, reader, rows, template
-    from onecard.config import FinetuneConfig
+    from onecard.config.training import FinetuneConfig
+    from onecard.data import dataset
+    from onecard.data import reader as data_reader
+    from onecard.data import template as templates
+    from onecard.hub import locate
+    from onecard.models import tokenizer as models_tokenizer
+    from onecard.system import hardware as system_hardware
+    from onecard.training import plan as training_plan
 
-    tokenizer = model.load_tokenizer(hub.locate("demo"))
-    form = template.load("alpaca", tokenizer)
-    versions = ", ".join(f"{name} {version}" for name, version in plan.versions().items())
-    print(f"{date.today().isoformat()}; {hardware.describe_machine()}; {versions}.\n")
+    tokenizer = models_tokenizer.load_tokenizer(locate.locate("demo"))
+    form = templates.load("alpaca", tokenizer)
+    versions = ", ".join(f"{name} {version}" for name, version in training_plan.versions().items())
+    print(f"{date.today().isoformat()}; {system_hardware.describe_machine()}; {versions}.\n")
     print("| rows | file | tokens | first start | rows/s | second start | memory rises by |")
     print("|---:|---:|---:|---:|---:|---:|---:|")
     sample = json.loads((ROOT / "sample" / "instruct.json").read_text(encoding="utf-8"))
@@ -51,7 +57,7 @@ def main() -> None:
 
             def start(options: FinetuneConfig = options, found: list = found) -> None:
                 found.append(
-                    rows.encode(options, reader.sources(options.data_path), [form], tokenizer, "demo")
+                    dataset.encode(options, data_reader.sources(options.data_path), [form], tokenizer, "demo")
                 )
 
             started = time.monotonic()

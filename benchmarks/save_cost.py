@@ -22,7 +22,9 @@ import torch
 from memory_rise import memory_rise  # beside this file
 from safetensors.torch import save_file
 
-from onecard import checkpoint, hardware, plan
+from onecard.runs import checkpoint as runs_checkpoint
+from onecard.system import hardware
+from onecard.training import plan
 
 SAVES = 20
 SIZES = {"demo, rank 8 on q,v": 460_800, "7B, rank 8 on q,v": 4_194_304, "7B, rank 16 on all": 39_976_960}
@@ -62,8 +64,10 @@ def measure(weights: int) -> tuple[list[float], int, int]:
         def saves() -> None:
             for step in range(1, SAVES + 1):
                 started = time.monotonic()
-                checkpoint.save(folder, checkpoint.Progress(step=step), save_adapter, optimizer, scaler)
-                checkpoint.prune(folder, 1, 0)
+                runs_checkpoint.save(
+                    folder, runs_checkpoint.Progress(step=step), save_adapter, optimizer, scaler
+                )
+                runs_checkpoint.prune(folder, 1, 0)
                 seconds.append(time.monotonic() - started)
 
         rise = memory_rise(saves)

@@ -42,8 +42,15 @@ import chat_speed  # beside this file
 import numpy as np
 import random_llama
 
-from onecard import chat, gguf, hardware, hub, llama, llama_library, plan, prompt
-from onecard.chat_config import GREEDY, ChatConfig, Generation
+from onecard.config.chat import ChatConfig
+from onecard.config.generation import GREEDY, Generation
+from onecard.conversion import gguf, meta_layout
+from onecard.data import encode as data_encode
+from onecard.hub import locate
+from onecard.inference import chat
+from onecard.inference import llama_cpp as llama_cpp_library
+from onecard.system import hardware
+from onecard.training import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 NARROW = 128  # width of the model whose conversion is start-up alone
@@ -90,7 +97,7 @@ def main() -> None:
     args = parser.parse_args()
     found = plan.versions()
     if args.section is engine:
-        llama_library.library()  # without it: the line that installs it
+        llama_cpp_library.library()  # without it: the line that installs it
         found["llama-cpp-python"] = importlib.metadata.version("llama-cpp-python")
     versions = ", ".join(f"{name} {version}" for name, version in found.items())
     load = os.getloadavg()[0]
@@ -101,7 +108,7 @@ def main() -> None:
 def weights(args: argparse.Namespace) -> None:
     """Conversion and merge beside a plain copy."""
     whole = random_llama.shape_of(args.width, args.layers)
-    parameters = sum(np.prod(weight.shape, dtype=int) for weight in llama.weights(whole, 1))
+    parameters = sum(np.prod(weight.shape, dtype=int) for weight in meta_layout.weights(whole, 1))
     free = shutil.disk_usage(args.folder).free
     if 2.1 * BYTES * parameters > free:
         sys.exit(f"error: {args.folder} has {free / 1e9:.0f} GB free; give another folder or fewer --layers")
@@ -138,7 +145,7 @@ def goal(value: float, least: float) -> str:
     return f"goal at least {least}: {'met' if value >= least else 'NOT met'}"
 
 
-def make(place: Path, layout: str, shape: llama.Shape) -> None:
+def make(place: Path, layout: str, shape: meta_layout.Shape) -> None:
     for name in ("source", "adapter"):
         shutil.rmtree(place / name, ignore_errors=True)
     MAKE[layout](place / "source", shape)
@@ -191,10 +198,10 @@ def ran(command: list[str | Path], place: Path) -> tuple[float, int]:
 
 def engine(args: argparse.Namespace) -> None:
     """Tokens a second of the processor's engine beside llama.cpp alone."""
-    base, ratios = Path(hub.locate("demo")), []
+    base, ratios = Path(locate.locate("demo")), []
     with tempfile.TemporaryDirectory(prefix="onecard-tools-") as name:
         place = Path(name)
-        shape = llama.from_config(json.loads((base / "config.json").read_text()), base)
+        shape = meta_layout.from_config(json.loads((base / "config.json").read_text()), base)
         random_llama.make_adapter(place / "adapter", shape)
         with contextlib.redirect_stdout(sys.stderr):  # what converts them tells how far it is
             adapter = gguf.adapter(place / "adapter", base, place / "adapter.gguf")
@@ -228,12 +235,12 @@ def beside_bare(
     def to_gguf(_: Path, folders: dict[str, Path]) -> tuple[Path, dict[str, Path]]:
         return file, dict.fromkeys(folders, adapter)
 
-    talk = chat.start(options, hub.locate, hub.fetch_adapter, to_gguf, lambda _: None)
+    talk = chat.start(options, locate.locate, locate.fetch_adapter, to_gguf, lambda _: None)
     talk.ends = []  # so that both write as many tokens, whatever they are
     settings = Generation(mode=GREEDY, repetition_penalty=1.0, max_new_tokens=args.tokens)
     bare = Bare(file, adapter, talk.engine.threads)
-    ids = prompt.encode(chat_speed.conversation(), talk.template, talk.tokenizer)[0]
-    decode = functools.partial(prompt.decode, talk.tokenizer)
+    ids = data_encode.encode(chat_speed.conversation(), talk.template, talk.tokenizer)[0]
+    decode = functools.partial(data_encode.decode, talk.tokenizer)
     try:
         return chat_speed.compared_in_turns(
             lambda: chat_speed.our_tokens(talk, settings),
@@ -250,7 +257,7 @@ class Bare:
     """llama.cpp by its C interface: what any program that uses it has to call, and nothing else."""
 
     def __init__(self, file: Path, adapter: Path | None, threads: int):
-        self.api = api = llama_library.library()  # the package's own module, its log turned off
+        self.api = api = llama_cpp_library.library()  # the package's own module, its log turned off
         self.model = api.llama_model_load_from_file(os.fsencode(file), api.llama_model_default_params())
         settings = api.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = CONTEXT, BATCH, BATCH

@@ -131,7 +131,8 @@ def run_side(side: str, args: argparse.Namespace, folder: Path, title: str, toke
 
 
 def onecard_options(args: argparse.Namespace, folder: Path) -> Any:
-    from onecard import config
+    from onecard.config import options as config_options
+    from onecard.config import training as training_config
 
     values = {
         "data_path": str(folder / ROWS),
@@ -154,7 +155,7 @@ def onecard_options(args: argparse.Namespace, folder: Path) -> Any:
         "seed": SEED,
         "device": "cpu",
     }
-    return config.build(config.FinetuneConfig, values)
+    return config_options.build(training_config.FinetuneConfig, values)
 
 
 def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -164,23 +165,34 @@ def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import matmul_speed  # beside this file
     import torch
 
-    from onecard import data, fingerprint, hardware, hub, model, reader, rows, template, trainer
+    from onecard.data import dataset
+    from onecard.data import examples as data_examples
+    from onecard.data import reader as data_reader
+    from onecard.data import template as templates
+    from onecard.hub import locate
+    from onecard.models import base_model
+    from onecard.models import tokenizer as models_tokenizer
+    from onecard.system import hardware as system_hardware
+    from onecard.system import hashing
+    from onecard.training import plan
 
-    base_path = hub.locate(args.model_path)
-    values = (value for _, _, value, _ in reader.values(Path(args.data_path)))
+    base_path = locate.locate(args.model_path)
+    values = (value for _, _, value, _ in data_reader.values(Path(args.data_path)))
     lines = [json.dumps(value, ensure_ascii=False) for value in islice(values, args.rows)]
     (folder / ROWS).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     options = onecard_options(args, folder)
-    tokenizer = model.load_tokenizer(base_path)
-    form = template.load(options.template, tokenizer)
-    tokenizer_print = fingerprint.of_folder(model.identity_files(base_path)["tokenizer"])
-    found = rows.encode(options, reader.sources(options.data_path), [form], tokenizer, tokenizer_print)
+    tokenizer = models_tokenizer.load_tokenizer(base_path)
+    form = templates.load(options.template, tokenizer)
+    tokenizer_print = hashing.of_folder(base_model.identity_files(base_path)["tokenizer"])
+    found = dataset.encode(
+        options, data_reader.sources(options.data_path), [form], tokenizer, tokenizer_print
+    )
     examples = found.encoding.examples
     order = [
         int(place)
         for start in range(0, len(examples), args.batch_size)
-        for place in data.rows_at(SEED, start, args.batch_size, len(examples))
+        for place in data_examples.rows_at(SEED, start, args.batch_size, len(examples))
     ]
     encoded = []
     for place in order:
@@ -189,8 +201,8 @@ def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         encoded.append({"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": labels})
     (folder / ENCODED).write_text(json.dumps(encoded), encoding="utf-8")
 
-    config, dtype = model.load_config(base_path), hardware.choose_dtype(options.dtype, "cpu")
-    skeleton = model.skeleton(base_path, config)
+    config, dtype = base_model.load_config(base_path), system_hardware.choose_dtype(options.dtype, "cpu")
+    skeleton = base_model.skeleton(base_path, config)
     head = skeleton.get_output_embeddings().weight
     linear = [layer for layer in skeleton.modules() if isinstance(layer, torch.nn.Linear)]
     lengths = [len(row["input_ids"]) for row in encoded]
@@ -207,18 +219,20 @@ def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "dtype_reason": dtype.reason,
         "frozen_weights": sum(layer.weight.numel() for layer in linear if layer.weight is not head),
         "head_weights": head.numel(),
-        "matmul": matmul_speed.measure(model.DTYPES[dtype.value], config.hidden_size, inner),
+        "matmul": matmul_speed.measure(base_model.DTYPES[dtype.value], config.hidden_size, inner),
         "threads": torch.get_num_threads(),
-        "versions": {**trainer.versions(), "accelerate": importlib.metadata.version("accelerate")},
-        "machine": hardware.describe_machine(),
+        "versions": {**plan.versions(), "accelerate": importlib.metadata.version("accelerate")},
+        "machine": system_hardware.describe_machine(),
     }
 
 
 def onecard_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from onecard import hardware, hub, train
+    from onecard.hub import locate
+    from onecard.system import hardware as system_hardware
+    from onecard.training import loop
 
     options = onecard_options(args, folder)
-    train.run(options, locate=hub.locate, sample=lambda *_: [], draw=lambda *_: None)
+    loop.run(options, locate=locate.locate, sample=lambda *_: [], draw=lambda *_: None)
     output = Path(options.output_path)
     finished = json.loads((output / "finished.json").read_text(encoding="utf-8"))
     lines = (output / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -228,7 +242,7 @@ def onecard_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "tokens": finished["tokens"],
         "losses": [record["loss"] for record in steps],
         "first_norm": steps[0]["grad_norm"],
-        "peak": hardware.peak_memory_bytes("cpu"),
+        "peak": system_hardware.peak_memory_bytes("cpu"),
     }
 
 
@@ -246,7 +260,7 @@ def plain_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         TrainingArguments,
     )
 
-    from onecard.hardware import peak_memory_bytes
+    from onecard.system.hardware import peak_memory_bytes
 
     prepared = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
     rows = json.loads((folder / ENCODED).read_text(encoding="utf-8"))

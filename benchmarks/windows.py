@@ -28,7 +28,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard import hardware, plan
+from onecard.system import hardware
+from onecard.training import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT, LONG = 16, 1000  # tokens of an answer in the flood; of one whose page is closed

@@ -1,8 +1,8 @@
-"""Imports point downwards: ground, words, things, verbs, programs (docs: one direction).
+"""Imports go to lower rooms, never in a circle, never from the product to its tests.
 
-Reads the source with `ast`, so nothing is imported. Only imports that run when the module is imported count;
-those inside functions are how a root program starts fast. Who uses tests/ is looked at everywhere, functions
-and texts included.
+The rules and the reading of the source are in tests/support/rooms.py; nothing is imported. Imports inside
+functions count, and so do the dotted names of modules that are started as children. Who uses tests/ is
+looked at everywhere, texts included.
 """
 
 import ast
@@ -11,296 +11,136 @@ import re
 import pytest
 
 from tests.support.paths import ROOT
+from tests.support.rooms import ALSO, AT_THE_ROOT, RANKS, arrows, circle, library, room_of, wrong_arrows
 
-LAYERS = {  # from the lowest
-    "ground": {"__init__", "errors"},
-    "grammar": {"parsing"},
-    "words": {"chat_config", "config", "hardware", "prompt", "tool_config"},
-    "things": {
-        "adapter",
-        "addresses",
-        "answer",
-        "asking",
-        "attention",
-        "bars",
-        "batching",
-        "beside",
-        "building",
-        "chart",
-        "chat_layout",
-        "checkpoint",
-        "commits",
-        "child",
-        "controls",
-        "converter",
-        "curves",
-        "data",
-        "decoding",
-        "dropout",
-        "engine_hf",
-        "engine_llama",
-        "exported",
-        "fingerprint",
-        "finish",
-        "fitting",
-        "form",
-        "frozen",
-        "gguf",
-        "gguf_trial",
-        "guard",
-        "headers",
-        "history",
-        "hubnames",
-        "journal",
-        "json_rows",
-        "keyboard",
-        "labels",
-        "late",
-        "layouts",
-        "line_editor",
-        "legacy",
-        "llama",
-        "llama_files",
-        "llama_library",
-        "llama_tokenizer",
-        "loading",
-        "lock",
-        "loss",
-        "markdown",
-        "memory",
-        "merging",
-        "model",
-        "newfolder",
-        "ollama",
-        "page",
-        "panels",
-        "parallel",
-        "parity",
-        "pickled",
-        "plan",
-        "preview",
-        "probes",
-        "pth",
-        "quantised",
-        "quantizer",
-        "reader",
-        "receipt",
-        "remote",
-        "remote_code",
-        "rendering",
-        "resume",
-        "rows",
-        "runfolder",
-        "runs",
-        "schemas",
-        "scoring",
-        "screen",
-        "scripts",
-        "sharded",
-        "shards",
-        "signals",
-        "sources",
-        "start",
-        "step",
-        "studio_layout",
-        "summary",
-        "tables",
-        "talking",
-        "template",
-        "trainer",
-        "transcript",
-        "transfer",
-        "trial_rows",
-        "unreadable",
-        "warmstart",
-        "weights",
-    },
-    "verbs": {
-        "__main__",
-        "chat",
-        "chat_window",
-        "check",
-        "convert",
-        "export",
-        "fetch",
-        "gptq",
-        "hub",
-        "measure",
-        "merge",
-        "merge_report",
-        "report",
-        "studio",
-        "terminal",
-        "train",
-        "vocab",
-        "windows",
-    },
-}
-ORDER = [*LAYERS, "programs"]
-HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors"}  # each brings torch
-
-
-def layer_of(module: str) -> str:
-    """Layer of `onecard.<module>`; anything that is not in onecard/ is a program."""
-    return next((layer for layer, modules in LAYERS.items() if module in modules), "programs")
-
-
-def imported(source: str) -> set[str]:
-    """Dotted names that the module imports when it is imported itself, `onecard.x` for its own modules."""
-    names = set()
-    waiting: list[ast.AST] = [ast.parse(source)]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, ["onecard" if node.level else "", node.module]))
-            names |= {f"{base}.{alias.name}" if base == "onecard" else base for alias in node.names}
-        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            waiting.extend(ast.iter_child_nodes(node))
-    return names
-
-
-def own(source: str) -> set[str]:
-    """Modules of onecard that the source imports at module level."""
-    return {name.split(".")[1] for name in imported(source) if name.startswith("onecard.")}
-
-
-def wrong_arrows(module: str, source: str) -> list[str]:
-    """What is wrong with the imports of one module; empty when all point down."""
-    layer, found = layer_of(module), []
-    for target in sorted(own(source)):
-        below = layer_of(target)
-        if below == "programs":
-            found.append(f"{module} imports {target}, which is in no layer")
-        elif ORDER.index(below) > ORDER.index(layer):
-            found.append(f"{module} ({layer}) imports {target} ({below}): the arrow points up")
-        elif below == layer != "things":
-            found.append(f"{module} imports {target}: {layer} do not import each other")
-    programs = sorted(name for name in imported(source) if name.split(".")[0] in program_names() - {module})
-    found += [f"{module} imports the program {name}" for name in programs]
-    if layer in ("ground", "grammar", "words"):
-        heavy = sorted(name for name in imported(source) if name.split(".")[0] in HEAVY)
-        found += [f"{module} ({layer}) imports {name}: --help would wait for it" for name in heavy]
-    return found
-
-
-def cycle(arrows: dict[str, set[str]]) -> list[str]:
-    """Modules that import each other in a ring, or []."""
-    done: set[str] = set()
-
-    def follow(module: str, path: list[str]) -> list[str]:
-        if module in path:
-            return [*path[path.index(module) :], module]
-        if module in done:
-            return []
-        for target in sorted(arrows.get(module, ())):
-            ring = follow(target, [*path, module])
-            if ring:
-                return ring
-        done.add(module)
-        return []
-
-    return next((ring for module in sorted(arrows) if (ring := follow(module, []))), [])
-
-
-def library() -> dict[str, str]:
-    return {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "onecard").glob("*.py")}
+LIBRARY = library()
 
 
 def programs() -> dict[str, str]:
-    paths = [*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")]
+    paths = [*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "serve").glob("*.py")]
     return {path.stem: path.read_text(encoding="utf-8") for path in paths}
 
 
-def program_names() -> set[str]:
-    return set(programs()) | {"tools"}
+def test_the_listing_shows_the_rooms():
+    """At the root of onecard/ stand the entry, the errors and the rooms; every room says what it is for."""
+    at_the_root = {module for module in LIBRARY if "." not in module}
+    assert at_the_root == AT_THE_ROOT
+    rooms = {room_of(module) for module in LIBRARY} - AT_THE_ROOT
+    assert rooms <= set(RANKS)
+    purposes = {room: ast.get_docstring(ast.parse(LIBRARY[f"{room}.__init__"])) for room in rooms}
+    assert all(purposes.values()), purposes
 
 
-def test_every_file_has_exactly_one_layer():
-    """A new file fails here until its layer is written down; a deleted one until it is crossed out."""
-    placed = [module for modules in LAYERS.values() for module in modules]
-    assert sorted(placed) == sorted(library())
+def test_the_table_agrees_with_the_ranks():
+    """What a room may import stands below it."""
+    assert all(RANKS[there] < RANKS[room] for room, rooms in ALSO.items() for there in rooms)
 
 
-def test_programs_are_found():
-    """The checker sees the root programs, and none has the name of a library file."""
-    assert "finetune" in programs()
-    assert not set(programs()) & set(library())
+@pytest.mark.parametrize("module", sorted(LIBRARY))
+def test_arrows_go_where_they_may(module):
+    assert wrong_arrows(module, LIBRARY[module], LIBRARY) == []
 
 
-@pytest.mark.parametrize("module", sorted(library()))
-def test_library_imports_point_down(module):
-    """No file of onecard/ imports from a layer above its own, nor verbs or words each other."""
-    assert wrong_arrows(module, library()[module]) == []
+def test_no_circle():
+    """Files of one room may import each other, but never in a circle; between rooms the ranks allow none."""
+    assert circle({module: arrows(module, source, LIBRARY) for module, source in LIBRARY.items()}) == []
 
 
-@pytest.mark.parametrize("module", sorted(programs()))
-def test_programs_import_only_the_library(module):
-    """Programs stand at the top: they import the library, never another program."""
-    assert wrong_arrows(module, programs()[module]) == []
+@pytest.mark.parametrize(("name", "source"), sorted(programs().items()))
+def test_programs_import_only_the_library(name, source):
+    """The entries that users know stand above the library: none imports another."""
+    names = {alias for node in ast.walk(ast.parse(source)) for alias in imported(node)}
+    assert not {each.split(".")[0] for each in names} & {*programs(), "tools", "serve"} - {name}
 
 
-def test_library_has_no_import_cycle():
-    """Files of one layer may import each other, but never in a ring."""
-    assert cycle({module: own(source) for module, source in library().items()}) == []
+def imported(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    return {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("errors", "from onecard import train"),
-        ("errors", "from onecard.prompt import encode"),
-        ("chat", "import onecard.train"),
-        ("chat", "from onecard.train import run"),
-        ("train", "from onecard import hub, model"),
-        ("hardware", "import torch"),
-        ("hardware", "from torch.cuda import is_available"),
-        ("config", "import transformers.utils"),
-        ("prompt", "if True:\n    import peft"),
-        ("config", "from onecard import prompt"),
-        ("prompt", "from onecard.data import Examples"),
-        ("batching", "from onecard import chat"),
-        ("batching", "from . import chat"),
-        ("batching", "from .chat import reply"),
-        ("model", "try:\n    from onecard.report import loss_curve\nexcept ImportError:\n    pass"),
-        ("model", "class Lazy:\n    import onecard.hub as hub"),
-        ("data", "import finetune"),
-        ("train", "from tools import doctor"),
-        ("loss", "from onecard import studio"),
+        ("errors", "from onecard.system import files"),
+        ("config.training", "from onecard.system.files import read_json"),
+        ("system.files", "from onecard.config import training"),
+        ("system.lock", "def f():\n    from onecard.hub import revisions"),
+        ("hub.locate", "from onecard.data.reader import FORMATS"),
+        ("data.reader", "from onecard.hub import locate"),
+        ("data.preview", "from onecard.models import tokenizer"),
+        ("models.loss", "import onecard.data.packing"),
+        ("models.loss", "import onecard.data.packing as packing"),
+        ("runs.jobs", "from onecard import training"),
+        ("runs.adapters", "COMMAND = ['-m', 'onecard.inference.gguf_check']"),
+        ("runs.adapters", "from onecard.data.template import load"),
+        ("training.loop", "def f():\n    from onecard.inference import chat"),
+        ("training.loop", "class Lazy:\n    from onecard.ui import page"),
+        ("inference.chat", "if True:\n    import onecard.training.memory"),
+        ("inference.chat", "from ..training import memory"),
+        (
+            "inference.chat",
+            "try:\n    from onecard.evaluation.parity import compare\nexcept ImportError:\n    pass",
+        ),
+        ("evaluation.parity", "from onecard.hub.locate import locate"),
+        ("conversion.merge", "from onecard.training.loop import run"),
+        ("ui.page", "from onecard.conversion.gguf_cache import for_llama"),
+        ("training.loop", "from onecard.train import run"),
+        ("training.loop", "from onecard.kitchen import stove"),
+        ("strange", "import os"),
+        ("kitchen.stove", "import os"),
+        ("config.options", "import torch"),
+        ("system.hardware", "from torch.cuda import is_available"),
+        ("hub.demo", "if True:\n    import peft"),
+        ("errors", "class Lazy:\n    import transformers.utils"),
     ],
 )
 def test_planted_arrow_is_found(module, source):
-    """The checker fails on each kind of wrong arrow, however the import is written."""
-    assert len(wrong_arrows(module, source)) == 1
+    """The checker fails on each kind of wrong arrow, wherever and however the import is written."""
+    assert len(wrong_arrows(module, source, LIBRARY)) == 1
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("hardware", "def f():\n    import torch\n    from onecard import train"),
-        ("hardware", "import torchlight"),
-        ("batching", "from onecard.data import Examples\nimport torch"),
-        ("prompt", "from onecard.errors import UserError"),
-        ("chat", "from onecard import engine_hf, prompt"),
-        ("finetune", "from onecard import chat, config, hub, report, train"),
+        ("config.options", "from onecard.errors import UserError"),
+        ("system.hardware", "def f():\n    import torch\n    from onecard.system import files"),
+        ("system.hardware", "import torchlight"),
+        ("hub.demo", "def convert():\n    import transformers"),
+        ("models.base_model", "from onecard.hub import model_files\nimport torch"),
+        ("data.packing", "from onecard.data.examples import Examples\nimport torch"),
+        (
+            "inference.chat",
+            "from . import decoding\nfrom .decoding import decode\nfrom ..data import conversation",
+        ),
+        ("ui.training_window", "from onecard.training import memory"),
+        ("conversion.merge", "TEXT = 'onecard.json'"),
+        ("conversion.merge", "TEXT = 'see onecard.training.loop for the loop'"),
     ],
 )
 def test_right_arrow_is_let_through(module, source):
-    """Downward imports, things among themselves and imports inside functions are no mistakes."""
-    assert wrong_arrows(module, source) == []
+    """Lower rooms, the own room, and torch inside a function are no mistakes."""
+    assert wrong_arrows(module, source, LIBRARY) == []
 
 
-def test_planted_cycle_is_found():
-    """A ring of any length is named; a diamond is no ring."""
-    assert cycle({"data": {"batching"}, "batching": {"step"}, "step": {"data"}}) == [
-        "batching",
-        "step",
-        "data",
-        "batching",
+def test_planted_circle_is_found():
+    """A circle inside a room of any length is named, and one that a function or a child's name closes."""
+    assert circle({"data.a": {"data.b"}, "data.b": {"data.c"}, "data.c": {"data.a"}}) == [
+        "data.a",
+        "data.b",
+        "data.c",
+        "data.a",
     ]
-    assert cycle({"loss": {"loss"}}) == ["loss", "loss"]
-    assert cycle({"step": {"loss", "batching"}, "loss": {"data"}, "batching": {"data"}, "data": set()}) == []
+    assert circle({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}) == []
+    planted = {
+        **LIBRARY,
+        "data.conversation": "def f():\n    from onecard.data import encode",
+        "runs.checkpoint": "CHILD = 'onecard.runs.legacy'",
+    }
+    for module in ("data.conversation", "runs.checkpoint"):
+        sources = {**LIBRARY, module: planted[module]}
+        graph = {name: arrows(name, source, sources) for name, source in sources.items()}
+        assert module in circle(graph)
 
 
 # who imports tests: a test file nobody, tests/support/ the tests alone
@@ -370,7 +210,7 @@ def test_nothing_else_needs_the_tests():
         ("benchmarks/rows.py", "command = ['-m', 'tests.support.harness']"),
         ("docs/pictures.py", "import tests"),
         ("tools/merge_lora.py", "from tests import support"),
-        ("onecard/chat.py", "if True:\n    import tests.support.tiny as tiny"),
+        ("onecard/inference/chat.py", "if True:\n    import tests.support.tiny as tiny"),
     ],
 )
 def test_planted_use_of_a_test_is_found(path, source):
@@ -386,7 +226,10 @@ def test_planted_use_of_a_test_is_found(path, source):
             "from tests.support import tiny\nfrom tests.support.browser import ask",
         ),
         ("tests/support/harness.py", "def child():\n    from . import faults\n    '''as test_run.py'''"),
-        ("benchmarks/rows.py", "from onecard import rows\n'''what the tests. do, tests/support/ too'''"),
+        (
+            "benchmarks/rows.py",
+            "from onecard.data import dataset\n'''what the tests. do, tests/support/ too'''",
+        ),
         ("docs/pictures.py", "import pytest, testing"),
     ],
 )

@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard import checkpoint, legacy, lock, runfolder
+from onecard.runs import checkpoint as runs_checkpoint
+from onecard.runs import folder as run_folder
+from onecard.runs import legacy
+from onecard.system import files as system_files
+from onecard.system import lock
 from tests.support import faults, promises, tiny
 from tests.support.power_failure import save
 from tests.support.resume_cases import straight_runs
@@ -39,13 +43,13 @@ def save_both(run: Path) -> Path:
 
 
 def test_without_hashes_flipped_bits_are_noticed(run, monkeypatch):
-    monkeypatch.setattr(checkpoint, "sha256", lambda _: "")
+    monkeypatch.setattr(runs_checkpoint, "sha256", lambda _: "")
     noticed(promises.every_flipped_bit_is_found, save_both(run))
 
 
 def test_without_a_manifest_cut_and_mixed_files_are_noticed(run, monkeypatch):
     save_both(run)
-    monkeypatch.setattr(checkpoint, "verify", lambda _: [])
+    monkeypatch.setattr(runs_checkpoint, "verify", lambda _: [])
     noticed(promises.cut_missing_and_mixed_files_are_found, run)
 
 
@@ -55,21 +59,21 @@ def test_a_save_in_place_is_noticed(tmp_path, monkeypatch):
     def save(folder: Path, progress, save_adapter, *_) -> Path:
         target = folder / f"checkpoint-{progress.step}"
         target.mkdir()
-        runfolder.write_json(target / checkpoint.MANIFEST, {})
+        system_files.write_json(target / runs_checkpoint.MANIFEST, {})
         save_adapter(target)
         return target
 
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(runs_checkpoint, "save", save)
     noticed(promises.a_kill_at_any_file_operation_leaves_a_whole_checkpoint, tmp_path, 1)
 
 
 def test_deleting_the_newest_is_noticed(tmp_path, monkeypatch):
     def prune(folder: Path, keep: int | None, best_step: int) -> None:
         if keep:
-            for step in sorted(runfolder.checkpoint_steps(folder))[keep:]:
+            for step in sorted(run_folder.checkpoint_steps(folder))[keep:]:
                 shutil.rmtree(folder / f"checkpoint-{step}")
 
-    monkeypatch.setattr(checkpoint, "prune", prune)
+    monkeypatch.setattr(runs_checkpoint, "prune", prune)
     noticed(promises.a_kill_at_any_file_operation_leaves_a_whole_checkpoint, tmp_path, 1)
 
 

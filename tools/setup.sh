@@ -105,7 +105,7 @@ if [ "$what" = test ] && ! command -v strace >/dev/null && command -v apt-get >/
   echo "Installing strace, which kills a save at each of its system calls (without it these tests are left out) ..."
   { apt-get update && apt-get install --yes --no-install-recommends strace; } >/dev/null || echo "strace could not be installed."
 fi
-if [ "$what" = cpu ] && ! .venv/bin/python -c "from onecard import converter; converter.home()"; then
+if [ "$what" = cpu ] && ! .venv/bin/python -c "from onecard.conversion import llama_cpp_converter; llama_cpp_converter.home()"; then
   echo "error: llama.cpp's converter could not be fetched; what was said is above. Run the same command again to go on." >&2
   exit 2
 fi

@@ -5,14 +5,20 @@ python finetune_continue.py --resume_from_checkpoint lora-checkpoints/mine/check
 python finetune_continue.py --resume_from_checkpoint DIR --data_path other.json --output_path NEW
 """
 
-from onecard import config
+from onecard.config import options as config_options
+from onecard.config import training as training_config
 
 LESS_MEMORY = "--micro_batch_tokens"  # options that need less memory with less
 
 
 def main(arguments: list[str]) -> None:
-    wish, given = config.parse_given(config.ContinueConfig, arguments, description=__doc__)
-    from onecard import chat, hub, report, train  # after the options, so that --help needs no torch
+    wish, given = config_options.parse_given(training_config.ContinueConfig, arguments, description=__doc__)
+    from onecard.hub import locate
+    from onecard.inference import chat as inference_chat
+    from onecard.training import (
+        loop,
+        metrics,  # after the options, so that --help needs no torch
+    )
 
-    work = {"sample": chat.reply, "draw": report.loss_curve, "fetch_data": hub.fetch_dataset}
-    train.go_on(wish, given, hub.locate, hub.fetch_adapter, **work)
+    work = {"sample": inference_chat.reply, "draw": metrics.loss_curve, "fetch_data": locate.fetch_dataset}
+    loop.go_on(wish, given, locate.locate, locate.fetch_adapter, **work)

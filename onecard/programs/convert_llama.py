@@ -5,18 +5,19 @@ python tools/convert_llama.py --input_dir llama-7b-hf --output_dir llama-7b --to
 python tools/convert_llama.py --input_dir LLAMA/13B --output_dir llama-13b --to meta --num_shards 1
 """
 
-from onecard import parsing
+from onecard.config import options as config_options
+from onecard.config.tools import ConvertConfig
 from onecard.errors import UserError
-from onecard.tool_config import ConvertConfig
 
 LESS_MEMORY = ""  # options that need less memory with less
 
 
 def main(arguments: list[str]) -> None:
-    options = parsing.parse(ConvertConfig, arguments, description=__doc__)
+    options = config_options.parse(ConvertConfig, arguments, description=__doc__)
     if not options.input_dir or not options.output_dir:
         raise UserError("--input_dir and --output_dir are needed.", "See --help.")
-    from onecard import bars, convert  # after the options: --help needs no package
+    from onecard.conversion import meta_llama
+    from onecard.system import console  # after the options: --help needs no package
 
-    with bars.over_bytes("converting") as (say, progress):
-        convert.run(options, say=say, progress=progress)
+    with console.over_bytes("converting") as (say, progress):
+        meta_llama.run(options, say=say, progress=progress)

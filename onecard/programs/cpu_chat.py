@@ -7,17 +7,23 @@ echo "What is a rainbow?" | python tools/cpu_chat.py --mode greedy
 import contextlib
 import sys
 
-from onecard import chat_config, parsing
+from onecard.config import chat as chat_config
+from onecard.config import options as config_options
 
 LESS_MEMORY = "--context"  # options that need less memory with less
 
 
 def main(arguments: list[str]) -> None:
-    options = parsing.parse(chat_config.CpuConfig, arguments, description=__doc__)
+    options = config_options.parse(chat_config.CpuConfig, arguments, description=__doc__)
     chat_config.check_used(options)
-    from onecard import chat, gguf, hub, terminal  # after the options: --help needs no torch
+    from onecard.conversion import gguf_cache
+    from onecard.hub import locate
+    from onecard.inference import chat as inference_chat
+    from onecard.ui import terminal as ui_terminal  # after the options: --help needs no torch
 
-    terminal.check_editor("cpu")
+    ui_terminal.check_editor("cpu")
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-        made = chat.start(options, hub.for_engine(options.engine), hub.fetch_adapter, gguf.for_llama, print)
-    terminal.talk(made, options)
+        made = inference_chat.start(
+            options, locate.for_engine(options.engine), locate.fetch_adapter, gguf_cache.for_llama, print
+        )
+    ui_terminal.talk(made, options)

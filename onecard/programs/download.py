@@ -8,17 +8,21 @@ python tools/download.py --url_list addresses.txt --to llama/7B
 import sys
 from pathlib import Path
 
-from onecard import parsing, tool_config
+from onecard.config import options as config_options
+from onecard.config import tools as tool_config
 from onecard.errors import UserError
 
 LESS_MEMORY = ""  # options that need less memory with less
 
 
 def main(arguments: list[str]) -> None:
-    options = parsing.parse(tool_config.DownloadConfig, arguments, description=__doc__)
-    from onecard import fetch, hub  # after the options: --help needs no network library
+    options = config_options.parse(tool_config.DownloadConfig, arguments, description=__doc__)
+    from onecard.hub import (
+        download,
+        locate,  # after the options: --help needs no network library
+    )
 
-    folder = fetch.run(options, hub.locate, lines(options.url_list))
+    folder = download.run(options, locate.locate, lines(options.url_list))
     named = options.model_path if options.model_path and not options.to else folder
     print(f"It is in {folder}." + ("" if options.url_list else f" Use it with --model_path {named}"))
 

@@ -5,15 +5,16 @@ python tools/export_gguf.py --lora_path lora-checkpoints/demo --type q4_k_m --ou
 python tools/export_gguf.py --model_path demo --type q8_0
 """
 
-from onecard import parsing
-from onecard.tool_config import ExportConfig
+from onecard.config import options as config_options
+from onecard.config.tools import ExportConfig
 
 LESS_MEMORY = ""  # options that need less memory with less
 
 
 def main(arguments: list[str]) -> None:
-    options = parsing.parse(ExportConfig, arguments, description=__doc__)
-    from onecard import export, hub  # after the options: --help needs no torch
+    options = config_options.parse(ExportConfig, arguments, description=__doc__)
+    from onecard.conversion import export_gguf
+    from onecard.hub import locate  # after the options: --help needs no torch
 
-    folder = export.run(options, hub.fetch_model, hub.fetch_adapter, print)
+    folder = export_gguf.run(options, locate.fetch_model, locate.fetch_adapter, print)
     print(f"The files are in {folder}. Talk to them: bash cpu_chat.sh --lora_path {folder}")

@@ -7,25 +7,30 @@ Afterwards the model needs rows for them: tools/prepare_base_model.py --tokenize
 import tempfile
 from pathlib import Path
 
-from onecard import config
+from onecard.config import options as config_options
+from onecard.config import tools as tool_config
 from onecard.errors import DATA, UserError
 
 LESS_MEMORY = ""  # options that need less memory with less
 
 
 def main(arguments: list[str]) -> None:
-    options = config.parse(config.VocabConfig, arguments, description=__doc__)
+    options = config_options.parse(tool_config.VocabConfig, arguments, description=__doc__)
     target = Path(options.output_path)
     if bool(options.pieces) == bool(options.characters):
         raise UserError("Give either --pieces or --characters.", "See --help.")
     if target.exists():
         raise UserError(f"--output_path {target}: is there already.", "Name a new folder.")
-    from onecard import hub, model, vocab  # after the options, so that --help needs no torch
+    from onecard.conversion import vocabulary
+    from onecard.hub import locate
+    from onecard.models import (
+        tokenizer as models_tokenizer,  # after the options, so that --help needs no torch
+    )
 
     wanted = (
-        vocab.pieces_of(Path(options.pieces))
+        vocabulary.pieces_of(Path(options.pieces))
         if options.pieces
-        else vocab.characters_of(text_of("--characters", options.characters), options.min_count)
+        else vocabulary.characters_of(text_of("--characters", options.characters), options.min_count)
     )
     if not wanted:
         source = f"--pieces {options.pieces}" if options.pieces else f"--characters {options.characters}"
@@ -34,11 +39,13 @@ def main(arguments: list[str]) -> None:
     sample = text_of("--sample_text", options.sample_text) if options.sample_text else "".join(wanted)
     if not sample.strip():
         raise UserError(f"--sample_text {options.sample_text}: the file is empty.", "Name another.", DATA)
-    tokenizer = model.load_tokenizer(hub.locate(options.model_path))
-    size, before = len(tokenizer), vocab.tokens_per_character(tokenizer, sample)
-    added = vocab.extend(tokenizer, wanted)
-    vocab.check_spaces(model.load_tokenizer(hub.locate(options.model_path)), tokenizer, added)
-    after = vocab.tokens_per_character(tokenizer, sample)
+    tokenizer = models_tokenizer.load_tokenizer(locate.locate(options.model_path))
+    size, before = len(tokenizer), vocabulary.tokens_per_character(tokenizer, sample)
+    added = vocabulary.extend(tokenizer, wanted)
+    vocabulary.check_spaces(
+        models_tokenizer.load_tokenizer(locate.locate(options.model_path)), tokenizer, added
+    )
+    after = vocabulary.tokens_per_character(tokenizer, sample)
     print(f"{len(wanted)} pieces, {len(added)} added; the others are single tokens already.")
     print(f"vocabulary  {size} -> {len(tokenizer)} tokens")
     of = options.sample_text or "the pieces themselves"

@@ -3,14 +3,22 @@
 python finetune.py --data_path rows.json --output_path lora-checkpoints/mine
 """
 
-from onecard import config
+from onecard.config import options as config_options
+from onecard.config import training as training_config
 
 LESS_MEMORY = "--micro_batch_tokens, --cutoff_len or --bits"  # options that need less memory with less
 
 
 def main(arguments: list[str]) -> None:
-    options, given = config.parse_given(config.FinetuneConfig, arguments, description=__doc__)
-    from onecard import chat, hub, report, train  # after the options, so that --help needs no torch
+    options, given = config_options.parse_given(
+        training_config.FinetuneConfig, arguments, description=__doc__
+    )
+    from onecard.hub import locate
+    from onecard.inference import chat as inference_chat
+    from onecard.training import (
+        loop,
+        metrics,  # after the options, so that --help needs no torch
+    )
 
-    work = {"sample": chat.reply, "draw": report.loss_curve, "fetch_data": hub.fetch_dataset}
-    train.run(options, hub.locate, fetch=hub.fetch_adapter, given=given, **work)
+    work = {"sample": inference_chat.reply, "draw": metrics.loss_curve, "fetch_data": locate.fetch_dataset}
+    loop.run(options, locate.locate, fetch=locate.fetch_adapter, given=given, **work)

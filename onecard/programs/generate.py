@@ -6,26 +6,32 @@ python generate.py --lora_path lora-checkpoints/demo
 import contextlib
 import sys
 
-from onecard import chat_config, parsing
+from onecard.config import chat as chat_config
+from onecard.config import options as config_options
 
 LESS_MEMORY = "--bits or --context"  # options that need less memory with less
 
 
 def main(arguments: list[str]) -> None:
-    options, given = parsing.parse_given(chat_config.SingleConfig, arguments, __doc__)
+    options, given = config_options.parse_given(chat_config.SingleConfig, arguments, __doc__)
     chat_config.check_used(options)
-    from onecard import chat, gguf, hub, terminal  # after the options: --help needs no torch
+    from onecard.conversion import gguf_cache
+    from onecard.hub import locate
+    from onecard.inference import chat as inference_chat
+    from onecard.ui import terminal as ui_terminal  # after the options: --help needs no torch
 
-    load = (hub.for_engine(options.engine), hub.fetch_adapter, gguf.for_llama, print)
+    load = (locate.for_engine(options.engine), locate.fetch_adapter, gguf_cache.for_llama, print)
     if options.terminal:
-        terminal.check_editor("chat")
+        ui_terminal.check_editor("chat")
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-            talk = chat.start(options, *load)
-        terminal.talk(talk, chat.with_its_mode(talk, options, given), single_turn=True)
+            talk = inference_chat.start(options, *load)
+        ui_terminal.talk(talk, inference_chat.with_its_mode(talk, options, given), single_turn=True)
         return
-    from onecard import guard, page, windows
+    from onecard.ui import guard as ui_guard
+    from onecard.ui import page as ui_page
+    from onecard.ui import single_window
 
-    guard.check_exposure(options)
-    talk = chat.start(options, *load)
-    options = chat.with_its_mode(talk, options, given)
-    page.launch(windows.single(talk, options), options)
+    ui_guard.check_exposure(options)
+    talk = inference_chat.start(options, *load)
+    options = inference_chat.with_its_mode(talk, options, given)
+    ui_page.launch(single_window.single(talk, options), options)

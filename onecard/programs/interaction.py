@@ -7,29 +7,43 @@ import contextlib
 import functools
 import sys
 
-from onecard import chat_config, parsing
+from onecard.config import chat as chat_config
+from onecard.config import options as config_options
 
 LESS_MEMORY = "--bits or --context"  # options that need less memory with less
 
 
 def main(arguments: list[str]) -> None:
-    options = parsing.parse(chat_config.ChatConfig, arguments, __doc__)
+    options = config_options.parse(chat_config.ChatConfig, arguments, __doc__)
     chat_config.check_used(options)
-    from onecard import chat, gguf, hub, terminal  # after the options: --help needs no torch
+    from onecard.conversion import gguf_cache
+    from onecard.hub import locate
+    from onecard.inference import chat as inference_chat
+    from onecard.ui import terminal as ui_terminal  # after the options: --help needs no torch
 
-    load = (hub.for_engine(options.engine), hub.fetch_adapter, gguf.for_llama, print)
+    load = (locate.for_engine(options.engine), locate.fetch_adapter, gguf_cache.for_llama, print)
     if options.terminal:
-        terminal.check_editor("chat")
+        ui_terminal.check_editor("chat")
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-            talk = chat.start(options, *load)
-        terminal.talk(talk, options)
+            talk = inference_chat.start(options, *load)
+        ui_terminal.talk(talk, options)
         return
-    from onecard import chat_window, guard, page, runs, studio
+    from onecard.runs import jobs
+    from onecard.ui import chat_window as ui_chat_window
+    from onecard.ui import guard as ui_guard
+    from onecard.ui import page as ui_page
+    from onecard.ui import training_window
 
-    guard.check_exposure(options)
-    training = functools.partial(studio.build, locate=hub.locate, here=hub.here) if options.studio else None
+    ui_guard.check_exposure(options)
+    training = (
+        functools.partial(training_window.build, locate=locate.locate, here=locate.here)
+        if options.studio
+        else None
+    )
     if options.studio:  # a training may need the memory before a question does
-        talk = chat.later(options, *load, functools.partial(runs.training_on, studio.WORKSPACE))
+        talk = inference_chat.later(
+            options, *load, functools.partial(jobs.training_on, training_window.WORKSPACE)
+        )
     else:
-        talk = chat.start(options, *load)
-    page.launch(chat_window.turns(talk, options, training), options)
+        talk = inference_chat.start(options, *load)
+    ui_page.launch(ui_chat_window.turns(talk, options, training), options)

@@ -5,15 +5,17 @@ python tools/json_to_parquet.py --data_path rows.jsonl --output_path rows.parque
 
 from pathlib import Path
 
-from onecard import config
+from onecard.config import options as config_options
+from onecard.config import tools as tool_config
 
 LESS_MEMORY = ""  # options that need less memory with less
 
 
 def main(arguments: list[str]) -> None:
-    options = config.parse(config.ParquetConfig, arguments, description=__doc__)
-    from onecard import reader, tables
+    options = config_options.parse(tool_config.ParquetConfig, arguments, description=__doc__)
+    from onecard.data import reader as data_reader
+    from onecard.data import tables as data_tables
 
-    paths = [source.path for source in reader.sources(options.data_path)]
-    count, columns = tables.write_parquet(paths, reader.values, Path(options.output_path))
+    paths = [source.path for source in data_reader.sources(options.data_path)]
+    count, columns = data_tables.write_parquet(paths, data_reader.values, Path(options.output_path))
     print(f"{count} rows with the columns {', '.join(columns)} are in {options.output_path}.")

@@ -5,15 +5,17 @@ python tools/perplexity.py text.txt --lora_path lora-checkpoints/demo --engine l
 python tools/perplexity.py text.txt --model_path model-q4_k_m.gguf --lora_path adapter.gguf
 """
 
-from onecard import parsing
-from onecard.chat_config import PerplexityConfig
+from onecard.config import options as config_options
+from onecard.config.tools import PerplexityConfig
 
 LESS_MEMORY = "--bits or --context"  # options that need less memory with less
 
 
 def main(arguments: list[str]) -> None:
-    options = parsing.parse(PerplexityConfig, arguments, description=__doc__)
-    from onecard import gguf, hub, measure  # after the options: --help needs no torch
+    options = config_options.parse(PerplexityConfig, arguments, description=__doc__)
+    from onecard.conversion import gguf_cache
+    from onecard.evaluation import perplexity
+    from onecard.hub import locate  # after the options: --help needs no torch
 
-    how = (hub.for_engine(options.engine), hub.fetch_adapter, gguf.for_llama)
-    print(measure.describe(*measure.perplexity(options, *how, say=print)))
+    how = (locate.for_engine(options.engine), locate.fetch_adapter, gguf_cache.for_llama)
+    print(perplexity.describe(*perplexity.perplexity(options, *how, say=print)))

@@ -5,15 +5,16 @@ python tools/quantize.py --model_path MODEL --bits 3 --group_size 64 --act_order
 python tools/quantize.py --model_path MODEL --method bnb --bits 8
 """
 
-from onecard import parsing
-from onecard.tool_config import QuantizeConfig
+from onecard.config import options as config_options
+from onecard.config.tools import QuantizeConfig
 
 LESS_MEMORY = "--cutoff_len"  # options that need less memory with less
 
 
 def main(arguments: list[str]) -> None:
-    options = parsing.parse(QuantizeConfig, arguments, description=__doc__)
-    from onecard import gptq, hub  # after the options, so that --help needs no torch
+    options = config_options.parse(QuantizeConfig, arguments, description=__doc__)
+    from onecard.conversion import quantize
+    from onecard.hub import locate  # after the options, so that --help needs no torch
 
-    folder = gptq.run(options, hub.fetch_model, lambda text: print(text, flush=True))
+    folder = quantize.run(options, locate.fetch_model, lambda text: print(text, flush=True))
     print(f"The model is in {folder}; talk to it or train on it with --model_path {folder}")

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from onecard import chat_config, config, parsing
-from onecard.chat_config import ChatConfig, CpuConfig, SingleConfig
-from onecard.config import FinetuneConfig
+from onecard.config import chat as chat_config
+from onecard.config import options as config_options
+from onecard.config.chat import ChatConfig, CpuConfig, SingleConfig
+from onecard.config.training import FinetuneConfig
 from onecard.errors import USAGE, UserError
 from tests.support.paths import ROOT
 
@@ -20,7 +21,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(FinetuneConfig)}
 
 
 def parse(*argv: object) -> FinetuneConfig:
-    return config.parse(FinetuneConfig, [str(word) for word in argv])
+    return config_options.parse(FinetuneConfig, [str(word) for word in argv])
 
 
 def json_file(folder: Path, values: object) -> Path:
@@ -39,7 +40,7 @@ def mistakes(*argv: object) -> str:
 def test_without_flags_every_option_has_its_default():
     """No flags, no file: the defaults that are declared, and each passes its own check."""
     assert parse() == FinetuneConfig()
-    assert config.build(FinetuneConfig, dataclasses.asdict(FinetuneConfig())) == FinetuneConfig()
+    assert config_options.build(FinetuneConfig, dataclasses.asdict(FinetuneConfig())) == FinetuneConfig()
 
 
 def test_flags_become_values_of_their_type():
@@ -203,8 +204,8 @@ def test_whole_numbers_keep_every_digit():
 def test_every_option_has_a_role_and_help(name):
     """learned or execution, and words that say what it is."""
     metadata = FIELDS[name].metadata
-    assert config.roles(FinetuneConfig)[name] == metadata["role"]
-    assert metadata["role"] in (config.LEARNED, config.EXECUTION)
+    assert config_options.roles(FinetuneConfig)[name] == metadata["role"]
+    assert metadata["role"] in (config_options.LEARNED, config_options.EXECUTION)
     assert len(metadata["help"].split()) > 1
 
 
@@ -214,7 +215,7 @@ def test_help_shows_every_option_at_once_and_loads_no_torch():
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0
     modules = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
-    assert "onecard.config" in modules
+    assert "onecard.config.training" in modules
     assert not {name.split(".")[0] for name in modules} & {"torch", "transformers", "peft", "numpy"}
     text = " ".join(result.stdout.split())
     for name, field in FIELDS.items():
@@ -263,7 +264,7 @@ WINDOW = {
 )
 def test_options_that_a_program_does_not_use_are_refused(settings, given, idle):
     """All of them in one message, none that has its default value."""
-    options = parsing.parse(settings, [f"--{name}={value}" for name, value in given.items()])
+    options = config_options.parse(settings, [f"--{name}={value}" for name, value in given.items()])
     with pytest.raises(UserError) if idle else contextlib.nullcontext() as caught:
         chat_config.check_used(options)
     told = str(caught.value) if idle else ""

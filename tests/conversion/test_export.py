@@ -14,30 +14,27 @@ import torch
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
-from onecard import (
-    converter,
-    fingerprint,
-    gguf,
-    hub,
-    merging,
-    model,
-    ollama,
-    probes,
-    prompt,
-    runfolder,
-    template,
-)
-from onecard.chat_config import ChatConfig, Generation
+from onecard.config.chat import ChatConfig
+from onecard.config.generation import Generation
+from onecard.config.tools import GGUF_TYPES, ExportConfig
+from onecard.conversion import export_gguf, gguf, gguf_cache, llama_cpp_converter, lora_delta, modelfile
+from onecard.data import conversation as data_conversation
+from onecard.data import encode as data_encode
+from onecard.data import template as templates
+from onecard.data.conversation import Conversation, Turn
 from onecard.errors import CHECKPOINT, USAGE, UserError
-from onecard.prompt import Conversation, Turn
-from onecard.tool_config import GGUF_TYPES, ExportConfig
+from onecard.evaluation import parity, probe_texts
+from onecard.hub import locate
+from onecard.inference import chat, llama_cpp_engine
+from onecard.models import tokenizer as models_tokenizer
+from onecard.runs import folder as run_folder
+from onecard.system import files as system_files
 from tests.support import kill_points, tiny
 from tests.support.adapters import save_adapter
 from tests.support.paths import ROOT
 from tests.support.tokenizers import chatty
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu")
-from onecard import chat, engine_llama, export, parity
 from tests.support.exports import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,7 +52,7 @@ def save_sentencepiece(folder: Path, spaced: bool) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (folder / name).unlink(missing_ok=True)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(probes.TEXT.splitlines()), model_prefix=str(folder / "tokenizer"),
+        sentence_iterator=iter(probe_texts.TEXT.splitlines()), model_prefix=str(folder / "tokenizer"),
         vocab_size=400, model_type="bpe", byte_fallback=True, minloglevel=2, split_digits=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
     )  # fmt: skip
@@ -64,7 +61,7 @@ def save_sentencepiece(folder: Path, spaced: bool) -> Path:
     settings = {"tokenizer_class": "LlamaTokenizer", **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     if spaced:
-        core = model.load_tokenizer(str(folder)).backend_tokenizer
+        core = models_tokenizer.load_tokenizer(str(folder)).backend_tokenizer
         core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         core.pre_tokenizer = None
         names.pop("add_bos_token")
@@ -102,8 +99,8 @@ def test_a_second_time_nothing_is_done(exported, base, adapter, monkeypatch):
     """The same table, the same bytes; a changed file is made again, to the same bytes."""
     folder, said = exported
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    real, ran = converter.run, []
-    monkeypatch.setattr(converter, "run", lambda *args: (ran.append(args), real(*args)))
+    real, ran = llama_cpp_converter.run, []
+    monkeypatch.setattr(llama_cpp_converter, "run", lambda *args: (ran.append(args), real(*args)))
     again = run(model_path=base, lora_path=adapter, type="f16")
     assert (again[0], again[1][-1], ran) == (folder, said[-1], [])
     (folder / "adapter.gguf").write_bytes(b"GGUF")
@@ -118,9 +115,9 @@ def test_chat_answers_from_the_exported_files(exported, base, adapter):
 
     def answer(**options) -> str:
         asked = ChatConfig(mode="greedy", context=256, **options)
-        talk = chat.start(asked, hub.locate, hub.fetch_adapter, gguf.for_llama, lambda _: None)
+        talk = chat.start(asked, locate.locate, locate.fetch_adapter, gguf_cache.for_llama, lambda _: None)
         settings = Generation(mode="greedy", max_new_tokens=24, repetition_penalty=1.0)
-        *_, last = talk.stream(prompt.single("Say red"), settings)
+        *_, last = talk.stream(data_conversation.single("Say red"), settings)
         used.append(getattr(talk.engine, "path", None))
         return last.text.stable
 
@@ -132,7 +129,7 @@ def test_chat_answers_from_the_exported_files(exported, base, adapter):
     assert answer(model_path=str(base), lora_path=str(adapter), engine="llama.cpp") == expected
     assert answer(model_path=str(base), lora_path=files["lora_path"], engine="llama.cpp") == expected
     assert used[1:3] == [folder / "base-f16.gguf"] * 2  # of the adapter's folder no base is taken
-    assert fingerprint.cache_folder() in used[3].parents
+    assert system_files.cache_folder() in used[3].parents
     assert answer(model_path=files["model_path"]) != expected
 
 
@@ -144,7 +141,9 @@ def test_tokens_with_byte_fallback(tmp_path):
     folder = save_sentencepiece(tmp_path / "model", spaced=True)
     made, said = run(model_path=folder, output_path=tmp_path / "made", type="f32")
     assert "0 of 1000 texts differ" in said[-1]
-    engine = engine_llama.Engine(made / "base-f32.gguf", model.load_tokenizer(str(folder)), 64, threads=1)
+    engine = llama_cpp_engine.Engine(
+        made / "base-f32.gguf", models_tokenizer.load_tokenizer(str(folder)), 64, threads=1
+    )
     pieces = engine.tokenizer.convert_ids_to_tokens(engine.encode("\u4e16"))
     engine.close()
     assert "<0xE4>" in pieces
@@ -220,14 +219,16 @@ def test_further_end_tokens_come_along(base, tmp_path):
     """The tokenizer's is the file's; those that the model's settings name are the ends of turns there."""
     folder = Path(shutil.copytree(base, tmp_path / "model"))
     settings = json.loads((folder / "config.json").read_text())
-    turn = model.load_tokenizer(str(base)).convert_tokens_to_ids("<turn>")
+    turn = models_tokenizer.load_tokenizer(str(base)).convert_tokens_to_ids("<turn>")
     (folder / "config.json").write_text(json.dumps({**settings, "eos_token_id": turn}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [turn, 1, 0]}))
     made, said = run(model_path=folder, output_path=tmp_path / "made", check=False)
     told = next(line for line in said if line.startswith("end tokens"))
     assert f"1 <end> as eos: the tokenizer's, {turn} <turn> as eot, 0 <start> as eom" in told
     assert json.loads((made / "export.json").read_text())["ends"] == [1, turn, 0]
-    engine = engine_llama.Engine(made / "base-f16.gguf", model.load_tokenizer(str(folder)), 64, threads=1)
+    engine = llama_cpp_engine.Engine(
+        made / "base-f16.gguf", models_tokenizer.load_tokenizer(str(folder)), 64, threads=1
+    )
     written = [engine.written(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     assert written == ["1", str(turn), "0"]
     assert all(engine.ends_with(token) for token in (1, turn, 0))
@@ -273,14 +274,16 @@ def no_work(*_: object) -> None:
 def quick(monkeypatch) -> None:
     """Exports of a few bytes, which hold what decides: the base's type and the adapter."""
 
-    def make(job: export.Job, folder: Path) -> None:
+    def make(job: export_gguf.Job, folder: Path) -> None:
         (folder / job.base_name).write_text(job.kind)
         (folder / "Modelfile").write_text("FROM it")
         if job.adapter:
             shutil.copy(job.adapter / "adapter_model.safetensors", folder / "adapter.gguf")
 
-    monkeypatch.setattr(export, "_make", make)
-    monkeypatch.setattr(export, "_check", lambda job, folder, options, say: "same" if options.check else None)
+    monkeypatch.setattr(export_gguf, "_make", make)
+    monkeypatch.setattr(
+        export_gguf, "_check", lambda job, folder, options, say: "same" if options.check else None
+    )
 
 
 def test_an_export_is_replaced_by_the_same_one_only(quick, base, tmp_path, monkeypatch):
@@ -296,7 +299,7 @@ def test_an_export_is_replaced_by_the_same_one_only(quick, base, tmp_path, monke
     assert "It was not compared with the model; it is made again" in " ".join(run(**given)[1])
     (made / "base-f32.gguf").write_bytes(b"GGUF")
     assert "base-f32.gguf is not what was written" in " ".join(run(**given)[1])
-    monkeypatch.setattr(export, "_make", no_work)
+    monkeypatch.setattr(export_gguf, "_make", no_work)
     refused(made, "another type (f32)", "Name a new folder", **{**given, "type": "q4_0"})
     other = tiny.save_model(tmp_path / "other", chatty(), vocab_size=301, hidden_size=48)
     refused(made, "another base model", **{**given, "model_path": other})
@@ -331,8 +334,8 @@ def test_an_export_of_a_run_follows_its_training(quick, base, adapter, tmp_path)
 
 def test_files_that_come_while_an_export_is_made_stay(quick, base, tmp_path, monkeypatch):
     """Looked at once more before the rename."""
-    made, real = tmp_path / "made", export._make
-    monkeypatch.setattr(export, "_make", lambda *args: (real(*args), made.mkdir(), (made / "x").touch()))
+    made, real = tmp_path / "made", export_gguf._make
+    monkeypatch.setattr(export_gguf, "_make", lambda *args: (real(*args), made.mkdir(), (made / "x").touch()))
     with pytest.raises(UserError, match="is there already"):
         run(model_path=base, output_path=made, check=False)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["made", "made/x"]
@@ -346,7 +349,7 @@ def test_where_an_export_cannot_come(quick, base, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     with monkeypatch.context() as here:
         here.chdir(tmp_path / "here")
-        here.setattr(export, "_job", no_work)
+        here.setattr(export_gguf, "_job", no_work)
         refused(tmp_path, "the current folder", model_path=base, output_path=".")
         refused(tmp_path, "is a file", model_path=base, output_path=tmp_path / "file/x")
     run(model_path=base, output_path=tmp_path / "link", check=False)
@@ -360,21 +363,23 @@ def test_adapter_for_another_base_is_refused(exported, tmp_path):
     path = gguf.base(other, tmp_path / "other.gguf", any_tokenizer=True)
     asked = ChatConfig(model_path=str(path), lora_path=str(exported[0] / "adapter.gguf"))
     with pytest.raises(UserError, match="does not fit this base model") as caught:
-        chat.start(asked, hub.locate, hub.fetch_adapter, gguf.for_llama, lambda _: None)
+        chat.start(asked, locate.locate, locate.fetch_adapter, gguf_cache.for_llama, lambda _: None)
     assert caught.value.code == CHECKPOINT
 
 
 def test_gguf_adapter_alone_asks_for_its_base(exported, tmp_path):
     alone = shutil.copy(exported[0] / "adapter.gguf", tmp_path / "alone.gguf")
     with pytest.raises(UserError, match="does not say its base model"):
-        chat.start(ChatConfig(lora_path=str(alone)), hub.locate, hub.fetch_adapter, gguf.for_llama, print)
+        chat.start(
+            ChatConfig(lora_path=str(alone)), locate.locate, locate.fetch_adapter, gguf_cache.for_llama, print
+        )
 
 
 def test_swapping_adapters_keeps_the_base(exported, base, adapter, tmp_path):
     """20 swaps, one file of the base loaded once; every answer's scores are those of its adapter alone."""
     two = gguf.adapter(save_adapter(base, tmp_path / "two", 1), base, tmp_path / "two.gguf")
     paths = {"one": exported[0] / "adapter.gguf", "two": two}
-    tokenizer, path = model.load_tokenizer(str(base)), exported[0] / "base-f16.gguf"
+    tokenizer, path = models_tokenizer.load_tokenizer(str(base)), exported[0] / "base-f16.gguf"
     ids = tokenizer("red green blue").input_ids
     mixtures = [(), (("one", 1.0),), (("two", 1.0),), (("one", 0.5), ("two", -0.25))]
 
@@ -387,11 +392,11 @@ def test_swapping_adapters_keeps_the_base(exported, base, adapter, tmp_path):
 
     alone = []
     for mixture in mixtures:
-        engine = engine_llama.Engine(path, tokenizer, 64, paths, threads=1)
+        engine = llama_cpp_engine.Engine(path, tokenizer, 64, paths, threads=1)
         alone.append(scores(engine, mixture))
         engine.close()
     assert all(not torch.equal(alone[0], other) for other in alone[1:])
-    engine = engine_llama.Engine(path, tokenizer, 64, paths, threads=1)
+    engine = llama_cpp_engine.Engine(path, tokenizer, 64, paths, threads=1)
     handles = {name: getattr(engine, name) for name in ("model", "state")}
     for number in range(20):
         assert torch.equal(scores(engine, mixtures[number % 4]), alone[number % 4])
@@ -405,7 +410,7 @@ def test_a_base_that_only_the_adapter_names_is_not_fetched(adapter, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "evil/model"}))
     asked: list[str] = []
     with pytest.raises(UserError, match="evil/model, which is not on this machine"):
-        export.run(ExportConfig(lora_path=str(tmp_path / "adapter")), asked.append, asked.append, print)
+        export_gguf.run(ExportConfig(lora_path=str(tmp_path / "adapter")), asked.append, asked.append, print)
     assert asked == []
 
 
@@ -419,8 +424,8 @@ def test_files_of_an_export_lie_in_its_folder(tmp_path, name):
     for written, expected in ((name, None), ("mine.gguf", folder / "mine.gguf")):
         values = {"of_base": "b", "of_adapter": "a", "base": "base.gguf", "adapter": written}
         (folder / "export.json").write_text(json.dumps(values))
-        assert gguf._exported(tmp_path, "b", "a") == expected
-    assert gguf._exported(tmp_path, "b", "other") is None
+        assert gguf_cache._exported(tmp_path, "b", "a") == expected
+    assert gguf_cache._exported(tmp_path, "b", "other") is None
 
 
 def test_the_export_of_a_checkpoint_is_found_again(base, tmp_path):
@@ -429,22 +434,22 @@ def test_the_export_of_a_checkpoint_is_found_again(base, tmp_path):
     place = tmp_path / "run/gguf-q4_k_m"
     place.mkdir()
     (place / "adapter.gguf").write_bytes(b"GGUF")
-    of_base, of_adapter = gguf.keys(base, made[2])
+    of_base, of_adapter = gguf_cache.keys(base, made[2])
     values = {"of_base": of_base, "of_adapter": of_adapter, "adapter": "adapter.gguf"}
     (place / "export.json").write_text(json.dumps(values))
-    assert gguf._exported(made[2], *gguf.keys(base, made[2])) == place / "adapter.gguf"
-    assert gguf._exported(made[1], *gguf.keys(base, made[1])) is None
+    assert gguf_cache._exported(made[2], *gguf_cache.keys(base, made[2])) == place / "adapter.gguf"
+    assert gguf_cache._exported(made[1], *gguf_cache.keys(base, made[1])) is None
     save_adapter(base, made[2], 3)  # trained on under its old name
-    assert gguf._exported(made[2], *gguf.keys(base, made[2])) is None
+    assert gguf_cache._exported(made[2], *gguf_cache.keys(base, made[2])) is None
     other = save_adapter(base, tmp_path / "run/mine", 2)  # no checkpoint: its neighbours are others'
-    assert gguf._exported(other, of_base, of_adapter) is None
+    assert gguf_cache._exported(other, of_base, of_adapter) is None
 
 
 def test_one_meaning_of_a_plain_start():
     """What can be merged can be a GGUF adapter: the base stayed as it was when training began."""
-    assert merging.PLAIN_VALUES["init_lora_weights"] == runfolder.PLAIN_STARTS
-    assert {True, False, "eva"} <= set(runfolder.PLAIN_STARTS)
-    assert "pissa" not in runfolder.PLAIN_STARTS
+    assert lora_delta.PLAIN_VALUES["init_lora_weights"] == run_folder.PLAIN_STARTS
+    assert {True, False, "eva"} <= set(run_folder.PLAIN_STARTS)
+    assert "pissa" not in run_folder.PLAIN_STARTS
 
 
 def rendered(source: str, messages: list[dict[str, str]]) -> str:
@@ -504,35 +509,37 @@ TALK = (
 def test_modelfile_says_the_template(name):
     """What Ollama's template writes is what the model was trained on, text by text."""
     tokenizer = chatty()
-    controls = template.read(template.FOLDER / f"{name}.json").controls() if name != "auto" else []
+    controls = templates.read(templates.FOLDER / f"{name}.json").controls() if name != "auto" else []
     tokenizer.add_special_tokens(
         {"extra_special_tokens": sorted(controls)}, replace_extra_special_tokens=False
     )
-    form = template.load(name, tokenizer)
-    source = ollama.go_template(form, tokenizer)
+    form = templates.load(name, tokenizer)
+    source = modelfile.go_template(form, tokenizer)
     for turns in TALK:
         if turns[0].role == "system" and form.system is None:
             continue
-        made = prompt.pieces(Conversation(turns), form, tokenizer)
+        made = data_encode.pieces(Conversation(turns), form, tokenizer)
         names = [text if isinstance(text, str) else tokenizer.convert_ids_to_tokens(text) for text, _ in made]
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         assert rendered(source, messages) == "".join(names)
-    file = ollama.modelfile(form, tokenizer, "base-f16.gguf", "adapter.gguf")
+    file = modelfile.modelfile(form, tokenizer, "base-f16.gguf", "adapter.gguf")
     assert file.startswith('FROM ./base-f16.gguf\nADAPTER ./adapter.gguf\nTEMPLATE """')
-    for token in ollama.stops(form, tokenizer):
+    for token in modelfile.stops(form, tokenizer):
         assert f'PARAMETER stop "{token}"' in file
 
 
 def test_a_template_that_a_modelfile_cannot_hold():
     tokenizer = chatty()
-    form = dataclasses.replace(template.load("alpaca", tokenizer), opening=(("literal", 'Say """'),))
-    assert "TEMPLATE" not in ollama.modelfile(form, tokenizer, "base.gguf", None).splitlines()[1].split()[0]
+    form = dataclasses.replace(templates.load("alpaca", tokenizer), opening=(("literal", 'Say """'),))
+    assert (
+        "TEMPLATE" not in modelfile.modelfile(form, tokenizer, "base.gguf", None).splitlines()[1].split()[0]
+    )
 
 
 @pytest.mark.slow
 def test_the_demo_with_the_tool(tmp_path):
     """The whole way, with an adapter: a table without a failed row, the same perplexity to a thousandth."""
-    adapter = save_adapter(Path(hub.locate("demo")), tmp_path / "adapter", std=0.01)
+    adapter = save_adapter(Path(locate.locate("demo")), tmp_path / "adapter", std=0.01)
     command = [sys.executable, ROOT / "tools" / "export_gguf.py", "--model_path", "demo"]
     command += ["--lora_path", adapter]
     ended = subprocess.run(

@@ -18,9 +18,16 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from onecard import fingerprint, merge, merge_report, merging, model, newfolder, runfolder, shards, sources
+from onecard.config.tools import MergeConfig
+from onecard.conversion import lora_delta, merge
 from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, UserError
-from onecard.tool_config import MergeConfig
+from onecard.evaluation import merge_fidelity
+from onecard.hub import model_files
+from onecard.models import base_model, tensor_files
+from onecard.models import tokenizer as models_tokenizer
+from onecard.runs import adapters as run_adapters
+from onecard.runs import folder as run_folder
+from onecard.system import hashing, output_folder
 from tests.support import kill_points, tiny
 
 LLAMA_ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -64,7 +71,7 @@ def run(base: Path | None, adapter: Path, target: Path, **more: Any) -> list[str
     options = MergeConfig(model_path=path, lora_path=str(adapter), output_path=str(target), **more)
     then = None
     if more.get("report"):
-        then = lambda *folders: merge_report.run(options, *folders, said.append)  # noqa: E731
+        then = lambda *folders: merge_fidelity.run(options, *folders, said.append)  # noqa: E731
     merge.run(options, str, str, said.append, lambda done, total: None, then)
     return said
 
@@ -196,7 +203,7 @@ def test_resized_vocabulary(tmp_path, tied):
     made = check_equal(base, adapter, tmp_path / "made", resize=304)
     assert made.config.vocab_size == 304
     assert made.config.tie_word_embeddings == tied
-    assert "<b>" in model.load_tokenizer(str(tmp_path / "made")).get_vocab()
+    assert "<b>" in models_tokenizer.load_tokenizer(str(tmp_path / "made")).get_vocab()
 
 
 def test_our_own_embedding_adapter(tmp_path):
@@ -217,7 +224,7 @@ def test_our_own_embedding_adapter(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_stored_in_the_bases_dtype(tmp_path, dtype, monkeypatch):
     """Computed in fp32 and rounded once, in blocks over several files; what is not changed is a copy."""
-    monkeypatch.setattr(shards, "BLOCK", 5000)
+    monkeypatch.setattr(tensor_files, "BLOCK", 5000)
     tiny.save_model(tmp_path / "fp32")
     AutoModelForCausalLM.from_pretrained(tmp_path / "fp32", dtype=dtype).save_pretrained(
         tmp_path / "base", max_shard_size="100KB"
@@ -225,7 +232,7 @@ def test_stored_in_the_bases_dtype(tmp_path, dtype, monkeypatch):
     adapter = adapter_of(tmp_path / "base", tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
     run(tmp_path / "base", adapter, tmp_path / "made")
     before, after = (read(tmp_path / name) for name in ("base", "made"))
-    names = [[path.name for path in shards.files_of(tmp_path / name)] for name in ("base", "made")]
+    names = [[path.name for path in model_files.files_of(tmp_path / name)] for name in ("base", "made")]
     assert names[0] == names[1]
     assert len(names[0]) > 2
     given = load_file(adapter / "adapter_model.safetensors")
@@ -243,7 +250,7 @@ def test_stored_in_the_bases_dtype(tmp_path, dtype, monkeypatch):
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for path in shards.files_of(folder) for k, v in load_file(path).items()}
+    return {k: v for path in model_files.files_of(folder) for k, v in load_file(path).items()}
 
 
 # what does not fit
@@ -285,7 +292,10 @@ MISFITS = {
         change_tensors(lambda h: {k.removeprefix("base_model."): v for k, v in h.items()}),
         "model.",
     ),
-    "a key more": (change_tensors(lambda h: {**h, f"{merging.PREFIX}x.weight": torch.ones(2)}), "x.weight"),
+    "a key more": (
+        change_tensors(lambda h: {**h, f"{lora_delta.PREFIX}x.weight": torch.ones(2)}),
+        "x.weight",
+    ),
     "another rank": (change_config(r=8), "its rank is 8"),
     "not finite": (
         change_tensors(lambda h: {**h, f"{Q0}.lora_A.weight": h[f"{Q0}.lora_A.weight"] / 0}),
@@ -325,9 +335,9 @@ def test_another_base_of_the_same_shape(tmp_path, pair):
     """The run that made the adapter noted its base's SHA-256; another one is refused, the same one taken."""
     base, adapter = pair
     shutil.copytree(adapter, tmp_path / "adapter")
-    wanted = fingerprint.of_folder(model.identity_files(str(base))["weights"])
+    wanted = hashing.of_folder(base_model.identity_files(str(base))["weights"])
     record = {"options": {"model_path": str(base), "bits": 8}, "fingerprints": {"base model": wanted}}
-    (tmp_path / "adapter" / runfolder.CONFIG).write_text(json.dumps(record))
+    (tmp_path / "adapter" / run_folder.CONFIG).write_text(json.dumps(record))
     run(None, tmp_path / "adapter", tmp_path / "made")  # its base is named there
     check_equal(base, adapter, tmp_path / "made")
     other = tiny.save_model(tmp_path / "other")
@@ -365,7 +375,7 @@ def test_folders(tmp_path, pair, monkeypatch):
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"bits": 4}}))
     refused(USAGE, "quantised", base=tmp_path / "quantised", adapter=adapter, target=tmp_path / "x")
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
-    monkeypatch.setattr(newfolder.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: usage)
     refused(DISK, "MiB", base=base, adapter=adapter, target=tmp_path / "y")
     assert not (tmp_path / "y").exists()
 
@@ -388,7 +398,7 @@ def test_only_the_models_own_files_come_along(tmp_path, pair):
         for own in ("onecard_download.json", "export.json", "finished.json", "log.jsonl", "loss.png"):
             (tmp_path / name / own).write_text("{}")
     (tmp_path / "adapter" / "export.json").unlink()  # or it would be one of GGUF files
-    (tmp_path / "base" / runfolder.CONFIG).write_text("{}")
+    (tmp_path / "base" / run_folder.CONFIG).write_text("{}")
     (tmp_path / "base" / "README.md").write_text("A card")
     run(tmp_path / "base", tmp_path / "adapter", tmp_path / "made")
     run(*pair, tmp_path / "plain")
@@ -416,7 +426,7 @@ def test_an_older_adapter(tmp_path, pair):
     tokenizer.save_pretrained(old)
     refused(USAGE, "--output_path", base=base, adapter=old, target=old / "made")
     run(base, old, tmp_path / "made")
-    assert model.load_tokenizer(str(tmp_path / "made")).model_max_length == 77
+    assert models_tokenizer.load_tokenizer(str(tmp_path / "made")).model_max_length == 77
     assert "nothing to do" in " ".join(run(base, old, tmp_path / "made"))
 
 
@@ -432,7 +442,7 @@ def test_a_damaged_adapter(tmp_path, pair, name):
 def test_a_folder_has_the_users_rights(tmp_path):
     before = os.umask(0o077)
     try:
-        with newfolder.making(tmp_path / "made", 0, {}, "--output_path"):
+        with output_folder.making(tmp_path / "made", 0, {}, "--output_path"):
             pass
     finally:
         os.umask(before)
@@ -449,7 +459,7 @@ def test_report(tmp_path, pair):
     """Perplexity and logit differences against base + adapter, and the quantised base of the training."""
     base, adapter = pair
     shutil.copytree(adapter, tmp_path / "adapter")
-    (tmp_path / "adapter" / runfolder.CONFIG).write_text(json.dumps({"options": {"bits": 8}}))
+    (tmp_path / "adapter" / run_folder.CONFIG).write_text(json.dumps({"options": {"bits": 8}}))
     rows = tiny.save_rows(tmp_path / "rows.json", 6)
     said = run(base, tmp_path / "adapter", tmp_path / "made", report=True, data_path=str(rows), report_rows=4)
     table = {line[:30].strip(): line[30:].split() for line in said}
@@ -487,23 +497,23 @@ def test_report_numbers():
             made[0, 0, 3] = 100.0  # the first token is sure of 3
             return type("Output", (), {"logits": made})
 
-    perplexity, kept = merge_report.outcome(Even(), [([1, 3, 5], [False, False, True])], "cpu")
+    perplexity, kept = merge_fidelity.outcome(Even(), [([1, 3, 5], [False, False, True])], "cpu")
     assert perplexity == pytest.approx(8.0)
     assert kept[0].shape == (1, 8)
-    assert merge_report.largest_difference([kept[0]], [kept[0] + torch.eye(1, 8) * 3]) == 3.0
-    sure, _ = merge_report.outcome(Even(), [([1, 3, 5], [False, True, False])], "cpu")
+    assert merge_fidelity.largest_difference([kept[0]], [kept[0] + torch.eye(1, 8) * 3]) == 3.0
+    sure, _ = merge_fidelity.outcome(Even(), [([1, 3, 5], [False, True, False])], "cpu")
     assert sure == pytest.approx(1.0)
 
 
 def test_a_difference_that_is_no_number_is_told(tmp_path, monkeypatch):
     """max() would pass it over; the report ends with exit code 4."""
     fine, broken = torch.zeros(1, 8), torch.full((1, 8), float("nan"))
-    assert merge_report.largest_difference([fine, broken], [fine, fine]) != 0
+    assert merge_fidelity.largest_difference([fine, broken], [fine, fine]) != 0
     outcomes = iter([(1.0, [fine, broken]), (1.0, [fine, fine])])
-    monkeypatch.setattr(merge_report, "outcome", lambda *_: next(outcomes))
-    monkeypatch.setattr(merge_report, "_load", lambda *_: None)
+    monkeypatch.setattr(merge_fidelity, "outcome", lambda *_: next(outcomes))
+    monkeypatch.setattr(merge_fidelity, "_load", lambda *_: None)
     base = tiny.save_model(tmp_path / "base")
     options = MergeConfig(output_path=str(base))
     with pytest.raises(UserError, match="no numbers") as caught:
-        merge_report.run(options, [], base, sources.Source("a", tmp_path), base, lambda _: None)
+        merge_fidelity.run(options, [], base, run_adapters.Source("a", tmp_path), base, lambda _: None)
     assert caught.value.code == CHECKPOINT

@@ -16,9 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from onecard import child, convert, llama, llama_files, llama_tokenizer, newfolder, shards
+from onecard.config.tools import ConvertConfig
+from onecard.conversion import meta_layout, meta_llama, meta_tokenizer, meta_weights
 from onecard.errors import CHECKPOINT, DISK, MEMORY, UNSAFE, USAGE, UserError
-from onecard.tool_config import ConvertConfig
+from onecard.hub import model_files
+from onecard.models import tensor_files
+from onecard.system import output_folder, sandbox
 from tests.support import faults, kill_points, meta_llama_reference
 from tests.support.meta_llama_reference import params
 from tests.support.paths import ROOT
@@ -37,14 +40,14 @@ def pieces(tmp_path_factory) -> tuple[Path, int]:
 
 def here(request: dict[str, Any], told: Any, keep: int) -> None:
     """The child's work in this process, without its limits."""
-    module = llama_files if request["step"] == convert.WEIGHTS else llama_tokenizer
+    module = meta_weights if request["step"] == meta_llama.WEIGHTS else meta_tokenizer
     module.work({**request, "limit": 0}, lambda **report: told(report))
 
 
 def run(source: Path, target: Path, to: str, work: Any = here, **more: Any) -> list[str]:
     said: list[str] = []
     options = ConvertConfig(input_dir=str(source), output_dir=str(target), to=to, **more)
-    convert.run(options, said.append, lambda done, total: None, work)
+    meta_llama.run(options, said.append, lambda done, total: None, work)
     return said
 
 
@@ -101,7 +104,7 @@ def test_reference_is_sensitive(pieces):
     ids = torch.arange(40)
     right = meta_llama_reference.logits(settings, whole, ids)
     name = "layers.0.attention.wq.weight"
-    wrong = meta_llama_reference.logits(settings, {**whole, name: llama.to_halves(whole[name], 8)}, ids)
+    wrong = meta_llama_reference.logits(settings, {**whole, name: meta_layout.to_halves(whole[name], 8)}, ids)
     assert (right - wrong).abs().max() > 0.01 * right.abs().max()
 
 
@@ -119,7 +122,7 @@ def test_reshard(tmp_path, pieces, one, other, embedding):
 
 def test_blocks_smaller_than_a_tensor(tmp_path, pieces, monkeypatch):
     """Every tensor goes by in several blocks, across the borders of shards, and comes out the same."""
-    monkeypatch.setattr(shards, "BLOCK", 3000)
+    monkeypatch.setattr(tensor_files, "BLOCK", 3000)
     start = tmp_path / "start"
     _, whole = model(start, pieces, 4, heads=12, kv_heads=4, embedding=0)
     run(start, tmp_path / "hf", "hf")
@@ -131,10 +134,10 @@ def test_blocks_smaller_than_a_tensor(tmp_path, pieces, monkeypatch):
 
 def test_many_files(tmp_path, pieces, monkeypatch):
     """Large models come in several safetensors files with an index, which transformers and we read."""
-    monkeypatch.setattr(shards, "divide", lambda tensors: plain(tensors, 40_000))
+    monkeypatch.setattr(tensor_files, "divide", lambda tensors: plain(tensors, 40_000))
     model(tmp_path / "start", pieces)
     run(tmp_path / "start", tmp_path / "hf", "hf")
-    files = shards.files_of(tmp_path / "hf")
+    files = model_files.files_of(tmp_path / "hf")
     assert len(files) > 2
     held = {name: tensor for path in files for name, tensor in load_file(path).items()}
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=BF16).state_dict()
@@ -145,7 +148,7 @@ def test_many_files(tmp_path, pieces, monkeypatch):
     assert meta_llama_reference.same(start, back)
 
 
-plain = shards.divide
+plain = tensor_files.divide
 
 
 @pytest.mark.parametrize(
@@ -192,9 +195,9 @@ def test_generations(tmp_path, pieces, settings, wanted):
 )
 def test_feed_forward_sizes_come_back(dim, f):
     """Whatever size the feed-forward part has, params.json can say it."""
-    shape = llama.Shape(dim, 2, 8, 8, f, 100, 1e-5)
-    said = llama.to_params(shape)
-    assert llama.from_params(said, Path("params.json"), 100).hidden == f
+    shape = meta_layout.Shape(dim, 2, 8, 8, f, 100, 1e-5)
+    said = meta_layout.to_params(shape)
+    assert meta_layout.from_params(said, Path("params.json"), 100).hidden == f
 
 
 def test_tables_and_missing_heads(tmp_path, pieces):
@@ -225,7 +228,7 @@ def test_tokens_are_sentencepieces(tmp_path, pieces):
     run(tmp_path / "start", tmp_path / "hf", "hf")
     made = AutoTokenizer.from_pretrained(tmp_path / "hf")
     own = sentencepiece.SentencePieceProcessor(model_file=str(pieces[0]))
-    texts = [*llama_tokenizer.SAMPLES, " lead", "trail ", "a\n\n b", "▁x", "你好 🙂"]
+    texts = [*meta_tokenizer.SAMPLES, " lead", "trail ", "a\n\n b", "▁x", "你好 🙂"]
     for text in texts:
         assert made(text, add_special_tokens=False).input_ids == own.encode(text), text
         assert made(text).input_ids == [own.bos_id(), *own.encode(text)]
@@ -253,7 +256,7 @@ def test_tokens_are_tiktokens(tmp_path):
     run(tmp_path / "start", tmp_path / "hf", "hf")
     made = AutoTokenizer.from_pretrained(tmp_path / "hf")
     known = {token: rank for rank, token in enumerate(tokens)}
-    for text in [*llama_tokenizer.SAMPLES, "hello worlds this  is llama's 12345"]:
+    for text in [*meta_tokenizer.SAMPLES, "hello worlds this  is llama's 12345"]:
         words = [piece for piece, _ in made.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
         assert words
         split = words_of(text)
@@ -274,13 +277,13 @@ def test_tokens_are_tiktokens(tmp_path):
 def words_of(text: str) -> list[bytes]:
     from tokenizers import Regex, pre_tokenizers
 
-    split = pre_tokenizers.Split(Regex(llama_tokenizer.SPLIT), "isolated")
+    split = pre_tokenizers.Split(Regex(meta_tokenizer.SPLIT), "isolated")
     return [word.encode() for word, _ in split.pre_tokenize_str(text)]
 
 
 def test_special_names_of_later_models():
     """LLaMA 3.1 named three of the reserved tokens; there are always 256."""
-    before, after = llama_tokenizer.specials(False), llama_tokenizer.specials(True)
+    before, after = meta_tokenizer.specials(False), meta_tokenizer.specials(True)
     assert len(before) == len(after) == len(set(after)) == 256
     assert before[2:6] == [f"<|reserved_special_token_{n}|>" for n in range(4)]
     assert after[4], after[8] == ("<|finetune_right_pad_id|>", "<|eom_id|>")
@@ -471,7 +474,7 @@ def test_code_in_a_shard_is_not_run(tmp_path, pieces):
     start = tmp_path / "start"
     model(start, pieces)
     torch.save({"tok_embeddings.weight": faults.Touch(canary)}, start / "consolidated.00.pth")
-    work = convert.in_child
+    work = meta_llama.in_child
     refused(UNSAFE, "would run code", source=start, target=tmp_path / "made", to="hf", work=work)
     old = {"tok_embeddings.weight": torch.ones(4, 4)}
     torch.save(old, start / "consolidated.00.pth", _use_new_zipfile_serialization=False)
@@ -498,7 +501,7 @@ def test_a_full_disk_is_refused_before_writing(tmp_path, pieces, monkeypatch):
     """Room is looked at first, and nothing is left (X4)."""
     model(tmp_path / "in/start", pieces)
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
-    monkeypatch.setattr(newfolder.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: usage)
     refused(DISK, "MiB", source=tmp_path / "in/start", target=tmp_path / "out/made", to="hf")
     assert not names(tmp_path / "out")
 
@@ -550,26 +553,26 @@ def test_a_killed_parent_takes_its_child_along(tmp_path, pieces):
     model(start, pieces)
     program = (
         "import os, signal, sys\n"
-        "from onecard import convert\n"
-        "from onecard.tool_config import ConvertConfig\n"
+        "from onecard.conversion import meta_llama\n"
+        "from onecard.config.tools import ConvertConfig\n"
         "def progress(done, total): os.kill(os.getpid(), signal.SIGKILL)\n"
         "options = ConvertConfig(input_dir=sys.argv[1], output_dir=sys.argv[2])\n"
-        "convert.run(options, print, progress)\n"
+        "meta_llama.run(options, print, progress)\n"
     )
     command = [sys.executable, "-c", program, str(start), str(tmp_path / "made")]
     ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
     assert ended.returncode == -signal.SIGKILL
     assert not (tmp_path / "made").exists()
-    run(start, tmp_path / "made", "hf", work=convert.in_child)
+    run(start, tmp_path / "made", "hf", work=meta_llama.in_child)
     assert [path.name for path in tmp_path.glob(".*")] == []
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "made")
 
 
 def test_two_at_a_time(tmp_path, pieces, monkeypatch):
     """A second process that makes the same folder is refused, and does not disturb the first."""
-    monkeypatch.setattr(newfolder, "PATIENCE", 0.2)
+    monkeypatch.setattr(output_folder, "PATIENCE", 0.2)
     model(tmp_path / "start", pieces)
-    with newfolder.making(tmp_path / "made", 0, {}, "--output_dir") as (place, _):
+    with output_folder.making(tmp_path / "made", 0, {}, "--output_dir") as (place, _):
         (place / "x").touch()
         refused(USAGE, "another process", source=tmp_path / "start", target=tmp_path / "made", to="hf")
         assert (place / "x").exists()
@@ -627,7 +630,7 @@ def test_peak_memory(tmp_path, pieces, direction):
     settings = params(heads=8, vocab=count, dim=4096, n_heads=32, n_layers=4, multiple_of=8192)
     whole = {
         name: torch.empty(shape.shape, dtype=BF16).fill_(0.5)
-        for shape in llama.weights(llama.from_params(settings, Path("x"), count), 1)
+        for shape in meta_layout.weights(meta_layout.from_params(settings, Path("x"), count), 1)
         for name in [shape.meta]
     }
     size = sum(tensor.nbytes for tensor in whole.values())
@@ -652,7 +655,7 @@ def test_peak_memory(tmp_path, pieces, direction):
 
 def test_address_space_for_large_shards(tmp_path, pieces, monkeypatch):
     """The child's limit leaves room for the files that are written too: one large one made of many small."""
-    monkeypatch.setattr(shards, "divide", lambda tensors: plain(tensors, 40_000))
+    monkeypatch.setattr(tensor_files, "divide", lambda tensors: plain(tensors, 40_000))
     model(tmp_path / "start", pieces)
     run(tmp_path / "start", tmp_path / "hf", "hf")
     limits = []
@@ -669,7 +672,7 @@ def test_the_child_reports_its_crash(tmp_path):
     """A child that dies without a word is an error of this program's user, not a traceback."""
     handle = os.open(tmp_path, os.O_RDONLY)
     with pytest.raises(UserError) as caught:
-        child.work("onecard.no_such_module", {}, print, handle)
+        sandbox.work("onecard.no_such_module", {}, print, handle)
     assert caught.value.code == CHECKPOINT
     os.close(handle)
 

@@ -16,14 +16,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from onecard import gptq, model, quantised, template, trial_rows
+from onecard.config.options import build
+from onecard.config.tools import QuantizeConfig
+from onecard.conversion import quantize
+from onecard.data import template as templates
 from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, UserError
-from onecard.parsing import build
-from onecard.tool_config import QuantizeConfig
+from onecard.evaluation import eval_rows
+from onecard.models import base_model, quantized
+from onecard.models import tokenizer as models_tokenizer
 from tests.support import kill_points, tiny
 from tests.support.paths import ROOT
 
-HAS_LIBRARY = all(importlib.util.find_spec(name) for name in quantised.PACKAGES)
+HAS_LIBRARY = all(importlib.util.find_spec(name) for name in quantized.PACKAGES)
 APART = ROOT / ".venv" / "gptq" / "bin" / "python"  # has gptqmodel, which changes every program's start
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs gptqmodel, which .venv/gptq has")
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "initializer_range": 0.05}
@@ -69,7 +73,7 @@ def told_of(said: str) -> list[str]:
 
 @functools.cache
 def loaded(folder: Path) -> torch.nn.Module:
-    return model.load_base(str(folder), 16, "fp32", "cpu").eval()
+    return base_model.load_base(str(folder), 16, "fp32", "cpu").eval()
 
 
 def logits(folder: Path, ids: Sequence[int] = range(2, 130)) -> torch.Tensor:
@@ -79,7 +83,7 @@ def logits(folder: Path, ids: Sequence[int] = range(2, 130)) -> torch.Tensor:
 
 def rounded(source: Path, target: Path, bits: int, group: int) -> Path:
     """The model with each linear weight rounded to the nearest of its group's steps."""
-    made = model.load_base(str(source), 16, "fp32", "cpu")
+    made = base_model.load_base(str(source), 16, "fp32", "cpu")
     for name, layer in made.named_modules():
         if isinstance(layer, torch.nn.Linear) and name != "lm_head":
             width = layer.in_features if group == -1 else group
@@ -93,8 +97,8 @@ def rounded(source: Path, target: Path, bits: int, group: int) -> Path:
 
 def errors(source: Path, rows: Path, *targets: Path) -> list[float]:
     """How far each target's logits are from the model's on rows of the file, as a share of their norm."""
-    own = model.load_tokenizer(str(source))
-    seen = [ids for ids, _ in trial_rows.read(str(rows), 512, template.load("alpaca", own), own)][:20]
+    own = models_tokenizer.load_tokenizer(str(source))
+    seen = [ids for ids, _ in eval_rows.read(str(rows), 512, templates.load("alpaca", own), own)][:20]
     expected, *found = (torch.cat([logits(folder, ids) for ids in seen]) for folder in (source, *targets))
     return [((each - expected).norm() / expected.norm()).item() for each in found]
 
@@ -163,8 +167,8 @@ def test_a_bitsandbytes_folder_is_the_model_in_these_bits(source, rows, tmp_path
     assert "perplexity" not in said
     dtype = json.loads((tmp_path / "small" / "config.json").read_text())["dtype"]
     short = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
-    expected = model.load_base(str(source), 4, short, "cpu").eval()
-    got = model.load_base(str(tmp_path / "small"), 16, short, "cpu").eval()
+    expected = base_model.load_base(str(source), 4, short, "cpu").eval()
+    got = base_model.load_base(str(tmp_path / "small"), 16, short, "cpu").eval()
     with torch.no_grad():
         assert torch.equal(got(input_ids=IDS).logits, expected(input_ids=IDS).logits)
 
@@ -234,7 +238,7 @@ def test_each_layers_error_is_told():
     """The sum of a layer's modules and the largest; a module that no row reached, in the library's words."""
     noted = [("q", 0, "0.25"), ("up", 0, "0.5"), ("q", 1, "0.125"), ("up", 1, "rtn fallback")]
     said: list[str] = []
-    gptq._tell_errors([{"module": m, "layer": n, "loss": loss} for m, n, loss in noted], said.append)
+    quantize._tell_errors([{"module": m, "layer": n, "loss": loss} for m, n, loss in noted], said.append)
     assert said == [
         "layer 1     up: rtn fallback",
         "layer 0     squared error 7.50e-01, 5.00e-01 in up",
@@ -262,7 +266,7 @@ def test_what_does_not_fit_is_refused(tmp_path, rows, changes, words):
     given = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
     options = build(QuantizeConfig, {**given, **changes})
     with pytest.raises(UserError, match=words) as caught:
-        gptq.run(options, str, print)
+        quantize.run(options, str, print)
     assert caught.value.code == USAGE
     assert not (tmp_path / "out").exists()
 
@@ -283,7 +287,7 @@ def test_weights_that_are_no_numbers_are_refused(source, rows, tmp_path):
     given = {"model_path": str(bad), "data_path": str(rows), "output_path": str(tmp_path / "out")}
     options = build(QuantizeConfig, {**given, "method": "bnb"})
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds numbers") as caught:
-        gptq.run(options, str, print)
+        quantize.run(options, str, print)
     assert caught.value.code == CHECKPOINT
     assert not (tmp_path / "out").exists()
 
@@ -304,47 +308,50 @@ def fail(*_) -> None:
 )
 def test_options_are_checked_before_the_weights_are_read(source, rows, tmp_path, monkeypatch, changes, code):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(gptq, "_check_weights", fail)
+    monkeypatch.setattr(quantize, "_check_weights", fail)
     with pytest.raises(UserError) as caught:
-        gptq.run(bnb(source, rows, tmp_path / "out", **changes), str, print)
+        quantize.run(bnb(source, rows, tmp_path / "out", **changes), str, print)
     assert (caught.value.code, list(tmp_path.iterdir())) == (code, [])
 
 
 def test_rows_are_needed_only_to_be_looked_at(source, tmp_path, monkeypatch):
     """bitsandbytes without a report needs none; the sample's are found from any folder."""
     monkeypatch.chdir(tmp_path)
-    assert gptq._rows(bnb(source, "none.json", tmp_path / "out", report_rows=0), source, print) == ([], [])
+    assert quantize._rows(bnb(source, "none.json", tmp_path / "out", report_rows=0), source, print) == (
+        [],
+        [],
+    )
     options = build(QuantizeConfig, {"method": "bnb", "report_rows": 3})
-    assert len(gptq._rows(options, source, print)[1]) == 3
+    assert len(quantize._rows(options, source, print)[1]) == 3
     tiny.save_rows(tmp_path / "rows.json", 8)
     (tmp_path / "sample").mkdir()
     (tmp_path / "rows.json").rename(tmp_path / options.data_path)  # the user's own comes first
-    assert len(gptq._rows(options, source, print)[1]) == 2
+    assert len(quantize._rows(options, source, print)[1]) == 2
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_perplexity_that_is_no_number_is_refused(source, rows, tmp_path, monkeypatch, when, number):
     """X6: exit 4, and no folder is kept."""
-    plain = trial_rows.perplexity
+    plain = eval_rows.perplexity
 
     def measured(*arguments) -> float:
         return number if arguments[-1] == f"perplexity {when}" else plain(*arguments)
 
-    monkeypatch.setattr(trial_rows, "perplexity", measured)
+    monkeypatch.setattr(eval_rows, "perplexity", measured)
     with pytest.raises(UserError, match=f"perplexity {when}: {number}") as caught:
-        gptq.run(bnb(source, rows, tmp_path / "out"), str, print)
+        quantize.run(bnb(source, rows, tmp_path / "out"), str, print)
     assert (caught.value.code, list(tmp_path.iterdir())) == (CHECKPOINT, [])
 
 
 @pytest.mark.parametrize(("nats", "found"), [(0.0, 1.0), (1e9, math.exp(700)), (float("inf"), float("inf"))])
 def test_perplexity_of_a_token(nats, found):
-    assert trial_rows.per_token(nats, 1) == found
+    assert eval_rows.per_token(nats, 1) == found
 
 
 def test_what_can_be_seen_has_been_measured(source, rows, tmp_path, monkeypatch):
     """Cut while it is measured, no folder is there; made, its figures are told again."""
-    plain, target = trial_rows.perplexity, tmp_path / "out"
+    plain, target = eval_rows.perplexity, tmp_path / "out"
 
     def cut(*arguments) -> float:
         if arguments[-1] == "perplexity after":
@@ -352,16 +359,16 @@ def test_what_can_be_seen_has_been_measured(source, rows, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return plain(*arguments)
 
-    monkeypatch.setattr(trial_rows, "perplexity", cut)
+    monkeypatch.setattr(eval_rows, "perplexity", cut)
     with pytest.raises(KeyboardInterrupt):
-        gptq.run(bnb(source, rows, target), str, print)
+        quantize.run(bnb(source, rows, target), str, print)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(trial_rows, "perplexity", plain)
+    monkeypatch.setattr(eval_rows, "perplexity", plain)
     said: list[str] = []
-    gptq.run(bnb(source, rows, target), str, said.append)
+    quantize.run(bnb(source, rows, target), str, said.append)
     first = told_of("\n".join(said))
-    monkeypatch.setattr(trial_rows, "perplexity", fail)
-    gptq.run(bnb(source, rows, target), str, said.append)
+    monkeypatch.setattr(eval_rows, "perplexity", fail)
+    quantize.run(bnb(source, rows, target), str, said.append)
     assert told_of("\n".join(said)) == first * 2
     assert [line.split()[0] for line in first] == ["size", "perplexity"]
 
@@ -373,7 +380,7 @@ def test_a_full_disk_is_told_before_anything_is_read(source, rows, tmp_path, mon
     given = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
     said: list[str] = []
     with pytest.raises(UserError, match=r"--output_path .*needs .*free: 0 MiB") as caught:
-        gptq.run(build(QuantizeConfig, {**given, "method": "bnb"}), str, said.append)
+        quantize.run(build(QuantizeConfig, {**given, "method": "bnb"}), str, said.append)
     assert (caught.value.code, said, list(tmp_path.iterdir())) == (DISK, [], [])
 
 
@@ -388,15 +395,15 @@ def test_a_terminal_sees_how_far_it_is(source, rows, tmp_path, capsys, monkeypat
     titles = ("looking at weights:", "perplexity before:", "perplexity after:")
     given = {"model_path": str(source), "data_path": str(rows), "method": "bnb", "report_rows": 2}
     given |= {"device": "cpu"}
-    gptq.run(build(QuantizeConfig, {**given, "output_path": str(tmp_path / "one")}), str, print)
+    quantize.run(build(QuantizeConfig, {**given, "output_path": str(tmp_path / "one")}), str, print)
     assert not [title for title in titles if title in capsys.readouterr().err]
     monkeypatch.setattr(sys, "stderr", tiny.Screen())
-    gptq.run(build(QuantizeConfig, {**given, "output_path": str(tmp_path / "two")}), str, print)
+    quantize.run(build(QuantizeConfig, {**given, "output_path": str(tmp_path / "two")}), str, print)
     assert [title for title in titles if title not in sys.stderr.getvalue()] == []
 
 
 def test_missing_packages_are_named(monkeypatch, source, rows, tmp_path):
-    monkeypatch.setattr(quantised, "PACKAGES", ("no_such_package",))
+    monkeypatch.setattr(quantized, "PACKAGES", ("no_such_package",))
     given = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
     with pytest.raises(UserError, match=r"no_such_package.*setup\.sh gptq"):
-        gptq.run(build(QuantizeConfig, given), str, print)
+        quantize.run(build(QuantizeConfig, given), str, print)

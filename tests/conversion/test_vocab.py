@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from onecard import vocab
+from onecard.conversion import vocabulary as conversion_vocabulary
 from onecard.errors import UserError
+from onecard.hub import model_files
 from tests.support import tiny
 from tests.support.paths import ROOT
 from tests.support.tokenizers import sentencepiece_tokenizer
@@ -49,8 +50,8 @@ def test_new_rows_get_the_mean_and_padding_is_zero(base, tmp_path, multiple):
     """Old rows keep their bytes, in the embedding and an untied head; ids agree in all files."""
     old = AutoTokenizer.from_pretrained(base)
     new = AutoTokenizer.from_pretrained(base)
-    vocab.add_special(new, TOKENS)
-    before, added, after = vocab.prepare(base, old, new, tmp_path / "new", multiple)
+    conversion_vocabulary.add_special(new, TOKENS)
+    before, added, after = conversion_vocabulary.prepare(base, old, new, tmp_path / "new", multiple)
     assert (before, added, after) == (300, 3, -(-303 // multiple) * multiple)
     was, now = tensors(base), tensors(tmp_path / "new")
     assert was.keys() == now.keys()
@@ -76,7 +77,7 @@ def test_new_rows_get_the_mean_and_padding_is_zero(base, tmp_path, multiple):
     said = torch.arange(2, 30)[None]
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert torch.allclose(model(said).logits[..., :300], plain(said).logits, atol=1e-5)
-    index = tmp_path / "new" / vocab.INDEX
+    index = tmp_path / "new" / model_files.INDEX
     if index.is_file():
         total = json.loads(index.read_text())["metadata"]["total_size"]
         assert total == sum(tensor.nbytes for tensor in now.values())
@@ -85,9 +86,9 @@ def test_new_rows_get_the_mean_and_padding_is_zero(base, tmp_path, multiple):
 def test_a_padded_model_is_not_padded_again(base, tmp_path):
     """Enough rows and divisible: the new tokens take padding rows, and the mean lies in theirs."""
     old, new = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    vocab.prepare(base, old, new, tmp_path / "padded", 128)
-    vocab.add_special(new, TOKENS)
-    before, added, after = vocab.prepare(tmp_path / "padded", old, new, tmp_path / "new", 128)
+    conversion_vocabulary.prepare(base, old, new, tmp_path / "padded", 128)
+    conversion_vocabulary.add_special(new, TOKENS)
+    before, added, after = conversion_vocabulary.prepare(tmp_path / "padded", old, new, tmp_path / "new", 128)
     assert (before, added, after) == (384, 3, 384)
     rows = tensors(tmp_path / "new")["model.embed_tokens.weight"]
     assert torch.equal(rows[300], rows[:300].float().mean(dim=0))
@@ -106,7 +107,7 @@ def test_another_familys_tokenizer_is_refused(base, tmp_path):
         tokenizer_object=Tokenizer.from_str(json.dumps(core)), eos_token="<end>"
     )
     with pytest.raises(UserError, match="do not belong together"):
-        vocab.prepare(base, other, shuffled, tmp_path / "new", 128)
+        conversion_vocabulary.prepare(base, other, shuffled, tmp_path / "new", 128)
     assert not (tmp_path / "new").exists()
 
 
@@ -118,14 +119,14 @@ def test_a_base_without_some_weights_is_refused(base, tmp_path, name):
     save_file(kept, path, {"format": "pt"})
     own = AutoTokenizer.from_pretrained(base)
     with pytest.raises(UserError, match=f"1 of its weights are missing: {name}") as caught:
-        vocab.prepare(base, own, own, tmp_path / "new", 64)
+        conversion_vocabulary.prepare(base, own, own, tmp_path / "new", 64)
     assert caught.value.code == 4
     assert [each.name for each in tmp_path.iterdir()] == ["base"]
 
 
 def test_ids_with_gaps(tmp_path):
     """Rows are found by ids, not by how many tokens there are."""
-    made = vocab.resized(torch.arange(16.0).reshape(8, 2), [0, 1, 2, 7], [8, 9], 4)
+    made = conversion_vocabulary.resized(torch.arange(16.0).reshape(8, 2), [0, 1, 2, 7], [8, 9], 4)
     assert made.shape == (12, 2)
     assert made[7].tolist() == [14, 15]
     assert made[8].tolist() == made[9].tolist() == [5, 6]
@@ -137,18 +138,18 @@ def test_pieces_and_characters(tmp_path):
     """Text files, running text and SentencePiece models; what is one token already is not added."""
     tokenizer = tiny.tokenizer()
     (tmp_path / "pieces.txt").write_text("红色\n\nred\n蓝\n红色\n")
-    assert vocab.pieces_of(tmp_path / "pieces.txt") == ["红色", "red", "蓝", "红色"]
-    assert vocab.extend(tokenizer, ["红色", "red", "蓝", "红色"]) == ["红色", "蓝"]
+    assert conversion_vocabulary.pieces_of(tmp_path / "pieces.txt") == ["红色", "red", "蓝", "红色"]
+    assert conversion_vocabulary.extend(tokenizer, ["红色", "red", "蓝", "红色"]) == ["红色", "蓝"]
     assert len(tokenizer("红色", add_special_tokens=False).input_ids) == 1
     assert tokenizer.decode(tokenizer("说红色 red").input_ids) == "说红色 red"
-    assert vocab.characters_of("红红红 abc 蓝蓝\n", 2) == ["红", "蓝"]
+    assert conversion_vocabulary.characters_of("红红红 abc 蓝蓝\n", 2) == ["红", "蓝"]
     made = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["水 在 一百 度 沸腾"] * 9), model_writer=made, vocab_size=40,
         byte_fallback=False, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     (tmp_path / "han.model").write_bytes(made.getvalue())
-    pieces = vocab.pieces_of(tmp_path / "han.model")
+    pieces = conversion_vocabulary.pieces_of(tmp_path / "han.model")
     assert {"水", "沸"} <= set(pieces)
     assert not any("▁" in piece or "<" in piece for piece in pieces)
 
@@ -166,7 +167,7 @@ def test_what_holds_no_pieces_is_named(tmp_path, name, content, word):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=word) as caught:
-        vocab.pieces_of(tmp_path / name)
+        conversion_vocabulary.pieces_of(tmp_path / name)
     assert caught.value.code == 3
 
 
@@ -222,14 +223,14 @@ def test_pieces_inside_words_gain_no_spaces():
     """A tokenizer with a mark at the start of a text takes pieces; one with a mark before each is refused."""
     pieces = ["月亮", "太阳"]
     old, new = (sentencepiece_like("first") for _ in range(2))
-    assert vocab.extend(new, pieces) == pieces
-    vocab.check_spaces(old, new, pieces)
+    assert conversion_vocabulary.extend(new, pieces) == pieces
+    conversion_vocabulary.check_spaces(old, new, pieces)
     text = "我看月亮abc 太阳"
     assert new.decode(new(text, add_special_tokens=False).input_ids) == text
     old, new = (sentencepiece_like("always") for _ in range(2))
-    vocab.extend(new, pieces)
+    conversion_vocabulary.extend(new, pieces)
     with pytest.raises(UserError, match="prepend_scheme"):
-        vocab.check_spaces(old, new, pieces)
+        conversion_vocabulary.check_spaces(old, new, pieces)
 
 
 def test_a_tokenizer_without_bytes_takes_pieces():
@@ -237,7 +238,7 @@ def test_a_tokenizer_without_bytes_takes_pieces():
     core = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0, byte_fallback=False))
     old, new = (PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>") for _ in range(2))
     new.add_tokens(["你好"])
-    vocab.check_spaces(old, new, ["你好"])
+    conversion_vocabulary.check_spaces(old, new, ["你好"])
 
 
 def test_nothing_to_add_is_said(tmp_path):
@@ -276,7 +277,7 @@ def test_a_tokenizer_that_does_not_belong_to_the_model_is_seen(harness, tmp_path
     assert answer["code"] == 0, answer["said"]
     assert "the tokenizer's end token is 1, config.json says [7]" in answer["said"]
     larger = tiny.tokenizer()
-    vocab.extend(larger, ["月亮"])
+    conversion_vocabulary.extend(larger, ["月亮"])
     larger.save_pretrained(base)
     answer = harness.run("finetune", {**flags, "device": "cpu", "test_size": 0, "overwrite": True})
     assert answer["code"] == 2

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from onecard import check, template
+from onecard.data import check, reader
+from onecard.data import template as templates
 from tests.support import tiny
 from tests.support.paths import ROOT
 
@@ -25,7 +26,7 @@ PLANTED = {  # what the report calls it -> a row that has it
 def look(path: Path, cutoff_len: int = 400, cleaner: check.Cleaner | None = None) -> check.Findings:
     tokenizer = tiny.tokenizer()
     found = check.Findings()
-    rows = check.examine(found, [path], None, template.load("alpaca", tokenizer), tokenizer, cutoff_len)
+    rows = check.examine(found, [path], None, templates.load("alpaca", tokenizer), tokenizer, cutoff_len)
     check.all_rows(rows, cleaner)
     return found
 
@@ -76,7 +77,7 @@ def test_what_is_cleaned_reads_the_same(tmp_path, path):
     """Every sample goes through --clean and comes back as the same conversations."""
     cleaner = check.Cleaner(tmp_path / "clean.jsonl", repair=True)
     look(path, cutoff_len=5000, cleaner=cleaner)
-    assert list(check.reader.read_rows(tmp_path / "clean.jsonl")) == list(check.reader.read_rows(path))
+    assert list(reader.read_rows(tmp_path / "clean.jsonl")) == list(reader.read_rows(path))
 
 
 def test_cleaning_adds_up(tmp_path):
@@ -106,7 +107,7 @@ def test_cleaning_adds_up(tmp_path):
 def test_a_broken_look_leaves_nothing(tmp_path):
     """An error on the way: neither half of a file appears."""
     cleaner = check.Cleaner(tmp_path / "clean.jsonl", repair=False)
-    with pytest.raises(check.reader.UserError):
+    with pytest.raises(reader.UserError):
         look(save(tmp_path / "rows.csv", []), cleaner=cleaner)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
 
@@ -154,6 +155,6 @@ def test_rows_with_the_same_letters_are_not_the_same(tmp_path):
     )
     found = check.Findings()
     tokenizer = tiny.tokenizer()
-    form = template.load("alpaca", tokenizer)
+    form = templates.load("alpaca", tokenizer)
     list(check.examine(found, [tmp_path / "rows.jsonl"], None, form, tokenizer, 256))
     assert found.problems["duplicates"] == 1  # the third, but for what cannot be seen

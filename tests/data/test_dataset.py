@@ -16,16 +16,21 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from onecard import data, prompt, reader, rows, tables, template
+from onecard.config import training as training_config
+from onecard.data import conversation as data_conversation
+from onecard.data import dataset, reader, tables
+from onecard.data import encode as data_encode
+from onecard.data import examples as data_examples
+from onecard.data import template as templates
+from onecard.data.schemas import BadRow
 from onecard.errors import DATA, UNSAFE, UserError
-from onecard.schemas import BadRow
 from tests.support import fake_hub, tiny
 from tests.support.encoded_rows import encode, options
 from tests.support.faults import Touch
 from tests.support.memory import memory_rise
 from tests.support.paths import ROOT
 
-SAMPLES = sorted(path for path in (ROOT / "sample").iterdir() if path.suffix in reader.FORMATS)
+SAMPLES = sorted(path for path in (ROOT / "sample").iterdir() if path.suffix in training_config.FORMATS)
 
 
 @pytest.fixture(autouse=True)
@@ -236,12 +241,12 @@ def test_folders_several_files_and_weights(tmp_path):
     assert together.encoding.sha256 == folder.encoding.sha256
     assert together.encoding.read == 30
     weighted = encode(f"{first}:2, {second}:0.5")
-    places = data.repeated(np.arange(30), weighted.weights, seed=1)
+    places = data_examples.repeated(np.arange(30), weighted.weights, seed=1)
     counts = np.bincount(places, minlength=30)
     assert set(counts[:10]) == {2}
     assert set(counts[10:]) == {0, 1}
     assert 3 < counts[10:].sum() < 17
-    assert np.array_equal(places, data.repeated(np.arange(30), weighted.weights, seed=1))
+    assert np.array_equal(places, data_examples.repeated(np.arange(30), weighted.weights, seed=1))
     assert weighted.fingerprint != together.fingerprint
     odd = place / "x,y:3.json"
     odd.write_text(first.read_text())
@@ -301,7 +306,7 @@ def test_raw_text_becomes_whole_blocks(tmp_path, length, overlap):
     path.write_text("".join(json.dumps(text) + "\n" for text in texts))
     tokenizer, stream = tiny.tokenizer(), []
     for number, row in enumerate(reader.read_rows(path)):
-        ids, is_target = prompt.encode(row, template.load("alpaca", tokenizer), tokenizer)
+        ids, is_target = data_encode.encode(row, templates.load("alpaca", tokenizer), tokenizer)
         assert ids[-1] == tokenizer.eos_token_id
         stream += [(token, flag, number) for token, flag in zip(ids, is_target, strict=True)]
     found = encode(path, tokenizer, cutoff_len=length, overlap=overlap)
@@ -403,8 +408,8 @@ def test_rows_are_encoded_once(tmp_path, monkeypatch, cache):
     """The second time nothing is read or encoded; the arrays are mapped, not held."""
     path = tiny.save_rows(tmp_path / "rows.json", 20)
     first = encode(path)
-    monkeypatch.setattr(prompt, "encode_many", None)
-    monkeypatch.setattr(data, "encode_rows", None)
+    monkeypatch.setattr(data_encode, "encode_many", None)
+    monkeypatch.setattr(data_examples, "encode_rows", None)
     again = encode(path)
     assert again.encoding.sha256 == first.encoding.sha256
     assert isinstance(again.encoding.examples.ids, np.memmap)
@@ -438,8 +443,8 @@ def test_nothing_stale_is_used(tmp_path, change, cache):
         path.write_text(path.read_text().replace("red", "reb", 1))
         os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # D13: its times are set back
     if change.pop("tokenizer", None):
-        rows.encode(
-            options(path), reader.sources(str(path)), [template.load("alpaca", None)], tiny.tokenizer(), "2"
+        dataset.encode(
+            options(path), reader.sources(str(path)), [templates.load("alpaca", None)], tiny.tokenizer(), "2"
         )
     else:
         encode(path, **change)
@@ -459,10 +464,10 @@ def test_damaged_and_foreign_entries_are_made_again(tmp_path, cache):
     path = tiny.save_rows(tmp_path / "rows.json", 20)
     first = encode(path).encoding.sha256
     entry = next((cache / "rows").iterdir())
-    for name in ("ids", data.RECORD, rows.ENDS):
+    for name in ("ids", data_examples.RECORD, dataset.ENDS):
         (entry / name).write_bytes(b"x")
         assert encode(path).encoding.sha256 == first
-        assert data.load(entry).sha256 == first
+        assert data_examples.load(entry).sha256 == first
 
 
 def test_a_failed_encoding_leaves_nothing(tmp_path, cache):
@@ -484,7 +489,7 @@ def test_the_cache_has_a_limit(tmp_path, monkeypatch, cache):
     paths = [tiny.save_rows(tmp_path / f"{n}.json", 10 + n) for n in range(4)]
     encode(paths[0])
     size = sum(file.stat().st_size for file in next((cache / "rows").iterdir()).iterdir())
-    monkeypatch.setattr(rows, "ROOM", 3 * size)
+    monkeypatch.setattr(dataset, "ROOM", 3 * size)
     for number, path in enumerate([*paths[:2], paths[0], *paths[2:]]):
         encode(path)
         for folder in (cache / "rows").iterdir():
@@ -512,16 +517,16 @@ def test_rows_of_a_hub_dataset(tmp_path):
 
 def test_a_million_rows_stay_on_the_disk(tmp_path):
     """Memory does not grow with the rows: twenty times as many, and the process holds hardly more."""
-    tokenizer, form = tiny.tokenizer(), template.load("tigerbot", None)
+    tokenizer, form = tiny.tokenizer(), templates.load("tigerbot", None)
 
     def many(count: int):
-        return (prompt.single(f"Say {n}", "", "red") for n in range(count))
+        return (data_conversation.single(f"Say {n}", "", "red") for n in range(count))
 
     def work(count: int) -> None:
         folder = tmp_path / str(count)
         folder.mkdir()
-        one = tiny.one_by_one(lambda row, _: (*prompt.encode(row, form, tokenizer), False))
-        made = data.encode_rows(many(count), one, folder)
+        one = tiny.one_by_one(lambda row, _: (*data_encode.encode(row, form, tokenizer), False))
+        made = data_examples.encode_rows(many(count), one, folder)
         assert len(made.examples) == count
 
     work(200)
@@ -635,9 +640,9 @@ def test_rejected_rows_name_their_file(tmp_path):
 def test_held_out_rows_are_read_once(tmp_path, monkeypatch):
     """Kept beside the encoded rows: the next start reads no file for them."""
     path = tiny.save_rows(tmp_path / "rows.json", 20)
-    first = rows.picked(encode(path), np.array([3, 11]), None)
+    first = dataset.picked(encode(path), np.array([3, 11]), None)
     monkeypatch.setattr(reader, "pick_rows", None)
-    assert rows.picked(encode(path), np.array([3, 11]), None) == first
+    assert dataset.picked(encode(path), np.array([3, 11]), None) == first
     assert first[0].turns[0].text == tiny.rows(20)[3]["instruction"]
 
 
@@ -650,9 +655,9 @@ def test_a_flipped_bit_of_kept_rows_is_found_when_asked(tmp_path, cache):
     raw[40] ^= 1
     kept.write_bytes(bytes(raw))
     given = options(path)
-    forms = [template.load(given.template, tiny.tokenizer())]
+    forms = [templates.load(given.template, tiny.tokenizer())]
     arguments = (given, reader.sources(str(path)), forms, tiny.tokenizer(), "tokenizer 1")
-    assert rows.encode(*arguments, again=True).encoding.examples.ids.tolist() == whole
+    assert dataset.encode(*arguments, again=True).encoding.examples.ids.tolist() == whole
 
 
 @pytest.mark.parametrize("schema", ["openai", "sharegpt"])
@@ -699,7 +704,7 @@ def test_processes_of_one_machine_encode_once(tmp_path, capfd):
     path = tiny.save_rows(tmp_path / "rows.json", 400)
     work = """
 import sys
-from onecard import reader
+from onecard.data import reader
 from tests.support.encoded_rows import encode
 plain, calls = reader.read_rows, []
 reader.read_rows = lambda *given: (calls.append(1), plain(*given))[1]

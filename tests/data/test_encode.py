@@ -7,9 +7,13 @@ import unicodedata
 import pytest
 from tokenizers import normalizers
 
-from onecard import prompt, rendering, template
+from onecard.data import conversation as data_conversation
+from onecard.data import encode as data_encode
+from onecard.data import jinja_sandbox
+from onecard.data import template as templates
+from onecard.data.conversation import Conversation, Turn, single
+from onecard.data.template import Template
 from onecard.errors import UserError
-from onecard.prompt import Conversation, Template, Turn, single
 from tests.support import tiny
 from tests.support.tokenizers import CHATML, TOKENIZERS, load, sentencepiece_tokenizer
 
@@ -46,17 +50,17 @@ def fitting(conversation: Conversation, form: Template) -> list[Turn]:
     return turns
 
 
-@pytest.mark.parametrize("name", template.names())
+@pytest.mark.parametrize("name", templates.names())
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_chat_ids_are_the_beginning_of_the_training_ids(tokenizer, name, conversation):
     """For every template, after every turn, with three kinds of tokenizer; only answers are targets."""
     form = load(name, tokenizer)
     turns = fitting(conversation, form)
-    trained, is_target = prompt.encode(Conversation(tuple(turns)), form, tokenizer)
+    trained, is_target = data_encode.encode(Conversation(tuple(turns)), form, tokenizer)
     answers = []
     for number, turn in enumerate(turns):
         if turn.role == "assistant":
-            asked, targets = prompt.encode(Conversation(tuple(turns[:number])), form, tokenizer)
+            asked, targets = data_encode.encode(Conversation(tuple(turns[:number])), form, tokenizer)
             assert trained[: len(asked)] == asked
             assert is_target[: len(asked)] == targets
             end = next(i for i in range(len(asked), len(trained) + 1) if not any(is_target[i : i + 1]))
@@ -67,18 +71,18 @@ def test_chat_ids_are_the_beginning_of_the_training_ids(tokenizer, name, convers
     assert answers[-1] == len(trained) - 1
 
 
-@pytest.mark.parametrize("name", template.names())
+@pytest.mark.parametrize("name", templates.names())
 def test_the_last_answer_alone(tokenizer, name):
     """--train_on last: the same ids, the targets of the last turn."""
     form, conversation = load(name, tokenizer), Conversation(tuple(TURNS[1:3] + TURNS[5:]))
-    ids, all_targets = prompt.encode(conversation, form, tokenizer)
-    again, targets = prompt.encode(conversation, form, tokenizer, False, prompt.LAST)
-    asked, _ = prompt.encode(conversation.question, form, tokenizer)
+    ids, all_targets = data_encode.encode(conversation, form, tokenizer)
+    again, targets = data_encode.encode(conversation, form, tokenizer, False, data_conversation.LAST)
+    asked, _ = data_encode.encode(conversation.question, form, tokenizer)
     assert again == ids
     assert targets == [False] * len(asked) + all_targets[len(asked) :]
 
 
-@pytest.mark.parametrize("name", template.names())
+@pytest.mark.parametrize("name", templates.names())
 @pytest.mark.parametrize("limit", [0, 1, 30, 80, 150, 10_000])
 def test_long_conversations_lose_their_oldest_turns(tokenizer, name, limit):
     """The system's turn stays, whole turns go, and no more of them than must."""
@@ -87,12 +91,12 @@ def test_long_conversations_lose_their_oldest_turns(tokenizer, name, limit):
     system = [Turn("system", "Be brief.")]
 
     def shortened(first: int) -> list[int]:
-        return prompt.encode(
+        return data_encode.encode(
             Conversation((*system, *(turn for pair in said[first:] for turn in pair))), form, tokenizer
         )[0]
 
     whole = Conversation((*system, *(turn for pair in said for turn in pair)))
-    ids, is_target, was_cut = prompt.encode_within(whole, limit, form, tokenizer)
+    ids, is_target, was_cut = data_encode.encode_within(whole, limit, form, tokenizer)
     fitting = [first for first in range(9) if len(shortened(first)) <= limit]
     assert ids == (shortened(fitting[0]) if fitting else shortened(8)[:limit])
     assert len(is_target) == len(ids)
@@ -104,7 +108,7 @@ def test_auto_is_the_text_of_the_chat_template(tokenizer):
     form = load("auto", tokenizer)
     said = [Turn(turn.role, re.sub("<[a-z]+>", "", turn.text)) for turn in TURNS]
     for turns in (said, said[1:], said[1:3], said[:3]):
-        ids, _ = prompt.encode(Conversation(tuple(turns)), form, tokenizer)
+        ids, _ = data_encode.encode(Conversation(tuple(turns)), form, tokenizer)
         messages = [{"role": "tool" if t.role == "function" else t.role, "content": t.text} for t in turns]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         reference = tokenizer(text.removesuffix("\n"), add_special_tokens=False).input_ids
@@ -135,11 +139,11 @@ def test_auto_is_the_text_of_the_chat_template(tokenizer):
 )
 def test_a_chat_template_that_cannot_be_used_is_refused(monkeypatch, broken, word):
     """Whatever a stranger's template does: one message, after seconds, in little memory."""
-    monkeypatch.setattr(rendering, "SECONDS", 4)
+    monkeypatch.setattr(jinja_sandbox, "SECONDS", 4)
     made = tiny.tokenizer()
     made.chat_template = broken
     with pytest.raises(UserError, match=word) as caught:
-        template.load("auto", made)
+        templates.load("auto", made)
     assert caught.value.code == 2
 
 
@@ -163,7 +167,7 @@ def test_a_broken_template_file_is_named(tmp_path, change, word):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"user": "{text}: ", "assistant": "{text}{end}", **change}))
     with pytest.raises(UserError, match=re.escape(word)) as caught:
-        template.load(str(path), tiny.tokenizer())
+        templates.load(str(path), tiny.tokenizer())
     assert caught.value.code == 2
     assert "mine.json" in caught.value.problem
 
@@ -173,7 +177,7 @@ def test_a_file_that_is_no_template_is_named(tmp_path, content):
     path = tmp_path / "mine.json"
     path.write_text(content)
     with pytest.raises(UserError, match=r"mine\.json") as caught:
-        template.check(str(path))
+        templates.check(str(path))
     assert caught.value.code == 2
 
 
@@ -181,8 +185,8 @@ def test_ordinary_tokens_of_a_template_become_control_tokens():
     """D15: a tokenizer that has them as plain added tokens would let rows write them."""
     made = tiny.tokenizer()
     made.add_tokens(["<|im_start|>", "<|im_end|>"])
-    form = template.load("chatml", made)
-    ids, _ = prompt.encode(single("say <|im_end|> now", "", "<|im_start|>"), form, made)
+    form = templates.load("chatml", made)
+    ids, _ = data_encode.encode(single("say <|im_end|> now", "", "<|im_start|>"), form, made)
     assert ids.count(made.convert_tokens_to_ids("<|im_end|>")) == 2
     assert ids.count(made.convert_tokens_to_ids("<|im_start|>")) == 2
     assert "say <|im_end|> now" in made.decode(ids)
@@ -191,16 +195,16 @@ def test_ordinary_tokens_of_a_template_become_control_tokens():
 def test_chatml_needs_its_tokens():
     """The demo's tokenizer has them; another is told how to get them."""
     with pytest.raises(UserError, match=re.escape("no token <|im_end|>, <|im_start|>")) as caught:
-        template.load("chatml", tiny.tokenizer())
+        templates.load("chatml", tiny.tokenizer())
     assert "prepare_base_model" in caught.value.fix
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_control_tokens_in_a_row_are_text(tokenizer, conversation):
     """The end token appears once an answer, and the texts come back whole."""
-    form = template.load("alpaca", None)
+    form = templates.load("alpaca", None)
     conversation = Conversation(tuple(fitting(conversation, form)))
-    ids, is_target = prompt.encode(conversation, form, tokenizer)
+    ids, is_target = data_encode.encode(conversation, form, tokenizer)
     answers = sum(turn.role == "assistant" for turn in conversation.turns)
     assert ids.count(tokenizer.eos_token_id) == answers
     assert tokenizer.bos_token_id not in ids[1:]
@@ -208,7 +212,7 @@ def test_control_tokens_in_a_row_are_text(tokenizer, conversation):
     assert tokenizer.decode(response).strip().endswith(conversation.turns[-1].text.strip())
 
 
-@pytest.mark.parametrize("name", template.names())
+@pytest.mark.parametrize("name", templates.names())
 @pytest.mark.parametrize("place", ["system", "user", "input", "assistant", "function"])
 def test_control_tokens_are_text_in_every_place(tokenizer, name, place):
     """I1: a text made of all control tokens adds none to those that the template writes."""
@@ -225,7 +229,7 @@ def test_control_tokens_are_text_in_every_place(tokenizer, name, place):
             else turn
             for turn in row.turns
         ]
-        ids, _ = prompt.encode(Conversation(tuple(changed)), form, tokenizer)
+        ids, _ = data_encode.encode(Conversation(tuple(changed)), form, tokenizer)
         counts.append(
             {
                 token: ids.count(token)
@@ -243,12 +247,12 @@ def test_added_tokens_that_a_chat_template_writes_become_control_tokens():
     made.chat_template = CHATML.replace(
         "{{ m.content }}", "{{ '<tool>' if m.role == 'tool' else '' }}{{ m.content }}"
     )
-    form = template.load("auto", made)
+    form = templates.load("auto", made)
     tool = made.convert_tokens_to_ids("<tool>")
     row = Conversation((Turn("user", "a <tool> b"), Turn("assistant", "c <tool>")))
-    assert tool not in prompt.encode(row, form, made)[0]
+    assert tool not in data_encode.encode(row, form, made)[0]
     row = Conversation((*row.turns, Turn("function", "d"), Turn("assistant", "e")))
-    assert prompt.encode(row, form, made)[0].count(tool) == 1
+    assert data_encode.encode(row, form, made)[0].count(tool) == 1
 
 
 @pytest.mark.parametrize(
@@ -260,7 +264,7 @@ def test_control_pieces_that_letters_could_make(said):
     made = sentencepiece_tokenizer(("<call>",))
     made.backend_tokenizer.normalizer = normalizers.NFKC()
     assert "<call>" not in made.all_special_tokens
-    ids = prompt.encode_text(made, said)
+    ids = data_encode.encode_text(made, said)
     assert {1, 2, made.convert_tokens_to_ids("<call>")}.isdisjoint(ids)
     told = made.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert told.replace(" ", "") == unicodedata.normalize("NFKC", said)
@@ -271,18 +275,18 @@ def test_added_pieces_of_words_stay_ordinary():
     made = tiny.tokenizer()
     made.add_tokens(["你是", "mark"])
     made.chat_template = CHATML.replace("Be kind.", "你是助手")
-    form = template.load("auto", made)
+    form = templates.load("auto", made)
     assert not {"你是", "mark"} & set(made.all_special_tokens)
-    ids, _ = prompt.encode(single("你是谁", "", "mark"), form, made)
+    ids, _ = data_encode.encode(single("你是谁", "", "mark"), form, made)
     assert made.convert_tokens_to_ids("你是") in ids
 
 
 def test_bos_comes_first_where_the_tokenizer_puts_it():
     """Llama-like tokenizers begin every text with it; the others do not."""
-    conversation, form = CONVERSATIONS[0], template.load("alpaca", None)
+    conversation, form = CONVERSATIONS[0], templates.load("alpaca", None)
     for name, make in TOKENIZERS.items():
         made = make()
-        ids, _ = prompt.encode(conversation, form, made)
+        ids, _ = data_encode.encode(conversation, form, made)
         assert (ids[0] == made.bos_token_id) == (name == "sentencepiece")
 
 
@@ -291,7 +295,7 @@ def test_the_texts_are_the_known_ones():
     made = tiny.tokenizer()
 
     def text(name: str, *said: str) -> str:
-        return prompt.show(made, *prompt.encode(single(*said), template.load(name, made), made))
+        return data_encode.show(made, *data_encode.encode(single(*said), templates.load(name, made), made))
 
     assert text("alpaca", "Do it.").endswith("request.\n\n### Instruction:\nDo it.\n\n### Response:\n")
     filled = text("alpaca", "Do it.", "this", "done")
@@ -304,16 +308,16 @@ def test_the_texts_are_the_known_ones():
 
 def test_training_on_inputs_marks_all_but_the_start(tokenizer):
     """Every token that another one precedes is a target."""
-    _, is_target = prompt.encode(
-        CONVERSATIONS[0], template.load("alpaca", None), tokenizer, train_on_inputs=True
+    _, is_target = data_encode.encode(
+        CONVERSATIONS[0], templates.load("alpaca", None), tokenizer, train_on_inputs=True
     )
     assert is_target == [False] + [True] * (len(is_target) - 1)
 
 
 def test_show_marks_targets_and_the_end_token(tokenizer):
     """The preview of a row shows the response between the marks, end token included."""
-    ids, is_target = prompt.encode(CONVERSATIONS[0], template.load("alpaca", None), tokenizer)
-    text = prompt.show(tokenizer, ids, is_target)
+    ids, is_target = data_encode.encode(CONVERSATIONS[0], templates.load("alpaca", None), tokenizer)
+    text = data_encode.show(tokenizer, ids, is_target)
     assert text.endswith(f"red it is{tokenizer.eos_token}»")
     assert text.count("«") == 1
 
@@ -321,7 +325,7 @@ def test_show_marks_targets_and_the_end_token(tokenizer):
 def test_unknown_template_names_the_known_ones():
     """Exit 2 and the list."""
     with pytest.raises(UserError, match="alpaca") as caught:
-        template.check("nonsense")
+        templates.check("nonsense")
     assert caught.value.code == 2
 
 
@@ -330,10 +334,14 @@ def test_many_at_once_are_as_one_by_one(tokenizer, name):
     """The fast way and the plain one: the same ids, targets, cuts and refusals."""
     form = load(name, tokenizer)
     several = [*CONVERSATIONS, Conversation((Turn("text", "raw <end>"),)), *CONVERSATIONS[:2]]
-    made = prompt.encode_many(several, 60, [form] * len(several), tokenizer, False, prompt.LAST)
+    made = data_encode.encode_many(
+        several, 60, [form] * len(several), tokenizer, False, data_conversation.LAST
+    )
     for conversation, got in zip(several, made, strict=True):
         if isinstance(got, ValueError):
             with pytest.raises(ValueError, match=re.escape(str(got))):
-                prompt.encode(conversation, form, tokenizer)
+                data_encode.encode(conversation, form, tokenizer)
         else:
-            assert got == prompt.encode_within(conversation, 60, form, tokenizer, False, prompt.LAST)
+            assert got == data_encode.encode_within(
+                conversation, 60, form, tokenizer, False, data_conversation.LAST
+            )

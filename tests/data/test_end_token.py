@@ -6,7 +6,10 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from onecard import engine_hf, prompt, template
+from onecard.data import conversation as data_conversation
+from onecard.data import encode as data_encode
+from onecard.data import template as templates
+from onecard.inference import transformers_engine
 from tests.support import tiny
 from tests.support.tokenizers import sentencepiece_tokenizer, unigram_tokenizer
 
@@ -45,10 +48,12 @@ def test_the_end_is_learned(harness, tmp_path, name):
     rows = [{"instruction": word, "output": f"{word} {word}"} for word in tiny.WORDS]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     which = "auto" if tokenizer.chat_template else "tigerbot"
-    form = template.load(which, tokenizer)
-    ends = prompt.ends(form, tokenizer)
+    form = templates.load(which, tokenizer)
+    ends = data_encode.ends(form, tokenizer)
     for row in rows:
-        ids, is_target = prompt.encode(prompt.single(row["instruction"], "", row["output"]), form, tokenizer)
+        ids, is_target = data_encode.encode(
+            data_conversation.single(row["instruction"], "", row["output"]), form, tokenizer
+        )
         last = max(place for place, target in enumerate(is_target) if target)
         assert ids[last] in ends
         assert tokenizer.pad_token_id is None or tokenizer.pad_token_id not in ids[:last]
@@ -58,11 +63,13 @@ def test_the_end_is_learned(harness, tmp_path, name):
     given |= {"lora_target_modules": "all-linear", "lora_dropout": 0}
     answer = harness.run("finetune", given)
     assert answer["code"] == 0, answer["said"]
-    asked = [prompt.encode(prompt.single(row["instruction"]), form, tokenizer)[0] for row in rows]
+    asked = [
+        data_encode.encode(data_conversation.single(row["instruction"]), form, tokenizer)[0] for row in rows
+    ]
     stopped, model = [], AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     for trained in (False, True):
         model = PeftModel.from_pretrained(model, tmp_path / "run") if trained else model
-        answers = engine_hf.greedy(model, asked, LONGEST, ends)
+        answers = transformers_engine.greedy(model, asked, LONGEST, ends)
         stopped.append(sum(len(ids) < LONGEST for ids in answers) / len(answers))
     assert stopped[0] < 0.5
     assert stopped[1] > 0.95

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onecard import batching, data, json_rows, reader, schemas
+from onecard.data import examples as data_examples
+from onecard.data import json_rows, packing, reader
+from onecard.data import schemas as data_schemas
+from onecard.data.conversation import Conversation, single
+from onecard.data.schemas import BadRow
 from onecard.errors import DATA, UserError
-from onecard.prompt import Conversation, single
-from onecard.schemas import BadRow
 from tests.support import tiny
 from tests.support.memory import memory_rise
 
@@ -367,7 +369,7 @@ def test_rows_read_are_kept_dropped_or_rejected(tmp_path, kind):
         if fate in ("kept", "cut"):
             expected["kept"].append((number, conversation(row)))
     rows = read(tmp_path / "rows", layout(texts, kind))
-    encoding = data.encode_rows(rows, tiny.one_by_one(partial(as_letters, limit=40)), tmp_path)
+    encoding = data_examples.encode_rows(rows, tiny.one_by_one(partial(as_letters, limit=40)), tmp_path)
     examples = encoding.examples
     assert len(rows) == 200 == len(examples) + encoding.dropped + len(encoding.rejected)
     assert (encoding.dropped, len(encoding.rejected)) == (expected["dropped"], expected["rejected"])
@@ -384,7 +386,7 @@ def test_rows_read_are_kept_dropped_or_rejected(tmp_path, kind):
 def test_no_usable_row_gives_no_examples(tmp_path):
     """Rows that are all dropped or rejected leave empty arrays, not an error."""
     rows = [single("a" * 50, "", "b"), BadRow(1, 1, "why", "text")]
-    encoding = data.encode_rows(rows, tiny.one_by_one(partial(as_letters, limit=20)), tmp_path)
+    encoding = data_examples.encode_rows(rows, tiny.one_by_one(partial(as_letters, limit=20)), tmp_path)
     assert (len(encoding.examples), encoding.dropped, encoding.rejected) == (0, 1, rows[1:])
     assert len(encoding.examples.lengths) == len(encoding.examples.target_counts) == 0
 
@@ -394,9 +396,9 @@ def test_no_usable_row_gives_no_examples(tmp_path):
 )
 def test_split_is_deterministic_and_disjoint(count, size):
     """Every row is in exactly one part, and the same arguments give the same parts."""
-    train, validation = data.split(count, size, seed=7)
+    train, validation = data_examples.split(count, size, seed=7)
     assert sorted([*train, *validation]) == list(range(count))
-    again = data.split(count, size, seed=7)
+    again = data_examples.split(count, size, seed=7)
     assert np.array_equal(train, again[0])
     assert np.array_equal(validation, again[1])
 
@@ -415,26 +417,28 @@ def test_split_is_deterministic_and_disjoint(count, size):
 )
 def test_split_gives_the_validation_rows_asked_for(count, size, expected):
     """A fraction gives at least one and at most 200 rows; a number gives that number."""
-    assert len(data.split(count, size, seed=0)[1]) == expected
+    assert len(data_examples.split(count, size, seed=0)[1]) == expected
 
 
 def test_split_depends_on_the_seed():
     """Another seed holds other rows out."""
-    assert not np.array_equal(data.split(100, 20, seed=0)[1], data.split(100, 20, seed=1)[1])
+    assert not np.array_equal(
+        data_examples.split(100, 20, seed=0)[1], data_examples.split(100, 20, seed=1)[1]
+    )
 
 
 @pytest.mark.parametrize(("count", "size"), [(10, 10), (10, 11), (1, 0.05), (0, 0)])
 def test_split_that_leaves_no_training_row_is_an_error(count, size):
     """test_size of all rows or more ends with exit code 3 and the numbers."""
     with pytest.raises(UserError, match=f"--test_size {size}.*{count} usable") as caught:
-        data.split(count, size, seed=0)
+        data_examples.split(count, size, seed=0)
     assert caught.value.code == DATA
 
 
 def epoch_of_steps(seed: int, epoch: int, batch: int, count: int) -> list[list[int]]:
     steps, seen = [], epoch * count
     while seen < (epoch + 1) * count:
-        steps.append(data.rows_at(seed, seen, batch, count).tolist())
+        steps.append(data_examples.rows_at(seed, seen, batch, count).tolist())
         seen += len(steps[-1])
     return steps
 
@@ -445,26 +449,28 @@ def test_every_epoch_is_a_permutation_with_a_smaller_last_step(count, batch):
     for epoch in range(4):
         steps = epoch_of_steps(3, epoch, batch, count)
         assert sorted(chain(*steps)) == list(range(count))
-        assert len(steps) == data.steps_per_epoch(count, batch)
+        assert len(steps) == data_examples.steps_per_epoch(count, batch)
         assert [len(step) for step in steps[:-1]] == [batch] * (len(steps) - 1)
         assert len(steps[-1]) == (count % batch or batch if count >= batch else count)
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
     """The order is drawn anew for every epoch and every seed."""
-    orders = {tuple(data.rows_at(seed, epoch * 50, 50, 50)) for seed in range(3) for epoch in range(5)}
+    orders = {
+        tuple(data_examples.rows_at(seed, epoch * 50, 50, 50)) for seed in range(3) for epoch in range(5)
+    }
     assert len(orders) == 15
 
 
 def test_rows_of_a_step_do_not_depend_on_the_calls_before():
     """Any step of any epoch is the same asked first, last or again: a run can go on anywhere."""
     asked = [(seed, seen, batch) for seed in (0, 1) for seen in range(0, 60, 7) for batch in (1, 4, 20)]
-    data._order.cache_clear()
-    forward = {each: data.rows_at(*each, 20).tolist() for each in asked}
+    data_examples._order.cache_clear()
+    forward = {each: data_examples.rows_at(*each, 20).tolist() for each in asked}
     random.Random(0).shuffle(asked)
     for each in asked:
-        data._order.cache_clear()
-        assert data.rows_at(*each, 20).tolist() == forward[each]
+        data_examples._order.cache_clear()
+        assert data_examples.rows_at(*each, 20).tolist() == forward[each]
     whole = [place for step in range(20) for place in forward.get((0, step, 1), [])]
     assert whole == [forward[0, 0, 20][step] for step in range(0, 20, 7)]
 
@@ -475,7 +481,7 @@ def test_plan_is_a_partition_within_the_budget(budget):
     draw = random.Random(budget)
     for count in (0, 1, 7, 200):
         lengths = [draw.randint(1, 90) for _ in range(count)]
-        groups = batching.plan(lengths, budget)
+        groups = packing.plan(lengths, budget)
         assert sorted(chain(*groups)) == list(range(count))
         assert all(sum(lengths[i] for i in group) <= budget or len(group) == 1 for group in groups)
         sums = [sum(lengths[i] for i in group) for group in groups]
@@ -485,9 +491,11 @@ def test_plan_is_a_partition_within_the_budget(budget):
 def test_packed_rows_are_the_rows(tmp_path):
     """Tokens, positions, row numbers, and what predicts which target, agree with each row's is_target."""
     rows = [BadRow(1, 1, "why", ""), *random_rows(12)]
-    examples = data.encode_rows(rows, tiny.one_by_one(partial(as_letters, limit=15)), tmp_path).examples
+    examples = data_examples.encode_rows(
+        rows, tiny.one_by_one(partial(as_letters, limit=15)), tmp_path
+    ).examples
     order = [3, 0, 11, 7]
-    packed = batching.pack(examples, order)
+    packed = packing.pack(examples, order)
     start, pairs = 0, []
     for row, length in zip(order, packed.document_lengths, strict=True):
         ids, is_target = examples[row]
@@ -504,11 +512,11 @@ def test_packed_rows_are_the_rows(tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 3, 9])
 def test_processes_share_the_rows_of_a_step(tmp_path, world):
     """Over all processes every row of the step is in one micro-batch, and no target is lost."""
-    examples = data.encode_rows(
+    examples = data_examples.encode_rows(
         random_rows(30), tiny.one_by_one(partial(as_letters, limit=20)), tmp_path
     ).examples
     rows = [1, 4, 5, 9, 20, 21, 29]
-    shares = [batching.micro_batches(examples, rows, 40, rank, world) for rank in range(world)]
+    shares = [packing.micro_batches(examples, rows, 40, rank, world) for rank in range(world)]
     packed = [batch for share in shares for batch in share]
     assert sorted(number for batch in packed for number in batch.row_numbers) == [row + 1 for row in rows]
     assert sum(len(batch.targets) for batch in packed) == examples.target_counts[rows].sum()
@@ -577,7 +585,7 @@ def test_a_broken_row_of_turns_takes_no_other_with_it(tmp_path, mark, schema, ki
     texts[where] = texts[where][:place] + texts[where][place + 1 :]
     found = read(tmp_path / "rows.json", NESTED_LAYOUTS[kind](texts))
     bad = [row for row in found if isinstance(row, BadRow)]
-    good = schemas.conversation(NESTED[schema])
+    good = data_schemas.conversation(NESTED[schema])
     assert [row for row in found if row not in bad] == [good] * 4
     assert len(bad) == 1
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from onecard import hub, model, runfolder
+from onecard.hub import locate
+from onecard.models import tokenizer as models_tokenizer
+from onecard.runs import folder as run_folder
 from tests.support import golden_tokens
 from tests.support.golden_tokens import SAMPLES
 from tests.support.harness import Harness
@@ -35,7 +37,7 @@ def train_on(path: Path, harness: Harness, tiny_model: Path, run: Path) -> None:
         {**FLAGS, "model_path": tiny_model, "data_path": path, "output_path": run, "cutoff_len": 500},
     )
     assert answer["code"] == 0, answer["said"]
-    records = [json.loads(line) for line in (run / runfolder.LOG).read_text().splitlines()]
+    records = [json.loads(line) for line in (run / run_folder.LOG).read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
     assert len(steps) == FLAGS["max_steps"]
     assert all(0 < record["target_tokens"] < record["tokens"] for record in steps)
@@ -47,7 +49,7 @@ def train_on(path: Path, harness: Harness, tiny_model: Path, run: Path) -> None:
 def test_the_demo_model_learns_from_each_sample_file(harness, tmp_path, path):
     """The same with the real model, 8 bits, defaults otherwise."""
     run = tmp_path / "run"
-    flags = {"model_path": hub.locate("demo"), "data_path": path, "output_path": run, "batch_size": 4}
+    flags = {"model_path": locate.locate("demo"), "data_path": path, "output_path": run, "batch_size": 4}
     answer = harness.run(
         "finetune",
         {
@@ -65,5 +67,5 @@ def test_the_demo_model_learns_from_each_sample_file(harness, tmp_path, path):
 
 def test_what_the_model_sees_is_written_down():
     """The golden file: ids, targets and text of a row of every schema in every template."""
-    made = golden_tokens.dump(model.load_tokenizer(hub.locate("demo")))
+    made = golden_tokens.dump(models_tokenizer.load_tokenizer(locate.locate("demo")))
     assert made == json.loads(golden_tokens.FILE.read_text(encoding="utf-8"))

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from onecard import config, schemas
-from onecard.prompt import Conversation, Turn, single
+from onecard.config import training as training_config
+from onecard.data import schemas as data_schemas
+from onecard.data.conversation import Conversation, Turn, single
 
 TWO = Conversation((Turn("user", "q1"), Turn("assistant", "a1"), Turn("user", "q2"), Turn("assistant", "a2")))
 WITH_SYSTEM = Conversation((Turn("system", "s"), *TWO.turns))
@@ -113,20 +114,20 @@ BAD = [  # D16 among them
 
 @pytest.mark.parametrize(("name", "value", "wanted"), GOOD)
 def test_every_schema_is_recognised_by_looking(name, value, wanted):
-    assert schemas.recognise(value) == name
-    assert schemas.conversation(value) == wanted
-    assert schemas.conversation(value, name) == wanted
-    assert schemas.conversation(json.loads(json.dumps(value))) == wanted
+    assert data_schemas.recognise(value) == name
+    assert data_schemas.conversation(value) == wanted
+    assert data_schemas.conversation(value, name) == wanted
+    assert data_schemas.conversation(json.loads(json.dumps(value))) == wanted
 
 
 @pytest.mark.parametrize(("value", "word"), BAD)
 def test_what_is_no_conversation_is_named(value, word):
-    with pytest.raises(schemas.RowError, match=word):
-        schemas.conversation(value)
+    with pytest.raises(data_schemas.RowError, match=word):
+        data_schemas.conversation(value)
 
 
 def test_schema_can_be_given():
     """--schema text takes the text of a row that looks like something else."""
     value = {"instruction": "q", "output": "a", "text": "t"}
-    assert schemas.conversation(value, "text") == Conversation((Turn("text", "t"),))
-    assert sorted(config.SCHEMAS) == sorted(schemas.SCHEMAS)
+    assert data_schemas.conversation(value, "text") == Conversation((Turn("text", "t"),))
+    assert sorted(training_config.SCHEMAS) == sorted(data_schemas.SCHEMAS)

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard import gguf, model, probes, template
+from onecard.conversion import gguf
+from onecard.data import template as templates
+from onecard.evaluation import parity, probe_texts
+from onecard.models import tokenizer as models_tokenizer
 from tests.support import tiny
 from tests.support.adapters import save_adapter
 from tests.support.tokenizers import chatty
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu")
-from onecard import parity
 from tests.support.exports import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,8 +39,8 @@ def exported(base, adapter) -> Path:
 
 def rows_of(folder: Path, base: Path, adapter: Path | None, kind: str = "f16") -> dict[str, parity.Row]:
     """The comparison of files in a folder with a model, row by row."""
-    tokenizer = model.load_tokenizer(str(base))
-    form = template.load("auto" if tokenizer.chat_template else "alpaca", tokenizer)
+    tokenizer = models_tokenizer.load_tokenizer(str(base))
+    form = templates.load("auto" if tokenizer.chat_template else "alpaca", tokenizer)
     expected = parity.reference(base, adapter, form, tokenizer)
     files = folder / f"base-{kind}.gguf", folder / "adapter.gguf" if adapter else None
     return {row.name: row for row in parity.compare(expected, kind, *files, form, tokenizer, 1)}
@@ -92,7 +94,7 @@ def test_logits_that_are_no_numbers_fail(monkeypatch, kind):
 
 
 def test_texts_are_a_thousand_different_ones():
-    made = probes.texts(["<turn>"])
-    assert len(made) == len(set(made)) == probes.COUNT
-    assert made == probes.texts(["<turn>"]) != probes.texts()
+    made = probe_texts.texts(["<turn>"])
+    assert len(made) == len(set(made)) == probe_texts.COUNT
+    assert made == probe_texts.texts(["<turn>"]) != probe_texts.texts()
     assert sum("<turn>" in text for text in made) > 50

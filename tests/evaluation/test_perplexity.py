@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard import engine_hf, gguf, hub, measure, model, probes, scoring
-from onecard.chat_config import PerplexityConfig
+from onecard.config.tools import PerplexityConfig
+from onecard.conversion import gguf, gguf_cache
 from onecard.errors import DATA, UserError
+from onecard.evaluation import perplexity, probe_texts
+from onecard.hub import locate
+from onecard.inference import transformers_engine
+from onecard.models import base_model
+from onecard.models import tokenizer as models_tokenizer
 from tests.support import tiny
 from tests.support.adapters import save_adapter
 from tests.support.paths import ROOT
@@ -42,7 +47,7 @@ def files(base, adapter) -> tuple[Path, Path]:
 @pytest.mark.parametrize("length", [0, 1])
 def test_windows_that_do_not_move_on_are_refused(length):
     with pytest.raises(AssertionError):
-        scoring.windows(4, length)
+        perplexity.windows(4, length)
 
 
 def test_a_context_too_short_to_measure(tmp_path):
@@ -51,13 +56,15 @@ def test_a_context_too_short_to_measure(tmp_path):
     (tmp_path / "text.txt").write_text("red green blue")
     given = PerplexityConfig(data_path=str(tmp_path / "text.txt"), model_path=str(made), context=2)
     with pytest.raises(UserError, match="context of 2 tokens"):
-        measure.perplexity(given, hub.locate, hub.fetch_adapter, gguf.for_llama, say=lambda _: None)
+        perplexity.perplexity(
+            given, locate.locate, locate.fetch_adapter, gguf_cache.for_llama, say=lambda _: None
+        )
 
 
 def test_windows_score_every_token_once():
     for count, length in ((5, 8), (8, 8), (9, 8), (100, 7), (1000, 64)):
         for unscored in (0, 1):
-            made = scoring.windows(count, length, unscored)
+            made = perplexity.windows(count, length, unscored)
             scored = [place for window in made for place in range(window.scored, window.end)]
             assert scored == list(range(unscored, count))
             assert all(window.end - window.start <= length for window in made)
@@ -66,12 +73,12 @@ def test_windows_score_every_token_once():
 
 def test_score_is_the_plain_sum(base):
     """Against transformers' own logits, window by window, in one forward pass each."""
-    tokenizer = model.load_tokenizer(str(base))
-    made = model.load_base(str(base), 16, "fp32", "cpu").eval()
-    text = scoring.encode(tokenizer, "red green été 🙂 " * 20, most=150)
-    found = scoring.score(engine_hf.Engine(made, tokenizer, 64), text, 64)
+    tokenizer = models_tokenizer.load_tokenizer(str(base))
+    made = base_model.load_base(str(base), 16, "fp32", "cpu").eval()
+    text = perplexity.encode(tokenizer, "red green été 🙂 " * 20, most=150)
+    found = perplexity.score(transformers_engine.Engine(made, tokenizer, 64), text, 64)
     nats = 0.0
-    for start, end, scored in scoring.windows(150, 64):
+    for start, end, scored in perplexity.windows(150, 64):
         ids = torch.tensor(text.ids[start:end])
         with torch.inference_mode():
             chances = torch.log_softmax(made(ids[None], use_cache=False).logits[0, :-1].double(), -1)
@@ -85,12 +92,12 @@ def test_score_is_the_plain_sum(base):
 def test_perplexity_is_the_same_in_both_engines(files, base, adapter, tmp_path):
     """Same ids, same windows; base and adapter as folders, as files, with a weight."""
     file = tmp_path / "text.txt"
-    file.write_text(probes.TEXT[:600], encoding="utf-8")
+    file.write_text(probe_texts.TEXT[:600], encoding="utf-8")
 
     def measured(**options):
         given = PerplexityConfig(data_path=str(file), context=64, **options)
-        how = (hub.locate, hub.fetch_adapter, gguf.for_llama)
-        return measure.perplexity(given, *how, say=lambda _: None)
+        how = (locate.locate, locate.fetch_adapter, gguf_cache.for_llama)
+        return perplexity.perplexity(given, *how, say=lambda _: None)
 
     base_file, file_of_adapter = str(files[0]), files[1]
     for weight in (1, 0.5):
@@ -107,7 +114,7 @@ def test_a_file_that_is_no_text(tmp_path):
     (tmp_path / "empty").write_bytes(b"")
     for path, said in ((tmp_path / "bad", "not UTF-8"), (tmp_path / "none", "No such file")):
         with pytest.raises(UserError, match=said) as caught:
-            measure.read(str(path))
+            perplexity.read(str(path))
         assert caught.value.code == DATA
     command = [sys.executable, ROOT / "tools" / "perplexity.py", "--help"]
     assert "--data_path" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -12,10 +12,11 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from onecard import addresses, fetch, transfer
-from onecard.addresses import Hosts
+from onecard.config.tools import DownloadConfig
 from onecard.errors import UNSAFE, USAGE, UserError
-from onecard.tool_config import DownloadConfig
+from onecard.hub import addresses, transfer
+from onecard.hub import download as hub_download
+from onecard.hub.addresses import Hosts
 from tests.support import bad_hub
 from tests.support.bad_hub import NAME
 
@@ -124,7 +125,7 @@ def ask(url: str, *typed: str) -> UserError | None:
 def download(served: bad_hub.Hub, folder: Path, **options) -> UserError | None:
     settings = DownloadConfig(model_path=NAME, to=str(folder), endpoint=served.address)
     try:
-        fetch.run(dataclasses.replace(settings, **options), str, (), lambda _: None)
+        hub_download.run(dataclasses.replace(settings, **options), str, (), lambda _: None)
     except UserError as error:
         return error
     return None

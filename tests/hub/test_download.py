@@ -17,22 +17,17 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from onecard import (
-    addresses,
-    fetch,
-    fingerprint,
-    hub,
-    loading,
-    lock,
-    model,
-    receipt,
-    remote,
-    sources,
-    transfer,
-)
-from onecard.chat_config import ChatConfig
+from onecard.config.chat import ChatConfig
+from onecard.config.tools import DownloadConfig
 from onecard.errors import CHECKPOINT, DISK, UNSAFE, USAGE, UserError
-from onecard.tool_config import DownloadConfig
+from onecard.hub import addresses, locate, manifest, transfer
+from onecard.hub import download as hub_download
+from onecard.hub import listing as hub_listing
+from onecard.inference import loader, resolve
+from onecard.models import base_model
+from onecard.models import tokenizer as models_tokenizer
+from onecard.runs import adapters as run_adapters
+from onecard.system import hashing, lock
 from tests.support import bad_hub
 from tests.support.bad_hub import NAME, download
 from tests.support.paths import ROOT
@@ -98,10 +93,10 @@ def parts(folder: Path) -> list[Path]:
 def check_whole(folder: Path, served: bad_hub.Hub) -> None:
     """The folder holds the listed bytes, a receipt that is true, and nothing else."""
     files = served.commits[served.branch]
-    assert inside(folder) == sorted(["config.json", WEIGHTS, receipt.NAME])
+    assert inside(folder) == sorted(["config.json", WEIGHTS, manifest.NAME])
     for name in ("config.json", WEIGHTS):
         assert (folder / name).read_bytes() == files[name]
-    stored = json.loads((folder / receipt.NAME).read_text())
+    stored = json.loads((folder / manifest.NAME).read_text())
     assert stored["commit"] == served.branch
     assert stored["files"][WEIGHTS]["sha256"] == hashlib.sha256(files[WEIGHTS]).hexdigest()
 
@@ -113,7 +108,7 @@ def test_only_what_a_model_needs_is_fetched(served, tmp_path):
         "pytorch_model.bin": b"pickle",
         "onnx/config.json": b"{}",
         "consolidated.safetensors": b"twice",
-        receipt.NAME: b"{}",
+        manifest.NAME: b"{}",
     }
     said = download(served, tmp_path / "m")
     check_whole(tmp_path / "m", served)
@@ -192,7 +187,7 @@ def test_wrong_bytes_are_never_done(served, tmp_path, lie, name):
     assert name in message
     assert not (tmp_path / "m" / name).exists()
     assert not any(path.name.startswith(name) for path in parts(tmp_path / "m"))
-    assert not (tmp_path / "m" / receipt.NAME).exists()
+    assert not (tmp_path / "m" / manifest.NAME).exists()
     served.lies.clear()
     download(served, tmp_path / "m")
     check_whole(tmp_path / "m", served)
@@ -331,7 +326,7 @@ def test_a_moved_branch_is_told_and_not_followed(served, tmp_path):
     assert old[:12] in said
     assert served.branch[:12] in said
     assert "--update true" in said
-    assert json.loads((tmp_path / "m" / receipt.NAME).read_text())["commit"] == old
+    assert json.loads((tmp_path / "m" / manifest.NAME).read_text())["commit"] == old
     assert (tmp_path / "m" / WEIGHTS).read_bytes() == served.commits[old][WEIGHTS]
     (tmp_path / "m" / WEIGHTS).unlink()  # completed at the commit that it is of
     download(served, tmp_path / "m")
@@ -349,7 +344,7 @@ def test_an_update_removes_what_the_new_version_has_not(served, tmp_path):
     served.commits[served.branch] = {"config.json": b"{}", "model-1.safetensors": content(seed=3)}
     (tmp_path / "m" / "notes.txt").write_text("mine")
     download(served, tmp_path / "m", update=True)
-    expected = sorted(["config.json", "model-1.safetensors", "notes.txt", receipt.NAME])
+    expected = sorted(["config.json", "model-1.safetensors", "notes.txt", manifest.NAME])
     assert inside(tmp_path / "m") == expected
 
 
@@ -372,13 +367,13 @@ def test_an_edited_list_is_followed(served, tmp_path):
     def bring(*names: str) -> None:
         sums = {name: hashlib.sha256(model_files()[name]).hexdigest() for name in names}
         lines = [f"{served.address}/plain/{name} {name} {digest}" for name, digest in sums.items()]
-        fetch.run(DownloadConfig(url_list="list.txt", to=str(tmp_path / "m")), str, lines, print)
+        hub_download.run(DownloadConfig(url_list="list.txt", to=str(tmp_path / "m")), str, lines, print)
 
     bring("config.json")
     bring(WEIGHTS)
-    check_names = json.loads((tmp_path / "m" / receipt.NAME).read_text())["files"]
+    check_names = json.loads((tmp_path / "m" / manifest.NAME).read_text())["files"]
     assert sorted(check_names) == sorted(["config.json", WEIGHTS])
-    assert inside(tmp_path / "m") == sorted(["config.json", WEIGHTS, receipt.NAME])
+    assert inside(tmp_path / "m") == sorted(["config.json", WEIGHTS, manifest.NAME])
 
 
 def test_the_token_stays_with_its_host(served, tmp_path, monkeypatch, other_is_public):
@@ -396,7 +391,7 @@ def test_the_token_stays_with_its_host(served, tmp_path, monkeypatch, other_is_p
         assert (headers.get("Authorization") == f"Bearer {TOKEN}") == (host == mine)
     assert {host for host, _, _ in served.asked} == {mine, served.other.removeprefix("http://")}
     assert TOKEN not in " ".join(said)
-    assert TOKEN not in (tmp_path / "b" / receipt.NAME).read_text()
+    assert TOKEN not in (tmp_path / "b" / manifest.NAME).read_text()
 
 
 def test_the_tokens_cookie_of_modelscope_too(served, tmp_path, monkeypatch, other_is_public):
@@ -412,7 +407,7 @@ def test_the_tokens_cookie_of_modelscope_too(served, tmp_path, monkeypatch, othe
 def test_modelscope(served, tmp_path):
     """Its interface as its own client uses it, on a stand-in; a moved branch is told here too."""
     download(served, tmp_path / "m", source="modelscope")
-    stored = json.loads((tmp_path / "m" / receipt.NAME).read_text())
+    stored = json.loads((tmp_path / "m" / manifest.NAME).read_text())
     assert stored["source"] == "modelscope"
     assert (tmp_path / "m" / WEIGHTS).read_bytes() == model_files()[WEIGHTS]
     assert "holds" in refused(served, tmp_path / "m", USAGE)  # the hub's of that name is another
@@ -439,7 +434,7 @@ def test_pickles_need_a_word(tmp_path):
         assert "--pickles true" in refused(served, tmp_path / "m", UNSAFE)
         assert inside(tmp_path / "m") == []
         download(served, tmp_path / "m", pickles=True)
-        assert inside(tmp_path / "m") == sorted([*files, receipt.NAME])
+        assert inside(tmp_path / "m") == sorted([*files, manifest.NAME])
 
 
 def test_asked_to_wait(served, tmp_path, monkeypatch):
@@ -461,7 +456,7 @@ def test_asked_to_wait(served, tmp_path, monkeypatch):
 def test_the_disk_is_checked_first(served, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1 << 20})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    monkeypatch.setattr(fetch, "SPARE", (1 << 20) - 200_000)
+    monkeypatch.setattr(hub_download, "SPARE", (1 << 20) - 200_000)
     refused(served, tmp_path / "m", DISK)
     assert inside(tmp_path / "m") == []
     assert not served.files("/resolve/")
@@ -514,9 +509,9 @@ def test_llama_folders(served, tmp_path, size, shards):
     address = f"{served.address}/plain/*?Signature=secret"
     ended = llama(served, size, tmp_path / "m", PRESIGNED_URL=address)
     assert ended.returncode == 0, ended.stderr
-    assert inside(tmp_path / "m") == sorted([*files, receipt.NAME])
+    assert inside(tmp_path / "m") == sorted([*files, manifest.NAME])
     assert all((tmp_path / "m" / name).read_bytes() == data for name, data in files.items())
-    kept = (tmp_path / "m" / receipt.NAME).read_text() + ended.stdout + ended.stderr
+    kept = (tmp_path / "m" / manifest.NAME).read_text() + ended.stdout + ended.stderr
     assert "secret" not in kept
     served.lies[f"{size}/consolidated.00.pth"] = bytes(50_000)
     ended = llama(served, size, tmp_path / "n", BASE_URL=f"{served.address}/plain/")
@@ -551,7 +546,7 @@ def test_llama_without_an_address(served, tmp_path):
 def test_bad_lists(served, tmp_path, line, code):
     options = DownloadConfig(url_list="list.txt", to=str(tmp_path / "m"))
     with pytest.raises(UserError) as caught:
-        fetch.run(options, str, [line.replace("{a}", served.address)], print)
+        hub_download.run(options, str, [line.replace("{a}", served.address)], print)
     assert caught.value.code == code
     assert inside(tmp_path / "m") == []
 
@@ -561,7 +556,7 @@ def test_a_list_without_files(tmp_path, lines):
     """What a line looks like is said, and nothing of checksums that lack."""
     options = DownloadConfig(url_list="list.txt", to=str(tmp_path / "m"))
     with pytest.raises(UserError) as caught:
-        fetch.run(options, str, lines, print)
+        hub_download.run(options, str, lines, print)
     assert (caught.value.code, caught.value.problem) == (USAGE, "list.txt: lists no file.")
     assert "URL [NAME] [CHECKSUM]" in caught.value.fix
 
@@ -590,7 +585,7 @@ def test_options_that_do_nothing_are_refused(tmp_path, monkeypatch, given, idle)
     """A list and the demo have no versions, mirrors or choice of files; nothing is asked or written."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        fetch.run(DownloadConfig(**given), str, [], print)
+        hub_download.run(DownloadConfig(**given), str, [], print)
     assert caught.value.code == USAGE
     assert sorted(re.findall(r"--(\w+) is", str(caught.value))) == sorted(idle)
     assert inside(tmp_path) == []
@@ -613,7 +608,7 @@ def test_offline(served, tmp_path):
     assert inside(tmp_path / "cache") == []
     warm = program(NAME, "--endpoint", served.address)
     assert warm.returncode == 0, warm.stderr
-    assert hub.locate(NAME) == str(receipt.place(NAME))
+    assert locate.locate(NAME) == str(manifest.place(NAME))
     for flags in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
         again = program(NAME, **flags)
         assert again.returncode == 0, again.stderr
@@ -665,27 +660,25 @@ def test_the_demo(tmp_path, tiny_model):
     said: list[str] = []
     options = DownloadConfig(model_path="demo", to=str(tmp_path / "m"))
     where = {"demo": str(tiny_model)}.__getitem__
-    fetch.run(options, where, (), said.append)
+    hub_download.run(options, where, (), said.append)
     names = [path.name for path in tiny_model.iterdir()]
-    assert inside(tmp_path / "m") == sorted([*names, receipt.NAME])
+    assert inside(tmp_path / "m") == sorted([*names, manifest.NAME])
     assert all((tmp_path / "m" / name).read_bytes() == (tiny_model / name).read_bytes() for name in names)
-    fetch.run(options, where, (), said.append)
+    hub_download.run(options, where, (), said.append)
     assert "0 files copied" in said[-1]
     (tmp_path / "m" / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"config\.json"):
-        fetch.run(options, where, (), said.append)
+        hub_download.run(options, where, (), said.append)
 
 
 def test_the_demo_is_read_again_on_request(tmp_path, tiny_model, monkeypatch):
     options = DownloadConfig(model_path="demo", to=str(tmp_path / "m"))
-    fetch.run(options, lambda _: str(tiny_model), (), print)
-    plain, again = fingerprint.of_file, []
-    monkeypatch.setattr(
-        fingerprint, "of_file", lambda path, full=False: again.append(full) or plain(path, full)
-    )
+    hub_download.run(options, lambda _: str(tiny_model), (), print)
+    plain, again = hashing.of_file, []
+    monkeypatch.setattr(hashing, "of_file", lambda path, full=False: again.append(full) or plain(path, full))
     for verify in (False, True):
         again.clear()
-        fetch.run(dataclasses.replace(options, verify=verify), lambda _: str(tiny_model), (), print)
+        hub_download.run(dataclasses.replace(options, verify=verify), lambda _: str(tiny_model), (), print)
         assert set(again) == {verify}
 
 
@@ -722,7 +715,7 @@ def test_code_of_a_model_is_never_run(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     folder = poisoned(tiny_model, tmp_path / "m", "strange")
     with pytest.raises(UserError, match=r"configuration_x\.X.*--remote_code COMMIT") as caught:
-        model.load_config(str(folder))
+        base_model.load_config(str(folder))
     assert caught.value.code == UNSAFE
     assert not (tmp_path / "canary").exists()
 
@@ -734,10 +727,10 @@ def test_code_is_not_imported(tiny_model, tmp_path, kind, monkeypatch):
     folder = str(poisoned(tiny_model, tmp_path / "m", kind))
     worked = 0
     for work in (
-        lambda: model.load_tokenizer(folder),
-        lambda: model.load_config(folder),
-        lambda: model.skeleton(folder, model.load_config(folder)),
-        lambda: model.load_base(folder, 16, "fp32", "cpu"),
+        lambda: models_tokenizer.load_tokenizer(folder),
+        lambda: base_model.load_config(folder),
+        lambda: base_model.skeleton(folder, base_model.load_config(folder)),
+        lambda: base_model.load_base(folder, 16, "fp32", "cpu"),
     ):
         with contextlib.suppress(UserError):
             work()
@@ -755,21 +748,21 @@ def test_what_an_adapter_names_is_not_followed(tmp_path, base, monkeypatch):
     (tmp_path / "outside").mkdir()
     (tmp_path / "in" / "a").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "in")
-    found = sources.Source("adapter", tmp_path / "in" / "a", base=base)
+    found = run_adapters.Source("adapter", tmp_path / "in" / "a", base=base)
     located: list[str] = []
     with pytest.raises(UserError, match="not on this machine") as caught:
-        loading._base(ChatConfig(lora_path="a"), [found], lambda name: located.append(name) or name, print)
+        loader._base(ChatConfig(lora_path="a"), [found], lambda name: located.append(name) or name, print)
     assert base in str(caught.value)
     assert located == []
     asked = dataclasses.replace(ChatConfig(lora_path="a"), model_path=base)
-    assert loading._base(asked, [found], str, print) == base  # typed by the user
+    assert loader._base(asked, [found], str, print) == base  # typed by the user
 
 
 def test_a_base_that_is_here_is_followed(served, tmp_path, tiny_model):
     """The demo, a folder, and what was fetched before."""
-    assert not sources.is_here(NAME)
+    assert not resolve.is_here(NAME)
     download(served, None)
     for base in ("demo", str(tiny_model), NAME):
-        assert sources.is_here(base)
-    assert hub.here(NAME) == str(receipt.place(NAME))
-    assert remote.OWN == receipt.NAME
+        assert resolve.is_here(base)
+    assert locate.here(NAME) == str(manifest.place(NAME))
+    assert hub_listing.OWN == manifest.NAME

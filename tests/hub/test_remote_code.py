@@ -13,24 +13,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from onecard import (
-    chat,
-    config,
-    fetch,
-    loading,
-    model,
-    receipt,
-    remote_code,
-    resume,
-    runfolder,
-    train,
-    transfer,
-)
-from onecard.chat_config import ChatConfig, CpuConfig, Generation, PerplexityConfig
-from onecard.config import ContinueConfig, FinetuneConfig
+from onecard.config import options as config_options
+from onecard.config import tools as tool_config
+from onecard.config.chat import ChatConfig, CpuConfig
+from onecard.config.generation import Generation
+from onecard.config.tools import DownloadConfig, ExportConfig, MergeConfig, PerplexityConfig, QuantizeConfig
+from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.errors import CHECKPOINT, UNSAFE, USAGE, UserError
-from onecard.start import Start
-from onecard.tool_config import DownloadConfig, ExportConfig, MergeConfig, QuantizeConfig
+from onecard.hub import listing as hub_listing
+from onecard.hub import manifest, remote_code, transfer
+from onecard.inference import chat, loader
+from onecard.models import base_model
+from onecard.models import tokenizer as models_tokenizer
+from onecard.runs import folder as run_folder
+from onecard.training import loop, resume
+from onecard.training.starting_point import Start
 from tests.support import bad_hub
 from tests.support.bad_hub import NAME, download
 from tests.support.paths import ROOT
@@ -138,7 +135,7 @@ def test_code_is_fetched_when_its_commit_is_named(served, tmp_path):
     names = {path.relative_to(tmp_path / "m").as_posix() for path in (tmp_path / "m").rglob("*")}
     assert set(CODE) <= names
     assert not {"custom_generate/generate.py", "run.sh"} & names
-    stored = receipt.read(tmp_path / "m")
+    stored = manifest.read(tmp_path / "m")
     assert stored["commit"] == COMMIT
     assert set(CODE) <= set(stored["files"])
     assert any("modeling_odd.py" in line and "Read it" in line for line in said)
@@ -194,8 +191,8 @@ def test_what_has_no_commit_or_two_is_refused(served, tmp_path, options):
 
 
 def test_a_server_that_answers_with_another_commit(served, tmp_path, monkeypatch):
-    given = fetch.remote.of_hub
-    monkeypatch.setattr(fetch.remote, "of_hub", lambda name, _, *rest: given(name, OTHER, *rest))
+    given = hub_listing.of_hub
+    monkeypatch.setattr(hub_listing, "of_hub", lambda name, _, *rest: given(name, OTHER, *rest))
     with pytest.raises(UserError, match="another commit") as caught:
         download(served, tmp_path / "m", remote_code=COMMIT)
     assert caught.value.code == UNSAFE
@@ -211,7 +208,7 @@ def test_a_server_that_answers_with_another_commit(served, tmp_path, monkeypatch
 def test_only_a_full_commit_is_a_consent(settings, text):
     """No branch, no tag, no short hash, no plain yes."""
     with pytest.raises(UserError, match="must be a full commit: 40 characters") as caught:
-        config.parse(settings, [f"--remote_code={text}"])
+        config_options.parse(settings, [f"--remote_code={text}"])
     assert caught.value.code == USAGE
 
 
@@ -220,13 +217,13 @@ def test_a_file_of_options_is_no_consent(tmp_path):
     path = tmp_path / "options.json"
     path.write_text(json.dumps({"remote_code": COMMIT}))
     with pytest.raises(UserError, match="Give --remote_code on the command line"):
-        config.parse(FinetuneConfig, ["--config", str(path)])
+        config_options.parse(FinetuneConfig, ["--config", str(path)])
     path.write_text(json.dumps({"remote_code": None}))
-    assert config.parse(FinetuneConfig, ["--config", str(path)]).remote_code is None
+    assert config_options.parse(FinetuneConfig, ["--config", str(path)]).remote_code is None
 
 
 def test_no_window_offers_it():
-    studio_layout = pytest.importorskip("onecard.studio_layout")  # brings gradio
+    studio_layout = pytest.importorskip("onecard.ui.training_layout")  # brings gradio
     assert "remote_code" in studio_layout.HIDDEN
     assert not hasattr(Generation(), "remote_code")
 
@@ -234,9 +231,9 @@ def test_no_window_offers_it():
 def test_code_that_is_not_asked_for_is_not_run(fetched, tmp_path):
     """The refusal names the classes and the option (S6)."""
     for work in (
-        model.load_config,
-        model.load_tokenizer,
-        lambda path: model.load_base(path, 16, "fp32", "cpu"),
+        base_model.load_config,
+        models_tokenizer.load_tokenizer,
+        lambda path: base_model.load_base(path, 16, "fp32", "cpu"),
     ):
         with pytest.raises(UserError, match=r"configuration_odd\.OddConfig.*--remote_code COMMIT") as caught:
             work(str(fetched))
@@ -250,7 +247,7 @@ def test_the_commit_that_is_there_is_told(fetched, tmp_path):
 
 
 def test_a_folder_that_nobody_downloaded(fetched):
-    (fetched / receipt.NAME).unlink()
+    (fetched / manifest.NAME).unlink()
     assert "tools/download.py OWNER/MODEL --remote_code COMMIT" in refusal(fetched, COMMIT)
 
 
@@ -317,7 +314,7 @@ def test_a_consent_ends_when_a_file_changes(fetched, tmp_path):
     given = remote_code.ask(str(fetched), COMMIT, lambda _: None)
     (fetched / "modeling_odd.py").write_text(CANARY)
     with pytest.raises(UserError, match="is not what was fetched"):
-        model.load_config(str(fetched), given)
+        base_model.load_config(str(fetched), given)
     assert not canary(tmp_path)
 
 
@@ -387,14 +384,14 @@ def test_an_adapters_word_is_no_consent(fetched, tmp_path):
     )
     for commit in (None, OTHER):
         with pytest.raises(UserError, match=f"{COMMIT}.*--remote_code") as caught:
-            loading._check(ChatConfig(remote_code=commit), str(fetched), [adapter], False)
+            loader._check(ChatConfig(remote_code=commit), str(fetched), [adapter], False)
         assert caught.value.code == UNSAFE
-    loading._check(ChatConfig(remote_code=COMMIT), str(fetched), [adapter], False)
+    loader._check(ChatConfig(remote_code=COMMIT), str(fetched), [adapter], False)
 
 
 def test_llama_cpp_runs_no_code(fetched):
     with pytest.raises(UserError, match="--remote_code is for the transformers engine"):
-        loading._check(CpuConfig(remote_code=COMMIT), str(fetched), [], True)
+        loader._check(CpuConfig(remote_code=COMMIT), str(fetched), [], True)
 
 
 # all of it, in processes of their own
@@ -416,14 +413,14 @@ def test_a_training_and_answers_with_code_of_the_model(fetched, tmp_path, tiny_r
         assert "now runs on this machine with your rights" in ended.stdout + ended.stderr
         assert canary(tmp_path) == {"configuration_odd", "modeling_odd", "parts", "tokenizer"}
         (tmp_path / "canary").unlink()
-    stored = json.loads((run / runfolder.CONFIG).read_text())
+    stored = json.loads((run / run_folder.CONFIG).read_text())
     assert stored["options"]["remote_code"] is None
     assert stored["fingerprints"][remote_code.PRINT] == COMMIT
     assert not list(run.rglob("*.py"))
 
     for commit in (None, OTHER):  # the run alone starts nothing
         for work in (
-            lambda c: begin(config.build(FinetuneConfig, {**settings(training), "remote_code": c})),
+            lambda c: begin(config_options.build(FinetuneConfig, {**settings(training), "remote_code": c})),
             lambda c: go_on(ContinueConfig(output_path=str(run), max_steps=3, remote_code=c)),
             lambda c: chat.start(ChatConfig(lora_path=str(run), remote_code=c), str, str, None, print),
         ):
@@ -447,26 +444,32 @@ def settings(words: list[str]) -> dict[str, str]:
 
 
 def begin(options: FinetuneConfig) -> None:
-    train.run(options, str, sample=lambda *_: [], draw=lambda *_: None)
+    loop.run(options, str, sample=lambda *_: [], draw=lambda *_: None)
 
 
 def go_on(wish: ContinueConfig) -> None:
     given = frozenset({"output_path", "max_steps", "remote_code"})
-    train.go_on(wish, given, str, str, sample=lambda *_: [], draw=lambda *_: None)
+    loop.go_on(wish, given, str, str, sample=lambda *_: [], draw=lambda *_: None)
 
 
 def test_all_weights_are_not_trained(fetched, tmp_path, tiny_rows):
     """What came out could not be loaded again: nobody downloaded it."""
     values = settings(["", *flags(fetched, tiny_rows, tmp_path / "run")])
     with pytest.raises(UserError, match="--train_what lora") as caught:
-        begin(config.build(FinetuneConfig, {**values, "train_what": "full", "remote_code": COMMIT}))
+        begin(config_options.build(FinetuneConfig, {**values, "train_what": "full", "remote_code": COMMIT}))
     assert caught.value.code == USAGE
 
 
 def test_the_other_programs_have_no_such_option():
-    for options in (MergeConfig, ExportConfig, QuantizeConfig, config.CheckConfig, config.PrepareConfig):
+    for options in (
+        MergeConfig,
+        ExportConfig,
+        QuantizeConfig,
+        tool_config.CheckConfig,
+        tool_config.PrepareConfig,
+    ):
         with pytest.raises(UserError, match="unrecognized arguments: --remote_code"):
-            config.parse(options, [f"--remote_code={COMMIT}"])
+            config_options.parse(options, [f"--remote_code={COMMIT}"])
 
 
 @pytest.mark.parametrize(
@@ -476,9 +479,10 @@ def test_code_that_fails_is_told(served, tmp_path, fault):
     """A package that is missing, or code for another version of transformers: no traceback."""
     served.commits[COMMIT]["parts.py"] = f"{fault}\n{CODE['parts.py']}".encode()
     download(served, tmp_path / "m", remote_code=COMMIT)
-    script = "import sys; from onecard import errors, model, remote_code\n"
+    script = "import sys; from onecard import errors\nfrom onecard.hub import remote_code\n"
+    script += "from onecard.models import base_model\n"
     script += "def main():\n    code = remote_code.ask(sys.argv[1], sys.argv[2], print)\n"
-    script += "    model.load_base(sys.argv[1], 16, 'fp32', 'cpu', code=code)\nerrors.run_program(main)"
+    script += "    base_model.load_base(sys.argv[1], 16, 'fp32', 'cpu', code=code)\nerrors.run_program(main)"
     ended = program("-c", script, tmp_path / "m", COMMIT)
     assert ended.returncode == USAGE, ended.stderr
     assert "the model's code fails" in ended.stderr

@@ -17,8 +17,13 @@ import pytest
 from huggingface_hub import get_session
 from safetensors.torch import load_file, save_file
 
-from onecard import asking, commits, hub, hubnames, layouts, model, receipt, remote_code, sources
 from onecard.errors import USAGE, UserError
+from onecard.hub import client, manifest, model_files, remote_code, revisions
+from onecard.hub import locate as hub_locate
+from onecard.inference import resolve
+from onecard.models import base_model
+from onecard.runs import adapters as run_adapters
+from onecard.training import recorded_names
 from tests.support import fake_hub, tiny
 from tests.support.fake_hub import Repository
 from tests.support.paths import ROOT
@@ -162,31 +167,33 @@ def test_an_adapter_by_its_name(tmp_path):
         hub.branch = NEW
         said = fake_hub.fetch(address, tmp_path / "home", "fetch_adapter", "someone/lora")
         assert f"from {OLD[:12]} to {NEW[:12]}" in said
-    assert sources.read_list(f"someone/lora@{OLD}:0.5") == [("lora", f"someone/lora@{OLD}", 0.5)]
+    assert run_adapters.read_list(f"someone/lora@{OLD}:0.5") == [("lora", f"someone/lora@{OLD}", 0.5)]
 
 
 def test_a_folder_says_its_version(cached, tmp_path, monkeypatch):
     """A snapshot by its name, a download by its receipt, a file in a snapshot; others say nothing."""
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "own"))
-    assert str(commits.of(cached / "snapshots" / OLD)) == f"{NAME}@{OLD}"
-    assert str(commits.of(cached / "snapshots" / OLD / "config.json")) == f"{NAME}@{OLD}"
-    assert commits.of(cached) is commits.of(tmp_path) is commits.of(cached / "snapshots" / "main") is None
-    other = receipt.place("other/model")
+    assert str(revisions.of(cached / "snapshots" / OLD)) == f"{NAME}@{OLD}"
+    assert str(revisions.of(cached / "snapshots" / OLD / "config.json")) == f"{NAME}@{OLD}"
+    assert (
+        revisions.of(cached) is revisions.of(tmp_path) is revisions.of(cached / "snapshots" / "main") is None
+    )
+    other = manifest.place("other/model")
     other.mkdir(parents=True)
     values = {"source": "hub", "name": "other/model", "revision": "main", "commit": NEW, "endpoint": ""}
-    receipt.write(other, {**values, "files": {}})
-    assert str(commits.of(other)) == f"other/model@{NEW}"
-    assert commits.at_hand("other/model") == commits.at_hand(f"other/model@{NEW}") == other
-    assert commits.at_hand(f"other/model@{OLD}") is None
+    manifest.write(other, {**values, "files": {}})
+    assert str(revisions.of(other)) == f"other/model@{NEW}"
+    assert revisions.at_hand("other/model") == revisions.at_hand(f"other/model@{NEW}") == other
+    assert revisions.at_hand(f"other/model@{OLD}") is None
     (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / receipt.NAME).write_text("{}")
-    assert commits.of(tmp_path / "damaged") is None
+    (tmp_path / "damaged" / manifest.NAME).write_text("{}")
+    assert revisions.of(tmp_path / "damaged") is None
     said: list[str] = []
-    commits.compare(f"other/model@{OLD}", cached, said.append)
+    revisions.compare(f"other/model@{OLD}", cached, said.append)
     assert said == []  # another folder is in use
-    commits.compare(f"other/model@{OLD}", other, said.append)
+    revisions.compare(f"other/model@{OLD}", other, said.append)
     assert f"commit {OLD} was trained on, {NEW} is used" in said[0]
-    commits.tell_move(f"other/model@{OLD}", said.append)
+    revisions.tell_move(f"other/model@{OLD}", said.append)
     assert f"from {OLD[:12]} to {NEW[:12]}" in said[1]
 
 
@@ -202,8 +209,8 @@ def test_a_folder_says_its_version(cached, tmp_path, monkeypatch):
     ],
 )
 def test_which_base_an_adapter_gets(cached, recorded, asked, base):
-    found = sources.Source("adapter", Path("a"), base=recorded)
-    assert sources.base_of(found, asked, print) == (
+    found = run_adapters.Source("adapter", Path("a"), base=recorded)
+    assert resolve.base_of(found, asked, print) == (
         str(cached / "snapshots" / base) if base in (OLD, NEW) else base
     )
 
@@ -212,17 +219,17 @@ def test_a_recorded_commit_that_is_not_here_is_fetched_when_its_name_is_typed(ca
     """That commit, no other, and it is said."""
     shutil.rmtree(cached / "snapshots" / OLD)
     said: list[str] = []
-    found = sources.Source("adapter", Path("a"), base=f"{NAME}@{OLD}")
-    assert sources.base_of(found, NAME, said.append) == f"{NAME}@{OLD}"
+    found = run_adapters.Source("adapter", Path("a"), base=f"{NAME}@{OLD}")
+    assert resolve.base_of(found, NAME, said.append) == f"{NAME}@{OLD}"
     assert said == [f"hub         {NAME}: commit {OLD}, which was trained on, is not here and is fetched"]
 
 
 def test_a_recorded_commit_that_is_not_here_is_not_replaced(cached):
     """Both commits are named, and both ways on."""
     shutil.rmtree(cached / "snapshots" / OLD)
-    found = sources.Source("adapter", Path("a"), base=f"{NAME}@{OLD}")
+    found = run_adapters.Source("adapter", Path("a"), base=f"{NAME}@{OLD}")
     with pytest.raises(UserError, match=f"{OLD}, which is not on this machine; here is {NEW}") as caught:
-        sources.base_of(found, None, print)
+        resolve.base_of(found, None, print)
     assert f"--model_path {NAME}@{OLD}" in str(caught.value)
 
 
@@ -239,7 +246,7 @@ def test_what_an_adapters_settings_say(tmp_path, values, base):
     """peft's own field for the commit, taken only when it is one."""
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **values}))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    assert sources.find(str(tmp_path), "adapter", "best", str, tmp_path).base == base
+    assert run_adapters.find(str(tmp_path), "adapter", "best", str, tmp_path).base == base
 
 
 @pytest.mark.parametrize(
@@ -280,13 +287,13 @@ def test_a_silent_hub_is_left_alone(cached, monkeypatch):
         never.wait()
 
     monkeypatch.setattr("huggingface_hub.HfApi.repo_info", answer)
-    monkeypatch.setattr(asking, "PATIENCE", 0.2)
-    monkeypatch.setattr(asking, "_silence", {"until": 0.0})
+    monkeypatch.setattr(client, "PATIENCE", 0.2)
+    monkeypatch.setattr(client, "_silence", {"until": 0.0})
     said: list[str] = []
-    assert commits.folder_of(NAME, commits.MODEL, layouts.SETTINGS, said.append).name == NEW
+    assert revisions.folder_of(NAME, revisions.MODEL, model_files.SETTINGS, said.append).name == NEW
     assert "nothing in 0.2 seconds" in said[0]
     with pytest.raises(TimeoutError):
-        commits.folder_of("someone/other", commits.MODEL, layouts.SETTINGS, said.append)
+        revisions.folder_of("someone/other", revisions.MODEL, model_files.SETTINGS, said.append)
     never.set()
     assert asked == [NAME]
 
@@ -311,61 +318,61 @@ def test_files_that_a_hub_holds_back(folders, tmp_path):
 def test_a_list_of_files_that_never_comes(folders, tmp_path, cached, monkeypatch):
     """The hub's client sets no limit there; every wait has one."""
     request = httpx2.Request("GET", "http://127.0.0.1/", extensions={"timeout": {"read": None, "write": 3.0}})
-    asking._end_in_time(request)
+    client._end_in_time(request)
     limits = {"connect": 5.0, "read": 5.0, "write": 3.0, "pool": 5.0}
     assert request.extensions["timeout"] == limits
     seen: list[object] = []
     monkeypatch.setattr(
-        commits,
+        revisions,
         "snapshot_download",
         lambda *_, **__: seen.extend(get_session().event_hooks["request"]) or "x",
     )
-    commits._bring(commits.Version(NAME, OLD), ("*",))
-    assert asking._end_in_time in seen
+    revisions._bring(revisions.Version(NAME, OLD), ("*",))
+    assert client._end_in_time in seen
 
 
 def test_a_snapshot_given_as_a_folder_is_nobodys_question(cached, monkeypatch):
     """Not completed, whole or not: it was not named."""
-    monkeypatch.setattr(commits, "_bring", lambda *_: pytest.fail("asked"))
-    hub.fetch_model(str(cached / "snapshots" / OLD))
+    monkeypatch.setattr(revisions, "_bring", lambda *_: pytest.fail("asked"))
+    hub_locate.fetch_model(str(cached / "snapshots" / OLD))
     (cached / "snapshots" / OLD / WEIGHTS).unlink()
-    hub.fetch_model(str(cached / "snapshots" / OLD))
-    model.identity_files(str(cached / "snapshots" / OLD))
+    hub_locate.fetch_model(str(cached / "snapshots" / OLD))
+    base_model.identity_files(str(cached / "snapshots" / OLD))
 
 
 def test_settings_alone_are_no_base_that_is_here(cached):
     """A snapshot without weights is followed by no adapter's word; another one with weights stands in."""
     (cached / "snapshots" / NEW / WEIGHTS).unlink()
-    assert not sources.is_here(f"{NAME}@{NEW}")
-    assert commits.at_hand(NAME) == cached / "snapshots" / OLD
+    assert not resolve.is_here(f"{NAME}@{NEW}")
+    assert revisions.at_hand(NAME) == cached / "snapshots" / OLD
     (cached / "snapshots" / OLD / WEIGHTS).unlink()
-    assert not sources.is_here(NAME)
+    assert not resolve.is_here(NAME)
     index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
     (cached / "snapshots" / OLD / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     (cached / "snapshots" / OLD / "one.safetensors").write_bytes(b"")
-    assert not sources.is_here(NAME)
+    assert not resolve.is_here(NAME)
     (cached / "snapshots" / OLD / "two.safetensors").write_bytes(b"")
-    assert sources.is_here(NAME)
+    assert resolve.is_here(NAME)
 
 
 def test_modelscope_is_another_source(cached, tmp_path, monkeypatch):
     """Its commits are compared and said, never looked up at the hub."""
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "own"))
-    monkeypatch.setattr(asking, "commit_of", lambda *_: pytest.fail("asked"))
-    folder = receipt.place(NAME)
+    monkeypatch.setattr(client, "commit_of", lambda *_: pytest.fail("asked"))
+    folder = manifest.place(NAME)
     folder.mkdir(parents=True)
     values = {"source": "modelscope", "name": NAME, "revision": "master", "commit": OLD, "endpoint": ""}
-    receipt.write(folder, {**values, "files": {}})
+    manifest.write(folder, {**values, "files": {}})
     version = f"modelscope:{NAME}@{OLD}"
-    assert str(commits.of(folder)) == version
-    assert commits.parsed(version) == commits.of(folder)
-    assert commits.recorded(NAME, version) == NAME  # found where tools/download.py put it
+    assert str(revisions.of(folder)) == version
+    assert revisions.parsed(version) == revisions.of(folder)
+    assert revisions.recorded(NAME, version) == NAME  # found where tools/download.py put it
     said: list[str] = []
-    assert commits.folder_of(NAME, commits.MODEL, (), said.append) == folder
+    assert revisions.folder_of(NAME, revisions.MODEL, (), said.append) == folder
     assert said.pop() == f"modelscope  {NAME} is commit {OLD}, which is in {folder}"
-    commits.compare(version, folder, said.append)
+    revisions.compare(version, folder, said.append)
     assert said == []
-    commits.compare(version, cached / "snapshots" / OLD, said.append)
+    revisions.compare(version, cached / "snapshots" / OLD, said.append)
     assert said == [f"modelscope  {NAME}: commit {OLD} of ModelScope was trained on, {OLD} is used"]
 
 
@@ -396,7 +403,7 @@ def test_another_commit_than_the_one_whose_code_is_read(cached):
 def test_the_base_of_a_run_that_goes_on(cached, recorded, typed, found):
     """The recorded commit, fetched only where its name was typed."""
     stored = {"resolved": {"base": recorded}}
-    locate = hubnames.base_of(stored, typed, lambda name: f"asked {name}")
+    locate = recorded_names.base_of(stored, typed, lambda name: f"asked {name}")
     if found is None:
         with pytest.raises(UserError, match=f"{GONE} is not on this machine"):
             locate(NAME)
@@ -414,35 +421,36 @@ def test_the_rows_of_a_run_that_goes_on(cached):
     place.mkdir(parents=True)
     stored = {"data": {"versions": [f"someone/rows@{OLD}"]}}
     with pytest.raises(UserError, match="are not on this machine"):  # an empty snapshot
-        hubnames.rows_of(stored, {}, pytest.fail)("someone/rows")
+        recorded_names.rows_of(stored, {}, pytest.fail)("someone/rows")
     (place / "rows.json").write_text("[]")
-    assert hubnames.rows_of(stored, {}, pytest.fail)("someone/rows") == str(place)
+    assert recorded_names.rows_of(stored, {}, pytest.fail)("someone/rows") == str(place)
     with pytest.raises(UserError, match="are not on this machine"):
-        hubnames.rows_of(stored, {"data_path": "a.json"}, pytest.fail)("other/rows")
+        recorded_names.rows_of(stored, {"data_path": "a.json"}, pytest.fail)("other/rows")
     typed = {"data_path": "a.json, someone/rows:2"}
     assert (
-        hubnames.rows_of(stored, typed, lambda name: f"asked {name}")("someone/rows") == "asked someone/rows"
+        recorded_names.rows_of(stored, typed, lambda name: f"asked {name}")("someone/rows")
+        == "asked someone/rows"
     )
 
 
 def test_a_stored_name_with_a_branch_has_its_commit(cached):
     """A run that was begun with name@main stays where it began; one that is typed so follows the branch."""
     stored = {"resolved": {"base": f"{NAME}@{OLD}"}}
-    assert hubnames.base_of(stored, {}, pytest.fail)(f"{NAME}@main") == str(cached / "snapshots" / OLD)
+    assert recorded_names.base_of(stored, {}, pytest.fail)(f"{NAME}@main") == str(cached / "snapshots" / OLD)
     typed = {"model_path": f"{NAME}@main"}
-    assert hubnames.base_of(stored, typed, "asked {}".format)(f"{NAME}@main") == f"asked {NAME}@main"
+    assert recorded_names.base_of(stored, typed, "asked {}".format)(f"{NAME}@main") == f"asked {NAME}@main"
 
 
 @pytest.mark.parametrize("branch", ["/etc/passwd", "../../../x", "..", "x/../../../../x"])
 def test_a_revision_that_is_a_path(cached, branch):
     """It leads out of the cache to nothing."""
-    assert commits.at_hand(f"{NAME}@{branch}") is None
+    assert revisions.at_hand(f"{NAME}@{branch}") is None
 
 
 def test_a_branch_that_cannot_be_read(cached):
     """What is no commit says nothing; the snapshots are still there."""
     (cached / "refs" / "main").write_bytes(b"\xff\xfe")
-    assert commits.at_hand(NAME).parent == cached / "snapshots"
+    assert revisions.at_hand(NAME).parent == cached / "snapshots"
 
 
 def test_a_cache_on_another_disk(cached, tmp_path, monkeypatch):
@@ -452,9 +460,9 @@ def test_a_cache_on_another_disk(cached, tmp_path, monkeypatch):
     (tmp_path / "x").mkdir()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "x" / ".." / cached.parent))
     for revision in (OLD, "main"):
-        folder = commits.at_hand(f"{NAME}@{revision}")
+        folder = revisions.at_hand(f"{NAME}@{revision}")
         assert folder is not None
-        assert commits.of(folder).name == NAME
+        assert revisions.of(folder).name == NAME
 
 
 def test_a_full_disk_is_no_silent_hub(cached, monkeypatch):
@@ -463,22 +471,22 @@ def test_a_full_disk_is_no_silent_hub(cached, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(asking, "commit_of", lambda *_: GONE)
-    monkeypatch.setattr(commits, "snapshot_download", full)
+    monkeypatch.setattr(client, "commit_of", lambda *_: GONE)
+    monkeypatch.setattr(revisions, "snapshot_download", full)
     said: list[str] = []
     with pytest.raises(OSError, match="No space"):
-        commits.folder_of(NAME, commits.MODEL, ("*",), said.append)
+        revisions.folder_of(NAME, revisions.MODEL, ("*",), said.append)
     assert not any("of the cache is used" in line for line in said)
 
 
-@pytest.mark.parametrize("use", [hub.fetch_model, model.identity_files])
+@pytest.mark.parametrize("use", [hub_locate.fetch_model, base_model.identity_files])
 def test_weights_that_the_disk_has_no_room_for(cached, monkeypatch, use):
     """It is not said that they cannot be fetched: whoever fetches them, the disk's own error stays."""
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(commits, "complete", full)
+    monkeypatch.setattr(revisions, "complete", full)
     with pytest.raises(OSError, match="No space"):
         use(str(cached))
 
@@ -489,6 +497,6 @@ def test_an_endpoint_that_is_no_address(cached, monkeypatch):
     def odd(*_: object, **__: object) -> None:
         raise KeyError("sha")
 
-    monkeypatch.setattr(asking.HfApi, "repo_info", odd)
+    monkeypatch.setattr(client.HfApi, "repo_info", odd)
     with pytest.raises(ValueError, match="KeyError"):
-        asking.commit_of(NAME, commits.MODEL, "main")
+        client.commit_of(NAME, revisions.MODEL, "main")

@@ -10,12 +10,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from onecard import adapter, chat_config, engine_hf, history, model, prompt, template, weights
-from onecard.chat import CANCELLED, NO_MEMORY, Chat, Reply
-from onecard.chat_config import BEAM, BEAM_SAMPLE, GREEDY, MODES, Generation
-from onecard.engine_hf import Engine
+from onecard.config import chat as chat_config
+from onecard.config import generation
+from onecard.config.generation import BEAM, BEAM_SAMPLE, GREEDY, MODES, Generation
+from onecard.data import encode as data_encode
+from onecard.data import template as templates
+from onecard.data.conversation import Conversation, Turn
 from onecard.errors import UserError
-from onecard.prompt import Conversation, Turn
+from onecard.inference import history, transformers_engine
+from onecard.inference.chat import Chat, Reply
+from onecard.inference.decoding import CANCELLED, NO_MEMORY
+from onecard.inference.transformers_engine import Engine
+from onecard.models import adapter as models_adapter
+from onecard.models import base_model, trainable
+from onecard.system import safetensors as safetensors_file
 from tests.support import tiny
 from tests.support.tokenizers import TOKENIZERS, load
 
@@ -41,12 +49,12 @@ def asked(*texts: str) -> Conversation:
 
 
 def base(folder: Path) -> torch.nn.Module:
-    return model.load_base(str(folder), 16, "fp32", "cpu").eval()
+    return base_model.load_base(str(folder), 16, "fp32", "cpu").eval()
 
 
 def chat_with(made: torch.nn.Module, names: tuple[str, ...] = (), form: str = "alpaca") -> Chat:
     own = tiny.tokenizer()
-    return Chat(Engine(made, own, 512, names), template.load(form, own))
+    return Chat(Engine(made, own, 512, names), templates.load(form, own))
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +91,10 @@ def tokenizer(request):
 
 
 def encoded(turns, form, tokenizer) -> list[int]:
-    return prompt.encode(Conversation(tuple(turns)), form, tokenizer)[0]
+    return data_encode.encode(Conversation(tuple(turns)), form, tokenizer)[0]
 
 
-@pytest.mark.parametrize("name", template.names())
+@pytest.mark.parametrize("name", templates.names())
 def test_the_newest_whole_turns_are_shown(tokenizer, name):
     """For every room: the longest ending of whole turns that fits, the system's turn always, never more."""
     form = load(name, tokenizer)
@@ -111,7 +119,7 @@ def test_the_newest_whole_turns_are_shown(tokenizer, name):
     assert alone.ids == endings[-1]  # the question stays, however little memory there is
 
 
-@pytest.mark.parametrize("name", template.names())
+@pytest.mark.parametrize("name", templates.names())
 def test_what_the_model_is_shown_is_the_beginning_of_what_it_was_trained_on(tokenizer, name):
     """For every template, after every turn, and for an answer that goes on, wherever it was cut."""
     form = load(name, tokenizer)
@@ -154,7 +162,7 @@ def test_a_question_that_is_too_long_is_refused_with_the_counts(talk):
     assert (reply.prompt_tokens, reply.left_out) == (count, 3)
 
 
-@pytest.mark.parametrize("name", template.names())
+@pytest.mark.parametrize("name", templates.names())
 @pytest.mark.parametrize("place", ["system", "user", "input", "assistant"])
 def test_control_tokens_in_what_is_said_are_text(tokenizer, name, place):
     """I1, I2: whole, split over turns, role names, raw ids, look-alikes: no control token is added, the text
@@ -278,7 +286,7 @@ def test_stable_text_of_beams_is_never_taken_back(small):
 
 def test_replies_tell_how_far_it_is(talk, monkeypatch):
     """Tokens read, reused and said, and the time, rise; a long prompt is told of while it is read."""
-    monkeypatch.setattr(engine_hf, "CHUNK", 16)
+    monkeypatch.setattr(transformers_engine, "CHUNK", 16)
     replies = list(talk.stream(asked("Say red " * 20), QUICK))
     reading = [reply for reply in replies if reply.first is None]
     assert [reply.read for reply in reading] == list(range(16, reading[0].prompt_tokens, 16))
@@ -368,7 +376,7 @@ def test_another_template_for_an_answer(loaded, talk):
     """The answer is that of a chat with this template; the own one stays; a file's name is none."""
     plain = last(talk, asked("Say red")).text.whole
     for name in ("cutegpt", "tigerbot"):
-        assert name in template.names()
+        assert name in templates.names()
         replies = list(talk.stream(asked("Say red"), QUICK, form=name))
         assert replies[-1].text.whole == fresh(chat_with(loaded, form=name), asked("Say red"), QUICK)
         assert replies[-1].text.whole != plain
@@ -394,7 +402,7 @@ def test_stop_words_and_banned_phrases_of_the_options(talk):
 def test_an_answer_goes_on(talk):
     """Cut anywhere it is continued to the same text; what was there is never taken back."""
     whole = last(talk, asked("Say green"), changed(max_new_tokens=20)).text.whole
-    ids = prompt.encode_text(talk.tokenizer, whole)
+    ids = data_encode.encode_text(talk.tokenizer, whole)
     begun = talk.tokenizer.decode(ids[:6])
     replies = list(talk.stream(asked("Say green", begun), changed(stop=begun)))
     assert all(reply.text.whole.startswith(begun) for reply in replies)
@@ -415,7 +423,7 @@ def fresh(chat: Chat, conversation: Conversation, settings: Generation, mixture=
 )
 def test_kept_keys_and_values_change_no_answer(talk, monkeypatch, how):
     """Over turns, after cancelling, a retry, an earlier turn that changed, another conversation between."""
-    monkeypatch.setattr(engine_hf, "CHUNK", 24)
+    monkeypatch.setattr(transformers_engine, "CHUNK", 24)
     settings, said = changed(**how), []
 
     def ask(*texts: str, reuses: bool = True) -> str:
@@ -442,7 +450,7 @@ def test_kept_keys_and_values_change_no_answer(talk, monkeypatch, how):
     said.clear()
     talk.engine.kept.clear()
     ask("Another", reuses=False)
-    assert len(talk.engine.kept) <= engine_hf.KEPT
+    assert len(talk.engine.kept) <= transformers_engine.KEPT
 
 
 def test_an_answer_that_nobody_reads_on_is_kept(talk):
@@ -474,7 +482,7 @@ def test_a_sliding_window_that_has_moved_is_read_again(tmp_path):
 @pytest.mark.parametrize("settings", [QUICK, changed(mode=BEAM)], ids=["greedy", "beam"])
 def test_at_most_one_token_more_after_cancelling(talk, monkeypatch, settings):
     """Counted at the model, while a long prompt is read too; what was said stays."""
-    monkeypatch.setattr(engine_hf, "CHUNK", 16)
+    monkeypatch.setattr(transformers_engine, "CHUNK", 16)
     plain, calls = talk.engine.scores, []
     talk.engine.scores = lambda *how: calls.append(1) or plain(*how)
     whole = [reply.text for reply in talk.stream(asked("Say red " * 9), settings)]
@@ -565,16 +573,18 @@ def test_other_errors_are_not_hidden(talk, monkeypatch, layer, error):
 # adapters
 
 
-def make_adapter(folder: Path, source: Path, seed: int, what: str = adapter.LORA, **extra) -> torch.Tensor:
+def make_adapter(
+    folder: Path, source: Path, seed: int, what: str = models_adapter.LORA, **extra
+) -> torch.Tensor:
     """A folder as a training saves it, with random weights; returns the trained model's logits of IDS."""
-    shape = adapter.LoraShape(4, 8.0, 0.0, "q_proj,v_proj,down_proj", extra, what)
-    made = weights.prepare(base(source), shape, seed)
+    shape = models_adapter.LoraShape(4, 8.0, 0.0, "q_proj,v_proj,down_proj", extra, what)
+    made = trainable.prepare(base(source), shape, seed)
     generator = torch.Generator().manual_seed(seed)
-    for parameter in weights.trainable(made):
+    for parameter in trainable.trainable(made):
         with torch.no_grad():
             parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
     folder.mkdir(parents=True)
-    weights.save(made, None, folder, was_updated=True)
+    trainable.save(made, None, folder, was_updated=True)
     return logits(made.eval())
 
 
@@ -586,7 +596,7 @@ def logits(made: torch.nn.Module) -> torch.Tensor:
     return made(torch.tensor([IDS])).logits[0, -1]
 
 
-def scores(engine: Engine, mixture: engine_hf.Mixture) -> torch.Tensor:
+def scores(engine: Engine, mixture: generation.Mixture) -> torch.Tensor:
     stream = engine.open(IDS, mixture)
     list(stream.read())
     return stream.first()[0]
@@ -602,8 +612,8 @@ def adapters(tiny_model, tmp_path_factory) -> tuple[dict[str, Path], dict[str, t
         "rs": {"use_rslora": True},
         "dora": {"use_dora": True},
         "ranks": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}},
-        "embeddings": {"what": adapter.EMBEDDINGS},
-        "both": {"what": adapter.BOTH},
+        "embeddings": {"what": models_adapter.EMBEDDINGS},
+        "both": {"what": models_adapter.BOTH},
     }
     for seed, (name, how) in enumerate(kinds.items(), 1):
         wanted[name] = make_adapter(place / name, tiny_model, seed, **how)
@@ -613,7 +623,7 @@ def adapters(tiny_model, tmp_path_factory) -> tuple[dict[str, Path], dict[str, t
 def engine_with(source: Path, folders: dict[str, Path]) -> Engine:
     made = base(source)
     for name, folder in folders.items():
-        made = adapter.attach(made, folder, name)
+        made = models_adapter.attach(made, folder, name)
     return Engine(made, tiny.tokenizer(), 512, list(folders))
 
 
@@ -621,7 +631,7 @@ def merged(source: Path, *parts: tuple[Path, float]) -> torch.Tensor:
     """Logits of the base with B A added to its matrices by hand, times 2 (alpha / rank) and its weight."""
     made = base(source)
     for folder, weight in parts:
-        tensors = weights.read_tensors(folder / "adapter_model.safetensors")
+        tensors = safetensors_file.read_tensors(folder / "adapter_model.safetensors")
         for name in (name for name in tensors if "lora_A" in name):
             low, high = tensors[name], tensors[name.replace("lora_A", "lora_B")]
             module = made.get_submodule(name.removeprefix("base_model.model.").split(".lora_A")[0])
@@ -641,14 +651,14 @@ def test_all_kinds_of_adapters_are_what_was_trained(tiny_model, adapters):
         assert torch.equal(scores(engine, ()), plain), name
 
 
-@pytest.mark.parametrize("what", [adapter.EMBEDDINGS, adapter.BOTH])
+@pytest.mark.parametrize("what", [models_adapter.EMBEDDINGS, models_adapter.BOTH])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_trained_embeddings_of_tied_models(tied_model, tmp_path, what, dtype):
     """A head that is the embedding follows it, with the adapter on and off, in 16 bits too."""
     wanted = make_adapter(tmp_path / "e", tied_model, 1, what)
-    made = model.load_base(str(tied_model), 16, dtype, "cpu").eval()
+    made = base_model.load_base(str(tied_model), 16, dtype, "cpu").eval()
     plain = scores(Engine(made, tiny.tokenizer(), 512), ())
-    engine = Engine(adapter.attach(made, tmp_path / "e", "e"), tiny.tokenizer(), 512, ["e"])
+    engine = Engine(models_adapter.attach(made, tmp_path / "e", "e"), tiny.tokenizer(), 512, ["e"])
     close = 1e-4 if dtype == "fp32" else 0.05 * wanted.std().item()
     for _ in range(2):
         difference = scores(engine, (("e", 1.0),)).float() - wanted
@@ -677,7 +687,7 @@ def test_mixtures_that_cannot_be_are_refused(tiny_model, adapters):
     """An unknown name, and trained embeddings with a weight or beside another; before any token."""
     folders, _ = adapters
     engine = engine_with(tiny_model, {name: folders[name] for name in ("a", "both")})
-    talk = Chat(engine, template.load("alpaca", engine.tokenizer))
+    talk = Chat(engine, templates.load("alpaca", engine.tokenizer))
     for mixture, word in (
         ((("x", 1.0),), "No adapter is called x. Loaded: a, both"),
         ((("both", 0.5),), "cannot be weighted or mixed"),
@@ -703,7 +713,7 @@ def test_kept_keys_and_values_are_those_of_the_adapter(tiny_model, adapters):
     """The same conversation with another adapter begins anew."""
     folders, _ = adapters
     engine = engine_with(tiny_model, {name: folders[name] for name in ("a", "b")})
-    talk = Chat(engine, template.load("alpaca", engine.tokenizer))
+    talk = Chat(engine, templates.load("alpaca", engine.tokenizer))
     mixtures = ((), (("a", 1.0),), (("a", 0.5), ("b", 0.5)))
     texts = {mixture: fresh(talk, asked("Say red"), QUICK, mixture) for mixture in mixtures}
     for mixture in (*mixtures, *mixtures):
@@ -716,7 +726,7 @@ def test_four_answers_at_once_keep_to_their_adapters(tiny_model, adapters):
     """I10: four threads, four mixtures, four questions each, beams among them: each its own answer."""
     folders, _ = adapters
     engine = engine_with(tiny_model, {name: folders[name] for name in ("a", "b", "both")})
-    talk = Chat(engine, template.load("alpaca", engine.tokenizer))
+    talk = Chat(engine, templates.load("alpaca", engine.tokenizer))
     mixtures = [(), (("a", 1.0),), (("a", 0.5), ("b", 0.5)), (("both", 1.0),)]
     jobs = [
         [(asked(f"Say {word}"), changed(mode=mode, num_beams=2), mixture) for word, mode in zip(
@@ -760,12 +770,12 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny_model, tmp_path, adapters)
             with pytest.raises(UserError, match="does not fit this base model") as caught:
                 engine_with(source, {**others, "x": folder})
             assert caught.value.code == 4
-    tensors = weights.read_tensors(folders["a"] / "adapter_model.safetensors")
+    tensors = safetensors_file.read_tensors(folders["a"] / "adapter_model.safetensors")
     tensors["base_model.model.model.norm.weight"] = torch.ones(96)
     extra = tmp_path / "extra"
     extra.mkdir()
     (extra / "adapter_config.json").write_bytes((folders["a"] / "adapter_config.json").read_bytes())
-    weights.save_file(tensors, extra / "adapter_model.safetensors")
+    trainable.save_file(tensors, extra / "adapter_model.safetensors")
     with pytest.raises(UserError, match=r"no place for .*norm\.weight"):
         engine_with(tiny_model, {"x": extra})
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from onecard import decoding
-from onecard.chat_config import BEAM, BEAM_SAMPLE, GREEDY, MODES, SAMPLE, Generation
-from onecard.decoding import BANNED, END, GOES, LENGTH, STOP, STOPS
-from onecard.engine_hf import Engine
+from onecard.config.generation import BEAM, BEAM_SAMPLE, GREEDY, MODES, SAMPLE, Generation
+from onecard.inference import decoding
+from onecard.inference.decoding import BANNED, END, GOES, LENGTH, STOP, STOPS
+from onecard.inference.transformers_engine import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

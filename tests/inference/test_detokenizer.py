@@ -10,11 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from onecard import answer, decoding
-from onecard.answer import BROKEN, Detokenizer
-from onecard.chat_config import BEAM, BEAM_SAMPLE, MODES, Generation
-from onecard.decoding import BANNED, END, GOES, LENGTH, STOP, STOPS, Step
-from onecard.prompt import encode_text
+from onecard.config.generation import BEAM, BEAM_SAMPLE, MODES, Generation
+from onecard.data.encode import encode_text
+from onecard.inference import decoding, detokenizer
+from onecard.inference.decoding import BANNED, END, GOES, LENGTH, STOP, STOPS, Step
+from onecard.inference.detokenizer import BROKEN, Detokenizer
 from tests.support.tokenizers import TOKENIZERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,13 +119,13 @@ def test_the_joined_stream_is_the_whole_text(tokenizer):
         chance = random.Random(number)
         make = thrown if number % 3 == 0 else written
         ids = make(tokenizer, chance, chance.randint(1, 8))
-        shown = list(answer.grow(tokenizer, single(ids), []))
+        shown = list(detokenizer.grow(tokenizer, single(ids), []))
         said, stream = plainly(tokenizer, ids).strip(), ""
-        whole = answer.final(tokenizer, ids, [])
+        whole = detokenizer.final(tokenizer, ids, [])
         # a character that the end has cut off is left out
         assert said.startswith(whole)
         assert not said[len(whole) :].replace(BROKEN, "").strip()
-        sure = plainly(tokenizer, ids[: -answer.LONGEST]).strip()  # no later token can be a part of it
+        sure = plainly(tokenizer, ids[: -detokenizer.LONGEST]).strip()  # no later token can be a part of it
         assert whole.startswith(sure.rstrip(BROKEN).strip())
         for text in shown:
             assert text.stable.startswith(stream)
@@ -147,7 +147,7 @@ def test_a_character_that_the_end_cuts_off_is_left_out(tokenizer):
     ids = encode_text(tokenizer, text)
     for length in range(1, len(ids) + 1):
         steps = single(ids[:length])
-        *_, last = answer.grow(tokenizer, steps, [])
+        *_, last = detokenizer.grow(tokenizer, steps, [])
         assert BROKEN not in last.stable
         assert text.startswith(last.stable)
     assert last.stable == text
@@ -222,7 +222,7 @@ def test_tokens_are_decoded_a_bounded_number_of_times(tokenizer, kind, width, st
         else:
             ids = [tokenizer.eos_token_id] * count
         counting = Counting(tokenizer)
-        watch = answer.watch(counting, stops, [])
+        watch = detokenizer.watch(counting, stops, [])
         beams = [[*ids[: count - 1], token] for token in ids[:width]] if width > 1 else [ids]
 
         def steps(beams=beams, count=count, watch=watch):
@@ -233,7 +233,7 @@ def test_tokens_are_decoded_a_bounded_number_of_times(tokenizer, kind, width, st
                 settled = length if len(beams) == 1 else 0
                 yield Step([ids[:length] for ids in beams], settled, LENGTH if length == count else "")
 
-        list(answer.grow(counting, steps(), stops))
+        list(detokenizer.grow(counting, steps(), stops))
         per_token.append(counting.count / count / width)
     most = MOST * (2 if stops else 1) * (SPELT if "<0x00>" in tokenizer.get_vocab() else 1)
     assert max(per_token) < most
@@ -259,7 +259,7 @@ def test_stop_words_end_the_answer_and_are_never_shown(tokenizer):
         if not text.strip() or BROKEN in text:
             continue
         stops = phrases(chance, text, chance.randint(1, 3))
-        watch = answer.watch(tokenizer, stops, [])
+        watch = detokenizer.watch(tokenizer, stops, [])
         texts = [plainly(tokenizer, ids[:n]).rstrip(BROKEN) for n in range(len(ids) + 1)]
         wanted = next((n for n, t in enumerate(texts) if any(s in t for s in stops)), None)
         verdicts = [watch(ids[:n]) for n in range(1, (wanted or len(ids)) + 1)]
@@ -267,7 +267,7 @@ def test_stop_words_end_the_answer_and_are_never_shown(tokenizer):
         if not wanted:
             continue
         stopped += 1
-        shown = list(answer.grow(tokenizer, single(ids[:wanted], STOP), stops))
+        shown = list(detokenizer.grow(tokenizer, single(ids[:wanted], STOP), stops))
         last = shown[-1].whole
         begun = min(texts[wanted].find(stop) for stop in stops if stop in texts[wanted])
         assert last == texts[wanted][:begun].strip()
@@ -284,10 +284,10 @@ def test_words_in_a_long_run_of_bytes_are_seen():
     ids = encode_text(tokenizer, text)
     assert len(ids) > 180
     for place in (1, 30, 58):
-        watch = answer.watch(tokenizer, [], [text[place]])
+        watch = detokenizer.watch(tokenizer, [], [text[place]])
         verdicts = [watch(ids[:n]) for n in range(1, 3 * place + 6)]
         assert verdicts.count(BANNED) == 1
-        assert answer.watch(tokenizer, [text[place]], [])(ids[: verdicts.index(BANNED) + 1]) == STOPS
+        assert detokenizer.watch(tokenizer, [text[place]], [])(ids[: verdicts.index(BANNED) + 1]) == STOPS
 
 
 class Writer:
@@ -319,12 +319,12 @@ def test_banned_phrases_are_never_said(tokenizer, mode):
         wanted = written(tokenizer, chance, 8)[:20]
         settings = Generation(mode, 1.0, 1.0, 0, 3, 1.0, 0, 0, len(wanted), seed=number)
 
-        def write(banned, wanted=wanted, settings=settings, number=number) -> list[answer.Text]:
+        def write(banned, wanted=wanted, settings=settings, number=number) -> list[detokenizer.Text]:
             stream = Writer(wanted, len(tokenizer), number)
-            watch = answer.watch(tokenizer, [], banned)
+            watch = detokenizer.watch(tokenizer, [], banned)
             ends = [tokenizer.eos_token_id]
             steps = decoding.decode(stream, [5], settings, ends, settings.max_new_tokens, watch)
-            return list(answer.grow(tokenizer, steps, []))
+            return list(detokenizer.grow(tokenizer, steps, []))
 
         free = write([])[-1].whole.replace(BROKEN, "")
         if not free:
@@ -358,9 +358,9 @@ def test_stop_words_end_beams_too(tokenizer, mode):
             settings,
             [tokenizer.eos_token_id],
             len(wanted),
-            answer.watch(tokenizer, stops, []),
+            detokenizer.watch(tokenizer, stops, []),
         )
-        shown = list(answer.grow(tokenizer, steps, stops))
+        shown = list(detokenizer.grow(tokenizer, steps, stops))
         assert not any(stop in one for stop in stops for one in shown[-1].beams)
         for one, later in itertools.pairwise(shown):
             assert later.stable.startswith(one.stable)
@@ -374,25 +374,25 @@ def test_a_continued_answer_keeps_its_beginning(tokenizer):
     ids = encode_text(tokenizer, "one STOP two STOP three")
     cut = next(n for n in range(len(ids)) if decoded(tokenizer, ids[:n]) == "one STOP two ST")
     before, rest = ids[:cut], ids[cut:]
-    started = answer.beginning(tokenizer, before, ["STOP"])
+    started = detokenizer.beginning(tokenizer, before, ["STOP"])
     assert started.whole == "one STOP two ST"
-    shown = list(answer.grow(tokenizer, single(rest, END), ["STOP"], before))
+    shown = list(detokenizer.grow(tokenizer, single(rest, END), ["STOP"], before))
     assert all(text.stable.startswith(started.stable) for text in shown)
     assert shown[-1].whole == "one STOP two"
-    watch = answer.watch(tokenizer, ["STOP"], [], before)
+    watch = detokenizer.watch(tokenizer, ["STOP"], [], before)
     verdicts = [watch(rest[:n]) for n in range(1, len(rest) + 1)]
     texts = [decoded(tokenizer, [*before, *rest[:n]]) for n in range(1, len(rest) + 1)]
     assert verdicts.index(STOPS) == next(n for n, text in enumerate(texts) if "STOP" in text[8:])
-    watch = answer.watch(tokenizer, [], ["STOP"], before)
+    watch = detokenizer.watch(tokenizer, [], ["STOP"], before)
     assert watch(rest[: verdicts.index(STOPS) + 1]) == BANNED
-    plain = list(answer.grow(tokenizer, single(rest, END), [], before))
+    plain = list(detokenizer.grow(tokenizer, single(rest, END), [], before))
     assert plain[-1].whole == "one STOP two STOP three"
 
 
 def test_a_cancelled_answer_shows_what_was_held_back(tokenizer):
     """The beams are whole: the beginning of a stop word that did not come is in them."""
     ids = encode_text(tokenizer, "well then, no")
-    *_, text, _ = answer.grow(tokenizer, single(ids), ["not", "nothing"])
+    *_, text, _ = detokenizer.grow(tokenizer, single(ids), ["not", "nothing"])
     assert not text.stable.endswith(("n", "no"))
     assert decoded(tokenizer, ids).startswith(text.beams[0])
     assert text.beams[0] == decoded(tokenizer, ids[:-1]).strip()

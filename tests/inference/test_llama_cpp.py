@@ -18,17 +18,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard import adapter, converter, engine_hf, gguf, hub, model, prompt, template
-from onecard.chat import Chat
-from onecard.chat_config import Generation
+from onecard.config.generation import Generation
+from onecard.conversion import gguf, gguf_cache, llama_cpp_converter
+from onecard.data import conversation as data_conversation
+from onecard.data import encode as data_encode
+from onecard.data import template as templates
+from onecard.data.conversation import Conversation, Turn
 from onecard.errors import CHECKPOINT, UserError
-from onecard.prompt import Conversation, Turn
+from onecard.hub import locate
+from onecard.inference import llama_cpp as llama_cpp_library
+from onecard.inference import llama_cpp_engine, transformers_engine
+from onecard.inference.chat import Chat
+from onecard.models import adapter as models_adapter
+from onecard.models import base_model
+from onecard.models import tokenizer as models_tokenizer
 from tests.support import tiny
 from tests.support.adapters import save_adapter
 from tests.support.paths import ROOT
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu")
-from onecard import engine_llama, llama_library
 
 # two engines with two threads each would wait for each other
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,7 +65,7 @@ def greedy(tokens: int, **changes) -> Generation:
 def ask(chat: Chat, question: str | Conversation, settings: Generation | int = 64, **how):
     """The last Reply to a question."""
     settings = greedy(settings) if isinstance(settings, int) else settings
-    asked = prompt.single(question) if isinstance(question, str) else question
+    asked = data_conversation.single(question) if isinstance(question, str) else question
     *_, last = chat.stream(asked, settings, **how)
     return last
 
@@ -68,7 +76,7 @@ def text(*question, **how) -> str:
 
 @pytest.fixture(scope="module")
 def demo() -> Path:
-    return Path(hub.locate("demo"))
+    return Path(locate.locate("demo"))
 
 
 @pytest.fixture(scope="module")
@@ -88,20 +96,22 @@ def files(demo, adapters, tmp_path_factory) -> tuple[Path, dict[str, Path]]:
 
 @pytest.fixture(scope="module")
 def llama(demo, files) -> Chat:
-    tokenizer = model.load_tokenizer(str(demo))
-    engine = engine_llama.Engine(files[0], tokenizer, 1024, files[1], threads=1)
-    yield Chat(engine, template.load("auto", tokenizer))
+    tokenizer = models_tokenizer.load_tokenizer(str(demo))
+    engine = llama_cpp_engine.Engine(files[0], tokenizer, 1024, files[1], threads=1)
+    yield Chat(engine, templates.load("auto", tokenizer))
     engine.close()
 
 
 @pytest.fixture(scope="module")
 def reference(demo, adapters) -> Chat:
     """The same model and adapters in transformers, fp32."""
-    made = model.load_base(str(demo), 16, "fp32", "cpu").eval()
+    made = base_model.load_base(str(demo), 16, "fp32", "cpu").eval()
     for name, folder in adapters.items():
-        made = adapter.attach(made, folder, name)
-    tokenizer = model.load_tokenizer(str(demo))
-    return Chat(engine_hf.Engine(made, tokenizer, 1024, list(adapters)), template.load("auto", tokenizer))
+        made = models_adapter.attach(made, folder, name)
+    tokenizer = models_tokenizer.load_tokenizer(str(demo))
+    return Chat(
+        transformers_engine.Engine(made, tokenizer, 1024, list(adapters)), templates.load("auto", tokenizer)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +119,11 @@ def tiny_files(tmp_path_factory) -> tuple[Path, Path]:
     """Folder of the tiny model and its GGUF file, whose first conversion was killed."""
     place = tmp_path_factory.mktemp("tiny-gguf")
     folder, output = tiny.save_model(place / "model"), place / "made" / "tiny.gguf"
-    code = "import pathlib, sys; from onecard import gguf; gguf.base(*map(pathlib.Path, sys.argv[1:]), True)"
-    converter.home()
+    code = (
+        "import pathlib, sys; from onecard.conversion import gguf; "
+        "gguf.base(*map(pathlib.Path, sys.argv[1:]), True)"
+    )
+    llama_cpp_converter.home()
     process = subprocess.Popen([sys.executable, "-c", code, folder, output], cwd=ROOT, stdout=subprocess.PIPE)
     process.stdout.readline()  # "Converting ..."
     process.send_signal(signal.SIGKILL)
@@ -142,7 +155,7 @@ def test_same_text_with_adapters(llama, reference, mixture, question):
 @pytest.mark.parametrize("mixture", [(), (("one", -0.5),), (("two", 1.5),), MIXED])
 def test_same_scores_as_transformers(llama, reference, mixture):
     """All scores after each of five tokens, whatever the weights; adapters move them by 0.8 or more."""
-    ids = prompt.encode(prompt.single(SKY), llama.template, llama.tokenizer)[0]
+    ids = data_encode.encode(data_conversation.single(SKY), llama.template, llama.tokenizer)[0]
     ours, theirs = llama.engine.open(ids, mixture), reference.engine.open(ids, mixture)
     assert (*ours.read(),)[-1] == (*theirs.read(),)[-1] == len(ids)
     for token in llama.tokenizer("The sky is blue.").input_ids:
@@ -177,7 +190,7 @@ def test_a_stopped_answer_lets_the_next_begin(llama):
     seen = itertools.count()
     stopped = ask(llama, STORY, 64, cancelled=lambda: next(seen) > 5)
     assert (stopped.finished, 0 < stopped.text.tokens < 10) == ("cancelled", True)
-    left = llama.stream(prompt.single(STORY), greedy(64))
+    left = llama.stream(data_conversation.single(STORY), greedy(64))
     assert next(reply for reply in left if reply.text.tokens == 3)
     left.close()
     assert not llama.engine.lock.locked()
@@ -187,11 +200,13 @@ def test_a_stopped_answer_lets_the_next_begin(llama):
 def test_the_second_waits(llama):
     """It sees nothing read meanwhile, can be cancelled, and answers as if it were alone."""
     expected = text(llama, STORY, 12), text(llama, SKY, 12)
-    first = llama.stream(prompt.single(STORY), greedy(12))
+    first = llama.stream(data_conversation.single(STORY), greedy(12))
     assert next(reply for reply in first if reply.text.tokens == 3)
     assert ask(llama, SKY, cancelled=lambda: True).finished == "cancelled"
     replies = []
-    other = threading.Thread(target=lambda: replies.extend(llama.stream(prompt.single(SKY), greedy(12))))
+    other = threading.Thread(
+        target=lambda: replies.extend(llama.stream(data_conversation.single(SKY), greedy(12)))
+    )
     other.start()
     deadline = time.monotonic() + 60
     while len(replies) < 3 and time.monotonic() < deadline:
@@ -234,7 +249,7 @@ def test_control_tokens_in_a_text_stay_text(llama, monkeypatch):
 
 def test_the_file_has_the_tokenizer(llama, files):
     """For .gguf files without a model folder."""
-    own = llama_library.tokenizer_of(files[0])
+    own = llama_cpp_library.tokenizer_of(files[0])
     for sample in ("Hello wörld, 你好 🙂", "<|im_start|>user\n  x = 1\n"):
         assert own(sample).input_ids == llama.tokenizer(sample).input_ids
     assert (own.eos_token_id, own.chat_template) == (2, llama.tokenizer.chat_template)
@@ -242,8 +257,8 @@ def test_the_file_has_the_tokenizer(llama, files):
 
 def test_the_context_ends_the_answer(tiny_files):
     """It is at most the one the model was trained with, and filled to its last token."""
-    engine = engine_llama.Engine(tiny_files[1], tiny.tokenizer(), 10**6, threads=1)
-    chat = Chat(engine, template.load("alpaca", engine.tokenizer))
+    engine = llama_cpp_engine.Engine(tiny_files[1], tiny.tokenizer(), 10**6, threads=1)
+    chat = Chat(engine, templates.load("alpaca", engine.tokenizer))
     last = ask(chat, "red", greedy(512, min_new_tokens=512))
     assert engine.context == tiny.config().max_position_embeddings == 512
     assert (last.finished, last.prompt_tokens + last.text.tokens) == ("length", 512)
@@ -265,7 +280,7 @@ def test_damaged_file_is_refused(tiny_files, tmp_path, capfd, damage):
     path = tmp_path / "bad.gguf"
     path.write_bytes(make(tiny_files[1].read_bytes()))
     with pytest.raises(UserError, match=said) as caught:
-        engine_llama.Engine(path, model.load_tokenizer(str(tiny_files[0])), 128, threads=1)
+        llama_cpp_engine.Engine(path, models_tokenizer.load_tokenizer(str(tiny_files[0])), 128, threads=1)
     assert caught.value.code == CHECKPOINT
     assert str(path) in str(caught.value)
     assert capfd.readouterr() == ("", "")
@@ -273,26 +288,26 @@ def test_damaged_file_is_refused(tiny_files, tmp_path, capfd, damage):
 
 def test_file_that_does_not_belong_is_refused(files, llama, tiny_files):
     """A smaller vocabulary than the tokenizer's, an adapter of another model, a model as an adapter."""
-    path, tokenizer = tiny_files[1], model.load_tokenizer(str(tiny_files[0]))
+    path, tokenizer = tiny_files[1], models_tokenizer.load_tokenizer(str(tiny_files[0]))
     with pytest.raises(UserError, match="it has 300 tokens, the tokenizer's ids go up to 49151"):
-        engine_llama.Engine(path, llama.tokenizer, 128)
+        llama_cpp_engine.Engine(path, llama.tokenizer, 128)
     for wrong in (files[1]["one"], path):
         with pytest.raises(UserError, match="does not fit this base model: ") as caught:
-            engine_llama.Engine(path, tokenizer, 128, {"wrong": wrong})
+            llama_cpp_engine.Engine(path, tokenizer, 128, {"wrong": wrong})
         assert (caught.value.code, str(wrong) in str(caught.value)) == (CHECKPOINT, True)
 
 
 def test_missing_package_names_the_command(tiny_files, monkeypatch):
-    llama_library.library.cache_clear()
+    llama_cpp_library.library.cache_clear()
     monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", None)
     with pytest.raises(UserError, match=r"bash tools/setup.sh cpu"):
-        engine_llama.Engine(tiny_files[1], tiny.tokenizer(), 128)
+        llama_cpp_engine.Engine(tiny_files[1], tiny.tokenizer(), 128)
 
 
 def test_nothing_is_printed(tiny_files, capfd):
-    tokenizer = model.load_tokenizer(str(tiny_files[0]))
+    tokenizer = models_tokenizer.load_tokenizer(str(tiny_files[0]))
     capfd.readouterr()
-    engine = engine_llama.Engine(tiny_files[1], tokenizer, 128, threads=1)
+    engine = llama_cpp_engine.Engine(tiny_files[1], tokenizer, 128, threads=1)
     assert list(engine.open([2, 3]).read()) == [2]
     assert capfd.readouterr() == ("", "")
 
@@ -325,28 +340,28 @@ def test_failed_conversion_leaves_nothing(tiny_model, tmp_path):
 def test_converted_once_for_each_content(tiny_model, tmp_path, monkeypatch):
     """Other bytes in an adapter are another file and the same base; the user's own files stay as they are."""
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(converter, "home", lambda: tmp_path)
+    monkeypatch.setattr(llama_cpp_converter, "home", lambda: tmp_path)
     made = []
 
     def run(arguments, source, handle, *how):
         made.append(source)
         arguments[arguments.index("--outfile") + 1].write_bytes(b"GGUF")
 
-    monkeypatch.setattr(converter, "run", run)
+    monkeypatch.setattr(llama_cpp_converter, "run", run)
     one = save_adapter(tiny_model, tmp_path / "one", 1, target_modules=["q_proj"], use_rslora=True)
     two = save_adapter(tiny_model, tmp_path / "two", 2, target_modules=["q_proj"])
     before = {path: path.read_bytes() for path in (*one.iterdir(), *tiny_model.iterdir())}
-    base, files = gguf.for_llama(tiny_model, {"one": one, "two": two})
-    again = gguf.for_llama(tiny_model, {"a": two, "b": one})
+    base, files = gguf_cache.for_llama(tiny_model, {"one": one, "two": two})
+    again = gguf_cache.for_llama(tiny_model, {"a": two, "b": one})
     assert again == (base, {"a": files["two"], "b": files["one"]})
     assert made == [tiny_model, one, two]
     assert {path: path.read_bytes() for path in before} == before
     weights = one / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    again = gguf.for_llama(tiny_model, {"one": one})
+    again = gguf_cache.for_llama(tiny_model, {"one": one})
     assert (again[0], again[1]["one"] != files["one"], made[3:]) == (base, True, [one])
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.0.1")
-    assert gguf.for_llama(tiny_model, {})[0] != base
+    assert gguf_cache.for_llama(tiny_model, {})[0] != base
 
 
 @pytest.mark.parametrize(
@@ -382,5 +397,5 @@ def test_converter_that_cannot_be_fetched(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(UserError, match="could not be fetched: No matching distribution"):
-        converter.home()
+        llama_cpp_converter.home()
     assert list(tmp_path.iterdir()) == []

@@ -11,14 +11,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from onecard import gguf, model, prompt, template
-from onecard.chat import Chat
-from onecard.chat_config import GREEDY, SAMPLE, Generation
+from onecard.config.generation import GREEDY, SAMPLE, Generation
+from onecard.conversion import gguf
+from onecard.data import conversation as data_conversation
+from onecard.data import template as templates
+from onecard.inference import llama_cpp_engine
+from onecard.inference.chat import Chat
+from onecard.models import tokenizer as models_tokenizer
 from tests.support import tiny
 from tests.support.adapters import save_adapter
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu")
-from onecard import engine_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,14 +39,14 @@ def talk(tiny_model, tmp_path_factory) -> Iterator[Chat]:
         folder = save_adapter(tiny_model, place / name, seed, r=8, lora_alpha=32, target_modules=modules)
         files[name] = gguf.adapter(folder, tiny_model, place / f"{name}.gguf")
     base = gguf.base(tiny_model, place / "base.gguf", any_tokenizer=True, kind="f32")
-    own = model.load_tokenizer(str(tiny_model))
-    engine = engine_llama.Engine(base, own, 512, files, threads=1, exact=True)
-    yield Chat(engine, template.load("alpaca", engine.tokenizer))
+    own = models_tokenizer.load_tokenizer(str(tiny_model))
+    engine = llama_cpp_engine.Engine(base, own, 512, files, threads=1, exact=True)
+    yield Chat(engine, templates.load("alpaca", engine.tokenizer))
     engine.close()
 
 
 def answer(talk: Chat, word: str, settings: Generation, mixture=()) -> str:
-    *_, reply = talk.stream(prompt.single(f"Say {word}"), settings, mixture)
+    *_, reply = talk.stream(data_conversation.single(f"Say {word}"), settings, mixture)
     return reply.text.whole
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
-from onecard import chat_window, transcript
-from onecard.chat_config import BASE, MIX, TRAINED, ChatConfig, Generation
+from onecard.config.chat import ChatConfig
+from onecard.config.generation import BASE, MIX, TRAINED, Generation
+from onecard.data.template import Template
 from onecard.errors import UserError
-from onecard.prompt import Template
-from onecard.transcript import LEFT, RIGHT
+from onecard.inference import transcript
+from onecard.inference.transcript import LEFT, RIGHT
+from onecard.ui import chat_window
 from tests.support.chat_fakes import PLAIN_TEMPLATE, Toy
 
 START = ChatConfig(mode="sample", temperature=0.5, system="Be kind.")

@@ -10,10 +10,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from onecard import adapter, model, step, weights
-from onecard.batching import pack
+from onecard.data.conversation import single
+from onecard.data.packing import pack
 from onecard.errors import UserError
-from onecard.prompt import single
+from onecard.models import adapter as models_adapter
+from onecard.models import base_model, trainable
+from onecard.training import step
 from tests.support import tiny
 from tests.support.resume_cases import differences, flags, outcome, stopped_at
 
@@ -76,24 +78,26 @@ def other(request, tmp_path_factory) -> tuple[Path, set[str], bool]:
 def test_all_linear_finds_the_right_modules(other):
     """And as many parameters as the plan says; the head is left out."""
     folder, linear, _ = other
-    shape = adapter.LoraShape(4, 8.0, 0.0, "all-linear")
-    planned = model.check_architecture(str(folder), model.load_config(str(folder)), shape)
-    adapted = adapter.add_adapter(model.load_base(str(folder), 16, "fp32", "cpu"), shape, seed=3)
+    shape = models_adapter.LoraShape(4, 8.0, 0.0, "all-linear")
+    planned = base_model.check_architecture(str(folder), base_model.load_config(str(folder)), shape)
+    adapted = models_adapter.add_adapter(base_model.load_base(str(folder), 16, "fp32", "cpu"), shape, seed=3)
     found = {
         n.split(".lora_")[0].rsplit(".", 1)[-1] for n, p in adapted.named_parameters() if p.requires_grad
     }
     assert found == linear
-    assert sum(p.numel() for p in weights.trainable(adapted)) == planned
+    assert sum(p.numel() for p in trainable.trainable(adapted)) == planned
 
 
 def test_the_loss_is_that_of_the_plain_model(other):
     """Rows packed, where the model's attention allows it, or alone: transformers' own loss of each row."""
     folder, _, packs = other
     examples = tiny.encoded([single(**row) for row in tiny.rows(5)], tiny.tokenizer())
-    adapted = adapter.add_adapter(
-        model.load_base(str(folder), 16, "fp32", "cpu"), adapter.LoraShape(4, 8.0, 0.0, "all-linear"), seed=3
+    adapted = models_adapter.add_adapter(
+        base_model.load_base(str(folder), 16, "fp32", "cpu"),
+        models_adapter.LoraShape(4, 8.0, 0.0, "all-linear"),
+        seed=3,
     )
-    assert model.prepare_for_packed_training(adapted, checkpointing=False) == packs
+    assert base_model.prepare_for_packed_training(adapted, checkpointing=False) == packs
     ours = step.StepModel(adapted, torch.float32, packs).eval()
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     expected = 0.0
@@ -127,8 +131,10 @@ def test_other_models_train_and_go_on(harness, other, tmp_path):
 
 def test_attention_that_mixes_documents_is_seen(tiny_model, monkeypatch):
     """A model that ignores the documents' lengths is not packed, whatever it says."""
-    adapted = adapter.add_adapter(
-        model.load_base(str(tiny_model), 16, "fp32", "cpu"), adapter.LoraShape(4, 8.0, 0.0, "q_proj"), seed=3
+    adapted = models_adapter.add_adapter(
+        base_model.load_base(str(tiny_model), 16, "fp32", "cpu"),
+        models_adapter.LoraShape(4, 8.0, 0.0, "q_proj"),
+        seed=3,
     )
     decoder = adapted.get_base_model().get_decoder()
     plain = decoder.forward
@@ -139,8 +145,8 @@ def test_attention_that_mixes_documents_is_seen(tiny_model, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(decoder, "forward", deaf)
-        assert model.prepare_for_packed_training(adapted, checkpointing=False) is False
-    assert model.prepare_for_packed_training(adapted, checkpointing=False) is True
+        assert base_model.prepare_for_packed_training(adapted, checkpointing=False) is False
+    assert base_model.prepare_for_packed_training(adapted, checkpointing=False) is True
 
 
 @pytest.mark.parametrize(
@@ -189,5 +195,5 @@ def test_wrong_settings_of_an_adapter_are_named(tmp_path, text, word):
     """Exit 2, the file and the setting."""
     (tmp_path / "peft.json").write_text(text)
     with pytest.raises(UserError, match=word) as caught:
-        adapter.read_extras(str(tmp_path / "peft.json"), rslora=False)
+        models_adapter.read_extras(str(tmp_path / "peft.json"), rslora=False)
     assert caught.value.code == 2

@@ -12,9 +12,11 @@ import pytest
 import torch
 from transformers.models.llama import modeling_llama
 
-from onecard import building, memory, model
-from onecard.config import FinetuneConfig
+from onecard.config.training import FinetuneConfig
+from onecard.models import base_model
+from onecard.training import memory as training_memory
 from tests.support import tiny
+from tests.support.paths import ROOT
 
 OTHER = 0.5  # seconds for another thread to come to where it must not come
 OPTIONS = dataclasses.replace(FinetuneConfig(), bits=16, dtype="fp32", batch_size=4)
@@ -24,7 +26,7 @@ OPTIONS = dataclasses.replace(FinetuneConfig(), bits=16, dtype="fp32", batch_siz
 def half_model(tmp_path_factory) -> Path:
     """A model whose config.json says bf16, as most on the hub do."""
     folder = tiny.save_model(tmp_path_factory.mktemp("half") / "model", num_hidden_layers=4)
-    made = model.load_base(str(folder), 16, "bf16", "cpu")
+    made = base_model.load_base(str(folder), 16, "bf16", "cpu")
     made.save_pretrained(folder)
     return folder
 
@@ -54,14 +56,14 @@ def test_a_prediction_does_not_change_the_default_dtype(half_model, at_each_laye
     seen = []
     with ThreadPoolExecutor(1) as other:
         at_each_layer(lambda _: seen.append(other.submit(torch.get_default_dtype).result()))
-        memory.predict(OPTIONS, str(half_model), "cpu", None)
+        training_memory.predict(OPTIONS, str(half_model), "cpu", None)
     assert len(seen) >= 4
     assert set(seen) == {torch.float32}
 
 
 def test_a_skeleton_leaves_the_config_alone(half_model):
-    config = model.load_config(str(half_model))
-    assert dtypes(model.skeleton(str(half_model), config)) == {torch.float32}
+    config = base_model.load_config(str(half_model))
+    assert dtypes(base_model.skeleton(str(half_model), config)) == {torch.float32}
     assert config.dtype == torch.bfloat16
 
 
@@ -81,20 +83,20 @@ def test_a_model_is_whole_whatever_is_predicted_meanwhile(half_model, at_each_la
 
     def load() -> torch.nn.Module:
         try:
-            return model.load_base(str(half_model), 16, dtype, "cpu")
+            return base_model.load_base(str(half_model), 16, dtype, "cpu")
         finally:
             loaded.set()
 
     def predict() -> dict[str, float]:
         assert loading.wait(30)
-        return memory.predict(OPTIONS, str(half_model), "cpu", None)
+        return training_memory.predict(OPTIONS, str(half_model), "cpu", None)
 
-    expected = memory.predict(OPTIONS, str(half_model), "cpu", None)
+    expected = training_memory.predict(OPTIONS, str(half_model), "cpu", None)
     at_each_layer(meet)
     with ThreadPoolExecutor(1, "load") as one, ThreadPoolExecutor(1, "predict") as two:
         made, parts = one.submit(load), two.submit(predict)
         made, parts = made.result(), parts.result()
-    assert dtypes(made) == {model.DTYPES[dtype]}
+    assert dtypes(made) == {base_model.DTYPES[dtype]}
     assert torch.get_default_dtype() == torch.float32
     assert parts == expected
     with torch.no_grad():
@@ -106,7 +108,7 @@ OF_MODELS = {"AutoModelForCausalLM", "PeftModel", "GPTQModel", "model", ""}
 
 
 def unguarded(source: str) -> list[str]:
-    """Calls that build a model or an adapter outside of `with building.alone()`."""
+    """Calls that build a model or an adapter outside of `with build_lock.alone()`."""
     found = []
 
     def builds(call: ast.Call) -> str:
@@ -119,7 +121,9 @@ def unguarded(source: str) -> list[str]:
 
     def look(node: ast.AST, alone: bool) -> None:
         if isinstance(node, ast.With):
-            alone = alone or any(ast.unparse(each.context_expr) == "building.alone()" for each in node.items)
+            alone = alone or any(
+                ast.unparse(each.context_expr) == "build_lock.alone()" for each in node.items
+            )
         if isinstance(node, ast.Call) and builds(node) and not alone:
             found.append(ast.unparse(node))
         for child in ast.iter_child_nodes(node):
@@ -131,7 +135,7 @@ def unguarded(source: str) -> list[str]:
 
 def test_every_model_is_built_alone():
     """In all of the library; each kind of call is found where it stands open."""
-    for path in sorted(Path(building.__file__).parent.glob("*.py")):
+    for path in sorted((ROOT / "onecard").rglob("*.py")):
         assert unguarded(path.read_text(encoding="utf-8")) == [], path.name
     for call in (
         "AutoModelForCausalLM.from_pretrained(path)",
@@ -144,5 +148,5 @@ def test_every_model_is_built_alone():
         "library.GPTQModel.load(folder)",
     ):
         assert unguarded(f"with other():\n    {call}") == [call]
-        assert unguarded(f"with building.alone(), other():\n    {call}") == []
+        assert unguarded(f"with build_lock.alone(), other():\n    {call}") == []
     assert unguarded("AutoTokenizer.from_pretrained(path)\ncode.read(AutoConfig)\nmodel.skeleton(path)") == []

@@ -8,8 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
-from onecard import adapter, frozen, memory, model, step
-from onecard.batching import PackedBatch
+from onecard.data.packing import PackedBatch
+from onecard.models import adapter as models_adapter
+from onecard.models import base_model, frozen_linear
+from onecard.training import memory as training_memory
+from onecard.training import step
 from tests.support import tiny
 
 
@@ -54,7 +57,7 @@ def quantised_layer(bits: int) -> torch.nn.Module:
 def test_product_and_gradient_are_those_of_the_dequantised_weight(bits):
     """y = x W^T + b and dx = dy W with the weight that bitsandbytes stored; W is near the original."""
     holder = torch.nn.Sequential(quantised_layer(bits))
-    assert frozen.use_frozen_products(holder) == 1
+    assert frozen_linear.use_frozen_products(holder) == 1
     layer = holder[0]
     weight = layer.dequantise(torch.float32)
     torch.manual_seed(0)
@@ -72,7 +75,7 @@ def test_product_and_gradient_are_those_of_the_dequantised_weight(bits):
 def test_a_row_does_not_depend_on_its_neighbours(bits):
     """The product of one row is the same alone and beside outliers."""
     holder = torch.nn.Sequential(quantised_layer(bits))
-    frozen.use_frozen_products(holder)
+    frozen_linear.use_frozen_products(holder)
     x = torch.randn(6, 128)
     x[3] *= 100
     assert torch.allclose(holder(x)[:1], holder(x[:1]), atol=1e-5)
@@ -82,7 +85,7 @@ def test_a_row_does_not_depend_on_its_neighbours(bits):
 def test_the_product_keeps_nothing(bits):
     """Between forward and backward only the result is alive: not the input's copy, not the weight."""
     holder = torch.nn.Sequential(quantised_layer(bits))
-    frozen.use_frozen_products(holder)
+    frozen_linear.use_frozen_products(holder)
     x = torch.randn(1000, 128, requires_grad=True)
     with LiveBytes() as live:
         y = holder(x * 1.0)  # x * 1.0 must die
@@ -96,9 +99,9 @@ def kept_bytes(folder, bits: int, checkpointing: bool, layers: int, hidden: int,
     config.num_hidden_layers, config.hidden_size, config.intermediate_size = layers, hidden, 4 * hidden
     config.head_dim = hidden // config.num_attention_heads
     LlamaForCausalLM(config).save_pretrained(folder)
-    base = model.load_base(str(folder), bits, "fp32", "cpu")
-    adapted = adapter.add_adapter(base, adapter.LoraShape(4, 8.0, 0.0, "q_proj,v_proj"), seed=0)
-    model.prepare_for_packed_training(adapted, checkpointing)
+    base = base_model.load_base(str(folder), bits, "fp32", "cpu")
+    adapted = models_adapter.add_adapter(base, models_adapter.LoraShape(4, 8.0, 0.0, "q_proj,v_proj"), seed=0)
+    base_model.prepare_for_packed_training(adapted, checkpointing)
     step_model = step.StepModel(adapted, torch.float32)
     packed = PackedBatch(
         input_ids=torch.randint(0, 300, (1, tokens)),
@@ -134,4 +137,4 @@ def test_estimate_of_activations_is_near_what_is_kept(tmp_path):
     config = tiny.config()
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 192, 768, 6
     kept = kept_bytes(tmp_path / "model", 8, False, 6, 192, 256) / 256
-    assert kept <= memory.bytes_per_token(config, 4, False) <= 2 * kept
+    assert kept <= training_memory.bytes_per_token(config, 4, False) <= 2 * kept

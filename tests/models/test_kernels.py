@@ -6,8 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from onecard import attention, hardware, loss
-from onecard.dropout import CheapDropout
+from onecard.models import loss, packed_attention
+from onecard.models.dropout import CheapDropout
+from onecard.system import hardware
 
 
 def dense_reference(query, key, value, lengths, scaling):
@@ -21,7 +22,7 @@ def dense_reference(query, key, value, lengths, scaling):
 
 
 @pytest.mark.parametrize(
-    "lengths", [(5,), (7, 7, 3, 1), (40, 2, 33, 1, 1, 30), (attention.SHORT + 20, 9, 350, 8)]
+    "lengths", [(5,), (7, 7, 3, 1), (40, 2, 33, 1, 1, 30), (packed_attention.SHORT + 20, 9, 350, 8)]
 )
 @pytest.mark.parametrize("scaling", [None, 0.3])
 def test_packed_attention_is_dense_masked_attention(lengths, scaling):
@@ -30,7 +31,7 @@ def test_packed_attention_is_dense_masked_attention(lengths, scaling):
     total = sum(lengths)
     shapes = ((1, 6, total, 8), (1, 2, total, 8), (1, 2, total, 8))
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    output, _ = attention.packed_attention(
+    output, _ = packed_attention.packed_attention(
         torch.nn.Identity(), *inputs, None, scaling=scaling, document_lengths=lengths
     )
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -54,8 +55,8 @@ def test_bf16_gradients_are_as_good_as_those_of_torch(offset):
     grad = torch.randn(1, sum(lengths), 6, 16).bfloat16()
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     reference = torch.autograd.grad(dense_reference(*exact, lengths, 0.25), exact, grad.double())
-    ours, _ = attention.packed_attention(torch.nn.Identity(), *inputs, None, document_lengths=lengths)
-    plain = attention.each_document(*inputs, lengths, 0.25).transpose(1, 2)
+    ours, _ = packed_attention.packed_attention(torch.nn.Identity(), *inputs, None, document_lengths=lengths)
+    plain = packed_attention.each_document(*inputs, lengths, 0.25).transpose(1, 2)
     errors = [
         [
             ((mine.double() - right).norm() / right.norm()).item()
@@ -69,7 +70,7 @@ def test_bf16_gradients_are_as_good_as_those_of_torch(offset):
 def test_short_documents_are_grouped_without_much_padding():
     """Every document once; padding at most a fifth of a group's longest; groups within the limit."""
     lengths = tuple(int(x) for x in torch.randint(1, 300, (60,), generator=torch.Generator().manual_seed(1)))
-    groups = attention.similar_lengths(lengths)
+    groups = packed_attention.similar_lengths(lengths)
     places = sorted(place for group in groups for place in group)
     assert [end - start for start, end in places] == list(lengths)
     assert places[0][0] == 0
@@ -77,7 +78,7 @@ def test_short_documents_are_grouped_without_much_padding():
     for group in groups:
         sizes = [end - start for start, end in group]
         assert min(sizes) * 5 >= max(sizes) * 4
-        assert len(group) * max(sizes) <= attention.GROUP
+        assert len(group) * max(sizes) <= packed_attention.GROUP
 
 
 @pytest.mark.parametrize("other", [{"softcap": 30.0}, {"sliding_window": 3}, {"s_aux": torch.zeros(2)}])
@@ -85,8 +86,8 @@ def test_attention_of_another_kind_is_refused(other):
     """Soft caps, sinks and windows shorter than a row are not computed, so they are not ignored either."""
     q = torch.randn(1, 2, 4, 8)
     with pytest.raises(ValueError, match="soft cap"):
-        attention.packed_attention(None, q, q, q, None, document_lengths=(4,), **other)
-    attention.packed_attention(None, q, q, q, None, document_lengths=(4,), sliding_window=4)
+        packed_attention.packed_attention(None, q, q, q, None, document_lengths=(4,), **other)
+    packed_attention.packed_attention(None, q, q, q, None, document_lengths=(4,), sliding_window=4)
 
 
 def test_attention_refuses_what_it_cannot_do():
@@ -94,7 +95,7 @@ def test_attention_refuses_what_it_cannot_do():
     q = torch.randn(1, 2, 4, 8)
     for arguments in ({}, {"document_lengths": (4,), "mask": torch.ones(1, 1, 4, 4)}):
         with pytest.raises(ValueError, match="document_lengths"):
-            attention.packed_attention(None, q, q, q, arguments.pop("mask", None), **arguments)
+            packed_attention.packed_attention(None, q, q, q, arguments.pop("mask", None), **arguments)
 
 
 @pytest.mark.parametrize("targets", [1, loss.CHUNK - 1, loss.CHUNK, 3 * loss.CHUNK + 5])

@@ -9,9 +9,16 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from onecard import chat, config, decoding, hardware, prompt, train
-from onecard.chat_config import BEAM, GREEDY, SAMPLE, ChatConfig, Generation
+from onecard.config import options as config_options
+from onecard.config import training as training_config
+from onecard.config.chat import ChatConfig
+from onecard.config.generation import BEAM, GREEDY, SAMPLE, Generation
+from onecard.data import conversation as data_conversation
+from onecard.data import encode as data_encode
 from onecard.errors import UserError
+from onecard.inference import chat, decoding
+from onecard.system import hardware
+from onecard.training import loop
 from tests.support import resume_cases, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
@@ -30,7 +37,7 @@ def started(folder: Path, **changes) -> tuple[chat.Chat, list[str]]:
 
 
 def answer(talk: chat.Chat, settings: Generation, question: str = "Say red") -> chat.Reply:
-    *_, last = talk.stream(prompt.single(question), settings)
+    *_, last = talk.stream(data_conversation.single(question), settings)
     return last
 
 
@@ -52,7 +59,7 @@ def test_answers_are_generate_s(tiny_model, bits, mode):
     talk, _ = started(tiny_model, bits=bits, dtype="fp32")
     settings = dataclasses.replace(QUICK, mode=mode)
     got = answer(talk, settings)
-    ids = prompt.encode(prompt.single("Say red"), talk.template, talk.tokenizer)[0]
+    ids = data_encode.encode(data_conversation.single("Say red"), talk.template, talk.tokenizer)[0]
     asked = GenerationConfig(
         do_sample=False,
         num_beams=settings.width,
@@ -63,7 +70,7 @@ def test_answers_are_generate_s(tiny_model, bits, mode):
     )
     given = torch.tensor([ids], device=CARD)
     made = talk.engine.model.generate(given, attention_mask=torch.ones_like(given), generation_config=asked)
-    assert got.text.stable == prompt.decode(talk.tokenizer, made[0, len(ids) :].tolist()).strip()
+    assert got.text.stable == data_encode.decode(talk.tokenizer, made[0, len(ids) :].tolist()).strip()
     assert talk.engine.device == torch.device(CARD)
 
 
@@ -121,7 +128,7 @@ def test_a_full_card_keeps_the_part_that_is_there(large_model):
     hardware.forget_cached_memory(CARD)
     seen = []
     with contextlib.ExitStack() as stack:
-        for number, reply in enumerate(talk.stream(prompt.single("Say red"), long)):
+        for number, reply in enumerate(talk.stream(data_conversation.single("Say red"), long)):
             seen.append(reply)
             if number == 20:
                 stack.enter_context(only_free(8 << 20))
@@ -139,8 +146,8 @@ def trained(tiny_model: Path, folder: Path, **changes) -> Path:
     rows = tiny.save_rows(folder / "rows.json", 24)
     flags = {"model_path": tiny_model, "data_path": rows, "output_path": folder / "run", "device": "cuda:0"}
     argv = [f"--{name}={value}" for name, value in {**resume_cases.FLAGS, **flags, **changes}.items()]
-    options, given = config.parse_given(config.FinetuneConfig, argv)
-    train.run(options, locate=str, given=given, sample=lambda *_: [], draw=lambda *_: None)
+    options, given = config_options.parse_given(training_config.FinetuneConfig, argv)
+    loop.run(options, locate=str, given=given, sample=lambda *_: [], draw=lambda *_: None)
     return folder / "run"
 
 
@@ -167,8 +174,10 @@ def test_training_learns_and_goes_on_to_the_bit(tiny_model, tmp_path, how):
     found = losses(whole)
     assert found[-1] < found[0] - 0.2
     part = resume_cases.stopped_at(whole, 6, tmp_path / "part")
-    wish, given = config.parse_given(config.ContinueConfig, [f"--output_path={part}", "--device=cuda:0"])
-    train.go_on(wish, given, str, str, sample=lambda *_: [], draw=lambda *_: None)
+    wish, given = config_options.parse_given(
+        training_config.ContinueConfig, [f"--output_path={part}", "--device=cuda:0"]
+    )
+    loop.go_on(wish, given, str, str, sample=lambda *_: [], draw=lambda *_: None)
     assert resume_cases.differences(resume_cases.outcome(whole), resume_cases.outcome(part)) == []
 
 

@@ -8,8 +8,11 @@ import subprocess
 
 import pytest
 
-from onecard import chat, hub, report, train
-from onecard.config import FinetuneConfig, build
+from onecard.config.options import build
+from onecard.config.training import FinetuneConfig
+from onecard.hub import locate
+from onecard.inference import chat
+from onecard.training import loop, metrics
 from tests.support import fresh_environment as fresh
 from tests.support.paths import ROOT
 from tests.support.small_runs import fall
@@ -100,7 +103,7 @@ def test_four_bits_learn_too(tmp_path):
     changes = {"bits": 4, "batch_size": 8, "max_steps": 16, "learning_rate": 4e-3, "test_size": 0}
     paths = {"output_path": str(tmp_path / "run"), "data_path": str(ROOT / "sample/instruct.json")}
     settings = build(FinetuneConfig, {**changes, **paths})
-    train.run(settings, locate=hub.locate, sample=chat.reply, draw=report.loss_curve)
+    loop.run(settings, locate=locate.locate, sample=chat.reply, draw=metrics.loss_curve)
     assert fall(tmp_path / "run") < 0.8
 
 

@@ -17,7 +17,11 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from onecard import config, curves, report, runs, train
+from onecard.config import options as config_options
+from onecard.config import training as training_config
+from onecard.runs import jobs
+from onecard.runs import log as run_log
+from onecard.training import loop, metrics
 from tests.support import tiny
 from tests.support.browser import ask, finished, opened, serving, set_slider
 from tests.support.paths import ROOT
@@ -107,8 +111,10 @@ def run(tmp_path_factory, tiny_model) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     flags = {"model_path": tiny_model, "data_path": tiny.save_rows(folder / "rows.json", 8), "device": "cpu"}
     flags |= {"output_path": folder / "mine", "bits": 16, "dtype": "fp32", "max_steps": 1, "test_size": 0}
-    options = config.build(config.FinetuneConfig, {name: str(value) for name, value in flags.items()})
-    train.run(options, locate=str, sample=None, draw=report.loss_curve)
+    options = config_options.build(
+        training_config.FinetuneConfig, {name: str(value) for name, value in flags.items()}
+    )
+    loop.run(options, locate=str, sample=None, draw=metrics.loss_curve)
     return folder / "mine"
 
 
@@ -205,9 +211,9 @@ def test_the_studio_trains_and_chats(browser, tiny_model, tmp_path):
             page.get_by_role("tab", name="Chat").click()
             answered(page, single=False)
             folder = tmp_path / "lora-checkpoints" / "mine"
-        seen = curves.last_step(folder)
+        seen = run_log.last_step(folder)
         assert program.end(signal.SIGINT) == 0, program.said()
-        eventually(lambda: curves.last_step(folder) > seen)
+        eventually(lambda: run_log.last_step(folder) > seen)
         again = stack.enter_context(started(command, tmp_path, tmp_path / "log2"))
         with opened(browser, again, "#box textarea") as page:
             training = TrainingPage(page)
@@ -216,5 +222,5 @@ def test_the_studio_trains_and_chats(browser, tiny_model, tmp_path):
             training.press("stop")
             saved = training.wait("stopped", seen + 1)
             assert (folder / f"checkpoint-{saved}").is_dir()
-            assert not runs.state(folder.parent, "mine").going
+            assert not jobs.state(folder.parent, "mine").going
         assert again.end(signal.SIGTERM) == -signal.SIGTERM

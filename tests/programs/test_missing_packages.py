@@ -99,13 +99,15 @@ def test_without_any_package_nothing_is_a_traceback(made, program):
 @pytest.mark.parametrize(
     ("part", "modules"),
     [
-        ("train", "train, hub, report, check, terminal"),
-        ("chat", "page, windows, chat_window, studio, line_editor"),
-        ("cpu", "gguf, line_editor, llama_library; llama_library.library()"),
+        ("train", "training.loop, hub.locate, training.metrics, data.check, ui.terminal"),
+        ("chat", "ui.page, ui.single_window, ui.chat_window, ui.training_window, ui.line_editor"),
+        ("cpu", "conversion.gguf, ui.line_editor, inference.llama_cpp"),
     ],
 )
 def test_a_part_is_enough_for_its_modules(made, part, modules):
-    ended = made(part).run(f'.venv/bin/python -c "from onecard import {modules}"')
+    imports = ", ".join(f"onecard.{module}" for module in modules.split(", "))
+    library = "; onecard.inference.llama_cpp.library()" if part == "cpu" else ""
+    ended = made(part).run(f'.venv/bin/python -c "import {imports}{library}"')
     assert ended.returncode == 0, ended.stderr
 
 

@@ -14,25 +14,26 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from onecard import (
-    adapter,
-    chat,
-    hardware,
-    late,
-    loading,
-    model,
-    runfolder,
-    sources,
-    talking,
-    template,
-    train,
-    weights,
-)
-from onecard.chat import CANCELLED, Chat
-from onecard.chat_config import GREEDY, ChatConfig, Generation
-from onecard.config import FinetuneConfig, build
+from onecard.config.chat import ChatConfig
+from onecard.config.generation import GREEDY, Generation
+from onecard.config.options import build
+from onecard.config.training import FinetuneConfig
+from onecard.data import template as templates
+from onecard.data.conversation import Conversation, Turn
 from onecard.errors import UserError
-from onecard.prompt import Conversation, Turn
+from onecard.inference import chat as inference_chat
+from onecard.inference import lazy_engine, loader, resolve
+from onecard.inference.chat import Chat
+from onecard.inference.decoding import CANCELLED
+from onecard.models import adapter as models_adapter
+from onecard.models import base_model, trainable
+from onecard.models import tokenizer as models_tokenizer
+from onecard.runs import adapters as run_adapters
+from onecard.runs import folder as run_folder
+from onecard.system import hardware
+from onecard.training import loop
+from onecard.ui import sessions as ui_sessions
+from onecard.ui import status as ui_status
 from tests.support import tiny
 from tests.support.faults import Touch
 from tests.support.resume_cases import stopped_at
@@ -67,7 +68,7 @@ def trained(base: Path, place: Path, **changes) -> Path:
         "lora_target_modules": TARGETS,
     }
     settings = build(FinetuneConfig, {**given, **changes})
-    train.run(settings, locate=str, sample=lambda *_: [], draw=lambda *_: None)
+    loop.run(settings, locate=str, sample=lambda *_: [], draw=lambda *_: None)
     return place / "run"
 
 
@@ -100,7 +101,7 @@ def load(lora_path=None, fetch=no_fetch, **changes) -> tuple[Chat, list[str]]:
     """A chat and what was said while it was made."""
     options = {"dtype": "fp32", "device": "cpu", "lora_path": None if lora_path is None else str(lora_path)}
     said: list[str] = []
-    made = loading.load(build(ChatConfig, {**options, **changes}), str, fetch, None, said.append)
+    made = loader.load(build(ChatConfig, {**options, **changes}), str, fetch, None, said.append)
     return Chat(*made), said
 
 
@@ -157,8 +158,8 @@ def test_a_finished_run_a_checkpoint_and_an_adapter_folder(run, tiny_model, tmp_
             assert chat.template.name == "alpaca"
             assert any("none is written with the adapter" in line for line in said)
         else:
-            own = {key: template.parts(text, []) for key, text in MINE.items()}
-            assert texts(chat.template) == texts(template.Template("", **own))
+            own = {key: templates.parts(text, []) for key, text in MINE.items()}
+            assert texts(chat.template) == texts(templates.Template("", **own))
             assert any("was trained with it" in line for line in said)
     assert tree(run) == before
     assert load(run, template="cutegpt")[0].template.name == "cutegpt"
@@ -229,12 +230,12 @@ def test_runs_that_train_more_than_an_adapter(tiny_model, tmp_path, what):
             with pytest.raises(UserError, match="a whole model, no adapter"):
                 load(**{"lora_path": folder, **more})
         return
-    wanted = adapter.add_adapter(
-        model.load_base(str(tiny_model), 16, "fp32", "cpu"),
-        adapter.LoraShape(RANK, ALPHA, 0.0, TARGETS, what=what),
+    wanted = models_adapter.add_adapter(
+        base_model.load_base(str(tiny_model), 16, "fp32", "cpu"),
+        models_adapter.LoraShape(RANK, ALPHA, 0.0, TARGETS, what=what),
         seed=0,
     )
-    weights.load(wanted, folder)
+    trainable.load(wanted, folder)
     chat, _ = load(folder)
     with torch.no_grad():
         assert torch.allclose(scores(chat), wanted.eval()(torch.arange(2, 14)[None]).logits[0, -1], atol=1e-4)
@@ -334,10 +335,10 @@ def test_several_adapters_with_names_and_weights(run, tiny_model):
 
 def test_the_usual_template_says_why(run, tiny_model):
     """Without an adapter nothing is said of one."""
-    own = model.load_tokenizer(str(tiny_model))
-    assert "adapter" not in sources.choose_template(None, [], own)[1]
-    alone = sources.Source("mine", run)
-    assert "none is written with the adapter" in sources.choose_template(None, [alone], own)[1]
+    own = models_tokenizer.load_tokenizer(str(tiny_model))
+    assert "adapter" not in resolve.choose_template(None, [], own)[1]
+    alone = run_adapters.Source("mine", run)
+    assert "none is written with the adapter" in resolve.choose_template(None, [alone], own)[1]
 
 
 @pytest.mark.parametrize(
@@ -358,7 +359,7 @@ def test_the_usual_template_says_why(run, tiny_model):
 )
 def test_the_list_of_adapters(text, wanted):
     """NAME=PATH:WEIGHT with commas between, name and weight left out as one likes."""
-    assert sources.read_list(text) == wanted
+    assert run_adapters.read_list(text) == wanted
 
 
 def test_the_template_that_was_saved_counts(run, tiny_model, tmp_path):
@@ -468,7 +469,7 @@ def test_folders_that_hold_nothing(tmp_path, tiny_model):
     """An empty folder, a run that has not saved yet: exit 4, with what would do."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "young").mkdir()
-    (tmp_path / "young" / runfolder.CONFIG).write_text('{"options": {}}')
+    (tmp_path / "young" / run_folder.CONFIG).write_text('{"options": {}}')
     for name, word in (("empty", "no adapter"), ("young", "no whole checkpoint")):
         with pytest.raises(UserError, match=word) as caught:
             load(tmp_path / name, model_path=str(tiny_model))
@@ -498,7 +499,7 @@ def test_without_stretching_nothing_changes(tiny_model):
     """The scores are the plain model's, bit for bit; stretched ones differ."""
     chat, _ = load(model_path=str(tiny_model), rope_scaling="none", rope_factor=8)
     assert chat.engine.context == 512
-    chat.engine.model = model.load_base(str(tiny_model), 16, "fp32", "cpu").eval()
+    chat.engine.model = base_model.load_base(str(tiny_model), 16, "fp32", "cpu").eval()
     untouched = scores(chat)
     assert torch.equal(scores(load(model_path=str(tiny_model), rope_scaling="none")[0]), untouched)
     assert torch.allclose(untouched, plain(tiny_model), atol=1e-5)
@@ -555,7 +556,7 @@ def test_adapters_of_different_bases(run, tiny_model, tmp_path):
 def later(beside=lambda device: [], **options) -> tuple[Chat, list[str]]:
     said: list[str] = []
     given = build(ChatConfig, {"dtype": "fp32", "device": "cpu", **options})
-    return chat.later(given, str, no_fetch, None, said.append, beside), said
+    return inference_chat.later(given, str, no_fetch, None, said.append, beside), said
 
 
 def test_a_model_that_waits_for_its_first_question(run, tiny_model):
@@ -569,19 +570,19 @@ def test_a_model_that_waits_for_its_first_question(run, tiny_model):
         made.engine.check_mixture((("x", 1.0),))
     assert not made.engine.is_loaded
     assert any("not loaded" in line for line in said)
-    sides = talking.answers(talking.Sessions(), "page", made, QUESTION, QUICK, None, "en")
+    sides = ui_sessions.answers(ui_sessions.Sessions(), "page", made, QUESTION, QUICK, None, "en")
     assert next(sides)[1].startswith("loading the model ...")
     sides.close()
     assert not made.engine.is_loaded
     first, *_, last = made.stream(QUESTION, QUICK)
     assert first.loading
-    told = talking.describe(first, made, "en"), talking.describe(first, made, "zh")
+    told = ui_status.describe(first, made, "en"), ui_status.describe(first, made, "zh")
     assert told[0] == "loading the model ... (run-7 is trained on the same device)"
     assert "run-7" in told[1]
     *_, wanted = load(run)[0].stream(QUESTION, QUICK)
     assert last.text == wanted.text
     assert not any(reply.loading for reply in made.stream(QUESTION, QUICK))
-    assert talking.describe(last, made, "en").endswith(
+    assert ui_status.describe(last, made, "en").endswith(
         "cpu, beside the training run-7 · cut at the most new tokens"
     )
     assert set(asked) == {"cpu"}
@@ -589,7 +590,7 @@ def test_a_model_that_waits_for_its_first_question(run, tiny_model):
 
 def test_a_model_that_cannot_be_loaded_is_tried_again(tiny_model, monkeypatch):
     """Out of memory names the training; a second question succeeds; two at once load once."""
-    plain, calls = loading.engine_of, []
+    plain, calls = loader.engine_of, []
 
     def engine_of(*how):
         calls.append(1)
@@ -597,7 +598,7 @@ def test_a_model_that_cannot_be_loaded_is_tried_again(tiny_model, monkeypatch):
             raise RuntimeError("CUDA out of memory. Tried to allocate")
         return plain(*how)
 
-    monkeypatch.setattr(loading, "engine_of", engine_of)
+    monkeypatch.setattr(loader, "engine_of", engine_of)
     made, _ = later(lambda device: ["run-7"], model_path=str(tiny_model))
     with pytest.raises(UserError, match=r"while the model was loaded\. Wait for run-7") as caught:
         list(made.stream(QUESTION, QUICK))
@@ -630,7 +631,7 @@ def test_a_model_that_cannot_be_loaded_keeps_no_memory(monkeypatch):
             kind=nothing, adapters=[], tokenizer=None, device=hardware.Choice(device, "")
         )
         with pytest.raises(UserError, match="Out of memory"):
-            late.Engine(found, engine_of, lambda device: []).loaded()
+            lazy_engine.Engine(found, engine_of, lambda device: []).loaded()
         assert emptied.pop() == (wanted, True)
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from onecard import checkpoint, runfolder
 from onecard.errors import UserError
+from onecard.runs import checkpoint as runs_checkpoint
+from onecard.runs import folder as run_folder
 from tests.support import promises
 from tests.support.power_failure import optimizer, power_failures, save
 from tests.support.promises import check_old_or_new, in_child, killed_at_operation, until_untouched
@@ -49,15 +51,15 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(tmp_path):
 
     killed, attempt = 0, killed_at_operation(lambda folder: save(folder, 2, budget=50))
     for folder, code in until_untouched(tmp_path, before, attempt):
-        newest, problems = checkpoint.newest(folder)
+        newest, problems = runs_checkpoint.newest(folder)
         assert (newest and newest.name, problems) == ("checkpoint-2", [])
-        assert checkpoint.read_progress(newest).micro_batch_tokens in (50, 100)
+        assert runs_checkpoint.read_progress(newest).micro_batch_tokens in (50, 100)
         if code:
             killed += 1
-            runfolder.go_back(folder, 2)
+            run_folder.go_back(folder, 2)
             save(folder, 2, budget=25)
             assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
-    assert checkpoint.read_progress(newest).micro_batch_tokens == 50
+    assert runs_checkpoint.read_progress(newest).micro_batch_tokens == 50
     assert killed >= 14
 
 
@@ -125,15 +127,15 @@ def test_cut_missing_extra_and_mixed_files(copy):
     promises.cut_missing_and_mixed_files_are_found(copy)
     last = copy / "checkpoint-10"
     (last / "notes.txt").write_text("mine")
-    assert checkpoint.verify(last) == ["notes.txt"]
+    assert runs_checkpoint.verify(last) == ["notes.txt"]
 
 
 def test_the_number_in_the_manifest_counts(copy):
     """T21, C11: neither the folder's name nor its time."""
     os.utime(copy / "checkpoint-5", (2e9, 2e9))
-    assert checkpoint.newest(copy)[0].name == "checkpoint-10"
+    assert runs_checkpoint.newest(copy)[0].name == "checkpoint-10"
     (copy / "checkpoint-5").rename(copy / "checkpoint-99")
-    newest, problems = checkpoint.newest(copy)
+    newest, problems = runs_checkpoint.newest(copy)
     assert newest.name == "checkpoint-10"
     assert "say it is step 5" in problems[0]
 
@@ -143,7 +145,7 @@ def test_another_format_is_refused(copy):
     path = copy / "checkpoint-10" / "manifest.json"
     path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(UserError, match="format 2") as caught:
-        checkpoint.verify(path.parent)
+        runs_checkpoint.verify(path.parent)
     assert caught.value.code == 4
 
 
@@ -164,7 +166,7 @@ def test_a_failing_sync_is_a_failing_save(tmp_path, monkeypatch, call):
     monkeypatch.undo()
     assert caught.value.code == 7
     assert not list(tmp_path.glob(".saving*"))
-    assert checkpoint.newest(tmp_path)[0].name == ("checkpoint-1" if call < 10 else "checkpoint-2")
+    assert runs_checkpoint.newest(tmp_path)[0].name == ("checkpoint-1" if call < 10 else "checkpoint-2")
 
 
 def test_a_quota_is_a_failing_save(tmp_path):
@@ -229,7 +231,7 @@ def test_leftovers_go_but_not_what_a_link_points_to(tmp_path):
     (run / ".saving-3-77").mkdir(parents=True)
     (run / ".saving-3-78").symlink_to(outside)
     (run / ".saving-notes").mkdir()
-    runfolder.go_back(run, 0)
+    run_folder.go_back(run, 0)
     assert [path.name for path in run.iterdir()] == [".saving-notes"]
     assert (outside / "file").read_text() == "mine"
 
@@ -245,19 +247,19 @@ def test_odd_names(tmp_path, monkeypatch):
     for name in ("with blank", "ünï-文件", "x" * 250):
         folder = tmp_path / name
         folder.mkdir()
-        assert checkpoint.newest(save(folder, 1).parent)[0].name == "checkpoint-1"
+        assert runs_checkpoint.newest(save(folder, 1).parent)[0].name == "checkpoint-1"
     (tmp_path / "link").symlink_to(tmp_path / "with blank")
     assert save(tmp_path / "link", 2).is_dir()
     monkeypatch.chdir(tmp_path)
-    assert checkpoint.newest(Path("with blank"))[0].name == "checkpoint-2"
+    assert runs_checkpoint.newest(Path("with blank"))[0].name == "checkpoint-2"
 
 
 def test_saving_over_a_loaded_file_changes_nothing(tmp_path):
     """C14: tensors read from a checkpoint stay as they were when it is replaced in its place, and pruned."""
-    tensors = checkpoint.load_file(save(tmp_path, 1) / "optimizer.safetensors")
+    tensors = load_file(save(tmp_path, 1) / "optimizer.safetensors")
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     save(tmp_path, 1, budget=7)
-    assert checkpoint.read_progress(tmp_path / "checkpoint-1").micro_batch_tokens == 7
+    assert runs_checkpoint.read_progress(tmp_path / "checkpoint-1").micro_batch_tokens == 7
     save(tmp_path, 2, keep=1)
     assert not (tmp_path / "checkpoint-1").exists()
     assert all(torch.equal(tensors[name], before[name]) for name in before)
@@ -267,7 +269,7 @@ def test_optimizer_comes_back(tmp_path):
     """The restored optimizer makes the same update, bit for bit."""
     one, path = optimizer(3), save(tmp_path, 3)
     other = torch.optim.AdamW([torch.nn.Parameter(one.param_groups[0]["params"][0].detach().clone())], lr=0.1)
-    checkpoint.restore(path, other, torch.amp.GradScaler("cpu", enabled=False))
+    runs_checkpoint.restore(path, other, torch.amp.GradScaler("cpu", enabled=False))
     for made in (one, other):
         parameter = made.param_groups[0]["params"][0]
         parameter.grad = torch.full_like(parameter, 0.25)

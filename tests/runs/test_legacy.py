@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from onecard import legacy
 from onecard.errors import UserError
+from onecard.runs import legacy
 from tests.support import tiny
 from tests.support.faults import Touch
 

@@ -10,9 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard import chat, config, hub, report, runfolder, template, train
+from onecard.config import options as config_options
+from onecard.config import training as training_config
+from onecard.data import template as templates
 from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, UserError, run_program
+from onecard.hub import locate
+from onecard.inference import chat
 from onecard.programs import finetune
+from onecard.runs import folder as run_folder
+from onecard.training import loop, metrics
 from tests.support import tiny
 
 QUICK = ("--device", "cpu", "--bits", "16", "--dtype", "fp32", "--max_steps", "2", "--batch_size", "4")
@@ -161,7 +167,7 @@ def test_no_row_left_to_train_on(bad_run, size):
 
 def test_unknown_template(bad_run):
     """Exit 2 and the templates there are."""
-    check(bad_run("--template", "alpacca"), USAGE, "--template alpacca", "Choose from", *template.names())
+    check(bad_run("--template", "alpacca"), USAGE, "--template alpacca", "Choose from", *templates.names())
 
 
 @pytest.mark.parametrize("names", ["query_key_value", "q_proj,w_proj", "proj", "lm_head", ",", ""])
@@ -283,10 +289,10 @@ def run_before(tiny_model, tmp_path_factory) -> tuple[Path, tuple[object, ...]]:
     folder = tmp_path_factory.mktemp("before")
     rows = tiny.save_rows(folder / "rows.json", 24)
     arguments = ("--data_path", rows, "--model_path", tiny_model, *QUICK, "--test_size", 0, "--save_steps", 1)
-    options = config.parse(
-        config.FinetuneConfig, [*map(str, arguments), "--output_path", str(folder / "run")]
+    options = config_options.parse(
+        training_config.FinetuneConfig, [*map(str, arguments), "--output_path", str(folder / "run")]
     )
-    train.run(options, locate=hub.locate, sample=chat.reply, draw=report.loss_curve)
+    loop.run(options, locate=locate.locate, sample=chat.reply, draw=metrics.loss_curve)
     return folder / "run", arguments
 
 
@@ -303,7 +309,7 @@ def test_folder_with_another_run(run, run_before, folder, finished, arguments, w
     """Exit 2, what differs, how to go on; the run that is there is not touched."""
     shutil.copytree(run_before[0], folder)
     if not finished:
-        (folder / runfolder.FINISHED).unlink()
+        (folder / run_folder.FINISHED).unlink()
         shutil.rmtree(folder / "checkpoint-2")
     before = tree(folder)
     check(run(*run_before[1], "--output_path", folder, *arguments), USAGE, folder, "--overwrite", *words)
@@ -323,7 +329,7 @@ def test_folder_with_the_same_run_finished(run, run_before, folder):
 def test_damaged_record_of_a_run(run, tiny_model, tiny_rows, folder):
     """A run folder whose options cannot be read: exit 4 with the file, and it is left alone."""
     folder.mkdir(parents=True)
-    path = save_text(folder / runfolder.CONFIG, '{"options": ')
+    path = save_text(folder / run_folder.CONFIG, '{"options": ')
     base = ("--data_path", tiny_rows, "--model_path", tiny_model, "--output_path", folder, *QUICK)
     check(run(*base), CHECKPOINT, path, "--overwrite")
     assert list(folder.iterdir()) == [path]
@@ -332,12 +338,12 @@ def test_damaged_record_of_a_run(run, tiny_model, tiny_rows, folder):
 def test_overwrite_gets_past_a_damaged_record(run, tiny_model, tiny_rows, folder):
     """What the message about a damaged run advises works."""
     folder.mkdir(parents=True)
-    save_text(folder / runfolder.CONFIG, '{"options": ')
+    save_text(folder / run_folder.CONFIG, '{"options": ')
     save_text(folder / "notes.txt", "mine")
     base = ("--data_path", tiny_rows, "--model_path", tiny_model, "--output_path", folder, *QUICK)
     result = run(*base, "--test_size", 0, "--overwrite")
     assert result.code == 0, result.err
-    assert (folder / runfolder.FINISHED).is_file()
+    assert (folder / run_folder.FINISHED).is_file()
     assert (folder / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
@@ -354,16 +360,16 @@ def test_bad_rows_are_left_out_and_written_down(run, tiny_model, tmp_path, folde
     assert result.code == 0, result.err
     assert "3 rejected" in result.out
     assert "warning: --overlap is for raw text" in result.out
-    text = (folder / runfolder.REJECTED).read_text(encoding="utf-8")
+    text = (folder / run_folder.REJECTED).read_text(encoding="utf-8")
     rejected = [json.loads(line) for line in text.splitlines()]
     assert [(row["line"], row["column"]) for row in rejected] == [(4, 21), (7, 1), (11, 1)]
     assert all(row["reason"] for row in rejected)
     assert '"a" "output"' in rejected[0]["text"]
     assert "caf" in rejected[2]["text"]
-    record = json.loads((folder / runfolder.CONFIG).read_text(encoding="utf-8"))["data"]
+    record = json.loads((folder / run_folder.CONFIG).read_text(encoding="utf-8"))["data"]
     counts = {key: record[key] for key in ("train_rows", "validation_rows", "dropped", "rejected")}
     assert counts == {"train_rows": 9, "validation_rows": 0, "dropped": 0, "rejected": 3}
-    assert json.loads((folder / runfolder.FINISHED).read_text(encoding="utf-8"))["steps"] == 2
+    assert json.loads((folder / run_folder.FINISHED).read_text(encoding="utf-8"))["steps"] == 2
 
 
 @pytest.fixture
@@ -416,7 +422,7 @@ class TestCardThatTorchCannotUse:
         base = ("--data_path", tiny_rows, "--model_path", tiny_model, "--output_path", folder, *QUICK)
         result = run(*base, "--test_size", 0)
         assert result.code == 0, result.err
-        assert (folder / runfolder.FINISHED).is_file()
+        assert (folder / run_folder.FINISHED).is_file()
 
     @pytest.mark.parametrize("answer", ["exit 9", 'echo "No devices were found"', "true"])
     def test_driver_without_a_card_is_no_card(self, bad_run, card_without_torch, answer):

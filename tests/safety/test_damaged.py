@@ -12,11 +12,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from onecard import chat, convert, gguf, gptq, hub, measure, merge, model, parsing, vocab
-from onecard.chat_config import ChatConfig, PerplexityConfig
+from onecard.config import options as config_options
+from onecard.config.chat import ChatConfig
+from onecard.config.tools import ConvertConfig, ExportConfig, MergeConfig, PerplexityConfig, QuantizeConfig
+from onecard.conversion import gguf_cache, merge, meta_llama, vocabulary
+from onecard.conversion import quantize as conversion_quantize
 from onecard.errors import CHECKPOINT, USAGE, UserError, run_program
+from onecard.evaluation import perplexity as evaluation_perplexity
+from onecard.hub import locate
+from onecard.inference import chat
+from onecard.models import base_model
+from onecard.models import tokenizer as models_tokenizer
 from onecard.programs import finetune
-from onecard.tool_config import ConvertConfig, ExportConfig, MergeConfig, QuantizeConfig
 from tests.support import tiny
 from tests.support.paths import ROOT
 
@@ -72,7 +79,7 @@ def elsewhere(folder: Path) -> None:
 
 
 def built(kind: type, **options: object) -> object:
-    return parsing.build(kind, {name: str(value) for name, value in options.items()})
+    return config_options.build(kind, {name: str(value) for name, value in options.items()})
 
 
 def train(base: Path, place: Path) -> None:
@@ -83,7 +90,7 @@ def train(base: Path, place: Path) -> None:
 
 def talk(base: Path, place: Path, engine: str = "transformers") -> None:
     options = built(ChatConfig, model_path=base, engine=engine)
-    chat.start(options, hub.locate, hub.fetch_adapter, gguf.for_llama, QUIET)
+    chat.start(options, locate.locate, locate.fetch_adapter, gguf_cache.for_llama, QUIET)
 
 
 def talk_in_llama_cpp(base: Path, place: Path) -> None:
@@ -91,34 +98,36 @@ def talk_in_llama_cpp(base: Path, place: Path) -> None:
 
 
 def export_gguf(base: Path, place: Path) -> None:
-    from onecard import export
+    from onecard.conversion import export_gguf as conversion_export_gguf
 
     options = built(ExportConfig, model_path=base, output_path=place)
-    export.run(options, hub.locate, hub.fetch_adapter, QUIET)
+    conversion_export_gguf.run(options, locate.locate, locate.fetch_adapter, QUIET)
 
 
 def quantize(base: Path, place: Path) -> None:
     options = built(QuantizeConfig, model_path=base, output_path=place, method="bnb", data_path=SAMPLE)
-    gptq.run(options, hub.locate, QUIET)
+    conversion_quantize.run(options, locate.locate, QUIET)
 
 
 def merge_lora(base: Path, place: Path) -> None:
     options = built(MergeConfig, model_path=base, lora_path=base.parent / "adapter", output_path=place)
-    merge.run(options, hub.locate, hub.fetch_adapter, QUIET, QUIET)
+    merge.run(options, locate.locate, locate.fetch_adapter, QUIET, QUIET)
 
 
 def convert_llama(base: Path, place: Path) -> None:
-    convert.run(built(ConvertConfig, input_dir=base, output_dir=place, to="meta"), QUIET, QUIET)
+    meta_llama.run(built(ConvertConfig, input_dir=base, output_dir=place, to="meta"), QUIET, QUIET)
 
 
 def perplexity(base: Path, place: Path) -> None:
     options = built(PerplexityConfig, data_path=SAMPLE, model_path=base, context=64, max_tokens=100)
-    measure.perplexity(options, hub.locate, hub.fetch_adapter, gguf.for_llama, say=QUIET)
+    evaluation_perplexity.perplexity(
+        options, locate.locate, locate.fetch_adapter, gguf_cache.for_llama, say=QUIET
+    )
 
 
 def prepare_base_model(base: Path, place: Path) -> None:
-    tokenizer = model.load_tokenizer(str(base))
-    vocab.prepare(base, tokenizer, tokenizer, place, 64)
+    tokenizer = models_tokenizer.load_tokenizer(str(base))
+    vocabulary.prepare(base, tokenizer, tokenizer, place, 64)
 
 
 FAULTS = (cut_short, bad_header, half_there, bad_index, embedding_gone, bad_config, odd_kind, elsewhere)
@@ -142,7 +151,7 @@ def whole(tmp_path_factory) -> Path:
     """A folder with a model and an adapter for it."""
     place = tmp_path_factory.mktemp("damaged")
     base = tiny.save_model(place / "base")
-    bare = model.load_base(str(base), 16, "fp32", "cpu")
+    bare = base_model.load_base(str(base), 16, "fp32", "cpu")
     get_peft_model(bare, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(place / "adapter")
     return place
 
@@ -190,5 +199,5 @@ def test_what_is_no_model_is_another_thing(whole, tmp_path):
     (bare / WEIGHTS).unlink()
     for folder in (other, bare, tmp_path / "none"):
         with pytest.raises(UserError) as caught:
-            model.load_base(str(folder), 16, "fp32", "cpu")
+            base_model.load_base(str(folder), 16, "fp32", "cpu")
         assert caught.value.code == USAGE

@@ -14,14 +14,19 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from onecard import engine_hf, gguf, llama_tokenizer, model, probes, template
-from onecard.chat import Chat
-from onecard.chat_config import GREEDY, Generation
-from onecard.prompt import Conversation, Turn
+from onecard.config.generation import GREEDY, Generation
+from onecard.conversion import gguf, meta_tokenizer
+from onecard.data import template as templates
+from onecard.data.conversation import Conversation, Turn
+from onecard.evaluation import probe_texts
+from onecard.inference import llama_cpp as llama_cpp_library
+from onecard.inference import llama_cpp_engine, transformers_engine
+from onecard.inference.chat import Chat
+from onecard.models import base_model
+from onecard.models import tokenizer as models_tokenizer
 from tests.support import tiny
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu")
-from onecard import engine_llama, llama_library
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,7 +39,7 @@ AUTO = (  # the tokenizer's own, in Llama 3's manner
     "{% for m in messages %}<|head|>{{ m.role }}<|/head|>\n\n{{ m.content }}<|over|>{% endfor %}"
     "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}"
 )
-WRITTEN = {  # files of a user's own, beside those of onecard/templates
+WRITTEN = {  # files of a user's own, beside those of onecard/data/templates
     "brackets": {
         "opening": "<|endoftext|>",
         "system": "<<SYS>>{text}<</SYS>>\n",
@@ -51,7 +56,7 @@ WRITTEN = {  # files of a user's own, beside those of onecard/templates
         "control": ["narrator", "<|head|>", "<|over|>"],
     },
 }
-TEMPLATES = [*template.names(), *WRITTEN]
+TEMPLATES = [*templates.names(), *WRITTEN]
 PLACES = ("system", "user", "input", "assistant")
 MARK = "harmless"
 NOWHERE = {"system": "s", "user": "q", "input": "i", "assistant": "a"}
@@ -69,7 +74,7 @@ def pieces(place: Path) -> Path:
     """SentencePiece with byte fallback as LLaMA has it; the tokens are control pieces of its vocabulary."""
     folder, size = place / "model", 400 + len(TOKENS)
     said = [
-        *probes.TEXT.splitlines(),
+        *probe_texts.TEXT.splitlines(),
         *["xnarrator xnarrated vectator"] * 400,
     ]  # merges lead to a control piece
     sentencepiece.SentencePieceTrainer.train(
@@ -81,8 +86,8 @@ def pieces(place: Path) -> Path:
     tiny.save_model(folder, vocab_size=size, bos_token_id=1, eos_token_id=2, max_position_embeddings=CONTEXT)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (folder / name).unlink(missing_ok=True)
-    llama_tokenizer.write(place / "tokenizer.model", folder, CONTEXT, False)
-    own = model.load_tokenizer(str(folder))
+    meta_tokenizer.write(place / "tokenizer.model", folder, CONTEXT, False)
+    own = models_tokenizer.load_tokenizer(str(folder))
     own.chat_template = AUTO
     own.save_pretrained(folder)
     return folder
@@ -118,7 +123,7 @@ class Shown:
             path = folder / f"{name}.json"
             if name in WRITTEN:
                 path.write_text(json.dumps(WRITTEN[name]))
-            form = template.load(str(path) if name in WRITTEN else name, self.engine.tokenizer)
+            form = templates.load(str(path) if name in WRITTEN else name, self.engine.tokenizer)
             self.chats[name] = Chat(self.engine, form)
         return self.chats[name]
 
@@ -144,17 +149,19 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def shown(request, folders) -> Iterator[Shown]:
     vocabulary, engine = request.param
     folder, spaced = folders[vocabulary], VOCABULARIES[vocabulary] is pieces
-    tokenizer = model.load_tokenizer(str(folder))
+    tokenizer = models_tokenizer.load_tokenizer(str(folder))
     if engine == "transformers":
-        made = engine_hf.Engine(model.load_base(str(folder), 16, "fp32", "cpu").eval(), tokenizer, CONTEXT)
+        made = transformers_engine.Engine(
+            base_model.load_base(str(folder), 16, "fp32", "cpu").eval(), tokenizer, CONTEXT
+        )
         stored = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
         plainly = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         controls = {token["id"] for token in stored if token["special"]}
         yield Shown(made, tokenizer, controls, lambda ids: tokenizer.decode(ids, **plainly), spaced)
         return
     path = folder / "base.gguf"
-    tokenizer = llama_library.tokenizer_of(path) if "file" in engine else tokenizer
-    made = engine_llama.Engine(path, tokenizer, CONTEXT, threads=1)
+    tokenizer = llama_cpp_library.tokenizer_of(path) if "file" in engine else tokenizer
+    made = llama_cpp_engine.Engine(path, tokenizer, CONTEXT, threads=1)
     entries = made.library.llama_model_get_vocab(made.model)
     tells = made.library.llama_vocab_is_control, made.library.llama_vocab_is_eog
     controls = {token for token in range(made.entries) if any(tell(entries, token) for tell in tells)}
@@ -178,7 +185,7 @@ def attacks(chat: Chat) -> list[str]:
     tokens = sorted(
         {*TOKENS, *tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
     )
-    forms = [template.read(path) for path in sorted(template.FOLDER.glob("*.json"))]
+    forms = [templates.read(path) for path in sorted(templates.FOLDER.glob("*.json"))]
     forms += [chat.template]
     parts = [part for form in forms for turn in form.texts().values() for part in listed(turn)]
     written = [text for what, text in parts if what in ("literal", "control")]

@@ -12,8 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard import adapter, checkpoint, child, gguf, gguf_trial, headers, merging, model, pth, shards
+from onecard.conversion import gguf, lora_delta
 from onecard.errors import CHECKPOINT, UserError
+from onecard.inference import gguf_check
+from onecard.models import adapter as models_adapter
+from onecard.models import base_model, pth_files, tensor_files
+from onecard.system import safetensors as safetensors_file
+from onecard.system import sandbox
 from tests.support import hostile_files
 from tests.support.paths import ROOT
 
@@ -72,20 +77,20 @@ def test_the_survey_sees_crashes_hangs_and_tracebacks(monkeypatch):
 
 def test_hostile_headers_are_refused(tmp_path, tiny_model, monkeypatch):
     """By every reader, with the file's name and exit 4; each looks at the header before a library does."""
-    seen, look = [], headers.read
-    monkeypatch.setattr(headers, "read", lambda path: seen.append(path) or look(path))
+    seen, look = [], safetensors_file.read
+    monkeypatch.setattr(safetensors_file, "read", lambda path: seen.append(path) or look(path))
     for path in tiny_model.glob("*.json"):
         shutil.copy(path, tmp_path)
     config = '{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}'
     (tmp_path / "adapter_config.json").write_text(config)
     paths = [tmp_path / name for name in ("model.safetensors", "adapter_model.safetensors")]
     readers = {
-        "checkpoint": lambda: checkpoint.read_tensors(paths[0]),
-        "shards": lambda: shards.of_folder(tmp_path),
-        "merging": lambda: merging.read(tmp_path),
-        "gguf": lambda: gguf._check_adapter(tmp_path),
-        "attach": lambda: adapter.attach(torch.nn.Linear(2, 2), tmp_path, "x"),
-        "base": lambda: model.load_base(str(tmp_path), 16, "fp32", "cpu"),
+        "checkpoint": lambda: safetensors_file.read_tensors(paths[0]),
+        "shards": lambda: tensor_files.of_folder(tmp_path),
+        "merging": lambda: lora_delta.read(tmp_path),
+        "gguf": lambda: gguf.check_adapter(tmp_path),
+        "attach": lambda: models_adapter.attach(torch.nn.Linear(2, 2), tmp_path, "x"),
+        "base": lambda: base_model.load_base(str(tmp_path), 16, "fp32", "cpu"),
     }
     for what, header, body in hostile_files.hostile():
         raw = header.encode()
@@ -100,7 +105,7 @@ def test_hostile_headers_are_refused(tmp_path, tiny_model, monkeypatch):
             seen.clear()
 
 
-@pytest.mark.parametrize("length", [headers.MOST + 1, 100 << 20, (1 << 63) + 5, (1 << 64) - 1])
+@pytest.mark.parametrize("length", [safetensors_file.MOST + 1, 100 << 20, (1 << 63) + 5, (1 << 64) - 1])
 def test_a_large_header_costs_nothing(tmp_path, length):
     """Nothing of it is read, whether it is there or not."""
     path = tmp_path / "model.safetensors"
@@ -108,7 +113,7 @@ def test_a_large_header_costs_nothing(tmp_path, length):
     os.truncate(path, min(length, 200 << 20) + 8)
     tracemalloc.start()
     with pytest.raises(UserError, match=f"its header would have {length} bytes") as caught:
-        headers.read(path)
+        safetensors_file.read(path)
     assert (caught.value.code, tracemalloc.get_traced_memory()[1] < 1 << 20) == (CHECKPOINT, True)
     tracemalloc.stop()
 
@@ -124,7 +129,7 @@ def test_odd_directories_of_a_pth_file(tmp_path):
         odd[place] = value
         path.write_bytes(odd)
         with pytest.raises(UserError, match="damaged") as caught:
-            pth.of_file(path)
+            pth_files.of_file(path)
         assert caught.value.code == CHECKPOINT
 
 
@@ -148,25 +153,25 @@ def test_a_file_is_tried_once(tmp_path, monkeypatch):
         if b"bad" in path.read_bytes():
             raise UserError("bad")
 
-    monkeypatch.setattr(gguf_trial, "_try", run)
-    gguf_trial.check(path, [])
-    gguf_trial.check(path, [adapter])
-    gguf_trial.check(path, [adapter])
+    monkeypatch.setattr(gguf_check, "_try", run)
+    gguf_check.check(path, [])
+    gguf_check.check(path, [adapter])
+    gguf_check.check(path, [adapter])
     assert tried == [[path], [path, adapter]]
     path.write_bytes(b"GGUF bad")
     for _ in range(2):
         with pytest.raises(UserError):
-            gguf_trial.check(path, [])
+            gguf_check.check(path, [])
     assert len(tried) == 4
 
 
 def test_a_trial_that_takes_too_long(tmp_path, monkeypatch):
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "cache"))
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own")
-    monkeypatch.setattr(gguf_trial, "SECONDS", 0.01)
+    monkeypatch.setattr(gguf_check, "SECONDS", 0.01)
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match="not read within 0 s") as caught:
-        gguf_trial.check(tmp_path / "x.gguf", [])
+        gguf_check.check(tmp_path / "x.gguf", [])
     assert caught.value.code == CHECKPOINT
 
 
@@ -186,9 +191,9 @@ def test_whatever_a_crashing_trial_says(tmp_path, monkeypatch, code, words):
     for path in paths:
         path.write_bytes(b"GGUF")
     with pytest.raises(UserError) as caught:
-        gguf_trial._try(paths[0], paths[1:])
+        gguf_check._try(paths[0], paths[1:])
     assert str(paths[words == "1"]) in str(caught.value)
     assert "HF_TOKEN" not in given[0]
     with pytest.raises(UserError):
-        child.convert("onecard.legacy", paths[0], paths[1], 1, damaged=4, late=8)
+        sandbox.convert("onecard.runs.legacy", paths[0], paths[1], 1, damaged=4, late=8)
     assert "HF_TOKEN" not in given[1]

@@ -18,8 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard import legacy, model, pickled, reader, sources
+from onecard.data import pickled_rows, reader
 from onecard.errors import CHECKPOINT, DATA, UNSAFE, UserError
+from onecard.models import base_model
+from onecard.models import tokenizer as models_tokenizer
+from onecard.runs import adapters as run_adapters
+from onecard.runs import legacy
+from onecard.system import sandbox
 from tests.support import hostile_files
 
 CANARY = "CANARY"  # in texts: the path a payload makes a file at
@@ -238,7 +243,7 @@ def test_none_sings_here(tmp_path):
     cells = [(shape, data) for data in every().values() for shape in SHAPES]
     plain = [pickle.dumps([1, Touch(SHELL)], protocol) for protocol in range(6)]
     cells += [(shape, data) for data in plain[:4] for shape in SHAPES]
-    readers = (legacy._child, pickled._child)
+    readers = (legacy._child, pickled_rows._child)
 
     def write(number: int) -> None:
         shape, data = cells[number % len(cells)]
@@ -274,7 +279,7 @@ def test_the_whole_way(tmp_path, name, ending):
         if ending == ".pkl":
             list(reader.read_rows(path))
         else:
-            sources.find(str(path.parent), "x", "best", str, tmp_path)
+            run_adapters.find(str(path.parent), "x", "best", str, tmp_path)
 
     with pytest.raises(UserError, match="would run code") as caught:
         read()
@@ -290,7 +295,7 @@ def test_a_base_in_pickles_is_refused(tiny_model, tmp_path):
     canary = tmp_path / "canary"
     (tmp_path / "pytorch_model.bin").write_bytes(zipped(aimed(every()["os.system"], canary)))
     with pytest.raises(UserError, match=r"pytorch_model\.bin.*safetensors") as caught:
-        model.load_base(str(tmp_path), 16, "fp32", "cpu")
+        base_model.load_base(str(tmp_path), 16, "fp32", "cpu")
     assert caught.value.code == UNSAFE
     assert not canary.exists()
 
@@ -304,8 +309,8 @@ def test_other_pickles_are_never_opened(tmp_path, name, tiny_model):
     for path in tiny_model.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / name).write_bytes(aimed(every()["os.system"], canary))
-    model.load_base(str(tmp_path), 16, "fp32", "cpu")
-    model.load_tokenizer(str(tmp_path))
+    base_model.load_base(str(tmp_path), 16, "fp32", "cpu")
+    models_tokenizer.load_tokenizer(str(tmp_path))
     assert not canary.exists()
 
 
@@ -319,7 +324,7 @@ def test_an_older_torch_reads_no_pickles(monkeypatch, tmp_path):
         legacy.check_torch(version, tmp_path)
     torch.save({}, tmp_path / "adapter_model.bin")
     monkeypatch.setattr(torch, "__version__", "2.9.0")
-    monkeypatch.setattr(legacy.child, "convert", lambda *_, **__: pytest.fail("a child was started"))
+    monkeypatch.setattr(sandbox, "convert", lambda *_, **__: pytest.fail("a child was started"))
     with pytest.raises(UserError, match=r"torch 2\.9\.0"):
         legacy.read(tmp_path)
 

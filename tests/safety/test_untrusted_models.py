@@ -15,8 +15,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from onecard import model, rendering, template
+from onecard.data import jinja_sandbox
+from onecard.data import template as templates
 from onecard.errors import UNSAFE, UserError
+from onecard.models import base_model
+from onecard.models import tokenizer as models_tokenizer
 from tests.support import hostile_files, meta_llama_reference, tiny
 from tests.support.paths import ROOT
 
@@ -54,8 +57,8 @@ def with_code(base: Path, folder: Path, kind: str) -> Path:
 def test_code_of_a_folder_is_never_imported(tiny_model, tmp_path):
     """Exit 8 with the file's name; transformers' own question is not even asked, so `y` answers nothing."""
     folder = with_code(tiny_model, tmp_path / "model", "unknown")
-    script = "import sys; from onecard import errors, model\n"
-    script += "errors.run_program(lambda: model.load_config(sys.argv[1]))"
+    script = "import sys; from onecard import errors; from onecard.models import base_model\n"
+    script += "errors.run_program(lambda: base_model.load_config(sys.argv[1]))"
     ended = subprocess.run(
         [sys.executable, "-c", script, folder],
         input="y\n",
@@ -73,11 +76,11 @@ def test_code_of_a_folder_is_never_imported(tiny_model, tmp_path):
 def test_a_known_kind_with_code_is_loaded_without_it(tiny_model, tmp_path):
     """transformers' own class reads the folder; nothing in it is imported."""
     folder = with_code(tiny_model, tmp_path / "model", "known")
-    config = model.load_config(str(folder))
-    made = model.load_base(str(folder), 16, "fp32", "cpu", config)
-    model.skeleton(str(folder), config)
+    config = base_model.load_config(str(folder))
+    made = base_model.load_base(str(folder), 16, "fp32", "cpu", config)
+    base_model.skeleton(str(folder), config)
     assert type(made).__module__ == "transformers.models.llama.modeling_llama"
-    model.load_tokenizer(str(folder))
+    models_tokenizer.load_tokenizer(str(folder))
     assert not list(tmp_path.rglob("canary"))
     assert not any("modeling_odd" in name for name in sys.modules)
 
@@ -93,7 +96,7 @@ def test_weights_that_are_missing_are_not_made_up(tiny_model, tmp_path, name):
     tensors[name + "x"] = tensors.pop(name)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"1 of its weights are missing, {name}"):
-        model.load_base(str(folder), 16, "fp32", "cpu")
+        base_model.load_base(str(folder), 16, "fp32", "cpu")
 
 
 ESCAPES = [
@@ -136,7 +139,7 @@ def rendered(texts: list[str], folder: Path) -> tuple[dict[int, str], list[str |
 
     def read(number: int) -> None:
         source.write_text(json.dumps({**asked, "template": texts[number]}))
-        if rendering._child(str(source), str(folder / f"{number}.json")):
+        if jinja_sandbox._child(str(source), str(folder / f"{number}.json")):
             raise UserError("refused")
 
     found = hostile_files.survey(len(texts), lambda _: None, read, {})
@@ -147,14 +150,14 @@ def rendered(texts: list[str], folder: Path) -> tuple[dict[int, str], list[str |
 @pytest.fixture
 def limits(monkeypatch):
     """Tighter in time, wider in memory: these processes have torch in them."""
-    monkeypatch.setattr(rendering, "SECONDS", 2)
-    monkeypatch.setattr(rendering, "MEMORY", 8 << 30)
+    monkeypatch.setattr(jinja_sandbox, "SECONDS", 2)
+    monkeypatch.setattr(jinja_sandbox, "MEMORY", 8 << 30)
     monkeypatch.setattr(hostile_files, "SECONDS", 20)
 
 
 def test_a_template_gets_out_of_nothing(tmp_path, limits, monkeypatch):
     """Refused, or it writes nothing of the process it runs in."""
-    monkeypatch.setattr(rendering, "SECONDS", 60)
+    monkeypatch.setattr(jinja_sandbox, "SECONDS", 60)
     (tmp_path / "nest").mkdir()
     texts = [text.replace("CANARY", str(tmp_path / "nest" / "canary")) for text in ESCAPES]
     found, written = rendered([*texts, "{{ messages[0].content }}"], tmp_path)
@@ -176,17 +179,20 @@ def test_a_template_that_would_never_end(text, tmp_path, limits):
 def test_a_gguf_file_brings_the_same_template(tmp_path, monkeypatch):
     """The template in a file's metadata goes through the same child."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own")
-    from onecard import gguf, llama_library
+    from onecard.conversion import gguf as conversion_gguf
+    from onecard.inference import llama_cpp as llama_cpp_library
 
-    monkeypatch.setattr(rendering, "SECONDS", 12)
+    monkeypatch.setattr(jinja_sandbox, "SECONDS", 12)
     canary = tmp_path / "canary"
     own = tiny.tokenizer()
     own.chat_template = ESCAPES[2].replace("CANARY", str(canary)) + BOMBS[0]
-    path = gguf.base(tiny.save_model(tmp_path / "model", own), tmp_path / "x.gguf", any_tokenizer=True)
-    found = llama_library.tokenizer_of(path)
+    path = conversion_gguf.base(
+        tiny.save_model(tmp_path / "model", own), tmp_path / "x.gguf", any_tokenizer=True
+    )
+    found = llama_cpp_library.tokenizer_of(path)
     assert "cycler" in found.chat_template
     with pytest.raises(UserError, match="cannot be used"):
-        template.load("auto", found)
+        templates.load("auto", found)
     assert not canary.exists()
 
 
@@ -272,7 +278,7 @@ def few(tmp_path_factory) -> dict[str, Path]:
     shutil.move(folder / "tokenizer.model", original)
     base = tiny.save_model(folder / "model")
     settings = LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path=str(base))
-    get_peft_model(model.load_base(str(base), 16, "fp32", "cpu"), settings).save_pretrained(
+    get_peft_model(base_model.load_base(str(base), 16, "fp32", "cpu"), settings).save_pretrained(
         folder / "adapter"
     )
     shutil.copytree(folder / "adapter", folder / "beacon")  # which names a hub's model, and its commit
@@ -310,9 +316,9 @@ def test_a_tool_asks_nobody(line, few, tmp_path):
     """Each does its work from local files, in one process and its children."""
     if "gguf" in line:
         pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own")
-        from onecard import converter
+        from onecard.conversion import llama_cpp_converter
 
-        converter.home()  # which is fetched on first use
+        llama_cpp_converter.home()  # which is fetched on first use
     command = line.format(**few, new=tmp_path / "new").split()
     ended, attempts = without_network(tmp_path, *command, typed="Say red\n")
     assert (ended.returncode, attempts) == (0, ""), ended.stderr[-2000:]

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
-from onecard import model
+from onecard.models import base_model
 
 SMALL = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
 
@@ -13,7 +13,7 @@ SMALL = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
 def save_adapter(base: Path, folder: Path, seed: int = 0, std: float = 0.05, **settings) -> Path:
     """An adapter of these settings, by default SMALL; its weights are large enough that answers differ."""
     torch.manual_seed(seed)
-    loaded = model.load_base(str(base), 16, "fp32", "cpu")
+    loaded = base_model.load_base(str(base), 16, "fp32", "cpu")
     adapted = get_peft_model(loaded, LoraConfig(**(settings or SMALL)))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

@@ -1,6 +1,6 @@
 """A model hub on the loopback address that goes wrong on demand: cuts, stalls, lies, redirects, refuses.
 
-It speaks what onecard/remote.py asks of the hub and of ModelScope, serves ranges, and keeps what it was
+It speaks what onecard/hub/listing.py asks of the hub and of ModelScope, serves ranges, and keeps what it was
 asked. The same server under another name (localhost) stands for another host.
 """
 
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from onecard import fetch, hub
-from onecard.tool_config import DownloadConfig
+from onecard.config.tools import DownloadConfig
+from onecard.hub import download as hub_download
+from onecard.hub import locate
 
 NAME = "someone/model"
 
@@ -44,7 +45,7 @@ def download(served: Hub, folder: Path | None, **options: Any) -> list[str]:
     """What is said while the model is fetched from this hub."""
     said: list[str] = []
     settings = {"model_path": NAME, "to": folder and str(folder), "endpoint": served.address, **options}
-    fetch.run(DownloadConfig(**settings), hub.locate, (), said.append)
+    hub_download.run(DownloadConfig(**settings), locate.locate, (), said.append)
     return said
 
 

@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from onecard import chat, engine_hf
-from onecard.answer import Text
-from onecard.chat_config import TRAINED, Generation
+from onecard.config import generation
+from onecard.config.generation import TRAINED, Generation
+from onecard.data.conversation import Conversation
+from onecard.data.template import Template
 from onecard.errors import UserError
-from onecard.prompt import Conversation, Template
+from onecard.inference import chat, decoding
+from onecard.inference.detokenizer import Text
 
 PLAIN_TEMPLATE = Template(
     "plain", (("{text}", ""),), (("{text}", ""), ("{end}", "")), system=(("{text}", ""),)
@@ -27,7 +29,7 @@ class Engine:
     def describe(self) -> tuple[str, str]:
         return "cpu", "cpu"
 
-    def check_mixture(self, mixture: engine_hf.Mixture) -> None:
+    def check_mixture(self, mixture: generation.Mixture) -> None:
         for name, _ in mixture:
             if name not in self.adapters:
                 raise UserError(f"No adapter is called {name}.", "Loaded: one, two.")
@@ -38,9 +40,9 @@ class Scripted:
 
     def __init__(self, write: Callable[[Conversation], Iterator[Text]], form: Template = PLAIN_TEMPLATE):
         self.write, self.template, self.engine = write, form, Engine()
-        self.mixture: engine_hf.Mixture = (("one", 1.0),)
+        self.mixture: generation.Mixture = (("one", 1.0),)
         self.versions: dict[str, str] = {}
-        self.asked: list[tuple[list[str], Generation, engine_hf.Mixture]] = []
+        self.asked: list[tuple[list[str], Generation, generation.Mixture]] = []
         self.forms: list[str] = []
 
     def unused(self, mode: str) -> dict[str, tuple[str, str]]:
@@ -58,7 +60,9 @@ class Scripted:
         self.engine.check_mixture(mixture)
         for text in self.write(conversation):
             if cancelled() and not text.finished:
-                yield reply(dataclasses.replace(text, stable=text.whole, open="", finished=chat.CANCELLED))
+                yield reply(
+                    dataclasses.replace(text, stable=text.whole, open="", finished=decoding.CANCELLED)
+                )
                 return
             yield text if isinstance(text, chat.Reply) else reply(text)
 

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
-from onecard import export, hub, parsing
-from onecard.tool_config import ExportConfig
+from onecard.config import options as config_options
+from onecard.config.tools import ExportConfig
+from onecard.conversion import export_gguf
+from onecard.hub import locate
 
 
 def run(**options) -> tuple[Path, list[str]]:
     """The exported folder and what was said."""
     said: list[str] = []
-    settings = parsing.build(ExportConfig, {name: str(value) for name, value in options.items()})
-    return export.run(settings, hub.locate, hub.fetch_adapter, said.append), said
+    settings = config_options.build(ExportConfig, {name: str(value) for name, value in options.items()})
+    return export_gguf.run(settings, locate.locate, locate.fetch_adapter, said.append), said

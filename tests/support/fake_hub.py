@@ -100,7 +100,7 @@ def serving(name: str, folder: Path | Repository, kind: str = "models") -> Itera
 def fetch(address: str, home: Path, function: str, name: str) -> str:
     """What onecard.hub's function says for a name, in a process whose hub is at this address."""
     code = (
-        "import sys; from onecard import errors, hub\n"
+        "import sys; from onecard import errors; from onecard.hub import locate\n"
         f"try: print(hub.{function}(sys.argv[1]))\n"
         "except errors.UserError as error: print(error.problem)"
     )

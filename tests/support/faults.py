@@ -37,9 +37,9 @@ def planted(fault: dict[str, Any]) -> Iterator[None]:
 
 def kill_in_step(where: list[int]) -> None:
     """SIGKILL in gradient `where[0]` (the dry run's is number 1) after `where[1]` of its micro-batches."""
-    from onecard import step
+    from onecard.training import step as training_step
 
-    plain, place = step.gradient, {"step": 0, "micro_batch": 0}
+    plain, place = training_step.gradient, {"step": 0, "micro_batch": 0}
 
     def gradient(step_model: Any, micro_batches: Any, *rest: Any) -> Any:
         place["step"] += 1
@@ -58,7 +58,7 @@ def kill_in_step(where: list[int]) -> None:
         finally:
             step_model.forward = forward
 
-    step.gradient = gradient
+    training_step.gradient = gradient
 
 
 def kill_at_operation(number: int) -> None:
@@ -95,9 +95,9 @@ def watch_operations(before: Callable[[], None]) -> None:
 
 def no_memory_above(tokens: int) -> None:
     """Every micro-batch of more than `tokens` tokens runs out of memory in its backward pass."""
-    from onecard import step
+    from onecard.training import step as training_step
 
-    plain = step.StepModel.forward
+    plain = training_step.StepModel.forward
 
     def forward(self: Any, packed: Any) -> Any:
         loss_sum, targets, correct = plain(self, packed)
@@ -105,14 +105,15 @@ def no_memory_above(tokens: int) -> None:
             loss_sum.register_hook(_no_memory)
         return loss_sum, targets, correct
 
-    step.StepModel.forward = forward
+    training_step.StepModel.forward = forward
 
 
 def no_memory_at(calls: list[int]) -> None:
     """The forward passes with these numbers, counted from 1 after the dry run, run out of memory."""
-    from onecard import fitting, step
+    from onecard.training import out_of_memory
+    from onecard.training import step as training_step
 
-    plain, made, dry_run = step.StepModel.forward, {"count": 0, "dry": False}, fitting.dry_run
+    plain, made, dry_run = training_step.StepModel.forward, {"count": 0, "dry": False}, out_of_memory.dry_run
 
     def forward(self: Any, packed: Any) -> Any:
         if not made["dry"] and self.training:
@@ -127,14 +128,14 @@ def no_memory_at(calls: list[int]) -> None:
         made["dry"] = False
         return fits
 
-    step.StepModel.forward, fitting.dry_run = forward, dry
+    training_step.StepModel.forward, out_of_memory.dry_run = forward, dry
 
 
 def signal_in_update(number: int) -> None:
     """SIGTERM arrives when update `number` has changed the adapter, before the run has noted it."""
-    from onecard import step
+    from onecard.training import step as training_step
 
-    plain, made = step.update, {"count": 0}
+    plain, made = training_step.update, {"count": 0}
 
     def update(*arguments: Any) -> Any:
         result = plain(*arguments)
@@ -143,16 +144,16 @@ def signal_in_update(number: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    step.update = update
+    training_step.update = update
 
 
 def address_space(more: int) -> None:
     """From the first dry run on the process may hold `more` bytes beyond what it holds (RLIMIT_AS)."""
     import resource
 
-    from onecard import fitting
+    from onecard.training import out_of_memory
 
-    plain = fitting.dry_run
+    plain = out_of_memory.dry_run
 
     def dry_run(trainer: Any) -> bool:
         with open("/proc/self/statm", encoding="utf-8") as file:
@@ -160,21 +161,22 @@ def address_space(more: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (held + more, held + more))
         return plain(trainer)
 
-    fitting.dry_run = dry_run
+    out_of_memory.dry_run = dry_run
 
 
 def torn_updates(_: Any) -> None:
     """A mutant: signals do not wait for the end of an update or a save."""
-    from onecard import signals
+    from onecard.system import signals as system_signals
 
-    signals.later = contextlib.nullcontext
+    system_signals.later = contextlib.nullcontext
 
 
 def partial_gradients(_: Any) -> None:
     """A mutant: what was added before memory ran out is kept when the step is done again."""
-    from onecard import parallel, step
+    from onecard.training import distributed
+    from onecard.training import step as training_step
 
-    plain, drop, keep = parallel.all_processes, step._drop_gradient, {"times": 0}
+    plain, drop, keep = distributed.all_processes, training_step._drop_gradient, {"times": 0}
 
     def all_processes(flag: bool) -> bool:
         keep["times"] = 0 if flag else 2  # at the end of this try and at the beginning of the next
@@ -185,14 +187,14 @@ def partial_gradients(_: Any) -> None:
         if keep["times"] < 0:
             drop(parameters)
 
-    parallel.all_processes, step._drop_gradient = all_processes, drop_gradient
+    distributed.all_processes, training_step._drop_gradient = all_processes, drop_gradient
 
 
 def slow_save(seconds: float) -> None:
     """Saving takes this much longer once the first checkpoint is there."""
-    from onecard import weights
+    from onecard.models import trainable
 
-    plain, saves = weights.save, []
+    plain, saves = trainable.save, []
 
     def slow(*arguments: Any) -> None:
         saves.append(1)
@@ -201,7 +203,7 @@ def slow_save(seconds: float) -> None:
             time.sleep(seconds)
         plain(*arguments)
 
-    weights.save = slow
+    trainable.save = slow
 
 
 def _no_memory(_: Any) -> None:
@@ -215,20 +217,20 @@ def mutate(name: str) -> None:
 
 def _mutant_no_seed() -> None:
     """Dropout follows whatever the generator holds, as where random states are not restored."""
-    from onecard import train
+    from onecard.training import loop
 
     class Deaf:
         def __init__(self, *_: Any) -> None:
             self.generate_state = lambda _: [torch.initial_seed() % 2**32]
 
-    train.np.random.SeedSequence = Deaf
+    loop.np.random.SeedSequence = Deaf
 
 
 def _mutant_no_moments() -> None:
     """The optimizer starts fresh."""
-    from onecard import checkpoint
+    from onecard.runs import checkpoint as runs_checkpoint
 
-    checkpoint.restore_optimizer = lambda *_: None
+    runs_checkpoint.restore_optimizer = lambda *_: None
 
 
 def _mutant_fresh_rows() -> None:
@@ -243,38 +245,38 @@ def _mutant_rate_restarts() -> None:
 
 def _mutant_off_by_one() -> None:
     """A step is counted twice."""
-    from onecard import checkpoint
+    from onecard.runs import checkpoint as runs_checkpoint
 
-    plain = checkpoint.read_progress
+    plain = runs_checkpoint.read_progress
 
     def read(path: Any) -> Any:
         progress = plain(path)
         progress.step += 1
         return progress
 
-    checkpoint.read_progress = read
-    checkpoint.verify = lambda _: []
+    runs_checkpoint.read_progress = read
+    runs_checkpoint.verify = lambda _: []
 
 
 def _mutant_no_adapter() -> None:
     """The adapter starts from the seed."""
-    from onecard import weights
+    from onecard.models import trainable
 
-    weights.load = lambda *_: None
+    trainable.load = lambda *_: None
 
 
 def _mutant_log_kept() -> None:
     """The log keeps what came after the checkpoint."""
-    from onecard import runfolder
+    from onecard.runs import folder as run_folder
 
-    runfolder.cut_log = lambda *_: 0
+    run_folder.cut_log = lambda *_: 0
 
 
 def _change_progress(**changes: Any) -> None:
-    from onecard import checkpoint
+    from onecard.runs import checkpoint as runs_checkpoint
 
-    plain = checkpoint.read_progress
-    checkpoint.read_progress = lambda path: dataclasses.replace(plain(path), **changes)
+    plain = runs_checkpoint.read_progress
+    runs_checkpoint.read_progress = lambda path: dataclasses.replace(plain(path), **changes)
 
 
 MUTANTS = {

@@ -9,12 +9,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from onecard import prompt, reader, template
-from onecard.prompt import Conversation, Turn
+from onecard.config import training as training_config
+from onecard.data import encode as data_encode
+from onecard.data import reader
+from onecard.data import template as templates
+from onecard.data.conversation import Conversation, Turn
 from tests.support.paths import ROOT
 
 FILE = Path(__file__).with_suffix(".json")
-SAMPLES = sorted(path for path in (ROOT / "sample").iterdir() if path.suffix in reader.FORMATS)
+SAMPLES = sorted(path for path in (ROOT / "sample").iterdir() if path.suffix in training_config.FORMATS)
 
 EVERY_ROLE = Conversation(
     (
@@ -34,23 +37,24 @@ def dump(tokenizer: Any) -> dict[str, dict[str, dict[str, Any]]]:
     made: dict[str, dict[str, dict[str, Any]]] = {}
     firsts = {path.name: next(iter(reader.read_rows(path))) for path in SAMPLES}
     for file, row in {**firsts, "every role": EVERY_ROLE}.items():
-        for name in ["none"] if row.is_raw else template.names():
-            form = template.load("alpaca" if row.is_raw else name, tokenizer)
+        for name in ["none"] if row.is_raw else templates.names():
+            form = templates.load("alpaca" if row.is_raw else name, tokenizer)
             if any(turn.role == "function" for turn in row.turns) and not form.function:
                 continue
-            ids, is_target = prompt.encode(row, form, tokenizer)
+            ids, is_target = data_encode.encode(row, form, tokenizer)
             made.setdefault(file, {})[name] = {
                 "ids": " ".join(map(str, ids)),
                 "runs": [[target, len(list(run))] for target, run in groupby(is_target)],
-                "text": prompt.show(tokenizer, ids, is_target),
+                "text": data_encode.show(tokenizer, ids, is_target),
             }
     return made
 
 
 def main() -> None:
-    from onecard import hub, model
+    from onecard.hub import locate
+    from onecard.models import tokenizer as models_tokenizer
 
-    made = dump(model.load_tokenizer(hub.locate("demo")))
+    made = dump(models_tokenizer.load_tokenizer(locate.locate("demo")))
     FILE.write_text(json.dumps(made, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 

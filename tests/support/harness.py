@@ -63,7 +63,7 @@ def serve() -> None:
     import torch
     import transformers  # noqa: F401
 
-    from onecard import train  # noqa: F401
+    from onecard.training import loop  # noqa: F401
 
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -116,14 +116,16 @@ def child(request: dict[str, Any]) -> None:
 
 def program(name: str, argv: list[str]) -> None:
     """What finetune.py and finetune_continue.py do, without fetching, answers and pictures."""
-    from onecard import config, train
+    from onecard.config import options as config_options
+    from onecard.config import training as training_config
+    from onecard.training import loop
 
     if name == "finetune":
-        options, given = config.parse_given(config.FinetuneConfig, argv)
-        train.run(options, locate=str, given=given, sample=lambda *_: [], draw=lambda *_: None)
+        options, given = config_options.parse_given(training_config.FinetuneConfig, argv)
+        loop.run(options, locate=str, given=given, sample=lambda *_: [], draw=lambda *_: None)
     else:
-        wish, given = config.parse_given(config.ContinueConfig, argv)
-        train.go_on(wish, given, str, str, sample=lambda *_: [], draw=lambda *_: None)
+        wish, given = config_options.parse_given(training_config.ContinueConfig, argv)
+        loop.go_on(wish, given, str, str, sample=lambda *_: [], draw=lambda *_: None)
 
 
 @contextlib.contextmanager

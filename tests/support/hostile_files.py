@@ -129,12 +129,12 @@ class Gguf:
     def __init__(self, place: Path):
         from gguf import GGUFReader
 
-        from onecard import gguf
+        from onecard.conversion import gguf as conversion_gguf
         from tests.support import tiny
 
         self.folder, self.path = tiny.save_model(place / "model"), place / "mutant.gguf"
         with contextlib.redirect_stdout(sys.stderr):
-            made = gguf.base(self.folder, place / "whole.gguf", any_tokenizer=True)
+            made = conversion_gguf.base(self.folder, place / "whole.gguf", any_tokenizer=True)
         self.whole, self.headers = [made.read_bytes()], [GGUFReader(made).data_offset]
 
     def outcomes(self, files: list[tuple[int, str, bytes]]) -> dict[int, str]:
@@ -149,24 +149,29 @@ class Gguf:
         return found | {passed[number]: outcome for number, outcome in loaded.items()}
 
     def trial(self, _: int) -> None:
-        from onecard import gguf_trial
         from onecard.errors import UserError
+        from onecard.inference import gguf_check
 
-        problem = gguf_trial.trial([str(self.path)])
+        problem = gguf_check.trial([str(self.path)])
         if problem:
             raise UserError(problem)
 
     def load(self, _: int) -> None:
-        from onecard import engine_llama, gguf_trial, llama_library, model, template
+        from onecard.data import template as templates
         from onecard.errors import UserError
+        from onecard.inference import gguf_check, llama_cpp_engine
+        from onecard.inference import llama_cpp as llama_cpp_library
+        from onecard.models import tokenizer as models_tokenizer
 
-        gguf_trial.check = lambda *_: None  # it was tried
+        gguf_check.check = lambda *_: None  # it was tried
         with contextlib.suppress(UserError):
-            own = llama_library.tokenizer_of(self.path)
+            own = llama_cpp_library.tokenizer_of(self.path)
             own("red green 1")
             with contextlib.suppress(UserError):
-                template.load("auto", own)
-        engine = engine_llama.Engine(self.path, model.load_tokenizer(str(self.folder)), 128, threads=1)
+                templates.load("auto", own)
+        engine = llama_cpp_engine.Engine(
+            self.path, models_tokenizer.load_tokenizer(str(self.folder)), 128, threads=1
+        )
         prompt = [2, 3, 4][: engine.context - 1]  # chat.py sees to it that an answer has room
         if prompt:
             stream = engine.open(prompt)
@@ -261,19 +266,20 @@ class Safetensors:
     def __init__(self, place: Path):
         from peft import LoraConfig, get_peft_model
 
-        from onecard import model
+        from onecard.models import base_model
         from tests.support import tiny
 
         self.folder = tiny.save_model(place / "model", num_hidden_layers=1)
         self.adapter = place / "adapter"
         made = get_peft_model(
-            model.load_base(str(self.folder), 16, "fp32", "cpu"), LoraConfig(r=4, target_modules=["q_proj"])
+            base_model.load_base(str(self.folder), 16, "fp32", "cpu"),
+            LoraConfig(r=4, target_modules=["q_proj"]),
         )
         made.save_pretrained(self.adapter)
         self.files = self.folder / "model.safetensors", self.adapter / "adapter_model.safetensors"
         self.whole = [path.read_bytes() for path in self.files]
         self.headers = [8 + struct.unpack_from("<Q", whole)[0] for whole in self.whole]
-        self.base = model.load_base(str(self.folder), 16, "fp32", "cpu")
+        self.base = base_model.load_base(str(self.folder), 16, "fp32", "cpu")
 
     def outcomes(self, files: list[tuple[int, str, bytes]]) -> dict[int, str]:
         which = [each[0] for each in files]
@@ -284,23 +290,27 @@ class Safetensors:
         return survey(len(files), write, lambda number: self.read(which[number], number), {})
 
     def read(self, which: int, number: int) -> None:
-        from onecard import adapter, checkpoint, gguf, model, shards, sources
+        from onecard.conversion import gguf as conversion_gguf
         from onecard.errors import UserError
+        from onecard.models import adapter as models_adapter
+        from onecard.models import base_model, tensor_files
+        from onecard.runs import adapters as run_adapters
+        from onecard.system import safetensors as safetensors_file
 
         if which == 0:
             with contextlib.suppress(UserError):
-                checkpoint.read_tensors(self.files[0])
-            with contextlib.suppress(UserError), shards.Files() as files:
-                for tensor in shards.of_folder(self.folder).values():
+                safetensors_file.read_tensors(self.files[0])
+            with contextlib.suppress(UserError), tensor_files.Files() as files:
+                for tensor in tensor_files.of_folder(self.folder).values():
                     for first, last in tensor.blocks():
                         files.read(tensor, first, last)
-            model.load_base(str(self.folder), 16, "fp32", "cpu")
+            base_model.load_base(str(self.folder), 16, "fp32", "cpu")
             return
         with contextlib.suppress(UserError):
-            gguf._check_adapter(self.adapter)
+            conversion_gguf.check_adapter(self.adapter)
         with tempfile.TemporaryDirectory() as keep:
-            source = sources.find(str(self.adapter), "x", "best", str, Path(keep))
-            adapter.attach(self.base, source.folder, f"n{number}")
+            source = run_adapters.find(str(self.adapter), "x", "best", str, Path(keep))
+            models_adapter.attach(self.base, source.folder, f"n{number}")
 
     def targeted(self) -> Iterator[tuple[int, str, bytes]]:
         """Lies about the header's length, offsets that overlap, names twice, sizes below zero."""
@@ -402,21 +412,23 @@ class Pth:
         }
 
     def child(self, which: int) -> None:
-        from onecard import legacy
         from onecard.errors import UserError
+        from onecard.runs import legacy
 
         if legacy._child(str(self.files[which]), str(self.place / "plain")):
             raise UserError("refused")
 
     def load(self, _: int) -> None:
-        from onecard import child, legacy, sources
+        from onecard.runs import adapters as run_adapters
+        from onecard.runs import legacy
+        from onecard.system import sandbox
 
         def convert(module: str, source: Path, output: Path, *_: Any, **__: Any) -> None:
             assert legacy._child(str(source), str(output)) == 0, "it was read before"
 
-        child.convert = convert
+        sandbox.convert = convert
         with tempfile.TemporaryDirectory() as keep:
-            sources.find(str(self.folder), "x", "best", str, Path(keep))
+            run_adapters.find(str(self.folder), "x", "best", str, Path(keep))
 
 
 class Original:
@@ -455,17 +467,18 @@ class Original:
         return survey(len(files), write, self.read, {"crash": "child crash", "hang": "child hang"})
 
     def read(self, _: int) -> None:
-        from onecard import convert, llama_files, parsing
-        from onecard.tool_config import ConvertConfig
+        from onecard.config import options as config_options
+        from onecard.config.tools import ConvertConfig
+        from onecard.conversion import meta_llama, meta_weights
 
         def work(request: dict[str, Any], told: Callable[[dict[str, Any]], None], _: int) -> None:
-            if request["step"] == convert.WEIGHTS:
-                llama_files.work({**request, "limit": 0}, lambda **report: told(report))
+            if request["step"] == meta_llama.WEIGHTS:
+                meta_weights.work({**request, "limit": 0}, lambda **report: told(report))
             else:
                 told({"ids": {"bos_token_id": 1, "eos_token_id": 2}})
 
         given = {"input_dir": str(self.source), "output_dir": str(self.target)}
-        convert.run(parsing.build(ConvertConfig, given), str, lambda done, total: None, work)
+        meta_llama.run(config_options.build(ConvertConfig, given), str, lambda done, total: None, work)
 
 
 KINDS = {"gguf": Gguf, "safetensors": Safetensors, "pth": Pth, "original": Original}
@@ -493,9 +506,9 @@ def run(kind: str, count: int, seed: int) -> dict[str, Any]:
 
 def where() -> str:
     """The date, the machine, and the versions of what is installed of PACKAGES."""
-    from onecard import hardware
+    from onecard.system import hardware as system_hardware
 
-    found = [date.today().isoformat(), hardware.describe_machine()]
+    found = [date.today().isoformat(), system_hardware.describe_machine()]
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{name} {importlib.metadata.version(name)}")
@@ -505,7 +518,7 @@ def where() -> str:
 if __name__ == "__main__":
     import torch
 
-    from onecard import convert, engine_llama, gguf_trial, legacy, llama_files, model, sources, template  # noqa: F401
+    from onecard.runs import legacy  # noqa: F401
 
     os.environ["GGML_NO_BACKTRACE"] = "1"
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from onecard import newfolder
+from onecard.system import output_folder
 from tests.support import faults
 from tests.support.paths import ROOT
 
@@ -27,33 +27,39 @@ MOST = 300
 def contents(folder: Path) -> dict[str, bytes]:
     """Name -> content; the record's is left out, as it names the files' times."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(p.relative_to(folder)): b"" if p.name == newfolder.RECORD else p.read_bytes() for p in paths}
+    return {
+        str(p.relative_to(folder)): b"" if p.name == output_folder.RECORD else p.read_bytes() for p in paths
+    }
 
 
 def convert(target: Path, options: dict[str, str]) -> None:
-    from onecard import convert, llama_files, llama_tokenizer, parsing
-    from onecard.tool_config import ConvertConfig
+    from onecard.config import options as config_options
+    from onecard.config.tools import ConvertConfig
+    from onecard.conversion import meta_llama, meta_tokenizer, meta_weights
 
     def work(request: dict[str, Any], told: Any, keep: int) -> None:
-        module = llama_files if request["step"] == convert.WEIGHTS else llama_tokenizer
+        module = meta_weights if request["step"] == meta_llama.WEIGHTS else meta_tokenizer
         module.work({**request, "limit": 0}, lambda **report: told(report))
 
-    made = parsing.build(ConvertConfig, {**options, "output_dir": str(target)})
-    convert.run(made, lambda text: None, lambda done, total: None, work)
+    made = config_options.build(ConvertConfig, {**options, "output_dir": str(target)})
+    meta_llama.run(made, lambda text: None, lambda done, total: None, work)
 
 
 def merge(target: Path, options: dict[str, str]) -> None:
-    from onecard import merge, parsing
-    from onecard.tool_config import MergeConfig
+    from onecard.config import options as config_options
+    from onecard.config.tools import MergeConfig
+    from onecard.conversion import merge as conversion_merge
 
-    made = parsing.build(MergeConfig, {**options, "output_path": str(target)})
-    merge.run(made, str, str, lambda text: None, lambda done, total: None)
+    made = config_options.build(MergeConfig, {**options, "output_path": str(target)})
+    conversion_merge.run(made, str, str, lambda text: None, lambda done, total: None)
 
 
 def export(target: Path, options: dict[str, str]) -> None:
     """With a converter that writes a few bytes, which nothing reads."""
-    from onecard import converter, engine_llama, export, parsing
-    from onecard.tool_config import ExportConfig
+    from onecard.config import options as config_options
+    from onecard.config.tools import ExportConfig
+    from onecard.conversion import export_gguf, llama_cpp_converter
+    from onecard.inference import llama_cpp_engine
 
     def work(arguments: Any, *_: Any) -> None:
         Path(arguments[arguments.index("--outfile") + 1]).write_bytes(b"GGUF")
@@ -62,25 +68,28 @@ def export(target: Path, options: dict[str, str]) -> None:
         def __init__(self, *_: Any) -> None:
             self.close = lambda: None
 
-    converter.run, converter.home, engine_llama.Engine = work, Path, Engine
-    made = parsing.build(ExportConfig, {**options, "output_path": str(target), "check": "false"})
-    export.run(made, str, str, lambda text: None)
+    llama_cpp_converter.run, llama_cpp_converter.home, llama_cpp_engine.Engine = work, Path, Engine
+    made = config_options.build(ExportConfig, {**options, "output_path": str(target), "check": "false"})
+    export_gguf.run(made, str, str, lambda text: None)
 
 
 def quantize(target: Path, options: dict[str, str]) -> None:
-    from onecard import gptq, parsing
-    from onecard.tool_config import QuantizeConfig
+    from onecard.config import options as config_options
+    from onecard.config.tools import QuantizeConfig
+    from onecard.conversion import quantize as conversion_quantize
 
     given = {"method": "bnb", "device": "cpu", "output_path": str(target)}
-    gptq.run(parsing.build(QuantizeConfig, {**options, **given}), str, lambda text: None)
+    conversion_quantize.run(
+        config_options.build(QuantizeConfig, {**options, **given}), str, lambda text: None
+    )
 
 
 TOOLS = {"convert": convert, "merge": merge, "export": export, "quantize": quantize}
 USED = {  # imported once, before all forks
-    "convert": ("onecard.convert", "onecard.llama_files", "sentencepiece"),
-    "merge": ("onecard.merge",),
-    "export": ("onecard.export",),
-    "quantize": ("onecard.gptq", "transformers.models.llama.modeling_llama", "bitsandbytes"),
+    "convert": ("onecard.conversion.meta_llama", "onecard.conversion.meta_weights", "sentencepiece"),
+    "merge": ("onecard.conversion.merge",),
+    "export": ("onecard.conversion.export_gguf",),
+    "quantize": ("onecard.conversion.quantize", "transformers.models.llama.modeling_llama", "bitsandbytes"),
 }
 
 

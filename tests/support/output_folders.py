@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from onecard import newfolder
 from onecard.errors import UserError
+from onecard.system import output_folder
 
 FLAG = "--output_path"
 
-MADE_OF = {"program": "test", newfolder.VERSIONS: {}}
+MADE_OF = {"program": "test", output_folder.VERSIONS: {}}
 
 
 def make(target: Path) -> None:
     """A folder of two files, made as the tools make theirs."""
-    if not newfolder.is_made(target, MADE_OF, FLAG):
-        with newfolder.making(target, 0, MADE_OF, FLAG) as (place, _):
+    if not output_folder.is_made(target, MADE_OF, FLAG):
+        with output_folder.making(target, 0, MADE_OF, FLAG) as (place, _):
             (place / "model.safetensors").write_bytes(bytes(64))
             (place / "config.json").write_text("{}")
 

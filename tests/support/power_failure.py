@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from onecard import checkpoint
-from onecard.checkpoint import Progress
+from onecard.runs import checkpoint as runs_checkpoint
+from onecard.runs.checkpoint import Progress
 
 
 def optimizer(step: int, rows: int = 3) -> torch.optim.Optimizer:
@@ -26,14 +26,14 @@ def optimizer(step: int, rows: int = 3) -> torch.optim.Optimizer:
 def save(folder: Path, step: int, keep: int | None = None, budget: int = 0) -> Path:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     weights = torch.full((4,), float(step))
-    path = checkpoint.save(
+    path = runs_checkpoint.save(
         folder,
         Progress(step=step, micro_batch_tokens=budget),
         lambda place: save_adapter(place, weights),
         optimizer(step),
         scaler,
     )
-    checkpoint.prune(folder, keep, best_step=0)
+    runs_checkpoint.prune(folder, keep, best_step=0)
     return path
 
 
@@ -156,7 +156,7 @@ def survivors(states, folder: Path, after: int, place: Path) -> tuple[int, int]:
                 target = place / path.relative_to(folder)
                 if target.parent.is_dir():  # a file whose folder was lost is lost too
                     target.mkdir() if disk[path] is None else target.write_bytes(disk[path])
-            newest, _ = checkpoint.newest(place)
+            newest, _ = runs_checkpoint.newest(place)
             checked[key] = newest and newest.name
         total += 1
         good += checked[key] == "checkpoint-2" or (checked[key] == "checkpoint-1" and length < after)

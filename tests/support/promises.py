@@ -14,9 +14,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from onecard import adapter, checkpoint, lock, runfolder, weights
-from onecard.checkpoint import Progress
 from onecard.errors import UserError
+from onecard.models import adapter as models_adapter
+from onecard.models import trainable
+from onecard.runs import checkpoint as runs_checkpoint
+from onecard.runs import folder as run_folder
+from onecard.runs.checkpoint import Progress
+from onecard.system import lock
 from tests.support import faults, tiny
 from tests.support.harness import Harness
 from tests.support.memory import memory_rise
@@ -68,7 +72,7 @@ def killed_at_operation(work):
 
 def check_old_or_new(folder: Path) -> str:
     """The name of the newest checkpoint, which is whole, after a save of step 3 over step 2."""
-    newest, problems = checkpoint.newest(folder)
+    newest, problems = runs_checkpoint.newest(folder)
     assert newest is not None
     assert newest.name in ("checkpoint-2", "checkpoint-3")
     assert problems == []
@@ -87,10 +91,10 @@ def a_kill_at_any_file_operation_leaves_a_whole_checkpoint(place: Path, keep: in
         name = check_old_or_new(folder)
         if code:
             killed += 1
-            runfolder.go_back(folder, 3)
+            run_folder.go_back(folder, 3)
             save(folder, 4, keep)
             assert not list(folder.glob(".*"))
-            assert checkpoint.newest(folder)[0].name == "checkpoint-4"
+            assert runs_checkpoint.newest(folder)[0].name == "checkpoint-4"
     assert name == "checkpoint-3"
     assert killed >= 15
 
@@ -107,12 +111,12 @@ def every_flipped_bit_is_found(run: Path) -> None:
         raw[place] ^= 1 << bit
         good = path.read_bytes()
         path.write_bytes(raw)
-        newest, problems = checkpoint.newest(run)
+        newest, problems = runs_checkpoint.newest(run)
         if newest.name != "checkpoint-5" or "checkpoint-10" not in problems[0]:
             missed.append((path.name, place, bit))
         path.write_bytes(good)
     assert missed == []
-    assert checkpoint.newest(run) == (run / "checkpoint-10", [])
+    assert runs_checkpoint.newest(run) == (run / "checkpoint-10", [])
 
 
 def cut_missing_and_mixed_files_are_found(run: Path) -> None:
@@ -122,11 +126,11 @@ def cut_missing_and_mixed_files_are_found(run: Path) -> None:
         content = path.read_bytes()
         for length in {0, 1, len(content) // 2, len(content) - 1}:
             path.write_bytes(content[:length])
-            assert checkpoint.newest(run)[0].name == "checkpoint-5", (path, length)
+            assert runs_checkpoint.newest(run)[0].name == "checkpoint-5", (path, length)
         path.unlink()
-        assert checkpoint.newest(run)[0].name == "checkpoint-5"
+        assert runs_checkpoint.newest(run)[0].name == "checkpoint-5"
         shutil.copy(run / "checkpoint-5" / path.name, path)
-        assert checkpoint.newest(run)[0].name == "checkpoint-5", path
+        assert runs_checkpoint.newest(run)[0].name == "checkpoint-5", path
         path.write_bytes(content)
 
 
@@ -143,16 +147,18 @@ def saving_needs_no_memory_for_the_base(place: Path, gather: Callable | None = N
                 num_attention_heads=8,
             )
         )
-        adapted = adapter.add_adapter(base, adapter.LoraShape(64, 16, 0.0, "q_proj,v_proj"), seed=1)
-        made = torch.optim.AdamW(weights.trainable(adapted))
+        adapted = models_adapter.add_adapter(
+            base, models_adapter.LoraShape(64, 16, 0.0, "q_proj,v_proj"), seed=1
+        )
+        made = torch.optim.AdamW(trainable.trainable(adapted))
         scaler = torch.amp.GradScaler("cpu", enabled=False)
 
         def saved() -> None:
             held = gather and gather(adapted)
-            checkpoint.save(
+            runs_checkpoint.save(
                 place,
                 Progress(step=1),
-                lambda target: weights.save(adapted, None, target, False),
+                lambda target: trainable.save(adapted, None, target, False),
                 made,
                 scaler,
             )
@@ -199,7 +205,7 @@ def a_signal_within_an_update_waits_for_its_end(
     run = place / "run"
     settings = flags(model, rows, run, save_steps=100)
     assert harness.run("finetune", settings, signal_in_update=3, **fault)["code"] == 143
-    assert max(runfolder.checkpoint_steps(run)) == 3
+    assert max(run_folder.checkpoint_steps(run)) == 3
     assert harness.run("finetune_continue", {"output_path": run})["code"] == 0
     assert differences(outcome(whole), outcome(run)) == []
 

@@ -4,8 +4,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-from onecard import chat, report, runfolder, train
-from onecard.config import FinetuneConfig, build
+from onecard.config.options import build
+from onecard.config.training import FinetuneConfig
+from onecard.inference import chat
+from onecard.runs import folder as run_folder
+from onecard.training import loop, metrics
 from tests.support import resume_cases
 
 QUICK = {
@@ -42,7 +45,7 @@ def trained(model, rows, folder, sample=short_reply, **changes) -> Path:
     """The folder of a finished run: that of resume_cases, 6 steps long; changes: of its options."""
     flags = resume_cases.flags(model, rows, folder, **{"max_steps": 6, **changes})
     settings = build(FinetuneConfig, {name: str(value) for name, value in flags.items()})
-    train.run(settings, locate=str, sample=sample, draw=report.loss_curve)
+    loop.run(settings, locate=str, sample=sample, draw=metrics.loss_curve)
     return folder
 
 
@@ -51,10 +54,10 @@ def planted(workspace: Path, name: str, steps: int = 3, **more) -> Path:
     folder = workspace / name
     folder.mkdir(parents=True)
     stored = {"options": dataclasses.asdict(FinetuneConfig()), "resolved": {"total_steps": 5}, **more}
-    (folder / runfolder.CONFIG).write_text(json.dumps(stored))
+    (folder / run_folder.CONFIG).write_text(json.dumps(stored))
     lines = [
         json.dumps({"step": n, "loss": 1.0 / n, "tokens": 10, "seconds": 2.0}) for n in range(1, steps + 1)
     ]
-    (folder / runfolder.LOG).write_text("".join(f"{line}\n" for line in lines))
+    (folder / run_folder.LOG).write_text("".join(f"{line}\n" for line in lines))
     (folder / f"checkpoint-{steps}").mkdir()
     return folder

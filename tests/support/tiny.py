@@ -11,8 +11,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from onecard import data, prompt, template
-from onecard.prompt import Conversation
+from onecard.data import encode as data_encode
+from onecard.data import examples as data_examples
+from onecard.data import template as templates
+from onecard.data.conversation import Conversation
 
 WORDS = [
     "red",
@@ -90,17 +92,19 @@ def rows(count: int) -> list[dict[str, str]]:
     return made
 
 
-def encoded(conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerFast) -> data.Examples:
+def encoded(
+    conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerFast
+) -> data_examples.Examples:
     """Conversations in the alpaca template, at most 256 tokens each."""
-    form = template.load("alpaca", tokenizer)
+    form = templates.load("alpaca", tokenizer)
     folder = Path(tempfile.mkdtemp(prefix="onecard-encoded-"))
-    encode = one_by_one(lambda row, _: prompt.encode_within(row, 256, form, tokenizer))
-    made = data.encode_rows(conversations, encode, folder)
+    encode = one_by_one(lambda row, _: data_encode.encode_within(row, 256, form, tokenizer))
+    made = data_examples.encode_rows(conversations, encode, folder)
     shutil.rmtree(folder)  # what is mapped stays readable
     return made.examples
 
 
-def one_by_one(encode: Callable[[Conversation, int], data.Encoded]) -> data.Encode:
+def one_by_one(encode: Callable[[Conversation, int], data_examples.Encoded]) -> data_examples.Encode:
     """An encoding of single rows as one of many."""
     return lambda rows, numbers: [encode(row, number) for row, number in zip(rows, numbers, strict=True)]
 

@@ -7,8 +7,8 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from onecard import template
-from onecard.prompt import Template
+from onecard.data import template as templates
+from onecard.data.template import Template
 from tests.support import tiny
 
 CHATML = (
@@ -64,13 +64,13 @@ def load(name: str, tokenizer) -> Template:
     """The template; control tokens that this tokenizer lacks become its own."""
     start, end = tokenizer.bos_token, tokenizer.eos_token
     if name == "chatml":
-        text = (template.FOLDER / "chatml.json").read_text()
+        text = (templates.FOLDER / "chatml.json").read_text()
         made = json.loads(text.replace("<|im_start|>", start).replace("<|im_end|>", end))
         control = made.pop("control")
         made.pop("description")
-        return Template(name, **{key: template.parts(text, control) for key, text in made.items()})
+        return Template(name, **{key: templates.parts(text, control) for key, text in made.items()})
     tokenizer.chat_template = CHATML.replace("<start>", start).replace("<end>", end)
-    return template.load(name, tokenizer)
+    return templates.load(name, tokenizer)
 
 
 TURNS = "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"

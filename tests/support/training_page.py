@@ -12,15 +12,15 @@ from pathlib import Path
 
 from playwright.sync_api import Page
 
-from onecard import runs
+from onecard.runs import jobs
 from tests.support.paths import ROOT
 
 WINDOW = """
 import sys
 from pathlib import Path
-from onecard import page, studio
-from onecard.chat_config import ChatConfig
-page.launch(studio.page(workspace=Path("lora-checkpoints")), ChatConfig(server_port=int(sys.argv[1])))
+from onecard.config.chat import ChatConfig
+from onecard.ui import page, training_window
+page.launch(training_window.page(Path("lora-checkpoints")), ChatConfig(server_port=int(sys.argv[1])))
 """
 Begin = Callable[[], tuple[subprocess.Popen, str]]
 
@@ -39,8 +39,8 @@ def free_port() -> int:
 
 
 def kill_trainings(workspace: Path) -> None:
-    for name in runs.names(workspace):
-        pid = runs.state(workspace, name).pid
+    for name in jobs.names(workspace):
+        pid = jobs.state(workspace, name).pid
         if pid:
             os.kill(pid, signal.SIGKILL)
 

@@ -15,15 +15,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from onecard import adapter, chat, chat_window, engine_hf, page, parsing, studio, template, windows
-from onecard.answer import Text
-from onecard.chat_config import ChatConfig, SingleConfig
+from onecard.config import options as config_options
+from onecard.config.chat import ChatConfig, SingleConfig
+from onecard.data import template as templates
+from onecard.inference import chat, transformers_engine
+from onecard.inference.detokenizer import Text
+from onecard.models import adapter as models_adapter
+from onecard.ui import chat_window, page, single_window, training_window
 from tests.support import tiny
 
 PAUSE = 0.03  # seconds a token
 
 
-class SlowEngine(engine_hf.Engine):
+class SlowEngine(transformers_engine.Engine):
     """Takes its time, counts, and writes letters only: a random model's bytes are seldom characters."""
 
     folder: Path
@@ -66,12 +70,12 @@ def make_chat(folder: Path) -> chat.Chat:
     tokenizer = tiny.tokenizer()
     model = LlamaForCausalLM.from_pretrained(path).eval()
     for number in (1, 2):
-        model = adapter.attach(model, folder / f"adapter{number}", f"adapter{number}")
+        model = models_adapter.attach(model, folder / f"adapter{number}", f"adapter{number}")
     engine = SlowEngine(model, tokenizer, 512, ["adapter1", "adapter2"])
     engine.folder = folder
     texts = {token: tokenizer.decode([token]) for token in range(len(tokenizer))}
     engine.unreadable = [token for token, text in texts.items() if not (text.isascii() and text.isalnum())]
-    return chat.Chat(engine, template.load("alpaca", tokenizer), (("adapter1", 1.0),))
+    return chat.Chat(engine, templates.load("alpaca", tokenizer), (("adapter1", 1.0),))
 
 
 def break_once() -> None:
@@ -95,15 +99,15 @@ def main() -> None:
         texts = json.loads(Path(argv[place + 1]).read_text(encoding="utf-8"))
         argv = argv[:place] + argv[place + 2 :]
     torch.set_num_threads(1)
-    options = parsing.parse(SingleConfig if kind == "single" else ChatConfig, argv)
+    options = config_options.parse(SingleConfig if kind == "single" else ChatConfig, argv)
     if kind == "training":
-        page.launch(studio.page(options.lang, Path(folder) / "runs"), options)
+        page.launch(training_window.page(options.lang, Path(folder) / "runs"), options)
         return
     talk = make_chat(Path(folder))
     if texts is not None:
         talk = Recorded(talk.engine, talk.template, talk.mixture)
         talk.texts = texts
-    window = windows.single(talk, options) if kind == "single" else chat_window.turns(talk, options)
+    window = single_window.single(talk, options) if kind == "single" else chat_window.turns(talk, options)
     page.launch(window, options)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from onecard import newfolder
 from onecard.errors import CHECKPOINT, DISK, USAGE
+from onecard.system import output_folder
 from tests.support.output_folders import FLAG, MADE_OF, make, refused
 from tests.support.paths import ROOT
 
@@ -24,7 +24,7 @@ def test_links_lead_where_they_point(tmp_path):
         make(link)
         assert link.is_symlink()
         assert (tmp_path / "disk" / name / "model.safetensors").is_file()
-        assert newfolder.is_made(link, MADE_OF, FLAG)
+        assert output_folder.is_made(link, MADE_OF, FLAG)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "empty", "new"]
 
 
@@ -38,7 +38,7 @@ def test_room_is_measured_where_the_link_points(tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk/new")
     asked, real = [], shutil.disk_usage
-    monkeypatch.setattr(newfolder.shutil, "disk_usage", lambda path: (asked.append(path), real(path))[1])
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: (asked.append(path), real(path))[1])
     make(tmp_path / "link")
     assert [path.parent for path in asked] == [tmp_path / "disk"]
 
@@ -88,9 +88,9 @@ def test_a_parent_that_cannot_be_made(tmp_path):
 def test_a_file_that_changed_is_named(tmp_path):
     """Of the same size too; one that went, and one that came. A copy with its times is the same folder."""
     make(tmp_path / "made")
-    before = newfolder.RECORD, (tmp_path / "made" / newfolder.RECORD).read_bytes()
+    before = output_folder.RECORD, (tmp_path / "made" / output_folder.RECORD).read_bytes()
     subprocess.run(["cp", "-a", tmp_path / "made", tmp_path / "copy"], check=True)
-    assert newfolder.is_made(tmp_path / "copy", MADE_OF, FLAG)
+    assert output_folder.is_made(tmp_path / "copy", MADE_OF, FLAG)
     (tmp_path / "made/model.safetensors").write_bytes(b"1" * 64)
     refused(tmp_path / "made", CHECKPOINT, "model.safetensors", "new folder")
     (tmp_path / "copy/config.json").unlink()
@@ -101,7 +101,7 @@ def test_a_file_that_changed_is_named(tmp_path):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     make(tmp_path / "made")
-    record = tmp_path / "made" / newfolder.RECORD
+    record = tmp_path / "made" / output_folder.RECORD
     values = json.loads(record.read_text())
     for other in ({**values, "program": "other"}, {**values, "files": 3}, []):
         record.write_text(json.dumps(other))

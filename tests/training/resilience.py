@@ -30,7 +30,10 @@ from typing import Any
 import pytest
 from tqdm import tqdm
 
-from onecard import checkpoint, hardware, plan, runfolder
+from onecard.runs import checkpoint as runs_checkpoint
+from onecard.runs import folder as run_folder
+from onecard.system import hardware
+from onecard.training import plan
 from tests.support import faults, power_failure, tiny
 from tests.support.harness import Harness, started
 from tests.support.paths import ROOT
@@ -165,7 +168,7 @@ def signals(
             return False
         if name == "SIGTERM" and list(run.glob("checkpoint-*")):  # the last finished step is saved
             logged = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
-            if max(logged, default=0) != max(runfolder.checkpoint_steps(run)):
+            if max(logged, default=0) != max(run_folder.checkpoint_steps(run)):
                 return False
         if not (run / "finetune_config.json").exists():  # it stopped before anything was written
             straight(harness, settings)
@@ -195,7 +198,7 @@ def flips(place: Path, number: int) -> tuple[int, int]:
         path = generator.choice(files)
         good = path.read_bytes()
         path.write_bytes(flipped(good, generator))
-        cells.append(checkpoint.newest(run)[0] == run / "checkpoint-5")
+        cells.append(runs_checkpoint.newest(run)[0] == run / "checkpoint-5")
         path.write_bytes(good)
     return count("flips", cells)
 

@@ -5,12 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from onecard import hardware, memory, model, panels, step, weights
-from onecard.batching import pack
-from onecard.config import FinetuneConfig
+from onecard.config.training import FinetuneConfig
+from onecard.data.packing import pack
 from onecard.errors import UserError
-from onecard.plan import lora_shape
-from onecard.trainer import make_optimizer
+from onecard.models import base_model, loss, trainable
+from onecard.system import hardware
+from onecard.training import memory as training_memory
+from onecard.training import step
+from onecard.training.plan import lora_shape
+from onecard.training.trainer import make_optimizer
+from onecard.ui import training_html
 from tests.support import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,22 +48,24 @@ def held(base: torch.nn.Module) -> int:
 def test_weights_are_those_that_are_loaded(request, bits, dtype, kind):
     """To the byte, with one matrix for embedding and head too."""
     folder = str(request.getfixturevalue(kind))
-    parts = memory.predict(options(bits=bits, dtype=dtype), folder, "cpu", None)
-    assert parts["weights"] * 2**30 == held(model.load_base(folder, bits, dtype, "cpu"))
+    parts = training_memory.predict(options(bits=bits, dtype=dtype), folder, "cpu", None)
+    assert parts["weights"] * 2**30 == held(base_model.load_base(folder, bits, dtype, "cpu"))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("kind", ["tiny_model", "tied_model"])
 def test_a_folder_that_is_quantised_is_predicted_too(request, tmp_path, bits, kind):
     """Its weights to the tables that a file does not hold; the rest as for any base."""
-    model.load_base(str(request.getfixturevalue(kind)), bits, "fp32", "cpu").save_pretrained(tmp_path / "q")
-    parts = memory.predict(options(), str(tmp_path / "q"), "cpu", None)
-    base = model.load_base(str(tmp_path / "q"), 16, "fp32", "cpu")
+    base_model.load_base(str(request.getfixturevalue(kind)), bits, "fp32", "cpu").save_pretrained(
+        tmp_path / "q"
+    )
+    parts = training_memory.predict(options(), str(tmp_path / "q"), "cpu", None)
+    base = base_model.load_base(str(tmp_path / "q"), 16, "fp32", "cpu")
     assert parts["weights"] * 2**30 == pytest.approx(held(base), rel=0.05)
-    plain = memory.predict(options(), str(request.getfixturevalue(kind)), "cpu", None)
+    plain = training_memory.predict(options(), str(request.getfixturevalue(kind)), "cpu", None)
     assert {**parts, "weights": 0} == {**plain, "weights": 0}
     with pytest.raises(UserError, match="cannot be trained"):
-        memory.predict(options(train_what="full"), str(tmp_path / "q"), "cpu", None)
+        training_memory.predict(options(train_what="full"), str(tmp_path / "q"), "cpu", None)
 
 
 @pytest.mark.parametrize(
@@ -77,9 +83,9 @@ def test_a_folder_that_is_quantised_is_predicted_too(request, tmp_path, bits, ki
 def test_adapter_gradient_and_optimizer_are_those_of_a_step(tiny_model, changes):
     """To the byte, after one real step."""
     given = options(**changes)
-    parts = memory.predict(given, str(tiny_model), "cpu", None)
-    made = weights.prepare(model.load_base(str(tiny_model), 16, "fp32", "cpu"), lora_shape(given), 0)
-    trained = weights.trainable(made)
+    parts = training_memory.predict(given, str(tiny_model), "cpu", None)
+    made = trainable.prepare(base_model.load_base(str(tiny_model), 16, "fp32", "cpu"), lora_shape(given), 0)
+    trained = trainable.trainable(made)
     optimizer = make_optimizer(given, trained)
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)
@@ -103,23 +109,23 @@ def test_activations_grow_with_the_micro_batch_alone(tiny_model):
     """With rows and cutoff up to the budget, which is the most there can be; less when recomputed."""
 
     def predicted(**changes) -> float:
-        return memory.predict(options(**changes), str(tiny_model), "cpu", None)["activations"]
+        return training_memory.predict(options(**changes), str(tiny_model), "cpu", None)["activations"]
 
     assert predicted(batch_size=2) < predicted(batch_size=4) < predicted(batch_size=8)
     assert predicted(batch_size=100) == predicted(batch_size=1000)
     assert predicted(batch_size=100, micro_batch_tokens=512) < predicted(batch_size=100)
     assert predicted(gradient_checkpointing="on") < predicted()
-    config = model.load_config(str(tiny_model))
-    count = memory.bytes_per_token(config, 4, False) * 1024
-    assert predicted() * 2**30 - count == 16 * memory.loss.CHUNK * config.vocab_size
+    config = base_model.load_config(str(tiny_model))
+    count = training_memory.bytes_per_token(config, 4, False) * 1024
+    assert predicted() * 2**30 - count == 16 * loss.CHUNK * config.vocab_size
 
 
 def test_activations_are_near_what_a_forward_pass_keeps(tiny_model):
     """Within a factor of two of the tensors that autograd saves."""
     given = options(batch_size=6, lora_target_modules="all-linear")
     examples = tiny.encoded(tiny_conversations(), tiny.tokenizer())
-    made = weights.prepare(model.load_base(str(tiny_model), 16, "fp32", "cpu"), lora_shape(given), 0)
-    packs = model.prepare_for_packed_training(made, checkpointing=False)
+    made = trainable.prepare(base_model.load_base(str(tiny_model), 16, "fp32", "cpu"), lora_shape(given), 0)
+    packs = base_model.prepare_for_packed_training(made, checkpointing=False)
     packed = pack(examples, list(range(len(examples.lengths))))
     kept: dict[int, int] = {}
     own = {parameter.data_ptr() for parameter in made.parameters()}
@@ -132,13 +138,13 @@ def test_activations_are_near_what_a_forward_pass_keeps(tiny_model):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         step.StepModel(made, torch.float32, packs)(packed)
     tokens = int(examples.lengths.sum())
-    config = model.load_config(str(tiny_model))
-    expected = tokens * memory.bytes_per_token(config, 4, False)
+    config = base_model.load_config(str(tiny_model))
+    expected = tokens * training_memory.bytes_per_token(config, 4, False)
     assert 0.5 < sum(kept.values()) / expected < 2
 
 
 def tiny_conversations():
-    from onecard.prompt import Conversation, Turn
+    from onecard.data.conversation import Conversation, Turn
 
     return [
         Conversation((Turn("user", row["instruction"], row["input"]), Turn("assistant", row["output"])))
@@ -154,7 +160,7 @@ def test_what_cannot_be_trained_is_not_predicted(tiny_model, tmp_path, changes, 
     """The message of the training itself."""
     folder = str(tmp_path if "model_path" in changes else tiny_model)
     with pytest.raises(UserError, match=word):
-        memory.predict(options(**changes), folder, "cpu", None)
+        training_memory.predict(options(**changes), folder, "cpu", None)
 
 
 def test_free_memory_is_asked_of_the_system(monkeypatch, tmp_path):
@@ -176,9 +182,9 @@ def test_free_memory_is_asked_of_the_system(monkeypatch, tmp_path):
 def test_the_panel_names_the_parts_and_warns():
     """Predicted, all parts, what is free; an alert only when that is less."""
     parts = {"weights": 3.5, "adapter": 0.1, "gradient": 0.1, "optimizer": 0.2, "activations": 2.1}
-    fits, tight = (panels.memory(parts, gib * 2**30, "cuda:0", "en") for gib in (11, 5))
+    fits, tight = (training_html.memory(parts, gib * 2**30, "cuda:0", "en") for gib in (11, 5))
     assert "Predicted peak memory: 6.00 GiB of 11.0 GiB free on cuda:0" in fits
     assert all(f"{name} {parts[name]:.2f}" in fits for name in parts)
     assert ("alert" in fits, "alert" in tight) == (False, True)
-    assert "free" not in panels.memory(parts, None, "cuda:0", "en")
-    assert "预计内存峰值：6.00 GiB" in panels.memory(parts, 2**33, "cpu", "zh")
+    assert "free" not in training_html.memory(parts, None, "cuda:0", "en")
+    assert "预计内存峰值：6.00 GiB" in training_html.memory(parts, 2**33, "cpu", "zh")

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onecard import chat, fitting, report, train, weights
 from onecard.errors import MEMORY, is_out_of_memory, run_program
+from onecard.inference import chat
+from onecard.models import trainable
+from onecard.training import loop, metrics, out_of_memory
 from tests.support import promises, tiny
 from tests.support.paths import ROOT
 from tests.support.promises import SMALL_STEPS, records
@@ -70,12 +72,12 @@ def test_the_dry_run_finds_the_limit_before_the_first_step(harness, untroubled, 
 
 def test_the_dry_run_changes_nothing(tiny_model, tiny_rows, tmp_path, monkeypatch):
     """Adapter, optimizer and random state are bit-equal before and after it."""
-    plain, seen = fitting.dry_run, []
+    plain, seen = out_of_memory.dry_run, []
 
     def watched(trainer) -> bool:
         def state() -> list[torch.Tensor]:
-            parameters = [p.detach().clone() for p in weights.trainable(trainer.model)]
-            assert all(p.grad is None for p in weights.trainable(trainer.model))
+            parameters = [p.detach().clone() for p in trainable.trainable(trainer.model)]
+            assert all(p.grad is None for p in trainable.trainable(trainer.model))
             assert trainer.optimizer.state_dict()["state"] == {}
             return [*parameters, torch.get_rng_state()]
 
@@ -85,9 +87,9 @@ def test_the_dry_run_changes_nothing(tiny_model, tiny_rows, tmp_path, monkeypatc
         seen.append(all(torch.equal(a, b) for a, b in zip(before, state(), strict=True)))
         return fits
 
-    monkeypatch.setattr(fitting, "dry_run", watched)
+    monkeypatch.setattr(out_of_memory, "dry_run", watched)
     settings = options(tiny_model, tiny_rows, tmp_path / "run", max_steps=1, lora_dropout=0.3)
-    train.run(settings, locate=lambda path: path, sample=chat.reply, draw=report.loss_curve)
+    loop.run(settings, locate=lambda path: path, sample=chat.reply, draw=metrics.loss_curve)
     assert seen == [True]
 
 

@@ -18,7 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onecard import checkpoint, config, hardware, resume, runfolder, train
+from onecard.config import options as config_options
+from onecard.config import training as training_config
+from onecard.runs import checkpoint as runs_checkpoint
+from onecard.runs import folder as run_folder
+from onecard.system import hardware
+from onecard.training import loop, resume
 from tests.support import fake_hub, faults, promises, tiny
 from tests.support.paths import ROOT
 from tests.support.resume_cases import STEPS, VARIANTS, differences, flags, outcome, stopped_at, straight_runs
@@ -65,7 +70,7 @@ def test_a_run_goes_on_after_every_step(harness, straight, tiny_model, rows, tmp
     for number in range(STEPS - 1):
         answer = go_on(harness, run, kill_in_step=[3, int(number % 4 != 2)])
         assert answer["code"] == -9, answer["said"]
-        assert max(runfolder.checkpoint_steps(run)) == number + 1
+        assert max(run_folder.checkpoint_steps(run)) == number + 1
     assert go_on(harness, run)["code"] == 0
     assert differences(outcome(straight("16 bits")), outcome(run)) == []
     assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["step"] == STEPS
@@ -116,7 +121,7 @@ def test_a_signal_at_any_moment_loses_nothing(
         assert answer["code"] == code, answer["said"]
         if code != -9 and not (run / "finished.json").exists() and list(run.glob("checkpoint-*")):
             logged = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
-            assert max(runfolder.checkpoint_steps(run)) == max(logged, default=0)
+            assert max(run_folder.checkpoint_steps(run)) == max(logged, default=0)
             assert "finetune_continue.py --output_path" in answer["said"]
         assert not (run / ".lock").exists() or code == -9
         begun = (run / "finetune_config.json").exists()
@@ -145,7 +150,7 @@ def test_a_second_ctrl_c_leaves_at_once(harness, tiny_model, rows, tmp_path):
     assert answer["code"] == 130, answer["said"]
     assert "saving slowly" in answer["said"]
     assert answer["seconds"] < 15
-    newest, problems = checkpoint.newest(run)
+    newest, problems = runs_checkpoint.newest(run)
     assert newest is not None
     assert problems == []
 
@@ -169,7 +174,7 @@ def test_going_back_sets_later_steps_aside(harness, straight, tmp_path):
     answer = harness.run("finetune_continue", {"resume_from_checkpoint": run / "checkpoint-5"})
     assert answer["code"] == 0, answer["said"]
     assert differences(outcome(whole), outcome(run)) == []
-    assert sorted(runfolder.checkpoint_steps(run / "set-aside-1")) == list(range(6, 13))
+    assert sorted(run_folder.checkpoint_steps(run / "set-aside-1")) == list(range(6, 13))
     dropped = [json.loads(line)["step"] for line in (run / "log.dropped.jsonl").read_text().splitlines()]
     assert dropped == [6, 6, 7, 8, 9, 9, 10, 11, 12, 12]
 
@@ -282,7 +287,7 @@ def test_a_changed_start_is_saved_at_once(harness, straight, tmp_path):
     run = stopped_at(straight("16 bits"), 6, tmp_path / "run")
     wish = {"output_path": run, "from_data_beginning": True, "micro_batch_tokens": 300}
     assert harness.run("finetune_continue", wish, kill_in_step=[1, 0])["code"] == -9
-    progress = checkpoint.read_progress(checkpoint.newest(run)[0])
+    progress = runs_checkpoint.read_progress(runs_checkpoint.newest(run)[0])
     assert (progress.step, progress.rows_seen, progress.micro_batch_tokens) == (6, 0, 300)
     assert not list(run.glob(".replaced*"))
     assert go_on(harness, run)["code"] == 0
@@ -388,7 +393,7 @@ def test_a_run_of_max_steps_is_made_longer_by_epochs(harness, tiny_model, rows, 
 @pytest.mark.parametrize(("given", "taken"), [({"dtype": "bf16"}, "bf16"), ({"dtype": "auto"}, "fp32")])
 def test_other_rows_in_another_arithmetic(monkeypatch, given, taken):
     """What is asked for counts; auto stays what it was."""
-    options = config.FinetuneConfig(**given, device="cpu")
+    options = training_config.FinetuneConfig(**given, device="cpu")
     resolved = {"dtype": "fp32", "gradient_checkpointing": False}
     kept = resume._arithmetic(options, resolved).get("dtype")
     assert (kept or options.dtype) == taken
@@ -543,12 +548,12 @@ def test_nothing_to_go_on_from_is_said(harness, tiny_model, rows, tmp_path):
 
 def test_a_checkpoint_at_least_every_ten_minutes(tiny_model, rows, tmp_path, monkeypatch):
     """The clock decides when neither steps nor epochs nor evaluations do."""
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
     settings = flags(tiny_model, rows, tmp_path / "run", max_steps=3, save_steps=1000, eval_steps=1000)
     settings = {**settings, "test_size": 0}
-    options = config.build(config.FinetuneConfig, {k: str(v) for k, v in settings.items()})
-    train.run(options, locate=str, sample=lambda *_: [], draw=lambda *_: None)
-    assert sorted(runfolder.checkpoint_steps(tmp_path / "run")) == [0, 1, 2, 3]
+    options = config_options.build(training_config.FinetuneConfig, {k: str(v) for k, v in settings.items()})
+    loop.run(options, locate=str, sample=lambda *_: [], draw=lambda *_: None)
+    assert sorted(run_folder.checkpoint_steps(tmp_path / "run")) == [0, 1, 2, 3]
 
 
 def test_training_goes_on_when_its_terminal_is_gone(tiny_model, rows, tmp_path):
@@ -594,7 +599,7 @@ def test_several_processes_stop_and_go_on_as_one(tiny_model, rows, tmp_path):
                 time.sleep(0.01)
             process.terminate()
         assert (process.wait(timeout=120) == 0) == (not start)
-    newest, _ = checkpoint.newest(run)
+    newest, _ = runs_checkpoint.newest(run)
     logged = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert int(newest.name.removeprefix("checkpoint-")) == max(logged) > 0
     assert not list(run.glob(".saving*"))
@@ -626,10 +631,10 @@ def test_several_processes_stop_and_go_on_as_one(tiny_model, rows, tmp_path):
 )
 def test_auto_arithmetic_changes_with_the_card_only(monkeypatch, before, now, device, taken):
     """bf16 and fp16 change places when the card does; anything else stays as it was."""
-    monkeypatch.setattr(resume.hardware, "choose_device", lambda *_: hardware.Choice(device, ""))
-    monkeypatch.setattr(resume.hardware, "choose_dtype", lambda *_: hardware.Choice(now, ""))
+    monkeypatch.setattr(hardware, "choose_device", lambda *_: hardware.Choice(device, ""))
+    monkeypatch.setattr(hardware, "choose_dtype", lambda *_: hardware.Choice(now, ""))
     resolved = {"dtype": before, "gradient_checkpointing": False}
-    assert resume._arithmetic(config.FinetuneConfig(), resolved).get("dtype", now) == taken
+    assert resume._arithmetic(training_config.FinetuneConfig(), resolved).get("dtype", now) == taken
 
 
 def test_a_stop_within_the_last_evaluation(harness, straight, tiny_model, rows, tmp_path):

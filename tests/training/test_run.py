@@ -14,32 +14,25 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from onecard import (
-    adapter,
-    chat,
-    checkpoint,
-    data,
-    engine_hf,
-    fitting,
-    model,
-    reader,
-    report,
-    runfolder,
-    step,
-    template,
-    train,
-    trainer,
-    weights,
-)
-from onecard.config import FinetuneConfig
+from onecard.config.training import FinetuneConfig
+from onecard.data import examples as data_examples
+from onecard.data import reader
+from onecard.data import template as templates
 from onecard.errors import UserError
+from onecard.inference import chat, transformers_engine
+from onecard.models import adapter as models_adapter
+from onecard.models import base_model, trainable
+from onecard.models import tokenizer as models_tokenizer
+from onecard.runs import checkpoint as runs_checkpoint
+from onecard.runs import folder as run_folder
+from onecard.training import loop, metrics, out_of_memory, step, trainer
 from tests.support import tiny
 from tests.support.paths import ROOT
 from tests.support.small_runs import QUICK, options
 
 
 def run(settings: FinetuneConfig) -> Path:
-    train.run(settings, locate=lambda path: path, sample=chat.reply, draw=report.loss_curve)
+    loop.run(settings, locate=lambda path: path, sample=chat.reply, draw=metrics.loss_curve)
     return Path(settings.output_path)
 
 
@@ -93,11 +86,11 @@ def test_the_rows_of_a_run_are_those_of_the_plan(finished):
     """Tokens and target tokens of every step are those of the rows that rows_at names."""
     settings, folder = finished
     rows = reader.read_rows(settings.data_path)
-    examples = tiny.encoded(rows, model.load_tokenizer(settings.model_path))
-    training, _ = data.split(24, settings.test_size, settings.seed)
+    examples = tiny.encoded(rows, models_tokenizer.load_tokenizer(settings.model_path))
+    training, _ = data_examples.split(24, settings.test_size, settings.seed)
     seen = 0
     for record in (record for record in log(folder) if "loss" in record):
-        chosen = training[data.rows_at(settings.seed, seen, settings.batch_size, len(training))]
+        chosen = training[data_examples.rows_at(settings.seed, seen, settings.batch_size, len(training))]
         assert record["tokens"] == examples.lengths[chosen].sum()
         assert record["target_tokens"] == examples.target_counts[chosen].sum()
         seen += len(chosen)
@@ -125,15 +118,17 @@ def test_peft_loads_the_adapter_as_it_is(finished, tiny_model):
 
 def test_saved_adapter_has_the_logits_of_the_one_in_memory(tiny_model, tmp_path):
     """T20: through peft on a plain base, the file gives what the trained model gave."""
-    adapted = adapter.add_adapter(
-        model.load_base(str(tiny_model), 16, "fp32", "cpu"), adapter.LoraShape(4, 8, 0, "q_proj,o_proj"), 0
+    adapted = models_adapter.add_adapter(
+        base_model.load_base(str(tiny_model), 16, "fp32", "cpu"),
+        models_adapter.LoraShape(4, 8, 0, "q_proj,o_proj"),
+        0,
     )
-    for parameter in weights.trainable(adapted):
+    for parameter in trainable.trainable(adapted):
         torch.nn.init.normal_(parameter, std=0.1)
     ids = torch.arange(12)[None]
     with torch.no_grad():
         memory = adapted(ids).logits
-        weights.save(adapted, None, tmp_path, was_updated=True)
+        trainable.save(adapted, None, tmp_path, was_updated=True)
         read = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path)(
             ids
         ).logits
@@ -173,7 +168,7 @@ def test_unfinished_run_is_refused_and_overwrite_clears_only_the_run(tiny_model,
     first = log(folder)
     run(options(tiny_model, tiny_rows, tmp_path / "run", max_steps=1, overwrite=True))
     assert (folder / "notes.txt").read_text() == "mine"
-    assert sorted(runfolder.checkpoint_steps(folder)) == [0, 1]
+    assert sorted(run_folder.checkpoint_steps(folder)) == [0, 1]
     assert len(log(folder)) < len(first)
 
 
@@ -184,7 +179,7 @@ def test_the_best_adapter_is_published(tiny_model, tiny_rows, tmp_path, monkeypa
     folder = run(options(tiny_model, tiny_rows, tmp_path / "run", eval_steps=1))
     finished = json.loads((folder / "finished.json").read_text())
     assert (finished["best_step"], finished["eval_loss_after"], finished["eval_loss_before"]) == (3, 2.0, 1.0)
-    assert sorted(runfolder.checkpoint_steps(folder)) == [
+    assert sorted(run_folder.checkpoint_steps(folder)) == [
         0,
         1,
         2,
@@ -203,7 +198,7 @@ def test_without_validation_rows_the_last_adapter_is_published(tiny_model, tiny_
         options(tiny_model, tiny_rows, tmp_path / "run", test_size=0, save_steps=1, save_total_limit=2)
     )
     assert all("eval_loss" not in record for record in log(folder))
-    assert sorted(runfolder.checkpoint_steps(folder)) == [7, 8]
+    assert sorted(run_folder.checkpoint_steps(folder)) == [7, 8]
     assert json.loads((folder / "finished.json").read_text())["best_step"] == 8
 
 
@@ -261,7 +256,7 @@ def poison(monkeypatch, at_step: int, value: float, gradient_only: bool = False,
         if not at_step <= len(seen) < at_step + times:
             return plain(step_model, micro_batches, targets, *rest)
         if gradient_only:
-            hook = next(iter(weights.trainable(step_model))).register_hook(lambda g: g * value)
+            hook = next(iter(trainable.trainable(step_model))).register_hook(lambda g: g * value)
             try:
                 return plain(step_model, micro_batches, targets, *rest)
             finally:
@@ -272,7 +267,7 @@ def poison(monkeypatch, at_step: int, value: float, gradient_only: bool = False,
             return plain(step_model, micro_batches, targets, *rest)
 
     monkeypatch.setattr(step, "gradient", poisoned)
-    monkeypatch.setattr(fitting, "dry_run", lambda _: True)
+    monkeypatch.setattr(out_of_memory, "dry_run", lambda _: True)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -290,7 +285,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(
         run(settings)
     assert caught.value.code == 5
     folder = tmp_path / "run"
-    assert runfolder.checkpoint_steps(folder) and max(runfolder.checkpoint_steps(folder)) == 2  # noqa: PT018
+    assert run_folder.checkpoint_steps(folder) and max(run_folder.checkpoint_steps(folder)) == 2  # noqa: PT018
     for path in folder.glob("checkpoint-*/*.safetensors"):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
     last = log(folder)[-1]
@@ -299,7 +294,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(
         assert last["grad_norm"] in ("nan", str(value))
     else:
         assert last["loss"] == str(value)
-    rows = data.rows_at(settings.seed, 12, 6, 24)
+    rows = data_examples.rows_at(settings.seed, 12, 6, 24)
     assert set(last["row_numbers"]) <= {int(row) + 1 for row in rows}
     assert last["row_numbers"]
     assert not (folder / "finished.json").exists()
@@ -341,10 +336,12 @@ def test_fp16_gives_up_when_it_only_overflows(tiny_model, tiny_rows, tmp_path, m
 def test_adapter_weights_are_fp32_for_every_dtype(tiny_model):
     """What the scaler unscales and the optimizer updates is never half precision."""
     for dtype in ("fp16", "bf16", "fp32"):
-        adapted = adapter.add_adapter(
-            model.load_base(str(tiny_model), 8, dtype, "cpu"), adapter.LoraShape(4, 8, 0, "all-linear"), 0
+        adapted = models_adapter.add_adapter(
+            base_model.load_base(str(tiny_model), 8, dtype, "cpu"),
+            models_adapter.LoraShape(4, 8, 0, "all-linear"),
+            0,
         )
-        assert {parameter.dtype for parameter in weights.trainable(adapted)} == {torch.float32}
+        assert {parameter.dtype for parameter in trainable.trainable(adapted)} == {torch.float32}
 
 
 def test_a_loss_of_exactly_zero_is_warned_about(tiny_model, tiny_rows, tmp_path, monkeypatch, capsys):
@@ -372,7 +369,7 @@ def test_a_validation_loss_that_is_no_number_stops(tiny_model, tiny_rows, tmp_pa
         run(options(tiny_model, tiny_rows, tmp_path / "run", eval_steps=1))
     assert caught.value.code == 5
     assert log(tmp_path / "run")[-1] == {"step": 2, "eval_loss": "nan", "stopped": "validation loss"}
-    assert sorted(runfolder.checkpoint_steps(tmp_path / "run")) == [0, 1]
+    assert sorted(run_folder.checkpoint_steps(tmp_path / "run")) == [0, 1]
     assert not (tmp_path / "run" / "finished.json").exists()
 
 
@@ -385,12 +382,12 @@ def test_a_bad_adapter_is_not_saved(tiny_model, tiny_rows, tmp_path, monkeypatch
         "no-op": lambda name, tensor: (name, tensor * (".lora_B" not in name)),
         "nan": lambda name, tensor: (name, tensor * float("nan")),
     }
-    plain = adapter.adapter_tensors
+    plain = models_adapter.adapter_tensors
 
     def faulty(*given):
         return dict(filter(None, (faults[fault](*item) for item in plain(*given).items())))
 
-    monkeypatch.setattr(adapter, "adapter_tensors", faulty)
+    monkeypatch.setattr(models_adapter, "adapter_tensors", faulty)
     with pytest.raises(UserError) as caught:
         run(options(tiny_model, tiny_rows, tmp_path / "run", save_steps=1, test_size=0))
     assert caught.value.code == 4
@@ -433,7 +430,7 @@ def test_a_run_that_stopped_before_its_first_save_starts_again(tiny_model, tiny_
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save", interrupted)
+    monkeypatch.setattr(runs_checkpoint, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(settings)
     monkeypatch.undo()
@@ -479,16 +476,16 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path):
     _, folder = finished
     copy = tmp_path / "checkpoint-8"
     shutil.copytree(folder / "checkpoint-8", copy)
-    checkpoint.verify(copy)
+    runs_checkpoint.verify(copy)
     for path in sorted(copy.iterdir()):
         content = path.read_bytes()
         path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
         with pytest.raises(UserError) as caught:
-            checkpoint.verify(copy)
+            runs_checkpoint.verify(copy)
         assert caught.value.code == 4
         path.unlink()
         with pytest.raises(UserError):
-            checkpoint.verify(copy)
+            runs_checkpoint.verify(copy)
         path.write_bytes(content)
 
 
@@ -527,7 +524,7 @@ def test_all_linear_and_inputs_as_targets(tiny_model, tiny_rows, tmp_path):
 def test_what_chat_asks_is_the_beginning_of_what_training_saw(tiny_model, tiny_rows, tmp_path, monkeypatch):
     """The ids that reach the model in both, not only those that encode returns."""
     trained, asked = [], []
-    plain_step, plain_greedy = step.gradient, engine_hf.greedy
+    plain_step, plain_greedy = step.gradient, transformers_engine.greedy
 
     def spy_step(step_model, micro_batches, *rest):
         micro_batches = list(micro_batches)
@@ -541,16 +538,16 @@ def test_what_chat_asks_is_the_beginning_of_what_training_saw(tiny_model, tiny_r
         return plain_greedy(adapted, prompts, *rest)
 
     monkeypatch.setattr(step, "gradient", spy_step)
-    monkeypatch.setattr(fitting, "dry_run", lambda _: True)
-    monkeypatch.setattr(engine_hf, "greedy", spy_greedy)
+    monkeypatch.setattr(out_of_memory, "dry_run", lambda _: True)
+    monkeypatch.setattr(transformers_engine, "greedy", spy_greedy)
     settings = options(tiny_model, tiny_rows, tmp_path / "run", test_size=0, num_epochs=1)
     run(settings)
-    base = model.load_base(str(tiny_model), 16, "fp32", "cpu")
+    base = base_model.load_base(str(tiny_model), 16, "fp32", "cpu")
     numbers = [number for number, _ in trained]
     chat.reply(
         base,
-        model.load_tokenizer(str(tiny_model)),
-        template.load("alpaca", None),
+        models_tokenizer.load_tokenizer(str(tiny_model)),
+        templates.load("alpaca", None),
         reader.pick_rows([tiny_rows], numbers),
         2,
     )
@@ -562,9 +559,9 @@ def test_what_chat_asks_is_the_beginning_of_what_training_saw(tiny_model, tiny_r
 
 def test_greedy_is_the_most_probable_token_each_time(tiny_model):
     """Batched, padded, cached generation equals one prompt at a time by full forward passes."""
-    base = model.load_base(str(tiny_model), 16, "fp32", "cpu")
+    base = base_model.load_base(str(tiny_model), 16, "fp32", "cpu")
     prompts = [[5, 9, 17], [4], [30, 31, 32, 33, 34, 35, 36]]
-    answers = engine_hf.greedy(base, prompts, 6, ends=[1])
+    answers = transformers_engine.greedy(base, prompts, 6, ends=[1])
     for question, answer in zip(prompts, answers, strict=True):
         ids = list(question)
         with torch.no_grad():

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onecard import checkpoint, sharded
-from onecard.config import FinetuneConfig
+from onecard.config.training import FinetuneConfig
 from onecard.errors import UserError
+from onecard.runs import checkpoint as runs_checkpoint
+from onecard.training import sharded
 from tests.support import tiny
 from tests.support.paths import ROOT
 from tests.support.resume_cases import flags, outcome, stopped_at
@@ -89,7 +90,7 @@ def goes_on_spread_and_alone_again(kind: str, harness, whole: Path, tmp_path: Pa
     moments = [load_file(path / "checkpoint-4" / "optimizer.safetensors") for path in (whole, run)]
     assert moments[0].keys() == moments[1].keys()
     assert all((moments[0][k] - v).norm() <= 1e3 * relative * v.norm() + 1e-7 for k, v in moments[1].items())
-    checkpoint.verify(run / "checkpoint-3")
+    runs_checkpoint.verify(run / "checkpoint-3")
     again = stopped_at(run, 3, tmp_path / "again")
     answer = harness.run("finetune_continue", {"output_path": again})
     assert answer["code"] == 0, answer["said"]
@@ -165,7 +166,7 @@ def test_a_signal_stops_all_processes_after_the_same_step(harness, alone, tiny_m
     text = said(process)
     assert process.returncode != 0
     assert "all of it is saved" in text
-    newest, problems = checkpoint.newest(run)
+    newest, problems = runs_checkpoint.newest(run)
     assert newest is not None
     assert problems == []
     assert f"after step {newest.name.removeprefix('checkpoint-')}:" in text

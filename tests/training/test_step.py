@@ -12,10 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_utils import SaveStrategy
 
-from onecard import adapter, attention, data, step, weights
-from onecard.batching import micro_batches, pack
-from onecard.config import FinetuneConfig
-from onecard.plan import learning_rate
+from onecard.config.training import FinetuneConfig
+from onecard.data import examples as data_examples
+from onecard.data.packing import micro_batches, pack
+from onecard.models import adapter as models_adapter
+from onecard.models import packed_attention, trainable
+from onecard.training import step
+from onecard.training.plan import learning_rate
 from tests.support import two_processes
 from tests.support.paths import ROOT
 from tests.support.two_processes import NO_DROPOUT, encode_tiny, tiny_step_model
@@ -29,7 +32,7 @@ def gradient(step_model: step.StepModel, batches: list, targets: int) -> tuple[f
         loss_sum, _, _ = step_model(packed)
         (loss_sum / targets).backward()
         total += loss_sum.item()
-    return total / targets, torch.cat([p.grad.flatten().clone() for p in weights.trainable(step_model)])
+    return total / targets, torch.cat([p.grad.flatten().clone() for p in trainable.trainable(step_model)])
 
 
 def close(a: torch.Tensor, b: torch.Tensor, relative: float) -> bool:
@@ -54,27 +57,27 @@ def test_steps_equal_those_of_transformers_trainer(tiny_model, tmp_path, schedul
     """N steps on the same rows in the same order give the Trainer's losses and adapter to 1e-5."""
     examples, batch, epochs = encode_tiny(14), 4, 2
     options = FinetuneConfig(learning_rate=1e-2, lr_scheduler=scheduler, warmup_steps=2, batch_size=batch)
-    per_epoch = data.steps_per_epoch(len(examples), batch)
+    per_epoch = data_examples.steps_per_epoch(len(examples), batch)
     total = per_epoch * epochs
 
     ours = tiny_step_model(tiny_model)
     start = {name: p.detach().clone() for name, p in ours.model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(weights.trainable(ours), lr=options.learning_rate, weight_decay=0)
+    optimizer = torch.optim.AdamW(trainable.trainable(ours), lr=options.learning_rate, weight_decay=0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     steps, losses, seen = [], [], 0
     for number in range(total):
-        rows = data.rows_at(options.seed, seen, batch, len(examples))
+        rows = data_examples.rows_at(options.seed, seen, batch, len(examples))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(options, number, total, options.warmup_steps)
         targets = int(examples.target_counts[rows].sum())
         batches = micro_batches(examples, rows, 300)
-        losses.append(step.gradient(ours, batches, targets, weights.trainable(ours), scaler))
+        losses.append(step.gradient(ours, batches, targets, trainable.trainable(ours), scaler))
         step.update(optimizer, scaler, 1.0, rows)
         steps.append(rows)
         seen += len(rows)
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager")
-    theirs = adapter.add_adapter(base, NO_DROPOUT, seed=3)
+    theirs = models_adapter.add_adapter(base, NO_DROPOUT, seed=3)
     theirs.load_state_dict(start, strict=False)
     trainer = PlainTrainer(
         model=theirs,
@@ -120,7 +123,7 @@ class PlainTrainer(Trainer):
         return loss
 
 
-def padded_batch(examples: data.Examples, rows) -> dict[str, torch.Tensor]:
+def padded_batch(examples: data_examples.Examples, rows) -> dict[str, torch.Tensor]:
     parts = [examples[row] for row in rows]
     longest = max(len(ids) for ids, _ in parts)
     ids, labels, mask = (torch.full((len(parts), longest), fill) for fill in (1, -100, 0))
@@ -190,7 +193,7 @@ def test_packed_hidden_states_equal_the_library_model(tiny_model):
         documents = packed.input_ids.split(packed.document_lengths, dim=1)
         theirs = [decoder(ids).last_hidden_state[0] for ids in documents]
     assert torch.allclose(ours, torch.cat(theirs), atol=1e-5)
-    assert attention.NAME != "eager"
+    assert packed_attention.NAME != "eager"
 
 
 def test_gradient_does_not_depend_on_the_token_budget(tiny_model):

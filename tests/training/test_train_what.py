@@ -12,11 +12,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from onecard import adapter, chat, model, report, step, train, weights
-from onecard.batching import pack
-from onecard.config import FinetuneConfig, build
+from onecard.config.options import build
+from onecard.config.training import FinetuneConfig
+from onecard.data.conversation import single
+from onecard.data.packing import pack
 from onecard.errors import UserError
-from onecard.prompt import single
+from onecard.inference import chat
+from onecard.models import adapter as models_adapter
+from onecard.models import base_model, trainable
+from onecard.training import loop, metrics, step
+from onecard.training import plan as training_plan
 from tests.support import tiny
 from tests.support.resume_cases import differences, flags, outcome, stopped_at
 
@@ -30,15 +35,17 @@ def base(request, tiny_model, tied_model) -> Path:
 
 def prepared(folder: Path, what: str, bits: int = 16, dtype: str = "fp32"):
     kept_in = "fp32" if what == "full" else dtype
-    shape = adapter.LoraShape(4, 8.0, 0.0, "q_proj,v_proj", what=what)
-    made = weights.prepare(model.load_base(str(folder), bits, kept_in, "cpu"), shape, seed=3)
-    packs = model.prepare_for_packed_training(made, checkpointing=False)
+    shape = models_adapter.LoraShape(4, 8.0, 0.0, "q_proj,v_proj", what=what)
+    made = trainable.prepare(base_model.load_base(str(folder), bits, kept_in, "cpu"), shape, seed=3)
+    packs = base_model.prepare_for_packed_training(made, checkpointing=False)
     assert packs
-    return step.StepModel(made, model.DTYPES[dtype])
+    return step.StepModel(made, base_model.DTYPES[dtype])
 
 
 def trained_names(made) -> set[str]:
-    return {adapter.portable(n).split(".lora_")[0] for n, p in made.named_parameters() if p.requires_grad}
+    return {
+        models_adapter.portable(n).split(".lora_")[0] for n, p in made.named_parameters() if p.requires_grad
+    }
 
 
 @pytest.mark.parametrize("what", WHAT)
@@ -48,12 +55,12 @@ def test_the_gradient_is_that_of_the_plain_model(base, what):
     ours = prepared(base, what)
     ours(pack(examples, range(5)))[0].backward()
     plain = prepared(base, what).model
-    weights.base_of(plain).set_attn_implementation("eager")
+    trainable.base_of(plain).set_attn_implementation("eager")
     for row in range(5):
         ids, is_target = (torch.from_numpy(part.copy()) for part in examples[row])
         logits = plain(ids.long()[None], use_cache=False).logits[0, :-1][is_target[1:]]
         torch.nn.functional.cross_entropy(logits, ids.long()[1:][is_target[1:]], reduction="sum").backward()
-    pairs = list(zip(weights.trainable(ours.model), weights.trainable(plain), strict=True))
+    pairs = list(zip(trainable.trainable(ours.model), trainable.trainable(plain), strict=True))
     assert all(mine.grad is not None and mine.grad.any() for mine, _ in pairs[:1])
     for mine, other in pairs:
         assert (mine.grad - other.grad).norm() <= 1e-5 * other.grad.norm() + 1e-9
@@ -73,15 +80,15 @@ def test_what_is_trained(base, tied_model):
 
 @pytest.mark.parametrize("what", WHAT)
 def test_the_plan_knows_how_many_parameters(base, what):
-    shape = adapter.LoraShape(4, 8.0, 0.0, "q_proj,v_proj", what=what)
-    planned = model.check_architecture(str(base), model.load_config(str(base)), shape)
-    assert planned == sum(p.numel() for p in weights.trainable(prepared(base, what).model))
+    shape = models_adapter.LoraShape(4, 8.0, 0.0, "q_proj,v_proj", what=what)
+    planned = base_model.check_architecture(str(base), base_model.load_config(str(base)), shape)
+    assert planned == sum(p.numel() for p in trainable.trainable(prepared(base, what).model))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_embeddings_of_a_quantised_base_are_trained_in_fp32(base, bits):
     made = prepared(base, "lora+embeddings", bits, "bf16")
-    assert {p.dtype for p in weights.trainable(made.model)} == {torch.float32}
+    assert {p.dtype for p in trainable.trainable(made.model)} == {torch.float32}
     examples = tiny.encoded([single(**row) for row in tiny.rows(5)], tiny.tokenizer())
     made(pack(examples, range(5)))[0].backward()
     assert made.model.get_input_embeddings().weight.grad.any()
@@ -118,7 +125,7 @@ def validation_loss(made, rows: Path, run: Path) -> float:
     """The mean over the targets of the run's validation rows, from full logits."""
     settings = json.loads((run / "finetune_config.json").read_text())["options"]
     settings |= {"data_path": str(rows), "output_path": str(run.with_name("plan"))}
-    plan = train.prepare(build(FinetuneConfig, settings), str)
+    plan = training_plan.prepare(build(FinetuneConfig, settings), str)
     total, count = 0.0, 0
     with torch.no_grad():
         for row in plan.validation_rows:
@@ -138,7 +145,7 @@ def test_bf16_runs_answer_their_questions(tied_model, tmp_path, what):
         tied_model, rows, tmp_path / "run", dtype="bf16", train_what=what, max_steps=2, test_size=3
     )
     options = build(FinetuneConfig, {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()})
-    train.run(options, str, chat.reply, report.loss_curve)
+    loop.run(options, str, chat.reply, metrics.loss_curve)
     answers = json.loads((tmp_path / "run" / "finished.json").read_text())["answers"]
     assert len(answers) == 3
 
@@ -172,9 +179,9 @@ def test_a_folder_named_model_is_not_deleted(harness, tiny_model, tmp_path):
 @pytest.mark.parametrize("what", ["embeddings", "lora+embeddings"])
 def test_embeddings_that_learned_nothing_are_not_saved(tiny_model, tmp_path, what):
     made = prepared(tiny_model, what).model
-    weights.save(made, None, tmp_path, was_updated=False)
+    trainable.save(made, None, tmp_path, was_updated=False)
     with pytest.raises(UserError, match="learned nothing"):
-        weights.save(made, None, tmp_path, was_updated=True)
+        trainable.save(made, None, tmp_path, was_updated=True)
 
 
 def test_tied_embeddings_that_peft_cannot_tie_are_refused(tmp_path):
@@ -183,9 +190,9 @@ def test_tied_embeddings_that_peft_cannot_tie_are_refused(tmp_path):
 
     config = transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=1, n_head=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    shape = adapter.LoraShape(4, 8.0, 0.0, "all-linear", what="lora+embeddings")
+    shape = models_adapter.LoraShape(4, 8.0, 0.0, "all-linear", what="lora+embeddings")
     with pytest.raises(UserError, match="tied embeddings of BloomForCausalLM"):
-        weights.prepare(model.load_base(str(tmp_path), 16, "fp32", "cpu"), shape, seed=3)
+        trainable.prepare(base_model.load_base(str(tmp_path), 16, "fp32", "cpu"), shape, seed=3)
 
 
 @pytest.mark.parametrize(
@@ -309,12 +316,12 @@ def test_what_lora_path_cannot_start_from(harness, tiny_model, tmp_path):
 def test_tied_embeddings_of_another_tool(tied_model):
     """One name is enough; two that differ cannot be one tensor."""
     made = prepared(tied_model, "embeddings").model
-    given = {name: tensor + 1 for name, tensor in weights.tensors(made).items() if "embed_tokens" in name}
-    weights.assign(made, given, "an adapter", start=True)
+    given = {name: tensor + 1 for name, tensor in trainable.tensors(made).items() if "embed_tokens" in name}
+    trainable.assign(made, given, "an adapter", start=True)
     assert torch.equal(made.get_input_embeddings().weight, next(iter(given.values())))
-    both = {name: tensor + len(name) for name, tensor in weights.tensors(made).items()}
+    both = {name: tensor + len(name) for name, tensor in trainable.tensors(made).items()}
     with pytest.raises(UserError, match="differ"):
-        weights.assign(made, both, "an adapter")
+        trainable.assign(made, both, "an adapter")
 
 
 def stages(copy: Path, model_path: str, folder: Path, *given: str) -> dict[str, float]:

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import gradio as gr
 import pytest
 
-from onecard import chat_window, controls, talking, windows
-from onecard.answer import Text
-from onecard.chat_config import BASE, TRAINED, ChatConfig
-from onecard.decoding import CANCELLED, END
+from onecard.config.chat import ChatConfig
+from onecard.config.generation import BASE, TRAINED
 from onecard.errors import UserError
-from onecard.transcript import LEFT, RIGHT
+from onecard.inference.decoding import CANCELLED, END
+from onecard.inference.detokenizer import Text
+from onecard.inference.transcript import LEFT, RIGHT
+from onecard.ui import chat_controls, chat_window, single_window
+from onecard.ui import sessions as ui_sessions
 from tests.support.chat_fakes import Scripted, echo, reply
 from tests.support.training_page import eventually
 
@@ -117,7 +119,7 @@ def test_a_system_prompt_that_the_template_cannot_hold_is_left_out():
 
 def test_the_single_turn_window_leaves_it_out_too():
     chat = Scripted(echo)
-    page = windows.single(chat, ChatConfig(mode="greedy", system="Be kind."))
+    page = single_window.single(chat, ChatConfig(mode="greedy", system="Be kind."))
     [work] = [made.fn for made in page.fns.values() if getattr(made.fn, "__name__", "") == "answer"]
     [given] = [made.inputs for made in page.fns.values() if made.fn is work]
     values = [component.value for component in given]
@@ -175,16 +177,16 @@ def test_edit_last_gives_the_context_back(context, wanted):
 
 def test_all_buttons_that_ask_share_the_places():
     """Or a visitor would be answered beside the limit by Retry, Continue and Summarise."""
-    for made, buttons in ((chat_window.turns, 4), (windows.single, 1)):
+    for made, buttons in ((chat_window.turns, 4), (single_window.single, 1)):
         events = made(Scripted(echo), ChatConfig(mode="greedy")).fns.values()
         queued = [event for event in events if event.queue and event.inputs]
         assert len(queued) == buttons
-        assert {event.concurrency_id for event in queued} == {controls.PLACES}
+        assert {event.concurrency_id for event in queued} == {chat_controls.PLACES}
 
 
 def test_a_program_ends_between_two_pieces_of_an_answer():
     """What is being made is waited for, nothing more is begun: else a thread in torch aborts the process."""
-    steps, inside, go, seen, told = talking.Steps(), threading.Event(), threading.Event(), [], []
+    steps, inside, go, seen, told = ui_sessions.Steps(), threading.Event(), threading.Event(), [], []
 
     def made() -> Iterator[int]:
         inside.set()
@@ -210,7 +212,7 @@ def test_a_program_ends_between_two_pieces_of_an_answer():
 
 def test_stop_while_waiting_is_told():
     """Between the click and the turn in the queue; not once the answer has begun."""
-    sessions = talking.Sessions()
+    sessions = ui_sessions.Sessions()
     sessions.begin("page")
     assert sessions.is_waiting("page")
     sessions.start("page")

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import gradio as gr
 import pytest
 
-from onecard import chat_window, controls, form, studio, windows
-from onecard.chat_config import MODES, ChatConfig, Generation, SingleConfig
-from onecard.engine_llama import NO_BEAMS
-from onecard.engine_llama import Engine as Llama
-from onecard.prompt import Template
+from onecard.config.chat import ChatConfig, SingleConfig
+from onecard.config.generation import MODES, Generation
+from onecard.data.template import Template
+from onecard.inference.llama_cpp_engine import NO_BEAMS
+from onecard.inference.llama_cpp_engine import Engine as Llama
+from onecard.ui import chat_controls, chat_window, forms, single_window, training_window
 from tests.support.chat_fakes import PLAIN_TEMPLATE, Toy
 
 NAMES = {  # the same in both languages: of methods and programs, and what the user called something
@@ -29,7 +30,7 @@ def chat(names: list[str], form: Template = PLAIN_TEMPLATE) -> Toy:
 
 
 def single(lang: str, tmp_path) -> gr.Blocks:
-    return windows.single(chat(["one", "two"]), SingleConfig(lang=lang))
+    return single_window.single(chat(["one", "two"]), SingleConfig(lang=lang))
 
 
 def turns(lang: str, tmp_path) -> gr.Blocks:
@@ -44,12 +45,12 @@ def bare(lang: str, tmp_path) -> gr.Blocks:
 def both(lang: str, tmp_path) -> gr.Blocks:
     """interaction.py --studio."""
     return chat_window.turns(
-        chat(["one", "two"]), ChatConfig(lang=lang), lambda lang: studio.build(lang, tmp_path)
+        chat(["one", "two"]), ChatConfig(lang=lang), lambda lang: training_window.build(lang, tmp_path)
     )
 
 
 def alone(lang: str, tmp_path) -> gr.Blocks:
-    return studio.page(lang, tmp_path)
+    return training_window.page(lang, tmp_path)
 
 
 PAGES = {made.__name__: made for made in (single, turns, bare, both, alone)}
@@ -92,15 +93,15 @@ def test_an_english_page_speaks_english(kind, tmp_path):
 @pytest.mark.parametrize("lang", LANGUAGES)
 def test_help_comes_back_in_the_language_of_the_page(lang):
     """After a change of mode: the help of what can be used, the reason of what cannot."""
-    names = [*controls.ANSWER[1:], *controls.MORE, *controls.MEMORY]
+    names = [*chat_controls.ANSWER[1:], *chat_controls.MORE, *chat_controls.MEMORY]
     made = chat(["one"])
     for mode in MODES:
-        updates = form.usable(names, made.unused(mode), ChatConfig(lang=lang), lang)
+        updates = forms.usable(names, made.unused(mode), ChatConfig(lang=lang), lang)
         said = {name: update["info"] for name, update in zip(names, updates, strict=True)}
         assert all(bool(CHINESE.search(text)) == (lang == "zh") and text for text in said.values()), said
     names = [field.name for field in dataclasses.fields(Generation)]
     with gr.Blocks():
-        start = [box.info for box in form.inputs(ChatConfig(), names, lang, {}).values()]
+        start = [box.info for box in forms.inputs(ChatConfig(), names, lang, {}).values()]
     assert len(set(start)) == len(names)
 
 
@@ -108,7 +109,7 @@ def test_help_comes_back_in_the_language_of_the_page(lang):
 def test_the_choices_of_a_picker_have_names(lang):
     """What stands for no adapter and for several; an adapter keeps its own name."""
     with gr.Blocks():
-        shown = dict(controls.picker(chat(["one", "two"]), lang)[0].choices)
+        shown = dict(chat_controls.picker(chat(["one", "two"]), lang)[0].choices)
     assert list(shown.values()) == ["base", "one", "two", "mix"]
     assert [bool(CHINESE.search(name)) for name in shown] == [lang == "zh", False, False, lang == "zh"]
 

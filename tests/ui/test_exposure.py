@@ -23,9 +23,9 @@ from fastapi.routing import iter_route_contexts
 from gradio.routes import App
 from playwright.sync_api import expect
 
-from onecard import guard
-from onecard.chat_config import ChatConfig
+from onecard.config.chat import ChatConfig
 from onecard.errors import UserError
+from onecard.ui import guard
 from tests.support.browser import Server, bubbles, finished, opened, serving, set_slider, status
 from tests.support.training_page import eventually
 

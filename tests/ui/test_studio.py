@@ -15,22 +15,19 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
-from onecard import (
-    chart,
-    curves,
-    labels,
-    model,
-    panels,
-    preview,
-    report,
-    runfolder,
-    runs,
-    studio,
-    template,
-    train,
-)
-from onecard.config import ContinueConfig, FinetuneConfig, build
+from onecard.config import training as training_config
+from onecard.config.options import build
+from onecard.config.training import ContinueConfig, FinetuneConfig
+from onecard.data import preview
+from onecard.data import template as templates
 from onecard.errors import Stopped, UserError
+from onecard.models import tokenizer as models_tokenizer
+from onecard.runs import folder as run_folder
+from onecard.runs import jobs
+from onecard.runs import log as run_log
+from onecard.system import svg_plot
+from onecard.training import loop, metrics
+from onecard.ui import training_html, training_layout, training_window
 from tests.support import resume_cases, tiny
 from tests.support.paths import ROOT
 from tests.support.small_runs import planted, short_reply, trained
@@ -38,7 +35,7 @@ from tests.support.training_page import eventually, visited, windows
 
 
 def samples(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / runfolder.SAMPLES).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / run_folder.SAMPLES).read_text().splitlines()]
 
 
 @pytest.mark.parametrize("bits", [16, 8])
@@ -48,7 +45,7 @@ def test_answers_on_the_way_change_nothing_that_is_learned(one_thread, tiny_mode
     prompts = {"sample_steps": 4, "sample_prompts": "Say red | Say  blue 3"}
     asked = trained(tiny_model, tiny_rows, tmp_path / "asked", bits=bits, **prompts)
     assert resume_cases.differences(resume_cases.outcome(plain), resume_cases.outcome(asked)) == []
-    assert not (plain / runfolder.SAMPLES).exists()
+    assert not (plain / run_folder.SAMPLES).exists()
     rounds = samples(asked)
     assert [record["step"] for record in rounds] == [0, 4, 6]
     questions = [[answer["instruction"] for answer in record["answers"]] for record in rounds]
@@ -77,10 +74,10 @@ def test_answers_on_the_way_survive_a_stop(one_thread, tiny_model, tiny_rows, tm
     with pytest.raises(Stopped):
         trained(tiny_model, tiny_rows, folder, killed, **flags)
     assert [record["step"] for record in samples(folder)] == [0, 1, 2]
-    with open(folder / runfolder.SAMPLES, "a") as file:
+    with open(folder / run_folder.SAMPLES, "a") as file:
         file.write('{"step": 99, "answers": []}\n{"step": 3, "ans')
     wish = build(ContinueConfig, {"output_path": str(folder)})
-    train.go_on(wish, frozenset({"output_path"}), str, str, short_reply, report.loss_curve)
+    loop.go_on(wish, frozenset({"output_path"}), str, str, short_reply, metrics.loss_curve)
     assert samples(folder) == samples(whole)
     assert resume_cases.differences(resume_cases.outcome(whole), resume_cases.outcome(folder)) == []
 
@@ -112,10 +109,10 @@ def sleeper(tmp_path, monkeypatch) -> Iterator[Path]:
     """Trainers that only sleep, in the place of finetune.py."""
     for program in ("finetune.py", "finetune_continue.py"):
         (tmp_path / program).write_text(SLEEPER)
-    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.setattr(jobs, "ROOT", tmp_path)
     pids = []
     plain = subprocess.Popen
-    monkeypatch.setattr(runs.subprocess, "Popen", lambda *a, **k: pids.append(plain(*a, **k)) or pids[-1])
+    monkeypatch.setattr(jobs.subprocess, "Popen", lambda *a, **k: pids.append(plain(*a, **k)) or pids[-1])
     yield tmp_path
     for process in pids:
         process.kill()
@@ -145,10 +142,10 @@ HOSTILE = [
 def test_a_run_is_named_by_one_plain_word(workspace, name):
     """Everything else is refused before a file is touched, by each way in."""
     for way in (
-        lambda: runs.start(workspace, name, FinetuneConfig()),
-        lambda: runs.go_on(workspace, name),
-        lambda: runs.stop(workspace, name),
-        lambda: runs.state(workspace, name),
+        lambda: jobs.start(workspace, name, FinetuneConfig()),
+        lambda: jobs.go_on(workspace, name),
+        lambda: jobs.stop(workspace, name),
+        lambda: jobs.state(workspace, name),
     ):
         with pytest.raises(UserError, match="cannot be the name"):
             way()
@@ -158,10 +155,10 @@ def test_a_run_is_named_by_one_plain_word(workspace, name):
 @pytest.mark.parametrize("name", ["run-1", "a.b_c-d", "_x", "训练1", "x" * 100])
 def test_plain_words_are_names(workspace, name):
     """Letters of any script, digits and three signs."""
-    assert runs.folder_of(workspace, name) == workspace / name
+    assert jobs.folder_of(workspace, name) == workspace / name
 
 
-@pytest.mark.parametrize("option", runs.PATHS)
+@pytest.mark.parametrize("option", training_config.PATHS)
 @pytest.mark.parametrize(
     "path",
     [
@@ -184,34 +181,34 @@ def test_paths_stay_inside(workspace, sleeper, option, path):
     """No option leads out of the folder, and nothing is started."""
     options = dataclasses.replace(FinetuneConfig(), **{option: path})
     with pytest.raises(UserError, match=f"--{option} .* not open"):
-        runs.start(workspace, "run", options)
+        jobs.start(workspace, "run", options)
     assert not workspace.exists()
 
 
 def test_paths_inside_are_open(workspace, tmp_path):
     """Names, files below this folder, absolute ones too, several with weights, hub names, uploads."""
-    uploads = workspace / runs.UPLOADS
+    uploads = workspace / jobs.UPLOADS
     for path in (
         "sample/a.json:2,b.csv",
         str(tmp_path / "a.json"),
         "owner/name",
         f"{uploads.absolute()}/x.json",
     ):
-        runs.check_paths(dataclasses.replace(FinetuneConfig(), data_path=path), uploads)
+        jobs.check_paths(dataclasses.replace(FinetuneConfig(), data_path=path), uploads)
 
 
 def test_an_upload_is_kept_under_a_harmless_name(workspace, tmp_path):
     """A copy by its content, inside the workspace; what is no file of rows is refused."""
     source = tmp_path / "--a b;$(id)..json"
     source.write_text("[]")
-    kept = runs.keep_upload(source, workspace)
-    assert kept.parent == workspace / runs.UPLOADS
+    kept = jobs.keep_upload(source, workspace)
+    assert kept.parent == workspace / jobs.UPLOADS
     assert kept.name.startswith("a_b__")
-    assert runs.keep_upload(source, workspace) == kept
-    runs.check_paths(dataclasses.replace(FinetuneConfig(), data_path=str(kept)), workspace / runs.UPLOADS)
+    assert jobs.keep_upload(source, workspace) == kept
+    jobs.check_paths(dataclasses.replace(FinetuneConfig(), data_path=str(kept)), workspace / jobs.UPLOADS)
     (tmp_path / "x.py").write_text("")
     with pytest.raises(UserError, match="not a file of rows"):
-        runs.keep_upload(tmp_path / "x.py", workspace)
+        jobs.keep_upload(tmp_path / "x.py", workspace)
 
 
 def test_options_reach_the_trainer_as_values(workspace, sleeper):
@@ -220,8 +217,8 @@ def test_options_reach_the_trainer_as_values(workspace, sleeper):
     options = dataclasses.replace(
         FinetuneConfig(), sample_prompts=text, seed=7, rslora=True, data_path="a b.json"
     )
-    runs.start(workspace, "run", options)
-    said = runs.console_of(workspace / "run")
+    jobs.start(workspace, "run", options)
+    said = jobs.console_of(workspace / "run")
     eventually(lambda: "argv" in said.read_text())
     words = ["--data_path=a b.json", "--rslora=true", "--seed=7", f"--sample_prompts={text}"]
     words.append(f"--output_path={workspace / 'run'}")
@@ -235,7 +232,7 @@ def test_a_second_start_is_refused(workspace, sleeper):
 
     def window() -> None:
         try:
-            runs.start(workspace, "run", FinetuneConfig())
+            jobs.start(workspace, "run", FinetuneConfig())
         except UserError as error:
             refused.append(str(error))
 
@@ -246,49 +243,49 @@ def test_a_second_start_is_refused(workspace, sleeper):
         thread.join()
     assert len(refused) == 5
     assert all("is being trained already" in text for text in refused)
-    state = runs.state(workspace, "run")
-    assert (state.kind, state.going) == (runs.STARTING, True)
+    state = jobs.state(workspace, "run")
+    assert (state.kind, state.going) == (jobs.STARTING, True)
     (workspace / "other").mkdir()
     with open(workspace / "other" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write(str(os.getpid()))
         lock.flush()
         with pytest.raises(UserError, match=f"process {os.getpid()} is training there"):
-            runs.start(workspace, "other", FinetuneConfig())
-        assert runs.state(workspace, "other").pid == os.getpid()
+            jobs.start(workspace, "other", FinetuneConfig())
+        assert jobs.state(workspace, "other").pid == os.getpid()
     planted(workspace, "earlier")
     with pytest.raises(UserError, match="earlier run"):
-        runs.start(workspace, "earlier", FinetuneConfig())
+        jobs.start(workspace, "earlier", FinetuneConfig())
     with pytest.raises(UserError, match="no run to continue"):
-        runs.go_on(workspace, "nothing")
+        jobs.go_on(workspace, "nothing")
 
 
 def test_a_trainer_that_has_not_begun_can_be_stopped(workspace, sleeper):
     """It is known by its console until it owns the folder; afterwards the name is free again."""
-    runs.start(workspace, "run", FinetuneConfig())
-    pid = runs.state(workspace, "run").pid
+    jobs.start(workspace, "run", FinetuneConfig())
+    pid = jobs.state(workspace, "run").pid
     assert os.getpgid(pid) == pid != os.getpgid(0)
-    runs.stop(workspace, "run")
-    eventually(lambda: not runs.state(workspace, "run").going)
-    assert runs.state(workspace, "run").kind == runs.STOPPED
+    jobs.stop(workspace, "run")
+    eventually(lambda: not jobs.state(workspace, "run").going)
+    assert jobs.state(workspace, "run").kind == jobs.STOPPED
     with pytest.raises(UserError, match="not being trained"):
-        runs.stop(workspace, "run")
-    runs.start(workspace, "run", FinetuneConfig())
-    assert runs.state(workspace, "run").kind == runs.STARTING
+        jobs.stop(workspace, "run")
+    jobs.start(workspace, "run", FinetuneConfig())
+    assert jobs.state(workspace, "run").kind == jobs.STARTING
 
 
 def test_who_is_trained_on_a_device(workspace, sleeper):
     """Runs that go on there; one that has just begun might be anywhere; those that ended are nobody's."""
-    assert runs.training_on(workspace, "cpu") == []
+    assert jobs.training_on(workspace, "cpu") == []
     planted(workspace, "ended")
     for number, device in enumerate(("cpu", "cuda:0", "cuda:1", None)):
-        runs.start(workspace, f"run-{number}", FinetuneConfig())
+        jobs.start(workspace, f"run-{number}", FinetuneConfig())
         if device:
             folder = planted(workspace, f"run-{number}")
             stored = {"options": {}, "resolved": {"device": device}}
-            (folder / runfolder.CONFIG).write_text(json.dumps(stored))
+            (folder / run_folder.CONFIG).write_text(json.dumps(stored))
     for device, names in (("cpu", "03"), ("cuda:0", "13"), ("cuda:1", "23"), ("all", "123"), ("cuda", "13")):
-        assert sorted(runs.training_on(workspace, device)) == [f"run-{name}" for name in names]
+        assert sorted(jobs.training_on(workspace, device)) == [f"run-{name}" for name in names]
 
 
 def test_a_stale_lock_is_nobodys(workspace):
@@ -296,57 +293,57 @@ def test_a_stale_lock_is_nobodys(workspace):
     folder = planted(workspace, "run")
     for pid in ("999999999", str(os.getpid()), "", "-1", "0", "x", "9" * 30):
         (folder / ".lock").write_text(pid)
-        state = runs.state(workspace, "run")
-        assert (state.kind, state.step, state.total) == (runs.STOPPED, 3, 5)
+        state = jobs.state(workspace, "run")
+        assert (state.kind, state.step, state.total) == (jobs.STOPPED, 3, 5)
         with pytest.raises(UserError, match="not being trained"):
-            runs.stop(workspace, "run")
+            jobs.stop(workspace, "run")
 
 
 def test_how_a_run_stands_is_read_from_its_files(workspace):
     """New, failed with its last words, killed, stopped, finished, and gone on without a window since."""
-    assert runs.state(workspace, "run").kind == runs.NEW
+    assert jobs.state(workspace, "run").kind == jobs.NEW
     folder = planted(workspace, "run")
-    console = runs.console_of(folder)
+    console = jobs.console_of(folder)
     start = "=== 2020-01-01 10:00:00 finetune.py\n=== process 1\n"
 
-    def said(text: str) -> runs.State:
+    def said(text: str) -> jobs.State:
         console.write_text("error: of an earlier start\n" + start + text)
-        return runs.state(workspace, "run")
+        return jobs.state(workspace, "run")
 
     failed = said("rows 5\nerror: something is wrong.\n")
-    assert (failed.kind, failed.said.splitlines()[-1]) == (runs.FAILED, "error: something is wrong.")
+    assert (failed.kind, failed.said.splitlines()[-1]) == (jobs.FAILED, "error: something is wrong.")
     assert "earlier" not in failed.said
-    assert said("Traceback (most recent call last)\n  x\nKeyError: 1\n").kind == runs.FAILED
+    assert said("Traceback (most recent call last)\n  x\nKeyError: 1\n").kind == jobs.FAILED
     killed = said("step 3/5\r 60%\rstep 4/5")
-    assert (killed.kind, killed.said.splitlines()[0]) == (runs.FAILED, "step 4/5")
+    assert (killed.kind, killed.said.splitlines()[0]) == (jobs.FAILED, "step 4/5")
     assert "was it killed" in killed.said
-    assert said("error: in a row\nstopped by SIGTERM.\n").kind == runs.STOPPED
-    assert said(f"step 1\n{runs.ASKED}\n").kind == runs.STOPPED
+    assert said("error: in a row\nstopped by SIGTERM.\n").kind == jobs.STOPPED
+    assert said(f"step 1\n{jobs.ASKED}\n").kind == jobs.STOPPED
     said("step 3/5")
     later = time.time() + 5
-    os.utime(folder / runfolder.LOG, (later, later))
-    assert runs.state(workspace, "run").kind == runs.STOPPED
-    (folder / runfolder.FINISHED).write_text("{}")
-    assert said("error: in a row\nall is well\n").kind == runs.FINISHED
-    runs.console_of(workspace / "failed").write_text(f"{start}error: no such file\n")
-    runs.console_of(workspace / "deleted").write_text(f"{start}step 5\n")
-    assert sorted(runs.names(workspace)) == ["failed", "run"]
-    assert runs.state(workspace, "deleted").kind == runs.STOPPED
-    assert runs.free_name(workspace) == "run-1"
-    (folder / runfolder.CONFIG).write_text('{"options": {}, "resolved": {"total_steps": "<script>"}}')
-    assert runs.state(workspace, "run").total is None
-    (folder / runfolder.CONFIG).write_text("{")
-    assert runs.state(workspace, "run").kind == runs.FINISHED
+    os.utime(folder / run_folder.LOG, (later, later))
+    assert jobs.state(workspace, "run").kind == jobs.STOPPED
+    (folder / run_folder.FINISHED).write_text("{}")
+    assert said("error: in a row\nall is well\n").kind == jobs.FINISHED
+    jobs.console_of(workspace / "failed").write_text(f"{start}error: no such file\n")
+    jobs.console_of(workspace / "deleted").write_text(f"{start}step 5\n")
+    assert sorted(jobs.names(workspace)) == ["failed", "run"]
+    assert jobs.state(workspace, "deleted").kind == jobs.STOPPED
+    assert jobs.free_name(workspace) == "run-1"
+    (folder / run_folder.CONFIG).write_text('{"options": {}, "resolved": {"total_steps": "<script>"}}')
+    assert jobs.state(workspace, "run").total is None
+    (folder / run_folder.CONFIG).write_text("{")
+    assert jobs.state(workspace, "run").kind == jobs.FINISHED
 
 
 def test_memory_is_predicted_from_the_form(workspace, tiny_model, tmp_path):
     """With the form's options, for a model that is here; what cannot be predicted says why."""
     shutil.copytree(tiny_model, tmp_path / "tiny")
     with gr.Blocks():
-        made = studio.Studio("en", workspace, str, studio.folder_alone)
+        made = training_window.Studio("en", workspace, str, training_window.folder_alone)
 
     def shown(**changes) -> str:
-        values = {name: studio.FIELDS[name].default for name in made.inputs}
+        values = {name: training_layout.FIELDS[name].default for name in made.inputs}
         return made.predict(*{**values, "model_path": "tiny", "device": "cpu", **changes}.values())
 
     assert "Predicted peak memory: " in shown()
@@ -364,43 +361,43 @@ def test_memory_is_predicted_from_the_form(workspace, tiny_model, tmp_path):
 def test_curves_grow_with_the_log_and_go_back_with_it(workspace):
     """Half a line waits, damaged ones are left out, a log that was cut is read anew."""
     folder = planted(workspace, "run")
-    made = curves.Curves(folder)
+    made = run_log.Curves(folder)
     made.refresh()
     assert made.points["loss"] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
     assert made.latest()["speed"] == 5.0
-    log = folder / runfolder.LOG
+    log = folder / run_folder.LOG
     with open(log, "ab") as file:
         file.write(
             b'\xff\xfe\n[1]\n{"step": "4"}\n{"step": true}\n{"step": 4, "loss": "nan"}\n{"step": 5, "lo'
         )
     made.refresh()
     assert made.points["loss"][-1] == (3, 1 / 3)
-    assert curves.last_step(folder) == 4
+    assert run_log.last_step(folder) == 4
     with open(log, "ab") as file:
         file.write(b'ss": 0.25}\n{"step": 5, "eval_loss": 0.5}\n')
     made.refresh()
     assert made.points["loss"][-1] == (5, 0.25)
     assert made.points["eval_loss"] == [(5, 0.5)]
-    runfolder.cut_log(folder, 2)
+    run_folder.cut_log(folder, 2)
     made.refresh()
     assert made.points["loss"] == [(1, 1.0), (2, 0.5)]
     assert made.thinned("loss", 1) == [(2, 0.75)]
     log.unlink()
     made.refresh()
     assert made.points["loss"] == []
-    assert curves.last_step(folder) == 0
+    assert run_log.last_step(folder) == 0
 
 
 def test_answers_are_those_of_the_rounds_or_of_the_end(workspace):
     """Damaged records are left out; without rounds a finished run has those before and after."""
     folder = planted(workspace, "run")
-    assert curves.samples(folder) == {}
+    assert run_log.samples(folder) == {}
     answer = {"instruction": "a", "input": "", "before": "x", "after": "y"}
-    (folder / runfolder.FINISHED).write_text(json.dumps({"steps": 5, "answers": [answer]}))
-    assert {step: given[0]["answer"] for step, given in curves.samples(folder).items()} == {0: "x", 5: "y"}
+    (folder / run_folder.FINISHED).write_text(json.dumps({"steps": 5, "answers": [answer]}))
+    assert {step: given[0]["answer"] for step, given in run_log.samples(folder).items()} == {0: "x", 5: "y"}
     lines = ['{"step": 4, "answers": [{"instruction": "q", "answer": 7}]}', '{"step": 0, "answers": []}']
-    (folder / runfolder.SAMPLES).write_text("\n".join([*lines, '{"step": 9, "answers": [1]}', '{"step": 8']))
-    assert curves.samples(folder) == {0: [], 4: [{"instruction": "q", "input": "", "answer": "7"}]}
+    (folder / run_folder.SAMPLES).write_text("\n".join([*lines, '{"step": 9, "answers": [1]}', '{"step": 8']))
+    assert run_log.samples(folder) == {0: [], 4: [{"instruction": "q", "input": "", "answer": "7"}]}
 
 
 def test_nothing_that_is_shown_becomes_a_tag(workspace, tiny_model):
@@ -412,20 +409,22 @@ def test_nothing_that_is_shown_becomes_a_tag(workspace, tiny_model):
     )
 
     def load(model_path: str, name: str):
-        tokenizer = model.load_tokenizer(model_path)
-        return tokenizer, template.load(name, tokenizer)
+        tokenizer = models_tokenizer.load_tokenizer(model_path)
+        return tokenizer, templates.load(name, tokenizer)
 
     rows = preview.first_rows(options, load, 5)
     assert len(rows) == 2
-    page = panels.rows(rows, "en")
+    page = training_html.rows(rows, "en")
     answers = [{"instruction": bad, "input": bad, "answer": bad}]
-    page += panels.answers(answers, answers, (bad, bad), "zh")
-    page += panels.note(bad, True) + panels.card(bad, runs.State(runs.FAILED, 1, 2, None, bad), {}, "en")
-    page += chart.plot(bad, [chart.Line(bad, [(1, 2.0)], 0)])
+    page += training_html.answers(answers, answers, (bad, bad), "zh")
+    page += training_html.note(bad, True) + training_html.card(
+        bad, jobs.State(jobs.FAILED, 1, 2, None, bad), {}, "en"
+    )
+    page += svg_plot.plot(bad, [svg_plot.Line(bad, [(1, 2.0)], 0)])
     assert "<script" not in page
     assert "<img" not in page
     assert page.count("&lt;script&gt;") >= 9
-    marked = panels.rows(rows, "en").split("<mark>")[2]
+    marked = training_html.rows(rows, "en").split("<mark>")[2]
     assert marked.startswith("&lt;script&gt;")
 
 
@@ -436,7 +435,7 @@ def test_nothing_that_is_shown_becomes_a_tag(workspace, tiny_model):
 def test_any_curve_can_be_drawn(points):
     """One point, a flat line, tiny and large numbers, none at all."""
     for from_zero in (True, False):
-        made = chart.plot("t", [chart.Line("a", points, 0)], from_zero)
+        made = svg_plot.plot("t", [svg_plot.Line("a", points, 0)], from_zero)
         assert "nan" not in made
         assert ("<svg" in made) == bool(points)
 
@@ -445,8 +444,8 @@ def test_every_option_has_its_names():
     """English and Chinese label and a Chinese help for each option that the window can show."""
     never = ("output_path", "remote_code")
     names = [field.name for field in dataclasses.fields(FinetuneConfig) if field.name not in never]
-    assert list(labels.FINETUNE) == names
-    assert all(len(words) == 3 and all(words) for words in labels.FINETUNE.values())
+    assert list(training_config.FINETUNE) == names
+    assert all(len(words) == 3 and all(words) for words in training_config.FINETUNE.values())
 
 
 # a real browser
@@ -483,21 +482,21 @@ def test_a_training_in_the_browser(window, browser, tiny_model, tmp_path):
         assert learned.inner_text().startswith("Answer: Trim the stems")
 
         folder = tmp_path / "lora-checkpoints" / "mine"
-        pid = runs.state(folder.parent, "mine").pid
-        eventually(lambda: curves.last_step(folder) >= 1, 90)
+        pid = jobs.state(folder.parent, "mine").pid
+        eventually(lambda: run_log.last_step(folder) >= 1, 90)
         os.kill(pid, signal.SIGSTOP)  # between looks at the page: the tiny run would soon be over
         seen = page.wait("running", 1)
         os.kill(pid, signal.SIGCONT)
         first.send_signal(signal.SIGKILL)
         first.wait()
-        eventually(lambda: curves.last_step(folder) >= seen + 2)
+        eventually(lambda: run_log.last_step(folder) >= seen + 2)
         os.kill(pid, signal.SIGSTOP)
     _, url = window()
     with visited(browser, url) as page:
         seen = page.wait("running", seen + 2)
         assert page.page.input_value("#train-run input") == "mine"
         os.kill(pid, signal.SIGCONT)
-        eventually(lambda: curves.last_step(folder) > seen)
+        eventually(lambda: run_log.last_step(folder) > seen)
         os.kill(pid, signal.SIGSTOP)
         seen = page.wait("running", seen + 1)
         page.press("stop")
@@ -505,7 +504,7 @@ def test_a_training_in_the_browser(window, browser, tiny_model, tmp_path):
         os.kill(pid, signal.SIGCONT)
         saved = page.wait("stopped", seen)
         assert (folder / f"checkpoint-{saved}").is_dir()
-        assert not runs.state(folder.parent, "mine").going
+        assert not jobs.state(folder.parent, "mine").going
 
         page.press("continue")
         page.wait("starting")

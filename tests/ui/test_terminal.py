@@ -24,12 +24,18 @@ import pytest
 import torch
 from wcwidth import wcwidth
 
-from onecard import chat, engine_hf, errors, line_editor, model, template, terminal, transcript
-from onecard.answer import Text
-from onecard.chat_config import ChatConfig, Generation
+from onecard import errors
+from onecard.config.chat import ChatConfig
+from onecard.config.generation import Generation
+from onecard.data import template as templates
+from onecard.data.conversation import Conversation, Turn
 from onecard.errors import UserError
-from onecard.prompt import Conversation, Turn
-from onecard.screen import Screen, visible
+from onecard.inference import chat, decoding, transcript, transformers_engine
+from onecard.inference.detokenizer import Text
+from onecard.models import base_model
+from onecard.models import tokenizer as models_tokenizer
+from onecard.ui import line_editor, terminal
+from onecard.ui.terminal_io import Screen, visible
 from tests.support.chat_fakes import NO_SYSTEM, Scripted, echo, reply
 from tests.support.paths import ROOT
 
@@ -149,7 +155,7 @@ def test_out_of_memory_keeps_what_is_there(piped, text, kept):
     """The partial answer stays in the conversation, the user is told; without one the question goes."""
 
     def runs_out(conversation: Conversation) -> Iterator[Text]:
-        yield Text(text, tokens=len(text), finished=chat.NO_MEMORY)
+        yield Text(text, tokens=len(text), finished=decoding.NO_MEMORY)
 
     made = Scripted(runs_out)
     answers, notes, problem = piped(made, "a\nb\n")
@@ -450,7 +456,7 @@ def growing(chance: random.Random) -> list[Text]:
         rest = whole[place:] if chance.random() < 0.5 else "".join(chance.choices(ALPHABET, k=60))
         opened = rest[: chance.randint(0, 60)] if chance.random() < 0.8 else ""
         texts.append(Text(whole[:place], opened, tokens=place + 1))
-    why = chance.choice(["end", "stop", "length", chat.CANCELLED, chat.NO_MEMORY])
+    why = chance.choice(["end", "stop", "length", decoding.CANCELLED, decoding.NO_MEMORY])
     final = texts[-1].stable if texts else ""
     if texts and chance.random() < 0.3:  # held back until the end
         final = whole + "tail"
@@ -820,9 +826,9 @@ def test_ctrl_c_stops_a_real_answer(shell, tiny_model):
 
 
 def real_chat(folder: Path) -> chat.Chat:
-    tokenizer = model.load_tokenizer(str(folder))
-    made = model.load_base(str(folder), 16, "fp32", "cpu").eval()
-    return chat.Chat(engine_hf.Engine(made, tokenizer, 512), template.load("alpaca", tokenizer))
+    tokenizer = models_tokenizer.load_tokenizer(str(folder))
+    made = base_model.load_base(str(folder), 16, "fp32", "cpu").eval()
+    return chat.Chat(transformers_engine.Engine(made, tokenizer, 512), templates.load("alpaca", tokenizer))
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beam"])

@@ -1,0 +1,1 @@
+"""One model in, another form out: merge, quantise, GGUF, LLaMA layouts, vocabulary."""

@@ -1,0 +1,258 @@
+"""A model and its adapter -> a folder of GGUF files with a Modelfile, compared with what they are made from.
+
+The folder is made beside its place and renamed when all of it is there and has passed; export.json says what
+it holds and what it was made from, and the same command again does nothing.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from onecard.config.tools import PLAIN_TYPES, ExportConfig
+from onecard.conversion import export_manifest, gguf, gguf_cache, llama_cpp_converter, modelfile
+from onecard.data import encode as data_encode
+from onecard.data.template import Template
+from onecard.errors import CHECKPOINT, UserError
+from onecard.evaluation import parity
+from onecard.hub import remote_code, revisions
+from onecard.hub.manifest import DEMO
+from onecard.inference import llama_cpp_engine, resolve
+from onecard.models import base_model
+from onecard.models import tokenizer as models_tokenizer
+from onecard.runs import adapters as run_adapters
+from onecard.runs import folder as run_folder
+from onecard.system import files as system_files
+from onecard.system import hardware, hashing, output_folder
+
+MODELFILE, ADAPTER = "Modelfile", "adapter.gguf"
+BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.1}  # of a weight; the others need less
+CONTEXT = 64  # tokens of the context that shows whether llama.cpp can load the files
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is exported, and where to."""
+
+    base: Path
+    adapter: Path | None
+    template: Template
+    tokenizer: Any
+    kind: str
+    output: Path
+    place: Path  # the same, links followed
+    is_own: bool  # whether that is the adapter's own folder for exports
+    ends: list[int]  # tokens that end an answer, the tokenizer's first
+
+    @property
+    def base_name(self) -> str:
+        return f"base-{self.kind}.gguf"
+
+
+def run(
+    options: ExportConfig,
+    locate: Callable[[str], str],
+    fetch: Callable[[str], str],
+    say: Callable[[str], None],
+) -> Path:
+    """Export; the folder with the files.
+
+    Raises UserError: exit 2 when something else is there, 4 when the files do not do what the model does.
+    locate: model name -> folder; fetch: name of an adapter on the hub -> folder.
+    """
+    if options.output_path:  # before a model is fetched
+        export_manifest.find(Path(options.output_path))
+    with tempfile.TemporaryDirectory(prefix="onecard-adapters-") as keep:
+        job, why = _job(options, locate, fetch, Path(keep), say)
+        say(f"base        {job.base} as {job.kind}")
+        say(f"adapter     {job.adapter or 'none'}")
+        say(f"template    {job.template.name}: {why}")
+        say(f"end tokens  {_named(job)}")
+        made_from = _made_from(job)
+        known = export_manifest.find(job.output)
+        if known is not None and export_manifest.is_done(job.place, known, made_from, options.check):
+            say(f"{job.output} was made from these before; nothing to do.")
+            for name in export_manifest.edited(job.place, known):
+                say(f"{name} was changed since, and stays as it is.")
+            say(known.get("check") or "It was not compared with the model.")
+            return job.output
+        if known is not None:
+            say(export_manifest.replaced(job.output, known, made_from, job.is_own))
+        _check_room(job, options)
+        with output_folder.unfinished(job.place, job.base) as (place, _):
+            folder = place / "made"
+            folder.mkdir()
+            _make(job, folder)
+            checked = _check(job, folder, options, say)
+            _describe(job, folder, made_from, checked)
+            known = export_manifest.find(job.output)  # once more: what is there may have changed meanwhile
+            if known is not None:
+                export_manifest.replaced(job.output, known, made_from, job.is_own)
+                job.place.rename(place / "before")
+            folder.rename(job.place)
+            system_files.sync_folder(job.place.parent)
+    return job.output
+
+
+def _job(
+    options: ExportConfig,
+    locate: Callable[[str], str],
+    fetch: Callable[[str], str],
+    keep: Path,
+    say: Callable[[str], None],
+) -> tuple[Job, str]:
+    listed = run_adapters.read_list(options.lora_path)
+    if len(listed) > 1:
+        raise UserError("--lora_path: one adapter at a time.", "Export the others one after another.")
+    found = [run_adapters.find(path, name, options.checkpoint, fetch, keep) for name, path, _ in listed]
+    for note in [note for source in found for note in source.notes]:
+        say(note)
+    if any(source.is_gguf for source in found) or (options.model_path or "").endswith(run_adapters.GGUF):
+        raise UserError("These are GGUF files already.", "Talk to them with tools/cpu_chat.py.")
+    whole = found[0] if found and found[0].whole else None
+    if whole and options.model_path:
+        raise UserError(f"--lora_path {whole.folder}: a whole model, no adapter.", "Give it alone.")
+    adapter = found[0] if found and not whole else None
+    name = str(whole.folder) if whole else resolve.base_of(adapter, options.model_path, say) or DEMO
+    base = Path(locate(name))
+    if not base.is_dir():
+        raise UserError(f"--model_path {name}: no such folder.", "Name the base model with --model_path.")
+    revisions.compare(adapter and adapter.record, base, say)
+    tokenizer = models_tokenizer.load_tokenizer(str(base))
+    named = _check_tokenizer(base, tokenizer)
+    if adapter:
+        remote_code.check_same(adapter.origin, adapter.fingerprints, None)
+        resolve.check_belongs(adapter, base, base_model.identity_files(str(base)))
+    template, why = resolve.choose_template(options.template, found, tokenizer)
+    output = Path(options.output_path) if options.output_path else _place(listed, name, options.type)
+    place = output_folder.find(output, export_manifest.FLAG)
+    is_own = not options.output_path and output.parent == _folder(listed)
+    ends = list(dict.fromkeys([*data_encode.ends(template, tokenizer), *named]))
+    kind = options.type
+    return Job(base, adapter and adapter.folder, template, tokenizer, kind, output, place, is_own, ends), why
+
+
+def _place(listed: list[tuple[str, str, float | None]], base: str, kind: str) -> Path:
+    """In the adapter's folder, or here under the model's name."""
+    folder = _folder(listed)
+    if folder:
+        return folder / f"{gguf.FOLDER}-{kind}"
+    name = listed[0][0] if listed else Path(base).name
+    return Path(f"{name}-{gguf.FOLDER}-{kind}")
+
+
+def _folder(listed: list[tuple[str, str, float | None]]) -> Path | None:
+    """The adapter's, when it is one of this machine."""
+    folder = Path(listed[0][1]).expanduser() if listed else None
+    return folder if folder and folder.is_dir() else None
+
+
+def _check_tokenizer(base: Path, tokenizer: Any) -> list[int]:
+    """The end tokens that the model's settings name; raises UserError (exit 4) where they cannot be its own.
+
+    Another end token than the tokenizer's is usual: a chat model's settings name that of its turns, or both.
+    """
+    config = base_model.load_config(str(base)).get_text_config()
+    ids = set(tokenizer.get_vocab().values())
+    generation = system_files.read_json(base / "generation_config.json")
+    written = [generation.get("eos_token_id")] if isinstance(generation, dict) else []
+    named = [
+        end for ends in [config.eos_token_id, *written] for end in (ends if type(ends) is list else [ends])
+    ]
+    named = [end for end in named if end is not None]
+    strange = [end for end in named if type(end) is not int or end not in ids]
+    problem = ""
+    if max(ids) >= config.vocab_size:
+        problem = f"its ids go up to {max(ids)}, the model has {config.vocab_size} tokens"
+    elif strange:
+        problem = f"it has no token {strange[0]}, which the model's settings name as an end token"
+    if problem:
+        fix = "Put the model's own tokenizer files back, or mend config.json and generation_config.json."
+        raise UserError(f"{base}: the tokenizer is another model's: {problem}.", fix, CHECKPOINT)
+    return named
+
+
+def _named(job: Job) -> str:
+    """The end tokens, and what the file says of each."""
+    names = job.tokenizer.convert_ids_to_tokens(job.ends)
+    places = [f"as {key}" for key in llama_cpp_converter.END_KEYS] + ["not in the file"] * len(names)
+    told = [" ".join(map(str, each)) for each in zip(job.ends, names, places, strict=False)]
+    more = " (the others are the template's or the model's)" if len(told) > 1 else ""
+    return f"{told[0]}: the tokenizer's{''.join(f', {one}' for one in told[1:])}{more}"
+
+
+def _made_from(job: Job) -> dict[str, Any]:
+    """What decides how the files come out."""
+    of_base, of_adapter = gguf_cache.keys(job.base, job.adapter)
+    return {
+        "type": job.kind,
+        "of_base": of_base,
+        "of_adapter": of_adapter,
+        "template": job.template.texts(),
+        "ends": job.ends,
+    }
+
+
+def _check_room(job: Job, options: ExportConfig) -> None:
+    """Raise UserError before any work: of memory for the comparison, of disk for all files at once."""
+    if options.check:
+        parity.check_memory(job.base)
+    stored = sum(path.stat().st_size for path in job.base.glob("model*.safetensors"))
+    bits16 = stored / (2 if base_model.load_config(str(job.base)).dtype == base_model.DTYPES["fp32"] else 1)
+    needed = bits16 / 2 * BYTES.get(job.kind, 0.9) + (0 if job.kind in PLAIN_TYPES else bits16)
+    system_files.check_room(job.place, int(needed * 1.05) + (64 << 20))
+
+
+def _make(job: Job, folder: Path) -> None:
+    if job.kind in PLAIN_TYPES:
+        gguf.base(job.base, folder / job.base_name, kind=job.kind, ends=job.ends)
+    else:
+        whole = gguf.base(job.base, folder / "whole.gguf", kind="auto", ends=job.ends)
+        gguf.quantize(whole, folder / job.base_name, job.kind)
+        whole.unlink()
+    if job.adapter:
+        gguf.adapter(job.adapter, job.base, folder / ADAPTER)
+    text = modelfile.modelfile(job.template, job.tokenizer, job.base_name, ADAPTER if job.adapter else None)
+    system_files.replace(folder / MODELFILE, text.encode())
+
+
+def _check(job: Job, folder: Path, options: ExportConfig, say: Callable[[str], None]) -> str | None:
+    """The table of the comparison, None without; raises UserError (exit 4) when a row failed."""
+    threads = hardware.choose_threads(options.threads).value
+    path, adapter = folder / job.base_name, folder / ADAPTER if job.adapter else None
+    if not options.check:
+        adapters = {"adapter": adapter} if adapter else {}
+        llama_cpp_engine.Engine(path, job.tokenizer, CONTEXT, adapters, threads).close()
+        say("Not compared with the model (--check false).")
+        return None
+    say("Comparing with transformers in fp32 ...")
+    expected = parity.reference(job.base, job.adapter, job.template, job.tokenizer)
+    rows = parity.compare(expected, job.kind, path, adapter, job.template, job.tokenizer, threads)
+    text = parity.table(rows)
+    say(text)
+    failed = [row.name for row in rows if row.failed]
+    if failed:
+        problem = f"As {job.kind} it is not what the model is: {', '.join(failed)}. Nothing was kept."
+        fix = "Use a larger --type" if failed == ["perplexity"] else "Keep it nevertheless"
+        raise UserError(
+            problem, f"{fix}{', or' if failed == ['perplexity'] else ''} with --check false.", CHECKPOINT
+        )
+    return text
+
+
+def _describe(job: Job, folder: Path, made_from: dict[str, Any], checked: str | None) -> None:
+    """export.json, written last."""
+    files = {path.name: hashing.sha256(path) for path in sorted(folder.iterdir())}
+    given = {"model_path": job.base, "lora_path": job.adapter}
+    known = {name: path and revisions.of(path) for name, path in given.items()}
+    values = {
+        "base": job.base_name,
+        "adapter": ADAPTER if job.adapter else None,
+        **made_from,
+        "made_with": export_manifest.made_with(),
+        "check": checked,
+        "versions": {name: str(version) for name, version in known.items() if version},
+        "files": files,
+    }
+    system_files.write_json(folder / run_folder.EXPORT, values)

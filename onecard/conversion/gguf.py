@@ -1,0 +1,156 @@
+"""A model folder and its adapters -> GGUF files for llama.cpp, made once and kept in the user's cache.
+
+llama.cpp's own converter and quantiser do it in children (llama_cpp_converter.py, llama_cpp_quantizer.py).
+Nothing here knows engines or conversations.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from onecard.conversion import llama_cpp_converter
+from onecard.errors import CHECKPOINT, USAGE, UserError
+from onecard.hub import model_files
+from onecard.inference import gguf_check
+from onecard.runs import folder as run_folder
+from onecard.system import output_folder
+from onecard.system import safetensors as safetensors_file
+
+MODEL_FILES = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # no pickles, no code
+FOLDER = "gguf"  # with the type behind it: where tools/export_gguf.py puts its files
+NO_PLACE = {  # of adapter_config.json: what a GGUF adapter cannot hold
+    "use_dora": "DoRA",
+    "modules_to_save": "trained embeddings",
+    "fan_in_fan_out": "transposed weights",
+    "lora_bias": "biases",
+    "layer_replication": "repeated layers",
+    "target_parameters": "parameters of experts",
+    "alora_invocation_tokens": "a text that switches it on",
+}
+ADAPTER_FILES = (model_files.ADAPTER_CONFIG, model_files.ADAPTER_WEIGHTS)
+
+
+def base(
+    folder: Path, output: Path, any_tokenizer: bool = False, kind: str = "f16", ends: Sequence[int] = ()
+) -> Path:
+    """Convert a transformers model folder to a GGUF file.
+
+    kind: f32, f16, bf16, q8_0; auto: the 16 bits that the weights have. any_tokenizer: also one whose way of
+    splitting text llama.cpp does not know; other programs would then encode with the file otherwise than
+    OneCard, which brings the tokenizer. ends: tokens that the file names as those that end an answer, the
+    first as the end of a text; none: what the model's files say. Raises UserError.
+    """
+    files = model_files(folder)
+    safetensors_file.check(model_files.files_of(folder))
+    script = llama_cpp_converter.home().resolve() / llama_cpp_converter.BASE_SCRIPT
+    with output_folder.unfinished(output, folder) as (place, handle):
+        model = _links(files, place / (folder.resolve().name or "model"))
+        options = [llama_cpp_converter.ANY] if any_tokenizer else []
+        options += [f"{llama_cpp_converter.ENDS}{json.dumps(list(ends))}"] if ends else []
+        options += [script, model, "--outtype", kind, "--outfile", place / output.name]
+        llama_cpp_converter.run(options, folder, handle)
+        output_folder.finish_file(place / output.name, output)
+    return output
+
+
+def adapter(folder: Path, base: Path, output: Path) -> Path:
+    """Convert a peft adapter to a GGUF adapter in fp32; raises UserError.
+
+    base: folder of the transformers model it is for.
+    """
+    config = check_adapter(folder)
+    files = model_files(base)
+    script = llama_cpp_converter.home().resolve() / llama_cpp_converter.ADAPTER_SCRIPT
+    with output_folder.unfinished(output, folder) as (place, handle):
+        given = _links([folder / name for name in ADAPTER_FILES], place / "adapter")
+        if config.get("use_rslora") or config.get("alpha_pattern") or not config["lora_alpha"]:
+            _scale_plainly(given, config)
+        model = _links(files, place / "base")
+        llama_cpp_converter.run(
+            [script, "--base", model, "--outfile", place / output.name, given], folder, handle
+        )
+        output_folder.finish_file(place / output.name, output)
+    return output
+
+
+def quantize(source: Path, output: Path, kind: str) -> Path:
+    """Another type of weights for a GGUF file of 16 or 32 bits, by llama.cpp's quantiser in a child."""
+    with output_folder.unfinished(output, source) as (place, handle):
+        made = place / output.name
+        llama_cpp_converter.run(
+            [source, made, kind], source, handle, "Quantising", "onecard.conversion.llama_cpp_quantizer"
+        )
+        output_folder.finish_file(made, output)
+    return output
+
+
+def _links(files: list[Path], folder: Path) -> Path:
+    """A folder of links to these files alone, so that no code beside them is found."""
+    folder.mkdir()
+    for path in files:
+        (folder / path.name).symlink_to(path.resolve())
+    return folder
+
+
+def model_files(folder: Path) -> list[Path]:
+    """What the converter reads of a model folder; raises UserError when it is none."""
+    files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
+    if not (folder / model_files.MODEL_CONFIG).is_file() or not any(
+        p.suffix == ".safetensors" for p in files
+    ):
+        problem = f"{folder}: no model folder with config.json and .safetensors files."
+        raise UserError(problem, "Name a folder that transformers wrote, or a .gguf file.", USAGE)
+    return files
+
+
+def check_adapter(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of an adapter that can become a GGUF file; raises UserError (exit 4) for others."""
+    from safetensors import SafetensorError, safe_open
+
+    def refuse(problem: str, fix: str = gguf_check.ENGINE) -> UserError:
+        return UserError(f"{folder}: {problem}", fix, CHECKPOINT)
+
+    safetensors_file.check(folder.glob(model_files.ADAPTER_WEIGHTS))
+    try:
+        config = json.loads((folder / model_files.ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        with safe_open(folder / model_files.ADAPTER_WEIGHTS, "np") as file:
+            names = list(file.keys())
+        alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
+        if not all(isinstance(alpha, int | float) for alpha in alphas):
+            raise ValueError("an alpha is no number")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise refuse(f"no adapter that can be read ({error}).", "Name an adapter folder of peft.") from None
+    if config.get("peft_type", "LORA") != "LORA":
+        raise refuse("not a LoRA adapter, which is all that llama.cpp has.")
+    reasons = [what for key, what in NO_PLACE.items() if config.get(key)]
+    if config.get("init_lora_weights", True) not in run_folder.PLAIN_STARTS:
+        reasons.append(f"the start {config['init_lora_weights']!r}, which changed the base's weights")
+    reasons += [f"the tensor {name}" for name in names if not re.search(r"\.lora_[AB]\.weight$", name)]
+    if reasons:
+        raise refuse(f"an adapter with {reasons[0]} cannot become a GGUF adapter.")
+    return config
+
+
+def _scale_plainly(folder: Path, config: dict[str, Any]) -> None:
+    """Put scales into B that a GGUF adapter cannot say: it has one alpha, and divides it by the rank.
+
+    rsLoRA divides by the rank's root (Kalajdzievski 2023, arXiv 2312.03732); alpha_pattern has several.
+    """
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / model_files.ADAPTER_WEIGHTS)
+    patterns = config.get("alpha_pattern") or {}
+    for name in [name for name in tensors if name.endswith(".lora_B.weight")]:
+        rank = tensors[name].shape[-1]
+        module = name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+        found = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))  # as peft
+        scale = next(found, config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        tensors[name] = tensors[name].float() * scale
+    for name in ADAPTER_FILES:
+        (folder / name).unlink()  # the link
+    save_file(tensors, folder / model_files.ADAPTER_WEIGHTS)
+    plain = {**config, "lora_alpha": 0, "use_rslora": False, "alpha_pattern": {}}  # 0: B as it is
+    (folder / model_files.ADAPTER_CONFIG).write_text(json.dumps(plain), encoding="utf-8")

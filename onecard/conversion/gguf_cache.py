@@ -1,0 +1,71 @@
+"""GGUF files for llama.cpp of a model folder and its adapters, made once and kept in the user's cache."""
+
+import contextlib
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from onecard.conversion import gguf
+from onecard.conversion.gguf import ADAPTER_FILES, FOLDER
+from onecard.errors import UserError
+from onecard.hub import model_files
+from onecard.inference import gguf_check
+from onecard.runs import folder as run_folder
+from onecard.system import files as system_files
+from onecard.system import hashing
+
+WAY = "2"  # changes when files that are kept should be made again
+
+
+def for_llama(model: Path, adapters: Mapping[str, Path]) -> tuple[Path, dict[str, Path]]:
+    """Files for llama.cpp of a model folder and of adapters by name; those made before are found again.
+
+    What they are made from is compared by content: an adapter that was trained on is converted again.
+    """
+    of_base = keys(model)[0]
+    place = system_files.cache_folder() / "gguf"
+    path = place / of_base / "base.gguf"  # an adapter's folder may be anybody's: no base is taken from there
+    if not path.is_file():
+        gguf.base(model, path, any_tokenizer=True)
+    made = {}
+    for name, folder in adapters.items():
+        gguf.check_adapter(folder)
+        key = keys(model, folder)[1]
+        made[name] = _exported(folder, of_base, key) or place / key / "adapter.gguf"
+        if not made[name].is_file():
+            gguf.adapter(folder, model, made[name])
+    return path, made
+
+
+def keys(model: Path, adapter: Path | None = None) -> tuple[str, str | None]:
+    """What the files of a base and an adapter are made from, as a name each."""
+    version = gguf_check.version()
+    of_base = _key(version, gguf.model_files(model))
+    if adapter is None:
+        return of_base, None
+    configured = _key(version, [model / model_files.MODEL_CONFIG])
+    return of_base, _key(version + configured, [adapter / each for each in ADAPTER_FILES])
+
+
+def _exported(folder: Path, of_base: str, of_adapter: str) -> Path | None:
+    """The adapter's file that tools/export_gguf.py made of just these.
+
+    It lies in the adapter's folder, of a checkpoint in its run's, beside a base of any type.
+    """
+    places = [folder, *([folder.parent] if folder.name.startswith("checkpoint-") else [])]
+    for place in (found for each in places for found in sorted(each.glob(f"{FOLDER}-*"))):
+        values = None
+        with contextlib.suppress(UserError):  # a damaged one is no export; chat makes its own files
+            values = system_files.read_json(place / run_folder.EXPORT)
+        if not isinstance(values, dict):
+            continue
+        name, made_of = values.get("adapter"), (values.get("of_base"), values.get("of_adapter"))
+        is_beside = isinstance(name, str) and Path(name).name == name
+        if made_of == (of_base, of_adapter) and is_beside and (place / name).is_file():
+            return place / name
+    return None
+
+
+def _key(version: str, files: list[Path]) -> str:
+    content = hashing.of_folder(files)
+    return hashlib.sha256(f"{version} {WAY} {content}".encode()).hexdigest()[:32]

@@ -1,0 +1,336 @@
+"""An adapter into its 16-bit base: one model folder, written shard by shard without loading the model.
+
+Each tensor of the base goes by in blocks of rows. What the adapter changes is computed in fp32 and stored in
+the base's own dtype; everything else is copied byte for byte.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from onecard.config import options as config_options
+from onecard.config.tools import MergeConfig
+from onecard.conversion import lora_delta, side_files
+from onecard.conversion.lora_delta import Adapter, Change
+from onecard.errors import CHECKPOINT, UserError
+from onecard.evaluation import eval_rows
+from onecard.evaluation.eval_rows import Row
+from onecard.hub import model_files, remote_code, revisions
+from onecard.inference import resolve
+from onecard.models import adapter as models_adapter
+from onecard.models import base_model, tensor_files
+from onecard.models import tokenizer as models_tokenizer
+from onecard.models.tensor_files import Behind, Files, Tensor
+from onecard.runs import adapters as run_adapters
+from onecard.runs.adapters import Source
+from onecard.system import files as system_files
+from onecard.system import output_folder
+
+FLAG = "--output_path"
+OF_REPORT = ("data_path", "report_rows", "cutoff_len")
+SMALL = 64 << 20  # bytes for tokenizer and settings
+MOST_THREADS = 4  # more than a disk can follow
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass
+class Base:
+    """A base model's tensors, and what its architecture says about them."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    prefix: str  # of the inner model's names, which some files leave out
+    conv: set[str]  # modules whose weights are [in, out]
+    embedding: str  # name of its tensor
+    head: str
+    tied: bool
+    wanted: dict[str, tuple[int, ...]]  # tensors of the adapter -> shapes
+
+    def find(self, name: str) -> Tensor | None:
+        """The tensor of a parameter; of a tied head the embedding's."""
+        short = name.removeprefix(f"{self.prefix}.")
+        if name == self.head and self.tied:
+            return self.find(self.embedding)
+        return self.tensors.get(name) or self.tensors.get(short)
+
+
+@dataclasses.dataclass
+class Plan:
+    """What is written. origin: name in the files -> the tensor it comes from."""
+
+    files: dict[str, list[Tensor]]
+    origin: dict[str, Tensor]
+    changes: dict[str, tuple[Change, bool]]  # name in the files -> (change, whether the weight is [in, out])
+    biases: dict[str, Change]  # name in the files -> the change that adds to it
+    config: dict[str, Any]
+
+
+def run(
+    options: MergeConfig,
+    locate: Callable[[str], str],
+    fetch: Callable[[str], str],
+    say: Callable[[str], None],
+    progress: Progress,
+    then: Callable[[list[Row], Path, Source, Path], None] | None = None,
+) -> None:
+    """Merge. locate: name of a model -> folder; fetch: name of an adapter on the hub -> folder.
+
+    progress(done, all) in bytes; then(rows, base, adapter, merged) is called when the folder is there, with
+    rows that were read before the work. Raises UserError: exit 4 with the list of keys when the adapter does
+    not fit this base, 3 without rows.
+    """
+    if not options.report:
+        config_options.refuse_idle(options, dict.fromkeys(OF_REPORT, "for --report"))
+    target = Path(options.output_path)
+    with tempfile.TemporaryDirectory(prefix="onecard-adapters-") as keep:
+        found = run_adapters.find(options.lora_path, "adapter", options.checkpoint, fetch, Path(keep))
+        if found.whole:
+            problem = f"--lora_path {options.lora_path}: all weights were trained, there is no adapter."
+            raise UserError(problem, f"{found.folder} is the whole model already.")
+        for note in found.notes:
+            say(note)
+        name = resolve.base_of(found, options.model_path, say)
+        if not name:
+            raise UserError("The adapter does not say what it was made with.", "Give --model_path.")
+        folder = Path(locate(name))
+        if not folder.is_dir():
+            raise UserError(f"--model_path {name}: no such folder.", "Name the adapter's base model.")
+        say(f"base        {folder}: {'asked for' if options.model_path else 'the adapter was made with it'}")
+        revisions.compare(found.record, folder, say)
+        say(f"adapter     {found.origin}")
+        for flag, place in (("--model_path", folder), ("--lora_path", found.origin)):
+            output_folder.check_apart(place, target, (flag, FLAG))
+        rows = _rows(options, folder, found) if then else []
+        _make(folder, found, target, say, progress)
+        if then:
+            then(rows, folder, found, target)
+
+
+def _rows(options: MergeConfig, folder: Path, found: Source) -> list[Row]:
+    """Rows for the report; raises UserError (exit 3) without any."""
+    tokenizer = models_tokenizer.load_tokenizer(str(side_files.tokenizer_of(found.origin) or folder))
+    form, _ = resolve.choose_template(None, [found], tokenizer)
+    return eval_rows.some(options.data_path, options.cutoff_len, form, tokenizer, options.report_rows)
+
+
+def _make(folder: Path, found: Source, target: Path, say: Callable[[str], None], progress: Progress) -> None:
+    tokenizer = side_files.tokenizer_of(found.origin)
+    copied = side_files.rest(folder, skip=side_files.TOKENIZER if tokenizer else ())
+    copied += side_files.rest(tokenizer, only=side_files.TOKENIZER) if tokenizer else []
+    files = [*model_files.files_of(folder), *side_files.of_adapter(found.origin), *copied]
+    versions = {"model_path": revisions.of(folder), "lora_path": revisions.of(found.origin)}
+    made_of = output_folder.record("merge_lora", {}, files, versions)
+    if output_folder.is_made(target, made_of, FLAG):
+        say(f"{target} is there already, made of the same files, by sizes and times: nothing to do.")
+        return
+    remote_code.check_same(found.origin, found.fingerprints, None)
+    weights = base_model.identity_files(str(folder))["weights"]
+    resolve.check_belongs(found, folder, {"weights": weights})  # the tokenizer may be the adapter's
+    given = lora_delta.read(found.folder)
+    base = _base(folder, found.folder)
+    plan = _plan(base, given, found.folder)
+    needed = sum(tensor.size for tensors in plan.files.values() for tensor in tensors) + SMALL
+    with output_folder.making(target, needed, made_of, FLAG) as (place, _):
+        for path in copied:
+            shutil.copyfile(path, place / path.name)
+        if tokenizer:
+            say(f"tokenizer   the adapter's, in {tokenizer}")
+        _check_tokenizer(place, plan, tokenizer)
+        system_files.write_json(place / model_files.MODEL_CONFIG, plan.config)
+        written = _write(plan, place, found.folder, progress)
+    say(
+        f"merged      {len(plan.changes)} tensors changed, {len(given.whole)} replaced; all others are copies"
+    )
+    say(f"{target} is whole: {written / 2**30:.2f} GiB of weights.")
+
+
+def _base(folder: Path, adapter_folder: Path) -> Base:
+    config = system_files.read_json(folder / model_files.MODEL_CONFIG) or {}
+    if config.get("quantization_config"):
+        problem = f"--model_path {folder}: its weights are quantised."
+        raise UserError(problem, "Give the 16-bit model that they were made of.")
+    settings = base_model.load_config(str(folder))
+    bare = base_model.skeleton(str(folder), settings)
+    embedding, head = bare.get_input_embeddings(), bare.get_output_embeddings()
+    tied = embedding.weight is head.weight
+    tensors = tensor_files.of_folder(folder)
+    modules = dict(bare.named_modules())
+    named = {id(module): name for name, module in modules.items()}
+    conv = {name for name, module in modules.items() if isinstance(module, Conv1D)}
+    names = [f"{named[id(module)]}.weight" for module in (embedding, head)]
+    made = Base(folder, config, tensors, bare.base_model_prefix, conv, *names, tied, {})
+    if tied and names[1] in tensors:  # transformers ties only what is equal
+        twin, other = made.find(names[0]), tensors[names[1]]
+        if twin is None or _are_equal(twin, other):
+            del tensors[names[1]]
+        else:
+            made.tied = config["tie_word_embeddings"] = settings.tie_word_embeddings = False
+            bare = base_model.skeleton(str(folder), settings)
+    tensor_files.check_whole(folder, tensors, bare)
+    made.wanted = models_adapter.wanted(bare, adapter_folder)
+    return made
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same, value for value."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    with Files() as files:
+        return all(
+            torch.equal(files.read(one, first, last), files.read(other, first, last))
+            for first, last in one.blocks()
+        )
+
+
+def _plan(base: Base, given: Adapter, folder: Path) -> Plan:
+    """What becomes of each tensor; raises UserError (exit 4) with the list of keys that do not fit."""
+    bad = _misfits(base, given)
+    origin = dict(base.tensors)
+    changes: dict[str, tuple[Change, bool]] = {}
+    biases: dict[str, Change] = {}
+    untied = _unties(base, given)
+    if untied:
+        origin[base.head] = base.find(base.head)
+    for name, tensor in given.whole.items():
+        found = base.find(name)
+        if found is None:
+            bad.append(f"{name} (unknown)")
+        elif name != base.head or found.name != base.find(base.embedding).name or untied:
+            key = name if name == base.head and untied else found.name
+            origin[key] = tensor
+    for module, change in given.changes.items():
+        name = f"{module}.weight"
+        found = base.find(name)
+        key = name if name == base.head and untied else found.name if found else name
+        if found is None:
+            bad.append(f"{name} (unknown)")
+        elif origin[key].shape != change.shape(module in base.conv):
+            wanted = list(change.shape(module in base.conv))
+            bad.append(f"{module} (the adapter is for {wanted}, the base has {list(origin[key].shape)})")
+        else:
+            changes[key] = (change, module in base.conv)
+        if change.bias is not None:
+            bias = base.find(f"{module}.bias")
+            if bias is None:
+                bad.append(f"{module}.lora_B.bias (the base has no bias there)")
+            else:
+                biases[bias.name] = change
+    rows = {origin[name].shape[0] for name in _vocabulary(base, untied)}
+    if len(rows) > 1:
+        bad.append(f"embedding and head (they would have {' and '.join(map(str, sorted(rows)))} rows)")
+    if bad:
+        raise lora_delta.wrong(folder, bad)
+    config = {**base.config, **({"tie_word_embeddings": False} if untied else {})}
+    if "vocab_size" in config:
+        config["vocab_size"] = rows.pop()
+    return Plan(_files(base, origin), origin, changes, biases, config)
+
+
+def _misfits(base: Base, given: Adapter) -> list[str]:
+    """Tensors that the adapter should have on this base and has not, and the other way round."""
+    extra = {lora_delta.PREFIX + name for name in (base.embedding, base.head)}
+    held = {tensor.name: tensor.shape for change in given.changes.values() for tensor in change.tensors()}
+    held |= {tensor.name: tensor.shape for tensor in given.whole.values()}
+    short = {name.replace(".base_layer.", "."): shape for name, shape in held.items()}
+    wanted = {name.replace(".base_layer.", "."): shape for name, shape in base.wanted.items()}
+    bad = [f"{name} (missing)" for name in wanted.keys() - short.keys()]
+    bad += [f"{name} (unknown)" for name in short.keys() - wanted.keys() - extra]
+    for name in wanted.keys() & short.keys():
+        resized = name in extra and wanted[name][1:] == short[name][1:]
+        if wanted[name] != short[name] and not resized:
+            bad.append(f"{name} (is {list(short[name])}, should be {list(wanted[name])})")
+    return bad
+
+
+def _unties(base: Base, given: Adapter) -> bool:
+    """Whether embedding and head were one tensor and are two from now on."""
+    if not base.tied:
+        return False
+    names = (base.embedding, base.head)
+    if any(name.removesuffix(".weight") in given.changes for name in names):
+        return True
+    one, other = (given.whole.get(name) for name in names)
+    if one is None and other is None:
+        return False
+    if one is None or other is None:
+        return not given.config.get("ensure_weight_tying")
+    return not _are_equal(one, other)
+
+
+def _vocabulary(base: Base, untied: bool) -> list[str]:
+    """Names, in the files to write, of the tensors with a row for each token."""
+    found = [base.find(name) for name in (base.embedding, base.head)]
+    names = {tensor.name for tensor in found if tensor}
+    return sorted(names | ({base.head} if untied else set()))
+
+
+def _files(base: Base, origin: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    """The base's files and dtypes with the shapes of what comes; a new head lies beside the embedding."""
+    files: dict[str, list[Tensor]] = {}
+    for name, tensor in base.tensors.items():
+        made = Tensor(name, tensor.dtype, origin[name].shape)
+        files.setdefault(tensor.file.name, []).append(made)
+    embedding = base.find(base.embedding)
+    if base.head in origin and base.head not in base.tensors:
+        made = Tensor(base.head, embedding.dtype, origin[base.head].shape)
+        files[embedding.file.name].append(made)
+    return files
+
+
+def _check_tokenizer(place: Path, plan: Plan, own: Path | None) -> None:
+    """Raise UserError (exit 4) when the tokenizer has ids that the merged embedding has not."""
+    if own is None:
+        return
+    most, rows = (
+        max(models_tokenizer.load_tokenizer(str(place)).get_vocab().values()),
+        plan.config.get("vocab_size"),
+    )
+    if rows is not None and most >= rows:
+        problem = f"{own}: the adapter's tokenizer has ids up to {most}, the merged embedding {rows} rows."
+        raise UserError(problem, "It was trained on a base with more rows: give that one.", CHECKPOINT)
+
+
+def _write(plan: Plan, place: Path, folder: Path, progress: Progress) -> int:
+    placed = tensor_files.create(place, plan.files)
+    total, done = sum(tensor.size for tensor in placed.values()), 0
+    threads = min(MOST_THREADS, torch.get_num_threads())
+    with Files() as files, Behind(files, threads) as behind, _one_thread_each():
+        for name, target in placed.items():
+            source, pair, norms = plan.origin[name], None, None
+            if name in plan.changes:
+                change, transposed = plan.changes[name]
+                pair = lora_delta.load(files, change, transposed, folder)
+                norms = lora_delta.norms_of(pair, _blocks(files, source))
+            bias = plan.biases.get(name)
+            make = functools.partial(lora_delta.make_block, files, source, target, pair, norms, bias)
+            for first, last in source.blocks():
+                behind.do(make, first, last)
+                done += (last - first) * target.row_bytes
+                progress(done, total)
+        behind.sync()
+    return total
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """torch computes in the thread that asks: several blocks at once need no second kind of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _blocks(files: Files, source: Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    for first, last in source.blocks():
+        yield first, files.read(source, first, last)

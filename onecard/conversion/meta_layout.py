@@ -1,0 +1,330 @@
+"""LLaMA's two layouts: the original one (consolidated.NN.pth, params.json) and that of transformers.
+
+Names, shapes, how a tensor is cut into shards, the order of the rotary rows, and the settings of both. It
+opens no weights. V tokens, D width, F width of the feed-forward part, d = D / heads, K = d * KV heads.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from onecard.errors import CHECKPOINT, UserError
+from onecard.hub import model_files
+from onecard.hub.model_files import MODEL_CONFIG
+
+PARAMS = "params.json"
+TO_HF, TO_META = "hf", "meta"
+
+COMPUTED = "rope.freqs"  # a table that both layouts compute; old files carry it
+NEEDED = ("dim", "n_layers", "n_heads", "norm_eps")
+KNOWN = {
+    *NEEDED,
+    "n_kv_heads",
+    "vocab_size",
+    "multiple_of",
+    "ffn_dim_multiplier",
+    "rope_theta",
+    "use_scaled_rope",
+    "rope_scaling_factor",
+    "max_seq_len",
+    "max_batch_size",
+}
+PLAIN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}  # what the original layout has
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A LLaMA model: sizes, and what its rotary embedding looks like."""
+
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    hidden: int  # F
+    vocab: int
+    norm_eps: float
+    theta: float = 10000.0
+    scaling: dict[str, Any] | None = None  # LLaMA 3.1's, in transformers' words
+    length: int = 2048  # tokens
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A tensor of the model: its names, its whole shape, the dimension shards cut it along, rotary rows."""
+
+    hf: str
+    meta: str
+    shape: tuple[int, ...]
+    cut: int | None = None
+    rotary: bool = False
+
+
+def weights(shape: Shape, embedding_cut: int) -> list[Weight]:
+    """Every tensor of an untied model, in the order of its layers; the head is the last."""
+    d, kv, f = shape.dim, shape.kv_heads * shape.head_dim, shape.hidden
+    made = [Weight("model.embed_tokens.weight", "tok_embeddings.weight", (shape.vocab, d), embedding_cut)]
+    for n in range(shape.layers):
+        hf, meta = f"model.layers.{n}.", f"layers.{n}."
+        made += [
+            Weight(f"{hf}self_attn.q_proj.weight", f"{meta}attention.wq.weight", (d, d), 0, rotary=True),
+            Weight(f"{hf}self_attn.k_proj.weight", f"{meta}attention.wk.weight", (kv, d), 0, rotary=True),
+            Weight(f"{hf}self_attn.v_proj.weight", f"{meta}attention.wv.weight", (kv, d), 0),
+            Weight(f"{hf}self_attn.o_proj.weight", f"{meta}attention.wo.weight", (d, d), 1),
+            Weight(f"{hf}mlp.gate_proj.weight", f"{meta}feed_forward.w1.weight", (f, d), 0),
+            Weight(f"{hf}mlp.down_proj.weight", f"{meta}feed_forward.w2.weight", (d, f), 1),
+            Weight(f"{hf}mlp.up_proj.weight", f"{meta}feed_forward.w3.weight", (f, d), 0),
+            Weight(f"{hf}input_layernorm.weight", f"{meta}attention_norm.weight", (d,)),
+            Weight(f"{hf}post_attention_layernorm.weight", f"{meta}ffn_norm.weight", (d,)),
+        ]
+    made.append(Weight("model.norm.weight", "norm.weight", (d,)))
+    made.append(Weight("lm_head.weight", "output.weight", (shape.vocab, d), 0))
+    return made
+
+
+def part(weight: Weight, shards: int) -> tuple[int, ...]:
+    """Shape of one of `shards` equal pieces; raises UserError when it cannot be cut so."""
+    if weight.cut is None:
+        return weight.shape
+    if weight.shape[weight.cut] % shards:
+        problem = f"{weight.meta} {list(weight.shape)} cannot be cut into {shards} equal pieces."
+        raise UserError(f"--num_shards {shards}: {problem}", "Use fewer shards.")
+    return tuple(n // shards if at == weight.cut else n for at, n in enumerate(weight.shape))
+
+
+def check_shards(shape: Shape, shards: int) -> None:
+    """Raise UserError unless each shard gets whole heads, and all tensors can be cut."""
+    if shape.heads % shards or shape.kv_heads % shards:
+        problem = f"{shape.heads} heads and {shape.kv_heads} KV heads cannot be divided among {shards}."
+        raise UserError(f"--num_shards {shards}: {problem}", "Use fewer shards.")
+    for weight in weights(shape, 0) + weights(shape, 1)[:1]:
+        part(weight, shards)
+
+
+def to_halves(rows: Any, head_dim: int) -> Any:
+    """Rows [n * d, D] of q or k from pairs (x0 y0 x1 y1 ...) to halves (x0 x1 ... y0 y1 ...)."""
+    pairs = rows.view(-1, head_dim // 2, 2, rows.shape[1])
+    return pairs.transpose(1, 2).reshape(rows.shape)
+
+
+def to_pairs(rows: Any, head_dim: int) -> Any:
+    """The way back."""
+    halves = rows.view(-1, 2, head_dim // 2, rows.shape[1])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def feed_forward(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """F as the original code computes it: two thirds of 4 D, times a factor, up to a multiple."""
+    wide = int(2 * (4 * dim) / 3)
+    wide = int(multiplier * wide) if multiplier is not None else wide
+    return multiple_of * math.ceil(wide / multiple_of)
+
+
+def from_params(params: dict[str, Any], path: Path, vocab: int) -> Shape:
+    """params.json -> Shape; vocab: rows of the embedding, which -1 in old files stands for.
+
+    Raises UserError (exit 4) for what is missing, unknown or does not fit together.
+    """
+
+    def wrong(problem: str, fix: str = "Fetch it again.") -> UserError:
+        return UserError(f"{path}: {problem}.", fix, CHECKPOINT)
+
+    missing, unknown = [name for name in NEEDED if name not in params], sorted(params.keys() - KNOWN)
+    if missing or unknown:
+        raise wrong(f"{missing[0]} is missing" if missing else f"{unknown[0]} is not an option of LLaMA's")
+    try:
+        dim, layers, heads = (_whole(params, name) for name in ("dim", "n_layers", "n_heads"))
+        kv_heads = _whole(params, "n_kv_heads") if params.get("n_kv_heads") is not None else heads
+        multiple, multiplier = int(params.get("multiple_of", 256)), params.get("ffn_dim_multiplier")
+        theta, eps = float(params.get("rope_theta", 10000.0)), float(params["norm_eps"])
+        hidden = feed_forward(dim, multiple, None if multiplier is None else float(multiplier))
+        named = int(params.get("vocab_size", -1))
+        factor = float(params.get("rope_scaling_factor") or 0)
+        length = int(params.get("max_seq_len") or 0)
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise wrong(f"has a setting that is no number, or of the wrong size ({error})") from None
+    if heads % kv_heads or dim % heads or dim // heads % 2 or hidden < 1 or theta <= 0:
+        raise wrong(f"dim {dim}, n_heads {heads}, n_kv_heads {kv_heads} do not fit together")
+    if named not in (-1, vocab):
+        raise wrong(f"vocab_size {named}, but the embedding has {vocab} rows")
+    scaling = None
+    if params.get("use_scaled_rope"):
+        if not factor:
+            fix = 'Add "rope_scaling_factor": 8 for LLaMA 3.1 and 3.3, or 32 for 3.2.'
+            raise wrong("use_scaled_rope without rope_scaling_factor", fix)
+        scaling = {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    length = length or _length(theta, eps, scaling is not None)
+    return Shape(dim, layers, heads, kv_heads, hidden, vocab, eps, theta, scaling, length)
+
+
+def _whole(params: dict[str, Any], name: str) -> int:
+    value = params[name]
+    if type(value) is not int or not 0 < value < 1 << 24:
+        raise ValueError(f"{name} {value!r}")
+    return value
+
+
+def _length(theta: float, eps: float, is_scaled: bool) -> int:
+    """Longest context, which params.json does not say: by what tells the generations apart."""
+    if is_scaled:
+        return 131072  # LLaMA 3.1 and later
+    if theta > 10000.0:
+        return 16384 if theta == 1e6 else 8192  # Code LLaMA; LLaMA 3
+    return 2048 if eps <= 1e-6 else 4096  # LLaMA 1; LLaMA 2
+
+
+def to_params(shape: Shape) -> dict[str, Any]:
+    """Shape -> params.json, with only the settings that the model's generation knows."""
+    multiple, multiplier = _multiples(shape)
+    params: dict[str, Any] = {"dim": shape.dim}
+    params |= {} if multiplier is None else {"ffn_dim_multiplier": multiplier}
+    params |= {"multiple_of": multiple, "n_heads": shape.heads}
+    params |= {} if shape.kv_heads == shape.heads else {"n_kv_heads": shape.kv_heads}
+    params |= {"n_layers": shape.layers, "norm_eps": shape.norm_eps}
+    params |= {} if shape.theta == 10000.0 else {"rope_theta": shape.theta}
+    if shape.scaling:
+        params |= {"rope_scaling_factor": shape.scaling["factor"], "use_scaled_rope": True}
+    return {**params, "vocab_size": shape.vocab}
+
+
+def _multiples(shape: Shape) -> tuple[int, float | None]:
+    """multiple_of and ffn_dim_multiplier that give F."""
+    candidates = [
+        m for m in (256, 4096, 2048, 1024, 512, 128, 64, 32, 16, 8, 4, 2, 1) if not shape.hidden % m
+    ]
+    for multiple in candidates:
+        if feed_forward(shape.dim, multiple, None) == shape.hidden:
+            return multiple, None
+    plain = feed_forward(shape.dim, 1, None)
+    for multiple in candidates:
+        for digits in (1, 2, 3, 6, 17):
+            multiplier = round((shape.hidden - multiple / 2) / plain, digits)
+            if multiplier > 0 and feed_forward(shape.dim, multiple, multiplier) == shape.hidden:
+                return multiple, multiplier
+    raise AssertionError("multiple 1 always fits")
+
+
+def from_config(config: dict[str, Any], path: Path) -> Shape:
+    """config.json of transformers -> Shape; raises UserError (exit 2) for what the other layout has not."""
+    if config.get("architectures") != ["LlamaForCausalLM"] and config.get("model_type") != "llama":
+        problem = f"{path}: a {config.get('model_type')} model."
+        raise UserError(problem, "Only LLaMA models have an original layout.")
+    other = [name for name, plain in PLAIN.items() if config.get(name, plain) != plain]
+    other += ["quantization_config"] if config.get("quantization_config") else []
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    try:
+        dim, heads = config["hidden_size"], config["num_attention_heads"]
+        if config.get("head_dim") not in (None, dim // heads):
+            other.append("head_dim")
+        if kind not in ("default", "llama3"):
+            other.append(f"rope_type {kind}")
+        if other:
+            problem = f"{path}: has {', '.join(other)}, which the original layout has not."
+            raise UserError(problem, "It cannot be written there.")
+        scaling = None
+        if kind == "llama3":
+            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            scaling = {"rope_type": "llama3", **{name: rope[name] for name in names}}
+            if [scaling[name] for name in names[1:]] != [1, 4, 8192]:
+                raise UserError(f"{path}: a rope scaling of its own.", "It cannot be written there.")
+        return Shape(
+            dim,
+            config["num_hidden_layers"],
+            heads,
+            config.get("num_key_value_heads") or heads,
+            config["intermediate_size"],
+            config["vocab_size"],
+            config["rms_norm_eps"],
+            float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+            scaling,
+            config.get("max_position_embeddings", 2048),
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{path}: damaged or incomplete ({error!r}).", "Fetch it again.", CHECKPOINT
+        ) from None
+
+
+def to_config(shape: Shape, dtype: str, tied: bool, ids: dict[str, Any]) -> dict[str, Any]:
+    """Shape -> config.json of transformers; dtype: as in float16; ids: of the special tokens."""
+    rope = {"rope_theta": shape.theta, **(shape.scaling or {"rope_type": "default"})}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "dtype": dtype,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": shape.dim,
+        "initializer_range": 0.02,
+        "intermediate_size": shape.hidden,
+        "max_position_embeddings": shape.length,
+        "mlp_bias": False,
+        "num_attention_heads": shape.heads,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.kv_heads,
+        "rms_norm_eps": shape.norm_eps,
+        "rope_parameters": rope,
+        "rope_theta": shape.theta,  # where older versions look
+        **({"rope_scaling": shape.scaling} if shape.scaling else {}),
+        "tie_word_embeddings": tied,
+        "use_cache": True,
+        "vocab_size": shape.vocab,
+        **ids,
+    }
+
+
+def layout_of(folder: Path) -> str:
+    """Which layout a folder has; raises UserError (exit 2) when it has neither."""
+    if any(folder.glob("consolidated*.pth")) or (folder / PARAMS).is_file():
+        return TO_META
+    if (folder / MODEL_CONFIG).is_file():
+        return TO_HF
+    problem = f"--input_dir {folder}: has neither {PARAMS} with consolidated.00.pth nor {MODEL_CONFIG}."
+    raise UserError(problem, "Name the folder of a LLaMA model.")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights, none of them opened; raises UserError when one is missing or too many."""
+    if layout_of(folder) == TO_HF:
+        files = model_files.files_of(folder)
+        strange = sorted(set(folder.glob("model*.safetensors")) - set(files))
+        if strange:
+            problem = f"{strange[0]}: is not one of the model's files."
+            raise UserError(problem, "Two downloads in one folder? Move it away.", CHECKPOINT)
+        return files
+    found = sorted(folder.glob("consolidated*"))
+    wanted = [folder / f"consolidated.{number:02d}.pth" for number in range(len(found))]
+    if not found:
+        raise UserError(f"{folder}: consolidated.00.pth is missing.", "Fetch it again.", CHECKPOINT)
+    if found != wanted:
+        odd = next(path for path in found if path not in wanted)
+        missing = next(path.name for path in wanted if path not in found)
+        problem = f"{folder}: {missing} is missing, and {odd.name} is there."
+        raise UserError(problem, "Shards are numbered from 00, without gaps.", CHECKPOINT)
+    if not (folder / PARAMS).is_file():
+        raise UserError(f"{folder}: {PARAMS} is missing.", "Fetch it again.", CHECKPOINT)
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}).", "Fetch it again.", CHECKPOINT) from None
+    return content

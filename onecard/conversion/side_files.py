@@ -1,0 +1,63 @@
+"""Which small files a model folder made of a base and an adapter takes along, and which make an adapter up.
+
+None of them is opened here.
+"""
+
+from pathlib import Path
+
+from onecard.hub import manifest, model_files
+from onecard.models import tokenizer as models_tokenizer
+from onecard.runs import checkpoint as runs_checkpoint
+from onecard.runs import folder as run_folder
+from onecard.runs import legacy
+from onecard.system import output_folder
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".index.json", ".py")
+TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "spiece")
+OWN = (  # what OneCard writes about other folders and runs
+    output_folder.RECORD,
+    manifest.NAME,
+    runs_checkpoint.MANIFEST,
+    run_folder.CONFIG,
+    run_folder.EXPORT,
+    run_folder.FINISHED,
+    run_folder.LOG,
+    run_folder.DROPPED,
+    run_folder.REJECTED,
+    run_folder.SAMPLES,
+    run_folder.PICTURE,
+    "adapter_",
+)
+ADAPTER = (*legacy.MARKS, run_folder.CONFIG, model_files.MODEL_WEIGHTS)  # and adapter_*
+
+
+def places(folder: Path) -> list[Path]:
+    """The adapter's folder, and the run's when it is a checkpoint."""
+    return [folder, *([folder.parent] if folder.name.startswith("checkpoint-") else [])]
+
+
+def tokenizer_of(folder: Path) -> Path | None:
+    names = models_tokenizer.TOKENIZER_FILES
+    return next((p for p in places(folder) if any((p / name).is_file() for name in names)), None)
+
+
+def of_adapter(adapter_folder: Path) -> list[Path]:
+    """The files of an adapter, in any of the forms that it may have."""
+    return sorted(
+        path
+        for path in adapter_folder.iterdir()
+        if path.is_file() and (path.name.startswith("adapter_") or path.name in ADAPTER)
+    )
+
+
+def rest(source: Path, skip: tuple[str, ...] = (), only: tuple[str, ...] = ("",)) -> list[Path]:
+    """Everything beside the weights: settings and tokenizer; code and our own records are left out."""
+    left_out = (".", *OWN, *skip)
+    return sorted(
+        path
+        for path in source.iterdir()
+        if path.is_file()
+        and path.name.startswith(only)
+        and not path.name.startswith(left_out)
+        and not path.name.endswith(WEIGHT_FILES)
+    )

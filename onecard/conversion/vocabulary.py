@@ -1,0 +1,213 @@
+"""A base model's vocabulary: pieces added to the tokenizer, and embedding rows that fit it.
+
+Only the shards with embeddings are rewritten; other shards and files beside them are copied, so memory is one
+shard. Weights in other formats and sub-folders are left out.
+"""
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from onecard.errors import CHECKPOINT, DATA, DISK, UserError
+from onecard.hub import model_files
+from onecard.hub.model_files import INDEX
+from onecard.models import base_model, tensor_files
+from onecard.system import files as system_files
+
+TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
+WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
+LONGEST_PIECE = 16  # characters; longer ones are no pieces of a vocabulary
+
+
+def pieces_of(path: Path) -> list[str]:
+    """Pieces from a text file, one a line, or from a SentencePiece model: its texts without the word mark."""
+    if not path.is_file():
+        raise UserError(f"--pieces {path}: no such file.", "Name a text file or a SentencePiece model.", DATA)
+    if path.suffix == ".model":
+        import sentencepiece
+
+        try:
+            pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            problem = f"--pieces {path}: no SentencePiece model ({str(error)[:100]})."
+            raise UserError(problem, "Name a text file or a SentencePiece model.", DATA) from None
+        numbers = range(pieces.get_piece_size())
+        found = [pieces.id_to_piece(i) for i in numbers if not (pieces.is_control(i) or pieces.is_byte(i))]
+        return [piece for piece in found if "▁" not in piece and piece != "<unk>"]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--pieces {path}: not UTF-8 ({error}).", "Save it as UTF-8.", DATA) from None
+    pieces = [line.strip() for line in lines if line.strip()]
+    long = next((piece for piece in pieces if len(piece) > LONGEST_PIECE), None)
+    if long:
+        problem = f"--pieces {path}: a line of {len(long)} characters is no piece: {long[:40]!r}."
+        raise UserError(problem, "Give one piece a line, or running text with --characters.", DATA)
+    return pieces
+
+
+def characters_of(text: str, least: int) -> list[str]:
+    """Characters beyond ASCII that a text holds at least `least` times, most frequent first."""
+    counts = Counter(c for c in text if not c.isascii() and not c.isspace())
+    return [character for character, count in counts.most_common() if count >= least]
+
+
+def extend(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[str]) -> list[str]:
+    """Add the pieces that take more than one token so far; returns those that were added."""
+    known = tokenizer.get_vocab()
+    new = [
+        piece
+        for piece in dict.fromkeys(pieces)
+        if piece not in known and len(tokenizer(piece, add_special_tokens=False).input_ids) > 1
+    ]
+    tokenizer.add_tokens(new)
+    return new
+
+
+def check_spaces(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, pieces: list[str]) -> None:
+    """Raise UserError when a piece inside a word comes back with a space that was not there."""
+    text = "".join(f"a{piece}" for piece in pieces if " " not in piece) + "a"
+    read = [one.decode(one(text, add_special_tokens=False).input_ids).strip() for one in (old, new)]
+    if " " in read[1] and " " not in read[0]:
+        problem = "This tokenizer puts a space before every added piece, in the middle of words too."
+        fix = 'Write "prepend_scheme": "first" instead of "always" into its tokenizer.json.'
+        raise UserError(problem, fix)
+
+
+def add_special(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
+    """Add special tokens that are not there; `<pad>` also becomes the padding token."""
+    known = tokenizer.get_vocab()
+    new = [token for token in tokens if token not in known]
+    tokenizer.add_tokens(new, special_tokens=True)  # their ids in the order given
+    if "<pad>" in new:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    others = [token for token in tokens if token != "<pad>"]  # known ones too, which may be ordinary so far
+    tokenizer.add_special_tokens({"extra_special_tokens": others}, replace_extra_special_tokens=False)
+
+
+def tokens_per_character(tokenizer: PreTrainedTokenizerBase, text: str) -> float:
+    return len(tokenizer(text, add_special_tokens=False).input_ids) / max(1, len(text))
+
+
+def prepare(
+    source: Path,
+    old: PreTrainedTokenizerBase,
+    new: PreTrainedTokenizerBase,
+    target: Path,
+    multiple: int,
+) -> tuple[int, int, int]:
+    """Write the model of `source` for the tokenizer `new`; returns (rows before, new rows, rows after).
+
+    The rows of tokens that `new` has beyond `old` are the mean of old's rows, in the input embedding and in
+    an untied head; rows beyond len(new), up to a multiple, are zero. Everything else is copied byte for byte.
+    The target appears when it is whole. Raises UserError.
+    """
+    known, wanted = old.get_vocab(), new.get_vocab()
+    moved = next((token for token, number in known.items() if wanted.get(token) != number), None)
+    if moved is not None:
+        problem = f"The tokenizers do not belong together: {moved!r} has another id, or none, in the new one."
+        raise UserError(problem, "Extend this model's own tokenizer with tools/extend_vocab.py.")
+    ids, added = sorted(known.values()), sorted(set(wanted.values()) - set(known.values()))
+    bare = base_model.skeleton(str(source), base_model.load_config(str(source)))
+    tensor_files.check_whole(source, tensor_files.of_folder(source), bare)
+    names = _embedding_names(bare)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    files = _shards(source)
+    held = {name for shard in files.values() for name in shard}
+    missing = sorted(set(names) - held)
+    if missing:
+        raise UserError(f"{source}: its weights lack {missing[0]}.", "Fetch the model again.", CHECKPOINT)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        rows = after = 0
+        for file, shard in tqdm(files.items(), desc="writing shards", unit="shard", disable=None):
+            if not set(names) & set(shard):
+                shutil.copyfile(source / file, temporary / file)
+                continue
+            tensors, metadata = _read(source / file)
+            for name in set(names) & set(shard):
+                rows = len(tensors[name])
+                if rows <= max(ids):
+                    problem = f"{source}: its embedding has {rows} rows, its tokenizer ids up to {max(ids)}."
+                    raise UserError(problem, "Model and tokenizer do not belong together.", CHECKPOINT)
+                tensors[name] = resized(tensors[name], ids, added, multiple)
+                after = len(tensors[name])
+            save_file(tensors, temporary / file, metadata=metadata)
+        for path in source.iterdir():  # the tokenizer's own files are written anew below
+            kept = path.suffix not in WEIGHT_FILES and not path.name.startswith(TOKENIZER)
+            if path.is_file() and path.name not in files and kept:
+                shutil.copyfile(path, temporary / path.name)
+        new.save_pretrained(temporary)
+        system_files.write_json(
+            temporary / "config.json", {**config, **_ids(new, config), "vocab_size": after}
+        )
+        generation = temporary / "generation_config.json"
+        if generation.is_file():
+            known = json.loads(generation.read_text(encoding="utf-8"))
+            system_files.write_json(generation, {**known, **_ids(new, known)})
+        if (source / INDEX).is_file():
+            _index(source / INDEX, temporary, files)
+        temporary.chmod(0o755)
+        temporary.rename(target)
+    except OSError as error:
+        raise UserError(
+            f"{target}: could not be written: {error.strerror or error}.", "Make room.", DISK
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return rows, len(added), after
+
+
+def resized(weight: torch.Tensor, old: list[int], new: list[int], multiple: int) -> torch.Tensor:
+    """Embedding [rows, H]: rows of the old ids kept, of the new ones their mean, all others zero."""
+    needed = max(len(weight), *(number + 1 for number in (0, *new)))
+    rows = -(-needed // multiple) * multiple
+    made = weight.new_zeros(rows, weight.shape[1])
+    made[old] = weight[old]
+    made[new] = weight[old].float().mean(dim=0).to(weight.dtype)
+    return made
+
+
+def _embedding_names(bare: torch.nn.Module) -> list[str]:
+    """Names of the input embedding and, where it is not the same tensor, of the head."""
+    wanted = [bare.get_input_embeddings().weight]
+    if not bare.config.tie_word_embeddings:
+        wanted.append(bare.get_output_embeddings().weight)
+    return [name for name, p in bare.named_parameters() if any(p is weight for weight in wanted)]
+
+
+def _shards(source: Path) -> dict[str, list[str]]:
+    """File -> names of its tensors, of a model in safetensors."""
+    return {path.name: list(tensor_files.of_file(path)) for path in model_files.files_of(source)}
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, known: dict[str, Any]) -> dict[str, int]:
+    """The ids of special tokens that the configuration names, or that the tokenizer alone has."""
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {
+        key: value for key, value in ids.items() if value is not None and not isinstance(known.get(key), list)
+    }
+
+
+def _index(source: Path, folder: Path, files: dict[str, list[str]]) -> None:
+    """The index with the size that the shards now have."""
+    index = json.loads(source.read_text(encoding="utf-8"))
+    total = sum(tensor.size for file in files for tensor in tensor_files.of_file(folder / file).values())
+    index.setdefault("metadata", {})["total_size"] = total
+    system_files.write_json(folder / INDEX, index)

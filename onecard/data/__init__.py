@@ -1,0 +1,1 @@
+"""Files become conversations, token ids and targets, and packed micro-batches; prompt templates."""

@@ -1,0 +1,1 @@
+"""How good a model is: perplexity, parity of engines, fidelity of a merge."""

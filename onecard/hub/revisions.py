@@ -1,0 +1,311 @@
+"""Names of the hub -> folders at one commit, and what a run recorded -> whether that is what is used.
+
+owner/name is what its branch points to now, owner/name@REVISION a commit, a branch or a tag. The hub is asked
+only about names that the user typed, once each and for seconds; a record is looked for on this machine alone.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, snapshot_download
+
+from onecard.config import options as config_options
+from onecard.config.tools import HUB, MODELSCOPE
+from onecard.errors import UserError
+from onecard.hub import client, manifest, model_files
+from onecard.system import files as system_files
+
+MODEL, DATASET = "model", "dataset"
+KINDS = {f"{kind}s": kind for kind in (MODEL, DATASET)}  # as the cache calls their folders
+NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
+COMMIT = re.compile(
+    rf"{config_options.COMMIT.pattern}([0-9a-f]{{24}})?"
+)  # the longer one stands for ModelScope's
+FILES = (".gguf", ".json", ".safetensors", ".bin")  # no hub name ends so
+BRANCH = "main"
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+    """A repository at one commit."""
+
+    name: str
+    commit: str
+    kind: str = MODEL
+    source: str = HUB  # or ModelScope, whose commits and owners are others
+
+    def __str__(self) -> str:
+        where = "" if self.source == HUB else f"{self.source}:"
+        return f"{where}{self.name}@{self.commit}"
+
+
+def is_name(text: str) -> bool:
+    """Whether this can only be a name of the hub."""
+    return bool(NAME.fullmatch(text)) and not text.endswith(FILES) and not Path(text).exists()
+
+
+def split(text: str) -> tuple[str, str | None]:
+    """(owner/name, revision or None)."""
+    name, _, revision = text.partition("@")
+    return name, revision or None
+
+
+def parsed(text: str | None) -> Version | None:
+    """The version that str(Version) gave; None for anything else, such as a name alone."""
+    source, _, rest = (text or "").rpartition(":")
+    name, commit = split(rest)
+    is_whole = commit is not None and COMMIT.fullmatch(commit) and is_name(rest)
+    known = is_whole and source in ("", MODELSCOPE)
+    return Version(name, commit, source=source or HUB) if known else None
+
+
+def of(path: Path | str) -> Version | None:
+    """The version that a folder is, or a file in it, None where nothing says so."""
+    path = Path(path)
+    stored = None
+    with contextlib.suppress(UserError):  # a damaged receipt says nothing
+        stored = manifest.read(path) if path.is_dir() else None
+    if stored and stored["source"] != "list" and stored["name"] != manifest.DEMO:
+        source = MODELSCOPE if stored["source"] == MODELSCOPE else HUB
+        return Version(stored["name"], stored["commit"], source=source)
+    return _in_cache(path)
+
+
+def recorded(name: str, version: str | None, stored: bool = False) -> str:
+    """The hub's version that was recorded for a name that says none itself, else the name.
+
+    stored: the name was kept with the version; whatever revision it says is where the version came from.
+    """
+    known = parsed(version)
+    said = split(name)[0] if stored else name
+    is_its = known is not None and known.source == HUB and known.name == said and not Path(name).exists()
+    return str(known) if is_its else name
+
+
+def of_settings(values: dict[str, Any]) -> str | None:
+    """The base that an adapter's adapter_config.json names, with its commit where peft wrote one."""
+    base = values.get("base_model_name_or_path")
+    base = base if isinstance(base, str) and base else None
+    return base and recorded(base, f"{base}@{values.get('revision')}")
+
+
+def at_hand(text: str, kind: str = MODEL) -> Path | None:
+    """The folder of a hub's name that is on this machine with its weights or rows, or None.
+
+    It was fetched by us or by another program. The hub is not asked.
+    """
+    name, revision = split(text)
+    if name == manifest.DEMO:
+        return None
+    kept = _kept(name, revision, kind)
+    found = _cached(name, revision, kind)
+    return kept or (found[0] if found and _has_content(found[0], kind) else None)
+
+
+def of_record(text: str, say: Say, kind: str = MODEL) -> str | None:
+    """at_hand of what a run or an adapter names, with its commit said."""
+    folder = at_hand(text, kind)
+    version = folder and of(folder)
+    if version:
+        say(f"{version.source:<12}{version.name} is commit {version.commit}")
+    return str(folder) if folder else None
+
+
+_answered: dict[Path, Version] = {}  # folders that folder_of fetched from a hub that answers
+
+
+@functools.cache  # in one program a name means one commit, which is said once
+def folder_of(text: str, kind: str, patterns: tuple[str, ...], say: Say) -> Path:
+    """The folder of a name that the user typed, with the files of these patterns.
+
+    Raises one of asking.REFUSALS.
+    What tools/download.py fetched by the name stays what the name means. Where the hub gives no commit or no
+    files it is the commit that the cache has. A commit that is whole in the cache is not asked for.
+    """
+    name, revision = split(text)
+    kept = _kept(name, revision, kind)
+    if kept:
+        version = of(kept) or Version(name, "unknown")
+        say(f"{version.source:<12}{name} is commit {version.commit}, which is in {kept}")
+        return kept
+    cached = _cached(name, revision, kind)
+    if (
+        cached
+        and cached[0].name == revision
+        and _is_whole(cached[0], Version(name, revision, kind), patterns)
+    ):
+        say(f"hub         {name} is commit {revision}")
+        return cached[0]
+    branch = revision or BRANCH
+    try:
+        commit = client.commit_of(name, kind, branch)
+        before = _ref(name, kind, branch)
+        if before not in (None, commit):
+            moved = f"{branch} has moved from {before[:12]} to {commit[:12]} since it was last fetched"
+            say(f"hub         {name}: {moved}. To stay: {name}@{before}")
+        folder = _bring(Version(name, commit, kind), patterns)
+    except client.REFUSALS as error:
+        if not cached or client.is_local(error):
+            raise
+        say(f"hub         {name}: {client.reason(error)}; commit {cached[0].name} of the cache is used")
+        return cached[0]
+    _note(name, kind, branch, commit)
+    _answered[folder] = Version(name, commit, kind)
+    say(f"hub         {name} is commit {commit}")
+    return folder
+
+
+def complete(folder: Path, patterns: Iterable[str]) -> None:
+    """Fetch the weights that a folder of folder_of lacks; raises one of asking.REFUSALS. Others stay."""
+    version = _answered.get(folder)
+    if version and not _has_weights(folder):
+        _bring(version, (*patterns,))
+
+
+def compare(record: str | None, used: Path | str, say: Say) -> None:
+    """Say it when the version that was recorded is not the one in use. Nobody is asked."""
+    before, now = parsed(record), of(used)
+    if before and now and now.name == before.name and str(now) != str(before):
+        there, here = (
+            version.commit + (" of ModelScope" if version.source == MODELSCOPE else "")
+            for version in (before, now)
+        )
+        say(f"{before.source:<12}{before.name}: commit {there} was trained on, {here} is used")
+
+
+@functools.cache  # asked and said once
+def tell_move(record: str, say: Say) -> None:
+    """Say it when a name that the user typed means another commit than the recorded one, which is used."""
+    version = parsed(record)
+    kept = _kept(version.name, None, MODEL)
+    ours = of(kept) if kept else None
+    if ours and ours.source != HUB:
+        return
+    try:
+        head = ours.commit if ours else client.commit_of(version.name, MODEL, BRANCH)
+    except client.REFUSALS as error:
+        why = client.reason(error)
+        say(f"hub         {version.name}: {why}; commit {version.commit} of the cache is used")
+        return
+    if head != version.commit:
+        moved = f"has moved from {version.commit[:12]} to {head[:12]}"
+        way = f"--model_path {version.name}@{head}"
+        say(f"hub         {version.name} {moved}; the first, which was trained on, is used. To change: {way}")
+
+
+def _kept(name: str, revision: str | None, kind: str) -> Path | None:
+    """What tools/download.py fetched by a name, where it is of that revision."""
+    folder = manifest.kept(name) if kind == MODEL else None
+    return folder if folder and revision in (None, manifest.read(folder)["commit"]) else None
+
+
+def _place(name: str, kind: str) -> Path:
+    """The folder of a repository in the hub's own cache."""
+    return Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
+
+
+def _cached(name: str, revision: str | None, kind: str) -> list[Path]:
+    """Snapshots in the hub's cache that a name can mean, those with content first; none for a name unknown.
+
+    For a branch it is the commit when it was last fetched; for the usual one, others may stand in, the newest
+    first.
+    """
+    if not NAME.fullmatch(name) or len(name) > 200:
+        return []
+    snapshots = _place(name, kind) / "snapshots"
+    is_commit = COMMIT.fullmatch(revision or "")
+    commit = revision if is_commit else _ref(name, kind, revision or BRANCH)
+    found = [snapshots / commit] if commit else []
+    if revision in (None, BRANCH) and snapshots.is_dir():
+        found += sorted(snapshots.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    found = [folder for folder in dict.fromkeys(found) if COMMIT.fullmatch(folder.name) and folder.is_dir()]
+    return sorted(found, key=lambda folder: not _has_content(folder, kind))  # else they stay in their order
+
+
+def _ref(name: str, kind: str, branch: str) -> str | None:
+    """The commit of a branch when it was last fetched, None when it was not."""
+    path, text = _ref_file(name, kind, branch), ""
+    with contextlib.suppress(OSError, ValueError):
+        text = path.read_text(encoding="utf-8").strip() if path and path.is_file() else ""
+    return text if COMMIT.fullmatch(text) else None
+
+
+def _ref_file(name: str, kind: str, branch: str) -> Path | None:
+    """Where the hub's client keeps the commit of a branch; None for what is no branch's name."""
+    inside = Path(branch)
+    if inside.is_absolute() or ".." in inside.parts or COMMIT.fullmatch(branch):
+        return None
+    return _place(name, kind) / "refs" / inside
+
+
+def _note(name: str, kind: str, branch: str, commit: str) -> None:
+    """Keep the commit of a branch where the hub's client has it, once its files are there and it was said."""
+    path = _ref_file(name, kind, branch)
+    if path:
+        with contextlib.suppress(OSError):  # a cache that cannot be written
+            path.parent.mkdir(parents=True, exist_ok=True)
+            system_files.replace(path, commit.encode())
+
+
+def _has_content(folder: Path, kind: str) -> bool:
+    """Whether a snapshot has weights, all that its index names, or a dataset's any file but a text on it."""
+    if kind == DATASET:
+        return any(path.is_file() and path.suffix not in ("", ".md") for path in folder.rglob("*"))
+    return (
+        _has_weights(folder)
+        or any(folder.glob("*.gguf"))
+        or any((folder / name).is_file() for name in ADAPTERS)
+    )
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a snapshot has what its index names, or its one file of weights."""
+    with contextlib.suppress(UserError):
+        return bool(model_files.files_of(folder))
+    return False
+
+
+def _is_whole(folder: Path, version: Version, patterns: tuple[str, ...]) -> bool:
+    """Whether a model's snapshot lacks nothing, by the list of its files, if one was kept, and their kinds.
+
+    Of a dataset's nothing else says which files it should have.
+    """
+    if version.kind == DATASET:
+        return False
+    try:
+        snapshot_download(version.name, **_wanted(version, patterns), local_files_only=True)
+    except client.REFUSALS:
+        return False
+    has_words = patterns != model_files.SETTINGS or any(folder.glob("*token*"))
+    return has_words and _has_content(folder, version.kind)
+
+
+def _in_cache(path: Path) -> Version | None:
+    """The version of a snapshot in the hub's own cache, or of a file in it, by the folders' names."""
+    cache = Path(constants.HF_HUB_CACHE)
+    place = path.resolve() if path.is_dir() else path.parent.resolve() / path.name  # a file is a link
+    ways = (place, cache.resolve()), (path.absolute(), cache.absolute())  # a repository may be a link, too
+    inner = [way.relative_to(start).parts for way, start in ways if way.is_relative_to(start)]
+    repository, inside, commit = (*(inner[0] if inner else ()), "", "", "")[:3]
+    kinds, _, name = repository.partition("--")
+    if kinds not in KINDS or inside != "snapshots" or not COMMIT.fullmatch(commit):
+        return None
+    return Version(name.replace("--", "/"), commit, KINDS[kinds])
+
+
+def _wanted(version: Version, patterns: tuple[str, ...]) -> dict[str, Any]:
+    wanted = {"repo_type": version.kind, "revision": version.commit, "allow_patterns": list(patterns)}
+    return {**wanted, "ignore_patterns": list(model_files.NOT_LOADED)} if version.kind == MODEL else wanted
+
+
+def _bring(version: Version, patterns: tuple[str, ...]) -> Path:
+    """The snapshot of a version with these files; raises one of asking.REFUSALS."""
+    client.limit_waits()
+    return Path(snapshot_download(version.name, **_wanted(version, patterns)))

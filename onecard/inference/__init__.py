@@ -1,0 +1,1 @@
+"""Engines, decoding, detokenizing, history, chat."""

@@ -1,0 +1,196 @@
+"""Conversation in, stream of text out, whichever engine answers. The same `prompt.encode` as in training."""
+
+import copy
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from onecard.config import chat as chat_config
+from onecard.config import generation
+from onecard.config.chat import ChatConfig
+from onecard.config.generation import TRAINED, Generation, Mixture
+from onecard.data import encode as data_encode
+from onecard.data import template as templates
+from onecard.data.conversation import Conversation
+from onecard.data.template import Template
+from onecard.errors import UserError, is_out_of_memory
+from onecard.inference import decoding, detokenizer, history, lazy_engine, loader, transformers_engine
+from onecard.inference.decoding import CANCELLED, NO_MEMORY
+
+
+def reply(
+    model: Any, tokenizer: Any, form: Template, conversations: list[Conversation], max_new_tokens: int
+) -> list[str]:
+    """One greedy answer for each conversation; an answer it may end with is not looked at."""
+    prompts = [data_encode.encode(c.question, form, tokenizer)[0] for c in conversations]
+    answers = transformers_engine.greedy(model, prompts, max_new_tokens, data_encode.ends(form, tokenizer))
+    return [data_encode.decode(tokenizer, ids) for ids in answers]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """A growing answer and what it took so far."""
+
+    text: detokenizer.Text
+    prompt_tokens: int
+    read: int  # of them; fewer than prompt_tokens while the prompt is still being read
+    reused: int  # of them, from the turn before
+    left_out: int  # earlier questions that did not fit
+    seconds: float  # since the question
+    first: float | None  # of them until the first token
+    seed: int | None = None  # of a sampled answer: with it the same comes again
+    loading: bool = False  # there is no model yet
+
+    @property
+    def finished(self) -> str:
+        return self.text.finished
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second, the reading of the prompt apart."""
+        if self.first is None or self.text.tokens < 2:
+            return 0.0
+        return (self.text.tokens - 1) / max(self.seconds - self.first, 1e-9)
+
+
+def start(options: ChatConfig, *how: Any) -> "Chat":
+    """A model ready to talk, as the options say; how: what loading.load takes besides."""
+    return Chat(*loader.load(options, *how))
+
+
+def with_its_mode(talk: "Chat", options: ChatConfig, given: frozenset[str]) -> ChatConfig:
+    """The options with a mode that the engine has, unless one was asked for (which is then refused)."""
+    if "mode" in given or options.mode in talk.modes():
+        return options
+    return dataclasses.replace(options, mode=generation.SAMPLE)
+
+
+def later(
+    options: ChatConfig,
+    locate: Callable[[str], str],
+    fetch: Callable[[str], str],
+    to_gguf: loader.ToGguf,
+    say: Callable[[str], None],
+    beside: Callable[[str], list[str]],
+) -> "Chat":
+    """The same, its weights read when the first question comes; beside: as late.Engine takes it."""
+    found = loader.look(options, locate, fetch, say)
+    found.keep.cleanup()
+
+    def load() -> Any:  # a run may have newer checkpoints by then, and not the older ones any more
+        return loader.engine_of(loader.look(options, locate, fetch, say), to_gguf, say)
+
+    engine = lazy_engine.Engine(found, load, beside)
+    say("model       not loaded: the first question does that")
+    return Chat(engine, found.template, found.mixture, found.versions)
+
+
+class Chat:
+    """A model ready to talk: an engine, a template, adapters. Conversations are the caller's."""
+
+    def __init__(
+        self, engine: Any, form: Template, mixture: Mixture = (), versions: dict[str, str] | None = None
+    ):
+        """mixture: adapters and weights that answer unless a question says otherwise.
+
+        versions: owner/name@COMMIT of the base and of adapters that come from the hub.
+        """
+        self.versions = versions or {}
+        self.engine, self.tokenizer, self.template, self.mixture = engine, engine.tokenizer, form, mixture
+        self.ends = data_encode.ends(form, engine.tokenizer)
+        self.others: dict[str, tuple[Template, Any]] = {}  # built-in templates that were asked for
+        self.lock = threading.Lock()  # of them
+
+    def unused(self, mode: str) -> dict[str, tuple[str, str]]:
+        """Option -> why it does nothing with this mode and engine, English and Chinese."""
+        return chat_config.unused(mode) | self.engine.cannot
+
+    def template_of(self, name: str = TRAINED) -> Template:
+        """The template of that name, TRAINED: the one answers have by themselves; raises UserError."""
+        return self._form(name)[0]
+
+    def _form(self, name: str) -> tuple[Template, Any]:
+        """A template and its tokenizer: what one makes a control token is still text for the others."""
+        if name == TRAINED:
+            return self.template, self.tokenizer
+        if name not in templates.names():  # a file's name might come from a page
+            raise UserError(f"No template is called {name}.", f"Known: {', '.join(templates.names())}.")
+        with self.lock:
+            if name not in self.others:
+                own = copy.deepcopy(self.tokenizer)
+                self.others[name] = templates.load(name, own), own
+            return self.others[name]
+
+    def modes(self) -> list[str]:
+        return [mode for mode in generation.MODES if mode not in self.engine.cannot]
+
+    def stream(
+        self,
+        conversation: Conversation,
+        settings: Generation,
+        mixture: Mixture | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+        form: str = TRAINED,
+    ) -> Iterator[Reply]:
+        """The answer as it grows; the last one has `finished`. An answer at the end is continued.
+
+        cancelled: asked after every token; form: name of a template. Out of memory and cancelling keep what
+        is there. Raises UserError when the question does not fit, or the settings ask for what the engine has
+        not.
+        """
+        started = time.monotonic()
+        settings = generation.seeded(settings)
+        if isinstance(self.engine, lazy_engine.Engine) and not self.engine.is_loaded:
+            yield Reply(detokenizer.Text(""), 0, 0, 0, 0, 0.0, None, loading=True)
+            self.engine.loaded()
+            started = time.monotonic()
+        mixture = self.mixture if mixture is None else mixture
+        if settings.mode in self.engine.cannot:
+            raise UserError(f"--mode {settings.mode}: {self.engine.cannot[settings.mode][0]}.")
+        self.engine.check_mixture(mixture)
+        shape, tokenizer = self._form(form)
+        ends = self.ends if form == TRAINED else data_encode.ends(shape, tokenizer)
+        room = self.engine.context - min(settings.max_new_tokens, self.engine.context // 2)
+        fitted = history.fit(conversation, shape, tokenizer, room, settings.max_memory, settings.last_turns)
+        stops, banned = generation.phrases(settings.stop), generation.phrases(settings.banned)
+        growing = detokenizer.beginning(tokenizer, fitted.answer, stops)
+        first, seed = None, settings.seed if settings.samples else None
+        read = 0
+
+        def so_far(text: detokenizer.Text, finished: str = "") -> Reply:
+            text = dataclasses.replace(text, finished=finished) if finished else text
+            taken = time.monotonic() - started
+            return Reply(text, len(fitted.ids), read, stream.reused, fitted.left_out, taken, first, seed)
+
+        stream = self.engine.open(fitted.ids, mixture)
+        try:
+            for read in stream.read():
+                if cancelled():
+                    yield so_far(_settled(growing), CANCELLED)
+                    return
+                if read < len(fitted.ids):
+                    yield so_far(growing)
+            limit = min(settings.max_new_tokens, self.engine.context - len(fitted.ids))
+            watch = detokenizer.watch(tokenizer, stops, banned, fitted.answer)
+            steps = decoding.decode(stream, fitted.ids, settings, ends, limit, watch)
+            for growing in detokenizer.grow(tokenizer, steps, stops, fitted.answer):
+                first = first or time.monotonic() - started
+                if cancelled() and not growing.finished:
+                    yield so_far(_settled(growing), CANCELLED)
+                    return
+                yield so_far(growing)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            error.__traceback__ = None  # its frames hold what filled the memory
+            self.engine.forget()
+            yield so_far(_settled(growing), NO_MEMORY)
+        finally:
+            stream.close()
+
+
+def _settled(text: detokenizer.Text) -> detokenizer.Text:
+    """What is shown when nothing more comes: what was held back, too."""
+    return dataclasses.replace(text, stable=text.beams[0], open="")

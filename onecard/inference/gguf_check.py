@@ -1,0 +1,194 @@
+"""A GGUF file is tried out in a child process before llama.cpp opens it here.
+
+llama.cpp ends its process at some damaged or hostile files, or reads where it must not. So a child with
+limits does first what the engine will do: load the file, make a context, read one token. What passed is
+remembered by the file's size, times and inode.
+The child: `python -m onecard.inference.gguf_check BASE [ADAPTER ...]`.
+"""
+
+import ctypes
+import hashlib
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from onecard.errors import CHECKPOINT, MEMORY, UserError
+from onecard.system import files as system_files
+from onecard.system import hashing, sandbox
+
+PACKAGE = "llama-cpp-python"
+ENGINE = "Use --engine transformers."
+
+WAY = "1"  # changes when files that passed should be tried again
+SECONDS, SPEED = 120, 50 << 20  # of the child: that long, and a second for so many bytes of slow disks
+ROOM = 4 << 30  # bytes it may take beside twice its files, which some processors' layouts copy
+CONTEXT = 64  # tokens
+ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
+AGAIN = "Convert or download it again."
+ANOTHER = "Give the --model_path it was made with."
+_kept: list[Any] = []  # what llama.cpp calls as long as the child lives
+ALLOCATION = ("alloc", "out of memory", "insufficient memory")  # in llama.cpp's own words
+
+
+def check(base: Path, adapters: list[Path]) -> None:
+    """Raise UserError unless llama.cpp can use these files: exit 4, or 6 where memory does not suffice."""
+    for path in (base, *adapters):
+        _check_magic(path)
+    new = [path for path in adapters if not _has_passed([base, path])]
+    if not new and _has_passed([base]):
+        return
+    _try(base, new)
+    for files in ([base], *([base, path] for path in new)):
+        _remember(files)
+
+
+def _try(base: Path, adapters: list[Path]) -> None:
+    files = [str(path.resolve()) for path in (base, *adapters)]
+    command = [sys.executable, "-m", __name__, *files]
+    seconds = SECONDS + sum(Path(file).stat().st_size for file in files) / SPEED
+    environment = sandbox.environment(GGML_NO_BACKTRACE="1")
+    settings = {**sandbox.SETTINGS, "errors": "replace", "env": environment, "check": False}
+    try:
+        ended = subprocess.run(command, capture_output=True, timeout=seconds, **settings)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{base}: not read within {seconds:.0f} s.", AGAIN, CHECKPOINT) from None
+    lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()] or ["it crashes"]
+    if ended.returncode < 0:
+        number = _number((ended.stdout.split() or ["0"])[-1], files)  # of the file that was opened last
+        reason = lines[-1].split(": ")[-1][:300]
+        raise UserError(f"{(base, *adapters)[number]}: llama.cpp gives up: {reason}.", AGAIN, CHECKPOINT)
+    if ended.returncode:
+        first, _, rest = lines[-1].partition(" ")
+        number, problem = _number(first, files), rest if first.isdecimal() and rest else lines[-1]
+        raise unusable((base, *adapters)[number], problem, ANOTHER if number else AGAIN)
+
+
+def _number(word: str, files: list[str]) -> int:
+    """Which file a child names; the base where the word is none of ours: llama.cpp may write there too."""
+    known = [str(number) for number in range(len(files))]
+    return known.index(word) if word in known else 0
+
+
+def unusable(path: Path, problem: str, fix: str, code: int = CHECKPOINT) -> UserError:
+    """The error for a file that llama.cpp refuses; its reason is in the problem."""
+    if is_allocation(problem):
+        code, fix = MEMORY, "It needs more memory than there is free: use a smaller model or --context."
+    return UserError(f"{path}: {problem}.", fix, code)
+
+
+def is_allocation(text: str) -> bool:
+    return any(word in text.lower() for word in ALLOCATION)
+
+
+def because(problem: str, said: list[str]) -> str:
+    """The problem with the first of llama.cpp's complaints; those behind it only pass it on."""
+    reason = said[0].split(": ", 1)[-1].strip(" .")[:300] if said else ""
+    return f"{problem}: {reason}" if reason else problem
+
+
+def _check_magic(path: Path) -> None:
+    try:
+        with open(path, "rb") as file:
+            found = file.read(4)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}.", "Name a .gguf file.", CHECKPOINT) from None
+    if found != b"GGUF":
+        raise UserError(f"{path}: not a GGUF file.", "Name a .gguf file.", CHECKPOINT)
+
+
+def _mark(files: list[Path]) -> tuple[Path, str]:
+    """Where it is written that these files passed together, and what is written there."""
+    names = "\n".join(str(path.resolve()) for path in files)
+    place = system_files.cache_folder() / "gguf-passed" / hashlib.sha256(names.encode()).hexdigest()[:32]
+    return place, f"{WAY} {version()} {[hashing.stamp(path) for path in files]}"
+
+
+def _has_passed(files: list[Path]) -> bool:
+    place, expected = _mark(files)
+    return place.is_file() and place.read_text(encoding="utf-8") == expected
+
+
+def _remember(files: list[Path]) -> None:
+    place, content = _mark(files)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(content, encoding="utf-8")
+    temporary.replace(place)
+
+
+def trial(files: list[str]) -> str:
+    """In the child: what is wrong with a base and its adapters, as "NUMBER problem", or ""; it may crash."""
+    from llama_cpp import llama_cpp as library
+
+    said: list[str] = []
+
+    def log(level: int, text: bytes, _: Any) -> None:
+        if level == ERROR_LEVEL and text.strip():
+            said.append(text.decode("utf-8", "replace").strip())
+
+    _kept.append(library.llama_log_callback(log))
+    library.llama_log_set(_kept[-1], None)
+    model = library.llama_model_load_from_file(os.fsencode(files[0]), library.llama_model_default_params())
+    if not model:
+        return "0 " + because("llama.cpp cannot load it", said)
+    entries = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
+    longest = library.llama_model_n_ctx_train(model)
+    if entries < 1 or longest < 1:
+        return "0 it has no vocabulary or no context"
+    settings = library.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = settings.n_ubatch = min(CONTEXT, longest)
+    settings.n_threads = settings.n_threads_batch = 1
+    said.clear()
+    state = library.llama_init_from_model(model, settings)
+    if not state:
+        return "0 " + because("llama.cpp cannot make a context for it", said)
+    problem = _read_one(library, state)
+    for number, file in enumerate(files[1:], start=1):
+        if problem:
+            break
+        print(number, flush=True)  # names the file, should it crash
+        said.clear()
+        adapter = library.llama_adapter_lora_init(model, os.fsencode(file))
+        if not adapter:
+            return f"{number} " + because("the adapter does not fit this base model", said)
+        library.llama_set_adapters_lora(
+            state, (library.llama_adapter_lora_p_ctypes * 1)(adapter), 1, (ctypes.c_float * 1)(1.0)
+        )
+        problem = _read_one(library, state) and f"{number} " + because("llama.cpp cannot use it", said)
+    library.llama_free(state)
+    library.llama_model_free(model)
+    return problem
+
+
+def _read_one(library: Any, state: Any) -> str:
+    batch = library.llama_batch_get_one((library.llama_token * 1)(0), 1)
+    code = library.llama_decode(state, batch)
+    if code or not library.llama_get_logits_ith(state, -1):
+        return f"0 llama.cpp gives no scores of a next token (code {code})"
+    return ""
+
+
+def _child(files: list[str]) -> int:
+    import resource
+
+    size = sum(Path(file).stat().st_size for file in files)
+    sandbox.limit(resource.RLIMIT_DATA, ROOM + 2 * size)
+    sandbox.limit(resource.RLIMIT_CORE, 0)
+    problem = trial(files)
+    if problem:
+        print(problem, file=sys.stderr)
+    return CHECKPOINT if problem else 0
+
+
+if __name__ == "__main__":
+    sys.exit(_child(sys.argv[1:]))
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"{PACKAGE} is not installed.", "Run: bash tools/setup.sh cpu") from None

@@ -1,0 +1,72 @@
+"""A conversation -> the token ids that fit: whole oldest turns go, the newest and the system's stay."""
+
+import dataclasses
+import re
+from typing import Any
+
+from onecard.data import encode as data_encode
+from onecard.data.conversation import ASSISTANT, Conversation
+from onecard.data.template import Template
+from onecard.errors import UserError
+
+HALF = re.compile("[\ud800-\udfff]")  # of a character; no tokenizer takes it
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What the model is shown."""
+
+    ids: list[int]
+    answer: list[int]  # the beginning of an answer that is to be continued, at the end of ids
+    left_out: int  # questions with their answers
+
+
+def fit(
+    conversation: Conversation,
+    template: Template,
+    tokenizer: Any,
+    room: int,
+    memory: int = 0,
+    last_turns: int = 0,
+) -> Fitted:
+    """Newest turns within `room` tokens, which leave place for the answer.
+
+    memory: tokens that earlier turns may fill together with the question, 0 = all of the room; last_turns:
+    most earlier questions, 0 = any. An answer at the end is continued. Raises UserError with the counts when
+    the question alone is too long, or the template cannot write it.
+    """
+    turns, answer = conversation.turns, []
+    if any(HALF.search(turn.text + turn.input) for turn in turns):
+        raise UserError("The conversation holds half a character.", "Type the message again.")
+    if turns and turns[-1].role == ASSISTANT:
+        answer = data_encode.encode_text(tokenizer, turns[-1].text)
+        turns = turns[:-1]
+    system = turns[:1] if turns and turns[0].role == "system" else ()
+    starts = [number for number, turn in enumerate(turns) if turn.role == "user"]
+    if not starts:
+        raise UserError("There is no question to answer.", "Write one.")
+    first = max(0, len(starts) - 1 - last_turns) if last_turns else 0
+
+    def encoded(start: int) -> list[int]:
+        shown = Conversation(turns if start == 0 else system + turns[starts[start] :])
+        try:
+            return [*data_encode.encode(shown, template, tokenizer)[0], *answer]
+        except ValueError as error:
+            raise UserError(f"This cannot be asked: {error}.", "Leave it out, or use --template.") from None
+
+    question = encoded(len(starts) - 1)
+    if not question:
+        raise UserError("There is no question to answer.", "Write one.")
+    if len(question) > room:
+        problem = f"Your message has {len(question)} tokens with its template, {room} fit."
+        raise UserError(problem, "Shorten it, or the system prompt or context.")
+    limit = room if not memory else min(room, max(memory, len(question)))
+    low, high, ids = first, len(starts) - 1, question
+    while low < high:  # the smallest start that fits
+        middle = (low + high) // 2
+        tried = encoded(middle)
+        if len(tried) <= limit:
+            high, ids = middle, tried
+        else:
+            low = middle + 1
+    return Fitted(ids, answer, high)

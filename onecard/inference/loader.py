@@ -1,0 +1,264 @@
+"""Options of chatting -> an engine with its model and adapters in memory.
+
+It chooses bits, device and dtype, and says why; it does not know conversations.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from onecard.config.chat import ChatConfig
+from onecard.config.generation import BASE, Mixture
+from onecard.config.options import memory_of_cards
+from onecard.data.template import Template
+from onecard.errors import UserError
+from onecard.hub import remote_code, revisions
+from onecard.hub.manifest import DEMO
+from onecard.inference import llama_cpp as llama_cpp_library
+from onecard.inference import llama_cpp_engine, resolve, transformers_engine
+from onecard.models import adapter as models_adapter
+from onecard.models import base_model, quantized
+from onecard.models import memory as model_memory
+from onecard.models import tokenizer as models_tokenizer
+from onecard.runs import adapters as run_adapters
+from onecard.runs.adapters import GGUF, Source
+from onecard.system import hardware
+from onecard.system.hardware import Choice
+
+ToGguf = Callable[[Path, dict[str, Path]], tuple[Path, dict[str, Path]]]
+LLAMA = "llama.cpp"
+UNUSED_BY_LLAMA = {  # option -> values that ask for nothing
+    "bits": ("auto",),
+    "load_8bit": (False,),
+    "device": ("auto", "cpu"),
+    "dtype": ("auto",),
+    "card_memory": (None,),
+}
+
+
+@dataclasses.dataclass
+class Found:
+    """What is known before a weight is read: enough to lay out a page."""
+
+    options: ChatConfig
+    kind: type  # of the engine
+    base: str
+    device: Choice
+    adapters: list[Source]
+    tokenizer: Any
+    template: Template
+    mixture: Mixture  # adapters that answer unless told otherwise
+    keep: tempfile.TemporaryDirectory  # of adapters that were written in peft's form
+    code: remote_code.Consent | None = None  # to run Python code of the base's own
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)  # of base and adapters of the hub
+
+
+def load(
+    options: ChatConfig,
+    locate: Callable[[str], str],
+    fetch: Callable[[str], str],
+    to_gguf: ToGguf,
+    say: Callable[[str], None],
+    exact: bool = False,
+) -> tuple[Any, Template, Mixture, dict[str, str]]:
+    """An engine, the template, the adapters that answer unless told otherwise, and Found.versions.
+
+    locate: model name -> folder or hub name; fetch: name of an adapter on the hub -> folder; to_gguf: model
+    and adapter folders -> files for llama.cpp; exact: for measuring, in fp32 where that is free to choose.
+    """
+    found = look(options, locate, fetch, say)
+    return engine_of(found, to_gguf, say, exact), found.template, found.mixture, found.versions
+
+
+def look(
+    options: ChatConfig, locate: Callable[[str], str], fetch: Callable[[str], str], say: Callable[[str], None]
+) -> Found:
+    """Find and check what the options name, without reading weights of the base; raises UserError."""
+    listed = run_adapters.read_list(options.lora_path)
+    keep = tempfile.TemporaryDirectory(prefix="onecard-adapters-")
+    found = [
+        run_adapters.find(path, name, options.checkpoint, fetch, Path(keep.name)) for name, path, _ in listed
+    ]
+    base = _base(options, found, locate, say)
+    for note in [note for source in found for note in source.notes]:
+        say(note)
+    adapters = [source for source in found if not source.whole]
+    is_llama = options.engine == LLAMA or (options.engine == "auto" and base.endswith(GGUF))
+    kind = llama_cpp_engine.Engine if is_llama else transformers_engine.Engine
+    device = Choice("cpu", "llama.cpp's") if is_llama else _device(options.device)
+    _check(options, base, adapters, is_llama)
+    code = remote_code.ask(base, options.remote_code, say)
+    base = str(code.folder) if code else base
+    is_file = base.endswith(GGUF)
+    tokenizer = (
+        llama_cpp_library.tokenizer_of(Path(base)) if is_file else models_tokenizer.load_tokenizer(base, code)
+    )
+    for recorded in dict.fromkeys(source.record for source in found):
+        revisions.compare(recorded, base, say)
+    for source in adapters:
+        say(f"adapter     {source.name}: {source.origin}")
+    template, why = resolve.choose_template(options.template, found, tokenizer)
+    say(f"template    {template.name}: {why}")
+    weighed = tuple((name, 1.0 if weight is None else weight) for name, _, weight in listed)
+    mixture = weighed if adapters else ()
+    # several are there to choose from; weights that are given say that they answer together
+    together = any(weight is not None for _, _, weight in listed)
+    mixture = mixture if together else mixture[:1]
+    known = {BASE: base, **{source.name: source.origin for source in adapters}}
+    known = {name: str(version) for name, path in known.items() if (version := revisions.of(path))}
+    return Found(options, kind, base, device, adapters, tokenizer, template, mixture, keep, code, known)
+
+
+def engine_of(found: Found, to_gguf: ToGguf, say: Callable[[str], None], exact: bool = False) -> Any:
+    """The engine with its model and adapters in memory; raises UserError."""
+    is_llama = found.kind is llama_cpp_engine.Engine
+    engine = _llama(found, to_gguf, say, exact) if is_llama else _transformers(found, say, exact)
+    found.keep.cleanup()  # read into memory, then not needed
+    return engine
+
+
+def _check(options: ChatConfig, base: str, adapters: list[Source], is_llama: bool) -> None:
+    """Raise UserError for options that this engine or file cannot have."""
+    for path in (base, *(str(source.folder) for source in adapters)):
+        if not is_llama and path.endswith(GGUF):
+            raise UserError(f"--engine transformers: {path} is for llama.cpp.", "Use --engine llama.cpp.")
+    if not is_llama and options.card_memory and options.device != "all":
+        raise UserError("--card_memory is for --device all.", "Add --device all.")
+    if is_llama and options.rope_scaling != "none":
+        problem = "--rope_scaling is for the transformers engine."
+        raise UserError(problem, "A GGUF file carries its own scaling; --context makes use of it.")
+    if is_llama and options.remote_code:
+        problem = "--remote_code is for the transformers engine: llama.cpp runs no code of a model."
+        raise UserError(problem, "Leave it out.")
+    for name, plain in UNUSED_BY_LLAMA.items():
+        if is_llama and getattr(options, name) not in plain:
+            problem = f"--{name}: llama.cpp takes the file as it is, on the processor."
+            raise UserError(problem, "Leave it out; tools/export_gguf.py --type makes files of fewer bits.")
+    if options.load_8bit and options.bits not in ("auto", 8):
+        raise UserError(f"--load_8bit and --bits {options.bits} contradict each other.", "Give one of them.")
+    for source in adapters:
+        remote_code.check_same(source.origin, source.fingerprints, options.remote_code)
+    folders = [source.folder for source in adapters if not source.is_gguf]
+    if base.endswith(GGUF) and folders:
+        problem = f"{base}: the adapter {folders[0]} is no .gguf file."
+        fix = "Make it one with tools/export_gguf.py, or name the base's folder with --model_path."
+        raise UserError(problem, fix)
+    if base.endswith(GGUF) and not Path(base).is_file():
+        raise UserError(f"--model_path {base}: no such file.", "Name a .gguf file.")
+
+
+def _base(
+    options: ChatConfig, found: list[Source], locate: Callable[[str], str], say: Callable[[str], None]
+) -> str:
+    """The base model: asked for, trained whole, or what an adapter was trained on."""
+    whole = [source for source in found if source.whole]
+    if whole and (len(found) > 1 or options.model_path):
+        problem = f"--lora_path {whole[0].folder}: a whole model, no adapter."
+        raise UserError(problem, "Give it alone, as --model_path or --lora_path.")
+    if whole:
+        return str(whole[0].folder)
+    named = [source for source in found if source.base]
+    if not options.model_path and len({_place(source.base, locate) for source in named}) > 1:
+        told = ", ".join(f"{source.name} on {source.base}" for source in named)
+        problem = f"--lora_path: the adapters were trained on different base models: {told}."
+        raise UserError(problem, "Talk with one of them, or say with --model_path which base they share.")
+    if not (options.model_path or named) and any(source.is_gguf for source in found):
+        problem = f"--lora_path {found[0].folder}: a GGUF adapter does not say its base model."
+        raise UserError(problem, "Name it with --model_path.")
+    name = resolve.base_of(named[0] if named else None, options.model_path, say) or DEMO
+    return remote_code.place(name, options.remote_code, locate, say)
+
+
+def _place(base: str, locate: Callable[[str], str]) -> str:
+    """Two names of one folder are the same base; nothing is fetched to find out."""
+    at_hand = None if base == DEMO or Path(base).exists() else revisions.at_hand(base)
+    folder = Path(at_hand or (locate(base) if resolve.is_here(base) else base)).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else base
+
+
+def _transformers(found: Found, say: Callable[[str], None], exact: bool) -> transformers_engine.Engine:
+    import torch
+
+    options, base, device = found.options, found.base, found.device
+    dtype = Choice("fp16", "Apple's cards") if device.value == "mps" and options.dtype == "auto" else None
+    if exact and device.value == "cpu" and options.dtype == "auto":
+        dtype = Choice("fp32", "to be compared")
+    dtype = dtype or hardware.choose_dtype(options.dtype, "cuda:0" if device.value == "all" else device.value)
+    config = base_model.load_config(base, found.code)
+    bits = _bits(found, config, device.value, dtype.value)
+    say(f"base        {base}, {bits.value} bits: {bits.reason}")
+    say(f"device      {device.value} ({device.reason}), arithmetic {dtype.value}: {dtype.reason}")
+    if options.rope_scaling != "none":
+        config = base_model.stretched(base, config, options.rope_scaling, options.rope_factor)
+    own = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
+    if options.context and options.context > own and not exact:
+        problem = f"--context {options.context}: the model has {own}."
+        raise UserError(problem, "Use less, or --rope_scaling yarn.")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    cards = memory_of_cards(options.card_memory)
+    made = base_model.load_base(
+        base, bits.value, dtype.value, device.value, config, cards, code=found.code
+    ).eval()
+    for source in found.adapters:
+        made = models_adapter.attach(made, source.folder, source.name)
+    names = [source.name for source in found.adapters]
+    return transformers_engine.Engine(made, found.tokenizer, min(options.context or own, own), names)
+
+
+def _llama(found: Found, to_gguf: ToGguf, say: Callable[[str], None], exact: bool) -> llama_cpp_engine.Engine:
+    options, path, files = found.options, Path(found.base), {}
+    if not found.base.endswith(GGUF):
+        folders = {source.name: source.folder for source in found.adapters if not source.is_gguf}
+        path, files = to_gguf(path, folders)
+    files |= {source.name: source.folder for source in found.adapters if source.is_gguf}
+    threads = hardware.choose_threads(options.threads)
+    say(f"base        {path} in llama.cpp, on the processor")
+    say(f"threads     {threads.value}: {threads.reason}")
+    context = options.context or 2048
+    engine = llama_cpp_engine.Engine(path, found.tokenizer, context, files, threads.value, exact=exact)
+    if options.context and engine.context < options.context and not exact:
+        engine.close()
+        raise UserError(f"--context {options.context}: the model has {engine.context}.", "Use less.")
+    return engine
+
+
+def _device(wanted: str) -> Choice:
+    import torch
+
+    if wanted == "all" and not torch.cuda.is_available():
+        raise UserError("--device all: torch sees no card.", "Use --device cpu.")
+    if wanted == "all":
+        return Choice("all", f"{torch.cuda.device_count()} cards and the processor's memory")
+    has_mps = torch.backends.mps.is_available()
+    if wanted == "mps" and not has_mps:
+        raise UserError("--device mps: torch sees no Apple card.", "Use --device cpu.")
+    if wanted == "mps" or (wanted == "auto" and has_mps):
+        return Choice("mps", "an Apple card")
+    return hardware.choose_device(wanted)
+
+
+def _bits(found: Found, config: Any, device: str, dtype: str) -> Choice:
+    """Bits of a weight; auto: the most of 16, 8 and 4 that fit into the card's free memory."""
+    import torch
+
+    if quantized.method(config):
+        return Choice(quantized.bits(config) or 16, f"{quantized.method(config)} weights stay as they are")
+    asked = 8 if found.options.load_8bit else found.options.bits
+    if asked != "auto":
+        return Choice(asked, "asked for")
+    if device == "all":
+        return Choice(16, "spread over the cards; --bits 8 or 4 needs fewer of them")
+    if not device.startswith("cuda"):
+        return Choice(16, "a processor multiplies 16 bits faster than it unpacks fewer")
+    bare = base_model.skeleton(found.base, config, found.code).to(base_model.DTYPES[dtype])
+    free = (
+        torch.cuda.mem_get_info(device)[0] * model_memory.SAFETY
+    )  # the rest is for keys, values and activations
+    for bits in (16, 8, 4):
+        needed = model_memory.weight_bytes(bare, bits)
+        if needed <= free or bits == 4:
+            return Choice(bits, f"{needed / 2**30:.1f} GiB of weights, {free / 2**30:.1f} GiB can be used")
+    raise AssertionError

@@ -1,0 +1,194 @@
+"""Text generation by transformers: token ids in, token ids out. It knows no conversation and no template."""
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from transformers import DynamicCache, GenerationConfig
+
+from onecard.config.generation import Mixture
+from onecard.errors import UserError
+from onecard.inference.decoding import shared_beginning
+from onecard.models import adapter as models_adapter
+from onecard.models import trainable
+from onecard.system import hardware
+
+
+@torch.inference_mode()
+def greedy(
+    model: torch.nn.Module, prompts: list[list[int]], max_new_tokens: int, ends: list[int]
+) -> list[list[int]]:
+    """The most probable continuation of each prompt, up to one of the end tokens; prompts run as one batch.
+
+    Works on a model that is being trained: its attention, mode and caches are as before afterwards.
+    """
+    device = next(model.parameters()).device
+    longest = max(map(len, prompts))
+    ids = torch.tensor(
+        [[ends[0]] * (longest - len(p)) + p for p in prompts], device=device
+    )  # [B, T], padded at the left
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
+        use_cache=True,
+    )
+    with _ready_to_generate(model):
+        made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[
+            :, longest:
+        ].tolist()
+    return [list(itertools.takewhile(lambda token: token not in ends, answer)) for answer in made]
+
+
+@contextlib.contextmanager
+def _ready_to_generate(model: torch.nn.Module) -> Iterator[None]:
+    base = trainable.base_of(model)
+    attention, training = base.config._attn_implementation, model.training
+    if attention != "eager":  # a model's only one
+        base.set_attn_implementation("sdpa")  # takes padding and a cache, which packed attention does not
+    model.eval()
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(attention)
+        model.train(training)
+
+
+CHUNK = 512  # tokens of a prompt read at once: between two chunks an answer can be stopped
+KEPT = 2  # conversations whose keys and values are kept for their next turn
+
+
+class Engine:
+    """A model in memory that several answers may use at once; each step of each is one turn at the lock."""
+
+    name = "transformers"
+    cannot: ClassVar[dict[str, tuple[str, str]]] = {}  # options and modes it does not have, with the reason
+
+    def __init__(self, model: Any, tokenizer: Any, context: int, adapters: Sequence[str] = ()):
+        """context: tokens of prompt and answer together; adapters: names of those attached to the model."""
+        self.model, self.tokenizer, self.context, self.adapters = model, tokenizer, context, list(adapters)
+        self.device = next(model.parameters()).device
+        self.lock = threading.Lock()
+        self.active: Mixture | None = None
+        self.kept: list[tuple[Mixture, list[int], DynamicCache]] = []
+
+    def describe(self) -> tuple[str, str]:
+        """Where it runs, English and Chinese."""
+        return str(self.device), str(self.device)
+
+    def check_mixture(self, mixture: Mixture) -> None:
+        """Raise UserError when these adapters cannot be used so."""
+        for name, weight in mixture:
+            if name not in self.adapters:
+                known = ", ".join(self.adapters) or "none"
+                raise UserError(f"No adapter is called {name}.", f"Loaded: {known}.")
+            if models_adapter.has_whole_modules(self.model, name) and (weight != 1 or len(mixture) > 1):
+                problem = f"Adapter {name} holds trained embeddings, which cannot be weighted or mixed."
+                raise UserError(problem, "Use it alone, with weight 1.")
+
+    def open(self, prompt: list[int], mixture: Mixture = ()) -> "Stream":
+        return Stream(self, prompt, mixture)
+
+    def forget(self) -> None:
+        """Let go of all kept keys and values, after running out of memory."""
+        with self.lock:
+            self.kept.clear()
+        hardware.forget_cached_memory(str(self.device))
+
+    def each(self, ids: list[int], mixture: Mixture = ()) -> Iterator[torch.Tensor]:
+        """[t, V] of what follows each of `ids`, some tokens at a time; nothing comes before the first."""
+        cache = DynamicCache(config=trainable.base_of(self.model).config)
+        for start in range(0, len(ids), CHUNK):
+            yield self._logits([ids[start : start + CHUNK]], cache, mixture, 0)[0]
+
+    def scores(self, ids: list[list[int]], cache: DynamicCache, mixture: Mixture) -> torch.Tensor:
+        """[B, V] after ids [B, T]; the cache holds what came before, and then also them."""
+        return self._logits(ids, cache, mixture, 1)[:, -1]
+
+    @torch.inference_mode()
+    def _logits(self, ids: list[list[int]], cache: DynamicCache, mixture: Mixture, keep: int) -> torch.Tensor:
+        """[B, keep, V], or [B, T, V] with 0, the last positions' of ids [B, T]."""
+        with self.lock:
+            if self.adapters and mixture != self.active:
+                self.active = None  # until it is whole
+                models_adapter.mix(self.model, dict(mixture))
+                self.active = mixture
+            given = torch.tensor(ids, device=self.device)
+            made = self.model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+            return made.logits
+
+    def take(self, prompt: list[int], mixture: Mixture) -> tuple[DynamicCache, int]:
+        """A cache that holds the beginning of the prompt, and how much of it; all but one token at most."""
+        with self.lock:
+            best, length = None, 0
+            for entry in self.kept:
+                common = shared_beginning(entry[1], prompt[:-1]) if entry[0] == mixture else 0
+                if common > length:
+                    best, length = entry, common
+            if best is None:
+                return DynamicCache(config=trainable.base_of(self.model).config), 0
+            self.kept.remove(best)
+        _, ids, cache = best
+        if length < len(ids):
+            cache.crop(length - len(ids))
+        return cache, length
+
+    def keep(self, ids: list[int], cache: DynamicCache, mixture: Mixture) -> None:
+        """Keep what a conversation's next turn will begin with, if the cache can go back to a part of it."""
+        if not all(_can_be_cut(layer) for layer in cache.layers):
+            return
+        ids = ids[: cache.get_seq_length()]
+        if ids:
+            with self.lock:
+                self.kept = [*self.kept, (mixture, ids, cache)][-KEPT:]
+
+
+class Stream:
+    """One answer's use of the engine: a decoding.Stream."""
+
+    def __init__(self, engine: Engine, prompt: list[int], mixture: Mixture):
+        self.engine, self.prompt, self.mixture = engine, prompt, mixture
+        self.cache, self.reused = engine.take(prompt, mixture)
+        self.rows: list[list[int]] = [[]]  # tokens behind the prompt, of each sequence
+        self.scores: torch.Tensor | None = None
+        self.whole = True  # no error came in the middle of a step, when some layers know more than others
+
+    def read(self) -> Iterator[int]:
+        for start in range(self.reused, len(self.prompt), CHUNK):
+            part = self.prompt[start : start + CHUNK]
+            self.whole = False
+            self.scores = self.engine.scores([part], self.cache, self.mixture)
+            self.whole = True
+            yield start + len(part)
+
+    def first(self) -> torch.Tensor:
+        assert self.scores is not None, "read() comes first"
+        return self.scores
+
+    def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+        self.whole = False
+        if list(parents) != list(range(len(self.rows))):
+            self.cache.batch_select_indices(torch.tensor(parents, device=self.engine.device))
+        self.rows = [[*self.rows[p], token] for p, token in zip(parents, tokens, strict=True)]
+        scores = self.engine.scores([[token] for token in tokens], self.cache, self.mixture)
+        self.whole = True
+        return scores
+
+    def close(self) -> None:
+        """Give keys and values back, for the next turn of this conversation."""
+        if self.whole:
+            if len(self.rows) > 1:
+                self.cache.batch_select_indices(torch.tensor([0], device=self.engine.device))
+            self.engine.keep([*self.prompt, *self.rows[0]], self.cache, self.mixture)
+
+
+def _can_be_cut(layer: Any) -> bool:
+    """Whether a layer of a cache can forget its last tokens; a window that has moved has lost older ones."""
+    moved = getattr(layer, "is_sliding", False) and layer.get_seq_length() >= layer.sliding_window
+    return getattr(layer, "is_croppable", False) and not moved

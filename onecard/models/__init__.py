@@ -1,0 +1,2 @@
+"""Base model and adapter, as torch modules and as tensors in files; frozen products, packed attention,
+loss."""

@@ -1,0 +1,296 @@
+"""Base model in 16, 8 or 4 bits, through transformers and bitsandbytes, and its tokenizer.
+
+It does not know rows, steps or run folders.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+)
+from transformers.pytorch_utils import Conv1D
+
+from onecard.errors import CHECKPOINT, UNSAFE, UserError
+from onecard.hub import client, model_files, remote_code, revisions
+from onecard.hub.remote_code import Consent
+from onecard.models import adapter as models_adapter
+from onecard.models import frozen_linear, packed_attention, quantized, trainable
+from onecard.models.adapter import LoraShape
+from onecard.models.load_errors import NOT_A_MODEL, cannot_load
+from onecard.models.tokenizer import TOKENIZER_EXTRAS, TOKENIZER_FILES
+from onecard.system import build_lock
+from onecard.system import safetensors as safetensors_file
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# settings that change logits or attention, and their values that do not
+PLAIN = {
+    "logits_scaling": 1,
+    "logit_scale": 1,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+}
+SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
+
+
+MIXED = 0.1  # of a hidden state's norm; rounding moves it by a hundredth at most, another document by a half
+
+
+def identity_files(path: str) -> dict[str, list[Path]]:
+    """The files that make a base what it is, as `tokenizer` and `weights`.
+
+    Weights that a snapshot in the hub's cache lacks are fetched.
+    """
+    folder, names = Path(path), (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
+    try:
+        revisions.complete(folder, model_files.TENSORS)
+    except client.REFUSALS as error:
+        if client.is_local(error):
+            raise
+        raise cannot_load(path, "its weights", error) from None
+    return {
+        "tokenizer": [folder / name for name in names if (folder / name).is_file()],
+        "weights": sorted({file for pattern in SAFE_WEIGHTS for file in folder.glob(pattern)}),
+    }
+
+
+def load_config(path: str, code: Consent | None = None) -> Any:
+    """transformers config of a base model; raises UserError when there is none."""
+    try:
+        if code:
+            return code.read(AutoConfig)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except NOT_A_MODEL as error:
+        raise cannot_load(path, "its config.json", error) from None
+
+
+def skeleton(path: str, config: Any, code: Consent | None = None) -> torch.nn.Module:
+    """The model without its weights, on the meta device; raises UserError when its config gives none.
+
+    Its dtype is torch's default, whatever the config says: transformers would make the config's the default
+    of the whole process meanwhile, and another thread may compute. The config stays as it is.
+    """
+    try:
+        with build_lock.alone(), torch.device("meta"):
+            config, dtype = copy.deepcopy(config), torch.get_default_dtype()
+            if code:
+                return code.build(AutoModelForCausalLM, config, dtype=dtype)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
+    except NOT_A_MODEL as error:
+        raise cannot_load(path, "a causal language model from its config.json", error) from None
+
+
+def check_architecture(path: str, config: Any, shape: LoraShape, code: Consent | None = None) -> int:
+    """Number of parameters that will be trained; no weight is read.
+
+    Raises UserError when a target module is not in the model, or when the model is of a kind whose logits or
+    attention are not the plain ones that models/loss.py and models/packed_attention.py compute.
+    """
+    strange = [name for name, plain in PLAIN.items() if getattr(config, name, plain) not in (plain, None)]
+    if strange:
+        problem = f"--model_path {path}: models with {', '.join(strange)} cannot be trained yet."
+        raise UserError(problem, "Choose a Llama-like model: Llama, Mistral, Qwen, SmolLM.")
+    bare = skeleton(path, config, code)
+    if shape.what == trainable.FULL:
+        return sum(p.numel() for p in bare.parameters())
+    if shape.what != models_adapter.EMBEDDINGS:
+        _check_targets(bare, shape)
+    with torch.device("meta"):
+        made = models_adapter.add_adapter(bare, shape, seed=0)
+    return sum(p.numel() for p in trainable.trainable(made))
+
+
+def _check_targets(bare: torch.nn.Module, shape: LoraShape) -> None:
+    """Raise UserError naming the target modules that are not there, and those that are."""
+    head = bare.get_output_embeddings()
+    linear = {
+        name: module
+        for name, module in bare.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    }
+    targets = shape.targets()
+    everything = targets == models_adapter.ALL_LINEAR
+    missing = [t for t in targets if not everything and not any(_is_named(name, t) for name in linear)]
+    if missing or not targets:
+        wrong = ", ".join(missing) or "no name given"
+        found = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+        raise UserError(
+            f"--lora_target_modules: {wrong}: not in this model.", f"Found: {found}; or all-linear."
+        )
+
+
+def check_window(path: str, config: Any, longest: int) -> None:
+    """Raise UserError when the model's attention window is shorter than the longest row (tokens)."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window and window < longest:
+        problem = (
+            f"--model_path {path}: its attention window of {window} tokens is shorter than a row ({longest})."
+        )
+        raise UserError(problem, f"Use --cutoff_len {window} or less.")
+
+
+def load_base(
+    path: str,
+    bits: int,
+    dtype: str,
+    device: str,
+    config: Any = None,
+    cards: dict[int | str, str] | None = None,
+    to_train: bool = False,
+    code: Consent | None = None,
+) -> torch.nn.Module:
+    """Frozen causal language model with per-document attention and frozen products.
+
+    bits 8: LLM.int8 row-wise weights; bits 4: NF4 with double quantisation (QLoRA, arXiv 2305.14314); weights
+    that are already quantised (GPTQ, AWQ) stay as they are. config: changed from the folder's; device "all":
+    spread over all cards, at most as much on each as `cards` says. to_train: an adapter on top of it.
+    """
+    torch_dtype = DTYPES[dtype]
+    given = config or load_config(path, code)
+    quantisation = quantized.how_to_read(path, given, to_train)
+    plain = not quantized.method(given)
+    if plain and bits == 8:
+        quantisation = BitsAndBytesConfig(load_in_8bit=True)
+    elif plain and bits == 4:
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch_dtype,
+        )
+    settings = {
+        "output_loading_info": True,
+        "dtype": torch_dtype,
+        "device_map": "auto" if device == "all" else {"": device},
+    }
+    if quantisation is not None:  # None would be written over what the folder's config says
+        settings["quantization_config"] = quantisation
+    if config is not None:
+        settings["config"] = config
+    if cards:
+        settings["max_memory"] = cards
+    _refuse_pickles(path)
+    safetensors_file.check(_weight_files(path))
+    try:
+        base, found = _with_attention(path, "sdpa", settings, code)
+    except NOT_A_MODEL as error:
+        raise cannot_load(path, "its weights", error) from None
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would draw them at random
+        problem = f"--model_path {path}: {len(missing)} of its weights are missing, {missing[0]} first."
+        raise UserError(problem, "Download or convert it again.", CHECKPOINT)
+    base.requires_grad_(False)
+    frozen_linear.use_frozen_products(base)
+    return base
+
+
+def _weight_files(path: str) -> list[Path]:
+    """The safetensors files that transformers will read; raises UserError for an index that leads away."""
+    found = identity_files(path)["weights"]
+    folder = found[0].parent if found else Path(path)
+    if (folder / model_files.INDEX).is_file():
+        return model_files.files_of(folder)
+    return [file for file in found if file.suffix == ".safetensors"]
+
+
+def _refuse_pickles(path: str) -> None:
+    """Raise UserError (exit 8) for a folder whose weights are pickled only."""
+    folder = Path(path)
+    names = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(folder.glob(pattern))]
+    if folder.is_dir() and names and not any(folder.glob("*.safetensors")):
+        problem = f"--model_path {path}: its weights are pickled ({names[0]}), and a pickle can run code."
+        raise UserError(problem, "Take the model in safetensors, or have it converted.", UNSAFE)
+
+
+def stretched(path: str, config: Any, how: str, factor: float) -> Any:
+    """The config for contexts `factor` times longer: "yarn" (arXiv 2309.00071) or "dynamic" (NTK-aware).
+
+    The rotation is the longest context's from the first token on, so that no answer crosses from one rotation
+    to another while its keys are kept. Raises UserError for models without rotary embeddings.
+    """
+    inner = config.get_text_config()
+    rope = getattr(inner, "rope_parameters", None)
+    length = getattr(inner, "max_position_embeddings", None)
+    if not rope or not length or "rope_theta" not in rope:
+        raise UserError(f"--rope_scaling {how}: {path} has no rotary embeddings to scale.", "Use none.")
+    if rope.get("rope_type", "default") != "default":
+        problem = f"--rope_scaling {how}: {path} is scaled already ({rope['rope_type']})."
+        raise UserError(problem, "Use none.")
+    if how == "yarn":
+        inner.rope_parameters = {
+            **rope,
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": length,
+        }
+    else:
+        width = getattr(inner, "head_dim", None) or inner.hidden_size // inner.num_attention_heads
+        inner.rope_parameters = {**rope, "rope_theta": rope["rope_theta"] * factor ** (width / (width - 2))}
+    inner.max_position_embeddings = int(length * factor)
+    return config
+
+
+def _with_attention(
+    path: str, name: str, settings: dict[str, Any], code: Consent | None
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The base with this attention, or with its only one (BLOOM's)."""
+    settings = {**settings, "use_safetensors": True, "attn_implementation": name}
+    try:
+        with build_lock.alone():
+            if code:
+                return code.read(AutoModelForCausalLM, **settings)
+            return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **settings)
+    except ValueError as error:
+        if name == "eager" or remote_code.NO_ATTENTION not in str(error):
+            raise
+    return _with_attention(path, "eager", settings, code)
+
+
+def prepare_for_packed_training(model: Any, checkpointing: bool) -> bool:
+    """Packed attention, and recomputation of each layer's activations when `checkpointing`.
+
+    Returns False for a model whose attention cannot be packed: it keeps its own, and its rows stand alone.
+    """
+    base = trainable.base_of(model)
+    own = base.config._attn_implementation
+    if own != "eager":
+        base.set_attn_implementation(packed_attention.NAME)
+    packs = own != "eager" and _documents_are_apart(model)
+    if not packs:
+        base.set_attn_implementation(own)
+    if checkpointing:
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return packs
+
+
+@torch.no_grad()
+def _documents_are_apart(model: Any) -> bool:
+    """Whether the second of two packed documents comes out as it does alone: seen, not believed."""
+    decoder = trainable.base_of(model).get_decoder()
+    device, lengths = next(model.parameters()).device, (7, 6)
+    ids = torch.arange(2, 2 + sum(lengths), device=device)[None] % model.get_input_embeddings().num_embeddings
+    places = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+    model.eval()
+    try:
+        both, alone = (
+            decoder(
+                input_ids=ids[:, first:],
+                position_ids=places[:, first:],
+                document_lengths=documents,
+                use_cache=False,
+            ).last_hidden_state.float()
+            for first, documents in ((0, lengths), (lengths[0], lengths[1:]))
+        )
+    except (TypeError, ValueError):  # it does not hand the documents' lengths through
+        return False
+    apart = (both[:, lengths[0] :] - alone).norm() / alone.norm()
+    return apart.item() < MIXED
+
+
+def _is_named(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")

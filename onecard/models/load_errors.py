@@ -1,0 +1,43 @@
+"""Why a base model cannot be loaded, from what transformers raises: the message and the exit code."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from onecard.errors import CHECKPOINT, MEMORY, USAGE, UserError
+from onecard.hub import remote_code
+
+# what transformers raises for folders that hold no model, or a damaged one
+NOT_A_MODEL = (
+    *(OSError, ValueError, KeyError, TypeError, RecursionError),
+    *(SafetensorError, StrictDataclassError),
+)
+
+
+def cannot_load(path: str, what: str, error: Exception) -> UserError:
+    """The refusal, for an error of NOT_A_MODEL: exit 8 for code, 6 without room, 4 for damage, else 2."""
+    if "trust_remote_code" in str(error):
+        return remote_code.needs_consent(path, what)
+    if remote_code.NO_ROOM in str(error):
+        problem = f"--model_path {path}: does not fit on the cards."
+        return UserError(problem, "Use fewer --bits, or raise --card_memory.", MEMORY)
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    fix, code = "Give a model folder, a hub name, or demo.", USAGE
+    if _should_load(path):
+        fix, code = "Download or convert it again.", CHECKPOINT
+    return UserError(f"--model_path {path}: cannot load {what}: {reason[:200]}", fix, code)
+
+
+def _should_load(path: str) -> bool:
+    """Whether a folder has settings and weights of a kind that transformers has: they are damaged."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors*")):
+        return False
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return True
+    return not isinstance(kind, str) or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

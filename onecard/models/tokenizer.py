@@ -1,0 +1,55 @@
+"""A model folder's tokenizer, loaded, and compared with the model's embedding."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from onecard.errors import UserError
+from onecard.hub.remote_code import Consent
+from onecard.models.load_errors import NOT_A_MODEL, cannot_load
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+TOKENIZER_EXTRAS = ("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+
+
+def load_tokenizer(path: str, code: Consent | None = None) -> PreTrainedTokenizerBase:
+    """Tokenizer of a base model; raises UserError when there is none or it has no end token.
+
+    code, here and below: to run Python code of the model's own; without it such a model is refused (exit 8).
+    """
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"--model_path {path}: the folder has no tokenizer.",
+            f"It needs one of: {', '.join(TOKENIZER_FILES)}.",
+        )
+    try:
+        if code:
+            tokenizer = code.read(AutoTokenizer)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except NOT_A_MODEL as error:
+        raise cannot_load(path, "its tokenizer", error) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"--model_path {path}: the tokenizer has no end token.", "Set eos_token in tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def check_vocabulary(path: str, config: Any, tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> str:
+    """What is doubtful about the tokenizer, or ""; raises UserError when rows have ids the model has not.
+
+    ids: of all rows.
+    """
+    config = config.get_text_config()
+    rows = config.vocab_size
+    if max(tokenizer.get_vocab().values()) >= rows and ids.max() >= rows:
+        problem = f"--model_path {path}: the rows have token ids up to {ids.max()}, its embedding {rows}."
+        raise UserError(problem, "Use tools/prepare_base_model.py, or the tokenizer that belongs to it.")
+    named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if named != [None] and tokenizer.eos_token_id not in named:
+        return f"the tokenizer's end token is {tokenizer.eos_token_id}, config.json says {named}"
+    return ""

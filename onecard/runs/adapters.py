@@ -1,0 +1,211 @@
+"""What --model_path and --lora_path name -> folders to load, and the template they were trained with.
+
+An adapter is a folder as peft writes it, a run (its published adapter, or its best or newest checkpoint), an
+older folder without adapter_config.json or with a pickled file, or a hub name. Nothing in them is changed.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from onecard.config.generation import BASE, MIX
+from onecard.errors import CHECKPOINT, UserError
+from onecard.hub import model_files, revisions
+from onecard.runs import checkpoint as runs_checkpoint
+from onecard.runs import folder as run_folder
+from onecard.runs import legacy
+from onecard.runs import log as run_log
+from onecard.system import files as system_files
+
+BEST, NEWEST = "best", "newest"
+GGUF = ".gguf"
+
+
+@dataclasses.dataclass
+class Source:
+    """An adapter, or a whole model that was trained."""
+
+    name: str  # in windows and /adapter
+    folder: Path  # adapter_config.json and adapter_model.safetensors, a model's files, or a .gguf file
+    whole: bool = False  # a model, not an adapter
+    weight: float = 1.0
+    base: str | None = None  # the model it was made with, where that is written; of the hub with its commit
+    version: str | None = None  # of the base, where its run wrote one, of ModelScope too
+    template: dict[str, Any] | str | None = None  # its texts or its name, where that is written
+    notes: list[str] = dataclasses.field(default_factory=list)
+    given: Path | None = None  # the user's folder, where `folder` is a copy in peft's form
+    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)  # of its run: base, tokenizer
+    bits: int | None = None  # of the base in its run
+
+    @property
+    def origin(self) -> Path:
+        return self.given or self.folder
+
+    @property
+    def record(self) -> str | None:
+        """What to compare the base in use with."""
+        return self.version or self.base
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.folder.suffix == GGUF
+
+
+def read_list(lora_path: str | None) -> list[tuple[str, str, float | None]]:
+    """(name, path, weight) of each adapter in NAME=PATH:WEIGHT,...; weight: None where none is written."""
+    found: list[tuple[str, str, float | None]] = []
+    for text in filter(None, (part.strip() for part in (lora_path or "").split(","))):
+        named = re.match(r"([\w.-]+)=(.+)", text)
+        name, path = (named[1], named[2]) if named else ("", text)
+        weighted = re.fullmatch(r"(.+):(-?\d+(?:\.\d+)?)", path)
+        path, weight = (weighted[1], float(weighted[2])) if weighted else (path, None)
+        name = name or _short(path)
+        if name in (BASE, MIX):
+            raise UserError(f"--lora_path: an adapter cannot be called {name}.", f"Write NAME={path}.")
+        taken = {other for other, _, _ in found}
+        while name in taken:
+            name += "+"
+        found.append((name, path, weight))
+    return found
+
+
+def _short(path: str) -> str:
+    """The last part of a path; of a checkpoint with its run's."""
+    parts = Path(path.rstrip("/")).parts or (path,)
+    parts = (*parts[:-1], revisions.split(parts[-1])[0])  # without a revision of the hub's
+    last = parts[-1] if not parts[-1].startswith("checkpoint-") else "-".join(parts[-2:])
+    return re.sub(r"[^\w.-]+", "-", last) or "adapter"
+
+
+def find(path: str, name: str, which: str, fetch: Callable[[str], str], keep: Path) -> Source:
+    """What lies there; raises UserError when it is no adapter and no run.
+
+    which: of an unfinished run its "best" or "newest" checkpoint; fetch: hub name -> folder; keep: a folder
+    for adapters that have to be written in peft's form first.
+    """
+    local = Path(path).expanduser()
+    if local.suffix == GGUF and local.is_file():
+        return _exported(local.parent, local, name)
+    if (local / run_folder.EXPORT).is_file():
+        return _exported(local, None, name)
+    folder = local if local.is_dir() else Path(fetch(path))
+    made = _find(folder, name, which, keep)
+    stored = _object(folder / run_folder.CONFIG)
+    if not stored and ((folder / runs_checkpoint.MANIFEST).is_file() or folder.name == run_folder.MODEL):
+        stored = _object(folder.parent / run_folder.CONFIG)
+    options = stored.get("options") or {}
+    if options.get("model_path"):
+        made.version = (stored.get("resolved") or {}).get("base")
+        made.base = revisions.recorded(options["model_path"], made.version, stored=True)
+    made.bits = options.get("bits")
+    made.fingerprints = stored.get("fingerprints") or {}
+    made.template = (stored.get("resolved") or {}).get("template") or _first(options.get("template"))
+    return made
+
+
+def _exported(folder: Path, file: Path | None, name: str) -> Source:
+    """A GGUF adapter, its base and template where export.json says them; file None: the one it names."""
+    values = _object(folder / run_folder.EXPORT)
+    names = {key: values.get(key) for key in ("base", "adapter")}
+    if not all(
+        what is None or (isinstance(what, str) and Path(what).name == what) for what in names.values()
+    ):
+        raise UserError(f"{folder / run_folder.EXPORT}: damaged.", "Export the model again.", CHECKPOINT)
+    base = str((folder / names["base"]).resolve()) if names["base"] else None
+    if file is None and not names["adapter"]:
+        return Source(name, Path(base or folder), whole=True)
+    if file is not None and file.name != names["adapter"]:
+        return Source(name, file)
+    return Source(name, folder / names["adapter"], base=base, template=values.get("template"))
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object, {} when there is no such file; raises UserError (exit 4) when it is damaged."""
+    values = system_files.read_json(path)
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path}: damaged (no JSON object).", "Take another adapter.", CHECKPOINT)
+    return values or {}
+
+
+def _find(folder: Path, name: str, which: str, keep: Path) -> Source:
+    has_config = (folder / model_files.ADAPTER_CONFIG).is_file()
+    if has_config and (folder / model_files.ADAPTER_WEIGHTS).is_file():
+        return _as_it_is(folder, name)
+    if (folder / run_folder.MODEL / model_files.MODEL_CONFIG).is_file():
+        return Source(name, folder / run_folder.MODEL, whole=True)
+    if (folder / run_folder.CONFIG).is_file():
+        chosen, note = _of_run(folder, which)
+        found = _as_it_is(chosen, name)
+        found.notes.append(note)
+        return found
+    if (folder / model_files.MODEL_WEIGHTS).is_file() and (folder / model_files.MODEL_CONFIG).is_file():
+        return _as_it_is(folder, name)
+    if legacy.is_legacy(folder) or (folder / model_files.ADAPTER_WEIGHTS).is_file():
+        return _from_older(folder, name, keep)
+    problem = f"--lora_path {folder}: no adapter ({model_files.ADAPTER_WEIGHTS}) and no run is there."
+    raise UserError(problem, "Name an adapter folder, a run folder or a hub name.", CHECKPOINT)
+
+
+def _as_it_is(folder: Path, name: str) -> Source:
+    if (folder / runs_checkpoint.MANIFEST).is_file():
+        runs_checkpoint.verify(folder)
+    if not (folder / model_files.ADAPTER_CONFIG).is_file():  # a checkpoint of all weights
+        return Source(name, folder, whole=True)
+    values = _object(folder / model_files.ADAPTER_CONFIG)
+    if values.get("peft_type", "LORA") != "LORA":
+        problem = f"{folder / model_files.ADAPTER_CONFIG}: not a LoRA adapter's."
+        raise UserError(problem, "OneCard talks with LoRA adapters.", CHECKPOINT)
+    return Source(name, folder, base=revisions.of_settings(values))
+
+
+def _of_run(folder: Path, which: str) -> tuple[Path, str]:
+    """A checkpoint of a run that is not finished, and which it is; a training there goes on undisturbed."""
+    steps = sorted(run_folder.checkpoint_steps(folder), reverse=True)
+    best = run_log.best_step(folder) if which == BEST else None
+    for step in sorted(steps, key=lambda step: step != best):  # the others stay in their order
+        path = folder / f"checkpoint-{step}"
+        with contextlib.suppress(UserError):
+            runs_checkpoint.verify(path)
+            what = "the best so far" if step == best else "the newest"
+            return path, f"{folder} is not finished: {path.name} answers, {what}"
+    problem = f"--lora_path {folder}: this run has no whole checkpoint yet."
+    raise UserError(problem, "Wait for its first save, or name another adapter.", CHECKPOINT)
+
+
+def _from_older(folder: Path, name: str, keep: Path) -> Source:
+    """An older adapter in peft's form, in a folder of our own."""
+    old = legacy.read(folder)
+    place = Path(tempfile.mkdtemp(dir=keep))
+    alpha = old.alpha if old.alpha is not None else 2.0 * old.rank
+    notes = list(old.notes)
+    if old.alpha is None:
+        notes.append(f"{folder} does not say its alpha: {alpha:g} is taken, twice its rank")
+    prefix = "base_model.model."
+    tensors = {
+        key if key.startswith(prefix) else prefix + key: tensor.contiguous()
+        for key, tensor in old.tensors.items()
+    }
+    save_file(tensors, place / model_files.ADAPTER_WEIGHTS)
+    given = _object(folder / model_files.ADAPTER_CONFIG)
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": old.rank,
+        "lora_alpha": alpha,
+        "target_modules": old.targets.split(","),
+        "use_rslora": bool(given.get("use_rslora")),
+        "inference_mode": True,
+    }
+    (place / model_files.ADAPTER_CONFIG).write_text(json.dumps(values), encoding="utf-8")
+    return Source(name, place, base=given.get("base_model_name_or_path"), notes=notes, given=folder)
+
+
+def _first(names: Any) -> str | None:
+    return names.split(",")[0].strip() if isinstance(names, str) and names else None

@@ -1,0 +1,268 @@
+"""Atomic checkpoints: save, verify, restore, prune, and the finished adapter.
+
+A checkpoint folder is a plain PEFT adapter plus what the trainer needs to go on. It is written beside its
+place under another name, every file is synced, the manifest comes last, then the folder is renamed: a
+checkpoint-<step> is whole or not there. No pickle anywhere.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from onecard.errors import CHECKPOINT, UserError
+from onecard.hub.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, MODEL_WEIGHTS
+from onecard.runs.folder import MODEL, checkpoint_steps, delete
+from onecard.system import safetensors as safetensors_file
+from onecard.system.files import check_room, disk_error, sync_file, sync_folder, write_json
+from onecard.system.hashing import sha256
+
+REPLACED = ".replaced-"
+MANIFEST, PROGRESS, OPTIMIZER = "manifest.json", "progress.json", "optimizer.safetensors"
+FORMAT = 1
+IN_LOG = ("evaluated", "best_step", "best_loss")  # not kept in checkpoints
+ROOM_FOR_TEXT = 1 << 20  # bytes for the small files of a checkpoint
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands after `step` optimizer steps."""
+
+    step: int = 0
+    updates: int = 0  # steps that changed the adapter; the learning rate follows these
+    rows_seen: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # training only
+    skipped_steps: int = 0  # by the fp16 scaler
+    skipped_in_a_row: int = 0
+    answers: list[str] | None = None  # to the held-out prompts, before the first step
+    micro_batch_tokens: int = 0  # the budget, smaller than planned after running out of memory
+    # these three are read from the log, which may know an evaluation that came after the checkpoint
+    evaluated: int = -1  # step of the last evaluation
+    best_step: int = 0
+    best_loss: float | None = None  # validation, nats per target token
+
+
+def save(
+    folder: Path,
+    progress: Progress,
+    save_adapter: Callable[[Path], None],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> Path:
+    """Write folder/checkpoint-<step>, whole or not at all; returns it.
+
+    An existing one with the same state is left as it is; one with another state (the rows were started anew,
+    the budget changed) is replaced.
+    """
+    target = folder / f"checkpoint-{progress.step}"
+    state = {k: v for k, v in dataclasses.asdict(progress).items() if k not in IN_LOG}
+    if target.exists() and _same_state(verified_progress(target), progress):
+        return target
+    temporary = folder / f".saving-{progress.step}-{os.getpid()}"
+    tensors, scalars = _optimizer_state(optimizer)
+    adapter = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    check_room(folder, adapter + sum(tensor.nbytes for tensor in tensors.values()) + ROOM_FOR_TEXT)
+    try:
+        delete([path for path in [temporary] if path.exists() or path.is_symlink()])
+        temporary.mkdir()
+        save_adapter(temporary)
+        save_file(tensors, temporary / OPTIMIZER)
+        values = {"progress": state, "optimizer": scalars, "scaler": scaler.state_dict()}
+        write_json(temporary / PROGRESS, values)
+        write_json(temporary / MANIFEST, _manifest(temporary, progress.step))
+        sync_folder(temporary)
+        replaced = folder / f"{REPLACED}{progress.step}"
+        if target.exists():
+            target.rename(replaced)
+        temporary.rename(target)
+        sync_folder(folder)
+        delete([replaced] if replaced.exists() else [])
+    except (OSError, SafetensorError) as error:
+        raise disk_error(target, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    verify(target)
+    return target
+
+
+def verify(checkpoint: Path) -> list[str]:
+    """Compare every file with the manifest; raises UserError (exit 4) naming the first that differs.
+
+    Returns the names of files that the manifest does not know; they are not read.
+    """
+
+    def refuse(problem: str) -> UserError:
+        return UserError(problem, "Use another checkpoint.", CHECKPOINT)
+
+    try:
+        text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text if text.endswith("\n") else "")  # its last byte counts too
+        files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        written, step = manifest["format"], manifest["step"]
+    except FileNotFoundError:
+        raise refuse(f"{checkpoint}: has no {MANIFEST}, so it is not whole.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise refuse(f"{checkpoint / MANIFEST}: damaged ({error}).") from None
+    if written != FORMAT:
+        raise refuse(f"{checkpoint}: written in format {written}, this OneCard reads format {FORMAT}.")
+    whole = MODEL_WEIGHTS in files  # all was trained
+    trained = {MODEL_CONFIG, MODEL_WEIGHTS} if whole else {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+    missing = {*trained, OPTIMIZER, PROGRESS} - files.keys()
+    if missing:
+        raise refuse(f"{checkpoint / MANIFEST}: does not name {', '.join(sorted(missing))}.")
+    for name, (size, digest) in files.items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != size or sha256(path) != digest:
+            raise refuse(f"{path}: missing or changed since it was saved.")
+    numbered = re.fullmatch(r"checkpoint-\d+", checkpoint.name)
+    if read_progress(checkpoint).step != step or (numbered and checkpoint.name != f"checkpoint-{step}"):
+        raise refuse(f"{checkpoint}: its files say it is step {step}.")
+    return sorted(path.name for path in checkpoint.iterdir() if path.name not in {*files, MANIFEST})
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run folder, or None; and what was wrong with newer ones."""
+    problems = []
+    for replaced in folder.glob(f"{REPLACED}*"):  # a kill came between the two renames
+        target = folder / f"checkpoint-{replaced.name.removeprefix(REPLACED)}"
+        if not target.exists():
+            replaced.rename(target)
+    for step in sorted(checkpoint_steps(folder), reverse=True):
+        path = folder / f"checkpoint-{step}"
+        try:
+            verify(path)
+        except UserError as error:
+            problems.append(error.problem)
+        else:
+            return path, problems
+    return None, problems
+
+
+def verified_progress(checkpoint: Path) -> Progress:
+    verify(checkpoint)
+    return read_progress(checkpoint)
+
+
+def _same_state(one: Progress, other: Progress) -> bool:
+    """Whether two states of the same step lead to the same steps; answers can be given again."""
+    names = ("updates", "rows_seen", "micro_batch_tokens")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Where the run stood; raises UserError (exit 4) when that cannot be read."""
+    try:
+        values = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))["progress"]
+        names = [field.name for field in dataclasses.fields(Progress) if field.name not in IN_LOG]
+        return Progress(**{name: values[name] for name in names})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"{checkpoint / PROGRESS}: damaged ({error})."
+        raise UserError(problem, "Use another checkpoint.", CHECKPOINT) from None
+
+
+def restore(checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """Give optimizer and scaler the state they had; what was trained is loaded by weights.load."""
+    state = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+    restore_optimizer(
+        optimizer, {**safetensors_file.read_tensors(checkpoint / OPTIMIZER), **state["optimizer"]}
+    )
+    if scaler.is_enabled() and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Any]) -> None:
+    """Load a state whose values are named <parameter>.<key>, the reverse of what save writes."""
+    nested: dict[Any, Any] = {}
+    for path, value in flat.items():
+        number, *keys = path.split(".")
+        place = nested.setdefault(int(number), {})
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        place[keys[-1]] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": nested, "param_groups": groups})
+
+
+def prune(folder: Path, keep: int | None, best_step: int) -> None:
+    """Delete the oldest checkpoints beyond `keep`; never the newest or the best (0: there is none yet)."""
+    if keep is None:
+        return
+    steps = sorted(checkpoint_steps(folder))
+    for step in steps[:-keep]:
+        if step not in (best_step or steps[-1], steps[-1]):
+            shutil.rmtree(folder / f"checkpoint-{step}")
+
+
+def publish(checkpoint: Path, folder: Path) -> str:
+    """Copy what a verified checkpoint has trained to the run folder; returns the SHA-256 of its weights.
+
+    An adapter lies beside the log then, a whole model in a folder of its own.
+    """
+    verify(checkpoint)
+    if (checkpoint / MODEL_WEIGHTS).is_file():
+        return _publish_model(checkpoint, folder)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        temporary = folder / f".{name}.tmp"
+        shutil.copyfile(checkpoint / name, temporary)
+        sync_file(temporary)
+        temporary.replace(folder / name)
+    sync_folder(folder)
+    return sha256(folder / ADAPTER_WEIGHTS)
+
+
+def _publish_model(checkpoint: Path, folder: Path) -> str:
+    temporary, target = folder / f".saving-{MODEL}-{os.getpid()}", folder / MODEL
+    own = shutil.ignore_patterns(MANIFEST, PROGRESS, OPTIMIZER)
+    try:
+        check_room(folder, (checkpoint / MODEL_WEIGHTS).stat().st_size)
+        shutil.copytree(checkpoint, temporary, ignore=own)
+        for path in temporary.iterdir():
+            sync_file(path)
+        delete([target] if target.exists() else [])
+        temporary.rename(target)
+        sync_folder(folder)
+    except OSError as error:
+        raise disk_error(target, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return sha256(target / MODEL_WEIGHTS)
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors named <parameter>.<key>, everything that is not a tensor); nested states keep their path."""
+    tensors, scalars, seen = {}, {}, set()
+    for path, value in flattened(optimizer.state_dict()["state"]):
+        if isinstance(value, torch.Tensor):
+            tensor = value.detach().cpu().contiguous()
+            shared = tensor.untyped_storage().data_ptr() in seen  # which safetensors refuses
+            tensors[path] = tensor.clone() if shared else tensor
+            seen.add(tensor.untyped_storage().data_ptr())
+        else:
+            scalars[path] = value
+    return tensors, scalars
+
+
+def flattened(nested: dict[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """(keys joined by dots, value) of everything in nested dictionaries; restore_optimizer takes it apart."""
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            yield from flattened(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def _manifest(folder: Path, step: int) -> dict[str, Any]:
+    files = {}
+    for path in sorted(folder.iterdir()):
+        sync_file(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return {"format": FORMAT, "step": step, "files": files}

@@ -1,0 +1,307 @@
+"""Trainings as processes of their own, known by their files alone: start them, stop them, see how they stand.
+
+Whoever looks may come and go: a run is its folder, and the lock in it says who trains there. Beside the
+folder lies .console-NAME.txt with what the trainer said; the trainer inherits a lock on that file, so a name
+is taken from the moment of its start. This file knows no window and no torch.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from onecard.config.training import FORMATS, PATHS, FinetuneConfig
+from onecard.errors import DATA, UserError
+from onecard.runs import folder as run_folder
+from onecard.runs import log as run_log
+from onecard.system import files as system_files
+from onecard.system import lock
+from onecard.system.files import ROOT
+
+NAME = re.compile(r"\w[\w.-]*")
+LONGEST_NAME = 100  # bytes
+BEFORE, BEHIND = ".console-", ".txt"  # a name, in the name of its console
+UPLOADS = ".uploads"
+TAIL = 1 << 16  # bytes of a console that are looked at
+SHOWN = 12  # lines of a failed one that are shown
+PATIENCE = 10, 0.05  # times, seconds: somebody may be looking whether the lock is free
+MARK, CLOCK = "=== ", "%Y-%m-%d %H:%M:%S"  # our own lines in a console
+STARTED = re.compile(rf"{MARK}(\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d) ")
+PROCESS = re.compile(rf"{MARK}process (\d+)")
+ASKED = f"{MARK}asked to save and stop"
+ERRORS = ("error:", "Traceback (most recent call last)")
+NEW, STARTING, RUNNING = "new", "starting", "running"
+STOPPED, FINISHED, FAILED = "stopped", "finished", "failed"
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """How a run stands. kind: new, starting, running, stopped, finished or failed."""
+
+    kind: str
+    step: int = 0  # done; when nothing goes on: saved
+    total: int | None = None
+    pid: int | None = None
+    said: str = ""  # the last line on its console; the last ones of a failed run
+
+    @property
+    def going(self) -> bool:
+        return self.kind in (STARTING, RUNNING)
+
+
+def folder_of(workspace: Path, name: str | None) -> Path:
+    """The folder of a run; raises UserError unless the name is one plain part of a path."""
+    if not isinstance(name, str) or not NAME.fullmatch(name) or len(name.encode()) > LONGEST_NAME:
+        problem = f"{str(name)[:LONGEST_NAME]!r} cannot be the name of a run."
+        raise UserError(problem, "Use letters, digits, '_', '.' and '-', first a letter or digit.")
+    return workspace / name
+
+
+def console_of(folder: Path) -> Path:
+    return folder.with_name(f"{BEFORE}{folder.name}{BEHIND}")
+
+
+def names(workspace: Path) -> list[str]:
+    """All runs in a workspace, the newest first; also those that have no folder yet, or failed before."""
+    found = {path.parent.name: _time(path) for path in workspace.glob(f"*/{run_folder.CONFIG}")}
+    for path in workspace.glob(f"{BEFORE}*{BEHIND}"):
+        name = path.name.removeprefix(BEFORE).removesuffix(BEHIND)
+        if name in found or (NAME.fullmatch(name) and state(workspace, name).kind in (STARTING, FAILED)):
+            found[name] = max(_time(path), found.get(name, 0.0))
+    return sorted((name for name in found if NAME.fullmatch(name)), key=lambda name: (-found[name], name))
+
+
+def free_name(workspace: Path) -> str:
+    """run-1, or the first such name that is not taken."""
+    number = 1
+    while any(p.exists() for p in [workspace / f"run-{number}", console_of(workspace / f"run-{number}")]):
+        number += 1
+    return f"run-{number}"
+
+
+def check_paths(options: FinetuneConfig, uploads: Path) -> None:
+    """Raise UserError when an option that may name a file leads out of this folder and the uploads, or is an
+    address: somebody at a page chooses what is read, but not what this machine asks others for.
+
+    A link inside the folder may lead out of it: only the owner of the folder can have put it there.
+    """
+    open_folders = (Path.cwd(), uploads.absolute())
+    for name in PATHS:
+        for part in (getattr(options, name) or "").split(","):
+            path = Path(part.strip())
+            outside = path.is_absolute() and not any(path.is_relative_to(folder) for folder in open_folders)
+            strange = part.strip().startswith(("-", "~")) or re.search(r"[\x00-\x1f\x7f]", part)
+            if outside or strange or ".." in path.parts or "://" in part:
+                fix = "Name something inside the folder where this window was started, or upload it."
+                raise UserError(f"--{name} {part!r} is not open to this window.", fix)
+
+
+def keep_upload(source: Path, workspace: Path) -> Path:
+    """A copy of an uploaded file that stays; raises UserError (exit 3) when it is no file of rows."""
+    ending = source.suffix.lower()
+    if ending not in FORMATS:
+        raise UserError(f"{source.name}: not a file of rows.", f"Upload one of {', '.join(FORMATS)}.", DATA)
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
+    stem = re.sub(r"[^\w.-]", "_", source.stem)[:40].strip(".-") or "rows"
+    target = workspace / UPLOADS / f"{stem}-{digest}{ending}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        temporary = target.with_name(f".{os.getpid()}.{target.name}")
+        shutil.copyfile(source, temporary)
+        temporary.replace(target)
+    return target
+
+
+def start(workspace: Path, name: str, options: FinetuneConfig) -> None:
+    """Start finetune.py; raises UserError when the name is taken or an option leads out of this folder."""
+    folder = folder_of(workspace, name)
+    check_paths(options, workspace / UPLOADS)
+    begun = run_folder.has_log(folder) or run_folder.checkpoint_steps(folder)
+    if begun and not options.overwrite and _pid(folder) is None:
+        raise UserError(f"{name} is the name of an earlier run.", "Continue it, or choose another name.")
+    default, values = FinetuneConfig(), dataclasses.asdict(options)
+    _launch(folder, "finetune.py", {k: v for k, v in values.items() if v != getattr(default, k)})
+
+
+def go_on(workspace: Path, name: str, longer: dict[str, Any] | None = None) -> None:
+    """Start finetune_continue.py; longer: the num_epochs or max_steps to go on to."""
+    folder = folder_of(workspace, name)
+    if not (folder / run_folder.CONFIG).is_file():
+        raise UserError(f"{name}: there is no run to continue.", "Start one.")
+    _launch(folder, "finetune_continue.py", longer or {})
+
+
+def stop(workspace: Path, name: str) -> None:
+    """Ask a run to save and stop (SIGTERM); raises UserError when nothing goes on there."""
+    folder = folder_of(workspace, name)
+    pid = _pid(folder)
+    with contextlib.suppress(ProcessLookupError), contextlib.ExitStack() as stack:
+        if pid is not None:
+            handle = os.pidfd_open(pid)
+            stack.callback(os.close, handle)
+            if _pid(folder) == pid:  # so the handle is the trainer's, not that of a later process
+                _note(folder, ASKED)
+                signal.pidfd_send_signal(handle, signal.SIGTERM)
+                return
+    raise UserError(f"{name} is not being trained now.")
+
+
+def state(workspace: Path, name: str) -> State:
+    """How a run stands, by its files and locks alone."""
+    folder = folder_of(workspace, name)
+    stored, said = config_of(folder), _said(folder)
+    total = stored["resolved"].get("total_steps") if stored else None
+    total = total if type(total) is int else None
+    spoken = [line for line in said if not line.startswith(MARK)]
+    last = spoken[-1] if spoken else ""
+    pid = _pid(folder)
+    if pid is not None:
+        if _owner(folder) and run_folder.has_log(folder):
+            return State(RUNNING, run_log.last_step(folder), total, pid, last)
+        return State(STARTING, 0, total, pid, last)
+    finished, console = _time(folder / run_folder.FINISHED), _time(console_of(folder))
+    wrong = [number for number, line in enumerate(spoken) if line.startswith(ERRORS)]
+    if finished and (finished >= _start(said) or not wrong):
+        return State(FINISHED, run_log.last_step(folder), total, None, last)
+    saved = max(run_folder.checkpoint_steps(folder), default=0)
+    was_last = said and console >= _time(folder / run_folder.LOG)  # else it went on without a window since
+    if was_last and not last.startswith("stopped by ") and (wrong or (stored and ASKED not in said)):
+        end = [] if wrong else ["(It ended without a word: was it killed?)"]
+        return State(FAILED, saved, total, None, "\n".join(spoken[-SHOWN:] + end))
+    return State(STOPPED if stored or said else NEW, saved, total, None, last)
+
+
+def training_on(workspace: Path, device: str) -> list[str]:
+    """Names of the runs that are trained on a device now; of one that has just begun nobody knows better."""
+    going = [name for name in names(workspace) if state(workspace, name).going]
+    used = {name: config_of(workspace / name).get("resolved", {}).get("device", device) for name in going}
+    kinds = ("cuda", "cuda:0") if device in ("cuda", "cuda:0") else (device,)
+    return [name for name in going if used[name] in kinds or (device == "all" and used[name] != "cpu")]
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """What finetune_config.json holds; {} when there is none, or a damaged one."""
+    try:
+        stored = system_files.read_json(folder / run_folder.CONFIG)
+    except (UserError, OSError):
+        return {}
+    parts = ("options", "resolved")
+    whole = isinstance(stored, dict) and all(isinstance(stored.get(part), dict) for part in parts)
+    return stored if whole else {}
+
+
+def _launch(folder: Path, program: str, given: dict[str, Any]) -> None:
+    values = {**given, "output_path": folder}
+    texts = {key: str(value).lower() if isinstance(value, bool) else value for key, value in values.items()}
+    flags = [f"--{key}={text}" for key, text in texts.items()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with console_of(folder).open("ab", buffering=0) as console:
+        _take(console, folder.name)
+        lock.check_free(folder)
+        _note(folder, f"{MARK}{time.strftime(CLOCK)} {program} {' '.join(map(repr, flags))}")
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / program), *flags],
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        _note(folder, f"{MARK}process {process.pid}")
+    threading.Thread(target=process.wait, daemon=True).start()  # or its end would leave a zombie
+
+
+def _note(folder: Path, text: str) -> None:
+    with console_of(folder).open("a", encoding="utf-8", errors="backslashreplace") as console:
+        console.write(f"{text}\n")
+
+
+def _take(console: BinaryIO, name: str) -> None:
+    """Lock the console for the trainer that will inherit it; raises UserError when there is one already."""
+    times, seconds = PATIENCE
+    for _ in range(times):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(console, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(seconds)
+    raise UserError(f"{name} is being trained already.", "Wait, stop it, or choose another name.")
+
+
+def _pid(folder: Path) -> int | None:
+    """The process that trains in this folder, or is about to."""
+    owner = _owner(folder)
+    if owner is None and _is_locked(console_of(folder)):
+        found = [int(match[1]) for match in map(PROCESS.fullmatch, _said(folder)) if match]
+        owner = found[-1] if found and _is_alive(found[-1]) else None
+    return owner
+
+
+def _owner(folder: Path) -> int | None:
+    """The process that trains in this folder, by the run's own lock."""
+    try:
+        pid = int((folder / lock.NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    # the lock of a dead process is not touched: a trainer may be about to take it
+    return pid if _is_alive(pid) and _is_locked(folder / lock.NAME) else None
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _is_alive(pid: int) -> bool:
+    if pid <= 0:  # for kill a group of processes
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+def _said(folder: Path) -> list[str]:
+    """The last lines of a run's console, at most from its last start on."""
+    try:
+        with console_of(folder).open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return []
+    # of a progress bar only how it was left
+    lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n") if line.strip()]
+    starts = [number for number, line in enumerate(lines) if STARTED.match(line)]
+    return lines[starts[-1] :] if starts else lines
+
+
+def _start(said: list[str]) -> float:
+    """When the trainer that said this was started; 0 when that is too long ago to be seen."""
+    match = STARTED.match(said[0]) if said else None
+    return time.mktime(time.strptime(match[1], CLOCK)) if match else 0.0
+
+
+def _time(path: Path) -> float:
+    """When a file was last changed, 0 when there is none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -1,0 +1,95 @@
+"""Files that are whole or not there: small JSON files, syncs, room on the disk, where things lie."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from onecard.errors import CHECKPOINT, DISK, UserError
+
+ROOT = Path(__file__).resolve().parents[2]  # of a checkout
+
+
+def cache_folder() -> Path:
+    """Where OneCard keeps what it fetched or counted; the variable ONECARD_CACHE moves it."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ONECARD_CACHE") or Path(base) / "onecard")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp.png")
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(path)
+
+
+PROBE = ".onecard-"  # of what only shows whether there can be something
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Content of a JSON file of a run, None when there is none; raises UserError (exit 4) when damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(
+            f"{path}: damaged ({error}).", "Use another --output_path, or --overwrite.", CHECKPOINT
+        ) from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a small JSON file so that it is whole or not there."""
+    replace(path, (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a small file so that it is whole or as it was."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """Raise UserError (exit 7) when `folder` cannot be written or less than needed_bytes are free."""
+    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    try:
+        tempfile.TemporaryFile(prefix=PROBE, dir=parent).close()  # without a name: a kill leaves nothing
+    except OSError as error:
+        raise UserError(
+            f"--output_path {folder}: cannot write in {parent}: {error.strerror}.", "Choose another.", DISK
+        ) from None
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise UserError(
+            f"--output_path {folder}: the run needs about {needed_bytes >> 20} MiB, free: {free >> 20} MiB.",
+            "Make room or choose another disk.",
+            DISK,
+        )
+
+
+def disk_error(path: Path, error: Exception) -> UserError:
+    """What to say when writing failed; safetensors has an error of its own for a full disk."""
+    problem = f"{path}: could not be written: {getattr(error, 'strerror', None) or error}."
+    return UserError(problem, "Make room or check the rights; what was saved before is whole.", DISK)
+
+
+def sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,82 @@
+"""What a run was started with: SHA-256 of rows, tokenizer and base model.
+
+A full hash is taken once; after that it is kept with the file's size, times and inode, and read again only
+when one of these differs, or when asked to. The change time cannot be set back by a program.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+from onecard.system import files as system_files
+
+CACHE = "fingerprints.json"
+CHUNK = 1 << 22  # bytes
+LARGE = 100 * CHUNK
+
+
+def of_files(paths: list[Path], again: bool = False) -> dict[Path, str]:
+    """SHA-256 of each file; `again` reads them whatever the cache says."""
+    known = _read_cache()
+    found = {str(path.resolve()): known.get(str(path.resolve())) for path in paths}
+    for name, entry in found.items():
+        now = stamp(Path(name))
+        if again or entry is None or entry[0] != now:
+            found[name] = [now, sha256(Path(name))]
+    if any(known.get(name) != entry for name, entry in found.items()):
+        _write_cache({**known, **found})
+    return {path: found[str(path.resolve())][1] for path in paths}
+
+
+def of_file(path: Path, again: bool = False) -> str:
+    """SHA-256 of one file."""
+    return of_files([path], again)[path]
+
+
+def of_folder(paths: list[Path], again: bool = False) -> str:
+    """One SHA-256 of several files' names and contents."""
+    parts = of_files(sorted(paths), again)
+    text = "".join(f"{path.name} {digest}\n" for path, digest in parts.items())
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stamp(path: Path) -> list[int]:
+    """Size, times and inode: what changes when a file does."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, with a progress bar when it is large."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    hide = True if size < LARGE else None
+    with (
+        open(path, "rb") as file,
+        tqdm(total=size, desc=f"hashing {path.name}", unit="B", unit_scale=True, disable=hide) as bar,
+    ):
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def _read_cache() -> dict[str, list]:
+    try:
+        known = json.loads((system_files.cache_folder() / CACHE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write_cache(known: dict[str, list]) -> None:
+    """Best effort: without a cache every run reads its files again."""
+    known = {path: entry for path, entry in known.items() if Path(path).exists()}
+    with contextlib.suppress(OSError):
+        system_files.cache_folder().mkdir(parents=True, exist_ok=True)
+        temporary = system_files.cache_folder() / f".{CACHE}-{os.getpid()}"
+        temporary.write_text(json.dumps(known), encoding="utf-8")
+        temporary.replace(system_files.cache_folder() / CACHE)

@@ -1,0 +1,97 @@
+"""Who may reach a server of ours: its own pages, from this machine unless told otherwise.
+
+Middleware for any ASGI server; it knows no component of a window."""
+
+import ipaddress
+import re
+from typing import Any
+
+POLICY = "img-src 'self' data: blob:; media-src 'self' blob:; connect-src 'self' ws: wss:; frame-src 'none'"
+API = "/gradio_api/"
+UPLOAD = 20 << 20  # bytes of a file at most
+# gradio gives an uploaded file to whoever knows its path, fetches addresses for pages, and tells anyone what
+# it can be asked: no window needs it
+NEVER = re.compile(r"(/gradio_api)?/+((file|proxy)[=/]|openapi\.json)")
+
+
+class Guard:
+    """Refuses what another site's page sends, and names that only point here (DNS rebinding).
+
+    With a password it also closes what gradio leaves open to those who did not log in.
+    """
+
+    def __init__(self, app: Any, local: bool, login: bool, origin: str):
+        """origin: of a proxy that was allowed, or empty."""
+        self.app, self.local, self.login, self.origin = app, local, login, origin
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+        elif not self._is_fine(scope) or NEVER.match(scope["path"]):
+            await _refuse(receive, send, 403, b"Not from here.")
+        elif self.login and not self._may_enter(scope):
+            await _refuse(receive, send, 401, b"Log in first.")
+        else:
+            upload = scope["path"].rstrip("/") == f"{API}upload"
+            await self.app(scope, _given_up(receive) if upload else receive, _with_policy(send))
+
+    def _may_enter(self, scope: Any) -> bool:
+        if not scope["path"].startswith(API) or scope["path"] == f"{API}startup-events":
+            return True  # gradio asks itself for this one when it starts
+        cookies = dict(scope["headers"]).get(b"cookie", b"").decode("latin-1")
+        held = [part.partition("=")[2] for part in cookies.split("; ") if part.startswith("access-token")]
+        return any(token in scope["app"].tokens for token in held)
+
+    def _is_fine(self, scope: Any) -> bool:
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        host, origin = headers.get(b"host", ""), headers.get(b"origin")
+        if self.origin and self.origin == (f"https://{host}" if origin is None else origin):
+            return True
+        if self.local and not is_local(_name(host)):
+            return False
+        return origin is None or origin.split("://")[-1] == host
+
+
+def _with_policy(send: Any) -> Any:
+    """An answer's picture, or a page that was tampered with, asks no other host for anything."""
+
+    async def sending(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", []), (b"content-security-policy", POLICY.encode())]
+        await send(message)
+
+    return sending
+
+
+def _given_up(receive: Any) -> Any:
+    """A file whose sender left half way ends as one that is too large: gradio deletes only those."""
+
+    async def receiving() -> Any:
+        message = await receive()
+        if message["type"] != "http.disconnect":
+            return message
+        return {"type": "http.request", "body": bytes(UPLOAD + 1), "more_body": False}
+
+    return receiving
+
+
+async def _refuse(receive: Any, send: Any, status: int, why: bytes) -> None:
+    for _ in range(64):  # a connection closed on a body half sent would be reset, and the answer lost
+        if not (await receive()).get("more_body"):
+            break
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": why})
+
+
+def _name(host: str) -> str:
+    """A Host header without its port."""
+    return host[1:].split("]")[0] if host.startswith("[") else host.rsplit(":", 1)[0]
+
+
+def is_local(name: str) -> bool:
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,217 @@
+"""A folder that appears whole: made beside its place, synced, and put there by one rename.
+
+What a killed run left is removed by the next. A record inside says what the folder was made of, so that the
+same command once more finds that there is nothing to do. The folder's files are known by size and time:
+a SHA-256 would take another reading of a model that no longer is in memory.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from onecard.errors import CHECKPOINT, DISK, UserError, listed
+from onecard.system import files as system_files
+
+UNFINISHED = ".onecard-gguf-"
+
+RECORD, VERSIONS = "onecard.json", "versions"  # the latter: told, not compared, as the files are
+PATIENCE = 5.0  # seconds: the child of a killed run needs a moment to see it
+
+
+def check_apart(source: Path, target: Path, flags: tuple[str, str]) -> None:
+    """Raise UserError when one folder is the other or lies inside of it; links are followed."""
+    one, other = source.resolve(), find(target, flags[1])
+    if one == other or one in other.parents or other in one.parents:
+        problem = f"{flags[1]} {target}: is {flags[0]} {source}, or inside of it, or around it."
+        raise UserError(problem, "Name a new folder elsewhere.")
+
+
+def record(
+    program: str, settings: dict[str, Any], sources: Iterable[Path], versions: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a folder is made of: the program, its settings, and files with their sizes and times.
+
+    versions: option -> version of the folder that it names, None where that does not come from the hub.
+    """
+    stamps = {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in sources}
+    noted = {VERSIONS: {name: str(version) for name, version in (versions or {}).items() if version}}
+    return {"program": program, "settings": settings, "from": dict(sorted(stamps.items())), **noted}
+
+
+def find(target: Path, flag: str) -> Path:
+    """Where a folder really is or will be, links followed.
+
+    Raises UserError where none can be: exit 2, or 7 when the system says so.
+    """
+    try:
+        place = target.resolve()
+        if place.is_symlink():
+            raise RuntimeError("links in a circle")  # as Python says it before 3.13
+        there = next(path for path in (place, *place.parents) if path.exists())
+    except RuntimeError:
+        raise UserError(f"{flag} {target}: its links lead nowhere.", "Name a new folder.") from None
+    except OSError as error:
+        problem = f"{flag} {target}: cannot be made there: {error.strerror}."
+        raise UserError(problem, "Choose another.", DISK) from None
+    if there != place and not there.is_dir():
+        raise UserError(f"{flag} {target}: {there} is a file.", "Name a new folder elsewhere.")
+    return place
+
+
+def is_made(target: Path, made_of: dict[str, Any], flag: str) -> bool:
+    """Whether the folder is there already, made of the same; its files are known by their sizes and times.
+
+    Raises UserError: exit 2 when something else is there, or none can come there; 4 when a file has changed.
+    """
+    place = find(target, flag)
+    changed = None
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+        known = json.loads((place / RECORD).read_text(encoding="utf-8"))
+        files, now = known.pop("files"), _stamps(place)
+        if all(isinstance(size, int) for size in files.values()):  # an earlier version noted no times
+            now = {name: size for name, (size, _) in now.items()}
+        if {**known, VERSIONS: {}} == {**made_of, VERSIONS: {}}:
+            changed = sorted(name for name in {*files, *now} if files.get(name) != now.get(name))
+    if changed:
+        problem = f"{flag} {target}: was made of the same files, but {listed(changed)} changed, came or went"
+        problem += " since; a copy needs its files' times (cp -a)."
+        raise UserError(problem, "Name a new folder, or delete this one to make it again.", CHECKPOINT)
+    if changed is None:
+        check_free(place, target, flag)
+    return changed is not None
+
+
+def check_free(place: Path, target: Path, flag: str) -> None:
+    """Raise UserError (exit 2) unless a new folder can be put there; place: of `find`."""
+    check_movable(place, target, flag)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise UserError(f"{flag} {target}: is there already.", "Name a new folder.")
+
+
+def check_movable(place: Path, target: Path, flag: str) -> None:
+    """Raise UserError (exit 2) when no rename can put a new folder there."""
+    if not place.exists():
+        return
+    what = "the current folder" if place.samefile(Path()) else "a mount point" if _is_mount(place) else None
+    if what:
+        problem = f"{flag} {target}: is {what}, which a new folder cannot replace."
+        raise UserError(problem, "Name a new folder inside it.")
+
+
+def _is_mount(place: Path) -> bool:
+    """Also one of the same file system, which only Linux' own list tells."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+        names = {re.sub(rb"\\(\d{3})", lambda at: bytes([int(at[1], 8)]), line.split()[4]) for line in lines}
+        return os.fsencode(place) in names
+    return os.path.ismount(place)
+
+
+@contextlib.contextmanager
+def making(target: Path, needed: int, made_of: dict[str, Any], flag: str) -> Iterator[tuple[Path, int]]:
+    """(A new folder to fill, the handle of its lock); it becomes `target` when the block ends well.
+
+    needed: bytes. Raises UserError: exit 7 when they are not free, 2 when another process makes it.
+    """
+    end = find(target, flag)
+    parent, place = end.parent, end.parent / f".{end.name}.making"
+    handle = _own(place, target, flag)
+    try:
+        _empty(place)
+        _check_room(place, needed, target, flag)
+        yield place, handle
+        for path in place.rglob("*"):
+            system_files.sync_folder(path) if path.is_dir() else system_files.sync_file(path)
+        content = {**made_of, "files": _stamps(place)}  # after the sync, which may set times on a server
+        (place / RECORD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        system_files.sync_file(place / RECORD)
+        system_files.sync_folder(place)
+        place.rename(end)
+        system_files.sync_folder(parent)
+    except BaseException as error:
+        shutil.rmtree(place, ignore_errors=True)
+        if isinstance(error, OSError):
+            problem = f"{flag} {target}: could not be made: {error.strerror or error}."
+            raise UserError(problem, "Make room or check the rights.", DISK) from None
+        raise
+    finally:
+        os.close(handle)
+
+
+def _own(place: Path, target: Path, flag: str) -> int:
+    """Lock the unfinished folder; a lock ends with its process, so a killed run's folder can be taken."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.mkdir(exist_ok=True)
+            handle = os.open(place, os.O_RDONLY)
+        except OSError as error:
+            problem = f"{flag} {target}: cannot write in {place.parent}: {error.strerror}."
+            raise UserError(problem, "Choose another.", DISK) from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if place.exists() and os.path.samestat(os.fstat(handle), place.stat()):
+                return handle
+        except BlockingIOError:
+            if time.monotonic() > until:
+                os.close(handle)
+                raise UserError(f"{flag} {target}: another process is making it.", "Wait for it.") from None
+            time.sleep(0.1)
+        os.close(handle)
+
+
+def _empty(place: Path) -> None:
+    for path in place.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _check_room(place: Path, needed: int, target: Path, flag: str) -> None:
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        problem = f"{flag} {target}: needs {needed >> 20} MiB, free: {free >> 20} MiB."
+        raise UserError(problem, "Make room or choose another disk.", DISK)
+
+
+def _stamps(folder: Path) -> dict[str, list[int]]:
+    """Size and time of each file."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    found = {str(path.relative_to(folder)): path.stat() for path in paths}
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
+
+
+@contextlib.contextmanager
+def unfinished(output: Path, source: Path) -> Iterator[tuple[Path, int]]:
+    """A folder beside the output, and a handle that locks that place: one conversion at a time.
+
+    What a killed one left there goes first.
+    """
+    parent = output.parent.resolve()  # the child has a working folder of its own
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(parent, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            for left in parent.glob(f"{UNFINISHED}*"):
+                shutil.rmtree(left)
+            with tempfile.TemporaryDirectory(dir=parent, prefix=UNFINISHED) as place:
+                yield Path(place), handle
+        finally:
+            os.close(handle)
+    except OSError as error:
+        problem = f"{source}: its GGUF file could not be stored in {output.parent}: {error.strerror}."
+        raise UserError(problem, "Make room or check the rights.", DISK) from None
+
+
+def finish_file(made: Path, output: Path) -> None:
+    system_files.sync_file(made)
+    made.replace(output)
+    system_files.sync_folder(output.parent)

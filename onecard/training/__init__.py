@@ -1,0 +1,1 @@
+"""Plan, loop, step, resume, out-of-memory, several processes, memory prediction."""

@@ -1,0 +1,320 @@
+"""The loop: options -> a run folder with log, checkpoints and the best adapter.
+
+Reads top to bottom: plan, load, then one optimizer step after the other (training/step.py), then the finished
+adapter. Fetching models, answering prompts and drawing are other verbs' work and are passed in.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from onecard.config.training import ContinueConfig, FinetuneConfig
+from onecard.data import examples as data_examples
+from onecard.data.packing import PackedBatch, micro_batches, pack
+from onecard.data.reader import Fetch
+from onecard.errors import CHECKPOINT, NON_FINITE, Stopped, UserError
+from onecard.hub import revisions
+from onecard.models import trainable
+from onecard.runs import checkpoint as runs_checkpoint
+from onecard.runs import folder as run_folder
+from onecard.system import hardware, lock, signals
+from onecard.system import processes as system_processes
+from onecard.system.console import say
+from onecard.training import distributed, out_of_memory, resume, sharded, step, warm_start
+from onecard.training.plan import Plan, describe, learning_rate, prepare
+from onecard.training.samples import Draw, Sample, answers, finish, note_answers, samples_are_due
+from onecard.training.starting_point import STARTING, Start, finished_before
+from onecard.training.trainer import Trainer, load
+
+Locate = Callable[[str], str]
+SAVE_SECONDS = 600  # a checkpoint at least this often
+MOST_SKIPS = 20  # steps in a row that the fp16 scaler may skip
+
+
+def run(
+    options: FinetuneConfig,
+    locate: Locate,
+    sample: Sample,
+    draw: Draw,
+    fetch_data: Fetch | None = None,
+    fetch: Callable[[str], str] = str,
+    given: frozenset[str] = frozenset(),
+) -> None:
+    """Fine-tune as the options say; raises UserError with the exit code of what went wrong.
+
+    locate: model name -> folder or hub name; sample: answers prompts; draw: log records -> picture;
+    fetch_data, fetch: name of a dataset, of an adapter on the hub -> folder; given: names of the options that
+    were not left as they are.
+    """
+    with signals.watch():
+        start = warm_start.from_lora_path(options, given, fetch) if options.lora_path else None
+        options, weights_print = (start.options, start.fingerprint) if start else (options, None)
+        if not finished_before(options, Path(options.output_path), weights_print):
+            plan = prepare(options, locate, fetch_data)
+            plan.fingerprints |= {STARTING: weights_print} if weights_print else {}
+            revisions.compare(start and start.base, plan.base_path, say)
+            carry_out(plan, start, sample, draw)
+
+
+def go_on(
+    wish: ContinueConfig,
+    given: frozenset[str],
+    locate: Locate,
+    fetch: Callable[[str], str],
+    sample: Sample,
+    draw: Draw,
+    fetch_data: Fetch | None = None,
+) -> None:
+    """Continue a run, or start one from a checkpoint or an adapter (resume.py); otherwise like run."""
+    with signals.watch():
+        start = resume.decide(wish, given, fetch)
+        if start is not None:
+            carry_out(resume.make_plan(start, locate, fetch_data, wish, given), start, sample, draw)
+
+
+def carry_out(plan: Plan, start: Start | None, sample: Sample, draw: Draw) -> None:
+    """Own the run folder, load, train."""
+    folder = Path(plan.options.output_path)
+    describe(plan)
+    distributed.start(torch.device(plan.device), alone_too=sharded.wanted() is not None)
+    try:
+        if not distributed.agree(json.dumps(plan.fingerprints, sort_keys=True)):
+            problem = "The processes do not have the same base model, tokenizer or rows."
+            raise UserError(problem, "Give them the same files, or owner/name@COMMIT.", CHECKPOINT)
+        with lock.owned(folder) if system_processes.is_main() else contextlib.nullcontext():
+            new = not (start and start.same_run) and not plan.options.overwrite
+            if new and (folder / run_folder.FINISHED).exists():
+                raise UserError(f"{folder}: another process has just finished a run there.")
+            trainer = load(plan, folder, start)
+            waits = signals.later() if trainer.shards else contextlib.nullcontext()  # for stop_together
+            try:
+                with waits:
+                    train(trainer, sample, draw)
+            finally:
+                trainer.journal.close()
+    finally:
+        distributed.stop()
+
+
+def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:
+    """All steps of a run, evaluations and checkpoints between them, and the finished adapter."""
+    plan, progress, journal = trainer.plan, trainer.progress, trainer.journal
+    try:
+        save(trainer)  # before anything that takes time: from here on the run can be killed
+        before = None
+        if progress.answers is None:
+            before = progress.answers = answers(trainer, sample, plan.held_out)
+        if samples_are_due(trainer):
+            note_answers(trainer, sample, before)
+        if evaluation_is_due(trainer):
+            evaluate(trainer)
+        if progress.step < plan.total_steps and not out_of_memory.dry_run(trainer):
+            save(trainer)  # again, with the budget that does fit
+        journal.begin(progress.rows_seen)
+        while progress.step < plan.total_steps:
+            one_step(trainer)
+            improved = evaluate(trainer) if evaluation_is_due(trainer) else False
+            if improved or save_is_due(trainer):
+                save(trainer)
+            if progress.step < plan.total_steps and samples_are_due(trainer):
+                note_answers(trainer, sample)
+            stop_together(trainer)
+        journal.end()
+        if system_processes.is_main():
+            after = answers(trainer, sample, plan.held_out)
+            if samples_are_due(trainer):
+                note_answers(trainer, sample, after)
+            finish(trainer, after, draw)
+    except Stopped:
+        save(trainer)
+        at = f"after step {progress.step}: all of it is saved"
+        journal.say(f"{at}. Go on with: .venv/bin/python finetune_continue.py --output_path {trainer.folder}")
+        raise
+    distributed.barrier()
+
+
+def one_step(trainer: Trainer) -> None:
+    """One optimizer step over batch_size rows and its line in the log."""
+    plan, options, progress = trainer.plan, trainer.plan.options, trainer.progress
+    started = time.monotonic()
+    places = data_examples.rows_at(options.seed, progress.rows_seen, options.batch_size, len(plan.train_rows))
+    rows = plan.train_rows[places]
+    targets = int(plan.examples.target_counts[rows].sum())
+    rate = learning_rate(options, progress.updates, plan.total_steps, plan.warmup_steps)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = rate
+    try:
+        loss = gradient(trainer, rows, targets)
+        with signals.later():  # an update and its record are never torn
+            norm, updated = update(trainer, plan.examples.numbers[rows].tolist())
+            hardware.release_free_memory(plan.device)
+            seconds = time.monotonic() - started
+            progress.step += 1
+            progress.updates += updated
+            progress.rows_seen += len(rows)
+            progress.tokens += int(plan.examples.lengths[rows].sum())
+            progress.seconds += seconds
+            progress.skipped_steps += not updated
+            progress.skipped_in_a_row = 0 if updated else progress.skipped_in_a_row + 1
+            record = {
+                "step": progress.step,
+                "loss": loss,
+                "learning_rate": rate,
+                "grad_norm": norm if updated else str(norm),
+                "rows": len(rows),
+                "tokens": int(plan.examples.lengths[rows].sum()),
+                "target_tokens": targets,
+                "rows_seen": progress.rows_seen,
+                "epoch": progress.rows_seen / len(plan.train_rows),
+                "seconds": round(seconds, 4),
+                "peak_memory_bytes": hardware.peak_memory_bytes(plan.device),
+            }
+            if trainer.scaler.is_enabled():
+                record |= {
+                    "loss_scale": trainer.scaler.get_scale(),
+                    "skipped_steps": progress.skipped_steps,
+                }
+            trainer.journal.step(record)
+    except step.NonFiniteError as problem:
+        raise stop_non_finite(trainer, problem) from None
+    if loss == 0:
+        trainer.journal.say(f"warning: the loss of step {progress.step} is exactly 0; are the targets right?")
+    scale = trainer.scaler.get_scale()
+    if progress.skipped_in_a_row >= MOST_SKIPS or (trainer.scaler.is_enabled() and scale < 1):
+        problem = f"fp16 overflows: {progress.skipped_in_a_row} steps skipped in a row, loss scale {scale:g}."
+        raise UserError(problem, "Use --dtype fp32 or bf16, or a lower --learning_rate.", NON_FINITE)
+
+
+def gradient(trainer: Trainer, rows: np.ndarray, targets: int) -> float:
+    """Loss and gradient of these rows, in smaller micro-batches whenever memory does not suffice."""
+    place = [trainer.plan.options.seed, trainer.progress.step, system_processes.rank()]
+    while True:
+        # dropout's randomness is a function of (seed, step, process), so nothing else can disturb it
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        packed = on_device(trainer, rows)
+        scaler, advance = trainer.scaler, trainer.journal.advance
+        with trainable.without_casts(trainer.model):
+            if trainer.shards:
+                return sharded.gradient(trainer.shards, list(packed), targets, scaler, advance)
+            trained = trainable.trainable(trainer.model)
+            loss = step.gradient(trainer.step_model, packed, targets, trained, scaler, advance)
+        if loss is not None:
+            return loss
+        out_of_memory.halve_budget(trainer, rows)
+
+
+def update(trainer: Trainer, row_numbers: list[int]) -> tuple[float, bool]:
+    """Change what is trained by its gradient; returns (gradient norm, whether it was changed)."""
+    if trainer.shards:
+        return sharded.update(trainer.shards, trainer.scaler, row_numbers)
+    limit = trainer.plan.options.max_grad_norm
+    return step.update(trainer.optimizer, trainer.scaler, limit, row_numbers)
+
+
+def stop_together(trainer: Trainer) -> None:
+    """Raise Stopped in all processes of a spread model when a signal reached one of them."""
+    number = distributed.largest(signals.arrived() or 0) if trainer.shards else 0
+    if number:
+        raise Stopped(number)
+
+
+def save_is_due(trainer: Trainer) -> bool:
+    """Every save_steps, at the end of an epoch and of the run, and every ten minutes."""
+    progress, plan = trainer.progress, trainer.plan
+    regular = progress.step % plan.options.save_steps == 0 or progress.step == plan.total_steps
+    epoch_ends = progress.rows_seen % len(plan.train_rows) == 0
+    late = time.monotonic() - trainer.saved > SAVE_SECONDS
+    if trainer.shards:
+        late = bool(distributed.largest(late))  # all save, or none
+    return regular or epoch_ends or late
+
+
+def evaluation_is_due(trainer: Trainer) -> bool:
+    """Before the first step, every eval_steps and at the end, once per step."""
+    progress, plan = trainer.progress, trainer.plan
+    if not len(plan.validation_rows) or progress.evaluated == progress.step:
+        return False
+    regular = progress.step % plan.options.eval_steps == 0 or progress.step == plan.total_steps
+    return regular or progress.evaluated < 0
+
+
+def evaluate(trainer: Trainer) -> bool:
+    """Validation loss and accuracy into the log; whether the adapter is the best so far."""
+    plan, progress = trainer.plan, trainer.progress
+    settings = {"desc": "validation", "unit": "row", "leave": False, "disable": not trainer.journal.show_bars}
+    rows = on_device(trainer, plan.validation_rows)
+    with tqdm(total=len(plan.validation_rows), **settings) as bar, trainable.without_casts(trainer.model):
+        loss, accuracy = step.evaluate(trainer.step_model, rows, bar.update)
+    hardware.release_free_memory(plan.device)
+    if not math.isfinite(loss):
+        trainer.journal.event({"step": progress.step, "eval_loss": str(loss), "stopped": "validation loss"})
+        problem = f"Step {progress.step}: the validation loss is {loss}."
+        raise UserError(problem, "Lower --learning_rate, or use --dtype fp32 or bf16.", NON_FINITE)
+    record = {"step": progress.step, "eval_loss": loss, "eval_token_accuracy": accuracy}
+    with signals.later():
+        trainer.journal.evaluation(record)
+        progress.evaluated = progress.step
+        improved = progress.step > 0 and (progress.best_loss is None or loss < progress.best_loss)
+        if improved:
+            progress.best_step, progress.best_loss = progress.step, loss
+    return improved
+
+
+def save(trainer: Trainer) -> None:
+    """A checkpoint of the last finished step, unless it is there already."""
+    shards = trainer.shards
+    gathered = shards.trained() if shards else None  # in which every process has a part
+    optimizer = sharded.GatheredOptimizer(shards, gathered) if shards else trainer.optimizer
+    trainer.saved = time.monotonic()
+    if not system_processes.is_main():
+        return
+    with signals.later():
+        # the first update of a warm-up has a rate of zero
+        was_updated = trainer.progress.updates > (1 if trainer.plan.warmup_steps else 0)
+        trainer.journal.sync()  # a checkpoint never knows of steps that the log does not
+        runs_checkpoint.save(
+            trainer.folder,
+            trainer.progress,
+            lambda folder: trainable.save(
+                trainer.model, trainer.plan.tokenizer, folder, was_updated, gathered
+            ),
+            optimizer,
+            trainer.scaler,
+        )
+        runs_checkpoint.prune(
+            trainer.folder, trainer.plan.options.save_total_limit, trainer.progress.best_step
+        )
+
+
+def on_device(trainer: Trainer, rows: np.ndarray) -> Iterator[PackedBatch]:
+    """This process's micro-batches of these rows, each moved when its turn comes."""
+    packed = micro_batches(
+        trainer.plan.examples,
+        rows.tolist(),
+        trainer.progress.micro_batch_tokens,
+        system_processes.rank(),
+        system_processes.world_size(),
+    )
+    if trainer.shards:
+        packed = sharded.level(packed, pack(trainer.plan.examples, rows[:1].tolist()))
+    return (batch.to(trainer.device) for batch in packed)
+
+
+def stop_non_finite(trainer: Trainer, problem: step.NonFiniteError) -> UserError:
+    """Log the raw value; the error that ends the run before the update."""
+    at = trainer.progress.step + 1
+    key = "loss" if problem.what == "loss" else "grad_norm"
+    trainer.journal.event(
+        {"step": at, key: str(problem.value), "stopped": str(problem), "row_numbers": problem.rows}
+    )
+    shown = ", ".join(map(str, problem.rows[:20])) + (" ..." if len(problem.rows) > 20 else "")
+    where = f"rows {shown} of {trainer.plan.options.data_path}"
+    fix = "Look at these rows; try a lower --learning_rate or --dtype fp32. Nothing was updated with it."
+    return UserError(f"Step {at}: {problem} ({where}).", fix, NON_FINITE)

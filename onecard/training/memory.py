@@ -1,0 +1,108 @@
+"""Predicted memory of a training: what it holds, and how many tokens of a micro-batch fit beside that.
+
+From shapes alone, no weight is read. Bytes of weights, adapter, gradient and optimizer are exact; activations
+are an estimate that tests compare with what a forward pass really keeps.
+"""
+
+from typing import Any
+
+import torch
+
+from onecard.config.training import FinetuneConfig
+from onecard.models import base_model, loss, quantized, trainable
+from onecard.models import memory as model_memory
+from onecard.models.memory import SAFETY
+from onecard.system import hardware
+from onecard.training.plan import check_quantised, lora_shape
+
+SMALL = 4096  # elements; moments of smaller parameters stay in fp32 (bitsandbytes)
+
+
+def bytes_per_token(config: Any, element: int, checkpointing: bool) -> int:
+    """Bytes of activations one token keeps until the backward pass.
+
+    config: a transformers model config; element: bytes of one activation (2 or 4). Per layer: two norms in
+    fp32 (twice each), q, k, v, the attention output, three MLP products and the adapter's dropped inputs;
+    with checkpointing one layer in full plus the input of every layer.
+    """
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    layer = hidden * (4 * 4 + 8 * element) + 3 * intermediate * element
+    return layer + layers * hidden * element if checkpointing else layers * layer
+
+
+def tokens_that_fit(free_bytes: int, config: Any, element: int, checkpointing: bool) -> int:
+    """Micro-batch budget in tokens for `free_bytes` of free memory; at least 1."""
+    usable = free_bytes * SAFETY - _logits_bytes(config)
+    return max(1, int(usable // bytes_per_token(config, element, checkpointing)))
+
+
+def tokens_on_cpu(options: FinetuneConfig) -> int:
+    """Micro-batch budget in tokens on the processor."""
+    return max(2048, options.cutoff_len)
+
+
+def _logits_bytes(config: Any) -> int:
+    """Of the logits that exist at the same time, with their gradients, in fp32."""
+    return 4 * 4 * loss.CHUNK * config.vocab_size
+
+
+def predict(options: FinetuneConfig, folder: str, device: str, free_bytes: int | None) -> dict[str, float]:
+    """GiB of weights, adapter, gradient, optimizer and activations at the peak of a training on one device.
+
+    folder: of the base model; device: cpu or cuda:N; free_bytes: there now, for --micro_batch_tokens auto on
+    a card. Not in it: the program itself, and on a card the CUDA context. Raises UserError for a model or an
+    adapter that cannot be trained.
+    """
+    config = base_model.load_config(folder)
+    check_quantised(options, config)
+    shape = lora_shape(options)
+    base_model.check_architecture(options.model_path, config, shape)
+    dtype = hardware.choose_dtype(options.dtype, device).value
+    kept_in = "fp32" if options.train_what == trainable.FULL else dtype
+    bare = base_model.skeleton(folder, config).to(base_model.DTYPES[kept_in])
+    held = 0
+    if quantized.method(config):
+        held = model_memory.stored_bytes(bare, folder)
+    elif options.train_what != trainable.FULL:
+        held = model_memory.weight_bytes(bare, options.bits)
+    with torch.device("meta"):
+        trained = trainable.trainable(trainable.prepare(bare, shape, seed=0))
+    parameters = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    parts = {
+        "weights": held,
+        "adapter": parameters,
+        "gradient": parameters,
+        "optimizer": optimizer_bytes([parameter.numel() for parameter in trained], options.optimizer),
+    }
+    recompute = hardware.choose_checkpointing(options.gradient_checkpointing, device).value
+    left = None if free_bytes is None else free_bytes - sum(parts.values())
+    element = base_model.DTYPES[dtype].itemsize
+    tokens = _micro_batch(options, config, element, recompute, device, left)
+    activations = tokens * bytes_per_token(config, element, recompute)
+    parts["activations"] = activations + _logits_bytes(config)
+    return {name: count / 2**30 for name, count in parts.items()}
+
+
+def _micro_batch(
+    options: FinetuneConfig, config: Any, element: int, recompute: bool, device: str, left: int | None
+) -> int:
+    """Tokens of the largest micro-batch, if rows are as long as --cutoff_len lets them be."""
+    in_step = options.batch_size * options.cutoff_len
+    budget = options.micro_batch_tokens
+    if budget == "auto" and device == "cpu":
+        budget = tokens_on_cpu(options)
+    elif budget == "auto":
+        fits = in_step if left is None else tokens_that_fit(left, config, element, recompute)
+        budget = max(options.cutoff_len, fits)
+    return min(max(budget, options.cutoff_len), in_step)
+
+
+def optimizer_bytes(counts: list[int], optimizer: str) -> int:
+    """Bytes of AdamW's two moments for parameters of these counts.
+
+    bitsandbytes keeps the moments of small ones in fp32, else in 8 bits with a scale for each 256.
+    """
+    if optimizer == "adamw":
+        return 8 * sum(counts)
+    return sum(8 * n if n < SMALL else 2 * (n + 4 * -(-n // 256)) for n in counts)

@@ -1,0 +1,328 @@
+"""Which run goes on, from where, and with which options: decided before weights are loaded.
+
+A run goes on in its own folder (the same rows, bit for bit as if it had not stopped), or in a new folder on
+other rows (optimizer and rate go on), or an adapter alone starts a new run warm. Nothing is written here, but
+for the last rename of a save that a kill cut in two.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onecard.config import options as config_options
+from onecard.config.training import LONGER, MOVABLE, TIED, ContinueConfig, FinetuneConfig
+from onecard.data import reader
+from onecard.errors import CHECKPOINT, UserError
+from onecard.hub import remote_code, revisions
+from onecard.runs import checkpoint as runs_checkpoint
+from onecard.runs import folder as run_folder
+from onecard.runs import legacy
+from onecard.runs.checkpoint import Progress
+from onecard.system import files as system_files
+from onecard.system import hardware, lock
+from onecard.system import processes as system_processes
+from onecard.system.console import say
+from onecard.training import recorded_names, warm_start
+from onecard.training.plan import Plan, learning_rate, prepare, versions
+from onecard.training.starting_point import STARTING, Start, finished_before, say_finished
+
+
+def decide(wish: ContinueConfig, given: frozenset[str], fetch: Callable[[str], str]) -> Start | None:
+    """What to go on from; None when the run is finished, which is said.
+
+    given: names of the options the user gave; the others stay as the run has them. fetch: hub name -> folder.
+    Raises UserError (exit 4) for a checkpoint that is damaged or does not belong to these options.
+    """
+    if wish.overwrite:
+        raise UserError("--overwrite: going on and starting anew exclude each other.", "Use finetune.py.")
+    if "lora_path" in given:
+        raise UserError("--lora_path starts a run.", "Use finetune.py, or --resume_from_checkpoint here.")
+    if wish.lora_remote_checkpoint and wish.resume_from_checkpoint:
+        raise UserError("Give --resume_from_checkpoint or --lora_remote_checkpoint, not both.")
+    name = fetch(wish.lora_remote_checkpoint) if wish.lora_remote_checkpoint else wish.resume_from_checkpoint
+    output = Path(wish.output_path) if "output_path" in given or name is None else None
+    if name is None:
+        return _same_run(output, None, wish, given)
+    source = Path(name)
+    if not source.is_dir():
+        raise UserError(f"--resume_from_checkpoint {source}: no such folder.", code=CHECKPOINT)
+    if (source / run_folder.CONFIG).is_file():  # a whole run
+        if output is None or output.resolve() == source.resolve():
+            return _same_run(source, None, wish, given)
+        source, problems = runs_checkpoint.newest(source)
+        _say_damaged(problems)
+        if source is None:
+            raise UserError(f"{name}: this run has no whole checkpoint.", code=CHECKPOINT)
+    if (source / runs_checkpoint.MANIFEST).is_file() and (source.parent / run_folder.CONFIG).is_file():
+        if output is None or output.resolve() == source.parent.resolve():
+            return _same_run(source.parent, source, wish, given)
+        return _other_rows(source, wish, given)
+    if output is None:
+        fix = "Name a new folder for the run with --output_path."
+        raise UserError(f"{source}: an adapter without a run of its own.", fix)
+    if legacy.is_legacy(source):
+        return warm_start.from_older(source, wish, given)
+    return warm_start.from_adapter(source, wish, given)
+
+
+def make_plan(
+    start: Start,
+    locate: Callable[[str], str],
+    fetch_data: reader.Fetch | None,
+    wish: ContinueConfig,
+    given: frozenset[str],
+) -> Plan:
+    """The plan of a run that goes on; raises UserError (exit 4) when rows or base are not what they were.
+
+    given: names of the options that the user gave; of the hub's names only theirs are asked for.
+    """
+    resolved = start.stored["resolved"] if start.stored else {}
+    options = start.options
+    if start.same_run and options.device == "auto" and resolved["device"] == "cpu":
+        options = dataclasses.replace(options, device="cpu")  # a card that came later is not used by itself
+    if start.stored:
+        _check_code(start, options)
+        typed = {name: getattr(wish, name) for name in recorded_names.OPTIONS if name in given}
+        locate = recorded_names.base_of(start.stored, typed, locate)
+        fetch_data = fetch_data and recorded_names.rows_of(start.stored, typed, fetch_data)
+    plan = prepare(options, locate, fetch_data, _arithmetic(options, resolved), again=wish.verify)
+    revisions.compare(resolved.get("base") or start.base, plan.base_path, say)
+    plan.options = start.options
+    if start.stored:
+        _check_same(start, plan)
+        began = start.stored["fingerprints"].get(STARTING)
+        plan.fingerprints |= {STARTING: began} if began and start.same_run else {}
+        plan.warmup_steps = resolved["warmup_steps"]
+    elif start.progress.step and not wish.from_data_beginning:  # an older checkpoint
+        start.progress.rows_seen = plan.rows_after(start.progress.step)
+    planned = resolved.get("total_steps") or start.planned_steps or plan.total_steps
+    if start.same_run:
+        _keep_or_lengthen(start, plan, planned)
+        _announce(start, plan, resolved)
+        return plan
+    if resolved and resolved["dtype"] != plan.dtype:
+        say(f"Changed: dtype {resolved['dtype']} -> {plan.dtype}.")
+    if planned > plan.total_steps:
+        say(f"The run was planned for {planned} steps, these rows alone give {plan.total_steps}.")
+        say(f"It stays {planned}, as if these rows stood behind the old ones: the rate goes on evenly.")
+    plan.total_steps = max(planned, plan.total_steps)
+    if start.progress.step >= plan.total_steps:
+        problem = f"All {plan.total_steps} planned steps are done: none is left for these rows."
+        raise UserError(problem, "Give a larger --num_epochs or --max_steps.")
+    return plan
+
+
+def _keep_or_lengthen(start: Start, plan: Plan, planned: int) -> None:
+    if _longer(start) and plan.total_steps <= planned:
+        raise UserError(f"{planned} steps are planned already.", "Give a larger --num_epochs or --max_steps.")
+    if _longer(start):
+        _say_longer(start, plan, planned)
+    else:
+        plan.total_steps = planned
+
+
+def _same_run(folder: Path, chosen: Path | None, wish: ContinueConfig, given: frozenset[str]) -> Start | None:
+    stored = _read_run(folder)
+    before = _options_of(stored, wish)
+    if before.max_steps and "num_epochs" in given and "max_steps" not in given:
+        before = dataclasses.replace(before, max_steps=None, num_epochs=0)  # which had no say so far
+    options, changes = _merged(before, wish, given, _fixed_in_same_run)
+    options = dataclasses.replace(options, output_path=str(folder))  # the folder may have moved
+    finished = system_files.read_json(folder / run_folder.FINISHED)
+    begun_from = stored.get("begun_from")
+    start = Start(options, Progress(), stored=stored, same_run=True, begun_from=begun_from, changes=changes)
+    if finished and wish.from_data_beginning and not _longer(start):
+        problem = f"{folder}: all {finished['steps']} planned steps are done: none is left for the rows."
+        raise UserError(problem, "Give a larger --num_epochs or --max_steps too.")
+    earlier = chosen and finished and runs_checkpoint.read_progress(chosen).step < finished["steps"]
+    if finished and not (_longer(start) or earlier):
+        say_finished(folder, finished)
+        return None
+    lock.check_free(folder)
+    if chosen is None:
+        chosen, problems = runs_checkpoint.newest(folder)
+        _say_damaged(problems)
+        if problems and chosen is None:
+            fix = f"Start anew: finetune.py --overwrite --output_path {folder}"
+            raise UserError(f"{folder}: no checkpoint is whole.", fix, CHECKPOINT)
+    else:
+        _verify_chosen(chosen, folder)
+    if chosen is None and begun_from:
+        problem = f"{folder}: stopped before its first save, and it began from {begun_from}."
+        raise UserError(problem, "Give the same command as then, with --overwrite.", CHECKPOINT)
+    if chosen is None:
+        say("Nothing was saved yet: the run starts from its first step.")
+        start.progress.micro_batch_tokens = stored["resolved"]["micro_batch_tokens"]
+    else:
+        start.checkpoint, start.progress = chosen, runs_checkpoint.read_progress(chosen)
+        say(f"Going on from {chosen} (step {start.progress.step} of {stored['resolved']['total_steps']}).")
+    asked = options.micro_batch_tokens
+    if "micro_batch_tokens" in given and asked != "auto":
+        if (
+            asked == before.micro_batch_tokens != start.progress.micro_batch_tokens
+        ):  # out of memory lowered it
+            changes.append(f"micro_batch_tokens {start.progress.micro_batch_tokens} -> {asked}")
+        start.progress.micro_batch_tokens = asked
+    elif asked != before.micro_batch_tokens:  # auto now: it is found again
+        start.progress.micro_batch_tokens = 0
+    if wish.from_data_beginning:
+        start.progress.rows_seen = 0
+        changes.append("the rows start from the beginning; adapter, optimizer and rate go on")
+    return start
+
+
+def _other_rows(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Start | None:
+    _verify_chosen(source, source.parent)
+    stored = _read_run(source.parent)
+    before = _options_of(stored, wish)
+    options, _ = _merged(before, wish, given, _fixed_with_other_rows)
+    options = dataclasses.replace(options, output_path=wish.output_path)
+    if finished_before(options, Path(wish.output_path)):
+        return None
+    old = runs_checkpoint.read_progress(source)
+    progress = Progress(step=old.step, updates=old.updates)
+    say(f"Adapter, optimizer and rate go on from {source}; {options.data_path} from its beginning.")
+    return Start(options, progress, source, stored=stored, begun_from=str(source))
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    stored = system_files.read_json(folder / run_folder.CONFIG)
+    if stored is None:
+        fix = "Start it (again) with finetune.py, or name the --output_path of another run."
+        problem = (
+            f"{folder}: holds no run: none was started there, or it stopped before its first checkpoint."
+        )
+        raise UserError(problem, fix, CHECKPOINT)
+    try:
+        stored["options"], stored["resolved"]["total_steps"], stored["fingerprints"]
+    except (KeyError, TypeError):
+        problem = f"{folder / run_folder.CONFIG}: damaged, or written by another program."
+        raise UserError(problem, "", CHECKPOINT) from None
+    return stored
+
+
+def _options_of(stored: dict[str, Any], wish: ContinueConfig) -> FinetuneConfig:
+    """The run's options; a consent to run code is never read from a file, which may be a stranger's."""
+    return config_options.build(FinetuneConfig, {**stored["options"], "remote_code": wish.remote_code})
+
+
+def _check_code(start: Start, options: FinetuneConfig) -> None:
+    """Raise UserError unless the code of the base that is asked for is that which the run began with."""
+    before = start.stored["fingerprints"]
+    remote_code.check_same("The run that goes on", before, options.remote_code)
+    if options.remote_code and not before.get(remote_code.PRINT):
+        problem = "--remote_code: the run's base was loaded without code of its own."
+        raise UserError(problem, "Leave it out, or start another run with finetune.py.", CHECKPOINT)
+
+
+def _merged(
+    before: FinetuneConfig,
+    wish: ContinueConfig,
+    given: frozenset[str],
+    is_fixed: Callable[[str, Any, Any], bool],
+) -> tuple[FinetuneConfig, list[str]]:
+    """The run's options with those given now; raises UserError (exit 4) naming those that cannot change."""
+    names = [field.name for field in dataclasses.fields(FinetuneConfig) if field.name != "output_path"]
+    new = {name: getattr(wish, name) for name in names if name in given}
+    new = {name: value for name, value in new.items() if value != getattr(before, name)}
+    texts = {name: f"{name} {getattr(before, name)} -> {value}" for name, value in new.items()}
+    fixed = [texts[name] for name, value in new.items() if is_fixed(name, getattr(before, name), value)]
+    if fixed:
+        problem = f"These options cannot change when the run goes on: {'; '.join(fixed)}."
+        raise UserError(problem, "Leave them out, or start another run with finetune.py.", CHECKPOINT)
+    roles = config_options.roles(FinetuneConfig)
+    told = [
+        text for name, text in texts.items() if roles[name] == config_options.EXECUTION or name in MOVABLE
+    ]
+    return dataclasses.replace(before, **new), told
+
+
+def _fixed_in_same_run(name: str, old: Any, new: Any) -> bool:
+    if name in LONGER:
+        return new is None or (old is not None and new < old)
+    return config_options.roles(FinetuneConfig)[name] == config_options.LEARNED and name not in MOVABLE
+
+
+def _fixed_with_other_rows(name: str, old: Any, new: Any) -> bool:
+    return name in TIED
+
+
+def _longer(start: Start) -> bool:
+    return any(getattr(start.options, name) != start.stored["options"].get(name) for name in LONGER)
+
+
+def _arithmetic(options: FinetuneConfig, resolved: dict[str, Any]) -> dict[str, Any]:
+    """What `auto` became when the run began; only bf16 and fp16 change places with the card."""
+    if not resolved:
+        return {}
+    kept = {}
+    if options.gradient_checkpointing == "auto":
+        kept["gradient_checkpointing"] = resolved["gradient_checkpointing"]
+    if options.dtype == "auto":
+        device = hardware.choose_device(options.device, system_processes.local_rank()).value
+        now = hardware.choose_dtype("auto", device).value
+        if device == "cpu" or {now, resolved["dtype"]} != {"bf16", "fp16"}:
+            kept["dtype"] = resolved["dtype"]
+    return kept
+
+
+def _check_same(start: Start, plan: Plan) -> None:
+    """Rows, tokenizer and base must have the content they had; with other rows only the latter two."""
+    before = start.stored["fingerprints"]
+    kept = ("tokenizer", "base model", "adapter settings")
+    names = [name for name in plan.fingerprints if start.same_run or name in kept]
+    wrong = [
+        f"{name} {str(before.get(name))[:12]} -> {plan.fingerprints[name][:12]}"
+        for name in names
+        if before.get(name) != plan.fingerprints[name]
+    ]
+    if wrong:
+        where = f"{plan.options.data_path} or {plan.options.model_path}"
+        problem = f"Not the same content as when the run began (SHA-256 of {where}): {'; '.join(wrong)}."
+        fix = "Bring the old files back, or go on with other rows in a new --output_path."
+        raise UserError(problem, fix, CHECKPOINT)
+
+
+def _announce(start: Start, plan: Plan, resolved: dict[str, Any]) -> None:
+    """Add to the changes what is not an option, and say all of them."""
+    now = {
+        "device": plan.device,
+        "dtype": plan.dtype,
+        "processes": system_processes.world_size(),
+        "threads": torch.get_num_threads(),
+        **versions(),
+    }
+    before = {**resolved, **start.stored["versions"]}
+    start.changes += [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
+    if start.changes:
+        say(f"Changed: {'; '.join(start.changes)}.")
+        say("The gradient is the same up to rounding, with other dropout masks; not bit for bit.")
+
+
+def _say_longer(start: Start, plan: Plan, planned: int) -> None:
+    old, new = (
+        learning_rate(start.options, start.progress.updates, total, plan.warmup_steps)
+        for total in (planned, plan.total_steps)
+    )
+    start.changes.append(f"total_steps {planned} -> {plan.total_steps}")
+    say(f"The run is made longer: {planned} -> {plan.total_steps} steps. From here on the rate is that of")
+    say(f"a run planned for {plan.total_steps}: {new:.3g} for the next step, where it would be {old:.3g}.")
+
+
+def _verify_chosen(chosen: Path, folder: Path) -> None:
+    try:
+        unknown = runs_checkpoint.verify(chosen)
+    except UserError as error:
+        other, _ = runs_checkpoint.newest(folder)
+        fix = f"The newest whole one is {other}." if other else "This run has no whole checkpoint."
+        raise UserError(error.problem, fix, CHECKPOINT) from None
+    if unknown:
+        say(f"{chosen}: {', '.join(unknown)} did not come from OneCard and is not read.")
+
+
+def _say_damaged(problems: list[str]) -> None:
+    for problem in problems:
+        say(f"damaged: {problem}")

@@ -1,0 +1,201 @@
+"""The moving parts of a run, put together from its plan: base, adapter, optimizer, folder, journal."""
+
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from onecard.config import tools as tool_config
+from onecard.config.training import FinetuneConfig
+from onecard.hub import revisions
+from onecard.models import base_model, trainable
+from onecard.runs import folder as run_folder
+from onecard.runs.checkpoint import Progress
+from onecard.system import files as system_files
+from onecard.system import hardware
+from onecard.system import processes as system_processes
+from onecard.system.console import say
+from onecard.training import distributed, sharded, step
+from onecard.training import memory as training_memory
+from onecard.training.metrics import Journal
+from onecard.training.plan import Plan, lora_shape, versions
+from onecard.training.starting_point import Start, restore, restore_weights
+
+SPREAD = 2  # of a spread model: the share of free memory that is left to activations
+FIRST_SCALE = 1024.0  # of the fp16 loss scaler: low, so that the first steps are not lost to overflows
+
+
+@dataclasses.dataclass
+class Trainer:
+    """The moving parts of a run."""
+
+    plan: Plan
+    step_model: step.StepModel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    journal: Journal
+    progress: Progress
+    folder: Path
+    shards: sharded.Fsdp | sharded.Zero | None = None  # when the model is spread over processes
+    sampled: int = -1  # step of the last answers in samples.jsonl
+    saved: float = 0.0  # when the last checkpoint was written, on the clock time.monotonic
+
+    @property
+    def model(self) -> Any:
+        return self.step_model.model
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.plan.device)
+
+
+def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
+    """Base, adapter, optimizer, and the run folder with its configuration; `start`: what it goes on from."""
+    options, device = plan.options, torch.device(plan.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    hardware.keep_large_memory_apart(plan.device)
+    kept_in = "fp32" if options.train_what == trainable.FULL else plan.dtype
+    spread = sharded.wanted()  # over processes, from the CPU's memory
+    place = "cpu" if spread else plan.device
+    base = base_model.load_base(plan.base_path, options.bits, kept_in, place, to_train=True, code=plan.code)
+    adapted = trainable.prepare(base, lora_shape(options), options.seed)
+    version = None if Path(options.model_path).exists() else revisions.of(plan.base_path)
+    if version and version.source == tool_config.HUB:  # what peft looks up there
+        trainable.note_base(adapted, version.name, version.commit)
+    say(f"trained     {trainable.describe(adapted)}")
+    packs = base_model.prepare_for_packed_training(adapted, plan.checkpointing)
+    alone = "one row at a time: this model's attention cannot be packed"
+    say(
+        "attention   "
+        + ("one causal call per row of a packed micro-batch: no mask, no padding" if packs else alone)
+    )
+    if start:
+        restore_weights(start, adapted)
+    step_model = step.StepModel(adapted, base_model.DTYPES[plan.dtype], packs)
+    shards, new_optimizer = None, functools.partial(make_optimizer, options)
+    if spread:
+        shards = sharded.spread(step_model, device, new_optimizer, options.max_grad_norm)
+        say(f"spread      over {system_processes.world_size()} processes: {shards.said}")
+    optimizer = shards.optimizer if shards else new_optimizer(trainable.trainable(adapted))
+    scaler = torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE, enabled=plan.dtype == "fp16")
+    scaler.scale(torch.zeros((), device=device))  # it wakes up here: a process may have no row in a step
+    progress = start.progress if start else Progress()
+    if start:
+        restore(start, adapted, sharded.GatheredOptimizer(shards, {}) if shards else optimizer, scaler)
+    budget = (progress.micro_batch_tokens or micro_batch_budget(plan, device)) if packs else 1
+    progress.micro_batch_tokens = distributed.smallest(budget)  # one for all: they halve it together
+    if system_processes.is_main():
+        start_folder(plan, folder, progress, start)
+    distributed.barrier()
+    progress.evaluated, progress.best_step, progress.best_loss = run_folder.evaluations(folder)
+    shown = dataclasses.asdict(options) if options.wandb else None
+    total_rows = plan.rows_after(plan.total_steps - progress.step, progress.rows_seen)
+    journal = Journal(
+        folder, plan.total_steps, total_rows, options.log_steps, shown, loud=system_processes.is_main()
+    )
+    if start and start.same_run and start.changes:
+        journal.event({"step": progress.step, "continued": start.changes})
+    sampled = run_folder.last_sampled(folder)
+    return Trainer(plan, step_model, optimizer, scaler, journal, progress, folder, shards, sampled)
+
+
+def micro_batch_budget(plan: Plan, device: torch.device) -> int:
+    """Tokens of a micro-batch: as asked, else max(2048, cutoff_len) on the CPU and what fits on a card."""
+    options = plan.options
+    if options.micro_batch_tokens != "auto":
+        budget, reason = options.micro_batch_tokens, "asked for"
+    elif device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        element = base_model.DTYPES[plan.dtype].itemsize
+        if sharded.wanted():
+            free //= SPREAD  # gradients, moments and gathered layers come later, and nothing is tried first
+        fits = training_memory.tokens_that_fit(free, plan.base_config, element, plan.checkpointing)
+        in_step = int(np.sort(plan.examples.lengths)[-options.batch_size :].sum())
+        budget, reason = (
+            max(options.cutoff_len, min(fits, in_step)),
+            f"estimated to fit into {free / 2**30:.1f} GiB",
+        )
+    else:
+        budget, reason = training_memory.tokens_on_cpu(options), "auto on a CPU: max(2048, cutoff_len)"
+    say(f"micro-batch {budget} tokens: {reason}; the gradient does not depend on it")
+    return budget
+
+
+def make_optimizer(options: FinetuneConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    settings = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    import bitsandbytes
+
+    kind = (
+        bitsandbytes.optim.AdamW8bit
+        if options.optimizer == "adamw_8bit"
+        else bitsandbytes.optim.PagedAdamW8bit
+    )
+    return kind(parameters, **settings)
+
+
+def start_folder(plan: Plan, folder: Path, progress: Progress, start: Start | None) -> None:
+    """Make the run folder, or take it back to where the run goes on; write what the run is."""
+    try:
+        if start and start.same_run:
+            for text in run_folder.go_back(folder, progress.step if start.checkpoint else -1):
+                say(text)
+        else:
+            run_folder.delete(run_folder.contents(folder))  # asked for, or left by a run that never began
+            folder.mkdir(parents=True, exist_ok=True)
+            write_rejected(plan, folder)
+        resolved = {
+            "base_path": plan.base_path,
+            "base": _text(revisions.of(plan.base_path)),
+            "template": plan.template.texts(),
+            "device": plan.device,
+            "dtype": plan.dtype,
+            "gradient_checkpointing": plan.checkpointing,
+            "micro_batch_tokens": progress.micro_batch_tokens,
+            "processes": system_processes.world_size(),
+            "threads": torch.get_num_threads(),
+            "task": plan.task,
+            "total_steps": plan.total_steps,
+            "warmup_steps": plan.warmup_steps,
+        }
+        rows = {
+            "versions": sorted({_text(revisions.of(source.path)) for source in plan.sources} - {None}),
+            "train_rows": len(plan.train_rows),
+            "validation_rows": len(plan.validation_rows),
+            "cut": plan.encoding.cut,
+            "dropped": plan.encoding.dropped,
+            "rejected": len(plan.encoding.rejected),
+        }
+        record = {
+            "options": {**dataclasses.asdict(plan.options), "remote_code": None},  # a consent is not kept
+            "resolved": resolved,
+            "data": rows,
+            "fingerprints": plan.fingerprints,
+            "begun_from": start.begun_from if start else None,
+            "versions": versions(),
+        }
+        system_files.write_json(folder / run_folder.CONFIG, record)
+    except OSError as error:
+        raise system_files.disk_error(folder, error) from None
+
+
+def _text(version: Any) -> str | None:
+    return None if version is None else str(version)
+
+
+def write_rejected(plan: Plan, folder: Path) -> None:
+    rejected = plan.encoding.rejected
+    if rejected:
+        lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in rejected)
+        text = "\n".join(lines) + "\n"
+        (folder / run_folder.REJECTED).write_text(text, encoding="utf-8", errors="backslashreplace")
+        say(f"{len(rejected)} rejected rows are in {folder / run_folder.REJECTED}")

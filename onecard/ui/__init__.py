@@ -1,0 +1,1 @@
+"""Browser windows and the terminal."""

@@ -1,0 +1,136 @@
+"""The components of the many-turn window and where they stand; what they do is ui/chat_window.py's."""
+
+from typing import Any
+
+import gradio as gr
+
+from onecard.config.chat import ChatConfig
+from onecard.config.generation import BASE, TRAINED
+from onecard.errors import UserError
+from onecard.ui import chat_controls, forms, page
+from onecard.ui import status as ui_status
+
+MATH = [
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": "\\[", "right": "\\]", "display": True},
+    {"left": "\\(", "right": "\\)", "display": False},
+]
+
+
+class ChatLayout:
+    """The chat's components, made where gradio stands now."""
+
+    def __init__(self, chat: Any, options: ChatConfig):
+        """chat: a chat.Chat."""
+        self.chat, self.options, self.lang = chat, options, options.lang
+        self.state = gr.State([])
+        self.kept = gr.Textbox(visible="hidden", elem_id="kept")  # the chat as JSON, for this tab's storage
+        page.head(self.say("chat", "对话"), self.lang)
+        with gr.Row():
+            with gr.Column(scale=3):
+                self.lay_out_chat()
+            with gr.Column(scale=2, min_width=280):
+                self.lay_out_side()
+        self.line = gr.Textbox(visible="hidden")
+
+    def say(self, english: str, chinese: str) -> str:
+        return forms.say(self.lang, english, chinese)
+
+    def button(self, name: str, english: str, chinese: str, **more: Any) -> gr.Button:
+        return gr.Button(self.say(english, chinese), elem_id=name, **{"size": "sm", **more})
+
+    def chatbot(self, name: str, **more: Any) -> gr.Chatbot:
+        return gr.Chatbot(
+            elem_id=name,
+            height="60vh",
+            latex_delimiters=MATH,
+            allow_tags=False,
+            buttons=["copy"],
+            feedback_options=None,
+            placeholder=self.say("Ask something.", "问点什么吧。"),
+            **more,
+        )
+
+    def lay_out_chat(self) -> None:
+        with gr.Row():
+            self.left = self.chatbot("left", show_label=False)
+            self.right = self.chatbot("right", visible=False, label=chat_controls.shown(BASE, self.lang))
+        self.status = gr.HTML(ui_status.status(""), elem_id="status")
+        self.unkept = gr.HTML("", elem_id="unkept")
+        self.box = gr.Textbox(
+            show_label=False,
+            placeholder=self.say("Your message (Shift-Enter: new line)", "输入消息（Shift-Enter 换行）"),
+            lines=1,
+            max_lines=12,
+            elem_id="box",
+            autofocus=True,
+        )
+        with gr.Row(elem_classes="narrow"):
+            self.send = self.button("send", "Send", "发送", variant="primary")
+            self.stop = self.button("stop", "Stop", "停止", variant="stop", visible=False)
+            self.retry = self.button("retry", "Retry", "重试")
+            self.edit = self.button("edit", "Edit last", "编辑上一条")
+            self.delete = self.button("delete", "Delete last", "删除上一轮")
+            self.clear = self.button("clear", "Clear", "清空")
+            self.new = self.button("new", "New session", "新会话")
+        with gr.Row(elem_classes="narrow"):
+            self.go_on = self.button("continue", "Continue", "继续")
+            self.summarise = self.button("summarise", "Summarise", "总结")
+            self.save = self.button("save", "Save chat", "保存对话")
+            self.load = gr.UploadButton(
+                self.say("Load chat", "载入对话"), size="sm", file_types=[".jsonl"], elem_id="load"
+            )
+        with gr.Accordion(self.say("All beams", "所有束"), open=False):
+            self.beams = gr.HTML(elem_id="beams")
+
+    def lay_out_side(self) -> None:
+        names = self.chat.engine.adapters
+        self.adapter, *self.weights = chat_controls.picker(self.chat, self.lang)
+        self.form = chat_controls.templates(self.chat, self.lang)
+        self.compare = gr.Checkbox(
+            False, label=self.say("Compare two adapters", "对比两个适配器"), elem_id="compare"
+        )
+        self.against = gr.Dropdown(
+            [(chat_controls.shown(name, self.lang), name) for name in (BASE, *names)],
+            value=BASE,
+            visible=False,
+            label=self.say("Compare with", "对比对象"),
+            elem_id="against",
+        )
+        self.system = gr.Textbox(
+            value=self.options.system,
+            label=self.say("System prompt", "系统提示"),
+            **self.usable_system(TRAINED),
+            lines=2,
+            elem_id="system",
+        )
+        self.context = gr.Textbox(
+            label=self.say("Context (goes with your next questions)", "背景（随后续提问一起给出）"),
+            lines=2,
+            elem_id="context",
+        )
+        self.inputs = chat_controls.answer(self.chat, self.options, chat_controls.MEMORY)
+        self.reset = self.button("reset", "Reset parameters", "重置参数")
+
+    def usable_system(self, name: str) -> dict[str, Any]:
+        """Whether the box can be used with a template, and why not."""
+        try:
+            form = self.chat.template_of(name)
+        except UserError as error:  # told again when something is asked
+            return {"interactive": True, "info": str(error)}
+        without = f"template {form.name} has none", f"模板 {form.name} 没有系统提示"
+        can = form.system is not None
+        # None would leave what stands there
+        return {"interactive": can, "info": "" if can else self.say(*without)}
+
+    def side(self) -> list[gr.Component]:
+        """What goes with every question, in the order that ChatWindow.wish reads."""
+        return [self.system, self.context, *self.pickers(), *self.inputs.values(), *self.weights]
+
+    def pickers(self) -> list[gr.Component]:
+        return [self.form, self.adapter, self.compare, self.against]
+
+    def others(self) -> list[gr.Component]:
+        """What would disturb an answer that is growing."""
+        changing = [self.box, self.retry, self.edit, self.delete, self.clear, self.new]
+        return [*changing, self.go_on, self.summarise, self.load]

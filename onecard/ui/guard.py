@@ -1,0 +1,34 @@
+"""Who may reach a window: this machine alone unless told otherwise, its own pages, who knows the password.
+
+Middleware for any server of ours; it knows no component of a window.
+"""
+
+import sys
+
+from onecard.config.chat import ChatConfig
+from onecard.errors import UserError
+from onecard.system import http_guard
+
+
+def check_exposure(options: ChatConfig) -> None:
+    """Raise UserError when others could reach the window without a password."""
+    if options.auth:
+        return
+    if options.share:
+        problem = "--share makes a public link: anyone with it could use this model."
+        raise UserError(problem, "Add --auth user:password.")
+    if not http_guard.is_local(options.server_name):
+        problem = f"--server_name {options.server_name}: others in the network could use this model."
+        raise UserError(problem, "Add --auth user:password, or leave it at 127.0.0.1.")
+
+
+def confirm_share(options: ChatConfig) -> None:
+    """A public link is only made after its owner typed so."""
+    if not options.share:
+        return
+    warning = "--share sends everything through gradio's servers, and the whole internet can reach the link."
+    if not sys.stdin.isatty():
+        raise UserError(warning, "It has to be confirmed in a terminal.")
+    print(f"{warning} Type share to go on: ", end="", flush=True)
+    if sys.stdin.readline().strip() != "share":
+        raise UserError("No link was made.", "Leave --share out for a window of this machine alone.")

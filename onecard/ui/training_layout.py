@@ -1,0 +1,122 @@
+"""The components of the training window and where they stand; what they do is ui/training_window.py's."""
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from onecard.config import training as training_config
+from onecard.config.training import FinetuneConfig
+from onecard.runs import jobs
+from onecard.system import svg_plot
+from onecard.ui import training_html
+from onecard.ui.forms import say
+
+FIELDS = {field.name: field for field in dataclasses.fields(FinetuneConfig)}
+COMMON = (
+    "num_epochs", "learning_rate", "batch_size", "cutoff_len", "bits", "template", "lora_r",
+    "lora_target_modules", "max_steps", "sample_steps",
+)  # fmt: skip
+ABOVE = ("data_path", "model_path")
+# the name of the run says the first, no screen needs the second, no visitor may ask for the third
+HIDDEN = ("output_path", "log_steps", "remote_code")
+FIRST_VALUES = {"sample_steps": 50}  # a window has a place to show them
+SLOT = {"padding": False, "elem_classes": "oc-slot"}  # takes no room while it is empty
+FOLDERS = (".", "sample", "data")  # where files of rows are offered from
+
+
+class StudioLayout:
+    """The training window's components, made where gradio stands now."""
+
+    def __init__(self, lang: str, workspace: Path):
+        self.lang, self.workspace = lang, workspace
+        self.lay_out()
+
+    def say(self, english: str, chinese: str) -> str:
+        return say(self.lang, english, chinese)
+
+    def lay_out(self) -> None:
+        say = self.say
+        gr.HTML(training_html.STYLE + svg_plot.STYLE, padding=False)
+        with gr.Row():
+            with gr.Column(min_width=320):
+                words = {"value": FIELDS["data_path"].default, **self.words("data_path")}
+                rows = gr.Dropdown(self.files(), allow_custom_value=True, **words)
+                self.inputs = {"data_path": rows}
+                with gr.Row():
+                    self.upload = gr.UploadButton(
+                        say("Upload a file", "上传文件"), file_types=list(training_config.FORMATS), size="sm"
+                    )
+                    self.preview = gr.Button(say("Preview", "预览"), size="sm", elem_id="train-preview")
+                self.rows = gr.HTML(elem_id="train-rows", **SLOT)
+                self.inputs["model_path"] = self.input("model_path")
+                even = {"elem_classes": ["oc-form", "oc-even"]}
+                with gr.Row(**even):
+                    self.inputs |= {name: self.input(name) for name in COMMON}
+                rest = [name for name in FIELDS if name not in (*ABOVE, *COMMON, *HIDDEN)]
+                with gr.Accordion(say("All options", "全部选项"), open=False), gr.Row(**even):
+                    self.inputs |= {name: self.input(name) for name in rest}
+                self.memory = gr.HTML(elem_id="train-memory", **SLOT)
+                self.name = gr.Textbox(
+                    label=say("Name of the new run", "新训练的名称"),
+                    info=say(f"a folder in {self.workspace}", f"{self.workspace} 中的文件夹"),
+                    max_length=jobs.LONGEST_NAME,
+                    elem_id="train-name",
+                )
+                self.start = gr.Button(say("Start", "开始训练"), variant="primary", elem_id="train-start")
+                self.started = gr.HTML(elem_id="train-started", **SLOT)
+            with gr.Column(min_width=320):
+                words = {"label": say("Run", "训练"), "elem_id": "train-run", "interactive": True}
+                self.run = gr.Dropdown([], allow_custom_value=True, **words)
+                self.card = gr.HTML(elem_id="train-card", **SLOT)
+                with gr.Row():
+                    small = {"min_width": 100, "size": "md"}
+                    stop = say("Stop and save", "停止并保存")
+                    self.stop = gr.Button(stop, variant="stop", elem_id="train-stop", **small)
+                    self.go_on = gr.Button(say("Continue", "继续训练"), elem_id="train-continue", **small)
+                    self.reuse = gr.Button(say("Copy options", "复制选项"), elem_id="train-reuse", **small)
+                self.done = gr.HTML(elem_id="train-done", **SLOT)
+                with gr.Row(elem_classes="oc-form"):
+                    self.longer = gr.Textbox(
+                        label=say("Continue up to epoch", "继续训练到第几轮"),
+                        info=say("empty: as planned", "留空：按原计划"),
+                        elem_id="train-longer",
+                    )
+                    words = {"label": say("Compare with", "对比"), "elem_id": "train-others"}
+                    words |= {"info": say("earlier runs in the same plots", "在同一图中显示其他训练")}
+                    words |= {"multiselect": True, "interactive": True}
+                    self.others = gr.Dropdown([], allow_custom_value=True, **words)
+                self.plots = gr.HTML(elem_id="train-plots", **SLOT)
+                at = say("Answers at step", "第几步的回答")
+                self.step = gr.Slider(0, 1, 0, step=1, label=at, visible=False, elem_id="train-step")
+                self.answers = gr.HTML(elem_id="train-answers", **SLOT)
+
+    def files(self) -> list[str]:
+        """Files of rows that are offered; any other inside this folder can be typed."""
+        places = [*map(Path, FOLDERS), self.workspace / jobs.UPLOADS]
+        found = [path for place in places for path in sorted(place.glob("*")) if path.is_file()]
+        return [str(path) for path in found if path.suffix in training_config.FORMATS and path.name[0] != "."]
+
+    def words(self, name: str) -> dict[str, Any]:
+        english, chinese, help_ = training_config.FINETUNE[name]
+        text = self.say(FIELDS[name].metadata["help"], help_)
+        label = self.say(english, chinese)
+        return {"label": label, "info": text, "elem_id": f"train-{name}", "min_width": 140}
+
+    def input(self, name: str) -> Any:
+        """The input of an option, by what it is declared to be."""
+        field, words = FIELDS[name], self.words(name)
+        value = FIRST_VALUES.get(name, field.default)
+        kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+        if field.metadata["choices"]:
+            choices = [(str(choice), choice) for choice in field.metadata["choices"]]
+            empty = [("-", "")] if type(None) in kinds else []
+            return gr.Dropdown([*empty, *choices], value="" if value is None else value, **words)
+        if bool in kinds:
+            return gr.Checkbox(value, **words)
+        if str in kinds or type(None) in kinds:  # a number's input cannot be empty
+            return gr.Textbox("" if value is None else str(value), max_lines=3, **words)
+        return gr.Number(value, precision=0 if int in kinds else None, **words)
