@@ -43,7 +43,7 @@ def base(
     OneCard, which brings the tokenizer. ends: tokens that the file names as those that end an answer, the
     first as the end of a text; none: what the model's files say. Raises UserError.
     """
-    files = model_files(folder)
+    files = files_to_convert(folder)
     safetensors_file.check(model_files.files_of(folder))
     script = llama_cpp_converter.home().resolve() / llama_cpp_converter.BASE_SCRIPT
     with output_folder.unfinished(output, folder) as (place, handle):
@@ -62,7 +62,7 @@ def adapter(folder: Path, base: Path, output: Path) -> Path:
     base: folder of the transformers model it is for.
     """
     config = check_adapter(folder)
-    files = model_files(base)
+    files = files_to_convert(base)
     script = llama_cpp_converter.home().resolve() / llama_cpp_converter.ADAPTER_SCRIPT
     with output_folder.unfinished(output, folder) as (place, handle):
         given = _links([folder / name for name in ADAPTER_FILES], place / "adapter")
@@ -95,7 +95,7 @@ def _links(files: list[Path], folder: Path) -> Path:
     return folder
 
 
-def model_files(folder: Path) -> list[Path]:
+def files_to_convert(folder: Path) -> list[Path]:
     """What the converter reads of a model folder; raises UserError when it is none."""
     files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
     if not (folder / model_files.MODEL_CONFIG).is_file() or not any(

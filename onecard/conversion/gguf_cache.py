@@ -40,7 +40,7 @@ def for_llama(model: Path, adapters: Mapping[str, Path]) -> tuple[Path, dict[str
 def keys(model: Path, adapter: Path | None = None) -> tuple[str, str | None]:
     """What the files of a base and an adapter are made from, as a name each."""
     version = gguf_check.version()
-    of_base = _key(version, gguf.model_files(model))
+    of_base = _key(version, gguf.files_to_convert(model))
     if adapter is None:
         return of_base, None
     configured = _key(version, [model / model_files.MODEL_CONFIG])
