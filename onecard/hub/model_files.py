@@ -1,4 +1,4 @@
-"""Which files a model folder has, in transformers' layout or LLaMA's original one; none of them is opened."""
+"""Which files a model and an adapter have, in transformers' and peft's layout; no weights are opened."""
 
 import json
 from pathlib import Path

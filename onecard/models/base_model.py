@@ -1,4 +1,4 @@
-"""Base model in 16, 8 or 4 bits, through transformers and bitsandbytes, and its tokenizer.
+"""Base model in 16, 8 or 4 bits, through transformers and bitsandbytes.
 
 It does not know rows, steps or run folders.
 """

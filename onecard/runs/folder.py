@@ -1,7 +1,4 @@
-"""Run folders: their files, what may be written where, and going back to an earlier step of a run.
-
-Small files are whole or not there: written beside their place, synced, renamed.
-"""
+"""Run folders: their files, what may be written where, and going back to an earlier step of a run."""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""Files that are whole or not there: small JSON files, syncs, room on the disk, where things lie."""
+"""Files that are whole or not there: small JSON files, syncs, room on the disk, where things lie.
+
+Small files are written beside their place, synced and renamed.
+"""
 
 import json
 import os

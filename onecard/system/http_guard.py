@@ -1,6 +1,7 @@
 """Who may reach a server of ours: its own pages, from this machine unless told otherwise.
 
-Middleware for any ASGI server; it knows no component of a window."""
+Middleware for any ASGI server; it knows no component of a window.
+"""
 
 import ipaddress
 import re

@@ -1,7 +1,4 @@
-"""Who may reach a window: this machine alone unless told otherwise, its own pages, who knows the password.
-
-Middleware for any server of ours; it knows no component of a window.
-"""
+"""Whether others may reach a window: not without a password, and no public link that nobody confirmed."""
 
 import sys
 
