@@ -93,15 +93,9 @@ def run(
     said last.
     """
     print(f"{verb} {source} to GGUF ...", flush=True)
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        pass_fds=[handle],
-        env=sandbox.environment(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", GGML_NO_BACKTRACE="1"),
-        **{**sandbox.SETTINGS, "errors": "replace"},
-    )
+    variables = {**gguf_check.NO_BACKTRACE, "TOKENIZERS_PARALLELISM": "false"}  # its threads would only wait
+    process = sandbox.start(module, *arguments, stderr=subprocess.STDOUT, keep=(handle,), **variables)
+    assert process.stdout
     try:
         said = _watch(process.stdout, source.name)
     except BaseException:

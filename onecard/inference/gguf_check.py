@@ -26,6 +26,7 @@ WAY = "1"  # changes when files that passed should be tried again
 SECONDS, SPEED = 120, 50 << 20  # of the child: that long, and a second for so many bytes of slow disks
 ROOM = 4 << 30  # bytes it may take beside twice its files, which some processors' layouts copy
 CONTEXT = 64  # tokens
+NO_BACKTRACE = {"GGML_NO_BACKTRACE": "1"}  # where llama.cpp gives up, it would start a debugger
 ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 AGAIN = "Convert or download it again."
 ANOTHER = "Give the --model_path it was made with."
@@ -47,12 +48,9 @@ def check(base: Path, adapters: list[Path]) -> None:
 
 def _try(base: Path, adapters: list[Path]) -> None:
     files = [str(path.resolve()) for path in (base, *adapters)]
-    command = [sys.executable, "-m", __name__, *files]
     seconds = SECONDS + sum(Path(file).stat().st_size for file in files) / SPEED
-    environment = sandbox.environment(GGML_NO_BACKTRACE="1")
-    settings = {**sandbox.SETTINGS, "errors": "replace", "env": environment, "check": False}
     try:
-        ended = subprocess.run(command, capture_output=True, timeout=seconds, **settings)
+        ended = sandbox.run(__name__, *files, seconds=seconds, **NO_BACKTRACE)
     except subprocess.TimeoutExpired:
         raise UserError(f"{base}: not read within {seconds:.0f} s.", AGAIN, CHECKPOINT) from None
     lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()] or ["it crashes"]

@@ -1,4 +1,8 @@
-"""Reading a stranger's file in a process of its own: one of our modules, run on it."""
+"""Reading a stranger's file in a process of its own: one of our modules, run on it.
+
+Every such process is started here, without the user's environment: whatever takes it over finds no token in
+it.
+"""
 
 import contextlib
 import errno
@@ -12,12 +16,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from onecard.errors import CHECKPOINT, DISK, MEMORY, UNSAFE, UserError, is_out_of_memory
 from onecard.system.files import ROOT
 
-UTF8 = {"encoding": "utf-8", "errors": "surrogatepass"}  # whatever the locale says
+UTF8, SURROGATES = "utf-8", "surrogatepass"  # whatever the locale says; rows may hold half of a character
 STALL = 900  # seconds without a word after which long work has come to a stop
 NO_MEMORY = (
     "memoryerror",
@@ -27,13 +31,72 @@ NO_MEMORY = (
     "bad_alloc",
     "start new thread",
 )
-ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
-SETTINGS = {**UTF8, "cwd": ROOT}
+ENVIRONMENT = (  # what a child gets of this process's environment, where it is set
+    "PATH",  # libraries look for tools of the system while they are imported
+    "HOME",  # and for the place of their caches
+    "TMPDIR",
+    "LD_LIBRARY_PATH",  # what torch and llama.cpp are linked with may lie there
+    "LANG",  # how the names of files are encoded
+    "LC_ALL",
+    "LC_CTYPE",
+    "OMP_NUM_THREADS",  # how many threads the user allows
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",  # which GPUs the user allows: llama.cpp takes memory on each that it sees
+)  # not PYTHONPATH: children run in ROOT, where onecard is found
+OFFLINE = {"HF_HUB_OFFLINE": "1"}  # who reads a file asks no hub
 
 
 def environment(**more: str) -> dict[str, str]:
     """What a child that reads a stranger's file sees of this process's environment: no secrets."""
-    return {**{name: os.environ[name] for name in ENVIRONMENT if name in os.environ}, **more}
+    return {**{name: os.environ[name] for name in ENVIRONMENT if name in os.environ}, **OFFLINE, **more}
+
+
+def start(
+    module: str,
+    *arguments: object,
+    stderr: int | IO[str],
+    stdin: int = subprocess.DEVNULL,
+    keep: tuple[int, ...] = (),
+    errors: str = "replace",
+    **variables: str,
+) -> subprocess.Popen[str]:
+    """Start `python -m module ARGUMENTS`, which reads a stranger's file; its output comes through a pipe.
+
+    keep: open files that stay the child's too. errors: what to do with bytes that are not UTF-8. variables:
+    what its environment needs beside the usual.
+    """
+    return subprocess.Popen(
+        _command(module, *arguments),
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        pass_fds=keep,
+        cwd=ROOT,
+        env=environment(**variables),
+        encoding=UTF8,
+        errors=errors,
+    )
+
+
+def run(
+    module: str, *arguments: object, seconds: float, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m module ARGUMENTS`, which reads a stranger's file, to its end.
+
+    Raises subprocess.TimeoutExpired when it is not done within `seconds`.
+    """
+    return subprocess.run(
+        _command(module, *arguments),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=seconds,
+        check=False,
+        cwd=ROOT,
+        env=environment(**variables),
+        encoding=UTF8,
+        errors="replace",
+    )
 
 
 def convert(module: str, source: Path, output: Path, seconds: int, damaged: int, late: int) -> None:
@@ -42,10 +105,8 @@ def convert(module: str, source: Path, output: Path, seconds: int, damaged: int,
     Exit code 8 (unsafe) when the child says that the file asks for more than data, `damaged` when it cannot
     be read, `late` when it is not done within `seconds`.
     """
-    command = _command(module, source, output)
     try:
-        settings = {**SETTINGS, "env": environment(), "check": False}
-        ended = subprocess.run(command, capture_output=True, timeout=seconds, **settings)
+        ended = run(module, source.resolve(), output.resolve(), seconds=seconds)
     except subprocess.TimeoutExpired:
         raise UserError(f"{source}: not read within {seconds} s.", "It was not loaded.", late) from None
     if ended.returncode:
@@ -57,9 +118,9 @@ def convert(module: str, source: Path, output: Path, seconds: int, damaged: int,
 
 def lines(module: str, source: Path) -> Iterator[str]:
     """What `python -m module SOURCE` writes, line by line; raises ChildError at its end when it failed."""
-    with tempfile.TemporaryFile("w+", **UTF8) as complaints:
-        command = _command(module, source)
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, **SETTINGS)
+    with tempfile.TemporaryFile("w+", encoding=UTF8, errors="replace") as complaints:
+        process = start(module, source.resolve(), stderr=complaints, errors=SURROGATES)
+        assert process.stdout
         try:
             yield from process.stdout
             code = process.wait()
@@ -79,18 +140,13 @@ def work(module: str, request: dict[str, Any], told: Callable[[dict[str, Any]], 
     keep: an open file (a lock) that stays the child's too. The child ends when this process does. Raises
     UserError: the child's own; exit 6 when it found no memory, 4 when it crashed or stands still.
     """
-    with tempfile.TemporaryFile("w+", **UTF8) as complaints:
-        process = subprocess.Popen(
-            _command(module),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            pass_fds=(keep,),
-            cwd=SETTINGS["cwd"],
-        )
+    with tempfile.TemporaryFile("w+", encoding=UTF8, errors="replace") as complaints:
+        process = start(module, stdin=subprocess.PIPE, stderr=complaints, keep=(keep,))
+        assert process.stdin
+        assert process.stdout
         try:
             with contextlib.suppress(BrokenPipeError):  # it died; why is said below
-                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.write(json.dumps(request) + "\n")
                 process.stdin.flush()  # and stays open: its end tells the child that this process is gone
             for line in _spoken(process.stdout.fileno()):
                 report = json.loads(line)
@@ -144,7 +200,8 @@ def serve(do: Callable[[dict[str, Any], Callable[..., None]], None]) -> None:
     except UserError as error:
         tell(problem=error.problem, fix=error.fix, code=error.code)
     except OSError as error:
-        code = {errno.ENOMEM: MEMORY, errno.ENOSPC: DISK, errno.EDQUOT: DISK}.get(error.errno, CHECKPOINT)
+        codes = {errno.ENOMEM: MEMORY, errno.ENOSPC: DISK, errno.EDQUOT: DISK}
+        code = codes.get(error.errno or 0, CHECKPOINT)  # no number: raised by hand
         tell(problem=f"{error.strerror or error}: {error.filename or 'no file named'}.", fix="", code=code)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -157,8 +214,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _command(module: str, *paths: Path) -> list[str]:
-    return [sys.executable, "-m", module, *(str(path.resolve()) for path in paths)]
+def _command(module: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-m", module, *map(str, arguments)]
 
 
 def limit(kind: int, value: int) -> None:
