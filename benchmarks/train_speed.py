@@ -227,12 +227,11 @@ def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def onecard_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from onecard.hub import locate
     from onecard.system import hardware as system_hardware
     from onecard.training import loop
 
     options = onecard_options(args, folder)
-    loop.run(options, locate=locate.locate, sample=lambda *_: [], draw=lambda *_: None)
+    loop.run(options, sample=lambda *_: [], draw=lambda *_: None)
     output = Path(options.output_path)
     finished = json.loads((output / "finished.json").read_text(encoding="utf-8"))
     lines = (output / "log.jsonl").read_text(encoding="utf-8").splitlines()

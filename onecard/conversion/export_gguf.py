@@ -118,7 +118,7 @@ def _job(
     base = Path(locate(name))
     if not base.is_dir():
         raise UserError(f"--model_path {name}: no such folder.", "Name the base model with --model_path.")
-    revisions.compare(adapter and adapter.record, base, say)
+    revisions.compare(adapter and adapter.record, base)
     tokenizer = models_tokenizer.load_tokenizer(str(base))
     named = _check_tokenizer(base, tokenizer)
     if adapter:

@@ -105,7 +105,7 @@ def run(
         if not folder.is_dir():
             raise UserError(f"--model_path {name}: no such folder.", "Name the adapter's base model.")
         say(f"base        {folder}: {'asked for' if options.model_path else 'the adapter was made with it'}")
-        revisions.compare(found.record, folder, say)
+        revisions.compare(found.record, folder)
         say(f"adapter     {found.origin}")
         for flag, place in (("--model_path", folder), ("--lora_path", found.origin)):
             output_folder.check_apart(place, target, (flag, FLAG))

@@ -3,7 +3,6 @@
 Names of the hub become folders at one commit, which is said; the weights are fetched by whoever reads them.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,7 +81,7 @@ def fetch_dataset(name: str) -> str:
 
 def _fetch(name: str, kind: str, patterns: tuple[str, ...], what: str, fix: str) -> str:
     try:
-        return str(revisions.folder_of(name, kind, patterns, _say))
+        return str(revisions.folder_of(name, kind, patterns))
     except client.REFUSALS as error:
         raise _refusal(what, error, fix) from None
 
@@ -93,8 +92,3 @@ def _refusal(what: str, error: Exception, fix: str) -> UserError:
         raise error
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return UserError(f"{what} cannot be fetched: {reason}", fix)
-
-
-def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of several processes that train together the first
-        print(text, flush=True)

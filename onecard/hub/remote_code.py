@@ -21,6 +21,7 @@ from onecard.errors import UNSAFE, UserError, is_out_of_memory
 from onecard.hub import manifest, model_files, revisions, transfer
 from onecard.system import files as system_files
 from onecard.system import hashing
+from onecard.system.console import say
 
 PRINT = "code of the base"  # among a run's fingerprints: the commit
 SETTINGS = "*config*.json"  # which transformers may read an auto_map from
@@ -43,7 +44,6 @@ class Consent:
 
     folder: Path
     commit: str
-    say: Callable[[str], None]
 
     def read(self, auto: Any, **settings: Any) -> Any:
         """What transformers' Auto class reads from the folder, with the folder's own code."""
@@ -66,7 +66,7 @@ class Consent:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                self.say("waiting for another program that loads a model with code of its own ...")
+                say("waiting for another program that loads a model with code of its own ...")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             verified(self.folder, self.commit)
             try:
@@ -82,7 +82,7 @@ class Consent:
                 raise UserError(f"{problem}: {type(error).__name__}: {reason}.", fix) from None
 
 
-def ask(path: str, commit: str | None, say: Callable[[str], None]) -> Consent | None:
+def ask(path: str, commit: str | None) -> Consent | None:
     """The consent to run a model's code, None where it was not asked for; raises UserError (exit 8).
 
     path: its folder, or its name in the hub's cache. Nothing is run yet, but what is said says so.
@@ -94,23 +94,27 @@ def ask(path: str, commit: str | None, say: Callable[[str], None]) -> Consent | 
         folder = _in_cache(path, commit)
     files = listed(verified(folder, commit))
     say(f"code        of {path} now runs on this machine with your rights: {files}; commit {commit}")
-    return Consent(folder, commit, say)
+    return Consent(folder, commit)
 
 
-def place(name: str, commit: str | None, locate: Callable[[str], str], say: Callable[[str], None]) -> str:
-    """locate(name); a hub's name whose code is asked for stays: `ask` finds its commit in the hub's cache.
+def place(name: str, commit: str | None) -> str | None:
+    """Where `ask` finds the code of a hub's name that is asked for; None: the name is located like any other.
 
+    It is the folder that tools/download.py made, or the bare name: `ask` finds its commit in the hub's cache.
     Raises UserError when the name says another commit.
     """
     if commit is None or name == manifest.DEMO or not revisions.is_name(name):
-        return locate(name)
+        return None
     alone, revision = revisions.split(name)
     if revision and revisions.COMMIT.fullmatch(revision) and revision != commit:
         problem = f"--model_path {name} and --remote_code {commit} name two commits."
         raise UserError(problem, "Name the commit whose code you read, once.")
     if revision and revision != commit:
         say(f"hub         {alone}: commit {commit} of --remote_code is used, wherever {revision} points")
-    return locate(alone) if manifest.kept(alone) else alone
+    kept = manifest.kept(alone)
+    if kept and revisions.at_hand(f"{alone}@{commit}") in (kept, None):
+        return str(revisions.folder_of(alone, revisions.MODEL, model_files.SETTINGS))
+    return alone
 
 
 def check_same(what: str, fingerprints: dict[str, Any], commit: str | None) -> None:

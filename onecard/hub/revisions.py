@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from onecard.config.tools import HUB, MODELSCOPE
 from onecard.errors import UserError
 from onecard.hub import client, manifest, model_files
 from onecard.system import files as system_files
+from onecard.system.console import say
 
 MODEL, DATASET = "model", "dataset"
 KINDS = {f"{kind}s": kind for kind in (MODEL, DATASET)}  # as the cache calls their folders
@@ -29,7 +30,6 @@ COMMIT = re.compile(
 FILES = (".gguf", ".json", ".safetensors", ".bin")  # no hub name ends so
 BRANCH = "main"
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ def at_hand(text: str, kind: str = MODEL) -> Path | None:
     return kept or (found[0] if found and _has_content(found[0], kind) else None)
 
 
-def of_record(text: str, say: Say, kind: str = MODEL) -> str | None:
+def of_record(text: str, kind: str = MODEL) -> str | None:
     """at_hand of what a run or an adapter names, with its commit said."""
     folder = at_hand(text, kind)
     version = folder and of(folder)
@@ -122,7 +122,7 @@ _answered: dict[Path, Version] = {}  # folders that folder_of fetched from a hub
 
 
 @functools.cache  # in one program a name means one commit, which is said once
-def folder_of(text: str, kind: str, patterns: tuple[str, ...], say: Say) -> Path:
+def folder_of(text: str, kind: str, patterns: tuple[str, ...]) -> Path:
     """The folder of a name that the user typed, with the files of these patterns.
 
     Raises one of asking.REFUSALS.
@@ -169,7 +169,7 @@ def complete(folder: Path, patterns: Iterable[str]) -> None:
         _bring(version, (*patterns,))
 
 
-def compare(record: str | None, used: Path | str, say: Say) -> None:
+def compare(record: str | None, used: Path | str) -> None:
     """Say it when the version that was recorded is not the one in use. Nobody is asked."""
     before, now = parsed(record), of(used)
     if before and now and now.name == before.name and str(now) != str(before):
@@ -181,7 +181,7 @@ def compare(record: str | None, used: Path | str, say: Say) -> None:
 
 
 @functools.cache  # asked and said once
-def tell_move(record: str, say: Say) -> None:
+def tell_move(record: str) -> None:
     """Say it when a name that the user typed means another commit than the recorded one, which is used."""
     version = parsed(record)
     kept = _kept(version.name, None, MODEL)

@@ -89,14 +89,14 @@ def look(
     kind = llama_cpp_engine.Engine if is_llama else transformers_engine.Engine
     device = Choice("cpu", "llama.cpp's") if is_llama else _device(options.device)
     _check(options, base, adapters, is_llama)
-    code = remote_code.ask(base, options.remote_code, say)
+    code = remote_code.ask(base, options.remote_code)
     base = str(code.folder) if code else base
     is_file = base.endswith(GGUF)
     tokenizer = (
         llama_cpp_library.tokenizer_of(Path(base)) if is_file else models_tokenizer.load_tokenizer(base, code)
     )
     for recorded in dict.fromkeys(source.record for source in found):
-        revisions.compare(recorded, base, say)
+        revisions.compare(recorded, base)
     for source in adapters:
         say(f"adapter     {source.name}: {source.origin}")
     template, why = resolve.choose_template(options.template, found, tokenizer)
@@ -168,7 +168,7 @@ def _base(
         problem = f"--lora_path {found[0].folder}: a GGUF adapter does not say its base model."
         raise UserError(problem, "Name it with --model_path.")
     name = resolve.base_of(named[0] if named else None, options.model_path, say) or DEMO
-    return remote_code.place(name, options.remote_code, locate, say)
+    return remote_code.place(name, options.remote_code) or locate(name)
 
 
 def _place(base: str, locate: Callable[[str], str]) -> str:

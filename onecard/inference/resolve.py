@@ -34,9 +34,9 @@ def base_of(found: Source | None, asked: str | None, say: Callable[[str], None])
         return asked
     if asked and (asked == found.base or revisions.recorded(asked, found.base) != found.base):
         return asked
-    here = None if Path(found.base).exists() else revisions.of_record(found.base, say)
+    here = None if Path(found.base).exists() else revisions.of_record(found.base)
     if asked and here:
-        revisions.tell_move(found.base, say)
+        revisions.tell_move(found.base)
     elif asked:
         name, commit = revisions.split(found.base)
         say(f"hub         {name}: commit {commit}, which was trained on, is not here and is fetched")

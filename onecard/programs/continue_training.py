@@ -13,12 +13,10 @@ LESS_MEMORY = "--micro_batch_tokens"  # options that need less memory with less
 
 def main(arguments: list[str]) -> None:
     wish, given = config_options.parse_given(training_config.ContinueConfig, arguments, description=__doc__)
-    from onecard.hub import locate
     from onecard.inference import chat as inference_chat
     from onecard.training import (
         loop,
         metrics,  # after the options, so that --help needs no torch
     )
 
-    work = {"sample": inference_chat.reply, "draw": metrics.loss_curve, "fetch_data": locate.fetch_dataset}
-    loop.go_on(wish, given, locate.locate, locate.fetch_adapter, **work)
+    loop.go_on(wish, given, inference_chat.reply, metrics.loss_curve)

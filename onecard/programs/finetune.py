@@ -13,12 +13,10 @@ def main(arguments: list[str]) -> None:
     options, given = config_options.parse_given(
         training_config.FinetuneConfig, arguments, description=__doc__
     )
-    from onecard.hub import locate
     from onecard.inference import chat as inference_chat
     from onecard.training import (
         loop,
         metrics,  # after the options, so that --help needs no torch
     )
 
-    work = {"sample": inference_chat.reply, "draw": metrics.loss_curve, "fetch_data": locate.fetch_dataset}
-    loop.run(options, locate.locate, fetch=locate.fetch_adapter, given=given, **work)
+    loop.run(options, inference_chat.reply, metrics.loss_curve, given)

@@ -1,14 +1,14 @@
 """The loop: options -> a run folder with log, checkpoints and the best adapter.
 
 Reads top to bottom: plan, load, then one optimizer step after the other (training/step.py), then the finished
-adapter. Fetching models, answering prompts and drawing are other verbs' work and are passed in.
+adapter. Answering prompts and drawing the log are passed in.
 """
 
 import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ from tqdm import tqdm
 from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.data import examples as data_examples
 from onecard.data.packing import PackedBatch, micro_batches, pack
-from onecard.data.reader import Fetch
 from onecard.errors import CHECKPOINT, NON_FINITE, Stopped, UserError
 from onecard.hub import revisions
 from onecard.models import trainable
@@ -26,57 +25,37 @@ from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as run_folder
 from onecard.system import hardware, lock, signals
 from onecard.system import processes as system_processes
-from onecard.system.console import say
 from onecard.training import distributed, out_of_memory, resume, sharded, step, warm_start
 from onecard.training.plan import Plan, describe, learning_rate, prepare
 from onecard.training.samples import Draw, Sample, answers, finish, note_answers, samples_are_due
 from onecard.training.starting_point import STARTING, Start, finished_before
 from onecard.training.trainer import Trainer, load
 
-Locate = Callable[[str], str]
 SAVE_SECONDS = 600  # a checkpoint at least this often
 MOST_SKIPS = 20  # steps in a row that the fp16 scaler may skip
 
 
-def run(
-    options: FinetuneConfig,
-    locate: Locate,
-    sample: Sample,
-    draw: Draw,
-    fetch_data: Fetch | None = None,
-    fetch: Callable[[str], str] = str,
-    given: frozenset[str] = frozenset(),
-) -> None:
+def run(options: FinetuneConfig, sample: Sample, draw: Draw, given: frozenset[str] = frozenset()) -> None:
     """Fine-tune as the options say; raises UserError with the exit code of what went wrong.
 
-    locate: model name -> folder or hub name; sample: answers prompts; draw: log records -> picture;
-    fetch_data, fetch: name of a dataset, of an adapter on the hub -> folder; given: names of the options that
-    were not left as they are.
+    sample: answers prompts; draw: log records -> picture; given: names of the options that the user gave.
     """
     with signals.watch():
-        start = warm_start.from_lora_path(options, given, fetch) if options.lora_path else None
+        start = warm_start.from_lora_path(options, given) if options.lora_path else None
         options, weights_print = (start.options, start.fingerprint) if start else (options, None)
         if not finished_before(options, Path(options.output_path), weights_print):
-            plan = prepare(options, locate, fetch_data)
+            plan = prepare(options)
             plan.fingerprints |= {STARTING: weights_print} if weights_print else {}
-            revisions.compare(start and start.base, plan.base_path, say)
+            revisions.compare(start and start.base, plan.base_path)
             carry_out(plan, start, sample, draw)
 
 
-def go_on(
-    wish: ContinueConfig,
-    given: frozenset[str],
-    locate: Locate,
-    fetch: Callable[[str], str],
-    sample: Sample,
-    draw: Draw,
-    fetch_data: Fetch | None = None,
-) -> None:
+def go_on(wish: ContinueConfig, given: frozenset[str], sample: Sample, draw: Draw) -> None:
     """Continue a run, or start one from a checkpoint or an adapter (resume.py); otherwise like run."""
     with signals.watch():
-        start = resume.decide(wish, given, fetch)
+        start = resume.decide(wish, given)
         if start is not None:
-            carry_out(resume.make_plan(start, locate, fetch_data, wish, given), start, sample, draw)
+            carry_out(resume.make_plan(start, wish, given), start, sample, draw)
 
 
 def carry_out(plan: Plan, start: Start | None, sample: Sample, draw: Draw) -> None:

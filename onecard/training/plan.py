@@ -6,7 +6,6 @@ Nothing is written into the run folder here.
 import dataclasses
 import importlib.metadata
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from onecard.system import processes as system_processes
 from onecard.system.console import say
 from onecard.training import sharded
 from onecard.training.metrics import check_wandb
+from onecard.training.recorded_names import NEW_NAMES, Names
 
 DEFAULTS = FinetuneConfig()
 
@@ -78,15 +78,14 @@ class Plan:
 
 def prepare(
     options: FinetuneConfig,
-    locate: Callable[[str], str],
-    fetch_data: reader.Fetch | None = None,
+    hub_names: Names = NEW_NAMES,
     resolved: dict[str, Any] | None = None,
     again: bool = False,
 ) -> Plan:
     """Check everything that can be checked before weights are loaded; writes nothing into the run folder.
 
-    locate, fetch_data: name of a model, of a dataset on the hub -> folder; resolved: what `auto` became when
-    the run began, taken as it was; again: read all of rows and base anew.
+    hub_names: what names of the hub mean in this run; resolved: what `auto` became when the run began, taken
+    as it was; again: read all of rows and base anew.
     """
     resolved = resolved or {}
     if options.train_what == trainable.FULL and options.bits != 16:
@@ -99,7 +98,7 @@ def prepare(
     names = [name.strip() for name in options.template.split(",")]
     for name in names:
         data_template.check(name)
-    sources = reader.sources(options.data_path, options.eval_data_path, fetch_data)
+    sources = reader.sources(options.data_path, options.eval_data_path, hub_names.rows)
     if options.wandb:
         check_wandb()
     device = hardware.choose_device(options.device, system_processes.local_rank())
@@ -110,7 +109,9 @@ def prepare(
     hardware.check_optimizer(options.optimizer, device.value)
     sharded.check(options, dtype.value)
     system_files.check_room(Path(options.output_path), LEAST_ROOM)
-    base_path = remote_code.place(options.model_path, options.remote_code, locate, say)
+    base_path = remote_code.place(options.model_path, options.remote_code) or hub_names.base(
+        options.model_path
+    )
     code = _ask(options, base_path)
     base_path = str(code.folder) if code else base_path
     base_config = base_model.load_config(base_path, code)
@@ -179,7 +180,7 @@ def _ask(options: FinetuneConfig, base_path: str) -> remote_code.Consent | None:
     if options.remote_code and options.train_what == trainable.FULL:
         problem = "--train_what full: what a model with code of its own becomes could not be loaded again."
         raise UserError(problem, "Train an adapter: --train_what lora.")
-    return remote_code.ask(base_path, options.remote_code, say)
+    return remote_code.ask(base_path, options.remote_code)
 
 
 def check_quantised(options: FinetuneConfig, base_config: Any) -> None:

@@ -14,9 +14,8 @@ import torch
 
 from onecard.config import options as config_options
 from onecard.config.training import LONGER, MOVABLE, TIED, ContinueConfig, FinetuneConfig
-from onecard.data import reader
 from onecard.errors import CHECKPOINT, UserError
-from onecard.hub import remote_code, revisions
+from onecard.hub import locate, remote_code, revisions
 from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as run_folder
 from onecard.runs import legacy
@@ -30,10 +29,10 @@ from onecard.training.plan import Plan, learning_rate, prepare, versions
 from onecard.training.starting_point import STARTING, Start, finished_before, say_finished
 
 
-def decide(wish: ContinueConfig, given: frozenset[str], fetch: Callable[[str], str]) -> Start | None:
+def decide(wish: ContinueConfig, given: frozenset[str]) -> Start | None:
     """What to go on from; None when the run is finished, which is said.
 
-    given: names of the options the user gave; the others stay as the run has them. fetch: hub name -> folder.
+    given: names of the options the user gave; the others stay as the run has them.
     Raises UserError (exit 4) for a checkpoint that is damaged or does not belong to these options.
     """
     if wish.overwrite:
@@ -42,7 +41,9 @@ def decide(wish: ContinueConfig, given: frozenset[str], fetch: Callable[[str], s
         raise UserError("--lora_path starts a run.", "Use finetune.py, or --resume_from_checkpoint here.")
     if wish.lora_remote_checkpoint and wish.resume_from_checkpoint:
         raise UserError("Give --resume_from_checkpoint or --lora_remote_checkpoint, not both.")
-    name = fetch(wish.lora_remote_checkpoint) if wish.lora_remote_checkpoint else wish.resume_from_checkpoint
+    name = wish.resume_from_checkpoint
+    if wish.lora_remote_checkpoint:
+        name = locate.fetch_adapter(wish.lora_remote_checkpoint)
     output = Path(wish.output_path) if "output_path" in given or name is None else None
     if name is None:
         return _same_run(output, None, wish, given)
@@ -68,13 +69,7 @@ def decide(wish: ContinueConfig, given: frozenset[str], fetch: Callable[[str], s
     return warm_start.from_adapter(source, wish, given)
 
 
-def make_plan(
-    start: Start,
-    locate: Callable[[str], str],
-    fetch_data: reader.Fetch | None,
-    wish: ContinueConfig,
-    given: frozenset[str],
-) -> Plan:
+def make_plan(start: Start, wish: ContinueConfig, given: frozenset[str]) -> Plan:
     """The plan of a run that goes on; raises UserError (exit 4) when rows or base are not what they were.
 
     given: names of the options that the user gave; of the hub's names only theirs are asked for.
@@ -83,13 +78,13 @@ def make_plan(
     options = start.options
     if start.same_run and options.device == "auto" and resolved["device"] == "cpu":
         options = dataclasses.replace(options, device="cpu")  # a card that came later is not used by itself
+    names = recorded_names.NEW_NAMES
     if start.stored:
         _check_code(start, options)
         typed = {name: getattr(wish, name) for name in recorded_names.OPTIONS if name in given}
-        locate = recorded_names.base_of(start.stored, typed, locate)
-        fetch_data = fetch_data and recorded_names.rows_of(start.stored, typed, fetch_data)
-    plan = prepare(options, locate, fetch_data, _arithmetic(options, resolved), again=wish.verify)
-    revisions.compare(resolved.get("base") or start.base, plan.base_path, say)
+        names = recorded_names.Names(start.stored, typed)
+    plan = prepare(options, names, _arithmetic(options, resolved), again=wish.verify)
+    revisions.compare(resolved.get("base") or start.base, plan.base_path)
     plan.options = start.options
     if start.stored:
         _check_same(start, plan)

@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.errors import CHECKPOINT, UserError
-from onecard.hub import model_files, revisions
+from onecard.hub import locate, model_files, revisions
 from onecard.models import adapter as models_adapter
 from onecard.models import trainable
 from onecard.runs import checkpoint as runs_checkpoint
@@ -25,16 +24,16 @@ from onecard.training.starting_point import Start, finished_before
 OTHER_KINDS = ("lora_bias", "trainable_token_indices", "target_parameters", "layer_replication")
 
 
-def from_lora_path(options: FinetuneConfig, given: frozenset[str], fetch: Callable[[str], str]) -> Start:
+def from_lora_path(options: FinetuneConfig, given: frozenset[str]) -> Start:
     """finetune.py --lora_path: an adapter's weights alone, in the options' run.
 
-    given: names of the options that the user gave; fetch: name of an adapter on the hub -> folder.
+    given: names of the options that the user gave.
     """
     if options.train_what == trainable.FULL:
         fix = "Merge it into the base first, or train it further: --train_what lora."
         raise UserError("--lora_path with --train_what full: an adapter is not all weights.", fix)
     name = options.lora_path
-    source = Path(name if Path(name).is_dir() else fetch(name))
+    source = Path(name if Path(name).is_dir() else locate.fetch_adapter(name))
     if not (source / model_files.ADAPTER_WEIGHTS).is_file():
         _refuse_without_adapter(source)
     start = _start_from(source, options, given)

@@ -3,6 +3,8 @@
 Every Python file of the model here writes its name into a canary when it is imported.
 """
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -107,8 +109,11 @@ def fetched(served, tmp_path) -> Path:
 
 
 def refusal(folder: Path | str, commit: str, code: int = UNSAFE) -> str:
-    with pytest.raises(UserError) as caught:
-        remote_code.ask(str(folder), commit, pytest.fail)
+    """Why the code is refused, before anything says that it runs."""
+    said = io.StringIO()
+    with pytest.raises(UserError) as caught, contextlib.redirect_stdout(said):
+        remote_code.ask(str(folder), commit)
+    assert not said.getvalue()
     assert caught.value.code == code
     return str(caught.value)
 
@@ -299,19 +304,19 @@ def test_a_model_without_code_needs_no_consent(served, tmp_path, tiny_model):
     assert "Leave the option out" in refusal(tmp_path / "plain", COMMIT, USAGE)
 
 
-def test_what_is_accepted_is_said_aloud(fetched, tmp_path):
+def test_what_is_accepted_is_said_aloud(fetched, tmp_path, capsys):
     """Rights, files and commit in one line, before anything runs."""
-    said: list[str] = []
-    assert remote_code.ask(str(fetched), None, said.append) is None
-    given = remote_code.ask(str(fetched), COMMIT, said.append)
+    assert remote_code.ask(str(fetched), None) is None
+    capsys.readouterr()
+    given = remote_code.ask(str(fetched), COMMIT)
     assert (given.folder, given.commit) == (fetched, COMMIT)
-    [line] = said
+    [line] = capsys.readouterr().out.splitlines()
     assert all(word in line for word in ("with your rights", COMMIT, str(fetched), *CODE))
     assert not canary(tmp_path)
 
 
 def test_a_consent_ends_when_a_file_changes(fetched, tmp_path):
-    given = remote_code.ask(str(fetched), COMMIT, lambda _: None)
+    given = remote_code.ask(str(fetched), COMMIT)
     (fetched / "modeling_odd.py").write_text(CANARY)
     with pytest.raises(UserError, match="is not what was fetched"):
         base_model.load_config(str(fetched), given)
@@ -338,7 +343,7 @@ def cached(files, tmp_path, monkeypatch) -> Path:
 
 def test_the_hubs_own_cache(cached, tmp_path):
     """By the snapshot's folder, whose blobs are called by their checksum; a copy elsewhere says nothing."""
-    given = remote_code.ask(NAME, COMMIT, lambda _: None)
+    given = remote_code.ask(NAME, COMMIT)
     assert given.folder == cached
     assert "not on this machine at that commit. Fetch it" in refusal(NAME, OTHER)
     assert f"is at commit {COMMIT}" in refusal(cached, OTHER)
@@ -444,12 +449,12 @@ def settings(words: list[str]) -> dict[str, str]:
 
 
 def begin(options: FinetuneConfig) -> None:
-    loop.run(options, str, sample=lambda *_: [], draw=lambda *_: None)
+    loop.run(options, sample=lambda *_: [], draw=lambda *_: None)
 
 
 def go_on(wish: ContinueConfig) -> None:
     given = frozenset({"output_path", "max_steps", "remote_code"})
-    loop.go_on(wish, given, str, str, sample=lambda *_: [], draw=lambda *_: None)
+    loop.go_on(wish, given, sample=lambda *_: [], draw=lambda *_: None)
 
 
 def test_all_weights_are_not_trained(fetched, tmp_path, tiny_rows):
@@ -481,7 +486,7 @@ def test_code_that_fails_is_told(served, tmp_path, fault):
     download(served, tmp_path / "m", remote_code=COMMIT)
     script = "import sys; from onecard import errors\nfrom onecard.hub import remote_code\n"
     script += "from onecard.models import base_model\n"
-    script += "def main():\n    code = remote_code.ask(sys.argv[1], sys.argv[2], print)\n"
+    script += "def main():\n    code = remote_code.ask(sys.argv[1], sys.argv[2])\n"
     script += "    base_model.load_base(sys.argv[1], 16, 'fp32', 'cpu', code=code)\nerrors.run_program(main)"
     ended = program("-c", script, tmp_path / "m", COMMIT)
     assert ended.returncode == USAGE, ended.stderr

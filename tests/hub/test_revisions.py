@@ -54,7 +54,25 @@ def cached(folders, tmp_path, monkeypatch) -> Path:
         shutil.copytree(folder, place / "snapshots" / commit)
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text(NEW)
+    for asked_once in (revisions.folder_of, revisions.tell_move):
+        asked_once.cache_clear()  # by another test, for its own cache
     return place
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """What is said about names."""
+    lines: list[str] = []
+    for module in (revisions, remote_code):
+        monkeypatch.setattr(module, "say", lines.append)
+    return lines
+
+
+@pytest.fixture
+def asking(monkeypatch) -> None:
+    """Names that are located or fetched say so, instead of being it."""
+    for function in ("locate", "fetch_dataset"):
+        monkeypatch.setattr(hub_locate, function, "asked {}".format)
 
 
 def run(program: str, address: str, home: Path, *flags: object, offline: int = 0, **options: object) -> str:
@@ -170,7 +188,7 @@ def test_an_adapter_by_its_name(tmp_path):
     assert run_adapters.read_list(f"someone/lora@{OLD}:0.5") == [("lora", f"someone/lora@{OLD}", 0.5)]
 
 
-def test_a_folder_says_its_version(cached, tmp_path, monkeypatch):
+def test_a_folder_says_its_version(cached, said, tmp_path, monkeypatch):
     """A snapshot by its name, a download by its receipt, a file in a snapshot; others say nothing."""
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "own"))
     assert str(revisions.of(cached / "snapshots" / OLD)) == f"{NAME}@{OLD}"
@@ -188,12 +206,11 @@ def test_a_folder_says_its_version(cached, tmp_path, monkeypatch):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / manifest.NAME).write_text("{}")
     assert revisions.of(tmp_path / "damaged") is None
-    said: list[str] = []
-    revisions.compare(f"other/model@{OLD}", cached, said.append)
+    revisions.compare(f"other/model@{OLD}", cached)
     assert said == []  # another folder is in use
-    revisions.compare(f"other/model@{OLD}", other, said.append)
+    revisions.compare(f"other/model@{OLD}", other)
     assert f"commit {OLD} was trained on, {NEW} is used" in said[0]
-    revisions.tell_move(f"other/model@{OLD}", said.append)
+    revisions.tell_move(f"other/model@{OLD}")
     assert f"from {OLD[:12]} to {NEW[:12]}" in said[1]
 
 
@@ -277,7 +294,7 @@ def test_a_hub_that_gives_nothing(folders, tmp_path, fails, reason):
         assert "cannot be fetched" in fake_hub.fetch(address, tmp_path / "other", "fetch_model", NAME)
 
 
-def test_a_silent_hub_is_left_alone(cached, monkeypatch):
+def test_a_silent_hub_is_left_alone(cached, said, monkeypatch):
     """One wait for all names of a program, whatever keeps the hub from answering."""
     asked: list[str] = []
     never = threading.Event()
@@ -289,11 +306,10 @@ def test_a_silent_hub_is_left_alone(cached, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.repo_info", answer)
     monkeypatch.setattr(client, "PATIENCE", 0.2)
     monkeypatch.setattr(client, "_silence", {"until": 0.0})
-    said: list[str] = []
-    assert revisions.folder_of(NAME, revisions.MODEL, model_files.SETTINGS, said.append).name == NEW
+    assert revisions.folder_of(NAME, revisions.MODEL, model_files.SETTINGS).name == NEW
     assert "nothing in 0.2 seconds" in said[0]
     with pytest.raises(TimeoutError):
-        revisions.folder_of("someone/other", revisions.MODEL, model_files.SETTINGS, said.append)
+        revisions.folder_of("someone/other", revisions.MODEL, model_files.SETTINGS)
     never.set()
     assert asked == [NAME]
 
@@ -355,7 +371,7 @@ def test_settings_alone_are_no_base_that_is_here(cached):
     assert resolve.is_here(NAME)
 
 
-def test_modelscope_is_another_source(cached, tmp_path, monkeypatch):
+def test_modelscope_is_another_source(cached, said, tmp_path, monkeypatch):
     """Its commits are compared and said, never looked up at the hub."""
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "own"))
     monkeypatch.setattr(client, "commit_of", lambda *_: pytest.fail("asked"))
@@ -367,26 +383,25 @@ def test_modelscope_is_another_source(cached, tmp_path, monkeypatch):
     assert str(revisions.of(folder)) == version
     assert revisions.parsed(version) == revisions.of(folder)
     assert revisions.recorded(NAME, version) == NAME  # found where tools/download.py put it
-    said: list[str] = []
-    assert revisions.folder_of(NAME, revisions.MODEL, (), said.append) == folder
+    assert revisions.folder_of(NAME, revisions.MODEL, ()) == folder
     assert said.pop() == f"modelscope  {NAME} is commit {OLD}, which is in {folder}"
-    revisions.compare(version, folder, said.append)
+    revisions.compare(version, folder)
     assert said == []
-    revisions.compare(version, cached / "snapshots" / OLD, said.append)
+    revisions.compare(version, cached / "snapshots" / OLD)
     assert said == [f"modelscope  {NAME}: commit {OLD} of ModelScope was trained on, {OLD} is used"]
 
 
 @pytest.mark.parametrize("revision", ["main", "v1.0"])
-def test_a_branch_beside_the_commit_whose_code_is_read(cached, revision):
-    said: list[str] = []
-    assert remote_code.place(f"{NAME}@{revision}", OLD, str, said.append) == NAME
-    assert f"commit {OLD} of --remote_code is used" in said[0]
-    assert remote_code.place(f"{NAME}@{OLD}", OLD, str, pytest.fail) == NAME
+def test_a_branch_beside_the_commit_whose_code_is_read(cached, said, revision):
+    assert remote_code.place(f"{NAME}@{revision}", OLD) == NAME
+    assert f"commit {OLD} of --remote_code is used" in said.pop()
+    assert remote_code.place(f"{NAME}@{OLD}", OLD) == NAME
+    assert not said
 
 
 def test_another_commit_than_the_one_whose_code_is_read(cached):
     with pytest.raises(UserError, match="name two commits") as caught:
-        remote_code.place(f"{NAME}@{NEW}", OLD, str, print)
+        remote_code.place(f"{NAME}@{NEW}", OLD)
     assert caught.value.code == USAGE
 
 
@@ -400,10 +415,10 @@ def test_another_commit_than_the_one_whose_code_is_read(cached):
         (None, {}, NEW),
     ],
 )
-def test_the_base_of_a_run_that_goes_on(cached, recorded, typed, found):
+def test_the_base_of_a_run_that_goes_on(cached, asking, recorded, typed, found):
     """The recorded commit, fetched only where its name was typed."""
     stored = {"resolved": {"base": recorded}}
-    locate = recorded_names.base_of(stored, typed, lambda name: f"asked {name}")
+    locate = recorded_names.Names(stored, typed).base
     if found is None:
         with pytest.raises(UserError, match=f"{GONE} is not on this machine"):
             locate(NAME)
@@ -415,30 +430,32 @@ def test_the_base_of_a_run_that_goes_on(cached, recorded, typed, found):
     assert locate(str(cached)) == f"asked {cached}"
 
 
-def test_the_rows_of_a_run_that_goes_on(cached):
+def test_the_rows_of_a_run_that_goes_on(cached, asking):
     """Of a dataset its recorded commit, which is here; nothing is asked unless it is typed."""
     place = cached.parent / "datasets--someone--rows" / "snapshots" / OLD
     place.mkdir(parents=True)
     stored = {"data": {"versions": [f"someone/rows@{OLD}"]}}
     with pytest.raises(UserError, match="are not on this machine"):  # an empty snapshot
-        recorded_names.rows_of(stored, {}, pytest.fail)("someone/rows")
+        recorded_names.Names(stored).rows("someone/rows")
     (place / "rows.json").write_text("[]")
-    assert recorded_names.rows_of(stored, {}, pytest.fail)("someone/rows") == str(place)
+    assert recorded_names.Names(stored).rows("someone/rows") == str(place)
     with pytest.raises(UserError, match="are not on this machine"):
-        recorded_names.rows_of(stored, {"data_path": "a.json"}, pytest.fail)("other/rows")
+        recorded_names.Names(stored, {"data_path": "a.json"}).rows("other/rows")
     typed = {"data_path": "a.json, someone/rows:2"}
-    assert (
-        recorded_names.rows_of(stored, typed, lambda name: f"asked {name}")("someone/rows")
-        == "asked someone/rows"
-    )
+    assert recorded_names.Names(stored, typed).rows("someone/rows") == "asked someone/rows"
 
 
-def test_a_stored_name_with_a_branch_has_its_commit(cached):
+def test_the_names_of_a_run_that_begins_were_typed(cached, asking):
+    assert recorded_names.NEW_NAMES.base(NAME) == f"asked {NAME}"
+    assert recorded_names.NEW_NAMES.rows("someone/rows") == "asked someone/rows"
+
+
+def test_a_stored_name_with_a_branch_has_its_commit(cached, asking):
     """A run that was begun with name@main stays where it began; one that is typed so follows the branch."""
     stored = {"resolved": {"base": f"{NAME}@{OLD}"}}
-    assert recorded_names.base_of(stored, {}, pytest.fail)(f"{NAME}@main") == str(cached / "snapshots" / OLD)
+    assert recorded_names.Names(stored).base(f"{NAME}@main") == str(cached / "snapshots" / OLD)
     typed = {"model_path": f"{NAME}@main"}
-    assert recorded_names.base_of(stored, typed, "asked {}".format)(f"{NAME}@main") == f"asked {NAME}@main"
+    assert recorded_names.Names(stored, typed).base(f"{NAME}@main") == f"asked {NAME}@main"
 
 
 @pytest.mark.parametrize("branch", ["/etc/passwd", "../../../x", "..", "x/../../../../x"])
@@ -465,7 +482,7 @@ def test_a_cache_on_another_disk(cached, tmp_path, monkeypatch):
         assert revisions.of(folder).name == NAME
 
 
-def test_a_full_disk_is_no_silent_hub(cached, monkeypatch):
+def test_a_full_disk_is_no_silent_hub(cached, said, monkeypatch):
     """An older commit is not taken instead."""
 
     def full(*_: object, **__: object) -> None:
@@ -473,9 +490,8 @@ def test_a_full_disk_is_no_silent_hub(cached, monkeypatch):
 
     monkeypatch.setattr(client, "commit_of", lambda *_: GONE)
     monkeypatch.setattr(revisions, "snapshot_download", full)
-    said: list[str] = []
     with pytest.raises(OSError, match="No space"):
-        revisions.folder_of(NAME, revisions.MODEL, ("*",), said.append)
+        revisions.folder_of(NAME, revisions.MODEL, ("*",))
     assert not any("of the cache is used" in line for line in said)
 
 

@@ -147,7 +147,7 @@ def trained(tiny_model: Path, folder: Path, **changes) -> Path:
     flags = {"model_path": tiny_model, "data_path": rows, "output_path": folder / "run", "device": "cuda:0"}
     argv = [f"--{name}={value}" for name, value in {**resume_cases.FLAGS, **flags, **changes}.items()]
     options, given = config_options.parse_given(training_config.FinetuneConfig, argv)
-    loop.run(options, locate=str, given=given, sample=lambda *_: [], draw=lambda *_: None)
+    loop.run(options, given=given, sample=lambda *_: [], draw=lambda *_: None)
     return folder / "run"
 
 
@@ -177,7 +177,7 @@ def test_training_learns_and_goes_on_to_the_bit(tiny_model, tmp_path, how):
     wish, given = config_options.parse_given(
         training_config.ContinueConfig, [f"--output_path={part}", "--device=cuda:0"]
     )
-    loop.go_on(wish, given, str, str, sample=lambda *_: [], draw=lambda *_: None)
+    loop.go_on(wish, given, sample=lambda *_: [], draw=lambda *_: None)
     assert resume_cases.differences(resume_cases.outcome(whole), resume_cases.outcome(part)) == []
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from onecard.config.options import build
 from onecard.config.training import FinetuneConfig
-from onecard.hub import locate
 from onecard.inference import chat
 from onecard.training import loop, metrics
 from tests.support import fresh_environment as fresh
@@ -103,7 +102,7 @@ def test_four_bits_learn_too(tmp_path):
     changes = {"bits": 4, "batch_size": 8, "max_steps": 16, "learning_rate": 4e-3, "test_size": 0}
     paths = {"output_path": str(tmp_path / "run"), "data_path": str(ROOT / "sample/instruct.json")}
     settings = build(FinetuneConfig, {**changes, **paths})
-    loop.run(settings, locate=locate.locate, sample=chat.reply, draw=metrics.loss_curve)
+    loop.run(settings, sample=chat.reply, draw=metrics.loss_curve)
     assert fall(tmp_path / "run") < 0.8
 
 

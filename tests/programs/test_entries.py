@@ -114,7 +114,7 @@ def run(tmp_path_factory, tiny_model) -> Path:
     options = config_options.build(
         training_config.FinetuneConfig, {name: str(value) for name, value in flags.items()}
     )
-    loop.run(options, locate=str, sample=None, draw=metrics.loss_curve)
+    loop.run(options, sample=None, draw=metrics.loss_curve)
     return folder / "mine"
 
 

@@ -68,7 +68,7 @@ def trained(base: Path, place: Path, **changes) -> Path:
         "lora_target_modules": TARGETS,
     }
     settings = build(FinetuneConfig, {**given, **changes})
-    loop.run(settings, locate=str, sample=lambda *_: [], draw=lambda *_: None)
+    loop.run(settings, sample=lambda *_: [], draw=lambda *_: None)
     return place / "run"
 
 

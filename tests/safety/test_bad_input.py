@@ -14,7 +14,6 @@ from onecard.config import options as config_options
 from onecard.config import training as training_config
 from onecard.data import template as templates
 from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, UserError, run_program
-from onecard.hub import locate
 from onecard.inference import chat
 from onecard.programs import finetune
 from onecard.runs import folder as run_folder
@@ -292,7 +291,7 @@ def run_before(tiny_model, tmp_path_factory) -> tuple[Path, tuple[object, ...]]:
     options = config_options.parse(
         training_config.FinetuneConfig, [*map(str, arguments), "--output_path", str(folder / "run")]
     )
-    loop.run(options, locate=locate.locate, sample=chat.reply, draw=metrics.loss_curve)
+    loop.run(options, sample=chat.reply, draw=metrics.loss_curve)
     return folder / "run", arguments
 
 

@@ -101,7 +101,7 @@ def fetch(address: str, home: Path, function: str, name: str) -> str:
     """What onecard.hub's function says for a name, in a process whose hub is at this address."""
     code = (
         "import sys; from onecard import errors; from onecard.hub import locate\n"
-        f"try: print(hub.{function}(sys.argv[1]))\n"
+        f"try: print(locate.{function}(sys.argv[1]))\n"
         "except errors.UserError as error: print(error.problem)"
     )
     environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}

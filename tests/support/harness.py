@@ -122,10 +122,10 @@ def program(name: str, argv: list[str]) -> None:
 
     if name == "finetune":
         options, given = config_options.parse_given(training_config.FinetuneConfig, argv)
-        loop.run(options, locate=str, given=given, sample=lambda *_: [], draw=lambda *_: None)
+        loop.run(options, given=given, sample=lambda *_: [], draw=lambda *_: None)
     else:
         wish, given = config_options.parse_given(training_config.ContinueConfig, argv)
-        loop.go_on(wish, given, str, str, sample=lambda *_: [], draw=lambda *_: None)
+        loop.go_on(wish, given, sample=lambda *_: [], draw=lambda *_: None)
 
 
 @contextlib.contextmanager

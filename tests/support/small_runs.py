@@ -45,7 +45,7 @@ def trained(model, rows, folder, sample=short_reply, **changes) -> Path:
     """The folder of a finished run: that of resume_cases, 6 steps long; changes: of its options."""
     flags = resume_cases.flags(model, rows, folder, **{"max_steps": 6, **changes})
     settings = build(FinetuneConfig, {name: str(value) for name, value in flags.items()})
-    loop.run(settings, locate=str, sample=sample, draw=metrics.loss_curve)
+    loop.run(settings, sample=sample, draw=metrics.loss_curve)
     return folder
 
 

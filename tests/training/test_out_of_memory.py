@@ -89,7 +89,7 @@ def test_the_dry_run_changes_nothing(tiny_model, tiny_rows, tmp_path, monkeypatc
 
     monkeypatch.setattr(out_of_memory, "dry_run", watched)
     settings = options(tiny_model, tiny_rows, tmp_path / "run", max_steps=1, lora_dropout=0.3)
-    loop.run(settings, locate=lambda path: path, sample=chat.reply, draw=metrics.loss_curve)
+    loop.run(settings, sample=chat.reply, draw=metrics.loss_curve)
     assert seen == [True]
 
 

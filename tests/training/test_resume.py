@@ -552,7 +552,7 @@ def test_a_checkpoint_at_least_every_ten_minutes(tiny_model, rows, tmp_path, mon
     settings = flags(tiny_model, rows, tmp_path / "run", max_steps=3, save_steps=1000, eval_steps=1000)
     settings = {**settings, "test_size": 0}
     options = config_options.build(training_config.FinetuneConfig, {k: str(v) for k, v in settings.items()})
-    loop.run(options, locate=str, sample=lambda *_: [], draw=lambda *_: None)
+    loop.run(options, sample=lambda *_: [], draw=lambda *_: None)
     assert sorted(run_folder.checkpoint_steps(tmp_path / "run")) == [0, 1, 2, 3]
 
 

@@ -32,7 +32,7 @@ from tests.support.small_runs import QUICK, options
 
 
 def run(settings: FinetuneConfig) -> Path:
-    loop.run(settings, locate=lambda path: path, sample=chat.reply, draw=metrics.loss_curve)
+    loop.run(settings, sample=chat.reply, draw=metrics.loss_curve)
     return Path(settings.output_path)
 
 

@@ -125,7 +125,7 @@ def validation_loss(made, rows: Path, run: Path) -> float:
     """The mean over the targets of the run's validation rows, from full logits."""
     settings = json.loads((run / "finetune_config.json").read_text())["options"]
     settings |= {"data_path": str(rows), "output_path": str(run.with_name("plan"))}
-    plan = training_plan.prepare(build(FinetuneConfig, settings), str)
+    plan = training_plan.prepare(build(FinetuneConfig, settings))
     total, count = 0.0, 0
     with torch.no_grad():
         for row in plan.validation_rows:
@@ -145,7 +145,7 @@ def test_bf16_runs_answer_their_questions(tied_model, tmp_path, what):
         tied_model, rows, tmp_path / "run", dtype="bf16", train_what=what, max_steps=2, test_size=3
     )
     options = build(FinetuneConfig, {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()})
-    loop.run(options, str, chat.reply, metrics.loss_curve)
+    loop.run(options, chat.reply, metrics.loss_curve)
     answers = json.loads((tmp_path / "run" / "finished.json").read_text())["answers"]
     assert len(answers) == 3
 

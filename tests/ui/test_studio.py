@@ -77,7 +77,7 @@ def test_answers_on_the_way_survive_a_stop(one_thread, tiny_model, tiny_rows, tm
     with open(folder / run_folder.SAMPLES, "a") as file:
         file.write('{"step": 99, "answers": []}\n{"step": 3, "ans')
     wish = build(ContinueConfig, {"output_path": str(folder)})
-    loop.go_on(wish, frozenset({"output_path"}), str, str, short_reply, metrics.loss_curve)
+    loop.go_on(wish, frozenset({"output_path"}), short_reply, metrics.loss_curve)
     assert samples(folder) == samples(whole)
     assert resume_cases.differences(resume_cases.outcome(whole), resume_cases.outcome(folder)) == []
 
