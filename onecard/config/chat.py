@@ -5,6 +5,7 @@ said here too, so that none silently does nothing.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from onecard.config.generation import BASE, BEAM, GREEDY, MIX, SAMPLE, Generation
@@ -30,6 +31,17 @@ IN_CHINESE = {BASE: "基座模型", MIX: "加权混合"}
 WINDOW_ONLY = ("studio", "lang", "server_name", "server_port", "origin", "share", "auth", "queue")
 TURNS_ONLY = ("studio", "max_memory", "last_turns")
 SAMPLING_ONLY = ("temperature", "top_p", "top_k", "seed")
+
+
+ONE_SEQUENCE = "one sequence"
+LACKS = {  # why an engine, of that name, lacks an option or a mode -> English and Chinese
+    ONE_SEQUENCE: ("{} follows one sequence: no beam search", "{} 一次只跟踪一个序列：不支持束搜索"),
+}
+
+
+def unused_by(engine: str, lacks: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Option or mode -> why an engine of this name lacks it, English and Chinese; lacks: keys of LACKS."""
+    return {what: (LACKS[why][0].format(engine), LACKS[why][1].format(engine)) for what, why in lacks.items()}
 
 
 def unused(mode: str) -> dict[str, tuple[str, str]]:

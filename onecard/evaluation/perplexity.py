@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from onecard.config.chat import ChatConfig
 from onecard.config.generation import Mixture
 from onecard.config.tools import PerplexityConfig
 from onecard.errors import CHECKPOINT, DATA, UserError
 from onecard.inference import loader
+from onecard.inference.engine import Engine
 
 LEAST, LEAST_CONTEXT = 2, 8  # tokens
 
@@ -76,7 +78,7 @@ class Score:
         return self.nats / math.log(2) / self.bytes
 
 
-def encode(tokenizer: Any, text: str, most: int | None = None) -> Text:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> Text:
     """The first `most` tokens of a text; control tokens written in it are text."""
     made = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
     ids, ends = list(made.input_ids), [end for _, end in made.offset_mapping]
@@ -95,11 +97,8 @@ def windows(count: int, length: int, unscored: int = 1) -> list[Window]:
     return made
 
 
-def score(engine: Any, text: Text, length: int, mixture: Mixture = (), title: str = "") -> Score:
-    """Score a text in windows of `length` tokens; title: of the bar, none without.
-
-    engine: has each(ids, mixture), logits [t, V] of what follows each token, some tokens at a time.
-    """
+def score(engine: Engine, text: Text, length: int, mixture: Mixture = (), title: str = "") -> Score:
+    """Score a text in windows of `length` tokens; title: of the bar, none without."""
     nats = 0.0
     cut = windows(len(text.ids), length - len(text.beginning), text.unscored)
     tokens = len(text.ids) - text.unscored
@@ -132,11 +131,11 @@ def perplexity(options: PerplexityConfig, *how: Any, say: Callable[[str], None])
     Raises UserError, exit 4 when the score is no finite number.
     """
     text = read(options.data_path)
-    engine, _, mixture, _ = loader.load(for_chat(options), *how, say, exact=True)
+    engine, tokenizer, _, mixture, _ = loader.load(for_chat(options), *how, say, exact=True)
     if len(mixture) < len(engine.adapters):
         problem = f"--lora_path names {len(engine.adapters)} adapters."
         raise UserError(problem, "Name one, or give those that act together a weight: PATH:0.5,PATH:0.5.")
-    encoded = encode(engine.tokenizer, text, options.max_tokens)
+    encoded = encode(tokenizer, text, options.max_tokens)
     if len(encoded.ids) < LEAST:
         raise UserError(f"{options.data_path}: fewer than {LEAST} tokens.", "Name a longer text.", DATA)
     length = min(options.context, engine.context)

@@ -5,7 +5,9 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from onecard.config import chat as chat_config
 from onecard.config import generation
@@ -17,11 +19,16 @@ from onecard.data.conversation import Conversation
 from onecard.data.template import Template
 from onecard.errors import UserError, is_out_of_memory
 from onecard.inference import decoding, detokenizer, history, lazy_engine, loader, transformers_engine
+from onecard.inference import engine as engines
 from onecard.inference.decoding import CANCELLED, NO_MEMORY
 
 
 def reply(
-    model: Any, tokenizer: Any, form: Template, conversations: list[Conversation], max_new_tokens: int
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    form: Template,
+    conversations: list[Conversation],
+    max_new_tokens: int,
 ) -> list[str]:
     """One greedy answer for each conversation; an answer it may end with is not looked at."""
     prompts = [data_encode.encode(c.question, form, tokenizer)[0] for c in conversations]
@@ -55,9 +62,15 @@ class Reply:
         return (self.text.tokens - 1) / max(self.seconds - self.first, 1e-9)
 
 
-def start(options: ChatConfig, *how: Any) -> "Chat":
-    """A model ready to talk, as the options say; how: what loading.load takes besides."""
-    return Chat(*loader.load(options, *how))
+def start(
+    options: ChatConfig,
+    locate: Callable[[str], str],
+    fetch: Callable[[str], str],
+    to_gguf: loader.ToGguf,
+    say: Callable[[str], None],
+) -> "Chat":
+    """A model ready to talk, as the options say; the others as loader.load takes them."""
+    return Chat(*loader.load(options, locate, fetch, to_gguf, say))
 
 
 def with_its_mode(talk: "Chat", options: ChatConfig, given: frozenset[str]) -> ChatConfig:
@@ -75,43 +88,51 @@ def later(
     say: Callable[[str], None],
     beside: Callable[[str], list[str]],
 ) -> "Chat":
-    """The same, its weights read when the first question comes; beside: as late.Engine takes it."""
+    """The same, its weights read when the first question comes; beside: as lazy_engine.Engine takes it."""
     found = loader.look(options, locate, fetch, say)
     found.keep.cleanup()
 
-    def load() -> Any:  # a run may have newer checkpoints by then, and not the older ones any more
+    def make() -> engines.Engine:  # a run may have newer checkpoints by then, and not the older ones any more
         return loader.engine_of(loader.look(options, locate, fetch, say), to_gguf, say)
 
-    engine = lazy_engine.Engine(found, load, beside)
+    engine = lazy_engine.Engine(found, make, beside)
     say("model       not loaded: the first question does that")
-    return Chat(engine, found.template, found.mixture, found.versions)
+    return Chat(engine, found.tokenizer, found.template, found.mixture, found.versions)
 
 
 class Chat:
     """A model ready to talk: an engine, a template, adapters. Conversations are the caller's."""
 
     def __init__(
-        self, engine: Any, form: Template, mixture: Mixture = (), versions: dict[str, str] | None = None
+        self,
+        engine: engines.Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        form: Template,
+        mixture: Mixture = (),
+        versions: dict[str, str] | None = None,
     ):
-        """mixture: adapters and weights that answer unless a question says otherwise.
+        """form: the template; mixture: adapters and weights that answer unless a question says otherwise.
 
         versions: owner/name@COMMIT of the base and of adapters that come from the hub.
         """
         self.versions = versions or {}
-        self.engine, self.tokenizer, self.template, self.mixture = engine, engine.tokenizer, form, mixture
-        self.ends = data_encode.ends(form, engine.tokenizer)
-        self.others: dict[str, tuple[Template, Any]] = {}  # built-in templates that were asked for
+        self.engine, self.tokenizer, self.template, self.mixture = engine, tokenizer, form, mixture
+        self.ends = data_encode.ends(form, tokenizer)
+        self.others: dict[str, tuple[Template, PreTrainedTokenizerBase]] = {}  # templates asked for by name
         self.lock = threading.Lock()  # of them
 
     def unused(self, mode: str) -> dict[str, tuple[str, str]]:
         """Option -> why it does nothing with this mode and engine, English and Chinese."""
-        return chat_config.unused(mode) | self.engine.cannot
+        return chat_config.unused(mode) | self._lacking()
+
+    def _lacking(self) -> dict[str, tuple[str, str]]:
+        return chat_config.unused_by(self.engine.name, self.engine.capabilities.lacks)
 
     def template_of(self, name: str = TRAINED) -> Template:
         """The template of that name, TRAINED: the one answers have by themselves; raises UserError."""
         return self._form(name)[0]
 
-    def _form(self, name: str) -> tuple[Template, Any]:
+    def _form(self, name: str) -> tuple[Template, PreTrainedTokenizerBase]:
         """A template and its tokenizer: what one makes a control token is still text for the others."""
         if name == TRAINED:
             return self.template, self.tokenizer
@@ -124,7 +145,13 @@ class Chat:
             return self.others[name]
 
     def modes(self) -> list[str]:
-        return [mode for mode in generation.MODES if mode not in self.engine.cannot]
+        return [mode for mode in generation.MODES if mode not in self.engine.capabilities.lacks]
+
+    def check_mode(self, mode: str) -> None:
+        """Raise UserError with the reason when the engine does not have this mode."""
+        lacking = self._lacking()
+        if mode in lacking:
+            raise UserError(f"--mode {mode}: {lacking[mode][0]}.")
 
     def stream(
         self,
@@ -142,13 +169,12 @@ class Chat:
         """
         started = time.monotonic()
         settings = generation.seeded(settings)
-        if isinstance(self.engine, lazy_engine.Engine) and not self.engine.is_loaded:
+        if not self.engine.is_loaded:
             yield Reply(detokenizer.Text(""), 0, 0, 0, 0, 0.0, None, loading=True)
-            self.engine.loaded()
+            self.engine.load()
             started = time.monotonic()
         mixture = self.mixture if mixture is None else mixture
-        if settings.mode in self.engine.cannot:
-            raise UserError(f"--mode {settings.mode}: {self.engine.cannot[settings.mode][0]}.")
+        self.check_mode(settings.mode)
         self.engine.check_mixture(mixture)
         shape, tokenizer = self._form(form)
         ends = self.ends if form == TRAINED else data_encode.ends(shape, tokenizer)
@@ -162,22 +188,24 @@ class Chat:
         def so_far(text: detokenizer.Text, finished: str = "") -> Reply:
             text = dataclasses.replace(text, finished=finished) if finished else text
             taken = time.monotonic() - started
-            return Reply(text, len(fitted.ids), read, stream.reused, fitted.left_out, taken, first, seed)
+            return Reply(text, len(fitted.ids), read, sequence.reused, fitted.left_out, taken, first, seed)
 
-        stream = self.engine.open(fitted.ids, mixture)
+        sequence = self.engine.open(fitted.ids, mixture)
         try:
-            for read in stream.read():
+            for read in sequence.read():
                 if cancelled():
+                    sequence.cancel()
                     yield so_far(_settled(growing), CANCELLED)
                     return
                 if read < len(fitted.ids):
                     yield so_far(growing)
             limit = min(settings.max_new_tokens, self.engine.context - len(fitted.ids))
             watch = detokenizer.watch(tokenizer, stops, banned, fitted.answer)
-            steps = decoding.decode(stream, fitted.ids, settings, ends, limit, watch)
+            steps = decoding.decode(sequence, fitted.ids, settings, ends, limit, watch)
             for growing in detokenizer.grow(tokenizer, steps, stops, fitted.answer):
                 first = first or time.monotonic() - started
                 if cancelled() and not growing.finished:
+                    sequence.cancel()
                     yield so_far(_settled(growing), CANCELLED)
                     return
                 yield so_far(growing)
@@ -188,7 +216,7 @@ class Chat:
             self.engine.forget()
             yield so_far(_settled(growing), NO_MEMORY)
         finally:
-            stream.close()
+            sequence.close()
 
 
 def _settled(text: detokenizer.Text) -> detokenizer.Text:

@@ -1,6 +1,6 @@
 """How the next token is chosen: greedy, sampling, beam search and beam sampling, one step at a time.
 
-Both engines decode here; an engine only says how probable each next token is. The caller takes step after
+All engines decode here; an engine only says how probable each next token is. The caller takes step after
 step and may stop after any. Results are those of transformers' generate (length penalty 1, early_stopping
 off), which the tests compare with.
 
@@ -10,7 +10,7 @@ Legend: B beams, V entries of the vocabulary, T tokens of prompt and answer.
 import dataclasses
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from onecard.config.generation import Generation
+from onecard.inference import engine as engines
 
 GOES, STOPS, BANNED = "goes", "stops", "banned"  # what a text watch says of an answer so far
 END, STOP, LENGTH = "end", "stop", "length"  # why an answer is finished
@@ -31,20 +32,6 @@ SHORTLIST = 256  # tokens looked at first when one is drawn: with --top_k there 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step
 Rule = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]  # tokens so far [B, T], scores -> scores
 IMPOSSIBLE = -1e8  # scores below are of beams that do not exist (transformers starts them at -1e9)
-
-
-class Stream(Protocol):
-    """What an engine gives for one answer: scores of the next token; it keeps the keys and values itself."""
-
-    def read(self) -> Iterator[int]:
-        """Take the prompt in; yields how many of its tokens are read."""
-
-    def first(self) -> torch.Tensor:
-        """Scores [1, V] of the first token, after read()."""
-
-    def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
-        """Sequence b is from now on sequence parents[b] with tokens[b] behind it; scores [B, V] of what
-        follows. There may be more or fewer sequences than before; the prompt is one."""
 
 
 class Step(NamedTuple):
@@ -65,7 +52,7 @@ class Hypothesis:
 
 
 def decode(
-    stream: Stream,
+    sequence: engines.Sequence,
     prompt: list[int],
     settings: Generation,
     ends: Sequence[int],
@@ -74,17 +61,18 @@ def decode(
 ) -> Iterator[Step]:
     """The answer, growing; the last step has `finished`.
 
-    ends: end tokens; limit: most new tokens; watch: what the stop words and banned phrases say of an answer.
+    sequence: read already; ends: end tokens; limit: most new tokens; watch: what the stop
+    words and banned phrases say of an answer.
     """
     pick = _Picker(settings, prompt, ends, watch)
     if settings.width > 1:
-        return _beams(stream, pick, settings.width, set(ends), limit)
-    return _single(stream, pick, set(ends), limit)
+        return _beams(sequence, pick, settings.width, set(ends), limit)
+    return _single(sequence, pick, set(ends), limit)
 
 
-def _single(stream: Stream, pick: "_Picker", ends: set[int], limit: int) -> Iterator[Step]:
+def _single(sequence: engines.Sequence, pick: "_Picker", ends: set[int], limit: int) -> Iterator[Step]:
     ids: list[int] = []
-    scores = stream.first()
+    scores = sequence.first()
     while True:
         found = pick.best(scores, [ids], [0.0], 1)
         if not found:  # every token is banned here
@@ -99,14 +87,16 @@ def _single(stream: Stream, pick: "_Picker", ends: set[int], limit: int) -> Iter
         yield Step([ids], len(ids), why)
         if why:
             return
-        scores = stream.advance([0], [token])
+        scores = sequence.advance([0], [token])
 
 
-def _beams(stream: Stream, pick: "_Picker", width: int, ends: set[int], limit: int) -> Iterator[Step]:
+def _beams(
+    sequence: engines.Sequence, pick: "_Picker", width: int, ends: set[int], limit: int
+) -> Iterator[Step]:
     live: list[list[int]] = [[]]
     totals = [0.0]  # log probability of each live beam
     done: list[Hypothesis] = []  # the best `width`, best first
-    scores, stable = stream.first(), 0
+    scores, stable = sequence.first(), 0
     while True:
         found = pick.best(scores, live, totals, (1 + max(1, len(ends))) * width)
         length = len(live[0]) + 1
@@ -129,7 +119,7 @@ def _beams(stream: Stream, pick: "_Picker", width: int, ends: set[int], limit: i
         live, totals = [ids for *_, ids in going], [total for total, *_ in going]
         stable = _common([*live, *(one.ids for one in done)], stable)
         yield Step(live, stable)
-        scores = stream.advance(parents, [token for _, _, token, _ in going])
+        scores = sequence.advance(parents, [token for _, _, token, _ in going])
 
 
 def shared_beginning(one: list[int], other: list[int]) -> int:

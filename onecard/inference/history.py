@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from onecard.data import encode as data_encode
 from onecard.data.conversation import ASSISTANT, Conversation
@@ -24,7 +25,7 @@ class Fitted:
 def fit(
     conversation: Conversation,
     template: Template,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     room: int,
     memory: int = 0,
     last_turns: int = 0,

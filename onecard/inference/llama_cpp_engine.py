@@ -11,15 +11,18 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from onecard.config.generation import Mixture
+from onecard.config.chat import ONE_SEQUENCE
+from onecard.config.generation import BEAM, BEAM_SAMPLE, Mixture
 from onecard.errors import CHECKPOINT, MEMORY, UserError
+from onecard.inference import engine as engines
 from onecard.inference import gguf_check
 from onecard.inference import llama_cpp as llama_cpp_library
 from onecard.inference.decoding import shared_beginning
@@ -27,14 +30,16 @@ from onecard.inference.gguf_check import AGAIN, ANOTHER, because, is_allocation,
 
 CHUNK = 256  # tokens of a prompt read at once: between two chunks an answer can be stopped
 TURN = 0.2  # seconds between two looks of one who waits
-NO_BEAMS = ("llama.cpp follows one sequence: no beam search", "llama.cpp 一次只跟踪一个序列：不支持束搜索")
 
 
 class Engine:
-    """A GGUF file in memory, with adapters. One answer at a time has it, from Stream.read to Stream.close."""
+    """A GGUF file in memory, with adapters. One answer at a time has it, from its read() to its close()."""
 
     name = "llama.cpp"
-    cannot: ClassVar[dict[str, tuple[str, str]]] = {"beam": NO_BEAMS, "beam_sample": NO_BEAMS}
+    capabilities: ClassVar = engines.Capabilities(
+        interleaves=False, lacks={BEAM: ONE_SEQUENCE, BEAM_SAMPLE: ONE_SEQUENCE}
+    )
+    is_loaded = True
 
     def __init__(
         self,
@@ -104,13 +109,12 @@ class Engine:
             raise unusable(path, because("the adapter does not fit this base model", said), ANOTHER)
         return adapter
 
-    def describe(self) -> tuple[str, str]:
-        """Where it runs, English and Chinese."""
-        told = f"cpu, {self.threads} threads", f"cpu，{self.threads} 线程"
-        if not self.gpu_layers:
-            return told
-        layers = ("all", "全部") if self.gpu_layers < 0 else (self.gpu_layers, f"{self.gpu_layers} 个")
-        return f"{told[0]}, {layers[0]} layers on the card", f"{told[1]}，{layers[1]}层在显卡上"
+    @property
+    def placement(self) -> engines.Placement:
+        return engines.Placement("cpu", self.threads, self.gpu_layers)
+
+    def load(self) -> None:
+        """It is there from the beginning."""
 
     def check_mixture(self, mixture: Mixture) -> None:
         """Raise UserError when these adapters cannot be used so."""
@@ -119,8 +123,13 @@ class Engine:
                 known = ", ".join(self.adapters) or "none"
                 raise UserError(f"No adapter is called {name}.", f"Loaded: {known}.")
 
-    def open(self, prompt: list[int], mixture: Mixture = ()) -> "Stream":
-        return Stream(self, prompt, mixture)
+    def open(self, prompt: list[int], mixture: Mixture = ()) -> "Sequence":
+        self._check_open()
+        return Sequence(self, prompt, mixture)
+
+    def _check_open(self) -> None:
+        if self.state is None:
+            raise RuntimeError("The engine is closed.")
 
     def forget(self) -> None:
         """Begin the next answer from nothing. Takes no lock: the answer that failed still holds it."""
@@ -128,7 +137,7 @@ class Engine:
 
     def begin(self, prompt: list[int], mixture: Mixture) -> int:
         """Keep what the context has of this prompt, all but one token at most; returns how many that are."""
-        assert self.state is not None, "closed"
+        self._check_open()
         active = {name: weight for name, weight in mixture if weight}
         memory = self.library.llama_get_memory(self.state)
         keep = 0
@@ -218,40 +227,57 @@ class Engine:
             self.state = None
 
 
-class Stream:
-    """One answer's use of the engine: a decoding.Stream. `reused`: tokens of the prompt not read again."""
+class Sequence:
+    """One answer's use of the engine: an engine.Sequence."""
 
     def __init__(self, engine: Engine, prompt: list[int], mixture: Mixture):
         self.engine, self.prompt, self.mixture = engine, prompt, mixture
         self.reused = 0
-        self.has_lock = False
+        self.has_lock = self.cancelled = False
         self.scores: torch.Tensor | None = None
 
     def read(self) -> Iterator[int]:
         """Take the prompt in; yields how many tokens are read, 0 while another answer is being written."""
         while not self.engine.lock.acquire(timeout=TURN):
+            if self.cancelled:
+                return
             yield 0
         self.has_lock = True
         self.reused = self.engine.begin(self.prompt, self.mixture)
         for start in range(self.reused, len(self.prompt), CHUNK):
+            if self.cancelled:
+                return
             part = self.prompt[start : start + CHUNK]
             self.scores = self.engine.scores(part)
             yield start + len(part)
 
     def first(self) -> torch.Tensor:
+        self._check_goes_on()
         assert self.scores is not None, "read() comes first"
         return self.scores
 
-    def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+    def advance(self, parents: abc.Sequence[int], tokens: abc.Sequence[int]) -> torch.Tensor:
+        self._check_goes_on()
         assert list(parents) == [0], "one sequence"
-        assert self.has_lock, "closed"
         return self.engine.scores(list(tokens))
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def _check_goes_on(self) -> None:
+        if self.cancelled or not self.has_lock:
+            raise RuntimeError("The sequence was cancelled or closed, or not read.")
 
     def close(self) -> None:
         """Let the next answer begin. Its keys and values stay, for the next turn of this conversation."""
         if self.has_lock:
             self.has_lock = False
             self.engine.lock.release()
+
+
+def _is_an_engine(engine: Engine) -> engines.Engine:
+    """For the type checker alone."""
+    return engine
 
 
 def _check_vocabulary(gguf: Path, entries: int, tokenizer: Any) -> None:

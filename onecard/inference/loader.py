@@ -7,7 +7,9 @@ import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from onecard.config.chat import ChatConfig
 from onecard.config.generation import BASE, Mixture
@@ -16,6 +18,7 @@ from onecard.data.template import Template
 from onecard.errors import UserError
 from onecard.hub import remote_code, revisions
 from onecard.hub.manifest import DEMO
+from onecard.inference import engine as engines
 from onecard.inference import llama_cpp as llama_cpp_library
 from onecard.inference import llama_cpp_engine, resolve, transformers_engine
 from onecard.models import adapter as models_adapter
@@ -43,16 +46,26 @@ class Found:
     """What is known before a weight is read: enough to lay out a page."""
 
     options: ChatConfig
-    kind: type  # of the engine
+    kind: type[transformers_engine.Engine] | type[llama_cpp_engine.Engine]
     base: str
     device: Choice
     adapters: list[Source]
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     template: Template
     mixture: Mixture  # adapters that answer unless told otherwise
     keep: tempfile.TemporaryDirectory  # of adapters that were written in peft's form
     code: remote_code.Consent | None = None  # to run Python code of the base's own
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  # of base and adapters of the hub
+
+
+class Loaded(NamedTuple):
+    """What a Chat is made of."""
+
+    engine: engines.Engine
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    mixture: Mixture  # adapters that answer unless told otherwise
+    versions: dict[str, str]  # owner/name@COMMIT of the base and of adapters that come from the hub
 
 
 def load(
@@ -62,14 +75,15 @@ def load(
     to_gguf: ToGguf,
     say: Callable[[str], None],
     exact: bool = False,
-) -> tuple[Any, Template, Mixture, dict[str, str]]:
-    """An engine, the template, the adapters that answer unless told otherwise, and Found.versions.
+) -> Loaded:
+    """An engine with its model in memory, and what it is used with; raises UserError.
 
     locate: model name -> folder or hub name; fetch: name of an adapter on the hub -> folder; to_gguf: model
     and adapter folders -> files for llama.cpp; exact: for measuring, in fp32 where that is free to choose.
     """
     found = look(options, locate, fetch, say)
-    return engine_of(found, to_gguf, say, exact), found.template, found.mixture, found.versions
+    engine = engine_of(found, to_gguf, say, exact)
+    return Loaded(engine, found.tokenizer, found.template, found.mixture, found.versions)
 
 
 def look(
@@ -111,10 +125,14 @@ def look(
     return Found(options, kind, base, device, adapters, tokenizer, template, mixture, keep, code, known)
 
 
-def engine_of(found: Found, to_gguf: ToGguf, say: Callable[[str], None], exact: bool = False) -> Any:
+def engine_of(
+    found: Found, to_gguf: ToGguf, say: Callable[[str], None], exact: bool = False
+) -> engines.Engine:
     """The engine with its model and adapters in memory; raises UserError."""
     is_llama = found.kind is llama_cpp_engine.Engine
-    engine = _llama(found, to_gguf, say, exact) if is_llama else _transformers(found, say, exact)
+    engine: engines.Engine = (
+        _llama(found, to_gguf, say, exact) if is_llama else _transformers(found, say, exact)
+    )
     found.keep.cleanup()  # read into memory, then not needed
     return engine
 

@@ -16,13 +16,13 @@ from onecard.config.generation import BEAM_SAMPLE, GREEDY, SAMPLE, TRAINED, Gene
 from onecard.data import template as templates
 from onecard.data.conversation import Conversation, Turn
 from onecard.errors import DATA, UserError
+from onecard.inference.chat import Chat
 
 LONGEST = 20_000_000  # characters
 OTHER_FILE = "Choose a file that was saved here."
 LEFT, RIGHT = "answer", "other"  # of two adapters that are compared
 TEXTS = ("question", "input", LEFT, RIGHT, "template")
 Turns = list[dict[str, Any]]  # question, input, answer, other; options, adapters and template that made them
-Chat = Any  # onecard.chat.Chat, which stands above
 Note = tuple[str, str]  # English, Chinese
 
 

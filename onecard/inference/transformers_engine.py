@@ -3,7 +3,8 @@
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from onecard.config.generation import Mixture
 from onecard.errors import UserError
+from onecard.inference import engine as engines
 from onecard.inference.decoding import shared_beginning
 from onecard.models import adapter as models_adapter
 from onecard.models import trainable
@@ -40,10 +42,10 @@ def greedy(
         use_cache=True,
     )
     with _ready_to_generate(model):
-        made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[
-            :, longest:
-        ].tolist()
-    return [list(itertools.takewhile(lambda token: token not in ends, answer)) for answer in made]
+        # torch says nothing of what a module adds
+        made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)  # type: ignore[operator]
+    answers = made[:, longest:].tolist()
+    return [list(itertools.takewhile(lambda token: token not in ends, answer)) for answer in answers]
 
 
 @contextlib.contextmanager
@@ -68,9 +70,10 @@ class Engine:
     """A model in memory that several answers may use at once; each step of each is one turn at the lock."""
 
     name = "transformers"
-    cannot: ClassVar[dict[str, tuple[str, str]]] = {}  # options and modes it does not have, with the reason
+    capabilities: ClassVar = engines.Capabilities(interleaves=True)
+    is_loaded = True
 
-    def __init__(self, model: Any, tokenizer: Any, context: int, adapters: Sequence[str] = ()):
+    def __init__(self, model: Any, tokenizer: Any, context: int, adapters: abc.Sequence[str] = ()):
         """context: tokens of prompt and answer together; adapters: names of those attached to the model."""
         self.model, self.tokenizer, self.context, self.adapters = model, tokenizer, context, list(adapters)
         self.device = next(model.parameters()).device
@@ -78,9 +81,12 @@ class Engine:
         self.active: Mixture | None = None
         self.kept: list[tuple[Mixture, list[int], DynamicCache]] = []
 
-    def describe(self) -> tuple[str, str]:
-        """Where it runs, English and Chinese."""
-        return str(self.device), str(self.device)
+    @property
+    def placement(self) -> engines.Placement:
+        return engines.Placement(str(self.device))
+
+    def load(self) -> None:
+        """It is there from the beginning."""
 
     def check_mixture(self, mixture: Mixture) -> None:
         """Raise UserError when these adapters cannot be used so."""
@@ -92,8 +98,8 @@ class Engine:
                 problem = f"Adapter {name} holds trained embeddings, which cannot be weighted or mixed."
                 raise UserError(problem, "Use it alone, with weight 1.")
 
-    def open(self, prompt: list[int], mixture: Mixture = ()) -> "Stream":
-        return Stream(self, prompt, mixture)
+    def open(self, prompt: list[int], mixture: Mixture = ()) -> "Sequence":
+        return Sequence(self, prompt, mixture)
 
     def forget(self) -> None:
         """Let go of all kept keys and values, after running out of memory."""
@@ -101,9 +107,19 @@ class Engine:
             self.kept.clear()
         hardware.forget_cached_memory(str(self.device))
 
+    def close(self) -> None:
+        with self.lock:
+            self.model = None
+        self.forget()
+
+    def new_cache(self) -> DynamicCache:
+        if self.model is None:
+            raise RuntimeError("The engine is closed.")
+        return DynamicCache(config=trainable.base_of(self.model).config)
+
     def each(self, ids: list[int], mixture: Mixture = ()) -> Iterator[torch.Tensor]:
         """[t, V] of what follows each of `ids`, some tokens at a time; nothing comes before the first."""
-        cache = DynamicCache(config=trainable.base_of(self.model).config)
+        cache = self.new_cache()
         for start in range(0, len(ids), CHUNK):
             yield self._logits([ids[start : start + CHUNK]], cache, mixture, 0)[0]
 
@@ -115,6 +131,8 @@ class Engine:
     def _logits(self, ids: list[list[int]], cache: DynamicCache, mixture: Mixture, keep: int) -> torch.Tensor:
         """[B, keep, V], or [B, T, V] with 0, the last positions' of ids [B, T]."""
         with self.lock:
+            if self.model is None:
+                raise RuntimeError("The engine is closed.")
             if self.adapters and mixture != self.active:
                 self.active = None  # until it is whole
                 models_adapter.mix(self.model, dict(mixture))
@@ -132,7 +150,7 @@ class Engine:
                 if common > length:
                     best, length = entry, common
             if best is None:
-                return DynamicCache(config=trainable.base_of(self.model).config), 0
+                return self.new_cache(), 0
             self.kept.remove(best)
         _, ids, cache = best
         if length < len(ids):
@@ -149,18 +167,21 @@ class Engine:
                 self.kept = [*self.kept, (mixture, ids, cache)][-KEPT:]
 
 
-class Stream:
-    """One answer's use of the engine: a decoding.Stream."""
+class Sequence:
+    """One answer's use of the engine: an engine.Sequence."""
 
     def __init__(self, engine: Engine, prompt: list[int], mixture: Mixture):
         self.engine, self.prompt, self.mixture = engine, prompt, mixture
         self.cache, self.reused = engine.take(prompt, mixture)
         self.rows: list[list[int]] = [[]]  # tokens behind the prompt, of each sequence
         self.scores: torch.Tensor | None = None
+        self.cancelled = self.closed = False
         self.whole = True  # no error came in the middle of a step, when some layers know more than others
 
     def read(self) -> Iterator[int]:
         for start in range(self.reused, len(self.prompt), CHUNK):
+            if self.cancelled:
+                return
             part = self.prompt[start : start + CHUNK]
             self.whole = False
             self.scores = self.engine.scores([part], self.cache, self.mixture)
@@ -168,10 +189,12 @@ class Stream:
             yield start + len(part)
 
     def first(self) -> torch.Tensor:
+        self._check_goes_on()
         assert self.scores is not None, "read() comes first"
         return self.scores
 
-    def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+    def advance(self, parents: abc.Sequence[int], tokens: abc.Sequence[int]) -> torch.Tensor:
+        self._check_goes_on()
         self.whole = False
         if list(parents) != list(range(len(self.rows))):
             self.cache.batch_select_indices(torch.tensor(parents, device=self.engine.device))
@@ -180,9 +203,17 @@ class Stream:
         self.whole = True
         return scores
 
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def _check_goes_on(self) -> None:
+        if self.cancelled or self.closed:
+            raise RuntimeError("The sequence was cancelled or closed.")
+
     def close(self) -> None:
         """Give keys and values back, for the next turn of this conversation."""
-        if self.whole:
+        closed, self.closed = self.closed, True
+        if self.whole and not closed:
             if len(self.rows) > 1:
                 self.cache.batch_select_indices(torch.tensor([0], device=self.engine.device))
             self.engine.keep([*self.prompt, *self.rows[0]], self.cache, self.mixture)
@@ -192,3 +223,8 @@ def _can_be_cut(layer: Any) -> bool:
     """Whether a layer of a cache can forget its last tokens; a window that has moved has lost older ones."""
     moved = getattr(layer, "is_sliding", False) and layer.get_seq_length() >= layer.sliding_window
     return getattr(layer, "is_croppable", False) and not moved
+
+
+def _is_an_engine(engine: Engine) -> engines.Engine:
+    """For the type checker alone."""
+    return engine

@@ -9,11 +9,11 @@ import gradio as gr
 from onecard.config.chat import IN_CHINESE, ChatConfig
 from onecard.config.generation import BASE, MIX, TRAINED, Mixture
 from onecard.data import template
+from onecard.inference.chat import Chat
 from onecard.ui import forms, page
 from onecard.ui import sessions as ui_sessions
 from onecard.ui import status as ui_status
 
-Chat = Any  # onecard.chat.Chat, which stands above
 ANSWER = [
     "mode",
     "num_beams",
@@ -213,7 +213,7 @@ def wire(
     )
 
 
-def system_for(chat, shape: str, system: str, lang: str) -> tuple[str, str]:
+def system_for(chat: Chat, shape: str, system: str, lang: str) -> tuple[str, str]:
     """The system prompt as far as a template holds one, and what to say when it does not; raises UserError.
 
     shape: name of the template.
@@ -226,7 +226,7 @@ def system_for(chat, shape: str, system: str, lang: str) -> tuple[str, str]:
     return "", f"the system prompt is left out: template {form.name} has none"
 
 
-def mixture_of(choice: str, weights: dict[str, float], names: list[str]) -> tuple[tuple[str, float], ...]:
+def mixture_of(choice: str, weights: dict[str, float], names: Sequence[str]) -> tuple[tuple[str, float], ...]:
     """Adapters of a picker: the base alone, one of them, or all with a weight."""
     if choice in names:
         return ((choice, weights.get(choice, 1.0)),)

@@ -7,6 +7,7 @@ import gradio as gr
 from onecard.config.chat import ChatConfig
 from onecard.config.generation import BASE, TRAINED
 from onecard.errors import UserError
+from onecard.inference.chat import Chat
 from onecard.ui import chat_controls, forms, page
 from onecard.ui import status as ui_status
 
@@ -20,8 +21,7 @@ MATH = [
 class ChatLayout:
     """The chat's components, made where gradio stands now."""
 
-    def __init__(self, chat: Any, options: ChatConfig):
-        """chat: a chat.Chat."""
+    def __init__(self, chat: Chat, options: ChatConfig):
         self.chat, self.options, self.lang = chat, options, options.lang
         self.state = gr.State([])
         self.kept = gr.Textbox(visible="hidden", elem_id="kept")  # the chat as JSON, for this tab's storage

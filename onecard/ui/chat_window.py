@@ -16,6 +16,7 @@ from onecard.config.chat import ChatConfig
 from onecard.config.generation import BASE, TRAINED, Generation, seeded
 from onecard.errors import UserError
 from onecard.inference import decoding, transcript
+from onecard.inference.chat import Chat
 from onecard.inference.detokenizer import Text
 from onecard.inference.transcript import LEFT, RIGHT, Turns
 from onecard.ui import chat_controls, forms, page
@@ -46,8 +47,8 @@ class Wish:
 class ChatWindow(ChatLayout):
     """What the components do."""
 
-    def __init__(self, window: gr.Blocks, chat: Any, options: ChatConfig):
-        """window: the whole page; chat: a chat.Chat."""
+    def __init__(self, window: gr.Blocks, chat: Chat, options: ChatConfig):
+        """window: the whole page."""
         super().__init__(chat, options)
         self.sessions = ui_sessions.Sessions()
         self.wire(window)
@@ -149,11 +150,11 @@ class ChatWindow(ChatLayout):
                 wish.form,
             )
             growing.append(zip(itertools.repeat(key), side))
-        if self.chat.engine.name == "transformers":
+        if self.chat.engine.capabilities.interleaves:
             for made in itertools.chain.from_iterable(itertools.zip_longest(*growing)):
                 if made is not None:
                     yield made[0], *made[1]
-        else:  # one sequence at a time
+        else:  # the second would wait for the first
             for key, made in itertools.chain(*growing):
                 yield key, *made
 
@@ -348,7 +349,7 @@ class ChatWindow(ChatLayout):
         window.load(self.reopened, self.kept, self.outputs(), js=page.KEPT_CHAT, **page.QUICK)
 
 
-def turns(chat: Any, options: ChatConfig, training: Callable[[str], None] | None = None) -> gr.Blocks:
+def turns(chat: Chat, options: ChatConfig, training: Callable[[str], None] | None = None) -> gr.Blocks:
     """The page of interaction.py; training: makes the training window, in a tab of its own."""
     with gr.Blocks(analytics_enabled=False, title="OneCard", fill_width=True) as window:
         if training is None:

@@ -11,9 +11,10 @@ import traceback
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
-from onecard.config.generation import TRAINED, Generation
+from onecard.config.generation import TRAINED, Generation, Mixture
 from onecard.data.conversation import Conversation
 from onecard.errors import UserError
+from onecard.inference.chat import Chat
 from onecard.inference.decoding import NO_MEMORY
 from onecard.inference.detokenizer import Text
 from onecard.ui import status as ui_status
@@ -101,10 +102,10 @@ STEPS = Steps()
 def answers(
     sessions: Sessions,
     session: str,
-    chat,
+    chat: Chat,
     asked: Conversation,
     settings: Generation,
-    mixture,
+    mixture: Mixture | None,
     lang: str,
     shape: str = TRAINED,
 ) -> Iterator[Said]:

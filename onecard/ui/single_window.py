@@ -5,6 +5,7 @@ import gradio as gr
 from onecard.config.chat import ChatConfig
 from onecard.errors import UserError
 from onecard.inference import detokenizer, transcript
+from onecard.inference.chat import Chat
 from onecard.ui import chat_controls, forms, page
 from onecard.ui import html as ui_html
 from onecard.ui import sessions as ui_sessions
@@ -21,7 +22,7 @@ EXAMPLES = [
 ]
 
 
-def single(chat, options: ChatConfig) -> gr.Blocks:
+def single(chat: Chat, options: ChatConfig) -> gr.Blocks:
     """The page of generate.py."""
     lang, sessions = options.lang, ui_sessions.Sessions()
 

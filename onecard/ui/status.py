@@ -1,7 +1,9 @@
 """The line that says how an answer went: speed, context, device, and why it ended."""
 
+from onecard.inference.chat import Chat, Reply
 from onecard.inference.decoding import CANCELLED, END, LENGTH, NO_MEMORY, STOP
 from onecard.inference.detokenizer import Text
+from onecard.inference.engine import Placement
 from onecard.ui import html as ui_html
 
 
@@ -23,11 +25,11 @@ WHY = {
 }
 
 
-def describe(reply, chat, lang: str) -> str:
+def describe(reply: Reply, chat: Chat, lang: str) -> str:
     """The status line: speed, tokens of the context, device, and why it ended."""
     zh = lang == "zh"
     if reply.loading:
-        others = ", ".join(chat.engine.beside())
+        others = ", ".join(chat.engine.placement.beside)
         told = "正在载入模型 ..." if zh else "loading the model ..."
         shared = f"（{others} 正在同一设备上训练）" if zh else f" ({others} is trained on the same device)"
         return told + (shared if others else "")
@@ -38,7 +40,7 @@ def describe(reply, chat, lang: str) -> str:
     parts = [
         f"{reply.speed:.1f} {'词元/秒' if zh else 'tokens/s'}",
         f"{used} / {chat.engine.context} {'词元（上下文）' if zh else 'tokens of the context'}",
-        f"{chat.engine.name}, {chat.engine.describe()[zh]}",
+        f"{chat.engine.name}, {where(chat.engine.placement)[zh]}",
     ]
     if reply.first is not None:
         parts.insert(1, f"{'首词元' if zh else 'first after'} {reply.first:.1f} s")
@@ -51,6 +53,21 @@ def describe(reply, chat, lang: str) -> str:
     if reply.finished in WHY:
         parts.append(WHY[reply.finished][zh])
     return " · ".join(parts)
+
+
+def where(placement: Placement) -> tuple[str, str]:
+    """Where a model runs and beside which trainings, English and Chinese."""
+    english = chinese = placement.device
+    if placement.threads is not None:
+        english, chinese = f"{english}, {placement.threads} threads", f"{chinese}，{placement.threads} 线程"
+    if placement.gpu_layers:
+        number = placement.gpu_layers
+        layers = ("all", "全部") if number < 0 else (str(number), f"{number} 个")
+        english = f"{english}, {layers[0]} layers on the card"
+        chinese = f"{chinese}，{layers[1]}层在显卡上"
+    for name in placement.beside:
+        english, chinese = f"{english}, beside the training {name}", f"{chinese}，与训练 {name} 同时运行"
+    return english, chinese
 
 
 def together(sides: dict[str, Said], names: dict[str, str], note: str = "") -> tuple[str, bool]:

@@ -24,6 +24,7 @@ from onecard.data import template as templates
 from onecard.data.conversation import Conversation
 from onecard.errors import UserError, missing_package
 from onecard.inference import transcript
+from onecard.inference.chat import Chat, Reply
 from onecard.inference.decoding import END, LENGTH, STOP
 from onecard.inference.transcript import LEFT, RIGHT, Turns
 from onecard.ui import status as ui_status
@@ -47,7 +48,7 @@ def check_editor(part: str) -> None:
 
 
 def talk(
-    chat: Any, settings: ChatConfig, say: Callable[[str], None] = tell, single_turn: bool = False
+    chat: Chat, settings: ChatConfig, say: Callable[[str], None] = tell, single_turn: bool = False
 ) -> None:
     """Talk until /exit or the end of the input; single_turn: every question begins a new conversation.
 
@@ -85,7 +86,7 @@ def talk(
 class Session:
     """A conversation, its settings, and what the commands do to them."""
 
-    def __init__(self, chat: Any, settings: ChatConfig, say: Callable[[str], None], single_turn: bool):
+    def __init__(self, chat: Chat, settings: ChatConfig, say: Callable[[str], None], single_turn: bool):
         self.chat, self.settings, self.say, self.single_turn = chat, settings, say, single_turn
         self.live = in_terminal()
         self.screen = Screen(self.live and os.environ.get("TERM", "dumb") != "dumb")
@@ -151,7 +152,7 @@ class Session:
         elif not by_itself:
             raise UserError(told)
 
-    def _replies(self, asked: Conversation, cancelled: Callable[[], bool]) -> Iterator[Any]:
+    def _replies(self, asked: Conversation, cancelled: Callable[[], bool]) -> Iterator[Reply]:
         """The answer as it grows; whatever goes wrong is a UserError."""
         try:
             yield from self.chat.stream(asked, self.settings, self.mixture, cancelled, self.form)
@@ -258,8 +259,8 @@ class Session:
                 made = config_options.build(Generation, given, "/params")
             except UserError as error:
                 raise UserError(error.problem, "/params lists all.") from None
-            if made.mode in self.chat.engine.cannot and "mode" in given:
-                raise UserError(f"--mode {made.mode}: {self.chat.engine.cannot[made.mode][0]}.")
+            if "mode" in given:
+                self.chat.check_mode(made.mode)
             new = {name: getattr(made, name) for name in given}
             self.settings = dataclasses.replace(self.settings, **new)
         idle = self.chat.unused(self.settings.mode)

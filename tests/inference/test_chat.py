@@ -20,6 +20,7 @@ from onecard.errors import UserError
 from onecard.inference import history, transformers_engine
 from onecard.inference.chat import Chat, Reply
 from onecard.inference.decoding import CANCELLED, NO_MEMORY
+from onecard.inference.engine import Capabilities
 from onecard.inference.transformers_engine import Engine
 from onecard.models import adapter as models_adapter
 from onecard.models import base_model, trainable
@@ -54,7 +55,7 @@ def base(folder: Path) -> torch.nn.Module:
 
 def chat_with(made: torch.nn.Module, names: tuple[str, ...] = (), form: str = "alpaca") -> Chat:
     own = tiny.tokenizer()
-    return Chat(Engine(made, own, 512, names), templates.load(form, own))
+    return Chat(Engine(made, own, 512, names), own, templates.load(form, own))
 
 
 @pytest.fixture(scope="module")
@@ -415,7 +416,7 @@ def test_an_answer_goes_on(talk):
 def fresh(chat: Chat, conversation: Conversation, settings: Generation, mixture=()) -> str:
     """The answer of an engine that has seen nothing."""
     engine = Engine(chat.engine.model, chat.tokenizer, chat.engine.context, chat.engine.adapters)
-    return last(Chat(engine, chat.template, mixture), conversation, settings).text.whole
+    return last(Chat(engine, chat.tokenizer, chat.template, mixture), conversation, settings).text.whole
 
 
 @pytest.mark.parametrize(
@@ -687,7 +688,7 @@ def test_mixtures_that_cannot_be_are_refused(tiny_model, adapters):
     """An unknown name, and trained embeddings with a weight or beside another; before any token."""
     folders, _ = adapters
     engine = engine_with(tiny_model, {name: folders[name] for name in ("a", "both")})
-    talk = Chat(engine, templates.load("alpaca", engine.tokenizer))
+    talk = Chat(engine, engine.tokenizer, templates.load("alpaca", engine.tokenizer))
     for mixture, word in (
         ((("x", 1.0),), "No adapter is called x. Loaded: a, both"),
         ((("both", 0.5),), "cannot be weighted or mixed"),
@@ -713,7 +714,7 @@ def test_kept_keys_and_values_are_those_of_the_adapter(tiny_model, adapters):
     """The same conversation with another adapter begins anew."""
     folders, _ = adapters
     engine = engine_with(tiny_model, {name: folders[name] for name in ("a", "b")})
-    talk = Chat(engine, templates.load("alpaca", engine.tokenizer))
+    talk = Chat(engine, engine.tokenizer, templates.load("alpaca", engine.tokenizer))
     mixtures = ((), (("a", 1.0),), (("a", 0.5), ("b", 0.5)))
     texts = {mixture: fresh(talk, asked("Say red"), QUICK, mixture) for mixture in mixtures}
     for mixture in (*mixtures, *mixtures):
@@ -726,7 +727,7 @@ def test_four_answers_at_once_keep_to_their_adapters(tiny_model, adapters):
     """I10: four threads, four mixtures, four questions each, beams among them: each its own answer."""
     folders, _ = adapters
     engine = engine_with(tiny_model, {name: folders[name] for name in ("a", "b", "both")})
-    talk = Chat(engine, templates.load("alpaca", engine.tokenizer))
+    talk = Chat(engine, engine.tokenizer, templates.load("alpaca", engine.tokenizer))
     mixtures = [(), (("a", 1.0),), (("a", 0.5), ("b", 0.5)), (("both", 1.0),)]
     jobs = [
         [(asked(f"Say {word}"), changed(mode=mode, num_beams=2), mixture) for word, mode in zip(
@@ -782,8 +783,12 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny_model, tmp_path, adapters)
 
 def test_modes_an_engine_has_not_are_refused(talk):
     """With the engine's own reason; `unused` and `modes` say so beforehand."""
-    talk.engine.cannot = {"beam": ("one sequence", "一个")}
-    with pytest.raises(UserError, match="--mode beam: one sequence"):
+    lacks = {"beam": chat_config.ONE_SEQUENCE}
+    talk.engine.capabilities = Capabilities(interleaves=True, lacks=lacks)
+    with pytest.raises(UserError, match="--mode beam: transformers follows one sequence"):
         last(talk, asked("x"), changed(mode=BEAM))
     assert talk.modes() == [mode for mode in MODES if mode != BEAM]
-    assert talk.unused(GREEDY) == {**chat_config.unused(GREEDY), **talk.engine.cannot}
+    assert talk.unused(GREEDY) == {
+        **chat_config.unused(GREEDY),
+        **chat_config.unused_by("transformers", lacks),
+    }

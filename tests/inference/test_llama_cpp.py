@@ -98,7 +98,7 @@ def files(demo, adapters, tmp_path_factory) -> tuple[Path, dict[str, Path]]:
 def llama(demo, files) -> Chat:
     tokenizer = models_tokenizer.load_tokenizer(str(demo))
     engine = llama_cpp_engine.Engine(files[0], tokenizer, 1024, files[1], threads=1)
-    yield Chat(engine, templates.load("auto", tokenizer))
+    yield Chat(engine, tokenizer, templates.load("auto", tokenizer))
     engine.close()
 
 
@@ -109,9 +109,8 @@ def reference(demo, adapters) -> Chat:
     for name, folder in adapters.items():
         made = models_adapter.attach(made, folder, name)
     tokenizer = models_tokenizer.load_tokenizer(str(demo))
-    return Chat(
-        transformers_engine.Engine(made, tokenizer, 1024, list(adapters)), templates.load("auto", tokenizer)
-    )
+    engine = transformers_engine.Engine(made, tokenizer, 1024, list(adapters))
+    return Chat(engine, tokenizer, templates.load("auto", tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +257,7 @@ def test_the_file_has_the_tokenizer(llama, files):
 def test_the_context_ends_the_answer(tiny_files):
     """It is at most the one the model was trained with, and filled to its last token."""
     engine = llama_cpp_engine.Engine(tiny_files[1], tiny.tokenizer(), 10**6, threads=1)
-    chat = Chat(engine, templates.load("alpaca", engine.tokenizer))
+    chat = Chat(engine, engine.tokenizer, templates.load("alpaca", engine.tokenizer))
     last = ask(chat, "red", greedy(512, min_new_tokens=512))
     assert engine.context == tiny.config().max_position_embeddings == 512
     assert (last.finished, last.prompt_tokens + last.text.tokens) == ("length", 512)

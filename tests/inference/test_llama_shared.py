@@ -41,7 +41,7 @@ def talk(tiny_model, tmp_path_factory) -> Iterator[Chat]:
     base = gguf.base(tiny_model, place / "base.gguf", any_tokenizer=True, kind="f32")
     own = models_tokenizer.load_tokenizer(str(tiny_model))
     engine = llama_cpp_engine.Engine(base, own, 512, files, threads=1, exact=True)
-    yield Chat(engine, templates.load("alpaca", engine.tokenizer))
+    yield Chat(engine, engine.tokenizer, templates.load("alpaca", engine.tokenizer))
     engine.close()
 
 

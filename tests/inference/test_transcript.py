@@ -7,11 +7,12 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
-from onecard.config.chat import ChatConfig
+from onecard.config.chat import ONE_SEQUENCE, ChatConfig
 from onecard.config.generation import BASE, MIX, TRAINED, Generation
 from onecard.data.template import Template
 from onecard.errors import UserError
 from onecard.inference import transcript
+from onecard.inference.engine import Capabilities
 from onecard.inference.transcript import LEFT, RIGHT
 from onecard.ui import chat_window
 from tests.support.chat_fakes import PLAIN_TEMPLATE, Toy
@@ -97,7 +98,7 @@ def test_a_loaded_chat_is_as_it_was_saved(window, tmp_path, mixtures, pickers):
 )
 def test_what_cannot_be_restored_is_named(window, tmp_path, change, words, kept):
     """It is left or clamped, with one notice for all; the turns are there."""
-    chat = Toy({"beam": ("no beams here", "没有")})
+    chat = Toy(Capabilities(interleaves=False, lacks={"beam": ONE_SEQUENCE}))
     shown, status = load(window, chat, tmp_path, {**saved(chat, {LEFT: ()}), **change})
     assert words in status
     assert "not as saved" in status

@@ -330,7 +330,9 @@ def test_several_adapters_with_names_and_weights(run, tiny_model):
     assert torch.allclose(scores(chat), merged(tiny_model, scaled, ALPHA / RANK), atol=1e-4)
     chat, _ = load(f"{best},{best},v1.5={third}")
     assert chat.engine.adapters == ["run-checkpoint-2", "run-checkpoint-2+", "v1.5"]
-    assert is_checkpoint(Chat(chat.engine, chat.template, (("v1.5", 1.0),)), tiny_model, third)
+    assert is_checkpoint(
+        Chat(chat.engine, chat.tokenizer, chat.template, (("v1.5", 1.0),)), tiny_model, third
+    )
 
 
 def test_the_usual_template_says_why(run, tiny_model):
@@ -626,12 +628,12 @@ def test_a_model_that_cannot_be_loaded_keeps_no_memory(monkeypatch):
 
     monkeypatch.setattr(hardware, "forget_cached_memory", empty)
     for device, wanted in (("cuda:1", "cuda:1"), ("all", "cuda")):
-        nothing = types.SimpleNamespace(name="", cannot={})
+        nothing = types.SimpleNamespace(name="", capabilities=None)
         found = types.SimpleNamespace(
             kind=nothing, adapters=[], tokenizer=None, device=hardware.Choice(device, "")
         )
         with pytest.raises(UserError, match="Out of memory"):
-            lazy_engine.Engine(found, engine_of, lambda device: []).loaded()
+            lazy_engine.Engine(found, engine_of, lambda device: []).load()
         assert emptied.pop() == (wanted, True)
 
 

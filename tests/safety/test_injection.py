@@ -124,7 +124,7 @@ class Shown:
             if name in WRITTEN:
                 path.write_text(json.dumps(WRITTEN[name]))
             form = templates.load(str(path) if name in WRITTEN else name, self.engine.tokenizer)
-            self.chats[name] = Chat(self.engine, form)
+            self.chats[name] = Chat(self.engine, self.engine.tokenizer, form)
         return self.chats[name]
 
     def ids(self, chat: Chat, said: dict[str, str]) -> list[int]:

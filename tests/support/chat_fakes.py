@@ -4,17 +4,20 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from onecard.config import generation
+from onecard.config.chat import ONE_SEQUENCE
 from onecard.config.generation import TRAINED, Generation
 from onecard.data.conversation import Conversation
 from onecard.data.template import Template
 from onecard.errors import UserError
 from onecard.inference import chat, decoding
 from onecard.inference.detokenizer import Text
+from onecard.inference.engine import Capabilities, Placement
 
 PLAIN_TEMPLATE = Template(
     "plain", (("{text}", ""),), (("{text}", ""), ("{end}", "")), system=(("{text}", ""),)
 )
 
+EVERYTHING = Capabilities(interleaves=False)
 NO_SYSTEM = dataclasses.replace(PLAIN_TEMPLATE, name="bare", system=None)
 
 
@@ -24,10 +27,8 @@ class Engine:
     name, context = "toy", 1000
 
     def __init__(self) -> None:
-        self.adapters, self.cannot = ["one", "two"], {"beam": ("no beams here", "")}
-
-    def describe(self) -> tuple[str, str]:
-        return "cpu", "cpu"
+        self.adapters, self.placement = ["one", "two"], Placement("cpu")
+        self.capabilities = Capabilities(interleaves=False, lacks={"beam": ONE_SEQUENCE})
 
     def check_mixture(self, mixture: generation.Mixture) -> None:
         for name, _ in mixture:
@@ -45,14 +46,11 @@ class Scripted:
         self.asked: list[tuple[list[str], Generation, generation.Mixture]] = []
         self.forms: list[str] = []
 
-    def unused(self, mode: str) -> dict[str, tuple[str, str]]:
-        return chat.Chat.unused(self, mode)
+    unused, modes, check_mode = chat.Chat.unused, chat.Chat.modes, chat.Chat.check_mode
+    _lacking = chat.Chat._lacking
 
     def template_of(self, name: str = "") -> Template:
         return {"": self.template, "alpaca": dataclasses.replace(NO_SYSTEM, name="alpaca")}[name]
-
-    def modes(self) -> list[str]:
-        return chat.Chat.modes(self)
 
     def stream(self, conversation, settings, mixture=None, cancelled=lambda: False, form=""):
         self.asked.append(([turn.text for turn in conversation.turns], settings, mixture))
@@ -86,12 +84,17 @@ def echo(conversation: Conversation) -> Iterator[Text]:
 class Toy:
     """What a window asks of a Chat before a question."""
 
-    def __init__(self, cannot: dict | None = None, mixture=(("one", 1.0),), form: Template = PLAIN_TEMPLATE):
+    def __init__(
+        self,
+        capabilities: Capabilities = EVERYTHING,
+        mixture=(("one", 1.0),),
+        form: Template = PLAIN_TEMPLATE,
+    ):
         self.engine, self.template, self.mixture = Engine(), form, mixture
-        self.engine.cannot = cannot or {}
+        self.engine.capabilities = capabilities
         self.versions: dict[str, str] = {}
 
     def template_of(self, name: str = TRAINED) -> Template:
         return dataclasses.replace(self.template, name=name or self.template.name)
 
-    unused, modes = chat.Chat.unused, chat.Chat.modes
+    unused, modes, _lacking = chat.Chat.unused, chat.Chat.modes, chat.Chat._lacking

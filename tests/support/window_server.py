@@ -75,7 +75,7 @@ def make_chat(folder: Path) -> chat.Chat:
     engine.folder = folder
     texts = {token: tokenizer.decode([token]) for token in range(len(tokenizer))}
     engine.unreadable = [token for token, text in texts.items() if not (text.isascii() and text.isalnum())]
-    return chat.Chat(engine, templates.load("alpaca", tokenizer), (("adapter1", 1.0),))
+    return chat.Chat(engine, tokenizer, templates.load("alpaca", tokenizer), (("adapter1", 1.0),))
 
 
 def break_once() -> None:
@@ -105,7 +105,7 @@ def main() -> None:
         return
     talk = make_chat(Path(folder))
     if texts is not None:
-        talk = Recorded(talk.engine, talk.template, talk.mixture)
+        talk = Recorded(talk.engine, talk.tokenizer, talk.template, talk.mixture)
         talk.texts = texts
     window = single_window.single(talk, options) if kind == "single" else chat_window.turns(talk, options)
     page.launch(window, options)

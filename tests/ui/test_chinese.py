@@ -10,9 +10,10 @@ import pytest
 from onecard.config.chat import ChatConfig, SingleConfig
 from onecard.config.generation import MODES, Generation
 from onecard.data.template import Template
-from onecard.inference.llama_cpp_engine import NO_BEAMS
+from onecard.inference.engine import Placement
 from onecard.inference.llama_cpp_engine import Engine as Llama
 from onecard.ui import chat_controls, chat_window, forms, single_window, training_window
+from onecard.ui import status as ui_status
 from tests.support.chat_fakes import PLAIN_TEMPLATE, Toy
 
 NAMES = {  # the same in both languages: of methods and programs, and what the user called something
@@ -24,7 +25,7 @@ WITHOUT = dataclasses.replace(PLAIN_TEMPLATE, name="bare", system=None)
 
 
 def chat(names: list[str], form: Template = PLAIN_TEMPLATE) -> Toy:
-    made = Toy({"beam": NO_BEAMS, "beam_sample": NO_BEAMS}, (("one", 1.0),) if names else (), form)
+    made = Toy(Llama.capabilities, (("one", 1.0),) if names else (), form)
     made.engine.adapters = names
     return made
 
@@ -117,9 +118,7 @@ def test_the_choices_of_a_picker_have_names(lang):
 @pytest.mark.parametrize("layers", [0, -1, 7])
 def test_where_an_engine_runs(layers):
     """English and Chinese for the status line."""
-    engine = Llama.__new__(Llama)
-    engine.threads, engine.gpu_layers = 2, layers
-    english, chinese = engine.describe()
+    english, chinese = ui_status.where(Placement("cpu", threads=2, gpu_layers=layers))
     assert "2 threads" in english
     assert "2 线程" in chinese
     assert not CHINESE.search(english)

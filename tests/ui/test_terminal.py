@@ -219,7 +219,7 @@ def test_params_are_set(piped, line, values):
         ("bits 4", "no option is called 'bits'"),
         ("warmth", "no option is called 'warmth'"),
         ("top_k=", "--top_k : must be a number"),
-        ("mode beam", "--mode beam: no beams here"),
+        ("mode beam", "--mode beam: toy follows one sequence: no beam search"),
         ("mode fast", "choose from greedy"),
     ],
 )
@@ -828,7 +828,8 @@ def test_ctrl_c_stops_a_real_answer(shell, tiny_model):
 def real_chat(folder: Path) -> chat.Chat:
     tokenizer = models_tokenizer.load_tokenizer(str(folder))
     made = base_model.load_base(str(folder), 16, "fp32", "cpu").eval()
-    return chat.Chat(transformers_engine.Engine(made, tokenizer, 512), templates.load("alpaca", tokenizer))
+    engine = transformers_engine.Engine(made, tokenizer, 512)
+    return chat.Chat(engine, tokenizer, templates.load("alpaca", tokenizer))
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beam"])
