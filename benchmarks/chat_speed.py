@@ -30,7 +30,6 @@ from onecard.config.generation import BEAM, GREEDY, SAMPLE, Generation
 from onecard.conversion import gguf_cache
 from onecard.data import conversation as data_conversation
 from onecard.data import encode as data_encode
-from onecard.hub import locate
 from onecard.inference import chat
 from onecard.system import hardware
 from onecard.training import plan
@@ -179,7 +178,7 @@ def main() -> None:
     lengths = {"min_new_tokens": given.tokens, "max_new_tokens": given.tokens, "repetition_penalty": 1.0}
     settings = {"model_path": given.model_path, "device": given.device, "dtype": "fp32"}
     options = ChatConfig(engine="transformers", context=1024, **settings)
-    talk = chat.start(options, locate.locate, locate.fetch_adapter, gguf_cache.for_llama, lambda _: None)
+    talk = chat.start(options, gguf_cache.for_llama)
     modes = {
         "greedy": Generation(mode=GREEDY, **lengths),
         "sampling": Generation(mode=SAMPLE, seed=1, **lengths),

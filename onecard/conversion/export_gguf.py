@@ -105,7 +105,7 @@ def _job(
     listed = run_adapters.read_list(options.lora_path)
     if len(listed) > 1:
         raise UserError("--lora_path: one adapter at a time.", "Export the others one after another.")
-    found = [run_adapters.find(path, name, options.checkpoint, fetch, keep) for name, path, _ in listed]
+    found = [run_adapters.find(path, name, options.checkpoint, keep) for name, path, _ in listed]
     for note in [note for source in found for note in source.notes]:
         say(note)
     if any(source.is_gguf for source in found) or (options.model_path or "").endswith(run_adapters.GGUF):
@@ -114,7 +114,7 @@ def _job(
     if whole and options.model_path:
         raise UserError(f"--lora_path {whole.folder}: a whole model, no adapter.", "Give it alone.")
     adapter = found[0] if found and not whole else None
-    name = str(whole.folder) if whole else resolve.base_of(adapter, options.model_path, say) or DEMO
+    name = str(whole.folder) if whole else resolve.base_of(adapter, options.model_path) or DEMO
     base = Path(locate(name))
     if not base.is_dir():
         raise UserError(f"--model_path {name}: no such folder.", "Name the base model with --model_path.")

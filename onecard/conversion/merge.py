@@ -92,13 +92,13 @@ def run(
         config_options.refuse_idle(options, dict.fromkeys(OF_REPORT, "for --report"))
     target = Path(options.output_path)
     with tempfile.TemporaryDirectory(prefix="onecard-adapters-") as keep:
-        found = run_adapters.find(options.lora_path, "adapter", options.checkpoint, fetch, Path(keep))
+        found = run_adapters.find(options.lora_path, "adapter", options.checkpoint, Path(keep))
         if found.whole:
             problem = f"--lora_path {options.lora_path}: all weights were trained, there is no adapter."
             raise UserError(problem, f"{found.folder} is the whole model already.")
         for note in found.notes:
             say(note)
-        name = resolve.base_of(found, options.model_path, say)
+        name = resolve.base_of(found, options.model_path)
         if not name:
             raise UserError("The adapter does not say what it was made with.", "Give --model_path.")
         folder = Path(locate(name))

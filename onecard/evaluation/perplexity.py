@@ -10,9 +10,9 @@ know models.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -125,13 +125,13 @@ def _log_probabilities(logits: Iterator[torch.Tensor], ids: list[int], skip: int
         start += len(rows)
 
 
-def perplexity(options: PerplexityConfig, *how: Any, say: Callable[[str], None]) -> tuple[Score, Text, int]:
-    """(score, text, tokens of a window); how: locate, fetch and to_gguf of loading.load.
+def perplexity(options: PerplexityConfig, to_gguf: loader.ToGguf) -> tuple[Score, Text, int]:
+    """(score, text, tokens of a window); to_gguf: as loader.load takes it.
 
     Raises UserError, exit 4 when the score is no finite number.
     """
     text = read(options.data_path)
-    engine, tokenizer, _, mixture, _ = loader.load(for_chat(options), *how, say, exact=True)
+    engine, tokenizer, _, mixture, _ = loader.load(for_chat(options), to_gguf, exact=True)
     if len(mixture) < len(engine.adapters):
         problem = f"--lora_path names {len(engine.adapters)} adapters."
         raise UserError(problem, "Name one, or give those that act together a weight: PATH:0.5,PATH:0.5.")

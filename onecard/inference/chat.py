@@ -21,6 +21,7 @@ from onecard.errors import UserError, is_out_of_memory
 from onecard.inference import decoding, detokenizer, history, lazy_engine, loader, transformers_engine
 from onecard.inference import engine as engines
 from onecard.inference.decoding import CANCELLED, NO_MEMORY
+from onecard.system.console import say
 
 
 def reply(
@@ -62,15 +63,9 @@ class Reply:
         return (self.text.tokens - 1) / max(self.seconds - self.first, 1e-9)
 
 
-def start(
-    options: ChatConfig,
-    locate: Callable[[str], str],
-    fetch: Callable[[str], str],
-    to_gguf: loader.ToGguf,
-    say: Callable[[str], None],
-) -> "Chat":
-    """A model ready to talk, as the options say; the others as loader.load takes them."""
-    return Chat(*loader.load(options, locate, fetch, to_gguf, say))
+def start(options: ChatConfig, to_gguf: loader.ToGguf) -> "Chat":
+    """A model ready to talk, as the options say; to_gguf: as loader.load takes it."""
+    return Chat(*loader.load(options, to_gguf))
 
 
 def with_its_mode(talk: "Chat", options: ChatConfig, given: frozenset[str]) -> ChatConfig:
@@ -80,20 +75,13 @@ def with_its_mode(talk: "Chat", options: ChatConfig, given: frozenset[str]) -> C
     return dataclasses.replace(options, mode=generation.SAMPLE)
 
 
-def later(
-    options: ChatConfig,
-    locate: Callable[[str], str],
-    fetch: Callable[[str], str],
-    to_gguf: loader.ToGguf,
-    say: Callable[[str], None],
-    beside: Callable[[str], list[str]],
-) -> "Chat":
+def later(options: ChatConfig, to_gguf: loader.ToGguf, beside: Callable[[str], list[str]]) -> "Chat":
     """The same, its weights read when the first question comes; beside: as lazy_engine.Engine takes it."""
-    found = loader.look(options, locate, fetch, say)
+    found = loader.look(options)
     found.keep.cleanup()
 
     def make() -> engines.Engine:  # a run may have newer checkpoints by then, and not the older ones any more
-        return loader.engine_of(loader.look(options, locate, fetch, say), to_gguf, say)
+        return loader.engine_of(loader.look(options), to_gguf)
 
     engine = lazy_engine.Engine(found, make, beside)
     say("model       not loaded: the first question does that")

@@ -16,6 +16,7 @@ from onecard.config.generation import BASE, Mixture
 from onecard.config.options import memory_of_cards
 from onecard.data.template import Template
 from onecard.errors import UserError
+from onecard.hub import locate as hub_locate
 from onecard.hub import remote_code, revisions
 from onecard.hub.manifest import DEMO
 from onecard.inference import engine as engines
@@ -28,6 +29,7 @@ from onecard.models import tokenizer as models_tokenizer
 from onecard.runs import adapters as run_adapters
 from onecard.runs.adapters import GGUF, Source
 from onecard.system import hardware
+from onecard.system.console import say
 from onecard.system.hardware import Choice
 
 ToGguf = Callable[[Path, dict[str, Path]], tuple[Path, dict[str, Path]]]
@@ -68,34 +70,23 @@ class Loaded(NamedTuple):
     versions: dict[str, str]  # owner/name@COMMIT of the base and of adapters that come from the hub
 
 
-def load(
-    options: ChatConfig,
-    locate: Callable[[str], str],
-    fetch: Callable[[str], str],
-    to_gguf: ToGguf,
-    say: Callable[[str], None],
-    exact: bool = False,
-) -> Loaded:
+def load(options: ChatConfig, to_gguf: ToGguf, exact: bool = False) -> Loaded:
     """An engine with its model in memory, and what it is used with; raises UserError.
 
-    locate: model name -> folder or hub name; fetch: name of an adapter on the hub -> folder; to_gguf: model
-    and adapter folders -> files for llama.cpp; exact: for measuring, in fp32 where that is free to choose.
+    to_gguf: model and adapter folders -> files for llama.cpp; exact: for measuring, in fp32 where that is
+    free to choose.
     """
-    found = look(options, locate, fetch, say)
-    engine = engine_of(found, to_gguf, say, exact)
+    found = look(options)
+    engine = engine_of(found, to_gguf, exact)
     return Loaded(engine, found.tokenizer, found.template, found.mixture, found.versions)
 
 
-def look(
-    options: ChatConfig, locate: Callable[[str], str], fetch: Callable[[str], str], say: Callable[[str], None]
-) -> Found:
+def look(options: ChatConfig) -> Found:
     """Find and check what the options name, without reading weights of the base; raises UserError."""
     listed = run_adapters.read_list(options.lora_path)
     keep = tempfile.TemporaryDirectory(prefix="onecard-adapters-")
-    found = [
-        run_adapters.find(path, name, options.checkpoint, fetch, Path(keep.name)) for name, path, _ in listed
-    ]
-    base = _base(options, found, locate, say)
+    found = [run_adapters.find(path, name, options.checkpoint, Path(keep.name)) for name, path, _ in listed]
+    base = _base(options, found)
     for note in [note for source in found for note in source.notes]:
         say(note)
     adapters = [source for source in found if not source.whole]
@@ -120,19 +111,15 @@ def look(
     # several are there to choose from; weights that are given say that they answer together
     together = any(weight is not None for _, _, weight in listed)
     mixture = mixture if together else mixture[:1]
-    known = {BASE: base, **{source.name: source.origin for source in adapters}}
-    known = {name: str(version) for name, path in known.items() if (version := revisions.of(path))}
-    return Found(options, kind, base, device, adapters, tokenizer, template, mixture, keep, code, known)
+    places = {BASE: Path(base), **{source.name: source.origin for source in adapters}}
+    versions = {name: str(version) for name, path in places.items() if (version := revisions.of(path))}
+    return Found(options, kind, base, device, adapters, tokenizer, template, mixture, keep, code, versions)
 
 
-def engine_of(
-    found: Found, to_gguf: ToGguf, say: Callable[[str], None], exact: bool = False
-) -> engines.Engine:
+def engine_of(found: Found, to_gguf: ToGguf, exact: bool = False) -> engines.Engine:
     """The engine with its model and adapters in memory; raises UserError."""
     is_llama = found.kind is llama_cpp_engine.Engine
-    engine: engines.Engine = (
-        _llama(found, to_gguf, say, exact) if is_llama else _transformers(found, say, exact)
-    )
+    engine: engines.Engine = _llama(found, to_gguf, exact) if is_llama else _transformers(found, exact)
     found.keep.cleanup()  # read into memory, then not needed
     return engine
 
@@ -157,7 +144,7 @@ def _check(options: ChatConfig, base: str, adapters: list[Source], is_llama: boo
     if options.load_8bit and options.bits not in ("auto", 8):
         raise UserError(f"--load_8bit and --bits {options.bits} contradict each other.", "Give one of them.")
     for source in adapters:
-        remote_code.check_same(source.origin, source.fingerprints, options.remote_code)
+        remote_code.check_same(str(source.origin), source.fingerprints, options.remote_code)
     folders = [source.folder for source in adapters if not source.is_gguf]
     if base.endswith(GGUF) and folders:
         problem = f"{base}: the adapter {folders[0]} is no .gguf file."
@@ -167,10 +154,9 @@ def _check(options: ChatConfig, base: str, adapters: list[Source], is_llama: boo
         raise UserError(f"--model_path {base}: no such file.", "Name a .gguf file.")
 
 
-def _base(
-    options: ChatConfig, found: list[Source], locate: Callable[[str], str], say: Callable[[str], None]
-) -> str:
+def _base(options: ChatConfig, found: list[Source]) -> str:
     """The base model: asked for, trained whole, or what an adapter was trained on."""
+    locate = hub_locate.for_engine(options.engine)
     whole = [source for source in found if source.whole]
     if whole and (len(found) > 1 or options.model_path):
         problem = f"--lora_path {whole[0].folder}: a whole model, no adapter."
@@ -178,14 +164,14 @@ def _base(
     if whole:
         return str(whole[0].folder)
     named = [source for source in found if source.base]
-    if not options.model_path and len({_place(source.base, locate) for source in named}) > 1:
+    if not options.model_path and len({_place(str(source.base), locate) for source in named}) > 1:
         told = ", ".join(f"{source.name} on {source.base}" for source in named)
         problem = f"--lora_path: the adapters were trained on different base models: {told}."
         raise UserError(problem, "Talk with one of them, or say with --model_path which base they share.")
     if not (options.model_path or named) and any(source.is_gguf for source in found):
         problem = f"--lora_path {found[0].folder}: a GGUF adapter does not say its base model."
         raise UserError(problem, "Name it with --model_path.")
-    name = resolve.base_of(named[0] if named else None, options.model_path, say) or DEMO
+    name = resolve.base_of(named[0] if named else None, options.model_path) or DEMO
     return remote_code.place(name, options.remote_code) or locate(name)
 
 
@@ -196,7 +182,7 @@ def _place(base: str, locate: Callable[[str], str]) -> str:
     return str(folder.resolve()) if folder.is_dir() else base
 
 
-def _transformers(found: Found, say: Callable[[str], None], exact: bool) -> transformers_engine.Engine:
+def _transformers(found: Found, exact: bool) -> transformers_engine.Engine:
     import torch
 
     options, base, device = found.options, found.base, found.device
@@ -226,8 +212,9 @@ def _transformers(found: Found, say: Callable[[str], None], exact: bool) -> tran
     return transformers_engine.Engine(made, found.tokenizer, min(options.context or own, own), names)
 
 
-def _llama(found: Found, to_gguf: ToGguf, say: Callable[[str], None], exact: bool) -> llama_cpp_engine.Engine:
-    options, path, files = found.options, Path(found.base), {}
+def _llama(found: Found, to_gguf: ToGguf, exact: bool) -> llama_cpp_engine.Engine:
+    options, path = found.options, Path(found.base)
+    files: dict[str, Path] = {}
     if not found.base.endswith(GGUF):
         folders = {source.name: source.folder for source in found.adapters if not source.is_gguf}
         path, files = to_gguf(path, folders)

@@ -1,6 +1,5 @@
 """Base, adapter and template of a command: what belongs together, and what may be used unasked."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from onecard.errors import CHECKPOINT, UserError
 from onecard.hub import manifest, revisions
 from onecard.runs.adapters import Source
 from onecard.system import hashing
+from onecard.system.console import say
 
 
 def is_here(base: str) -> bool:
@@ -24,7 +24,7 @@ def is_here(base: str) -> bool:
     return Path(base).exists() or revisions.at_hand(base) is not None
 
 
-def base_of(found: Source | None, asked: str | None, say: Callable[[str], None]) -> str | None:
+def base_of(found: Source | None, asked: str | None) -> str | None:
     """The base: asked for, or what the adapter names; raises UserError when that would have to be fetched.
 
     A hub's name without a revision is meant at the commit that was trained on, where that is written. The hub

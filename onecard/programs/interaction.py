@@ -17,15 +17,13 @@ def main(arguments: list[str]) -> None:
     options = config_options.parse(chat_config.ChatConfig, arguments, __doc__)
     chat_config.check_used(options)
     from onecard.conversion import gguf_cache
-    from onecard.hub import locate
     from onecard.inference import chat as inference_chat
     from onecard.ui import terminal as ui_terminal  # after the options: --help needs no torch
 
-    load = (locate.for_engine(options.engine), locate.fetch_adapter, gguf_cache.for_llama, print)
     if options.terminal:
         ui_terminal.check_editor("chat")
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-            talk = inference_chat.start(options, *load)
+            talk = inference_chat.start(options, gguf_cache.for_llama)
         ui_terminal.talk(talk, options)
         return
     from onecard.runs import jobs
@@ -35,15 +33,10 @@ def main(arguments: list[str]) -> None:
     from onecard.ui import training_window
 
     ui_guard.check_exposure(options)
-    training = (
-        functools.partial(training_window.build, locate=locate.locate, here=locate.here)
-        if options.studio
-        else None
-    )
+    training = training_window.build if options.studio else None
     if options.studio:  # a training may need the memory before a question does
-        talk = inference_chat.later(
-            options, *load, functools.partial(jobs.training_on, training_window.WORKSPACE)
-        )
+        beside = functools.partial(jobs.training_on, training_window.WORKSPACE)
+        talk = inference_chat.later(options, gguf_cache.for_llama, beside)
     else:
-        talk = inference_chat.start(options, *load)
+        talk = inference_chat.start(options, gguf_cache.for_llama)
     ui_page.launch(ui_chat_window.turns(talk, options, training), options)

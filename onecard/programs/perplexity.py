@@ -13,9 +13,7 @@ LESS_MEMORY = "--bits or --context"  # options that need less memory with less
 
 def main(arguments: list[str]) -> None:
     options = config_options.parse(PerplexityConfig, arguments, description=__doc__)
-    from onecard.conversion import gguf_cache
+    from onecard.conversion import gguf_cache  # after the options: --help needs no torch
     from onecard.evaluation import perplexity
-    from onecard.hub import locate  # after the options: --help needs no torch
 
-    how = (locate.for_engine(options.engine), locate.fetch_adapter, gguf_cache.for_llama)
-    print(perplexity.describe(*perplexity.perplexity(options, *how, say=print)))
+    print(perplexity.describe(*perplexity.perplexity(options, gguf_cache.for_llama)))

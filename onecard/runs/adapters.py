@@ -9,7 +9,6 @@ import dataclasses
 import json
 import re
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 
 from onecard.config.generation import BASE, MIX
 from onecard.errors import CHECKPOINT, UserError
-from onecard.hub import model_files, revisions
+from onecard.hub import locate, model_files, revisions
 from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as run_folder
 from onecard.runs import legacy
@@ -84,18 +83,18 @@ def _short(path: str) -> str:
     return re.sub(r"[^\w.-]+", "-", last) or "adapter"
 
 
-def find(path: str, name: str, which: str, fetch: Callable[[str], str], keep: Path) -> Source:
-    """What lies there; raises UserError when it is no adapter and no run.
+def find(path: str, name: str, which: str, keep: Path) -> Source:
+    """What lies there, or on the hub by that name; raises UserError when it is no adapter and no run.
 
-    which: of an unfinished run its "best" or "newest" checkpoint; fetch: hub name -> folder; keep: a folder
-    for adapters that have to be written in peft's form first.
+    which: of an unfinished run its "best" or "newest" checkpoint; keep: a folder for adapters that have to be
+    written in peft's form first.
     """
     local = Path(path).expanduser()
     if local.suffix == GGUF and local.is_file():
         return _exported(local.parent, local, name)
     if (local / run_folder.EXPORT).is_file():
         return _exported(local, None, name)
-    folder = local if local.is_dir() else Path(fetch(path))
+    folder = local if local.is_dir() else Path(locate.fetch_adapter(path))
     made = _find(folder, name, which, keep)
     stored = _object(folder / run_folder.CONFIG)
     if not stored and ((folder / runs_checkpoint.MANIFEST).is_file() or folder.name == run_folder.MODEL):

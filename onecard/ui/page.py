@@ -135,7 +135,7 @@ def launch(window: gr.Blocks, options: ChatConfig, wait: bool = True) -> str:
         print(f"Open {url} in a browser. Ctrl-C ends.", flush=True)
         if wait:
             window.block_thread()
-            ui_sessions.STEPS.end(print)
+            ui_sessions.STEPS.end()
         return url
     problem = f"--server_port {options.server_port or f'{PORTS[0]} to {PORTS[-1]}'}: in use, or not allowed."
     raise UserError(problem, "Choose another.")

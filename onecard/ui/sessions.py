@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from onecard.config.generation import TRAINED, Generation, Mixture
@@ -17,6 +17,7 @@ from onecard.errors import UserError
 from onecard.inference.chat import Chat
 from onecard.inference.decoding import NO_MEMORY
 from onecard.inference.detokenizer import Text
+from onecard.system.console import say
 from onecard.ui import status as ui_status
 from onecard.ui.status import Said
 
@@ -87,7 +88,7 @@ class Steps:
             self.count += not self.is_over
             return not self.is_over
 
-    def end(self, say: Callable[[str], None]) -> None:
+    def end(self) -> None:
         """Begin no further piece, wait for those that are being made."""
         with self.changed:
             self.is_over = True

@@ -47,16 +47,14 @@ def check_editor(part: str) -> None:
         raise missing_package("prompt_toolkit", part)
 
 
-def talk(
-    chat: Chat, settings: ChatConfig, say: Callable[[str], None] = tell, single_turn: bool = False
-) -> None:
+def talk(chat: Chat, settings: ChatConfig, single_turn: bool = False) -> None:
     """Talk until /exit or the end of the input; single_turn: every question begins a new conversation.
 
-    say: takes what is no answer. Through a pipe it raises UserError at the end when questions got no answer.
+    Through a pipe it raises UserError at the end when questions got no answer.
     """
-    session = Session(chat, settings, say, single_turn)
+    session = Session(chat, settings, single_turn)
     if session.live:
-        session.say(WELCOME)
+        tell(WELCOME)
     with contextlib.suppress(AttributeError):  # stand-ins for streams
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")
@@ -76,7 +74,7 @@ def talk(
                 if not session.live:
                     raise
                 session.screen.end(always=False)
-                session.say("Ctrl-C stops an answer; /exit or Ctrl-D leaves.")
+                tell("Ctrl-C stops an answer; /exit or Ctrl-D leaves.")
     except BrokenPipeError:  # the reader, such as head, has all it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if session.failed and not session.live:
@@ -86,8 +84,8 @@ def talk(
 class Session:
     """A conversation, its settings, and what the commands do to them."""
 
-    def __init__(self, chat: Chat, settings: ChatConfig, say: Callable[[str], None], single_turn: bool):
-        self.chat, self.settings, self.say, self.single_turn = chat, settings, say, single_turn
+    def __init__(self, chat: Chat, settings: ChatConfig, single_turn: bool):
+        self.chat, self.settings, self.single_turn = chat, settings, single_turn
         self.live = in_terminal()
         self.screen = Screen(self.live and os.environ.get("TERM", "dumb") != "dumb")
         self.mixture: Mixture = chat.mixture
@@ -97,7 +95,7 @@ class Session:
         self.question = self.input = ""  # input: of a turn that a window had saved
         self.taken = self.failed = 0  # lines
         if settings.system and not self._has_system():
-            say(f"--system: {self._no_system()}")
+            tell(f"--system: {self._no_system()}")
             self.settings = dataclasses.replace(settings, system="")
 
     def take(self, text: str) -> bool:
@@ -121,7 +119,7 @@ class Session:
                 COMMANDS[name][0](self, rest)
         except UserError as error:
             self.failed += 1
-            self.say(f"error: {error}")
+            tell(f"error: {error}")
         return True
 
     def ask(self, question: str, before: Turns, about: str = "") -> None:
@@ -168,7 +166,7 @@ class Session:
 
     def clear(self, _: str) -> None:
         self.turns, self.before, self.question = [], [], ""
-        self.say("A new conversation.")
+        tell("A new conversation.")
 
     def retry(self, _: str) -> None:
         if not self.question:
@@ -189,7 +187,7 @@ class Session:
             append(path, line)
         except OSError as error:
             raise UserError(f"/save {path}: {error.strerror}.", "Name another file.") from None
-        self.say(f"Saved: one more line in {path}")
+        tell(f"Saved: one more line in {path}")
 
     def load(self, name: str) -> None:
         if not name:
@@ -216,9 +214,9 @@ class Session:
         if saved.turns:
             self.question, self.input = saved.turns[-1]["question"], saved.turns[-1].get("input", "")
         count = len(saved.turns)
-        self.say(f"Loaded: {count} turn{'s' * (count != 1)}, options, adapters and template.")
+        tell(f"Loaded: {count} turn{'s' * (count != 1)}, options, adapters and template.")
         for note, _ in notes:
-            self.say(f"not as saved: {note}")
+            tell(f"not as saved: {note}")
 
     def template(self, name: str) -> None:
         if name:
@@ -227,10 +225,10 @@ class Session:
             self.form = wanted
             if self.settings.system and not self._has_system():
                 self.settings = dataclasses.replace(self.settings, system="")
-                self.say(f"the system prompt is gone: {self._no_system()}")
+                tell(f"the system prompt is gone: {self._no_system()}")
         how = f" ({AS_TRAINED})" if self.form == TRAINED else ""
         shown = self.chat.template_of(self.form).name
-        self.say(f"template: {shown}{how}; known: {', '.join([AS_TRAINED, *templates.names()])}")
+        tell(f"template: {shown}{how}; known: {', '.join([AS_TRAINED, *templates.names()])}")
 
     def adapter(self, rest: str) -> None:
         names = self.chat.engine.adapters
@@ -242,7 +240,7 @@ class Session:
             self.chat.engine.check_mixture(mixture)
             self.mixture = mixture
         active = " + ".join(f"{name} (weight {weight:g})" for name, weight in self.mixture)
-        self.say(f"answers: {active or 'the base model'}; loaded: {', '.join([BASE, *names])}")
+        tell(f"answers: {active or 'the base model'}; loaded: {', '.join([BASE, *names])}")
 
     def params(self, rest: str) -> None:
         fields = {field.name: field for field in dataclasses.fields(Generation)}
@@ -269,7 +267,7 @@ class Session:
         for name in shown:
             value = getattr(self.settings, name)
             text = NONE if value is None else repr(value) if value == "" else value
-            self.say(f"{name:<22}{text}" + (f"  (does nothing now: {idle[name][0]})" if name in idle else ""))
+            tell(f"{name:<22}{text}" + (f"  (does nothing now: {idle[name][0]})" if name in idle else ""))
 
     def system(self, text: str) -> None:
         if not self._has_system():
@@ -277,12 +275,12 @@ class Session:
         if text:
             system = "" if text == NONE else text
             self.settings = dataclasses.replace(self.settings, system=system)
-        self.say(f"system prompt: {self.settings.system or NONE}")
+        tell(f"system prompt: {self.settings.system or NONE}")
 
     def help(self, _: str) -> None:
         for name, (_, arguments, what) in COMMANDS.items():
-            self.say(f"/{name} {arguments}".ljust(HELP) + what)
-        self.say("/exit".ljust(HELP) + "leave, as Ctrl-D does")
+            tell(f"/{name} {arguments}".ljust(HELP) + what)
+        tell("/exit".ljust(HELP) + "leave, as Ctrl-D does")
 
     def _has_system(self) -> bool:
         return self.chat.template_of(self.form).system is not None

@@ -7,7 +7,6 @@ Closing the page or killing the window loses nothing; whoever opens it again see
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from onecard.config import options as config_options
 from onecard.config.training import SHAPES, FinetuneConfig
 from onecard.data import preview
 from onecard.errors import UserError
+from onecard.hub import locate
 from onecard.runs import jobs
 from onecard.runs import log as run_log
 from onecard.runs.log import ACCURACY, LOSS, RATE, SPEED, VALIDATION, Curves
@@ -28,8 +28,6 @@ from onecard.ui.page import head
 from onecard.ui.training_layout import FIELDS, StudioLayout
 
 WORKSPACE = Path("lora-checkpoints")  # folder of the runs
-Locate = Callable[[str], str]
-Here = Callable[[str], str | None]
 SECONDS = 2.0  # between two looks at the files
 POINTS = 300  # of a curve
 PREVIEW = 5  # rows
@@ -41,29 +39,20 @@ PLOTS = {  # curves of one plot -> its title
 }
 
 
-def folder_alone(name: str) -> str | None:
-    return name if Path(name).is_dir() else None
-
-
-def page(
-    lang: str = "en", workspace: Path = WORKSPACE, locate: Locate = str, here: Here = folder_alone
-) -> gr.Blocks:
+def page(lang: str = "en", workspace: Path = WORKSPACE) -> gr.Blocks:
     """The training window alone; `build` for what it takes."""
     with gr.Blocks(analytics_enabled=False, title="OneCard", fill_width=True) as window:
         head(say(lang, "training", "训练"), lang)
-        build(lang, workspace, locate, here)
+        build(lang, workspace)
     return window
 
 
-def build(
-    lang: str = "en", workspace: Path = WORKSPACE, locate: Locate = str, here: Here = folder_alone
-) -> None:
+def build(lang: str = "en", workspace: Path = WORKSPACE) -> None:
     """Make the training window inside the gr.Blocks or gr.Tab that is open.
 
-    lang: en or zh; workspace: folder of the runs; locate: name of a model -> folder, for the preview; here:
-    the same, None for one that would have to be fetched first.
+    lang: en or zh; workspace: folder of the runs.
     """
-    Studio(lang, workspace, locate, here)
+    Studio(lang, workspace)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +69,8 @@ class Seen:
 class Studio(StudioLayout):
     """The components of one window and what happens when they are used; it has no state of any page."""
 
-    def __init__(self, lang: str, workspace: Path, locate: Locate, here: Here):
+    def __init__(self, lang: str, workspace: Path):
         super().__init__(lang, workspace)
-        self.locate, self.here = locate, here
         self.curves = functools.lru_cache(maxsize=64)(Curves)
         self.encoders, self.loading = functools.lru_cache(maxsize=2)(_encoder), threading.Lock()
         self.seen, self.timer = gr.State(Seen()), gr.Timer(SECONDS)
@@ -256,7 +244,7 @@ class Studio(StudioLayout):
         try:
             options = self.options(values)
             jobs.check_paths(options, self.workspace / jobs.UPLOADS)
-            folder = self.here(options.model_path)
+            folder = locate.here(options.model_path)
             if folder is None:
                 name = options.model_path
                 reason = self.say(f"{name} is not on this machine yet", f"{name} 还不在本机")
@@ -286,7 +274,7 @@ class Studio(StudioLayout):
     def load_encoder(self, model_path: str, template_name: str) -> tuple[Any, Any]:
         """Tokenizer and template of a base model; those of the last two are kept."""
         with self.loading:
-            return self.encoders(self.locate(model_path), template_name)
+            return self.encoders(locate.locate(model_path), template_name)
 
 
 def _encoder(folder: str, template_name: str) -> tuple[Any, Any]:

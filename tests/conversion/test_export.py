@@ -115,7 +115,7 @@ def test_chat_answers_from_the_exported_files(exported, base, adapter):
 
     def answer(**options) -> str:
         asked = ChatConfig(mode="greedy", context=256, **options)
-        talk = chat.start(asked, locate.locate, locate.fetch_adapter, gguf_cache.for_llama, lambda _: None)
+        talk = chat.start(asked, gguf_cache.for_llama)
         settings = Generation(mode="greedy", max_new_tokens=24, repetition_penalty=1.0)
         *_, last = talk.stream(data_conversation.single("Say red"), settings)
         used.append(getattr(talk.engine, "path", None))
@@ -363,16 +363,14 @@ def test_adapter_for_another_base_is_refused(exported, tmp_path):
     path = gguf.base(other, tmp_path / "other.gguf", any_tokenizer=True)
     asked = ChatConfig(model_path=str(path), lora_path=str(exported[0] / "adapter.gguf"))
     with pytest.raises(UserError, match="does not fit this base model") as caught:
-        chat.start(asked, locate.locate, locate.fetch_adapter, gguf_cache.for_llama, lambda _: None)
+        chat.start(asked, gguf_cache.for_llama)
     assert caught.value.code == CHECKPOINT
 
 
 def test_gguf_adapter_alone_asks_for_its_base(exported, tmp_path):
     alone = shutil.copy(exported[0] / "adapter.gguf", tmp_path / "alone.gguf")
     with pytest.raises(UserError, match="does not say its base model"):
-        chat.start(
-            ChatConfig(lora_path=str(alone)), locate.locate, locate.fetch_adapter, gguf_cache.for_llama, print
-        )
+        chat.start(ChatConfig(lora_path=str(alone)), gguf_cache.for_llama)
 
 
 def test_swapping_adapters_keeps_the_base(exported, base, adapter, tmp_path):

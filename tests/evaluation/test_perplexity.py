@@ -12,7 +12,6 @@ from onecard.config.tools import PerplexityConfig
 from onecard.conversion import gguf, gguf_cache
 from onecard.errors import DATA, UserError
 from onecard.evaluation import perplexity, probe_texts
-from onecard.hub import locate
 from onecard.inference import transformers_engine
 from onecard.models import base_model
 from onecard.models import tokenizer as models_tokenizer
@@ -56,9 +55,7 @@ def test_a_context_too_short_to_measure(tmp_path):
     (tmp_path / "text.txt").write_text("red green blue")
     given = PerplexityConfig(data_path=str(tmp_path / "text.txt"), model_path=str(made), context=2)
     with pytest.raises(UserError, match="context of 2 tokens"):
-        perplexity.perplexity(
-            given, locate.locate, locate.fetch_adapter, gguf_cache.for_llama, say=lambda _: None
-        )
+        perplexity.perplexity(given, gguf_cache.for_llama)
 
 
 def test_windows_score_every_token_once():
@@ -96,8 +93,7 @@ def test_perplexity_is_the_same_in_both_engines(files, base, adapter, tmp_path):
 
     def measured(**options):
         given = PerplexityConfig(data_path=str(file), context=64, **options)
-        how = (locate.locate, locate.fetch_adapter, gguf_cache.for_llama)
-        return perplexity.perplexity(given, *how, say=lambda _: None)
+        return perplexity.perplexity(given, gguf_cache.for_llama)
 
     base_file, file_of_adapter = str(files[0]), files[1]
     for weight in (1, 0.5):

@@ -750,12 +750,14 @@ def test_what_an_adapter_names_is_not_followed(tmp_path, base, monkeypatch):
     monkeypatch.chdir(tmp_path / "in")
     found = run_adapters.Source("adapter", tmp_path / "in" / "a", base=base)
     located: list[str] = []
+    monkeypatch.setattr(locate, "locate", lambda name: located.append(name) or name)
     with pytest.raises(UserError, match="not on this machine") as caught:
-        loader._base(ChatConfig(lora_path="a"), [found], lambda name: located.append(name) or name, print)
+        loader._base(ChatConfig(lora_path="a"), [found])
     assert base in str(caught.value)
     assert located == []
     asked = dataclasses.replace(ChatConfig(lora_path="a"), model_path=base)
-    assert loader._base(asked, [found], str, print) == base  # typed by the user
+    assert loader._base(asked, [found]) == base  # typed by the user
+    assert located == [base]
 
 
 def test_a_base_that_is_here_is_followed(served, tmp_path, tiny_model):

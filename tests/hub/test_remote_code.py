@@ -427,7 +427,7 @@ def test_a_training_and_answers_with_code_of_the_model(fetched, tmp_path, tiny_r
         for work in (
             lambda c: begin(config_options.build(FinetuneConfig, {**settings(training), "remote_code": c})),
             lambda c: go_on(ContinueConfig(output_path=str(run), max_steps=3, remote_code=c)),
-            lambda c: chat.start(ChatConfig(lora_path=str(run), remote_code=c), str, str, None, print),
+            lambda c: chat.start(ChatConfig(lora_path=str(run), remote_code=c), None),
         ):
             with pytest.raises(UserError, match="--remote_code") as caught:
                 work(commit)

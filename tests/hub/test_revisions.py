@@ -227,18 +227,16 @@ def test_a_folder_says_its_version(cached, said, tmp_path, monkeypatch):
 )
 def test_which_base_an_adapter_gets(cached, recorded, asked, base):
     found = run_adapters.Source("adapter", Path("a"), base=recorded)
-    assert resolve.base_of(found, asked, print) == (
-        str(cached / "snapshots" / base) if base in (OLD, NEW) else base
-    )
+    assert resolve.base_of(found, asked) == (str(cached / "snapshots" / base) if base in (OLD, NEW) else base)
 
 
-def test_a_recorded_commit_that_is_not_here_is_fetched_when_its_name_is_typed(cached):
+def test_a_recorded_commit_that_is_not_here_is_fetched_when_its_name_is_typed(cached, capsys):
     """That commit, no other, and it is said."""
     shutil.rmtree(cached / "snapshots" / OLD)
-    said: list[str] = []
     found = run_adapters.Source("adapter", Path("a"), base=f"{NAME}@{OLD}")
-    assert resolve.base_of(found, NAME, said.append) == f"{NAME}@{OLD}"
-    assert said == [f"hub         {NAME}: commit {OLD}, which was trained on, is not here and is fetched"]
+    assert resolve.base_of(found, NAME) == f"{NAME}@{OLD}"
+    line = f"hub         {NAME}: commit {OLD}, which was trained on, is not here and is fetched"
+    assert capsys.readouterr().out.splitlines() == [line]
 
 
 def test_a_recorded_commit_that_is_not_here_is_not_replaced(cached):
@@ -246,7 +244,7 @@ def test_a_recorded_commit_that_is_not_here_is_not_replaced(cached):
     shutil.rmtree(cached / "snapshots" / OLD)
     found = run_adapters.Source("adapter", Path("a"), base=f"{NAME}@{OLD}")
     with pytest.raises(UserError, match=f"{OLD}, which is not on this machine; here is {NEW}") as caught:
-        resolve.base_of(found, None, print)
+        resolve.base_of(found, None)
     assert f"--model_path {NAME}@{OLD}" in str(caught.value)
 
 
@@ -263,7 +261,7 @@ def test_what_an_adapters_settings_say(tmp_path, values, base):
     """peft's own field for the commit, taken only when it is one."""
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **values}))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    assert run_adapters.find(str(tmp_path), "adapter", "best", str, tmp_path).base == base
+    assert run_adapters.find(str(tmp_path), "adapter", "best", tmp_path).base == base
 
 
 @pytest.mark.parametrize(

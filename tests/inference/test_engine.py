@@ -58,7 +58,7 @@ def make(request, tiny_model, adapters, tmp_path_factory) -> Callable[[], Engine
         named = ",".join(f"{name}={folder}" for name, folder in adapters.items())
         given = {"model_path": str(tiny_model), "lora_path": named, "dtype": "fp32", "device": "cpu"}
         options = config_options.build(ChatConfig, given)
-        return inference_chat.later(options, str, str, None, print, lambda device: ["run-7"]).engine
+        return inference_chat.later(options, None, lambda device: ["run-7"]).engine
 
     if request.param != "llama.cpp":
         return of_transformers if request.param == "transformers" else lazily

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -30,10 +31,11 @@ LARGE |= {"num_attention_heads": 16, "num_key_value_heads": 4, "initializer_rang
 
 
 def started(folder: Path, **changes) -> tuple[chat.Chat, list[str]]:
-    said: list[str] = []
+    """A chat and the lines that were said while it was made."""
     settings = {"model_path": str(folder), "template": "alpaca", "device": CARD, **changes}
-    talk = chat.start(ChatConfig(**settings), str, str, None, said.append)
-    return talk, said
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        talk = chat.start(ChatConfig(**settings), None)
+    return talk, said.getvalue().splitlines()
 
 
 def answer(talk: chat.Chat, settings: Generation, question: str = "Say red") -> chat.Reply:

@@ -1,6 +1,8 @@
 """What --lora_path and --model_path may name, and what comes of it: adapter, base, template, or a message."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import pickle
 import shutil
@@ -21,6 +23,7 @@ from onecard.config.training import FinetuneConfig
 from onecard.data import template as templates
 from onecard.data.conversation import Conversation, Turn
 from onecard.errors import UserError
+from onecard.hub import locate
 from onecard.inference import chat as inference_chat
 from onecard.inference import lazy_engine, loader, resolve
 from onecard.inference.chat import Chat
@@ -93,16 +96,12 @@ def unfinished(run, tmp_path) -> Path:
     return stopped_at(run, 4, tmp_path / "unfinished")
 
 
-def no_fetch(name: str) -> str:
-    raise UserError(f"{name}: no such folder here, and the hub has none.", "Check the name.")
-
-
-def load(lora_path=None, fetch=no_fetch, **changes) -> tuple[Chat, list[str]]:
+def load(lora_path=None, **changes) -> tuple[Chat, list[str]]:
     """A chat and what was said while it was made."""
     options = {"dtype": "fp32", "device": "cpu", "lora_path": None if lora_path is None else str(lora_path)}
-    said: list[str] = []
-    made = loader.load(build(ChatConfig, {**options, **changes}), str, fetch, None, said.append)
-    return Chat(*made), said
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        made = loader.load(build(ChatConfig, {**options, **changes}), None)
+    return Chat(*made), said.getvalue().splitlines()
 
 
 def scores(chat: Chat, mixture=None) -> torch.Tensor:
@@ -291,19 +290,21 @@ def test_a_pickle_that_would_run_code_is_refused(old, tmp_path, tiny_model, name
     assert not canary.exists()
 
 
-def test_an_adapter_of_the_hub(run, tiny_model, tmp_path):
-    """A name that is no folder is fetched; what the hub has not is told as the hub tells it."""
+def test_an_adapter_of_the_hub(run, tiny_model, tmp_path, monkeypatch):
+    """A name that is no folder is fetched; a path that is none is told to be neither."""
     asked = []
 
     def fetch(name: str) -> str:
         asked.append(name)
         return str(run)
 
-    chat, _ = load("someone/some-lora", fetch)
+    with monkeypatch.context() as patched:
+        patched.setattr(locate, "fetch_adapter", fetch)
+        chat, _ = load("someone/some-lora")
     assert asked == ["someone/some-lora"]
     assert is_checkpoint(chat, tiny_model, run)
     assert chat.engine.adapters == ["some-lora"]
-    with pytest.raises(UserError, match="the hub has none"):
+    with pytest.raises(UserError, match="no such folder here"):
         load(tmp_path / "nowhere")
 
 
@@ -556,9 +557,10 @@ def test_adapters_of_different_bases(run, tiny_model, tmp_path):
 
 
 def later(beside=lambda device: [], **options) -> tuple[Chat, list[str]]:
-    said: list[str] = []
     given = build(ChatConfig, {"dtype": "fp32", "device": "cpu", **options})
-    return inference_chat.later(given, str, no_fetch, None, said.append, beside), said
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        made = inference_chat.later(given, None, beside)
+    return made, said.getvalue().splitlines()
 
 
 def test_a_model_that_waits_for_its_first_question(run, tiny_model):

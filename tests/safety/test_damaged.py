@@ -90,7 +90,7 @@ def train(base: Path, place: Path) -> None:
 
 def talk(base: Path, place: Path, engine: str = "transformers") -> None:
     options = built(ChatConfig, model_path=base, engine=engine)
-    chat.start(options, locate.locate, locate.fetch_adapter, gguf_cache.for_llama, QUIET)
+    chat.start(options, gguf_cache.for_llama)
 
 
 def talk_in_llama_cpp(base: Path, place: Path) -> None:
@@ -120,9 +120,7 @@ def convert_llama(base: Path, place: Path) -> None:
 
 def perplexity(base: Path, place: Path) -> None:
     options = built(PerplexityConfig, data_path=SAMPLE, model_path=base, context=64, max_tokens=100)
-    evaluation_perplexity.perplexity(
-        options, locate.locate, locate.fetch_adapter, gguf_cache.for_llama, say=QUIET
-    )
+    evaluation_perplexity.perplexity(options, gguf_cache.for_llama)
 
 
 def prepare_base_model(base: Path, place: Path) -> None:

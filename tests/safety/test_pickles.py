@@ -279,7 +279,7 @@ def test_the_whole_way(tmp_path, name, ending):
         if ending == ".pkl":
             list(reader.read_rows(path))
         else:
-            run_adapters.find(str(path.parent), "x", "best", str, tmp_path)
+            run_adapters.find(str(path.parent), "x", "best", tmp_path)
 
     with pytest.raises(UserError, match="would run code") as caught:
         read()

@@ -309,7 +309,7 @@ class Safetensors:
         with contextlib.suppress(UserError):
             conversion_gguf.check_adapter(self.adapter)
         with tempfile.TemporaryDirectory() as keep:
-            source = run_adapters.find(str(self.adapter), "x", "best", str, Path(keep))
+            source = run_adapters.find(str(self.adapter), "x", "best", Path(keep))
             models_adapter.attach(self.base, source.folder, f"n{number}")
 
     def targeted(self) -> Iterator[tuple[int, str, bytes]]:
@@ -428,7 +428,7 @@ class Pth:
 
         sandbox.convert = convert
         with tempfile.TemporaryDirectory() as keep:
-            run_adapters.find(str(self.folder), "x", "best", str, Path(keep))
+            run_adapters.find(str(self.folder), "x", "best", Path(keep))
 
 
 class Original:

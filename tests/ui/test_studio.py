@@ -340,7 +340,7 @@ def test_memory_is_predicted_from_the_form(workspace, tiny_model, tmp_path):
     """With the form's options, for a model that is here; what cannot be predicted says why."""
     shutil.copytree(tiny_model, tmp_path / "tiny")
     with gr.Blocks():
-        made = training_window.Studio("en", workspace, str, training_window.folder_alone)
+        made = training_window.Studio("en", workspace)
 
     def shown(**changes) -> str:
         values = {name: training_layout.FIELDS[name].default for name in made.inputs}
