@@ -6,7 +6,6 @@ it holds and what it was made from, and the same command again does nothing.
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from onecard.data import encode as data_encode
 from onecard.data.template import Template
 from onecard.errors import CHECKPOINT, UserError
 from onecard.evaluation import parity
-from onecard.hub import remote_code, revisions
+from onecard.hub import locate, remote_code, revisions
 from onecard.hub.manifest import DEMO
 from onecard.inference import llama_cpp_engine, resolve
 from onecard.models import base_model
@@ -25,6 +24,7 @@ from onecard.runs import adapters as run_adapters
 from onecard.runs import folder as run_folder
 from onecard.system import files as system_files
 from onecard.system import hardware, hashing, output_folder
+from onecard.system.console import say
 
 MODELFILE, ADAPTER = "Modelfile", "adapter.gguf"
 BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.1}  # of a weight; the others need less
@@ -50,21 +50,15 @@ class Job:
         return f"base-{self.kind}.gguf"
 
 
-def run(
-    options: ExportConfig,
-    locate: Callable[[str], str],
-    fetch: Callable[[str], str],
-    say: Callable[[str], None],
-) -> Path:
+def run(options: ExportConfig) -> Path:
     """Export; the folder with the files.
 
     Raises UserError: exit 2 when something else is there, 4 when the files do not do what the model does.
-    locate: model name -> folder; fetch: name of an adapter on the hub -> folder.
     """
     if options.output_path:  # before a model is fetched
         export_manifest.find(Path(options.output_path))
     with tempfile.TemporaryDirectory(prefix="onecard-adapters-") as keep:
-        job, why = _job(options, locate, fetch, Path(keep), say)
+        job, why = _job(options, Path(keep))
         say(f"base        {job.base} as {job.kind}")
         say(f"adapter     {job.adapter or 'none'}")
         say(f"template    {job.template.name}: {why}")
@@ -84,7 +78,7 @@ def run(
             folder = place / "made"
             folder.mkdir()
             _make(job, folder)
-            checked = _check(job, folder, options, say)
+            checked = _check(job, folder, options)
             _describe(job, folder, made_from, checked)
             known = export_manifest.find(job.output)  # once more: what is there may have changed meanwhile
             if known is not None:
@@ -95,13 +89,8 @@ def run(
     return job.output
 
 
-def _job(
-    options: ExportConfig,
-    locate: Callable[[str], str],
-    fetch: Callable[[str], str],
-    keep: Path,
-    say: Callable[[str], None],
-) -> tuple[Job, str]:
+def _job(options: ExportConfig, keep: Path) -> tuple[Job, str]:
+    """What to export, and why in this template; keep: a folder for an adapter in peft's form."""
     listed = run_adapters.read_list(options.lora_path)
     if len(listed) > 1:
         raise UserError("--lora_path: one adapter at a time.", "Export the others one after another.")
@@ -115,7 +104,7 @@ def _job(
         raise UserError(f"--lora_path {whole.folder}: a whole model, no adapter.", "Give it alone.")
     adapter = found[0] if found and not whole else None
     name = str(whole.folder) if whole else resolve.base_of(adapter, options.model_path) or DEMO
-    base = Path(locate(name))
+    base = Path(locate.fetch_model(name))
     if not base.is_dir():
         raise UserError(f"--model_path {name}: no such folder.", "Name the base model with --model_path.")
     revisions.compare(adapter and adapter.record, base)
@@ -217,7 +206,7 @@ def _make(job: Job, folder: Path) -> None:
     system_files.replace(folder / MODELFILE, text.encode())
 
 
-def _check(job: Job, folder: Path, options: ExportConfig, say: Callable[[str], None]) -> str | None:
+def _check(job: Job, folder: Path, options: ExportConfig) -> str | None:
     """The table of the comparison, None without; raises UserError (exit 4) when a row failed."""
     threads = hardware.choose_threads(options.threads).value
     path, adapter = folder / job.base_name, folder / ADAPTER if job.adapter else None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from onecard.conversion import llama_cpp_converter
+from onecard.conversion import llama_cpp_converter, llama_cpp_quantizer
 from onecard.errors import CHECKPOINT, USAGE, UserError
 from onecard.hub import model_files
 from onecard.inference import gguf_check
@@ -81,7 +81,7 @@ def quantize(source: Path, output: Path, kind: str) -> Path:
     with output_folder.unfinished(output, source) as (place, handle):
         made = place / output.name
         llama_cpp_converter.run(
-            [source, made, kind], source, handle, "Quantising", "onecard.conversion.llama_cpp_quantizer"
+            [source, made, kind], source, handle, "Quantising", llama_cpp_quantizer.__name__
         )
         output_folder.finish_file(made, output)
     return output

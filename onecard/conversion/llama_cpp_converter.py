@@ -22,6 +22,7 @@ from onecard.inference import gguf_check
 from onecard.inference.gguf_check import ENGINE, PACKAGE
 from onecard.system import files as system_files
 from onecard.system import sandbox
+from onecard.system.console import say
 from onecard.system.output_folder import UNFINISHED
 
 BASE_SCRIPT, ADAPTER_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
@@ -36,7 +37,7 @@ def home() -> Path:
     folder = system_files.cache_folder() / f"llama.cpp-{gguf_check.version()}"
     if folder.is_dir():
         return folder
-    print(f"Fetching llama.cpp's converter (77 MB, once) into {folder} ...", flush=True)
+    say(f"Fetching llama.cpp's converter (77 MB, once) into {folder} ...")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=UNFINISHED) as temporary:
@@ -92,7 +93,7 @@ def run(
     handle: locks the place of the output, as long as either process lives. Raises UserError with what it
     said last.
     """
-    print(f"{verb} {source} to GGUF ...", flush=True)
+    say(f"{verb} {source} to GGUF ...")
     variables = {**gguf_check.NO_BACKTRACE, "TOKENIZERS_PARALLELISM": "false"}  # its threads would only wait
     process = sandbox.start(module, *arguments, stderr=subprocess.STDOUT, keep=(handle,), **variables)
     assert process.stdout

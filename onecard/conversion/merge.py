@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from onecard.config.tools import MergeConfig
 from onecard.conversion import lora_delta, side_files
 from onecard.conversion.lora_delta import Adapter, Change
 from onecard.errors import CHECKPOINT, UserError
-from onecard.evaluation import eval_rows
+from onecard.evaluation import eval_rows, merge_fidelity
 from onecard.evaluation.eval_rows import Row
-from onecard.hub import model_files, remote_code, revisions
+from onecard.hub import locate, model_files, remote_code, revisions
 from onecard.inference import resolve
 from onecard.models import adapter as models_adapter
 from onecard.models import base_model, tensor_files
@@ -33,12 +33,12 @@ from onecard.runs import adapters as run_adapters
 from onecard.runs.adapters import Source
 from onecard.system import files as system_files
 from onecard.system import output_folder
+from onecard.system.console import Progress, say
 
 FLAG = "--output_path"
 OF_REPORT = ("data_path", "report_rows", "cutoff_len")
 SMALL = 64 << 20  # bytes for tokenizer and settings
 MOST_THREADS = 4  # more than a disk can follow
-Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass
@@ -74,19 +74,11 @@ class Plan:
     config: dict[str, Any]
 
 
-def run(
-    options: MergeConfig,
-    locate: Callable[[str], str],
-    fetch: Callable[[str], str],
-    say: Callable[[str], None],
-    progress: Progress,
-    then: Callable[[list[Row], Path, Source, Path], None] | None = None,
-) -> None:
-    """Merge. locate: name of a model -> folder; fetch: name of an adapter on the hub -> folder.
+def run(options: MergeConfig, progress: Progress) -> None:
+    """Merge, and with --report compare the result; progress(done, all) in bytes.
 
-    progress(done, all) in bytes; then(rows, base, adapter, merged) is called when the folder is there, with
-    rows that were read before the work. Raises UserError: exit 4 with the list of keys when the adapter does
-    not fit this base, 3 without rows.
+    The rows of the report are read before the work. Raises UserError: exit 4 with the list of keys when the
+    adapter does not fit this base, 3 without rows.
     """
     if not options.report:
         config_options.refuse_idle(options, dict.fromkeys(OF_REPORT, "for --report"))
@@ -101,7 +93,7 @@ def run(
         name = resolve.base_of(found, options.model_path)
         if not name:
             raise UserError("The adapter does not say what it was made with.", "Give --model_path.")
-        folder = Path(locate(name))
+        folder = Path(locate.fetch_model(name))
         if not folder.is_dir():
             raise UserError(f"--model_path {name}: no such folder.", "Name the adapter's base model.")
         say(f"base        {folder}: {'asked for' if options.model_path else 'the adapter was made with it'}")
@@ -109,10 +101,10 @@ def run(
         say(f"adapter     {found.origin}")
         for flag, place in (("--model_path", folder), ("--lora_path", found.origin)):
             output_folder.check_apart(place, target, (flag, FLAG))
-        rows = _rows(options, folder, found) if then else []
-        _make(folder, found, target, say, progress)
-        if then:
-            then(rows, folder, found, target)
+        rows = _rows(options, folder, found) if options.report else []
+        _make(folder, found, target, progress)
+        if options.report:
+            merge_fidelity.run(options, rows, folder, found, target)
 
 
 def _rows(options: MergeConfig, folder: Path, found: Source) -> list[Row]:
@@ -122,7 +114,7 @@ def _rows(options: MergeConfig, folder: Path, found: Source) -> list[Row]:
     return eval_rows.some(options.data_path, options.cutoff_len, form, tokenizer, options.report_rows)
 
 
-def _make(folder: Path, found: Source, target: Path, say: Callable[[str], None], progress: Progress) -> None:
+def _make(folder: Path, found: Source, target: Path, progress: Progress) -> None:
     tokenizer = side_files.tokenizer_of(found.origin)
     copied = side_files.rest(folder, skip=side_files.TOKENIZER if tokenizer else ())
     copied += side_files.rest(tokenizer, only=side_files.TOKENIZER) if tokenizer else []

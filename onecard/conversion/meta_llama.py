@@ -18,13 +18,12 @@ from onecard.hub import model_files
 from onecard.system import files as system_files
 from onecard.system import output_folder, sandbox
 from onecard.system import safetensors as safetensors_file
+from onecard.system.console import Progress, say
 
 FLAG = "--output_dir"
 WEIGHTS, TOKENIZER = "weights", "tokenizer"
-MODULES = {
-    WEIGHTS: "onecard.conversion.meta_weights",
-    TOKENIZER: "onecard.conversion.meta_tokenizer",
-}  # each a process
+# each a process; the first is not imported here, as it brings torch
+MODULES = {WEIGHTS: "onecard.conversion.meta_weights", TOKENIZER: meta_tokenizer.__name__}
 SMALL = 64 << 20  # bytes for tokenizer and settings
 Work = Callable[[dict[str, Any], Callable[[dict[str, Any]], None], int], None]
 
@@ -33,12 +32,7 @@ def in_child(request: dict[str, Any], told: Callable[[dict[str, Any]], None], ke
     sandbox.work(MODULES[request["step"]], request, told, keep)
 
 
-def run(
-    options: ConvertConfig,
-    say: Callable[[str], None],
-    progress: Callable[[int, int], None],
-    work: Work = in_child,
-) -> None:
+def run(options: ConvertConfig, progress: Progress, work: Work = in_child) -> None:
     """Convert a folder; progress(done, all) in bytes; work: how the files are read.
 
     Raises UserError: exit 2 for options and folders, 4 for files that are damaged, missing or do not fit, 6
@@ -74,7 +68,7 @@ def run(
             # of address space: the largest file is mapped to read its table of contents, or to write it
             "limit": max([path.stat().st_size for path in files] + [needed // (shards or needed)]),
         }
-        _fill(request, place, options.tokenizer_only, lock, say, progress, work)
+        _fill(request, place, options.tokenizer_only, lock, progress, work)
     say(f"{target} is whole.")
 
 
@@ -83,8 +77,7 @@ def _fill(
     place: Path,
     tokenizer_only: bool,
     lock: int,
-    say: Callable[[str], None],
-    progress: Callable[[int, int], None],
+    progress: Progress,
     work: Work,
 ) -> None:
     to, told, tokens = request["to"], {}, {}
@@ -101,7 +94,7 @@ def _fill(
         if "done" in news:
             progress(news["done"], told["size"])
         if "shape" in news:
-            _say_found(news, to, say)
+            _say_found(news, to)
             length, later = news["shape"]["length"], bool(news["shape"]["scaling"])
             more = {"step": TOKENIZER, "tokenizer": news["tokenizer"], "length": length, "later": later}
             told["waiting"] = beside.submit(work, {**request, **more}, tokens.update, lock)
@@ -121,7 +114,7 @@ def _fill(
     say(f"written     {told['written'] / 2**30:.2f} GiB of weights")
 
 
-def _say_found(news: dict[str, Any], to: str, say: Callable[[str], None]) -> None:
+def _say_found(news: dict[str, Any], to: str) -> None:
     say(f"tokenizer   {news['tokenizer']} ({news['kind']})")
     for line in news["said"]:
         say(f"found       {line}")

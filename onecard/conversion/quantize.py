@@ -9,7 +9,6 @@ import gc
 import math
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,14 @@ from onecard.config.tools import QuantizeConfig
 from onecard.errors import CHECKPOINT, UserError, is_out_of_memory
 from onecard.evaluation import eval_rows
 from onecard.evaluation.eval_rows import Row
-from onecard.hub import model_files, revisions
+from onecard.hub import locate, model_files, revisions
 from onecard.inference import resolve
 from onecard.models import base_model, quantized, tensor_files
 from onecard.models import memory as model_memory
 from onecard.models import tokenizer as models_tokenizer
 from onecard.system import build_lock, console, hardware, output_folder
 from onecard.system import files as system_files
+from onecard.system.console import say
 
 BNB = "bnb"
 FLAG = "--output_path"
@@ -35,11 +35,10 @@ WAITING, LOGS = ".waiting", "logs"  # of gptqmodel, in the new folder until it i
 BITS = {quantized.GPTQ: (2, 3, 4, 8), quantized.AWQ: (4,), BNB: (4, 8)}
 GROUPS = (128, 64, 32)
 OUTPUTS = {quantized.GPTQ: 32, quantized.AWQ: 64}  # a layer's outputs are a multiple of this
-Say = Callable[[str], None]
 
 
-def run(options: QuantizeConfig, locate: Callable[[str], str], say: Say) -> Path:
-    """Make the folder and tell what it cost; raises UserError. locate: name of a model -> folder."""
+def run(options: QuantizeConfig) -> Path:
+    """Make the folder and tell what it cost; raises UserError."""
     if not options.model_path:
         raise UserError("--model_path is needed.", "Name a folder, a hub name, or demo.")
     if options.bits not in BITS[options.method]:
@@ -48,7 +47,7 @@ def run(options: QuantizeConfig, locate: Callable[[str], str], say: Say) -> Path
     _check_used(options)
     name = Path(options.model_path).name
     target = Path(options.output_path or f"{name}-{options.method}-{options.bits}bit")
-    source = Path(locate(options.model_path))
+    source = Path(locate.fetch_model(options.model_path))
     output_folder.check_apart(source, target, ("--model_path", FLAG))
     config = base_model.load_config(str(source))
     if quantized.method(config):
@@ -61,33 +60,33 @@ def run(options: QuantizeConfig, locate: Callable[[str], str], say: Say) -> Path
     made_of = output_folder.record("quantize", _settings(options, group), files, versions)
     if output_folder.is_made(target, made_of, FLAG):
         say(f"{target} is there already, made of the same.")
-        _tell_figures(system_files.read_json(target / FIGURES), options.report_rows, say)
+        _tell_figures(system_files.read_json(target / FIGURES), options.report_rows)
         return target
     size = _size(source)
     needed = size if options.method == BNB else 2 * size  # layers that wait lie beside those that are done
     with output_folder.making(target, needed, made_of, FLAG) as (place, _):  # first of all the disk's room
-        seen, others = _rows(options, source, say)
+        seen, others = _rows(options, source)
         device = hardware.choose_device(options.device).value
-        _check_weights(source, say)
-        before = _perplexity(source, others, device, "perplexity before", say)
+        _check_weights(source)
+        before = _perplexity(source, others, device, "perplexity before")
         if options.method == BNB:
             _by_bitsandbytes(source, place, options.bits, device)
         else:
-            _tell_errors(_by_gptqmodel(source, place, options, group, seen, device), say)
+            _tell_errors(_by_gptqmodel(source, place, options, group, seen, device))
         models_tokenizer.load_tokenizer(str(source)).save_pretrained(place)
         # under its hidden name: what can be seen has been measured, whenever this is killed
-        after = _perplexity_after(place, others, device, say)
+        after = _perplexity_after(place, others, device)
         figures = {"bytes": [size, _size(place)], "perplexity": after and [before, after]}
         figures |= {"rows": len(others), "data_path": options.data_path}
         system_files.write_json(place / FIGURES, figures)
-    _tell_figures(figures, options.report_rows, say)
+    _tell_figures(figures, options.report_rows)
     return target
 
 
-def _perplexity_after(place: Path, others: list[Row], device: str, say: Say) -> float | None:
+def _perplexity_after(place: Path, others: list[Row], device: str) -> float | None:
     """Of the new model; None without rows, or without the memory: the work of hours is worth more."""
     try:
-        return _perplexity(place, others, device, "perplexity after", say)
+        return _perplexity(place, others, device, "perplexity after")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -105,7 +104,7 @@ def _check_used(options: QuantizeConfig) -> None:
     config_options.refuse_idle(options, idle)
 
 
-def _tell_figures(figures: dict[str, Any] | None, report_rows: int, say: Say) -> None:
+def _tell_figures(figures: dict[str, Any] | None, report_rows: int) -> None:
     """What the new folder cost, as it was measured when it was made; None: an earlier version made it."""
     if not figures:
         say(f"It has no {FIGURES}: an earlier version made it.")
@@ -168,11 +167,11 @@ def _group(options: QuantizeConfig, layers: dict[str, tuple[int, int]]) -> int:
     return wanted
 
 
-def _check_weights(source: Path, say: Say) -> None:
+def _check_weights(source: Path) -> None:
     """Raise UserError (exit 4) for weights that are no numbers: nothing computed from them would be one."""
     tensors, done = tensor_files.of_folder(source), 0
     total = sum(tensor.size for tensor in tensors.values())
-    with tensor_files.Files() as files, console.over_bytes("looking at weights") as (_, progress):
+    with tensor_files.Files() as files, console.over_bytes("looking at weights") as progress:
         for name, tensor in tensors.items():
             for first, last in tensor.blocks():
                 block = files.read(tensor, first, last)
@@ -184,7 +183,7 @@ def _check_weights(source: Path, say: Say) -> None:
     say("weights     all finite")
 
 
-def _rows(options: QuantizeConfig, source: Path, say: Say) -> tuple[list[Row], list[Row]]:
+def _rows(options: QuantizeConfig, source: Path) -> tuple[list[Row], list[Row]]:
     """(rows to look at, other rows to tell the perplexity of), chosen by the seed."""
     if options.method == BNB and not options.report_rows:
         return [], []
@@ -229,7 +228,7 @@ def _by_gptqmodel(
     return [entry for entries in noted.values() for entry in entries]
 
 
-def _tell_errors(noted: list[dict[str, Any]], say: Say) -> None:
+def _tell_errors(noted: list[dict[str, Any]]) -> None:
     """One line for each layer: the squared error of its outputs for the rows, as the library counts it.
 
     Where it is no number, no row reached the module, and its weights were rounded.
@@ -253,7 +252,7 @@ def _by_bitsandbytes(source: Path, place: Path, bits: int, device: str) -> None:
     made.save_pretrained(place)
 
 
-def _perplexity(folder: Path, rows: list[Row], device: str, title: str, say: Say) -> float | None:
+def _perplexity(folder: Path, rows: list[Row], device: str, title: str) -> float | None:
     """Of these rows, None without; by the processor when the whole model does not fit on the card.
 
     Raises UserError (exit 4) when it is no finite number.

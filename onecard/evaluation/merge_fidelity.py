@@ -5,7 +5,6 @@ One model is in memory at a time; of the merged one the logits stay, for the tok
 
 import gc
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,13 +17,12 @@ from onecard.models import adapter as models_adapter
 from onecard.models import base_model
 from onecard.runs.adapters import Source
 from onecard.system import hardware
+from onecard.system.console import say
 
 UNMERGED = "base + adapter (peft)"
 
 
-def run(
-    options: MergeConfig, rows: list[Row], base: Path, found: Source, merged: Path, say: Callable[[str], None]
-) -> None:
+def run(options: MergeConfig, rows: list[Row], base: Path, found: Source, merged: Path) -> None:
     """Say logit differences and perplexities on these rows; raises UserError, exit 4 for no numbers."""
     device = hardware.choose_device("auto").value
     dtype = hardware.choose_dtype("auto", device).value

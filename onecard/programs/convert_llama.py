@@ -16,8 +16,8 @@ def main(arguments: list[str]) -> None:
     options = config_options.parse(ConvertConfig, arguments, description=__doc__)
     if not options.input_dir or not options.output_dir:
         raise UserError("--input_dir and --output_dir are needed.", "See --help.")
-    from onecard.conversion import meta_llama
-    from onecard.system import console  # after the options: --help needs no package
+    from onecard.conversion import meta_llama  # after the options: --help needs no package
+    from onecard.system import console
 
-    with console.over_bytes("converting") as (say, progress):
-        meta_llama.run(options, say=say, progress=progress)
+    with console.over_bytes("converting") as progress:
+        meta_llama.run(options, progress)

@@ -13,8 +13,8 @@ LESS_MEMORY = ""  # options that need less memory with less
 
 def main(arguments: list[str]) -> None:
     options = config_options.parse(ExportConfig, arguments, description=__doc__)
-    from onecard.conversion import export_gguf
-    from onecard.hub import locate  # after the options: --help needs no torch
+    from onecard.conversion import export_gguf  # after the options: --help needs no torch
+    from onecard.system.console import say
 
-    folder = export_gguf.run(options, locate.fetch_model, locate.fetch_adapter, print)
-    print(f"The files are in {folder}. Talk to them: bash cpu_chat.sh --lora_path {folder}")
+    folder = export_gguf.run(options)
+    say(f"The files are in {folder}. Talk to them: bash cpu_chat.sh --lora_path {folder}")

@@ -15,15 +15,8 @@ def main(arguments: list[str]) -> None:
     options = config_options.parse(MergeConfig, arguments, description=__doc__)
     if not options.lora_path or not options.output_path:
         raise UserError("--lora_path and --output_path are needed.", "See --help.")
-    from onecard.conversion import merge as conversion_merge
-    from onecard.evaluation import merge_fidelity
-    from onecard.hub import locate
-    from onecard.system import console  # after the options, so that --help needs no torch
+    from onecard.conversion import merge  # after the options, so that --help needs no torch
+    from onecard.system import console
 
-    with console.over_bytes("merging") as (say, progress):
-
-        def report(*merged) -> None:
-            merge_fidelity.run(options, *merged, say)
-
-        then = report if options.report else None
-        conversion_merge.run(options, locate.fetch_model, locate.fetch_adapter, say, progress, then)
+    with console.over_bytes("merging") as progress:
+        merge.run(options, progress)

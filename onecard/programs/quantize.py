@@ -13,8 +13,8 @@ LESS_MEMORY = "--cutoff_len"  # options that need less memory with less
 
 def main(arguments: list[str]) -> None:
     options = config_options.parse(QuantizeConfig, arguments, description=__doc__)
-    from onecard.conversion import quantize
-    from onecard.hub import locate  # after the options, so that --help needs no torch
+    from onecard.conversion import quantize  # after the options, so that --help needs no torch
+    from onecard.system.console import say
 
-    folder = quantize.run(options, locate.fetch_model, lambda text: print(text, flush=True))
-    print(f"The model is in {folder}; talk to it or train on it with --model_path {folder}")
+    folder = quantize.run(options)
+    say(f"The model is in {folder}; talk to it or train on it with --model_path {folder}")

@@ -1,4 +1,4 @@
-"""The bar that a tool shows while bytes go by."""
+"""What a program says to its user: lines on stdout, above any progress bar, and a bar over bytes."""
 
 import contextlib
 import os
@@ -9,29 +9,33 @@ from tqdm import tqdm
 
 from onecard.system import processes as system_processes
 
-Say, Progress = Callable[[str], None], Callable[[int, int], None]
+Progress = Callable[[int, int], None]
+
+
+def say(text: str) -> None:
+    """Print for the user, from the main process only, above any open progress bar, and at once.
+
+    When nobody reads any more, the work goes on unheard.
+    """
+    if system_processes.is_main():
+        write_out(lambda: (tqdm.write(text, file=sys.stdout), sys.stdout.flush()))
+
+
+def write_out(write: Callable[[], object]) -> None:
+    """Call `write`; from the first failure on, nothing of this process is printed any more."""
+    try:
+        write()
+    except OSError:  # a closed pipe or terminal
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (kept for good)
 
 
 @contextlib.contextmanager
-def over_bytes(title: str) -> Iterator[tuple[Say, Progress]]:
-    """(say, progress): lines above the bar, and progress(done, all) in bytes; no bar without a terminal."""
+def over_bytes(title: str) -> Iterator[Progress]:
+    """progress(done, all), in bytes, moves a bar as long as the block lasts; no bar without a terminal."""
     with tqdm(desc=title, unit="B", unit_scale=True, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        yield bar.write, progress
-
-
-def say(text: str) -> None:
-    """Print for the user, from the main process only; when nobody reads any more, the run goes on unheard."""
-    if system_processes.is_main():
-        write_out(lambda: print(text, flush=True))
-
-
-def write_out(write: Callable[[], object]) -> None:
-    try:
-        write()
-    except OSError:  # a closed pipe or terminal
-        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (kept for good)
+        yield progress

@@ -97,7 +97,7 @@ class Journal:
 
     def say(self, text: str) -> None:
         if self.loud:
-            console.write_out(lambda: (tqdm.write(text, file=sys.stdout), sys.stdout.flush()))
+            console.say(text)
 
     def close(self) -> None:
         self.end()

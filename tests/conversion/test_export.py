@@ -402,13 +402,15 @@ def test_swapping_adapters_keeps_the_base(exported, base, adapter, tmp_path):
     engine.close()
 
 
-def test_a_base_that_only_the_adapter_names_is_not_fetched(adapter, tmp_path):
+def test_a_base_that_only_the_adapter_names_is_not_fetched(adapter, tmp_path, monkeypatch):
     shutil.copytree(adapter, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "evil/model"}))
     asked: list[str] = []
+    monkeypatch.setattr(locate, "fetch_model", asked.append)
+    monkeypatch.setattr(locate, "fetch_adapter", asked.append)
     with pytest.raises(UserError, match="evil/model, which is not on this machine"):
-        export_gguf.run(ExportConfig(lora_path=str(tmp_path / "adapter")), asked.append, asked.append, print)
+        export_gguf.run(ExportConfig(lora_path=str(tmp_path / "adapter")))
     assert asked == []
 
 

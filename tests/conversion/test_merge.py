@@ -22,13 +22,13 @@ from onecard.config.tools import MergeConfig
 from onecard.conversion import lora_delta, merge
 from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, UserError
 from onecard.evaluation import merge_fidelity
-from onecard.hub import model_files
+from onecard.hub import locate, model_files
 from onecard.models import base_model, tensor_files
 from onecard.models import tokenizer as models_tokenizer
 from onecard.runs import adapters as run_adapters
 from onecard.runs import folder as run_folder
 from onecard.system import hashing, output_folder
-from tests.support import kill_points, tiny
+from tests.support import console, kill_points, tiny
 
 LLAMA_ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -66,13 +66,10 @@ def adapter_of(base: Path, folder: Path, resize: int | None = None, **settings: 
 
 
 def run(base: Path | None, adapter: Path, target: Path, **more: Any) -> list[str]:
-    said: list[str] = []
     path = str(base) if base else None
     options = MergeConfig(model_path=path, lora_path=str(adapter), output_path=str(target), **more)
-    then = None
-    if more.get("report"):
-        then = lambda *folders: merge_fidelity.run(options, *folders, said.append)  # noqa: E731
-    merge.run(options, str, str, said.append, lambda done, total: None, then)
+    with console.heard() as said:
+        merge.run(options, lambda done, total: None)
     return said
 
 
@@ -380,14 +377,16 @@ def test_folders(tmp_path, pair, monkeypatch):
     assert not (tmp_path / "y").exists()
 
 
-def test_a_base_that_only_the_adapter_names_is_not_fetched(tmp_path, pair):
+def test_a_base_that_only_the_adapter_names_is_not_fetched(tmp_path, pair, monkeypatch):
     """A stranger's adapter makes nobody fetch; what the user types is another matter."""
     shutil.copytree(pair[1], tmp_path / "adapter")
     change_config(base_model_name_or_path="evil/model")(tmp_path / "adapter")
     asked: list[str] = []
+    monkeypatch.setattr(locate, "fetch_model", asked.append)
+    monkeypatch.setattr(locate, "fetch_adapter", asked.append)
     options = MergeConfig(lora_path=str(tmp_path / "adapter"), output_path=str(tmp_path / "made"))
     with pytest.raises(UserError, match="evil/model, which is not on this machine"):
-        merge.run(options, asked.append, asked.append, print, lambda *_: None)
+        merge.run(options, lambda *_: None)
     assert asked == []
 
 
@@ -515,5 +514,5 @@ def test_a_difference_that_is_no_number_is_told(tmp_path, monkeypatch):
     base = tiny.save_model(tmp_path / "base")
     options = MergeConfig(output_path=str(base))
     with pytest.raises(UserError, match="no numbers") as caught:
-        merge_fidelity.run(options, [], base, run_adapters.Source("a", tmp_path), base, lambda _: None)
+        merge_fidelity.run(options, [], base, run_adapters.Source("a", tmp_path), base)
     assert caught.value.code == CHECKPOINT

@@ -22,7 +22,7 @@ from onecard.errors import CHECKPOINT, DISK, MEMORY, UNSAFE, USAGE, UserError
 from onecard.hub import model_files
 from onecard.models import tensor_files
 from onecard.system import output_folder, sandbox
-from tests.support import faults, kill_points, meta_llama_reference
+from tests.support import console, faults, kill_points, meta_llama_reference
 from tests.support.meta_llama_reference import params
 from tests.support.paths import ROOT
 
@@ -45,9 +45,9 @@ def here(request: dict[str, Any], told: Any, keep: int) -> None:
 
 
 def run(source: Path, target: Path, to: str, work: Any = here, **more: Any) -> list[str]:
-    said: list[str] = []
     options = ConvertConfig(input_dir=str(source), output_dir=str(target), to=to, **more)
-    meta_llama.run(options, said.append, lambda done, total: None, work)
+    with console.heard() as said:
+        meta_llama.run(options, lambda done, total: None, work)
     return said
 
 
@@ -557,7 +557,7 @@ def test_a_killed_parent_takes_its_child_along(tmp_path, pieces):
         "from onecard.config.tools import ConvertConfig\n"
         "def progress(done, total): os.kill(os.getpid(), signal.SIGKILL)\n"
         "options = ConvertConfig(input_dir=sys.argv[1], output_dir=sys.argv[2])\n"
-        "meta_llama.run(options, print, progress)\n"
+        "meta_llama.run(options, progress)\n"
     )
     command = [sys.executable, "-c", program, str(start), str(tmp_path / "made")]
     ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)

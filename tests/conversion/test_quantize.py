@@ -234,12 +234,11 @@ def test_the_demo_with_the_tool(tmp_path):
     assert ratio < 1.3
 
 
-def test_each_layers_error_is_told():
+def test_each_layers_error_is_told(capsys):
     """The sum of a layer's modules and the largest; a module that no row reached, in the library's words."""
     noted = [("q", 0, "0.25"), ("up", 0, "0.5"), ("q", 1, "0.125"), ("up", 1, "rtn fallback")]
-    said: list[str] = []
-    quantize._tell_errors([{"module": m, "layer": n, "loss": loss} for m, n, loss in noted], said.append)
-    assert said == [
+    quantize._tell_errors([{"module": m, "layer": n, "loss": loss} for m, n, loss in noted])
+    assert capsys.readouterr().out.splitlines() == [
         "layer 1     up: rtn fallback",
         "layer 0     squared error 7.50e-01, 5.00e-01 in up",
         "layer 1     squared error 1.25e-01, 1.25e-01 in q",
@@ -266,7 +265,7 @@ def test_what_does_not_fit_is_refused(tmp_path, rows, changes, words):
     given = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
     options = build(QuantizeConfig, {**given, **changes})
     with pytest.raises(UserError, match=words) as caught:
-        quantize.run(options, str, print)
+        quantize.run(options)
     assert caught.value.code == USAGE
     assert not (tmp_path / "out").exists()
 
@@ -287,7 +286,7 @@ def test_weights_that_are_no_numbers_are_refused(source, rows, tmp_path):
     given = {"model_path": str(bad), "data_path": str(rows), "output_path": str(tmp_path / "out")}
     options = build(QuantizeConfig, {**given, "method": "bnb"})
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds numbers") as caught:
-        quantize.run(options, str, print)
+        quantize.run(options)
     assert caught.value.code == CHECKPOINT
     assert not (tmp_path / "out").exists()
 
@@ -310,23 +309,23 @@ def test_options_are_checked_before_the_weights_are_read(source, rows, tmp_path,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(quantize, "_check_weights", fail)
     with pytest.raises(UserError) as caught:
-        quantize.run(bnb(source, rows, tmp_path / "out", **changes), str, print)
+        quantize.run(bnb(source, rows, tmp_path / "out", **changes))
     assert (caught.value.code, list(tmp_path.iterdir())) == (code, [])
 
 
 def test_rows_are_needed_only_to_be_looked_at(source, tmp_path, monkeypatch):
     """bitsandbytes without a report needs none; the sample's are found from any folder."""
     monkeypatch.chdir(tmp_path)
-    assert quantize._rows(bnb(source, "none.json", tmp_path / "out", report_rows=0), source, print) == (
+    assert quantize._rows(bnb(source, "none.json", tmp_path / "out", report_rows=0), source) == (
         [],
         [],
     )
     options = build(QuantizeConfig, {"method": "bnb", "report_rows": 3})
-    assert len(quantize._rows(options, source, print)[1]) == 3
+    assert len(quantize._rows(options, source)[1]) == 3
     tiny.save_rows(tmp_path / "rows.json", 8)
     (tmp_path / "sample").mkdir()
     (tmp_path / "rows.json").rename(tmp_path / options.data_path)  # the user's own comes first
-    assert len(quantize._rows(options, source, print)[1]) == 2
+    assert len(quantize._rows(options, source)[1]) == 2
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -340,7 +339,7 @@ def test_a_perplexity_that_is_no_number_is_refused(source, rows, tmp_path, monke
 
     monkeypatch.setattr(eval_rows, "perplexity", measured)
     with pytest.raises(UserError, match=f"perplexity {when}: {number}") as caught:
-        quantize.run(bnb(source, rows, tmp_path / "out"), str, print)
+        quantize.run(bnb(source, rows, tmp_path / "out"))
     assert (caught.value.code, list(tmp_path.iterdir())) == (CHECKPOINT, [])
 
 
@@ -349,7 +348,7 @@ def test_perplexity_of_a_token(nats, found):
     assert eval_rows.per_token(nats, 1) == found
 
 
-def test_what_can_be_seen_has_been_measured(source, rows, tmp_path, monkeypatch):
+def test_what_can_be_seen_has_been_measured(source, rows, tmp_path, monkeypatch, capsys):
     """Cut while it is measured, no folder is there; made, its figures are told again."""
     plain, target = eval_rows.perplexity, tmp_path / "out"
 
@@ -361,27 +360,26 @@ def test_what_can_be_seen_has_been_measured(source, rows, tmp_path, monkeypatch)
 
     monkeypatch.setattr(eval_rows, "perplexity", cut)
     with pytest.raises(KeyboardInterrupt):
-        quantize.run(bnb(source, rows, target), str, print)
+        quantize.run(bnb(source, rows, target))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(eval_rows, "perplexity", plain)
-    said: list[str] = []
-    quantize.run(bnb(source, rows, target), str, said.append)
-    first = told_of("\n".join(said))
+    capsys.readouterr()
+    quantize.run(bnb(source, rows, target))
+    first = told_of(capsys.readouterr().out)
     monkeypatch.setattr(eval_rows, "perplexity", fail)
-    quantize.run(bnb(source, rows, target), str, said.append)
-    assert told_of("\n".join(said)) == first * 2
+    quantize.run(bnb(source, rows, target))
+    assert told_of(capsys.readouterr().out) == first
     assert [line.split()[0] for line in first] == ["size", "perplexity"]
 
 
-def test_a_full_disk_is_told_before_anything_is_read(source, rows, tmp_path, monkeypatch):
+def test_a_full_disk_is_told_before_anything_is_read(source, rows, tmp_path, monkeypatch, capsys):
     """Exit 7 with the size, before the weights are looked at and the perplexity is measured."""
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     given = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
-    said: list[str] = []
     with pytest.raises(UserError, match=r"--output_path .*needs .*free: 0 MiB") as caught:
-        quantize.run(build(QuantizeConfig, {**given, "method": "bnb"}), str, said.append)
-    assert (caught.value.code, said, list(tmp_path.iterdir())) == (DISK, [], [])
+        quantize.run(build(QuantizeConfig, {**given, "method": "bnb"}))
+    assert (caught.value.code, capsys.readouterr().out, list(tmp_path.iterdir())) == (DISK, "", [])
 
 
 @pytest.mark.slow
@@ -395,10 +393,10 @@ def test_a_terminal_sees_how_far_it_is(source, rows, tmp_path, capsys, monkeypat
     titles = ("looking at weights:", "perplexity before:", "perplexity after:")
     given = {"model_path": str(source), "data_path": str(rows), "method": "bnb", "report_rows": 2}
     given |= {"device": "cpu"}
-    quantize.run(build(QuantizeConfig, {**given, "output_path": str(tmp_path / "one")}), str, print)
+    quantize.run(build(QuantizeConfig, {**given, "output_path": str(tmp_path / "one")}))
     assert not [title for title in titles if title in capsys.readouterr().err]
     monkeypatch.setattr(sys, "stderr", tiny.Screen())
-    quantize.run(build(QuantizeConfig, {**given, "output_path": str(tmp_path / "two")}), str, print)
+    quantize.run(build(QuantizeConfig, {**given, "output_path": str(tmp_path / "two")}))
     assert [title for title in titles if title not in sys.stderr.getvalue()] == []
 
 
@@ -406,4 +404,4 @@ def test_missing_packages_are_named(monkeypatch, source, rows, tmp_path):
     monkeypatch.setattr(quantized, "PACKAGES", ("no_such_package",))
     given = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
     with pytest.raises(UserError, match=r"no_such_package.*setup\.sh gptq"):
-        quantize.run(build(QuantizeConfig, given), str, print)
+        quantize.run(build(QuantizeConfig, given))

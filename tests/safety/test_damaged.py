@@ -101,21 +101,21 @@ def export_gguf(base: Path, place: Path) -> None:
     from onecard.conversion import export_gguf as conversion_export_gguf
 
     options = built(ExportConfig, model_path=base, output_path=place)
-    conversion_export_gguf.run(options, locate.locate, locate.fetch_adapter, QUIET)
+    conversion_export_gguf.run(options)
 
 
 def quantize(base: Path, place: Path) -> None:
     options = built(QuantizeConfig, model_path=base, output_path=place, method="bnb", data_path=SAMPLE)
-    conversion_quantize.run(options, locate.locate, QUIET)
+    conversion_quantize.run(options)
 
 
 def merge_lora(base: Path, place: Path) -> None:
     options = built(MergeConfig, model_path=base, lora_path=base.parent / "adapter", output_path=place)
-    merge.run(options, locate.locate, locate.fetch_adapter, QUIET, QUIET)
+    merge.run(options, QUIET)
 
 
 def convert_llama(base: Path, place: Path) -> None:
-    meta_llama.run(built(ConvertConfig, input_dir=base, output_dir=place, to="meta"), QUIET, QUIET)
+    meta_llama.run(built(ConvertConfig, input_dir=base, output_dir=place, to="meta"), QUIET)
 
 
 def perplexity(base: Path, place: Path) -> None:

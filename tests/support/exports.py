@@ -5,11 +5,11 @@ from pathlib import Path
 from onecard.config import options as config_options
 from onecard.config.tools import ExportConfig
 from onecard.conversion import export_gguf
-from onecard.hub import locate
+from tests.support import console
 
 
 def run(**options) -> tuple[Path, list[str]]:
     """The exported folder and what was said."""
-    said: list[str] = []
     settings = config_options.build(ExportConfig, {name: str(value) for name, value in options.items()})
-    return export_gguf.run(settings, locate.locate, locate.fetch_adapter, said.append), said
+    with console.heard() as said:
+        return export_gguf.run(settings), said

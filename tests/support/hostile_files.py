@@ -470,6 +470,7 @@ class Original:
         from onecard.config import options as config_options
         from onecard.config.tools import ConvertConfig
         from onecard.conversion import meta_llama, meta_weights
+        from tests.support import console
 
         def work(request: dict[str, Any], told: Callable[[dict[str, Any]], None], _: int) -> None:
             if request["step"] == meta_llama.WEIGHTS:
@@ -478,7 +479,8 @@ class Original:
                 told({"ids": {"bos_token_id": 1, "eos_token_id": 2}})
 
         given = {"input_dir": str(self.source), "output_dir": str(self.target)}
-        meta_llama.run(config_options.build(ConvertConfig, given), str, lambda done, total: None, work)
+        with console.heard():
+            meta_llama.run(config_options.build(ConvertConfig, given), lambda done, total: None, work)
 
 
 KINDS = {"gguf": Gguf, "safetensors": Safetensors, "pth": Pth, "original": Original}

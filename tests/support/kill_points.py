@@ -42,7 +42,7 @@ def convert(target: Path, options: dict[str, str]) -> None:
         module.work({**request, "limit": 0}, lambda **report: told(report))
 
     made = config_options.build(ConvertConfig, {**options, "output_dir": str(target)})
-    meta_llama.run(made, lambda text: None, lambda done, total: None, work)
+    meta_llama.run(made, lambda done, total: None, work)
 
 
 def merge(target: Path, options: dict[str, str]) -> None:
@@ -51,7 +51,7 @@ def merge(target: Path, options: dict[str, str]) -> None:
     from onecard.conversion import merge as conversion_merge
 
     made = config_options.build(MergeConfig, {**options, "output_path": str(target)})
-    conversion_merge.run(made, str, str, lambda text: None, lambda done, total: None)
+    conversion_merge.run(made, lambda done, total: None)
 
 
 def export(target: Path, options: dict[str, str]) -> None:
@@ -70,7 +70,7 @@ def export(target: Path, options: dict[str, str]) -> None:
 
     llama_cpp_converter.run, llama_cpp_converter.home, llama_cpp_engine.Engine = work, Path, Engine
     made = config_options.build(ExportConfig, {**options, "output_path": str(target), "check": "false"})
-    export_gguf.run(made, str, str, lambda text: None)
+    export_gguf.run(made)
 
 
 def quantize(target: Path, options: dict[str, str]) -> None:
@@ -79,9 +79,7 @@ def quantize(target: Path, options: dict[str, str]) -> None:
     from onecard.conversion import quantize as conversion_quantize
 
     given = {"method": "bnb", "device": "cpu", "output_path": str(target)}
-    conversion_quantize.run(
-        config_options.build(QuantizeConfig, {**options, **given}), str, lambda text: None
-    )
+    conversion_quantize.run(config_options.build(QuantizeConfig, {**options, **given}))
 
 
 TOOLS = {"convert": convert, "merge": merge, "export": export, "quantize": quantize}
