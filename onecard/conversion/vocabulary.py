@@ -4,11 +4,12 @@ Only the shards with embeddings are rewritten; other shards and files beside the
 shard. Weights in other formats and sub-folders are left out.
 """
 
+import contextlib
 import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,106 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from onecard.config.tools import PrepareConfig, VocabConfig
 from onecard.errors import CHECKPOINT, DATA, DISK, UserError
-from onecard.hub import model_files
+from onecard.hub import locate, model_files
 from onecard.hub.model_files import INDEX
 from onecard.models import base_model, tensor_files
+from onecard.models import tokenizer as models_tokenizer
 from onecard.system import files as system_files
+from onecard.system.console import say
 
 TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
 WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
 LONGEST_PIECE = 16  # characters; longer ones are no pieces of a vocabulary
+
+
+def extend_vocab(options: VocabConfig) -> None:
+    """Write a tokenizer with the pieces of --pieces or the characters of --characters, and say what it saves.
+
+    Raises UserError.
+    """
+    target = Path(options.output_path)
+    _check_new(target)
+    pieces = _pieces(options)
+    sample = text_of("--sample_text", options.sample_text) if options.sample_text else "".join(pieces)
+    if not sample.strip():
+        raise UserError(f"--sample_text {options.sample_text}: the file is empty.", "Name another.", DATA)
+    folder = locate.locate(options.model_path)
+    tokenizer = models_tokenizer.load_tokenizer(folder)
+    size, before = len(tokenizer), tokens_per_character(tokenizer, sample)
+    added = extend(tokenizer, pieces)
+    check_spaces(models_tokenizer.load_tokenizer(folder), tokenizer, added)
+    after = tokens_per_character(tokenizer, sample)
+    say(f"{len(pieces)} pieces, {len(added)} added; the others are single tokens already.")
+    say(f"vocabulary  {size} -> {len(tokenizer)} tokens")
+    of, fewer = options.sample_text or "the pieces themselves", 100 * (1 - after / before)
+    say(f"on {of}: {before:.3f} -> {after:.3f} tokens a character ({fewer:.1f} % fewer)")
+    with _whole(target) as place:
+        tokenizer.save_pretrained(place)
+    say(f"The tokenizer is in {target}. Next: tools/prepare_base_model.py --tokenizer_path {target}")
+
+
+def prepare_base_model(options: PrepareConfig) -> None:
+    """Write a model with special tokens and rows for all tokens, and say how many; raises UserError."""
+    target = Path(options.output_path)
+    _check_new(target)
+    source = Path(locate.fetch_model(options.model_path))
+    old = models_tokenizer.load_tokenizer(str(source))
+    new = models_tokenizer.load_tokenizer(options.tokenizer_path or str(source))
+    add_special(new, [token.strip() for token in options.add_tokens.split(",") if token.strip()])
+    before, added, after = prepare(source, old, new, target, options.multiple)
+    say(
+        f"embedding   {before} -> {after} rows: {len(old)} tokens, {added} new ones with the mean of the old,"
+    )
+    say(f"            {after - len(new)} rows of zeros up to a multiple of {options.multiple}")
+    say(f"The model is in {target}; train with --model_path {target}")
+
+
+def _check_new(target: Path) -> None:
+    if target.exists():
+        raise UserError(f"--output_path {target}: is there already.", "Name a new folder.")
+
+
+def _pieces(options: VocabConfig) -> list[str]:
+    """What is to be added; raises UserError (exit 3) when it is nothing."""
+    if options.pieces:
+        pieces = pieces_of(Path(options.pieces))
+        source, fix = f"--pieces {options.pieces}", "Give one piece a line."
+    else:
+        pieces = characters_of(text_of("--characters", options.characters), options.min_count)
+        source, fix = f"--characters {options.characters}", "Lower --min_count, or give more text."
+    if not pieces:
+        raise UserError(f"{source}: there is nothing to add.", fix, DATA)
+    return pieces
+
+
+@contextlib.contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the block ends well; UserError (exit 7) of the disk."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+            place = Path(temporary) / "made"
+            place.mkdir()
+            yield place
+            for path in place.iterdir():
+                system_files.sync_file(path)
+            system_files.sync_folder(place)
+            place.rename(target)
+            system_files.sync_folder(target.parent)
+    except OSError as error:
+        problem = f"{target}: could not be written: {error.strerror or error}."
+        raise UserError(problem, "Make room.", DISK) from None
+
+
+def text_of(flag: str, path: str) -> str:
+    """The text of a file that an option names; raises UserError (exit 3) when it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"{flag} {path}: cannot be read ({error})."
+        raise UserError(problem, "Name a UTF-8 text file.", DATA) from None
 
 
 def pieces_of(path: Path) -> list[str]:
@@ -127,13 +219,11 @@ def prepare(
     missing = sorted(set(names) - held)
     if missing:
         raise UserError(f"{source}: its weights lack {missing[0]}.", "Fetch the model again.", CHECKPOINT)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with _whole(target) as place:
         rows = after = 0
         for file, shard in tqdm(files.items(), desc="writing shards", unit="shard", disable=None):
             if not set(names) & set(shard):
-                shutil.copyfile(source / file, temporary / file)
+                shutil.copyfile(source / file, place / file)
                 continue
             tensors, metadata = _read(source / file)
             for name in set(names) & set(shard):
@@ -143,29 +233,19 @@ def prepare(
                     raise UserError(problem, "Model and tokenizer do not belong together.", CHECKPOINT)
                 tensors[name] = resized(tensors[name], ids, added, multiple)
                 after = len(tensors[name])
-            save_file(tensors, temporary / file, metadata=metadata)
+            save_file(tensors, place / file, metadata=metadata)
         for path in source.iterdir():  # the tokenizer's own files are written anew below
             kept = path.suffix not in WEIGHT_FILES and not path.name.startswith(TOKENIZER)
             if path.is_file() and path.name not in files and kept:
-                shutil.copyfile(path, temporary / path.name)
-        new.save_pretrained(temporary)
-        system_files.write_json(
-            temporary / "config.json", {**config, **_ids(new, config), "vocab_size": after}
-        )
-        generation = temporary / "generation_config.json"
+                shutil.copyfile(path, place / path.name)
+        new.save_pretrained(place)
+        system_files.write_json(place / "config.json", {**config, **_ids(new, config), "vocab_size": after})
+        generation = place / "generation_config.json"
         if generation.is_file():
             known = json.loads(generation.read_text(encoding="utf-8"))
             system_files.write_json(generation, {**known, **_ids(new, known)})
         if (source / INDEX).is_file():
-            _index(source / INDEX, temporary, files)
-        temporary.chmod(0o755)
-        temporary.rename(target)
-    except OSError as error:
-        raise UserError(
-            f"{target}: could not be written: {error.strerror or error}.", "Make room.", DISK
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            _index(source / INDEX, place, files)
     return rows, len(added), after
 
 

@@ -19,14 +19,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from onecard.config.tools import CheckConfig
 from onecard.data import conversation as data_conversation
 from onecard.data import encode as data_encode
 from onecard.data import preview, reader
 from onecard.data import schemas as data_schemas
+from onecard.data import template as templates
 from onecard.data.conversation import ASSISTANT, Conversation
 from onecard.data.schemas import BadRow
 from onecard.data.template import Template
+from onecard.errors import UserError
 from onecard.system import files as system_files
+from onecard.system.console import say
 
 PLACEHOLDERS = re.compile(
     r"<一段文[本字]>|<文本>|\[图[画片]\]|<no ?(in|out)put>|<image>|\[image\]|\[insert [^\]]*\]",
@@ -73,6 +77,51 @@ class Row:
     value: Any
     problems: list[str]
     reason: str = ""  # of an unreadable one
+
+
+def check_options(options: CheckConfig) -> None:
+    """Raise UserError for options that contradict each other, before anything is fetched."""
+    if options.repair and not options.clean:
+        raise UserError("--repair mends what --clean writes.", "Add --clean FILE.jsonl.")
+    templates.check(options.template)
+
+
+def run(options: CheckConfig, paths: list[Path], tokenizer: Any) -> None:
+    """Look at all rows of these files, say what there is, and write what the options ask for.
+
+    Raises UserError.
+    """
+    template = templates.load(options.template, tokenizer)
+    _check_targets(options, paths)
+    findings, how = Findings(), (options.train_on_inputs, options.train_on)
+    rows = examine(findings, paths, options.schema, template, tokenizer, options.cutoff_len, *how)
+    cleaner = Cleaner(Path(options.clean), options.repair) if options.clean else None
+    all_rows(rows, cleaner)
+    text = report(findings, options.cutoff_len)
+    say(text)
+    if cleaner:
+        kept, dropped = cleaner.targets
+        say(f"\n{cleaner.kept} rows are in {kept}, {cleaner.left_out} with the reason in {dropped}.")
+    if options.png and findings.lengths:
+        lengths(findings.lengths, options.cutoff_len, Path(options.png))
+        say(f"The histogram is in {options.png}.")
+    if options.html:
+        write_html(findings, f"Rows of {options.data_path}", text, Path(options.html))
+        say(f"The report is in {options.html}; open it in a browser.")
+
+
+def _check_targets(options: CheckConfig, paths: list[Path]) -> None:
+    """Raise UserError when a file to write is one that is read, another of them, or in no folder."""
+    taken = {path.resolve() for path in paths}
+    targets = [("clean", target) for target in outputs(Path(options.clean))] if options.clean else []
+    targets += [(name, Path(getattr(options, name))) for name in ("html", "png") if getattr(options, name)]
+    for name, target in targets:
+        if target.resolve() in taken:
+            problem = f"--{name}: {target} is the file that is looked at, or written already."
+            raise UserError(problem, "Name another file.")
+        if not target.absolute().parent.is_dir():
+            raise UserError(f"--{name} {target}: its folder does not exist.", "Make it, or name another.")
+        taken.add(target.resolve())
 
 
 def examine(

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +20,33 @@ from onecard.config import options as config_options
 from onecard.config.tools import MODELSCOPE, DownloadConfig
 from onecard.errors import CHECKPOINT, DISK, UNSAFE, UserError
 from onecard.hub import listing as hub_listing
-from onecard.hub import manifest, remote_code, transfer
+from onecard.hub import locate, manifest, remote_code, transfer
 from onecard.hub.listing import Listing
 from onecard.hub.manifest import DEMO
 from onecard.hub.transfer import SHA256, Remote, UnreachableError
 from onecard.system import files as system_files
 from onecard.system import hashing, lock
+from onecard.system.console import say
 
 SPARE = 1 << 24  # bytes that stay free
 OF_HUBS = ("source", "revision", "endpoint", "send_token", "files", "pickles")  # what a name's version has
 
 
-def run(
-    options: DownloadConfig,
-    locate: Callable[[str], str],
-    lines: Iterable[str] = (),
-    say: Callable[[str], None] = print,
-) -> Path:
-    """The folder with the model; raises UserError (2 network and options, 4 bytes, 7 disk, 8 unsafe).
-
-    locate: the demo's name -> its folder; lines: of --url_list.
-    """
+def run(options: DownloadConfig) -> Path:
+    """The folder with the model; raises UserError (2 network and options, 4 bytes, 7 disk, 8 unsafe)."""
     options = _pinned(options)
     _check_used(options)
     folder = _folder(options)
     if options.model_path == DEMO:
-        return _demo(Path(locate(DEMO)), folder, options.verify, say)
+        return _demo(Path(locate.locate(DEMO)), folder, options.verify)
+    lines = _lines(options.url_list)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(lock.owned(folder))
         except UserError:
             problem = f"{folder}: another download is at work there."
             raise UserError(problem, "Wait for it, or choose another --to.") from None
-        _bring(options, folder, lines, say)
+        _bring(options, folder, lines)
     return folder
 
 
@@ -101,7 +94,18 @@ def _folder(options: DownloadConfig) -> Path | None:
     return manifest.place(options.model_path)
 
 
-def _bring(options: DownloadConfig, folder: Path, lines: Iterable[str], say: Callable[[str], None]) -> None:
+def _lines(url_list: str | None) -> list[str]:
+    """The lines of --url_list, - is stdin; [] without one. Raises UserError where there is no text."""
+    if url_list is None:
+        return []
+    try:
+        whole = sys.stdin.read() if url_list == "-" else Path(url_list).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--url_list {url_list}: cannot be read ({error}).", "Name a text file.") from None
+    return whole.splitlines()
+
+
+def _bring(options: DownloadConfig, folder: Path, lines: list[str]) -> None:
     old = manifest.read(folder)
     _check_same(options, folder, old)
     revision = options.revision or (old["revision"] or None if old else None)
@@ -131,10 +135,10 @@ def _bring(options: DownloadConfig, folder: Path, lines: Iterable[str], say: Cal
         if not differing:
             return
         listing = dataclasses.replace(_list(options, old["commit"], lines), revision=old["revision"])
-    _complete(folder, listing, old, options, say)
+    _complete(folder, listing, old, options)
 
 
-def _list(options: DownloadConfig, revision: str | None, lines: Iterable[str]) -> Listing:
+def _list(options: DownloadConfig, revision: str | None, lines: list[str]) -> Listing:
     if options.url_list:
         return hub_listing.of_list(lines, "stdin" if options.url_list == "-" else options.url_list)
     of = hub_listing.of_modelscope if options.source == MODELSCOPE else hub_listing.of_hub
@@ -164,7 +168,6 @@ def _complete(
     listing: Listing,
     old: dict[str, Any] | None,
     options: DownloadConfig,
-    say: Callable[[str], None],
 ) -> None:
     """Fetch what is missing, put everything in its place, write the receipt."""
     for file in listing.files:
@@ -196,7 +199,7 @@ def _complete(
         manifest.write(folder, values)
     fetched = f"{_size(sum(file.size or 0 for file in missing))} fetched" if missing else "nothing to fetch"
     say(f"{len(listing.files)} files, {fetched}; all checksums are right. {_version(values)}")
-    _tell_code(folder, options, values, say)
+    _tell_code(folder, options, values)
 
 
 def _is_there(folder: Path, file: Remote, known: dict[str, Any], again: bool) -> bool:
@@ -274,7 +277,7 @@ def _receipt(folder: Path, listing: Listing) -> dict[str, Any]:
     return {**values, "files": files}
 
 
-def _demo(source: Path, folder: Path | None, again: bool, say: Callable[[str], None]) -> Path:
+def _demo(source: Path, folder: Path | None, again: bool) -> Path:
     """The demo model, in the cache or copied byte for byte; again: read what is there already in full."""
     if folder is None:
         say(f"The demo model is in {source}.")
@@ -308,9 +311,7 @@ def _demo(source: Path, folder: Path | None, again: bool, say: Callable[[str], N
     return folder
 
 
-def _tell_code(
-    folder: Path, options: DownloadConfig, values: dict[str, Any], say: Callable[[str], None]
-) -> None:
+def _tell_code(folder: Path, options: DownloadConfig, values: dict[str, Any]) -> None:
     """Say when a model names code of its own, whether it is here now, and what makes it run."""
     classes = remote_code.named(folder)
     named = remote_code.listed(classes)

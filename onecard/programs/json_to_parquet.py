@@ -15,7 +15,8 @@ def main(arguments: list[str]) -> None:
     options = config_options.parse(tool_config.ParquetConfig, arguments, description=__doc__)
     from onecard.data import reader as data_reader
     from onecard.data import tables as data_tables
+    from onecard.system.console import say
 
     paths = [source.path for source in data_reader.sources(options.data_path)]
     count, columns = data_tables.write_parquet(paths, data_reader.values, Path(options.output_path))
-    print(f"{count} rows with the columns {', '.join(columns)} are in {options.output_path}.")
+    say(f"{count} rows with the columns {', '.join(columns)} are in {options.output_path}.")

@@ -125,7 +125,7 @@ def ask(url: str, *typed: str) -> UserError | None:
 def download(served: bad_hub.Hub, folder: Path, **options) -> UserError | None:
     settings = DownloadConfig(model_path=NAME, to=str(folder), endpoint=served.address)
     try:
-        hub_download.run(dataclasses.replace(settings, **options), str, (), lambda _: None)
+        hub_download.run(dataclasses.replace(settings, **options))
     except UserError as error:
         return error
     return None

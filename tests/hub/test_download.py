@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import random
@@ -361,13 +362,20 @@ def test_other_files_of_the_same_version_stay(served, tmp_path):
     assert not (tmp_path / "m" / WEIGHTS).exists()
 
 
+def fetch_list(folder: Path, lines: list[str]) -> None:
+    """Fetch what such a list names; the list stays beside the model."""
+    path = folder / "list.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    hub_download.run(DownloadConfig(url_list=str(path), to=str(folder / "m")))
+
+
 def test_an_edited_list_is_followed(served, tmp_path):
     """New lines are fetched, what was fetched before stays."""
 
     def bring(*names: str) -> None:
         sums = {name: hashlib.sha256(model_files()[name]).hexdigest() for name in names}
         lines = [f"{served.address}/plain/{name} {name} {digest}" for name, digest in sums.items()]
-        hub_download.run(DownloadConfig(url_list="list.txt", to=str(tmp_path / "m")), str, lines, print)
+        fetch_list(tmp_path, lines)
 
     bring("config.json")
     bring(WEIGHTS)
@@ -544,20 +552,37 @@ def test_llama_without_an_address(served, tmp_path):
     ],
 )
 def test_bad_lists(served, tmp_path, line, code):
-    options = DownloadConfig(url_list="list.txt", to=str(tmp_path / "m"))
     with pytest.raises(UserError) as caught:
-        hub_download.run(options, str, [line.replace("{a}", served.address)], print)
+        fetch_list(tmp_path, [line.replace("{a}", served.address)])
     assert caught.value.code == code
     assert inside(tmp_path / "m") == []
+
+
+def test_a_list_from_stdin(served, tmp_path, monkeypatch):
+    digest = hashlib.sha256(model_files()[WEIGHTS]).hexdigest()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{served.address}/plain/{WEIGHTS} {WEIGHTS} {digest}\n"))
+    hub_download.run(DownloadConfig(url_list="-", to=str(tmp_path / "m")))
+    assert (tmp_path / "m" / WEIGHTS).read_bytes() == model_files()[WEIGHTS]
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["missing", "no text"])
+def test_a_list_that_cannot_be_read(tmp_path, content):
+    """Refused before its folder is made."""
+    path = tmp_path / "list.txt"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"--url_list .*list\.txt: cannot be read") as caught:
+        hub_download.run(DownloadConfig(url_list=str(path), to=str(tmp_path / "m")))
+    assert caught.value.code == USAGE
+    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize("lines", [[], ["# nothing", ""]], ids=["empty", "comments"])
 def test_a_list_without_files(tmp_path, lines):
     """What a line looks like is said, and nothing of checksums that lack."""
-    options = DownloadConfig(url_list="list.txt", to=str(tmp_path / "m"))
     with pytest.raises(UserError) as caught:
-        hub_download.run(options, str, lines, print)
-    assert (caught.value.code, caught.value.problem) == (USAGE, "list.txt: lists no file.")
+        fetch_list(tmp_path, lines)
+    assert (caught.value.code, caught.value.problem) == (USAGE, f"{tmp_path / 'list.txt'}: lists no file.")
     assert "URL [NAME] [CHECKSUM]" in caught.value.fix
 
 
@@ -585,7 +610,7 @@ def test_options_that_do_nothing_are_refused(tmp_path, monkeypatch, given, idle)
     """A list and the demo have no versions, mirrors or choice of files; nothing is asked or written."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        hub_download.run(DownloadConfig(**given), str, [], print)
+        hub_download.run(DownloadConfig(**given))
     assert caught.value.code == USAGE
     assert sorted(re.findall(r"--(\w+) is", str(caught.value))) == sorted(idle)
     assert inside(tmp_path) == []
@@ -655,30 +680,31 @@ def test_two_at_a_time(served, tmp_path):
         assert "another download" in refused(served, tmp_path / "m", USAGE)
 
 
-def test_the_demo(tmp_path, tiny_model):
+def test_the_demo(tmp_path, tiny_model, monkeypatch, capsys):
     """Copied with its checksums; again: nothing; altered: told."""
-    said: list[str] = []
     options = DownloadConfig(model_path="demo", to=str(tmp_path / "m"))
-    where = {"demo": str(tiny_model)}.__getitem__
-    hub_download.run(options, where, (), said.append)
+    monkeypatch.setattr(locate, "locate", {"demo": str(tiny_model)}.__getitem__)
+    hub_download.run(options)
     names = [path.name for path in tiny_model.iterdir()]
     assert inside(tmp_path / "m") == sorted([*names, manifest.NAME])
     assert all((tmp_path / "m" / name).read_bytes() == (tiny_model / name).read_bytes() for name in names)
-    hub_download.run(options, where, (), said.append)
-    assert "0 files copied" in said[-1]
+    assert " 0 there already" in capsys.readouterr().out
+    hub_download.run(options)
+    assert "0 files copied" in capsys.readouterr().out
     (tmp_path / "m" / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"config\.json"):
-        hub_download.run(options, where, (), said.append)
+        hub_download.run(options)
 
 
 def test_the_demo_is_read_again_on_request(tmp_path, tiny_model, monkeypatch):
     options = DownloadConfig(model_path="demo", to=str(tmp_path / "m"))
-    hub_download.run(options, lambda _: str(tiny_model), (), print)
+    monkeypatch.setattr(locate, "locate", lambda _: str(tiny_model))
+    hub_download.run(options)
     plain, again = hashing.of_file, []
     monkeypatch.setattr(hashing, "of_file", lambda path, full=False: again.append(full) or plain(path, full))
     for verify in (False, True):
         again.clear()
-        hub_download.run(dataclasses.replace(options, verify=verify), lambda _: str(tiny_model), (), print)
+        hub_download.run(dataclasses.replace(options, verify=verify))
         assert set(again) == {verify}
 
 

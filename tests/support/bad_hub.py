@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from onecard.config.tools import DownloadConfig
 from onecard.hub import download as hub_download
-from onecard.hub import locate
+from tests.support import console
 
 NAME = "someone/model"
 
@@ -43,9 +43,9 @@ class Hub:
 
 def download(served: Hub, folder: Path | None, **options: Any) -> list[str]:
     """What is said while the model is fetched from this hub."""
-    said: list[str] = []
     settings = {"model_path": NAME, "to": folder and str(folder), "endpoint": served.address, **options}
-    hub_download.run(DownloadConfig(**settings), locate.locate, (), said.append)
+    with console.heard() as said:
+        hub_download.run(DownloadConfig(**settings))
     return said
 
 
