@@ -1,7 +1,7 @@
-"""A model folder and its adapters -> GGUF files for llama.cpp, made once and kept in the user's cache.
+"""A model folder and its adapters -> GGUF files for llama.cpp.
 
 llama.cpp's own converter and quantiser do it in children (llama_cpp_converter.py, llama_cpp_quantizer.py).
-Nothing here knows engines or conversations.
+Which files are kept and found again: gguf_cache.py. Nothing here knows engines or conversations.
 """
 
 import json

@@ -1,6 +1,6 @@
 """A GGUF file of 16 or 32 bits -> one of another type, by llama.cpp's quantiser; run as a child.
 
-python -m onecard.conversion.llama_cpp_quantizer SOURCE OUTPUT TYPE, with a type of tool_config.GGUF_TYPES
+python -m onecard.conversion.llama_cpp_quantizer SOURCE OUTPUT TYPE, with one of GGUF_TYPES in config/tools.py
 """
 
 import ctypes

@@ -125,7 +125,7 @@ _answered: dict[Path, Version] = {}  # folders that folder_of fetched from a hub
 def folder_of(text: str, kind: str, patterns: tuple[str, ...]) -> Path:
     """The folder of a name that the user typed, with the files of these patterns.
 
-    Raises one of asking.REFUSALS.
+    Raises one of client.REFUSALS.
     What tools/download.py fetched by the name stays what the name means. Where the hub gives no commit or no
     files it is the commit that the cache has. A commit that is whole in the cache is not asked for.
     """
@@ -163,7 +163,7 @@ def folder_of(text: str, kind: str, patterns: tuple[str, ...]) -> Path:
 
 
 def complete(folder: Path, patterns: Iterable[str]) -> None:
-    """Fetch the weights that a folder of folder_of lacks; raises one of asking.REFUSALS. Others stay."""
+    """Fetch the weights that a folder of folder_of lacks; raises one of client.REFUSALS. Others stay."""
     version = _answered.get(folder)
     if version and not _has_weights(folder):
         _bring(version, (*patterns,))
@@ -306,6 +306,6 @@ def _wanted(version: Version, patterns: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _bring(version: Version, patterns: tuple[str, ...]) -> Path:
-    """The snapshot of a version with these files; raises one of asking.REFUSALS."""
+    """The snapshot of a version with these files; raises one of client.REFUSALS."""
     client.limit_waits()
     return Path(snapshot_download(version.name, **_wanted(version, patterns)))

@@ -1,4 +1,4 @@
-"""Conversation in, stream of text out, whichever engine answers. The same `prompt.encode` as in training."""
+"""Conversation in, stream of text out, whichever engine answers. The same `data.encode` as in training."""
 
 import copy
 import dataclasses

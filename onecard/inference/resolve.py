@@ -59,7 +59,7 @@ def base_of(found: Source | None, asked: str | None) -> str | None:
 def check_belongs(found: Source, base: Path, files: dict[str, list[Path]]) -> None:
     """Raise UserError (exit 4) when the run that made the adapter had another base or tokenizer.
 
-    files: those of model.identity_files that have to be the same.
+    files: those of base_model.identity_files that have to be the same.
     """
     for name, paths in files.items():
         key = "base model" if name == "weights" else name

@@ -170,7 +170,7 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def restore(checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Give optimizer and scaler the state they had; what was trained is loaded by weights.load."""
+    """Give optimizer and scaler the state they had; what was trained is loaded by models/trainable.py."""
     state = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
     restore_optimizer(
         optimizer, {**safetensors_file.read_tensors(checkpoint / OPTIMIZER), **state["optimizer"]}

@@ -154,7 +154,7 @@ class Zero:
         self.named = {n: p for n, p in step_model.model.named_parameters() if p.requires_grad}
         if self.stage not in (1, 2, 3):
             raise UserError(f"DeepSpeed: zero_stage {self.stage} spreads nothing.", "Use torchrun.")
-        deepspeed.init_distributed(auto_mpi_discovery=False)  # takes the group that parallel.start made
+        deepspeed.init_distributed(auto_mpi_discovery=False)  # takes the group that distributed.start made
         if self.stage == 3:  # spread at once: the engine would put all of it on every card first
             deepspeed.zero.Init(module=step_model, config_dict_or_path=config)
             for buffer in step_model.buffers():

@@ -1,6 +1,6 @@
 """The training window: choose rows, fill in options, start, stop, continue; curves and answers, live.
 
-It holds nothing: trainings are processes of their own (runs.py), what it shows comes from their files.
+It holds nothing: trainings are processes of their own (runs/jobs.py), what it shows comes from their files.
 Closing the page or killing the window loses nothing; whoever opens it again sees the run that is going on.
 """
 

@@ -172,7 +172,7 @@ def test_a_template_gets_out_of_nothing(tmp_path, limits, monkeypatch):
 def test_a_template_that_would_never_end(text, tmp_path, limits):
     """Refused, or ended by the limit; nothing is written in any case."""
     found, written = rendered([text], tmp_path)
-    assert found[0] in ("loaded", "refused", "crash")  # crash: by the limit of time, which child.py tells
+    assert found[0] in ("loaded", "refused", "crash")  # crash: system/sandbox.py tells the limit of time
     assert not written[0]
 
 

@@ -172,7 +172,7 @@ class Gguf:
         engine = llama_cpp_engine.Engine(
             self.path, models_tokenizer.load_tokenizer(str(self.folder)), 128, threads=1
         )
-        prompt = [2, 3, 4][: engine.context - 1]  # chat.py sees to it that an answer has room
+        prompt = [2, 3, 4][: engine.context - 1]  # inference/chat.py sees to it that an answer has room
         if prompt:
             stream = engine.open(prompt)
             for _ in stream.read():
