@@ -7,8 +7,10 @@ python -m onecard finetune --help
 import functools
 import importlib
 import sys
+from collections.abc import Callable
 
 from onecard.errors import UserError, run_program
+from onecard.system import commands
 
 PROGRAMS = {  # sub-command: (file of onecard/programs/, what it does)
     "finetune": ("finetune", "fine-tune a model on your rows"),
@@ -33,7 +35,18 @@ def start(command: str, arguments: list[str] | None = None) -> None:
     """Run a sub-command with these arguments, else with this process's, and end with its exit code."""
     program = importlib.import_module(f"onecard.programs.{PROGRAMS[command][0]}")
     arguments = sys.argv[1:] if arguments is None else arguments
-    run_program(functools.partial(program.main, arguments), program.LESS_MEMORY)
+    run_program(functools.partial(run, program.main, arguments), program.LESS_MEMORY)
+
+
+def run(program: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """The program; a package that it lacks is a problem that the user can solve."""
+    try:
+        program(arguments)
+    except ModuleNotFoundError as error:
+        refusal = commands.not_installed(error)
+        if refusal is None:
+            raise
+        raise refusal from error
 
 
 def main() -> None:

@@ -31,19 +31,6 @@ OUT_OF_MEMORY = (  # in lower case
 ENDS = (".", "!", "?", ":", ";", ",", "。")  # of a sentence or a part of one
 
 
-# module -> part of tools/setup.sh that installs it; what is not listed is no user's to install
-PARTS = {
-    "train": (
-        "torch transformers peft bitsandbytes accelerate safetensors gguf sentencepiece google.protobuf "
-        "numpy matplotlib pyarrow ftfy wcwidth tqdm huggingface_hub httpx2 tenacity"
-    ),
-    "chat": "gradio prompt_toolkit",
-    "cpu": "llama_cpp",
-    "gptq": "gptqmodel optimum",
-    "test": "deepspeed",
-}
-
-
 class UserError(Exception):
     """A problem the user can solve: what is wrong and where, what to do about it, and the exit code."""
 
@@ -55,23 +42,6 @@ class UserError(Exception):
         # others' words at its end often lack their stop
         ended = not (self.problem and self.fix) or self.problem.endswith(ENDS)
         return f"{self.problem}{'' if ended else '.'} {self.fix}".strip()
-
-
-def missing_package(module: str, part: str) -> UserError:
-    """For a program whose optional package is not in the environment that runs it."""
-    problem = f"the package {module} is not installed for {sys.executable}."
-    return UserError(problem, f"Run: bash tools/setup.sh {part}, and use .venv/bin/python.")
-
-
-def _not_installed(error: ModuleNotFoundError) -> UserError | None:
-    """What to tell of a module that was not found, None for one that no part of the set-up installs."""
-    name = error.name or ""
-    for part, modules in PARTS.items():
-        for module in modules.split():
-            # of google.protobuf also google may be missing
-            if name == module or name.startswith(f"{module}.") or module.startswith(f"{name}."):
-                return missing_package(module, part)
-    return None
 
 
 class Stopped(BaseException):
@@ -93,12 +63,6 @@ def run_program(main: Callable[[], int | None], smaller: str = "") -> None:
     except UserError as error:
         code = error.code
         _say(error, f"error: {error}")
-    except ModuleNotFoundError as error:
-        refusal = _not_installed(error)
-        if refusal is None:
-            raise
-        code = refusal.code
-        _say(error, f"error: {refusal}")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -22,8 +22,8 @@ from onecard.models import base_model
 from onecard.models import tokenizer as models_tokenizer
 from onecard.runs import adapters as run_adapters
 from onecard.runs import folder as run_folder
+from onecard.system import commands, hardware, hashing, output_folder
 from onecard.system import files as system_files
-from onecard.system import hardware, hashing, output_folder
 from onecard.system.console import say
 
 MODELFILE, ADAPTER = "Modelfile", "adapter.gguf"
@@ -98,7 +98,7 @@ def _job(options: ExportConfig, keep: Path) -> tuple[Job, str]:
     for note in [note for source in found for note in source.notes]:
         say(note)
     if any(source.is_gguf for source in found) or (options.model_path or "").endswith(run_adapters.GGUF):
-        raise UserError("These are GGUF files already.", "Talk to them with tools/cpu_chat.py.")
+        raise UserError("These are GGUF files already.", f"Talk to them with {commands.name('chat')}.")
     whole = found[0] if found and found[0].whole else None
     if whole and options.model_path:
         raise UserError(f"--lora_path {whole.folder}: a whole model, no adapter.", "Give it alone.")

@@ -25,6 +25,7 @@ from onecard.hub import locate, model_files
 from onecard.hub.model_files import INDEX
 from onecard.models import base_model, tensor_files
 from onecard.models import tokenizer as models_tokenizer
+from onecard.system import commands
 from onecard.system import files as system_files
 from onecard.system.console import say
 
@@ -56,7 +57,7 @@ def extend_vocab(options: VocabConfig) -> None:
     say(f"on {of}: {before:.3f} -> {after:.3f} tokens a character ({fewer:.1f} % fewer)")
     with _whole(target) as place:
         tokenizer.save_pretrained(place)
-    say(f"The tokenizer is in {target}. Next: tools/prepare_base_model.py --tokenizer_path {target}")
+    say(f"The tokenizer is in {target}. Next: {commands.name('prepare-base')} --tokenizer_path {target}")
 
 
 def prepare_base_model(options: PrepareConfig) -> None:
@@ -208,7 +209,7 @@ def prepare(
     moved = next((token for token, number in known.items() if wanted.get(token) != number), None)
     if moved is not None:
         problem = f"The tokenizers do not belong together: {moved!r} has another id, or none, in the new one."
-        raise UserError(problem, "Extend this model's own tokenizer with tools/extend_vocab.py.")
+        raise UserError(problem, f"Extend this model's own tokenizer with {commands.name('extend-vocab')}.")
     ids, added = sorted(known.values()), sorted(set(wanted.values()) - set(known.values()))
     bare = base_model.skeleton(str(source), base_model.load_config(str(source)))
     tensor_files.check_whole(source, tensor_files.of_folder(source), bare)

@@ -33,8 +33,8 @@ from onecard.data.reader import Source
 from onecard.data.schemas import BadRow
 from onecard.data.template import Template
 from onecard.errors import DATA, DISK, UserError
+from onecard.system import commands, hashing
 from onecard.system import files as system_files
-from onecard.system import hashing
 
 FORMAT = 2  # of what is kept; the next number when encoding changes
 ROOM = 20 << 30  # bytes of the cache
@@ -46,7 +46,10 @@ CUT = "cut"
 CHAT_HERE = "a conversation among raw text: choose --task sft"
 RAW_HERE = "raw text among conversations: choose --task sft or pretrain"
 LONG_ROW = "Raise --cutoff_len, or say --long_rows cut or drop."
-BAD_ROW = "Mend the row, or leave bad rows out with --skip_bad_rows. tools/check_data.py lists all of them."
+BAD_ROW = (
+    "Mend the row, or leave bad rows out with --skip_bad_rows. "
+    f"{commands.name('check-data')} lists all of them."
+)
 
 
 @dataclasses.dataclass

@@ -14,6 +14,7 @@ from typing import Any
 
 from onecard.data import jinja_sandbox
 from onecard.errors import UserError
+from onecard.system import commands
 
 Part = tuple[str, str]  # (what, text): a place of PLACES, "control" with its token, "literal" with its text
 
@@ -87,7 +88,7 @@ def _fitted(template: Template, tokenizer: Any, name: str) -> Template:
     if missing:
         raise UserError(
             f"--template {name}: the tokenizer has no token {', '.join(missing)}.",
-            "Choose a template without control tokens, or add them with tools/prepare_base_model.py.",
+            f"Choose a template without control tokens, or add them with {commands.name('prepare-base')}.",
         )
     _promote(tokenizer, sorted(template.controls()))
     return template

@@ -25,6 +25,7 @@ from onecard.config.tools import PerplexityConfig
 from onecard.errors import CHECKPOINT, DATA, UserError
 from onecard.inference import loader
 from onecard.inference.engine import Engine
+from onecard.system import commands
 
 LEAST, LEAST_CONTEXT = 2, 8  # tokens
 
@@ -160,7 +161,7 @@ def for_chat(options: PerplexityConfig) -> ChatConfig:
 def read(path: str | None) -> str:
     """A text file; raises UserError (exit 3) when it is none."""
     if not path:
-        raise UserError("No text file is named.", "Write: tools/perplexity.py FILE")
+        raise UserError("No text file is named.", f"Write: {commands.name('perplexity')} FILE")
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:

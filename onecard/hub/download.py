@@ -24,8 +24,8 @@ from onecard.hub import locate, manifest, remote_code, transfer
 from onecard.hub.listing import Listing
 from onecard.hub.manifest import DEMO
 from onecard.hub.transfer import SHA256, Remote, UnreachableError
+from onecard.system import commands, hashing, lock
 from onecard.system import files as system_files
-from onecard.system import hashing, lock
 from onecard.system.console import say
 
 SPARE = 1 << 24  # bytes that stay free
@@ -77,7 +77,7 @@ def _check_used(options: DownloadConfig) -> None:
 def _folder(options: DownloadConfig) -> Path | None:
     """Where it goes; None: the demo stays where it is."""
     if bool(options.model_path) == bool(options.url_list):
-        raise UserError("Name a model, or give --url_list.", "For example: tools/download.py demo")
+        raise UserError("Name a model, or give --url_list.", f"For example: {commands.name('download')} demo")
     if options.url_list and not options.to:
         raise UserError("--url_list: where to?", "Add --to FOLDER.")
     if options.to:

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from onecard import errors
 from onecard.errors import UNSAFE, UserError, is_out_of_memory
 from onecard.hub import manifest, model_files, revisions, transfer
+from onecard.system import commands, hashing
 from onecard.system import files as system_files
-from onecard.system import hashing
 from onecard.system.console import say
 
 PRINT = "code of the base"  # among a run's fingerprints: the commit
@@ -28,7 +28,7 @@ SETTINGS = "*config*.json"  # which transformers may read an auto_map from
 CLASS = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")  # module.Class, the module beside the settings
 GENERATE = "custom_generate"  # a folder whose code transformers would run too
 KINDS = {40: transfer.GIT, 64: transfer.SHA256}  # length of a blob's name in the hub's cache: its checksum
-FETCH = "tools/download.py OWNER/MODEL --remote_code COMMIT"
+FETCH = f"{commands.name('download')} OWNER/MODEL --remote_code COMMIT"
 LOCK = "remote_code.lock"
 SHOWN = 12  # names
 # how transformers words what it cannot do

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from onecard.errors import CHECKPOINT, MEMORY, UserError
+from onecard.system import commands, hashing, sandbox
 from onecard.system import files as system_files
-from onecard.system import hashing, sandbox
 
 PACKAGE = "llama-cpp-python"
 ENGINE = "Use --engine transformers."
@@ -189,4 +189,4 @@ def version() -> str:
     try:
         return importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"{PACKAGE} is not installed.", "Run: bash tools/setup.sh cpu") from None
+        raise UserError(f"{PACKAGE} is not installed.", f"Run: {commands.set_up('cpu')}") from None

@@ -15,6 +15,7 @@ from typing import Any
 from onecard.errors import CHECKPOINT, UserError
 from onecard.inference import gguf_check
 from onecard.inference.gguf_check import ERROR_LEVEL
+from onecard.system import commands
 
 
 def tokenizer_of(gguf: Path) -> Any:
@@ -44,7 +45,7 @@ def library() -> Any:
         library = importlib.import_module("llama_cpp.llama_cpp")
     except (ImportError, OSError, RuntimeError) as error:
         problem = f"llama-cpp-python cannot be used here ({error})."
-        raise UserError(problem, "Run: bash tools/setup.sh cpu") from None
+        raise UserError(problem, f"Run: {commands.set_up('cpu')}") from None
     _callbacks.append(library.llama_log_callback(_log))
     library.llama_log_set(_callbacks[-1], None)
     library.llama_backend_init()

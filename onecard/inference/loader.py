@@ -28,7 +28,7 @@ from onecard.models import memory as model_memory
 from onecard.models import tokenizer as models_tokenizer
 from onecard.runs import adapters as run_adapters
 from onecard.runs.adapters import GGUF, Source
-from onecard.system import hardware
+from onecard.system import commands, hardware
 from onecard.system.console import say
 from onecard.system.hardware import Choice
 
@@ -140,7 +140,9 @@ def _check(options: ChatConfig, base: str, adapters: list[Source], is_llama: boo
     for name, plain in UNUSED_BY_LLAMA.items():
         if is_llama and getattr(options, name) not in plain:
             problem = f"--{name}: llama.cpp takes the file as it is, on the processor."
-            raise UserError(problem, "Leave it out; tools/export_gguf.py --type makes files of fewer bits.")
+            raise UserError(
+                problem, f"Leave it out; {commands.name('export-gguf')} --type makes files of fewer bits."
+            )
     if options.load_8bit and options.bits not in ("auto", 8):
         raise UserError(f"--load_8bit and --bits {options.bits} contradict each other.", "Give one of them.")
     for source in adapters:
@@ -148,7 +150,7 @@ def _check(options: ChatConfig, base: str, adapters: list[Source], is_llama: boo
     folders = [source.folder for source in adapters if not source.is_gguf]
     if base.endswith(GGUF) and folders:
         problem = f"{base}: the adapter {folders[0]} is no .gguf file."
-        fix = "Make it one with tools/export_gguf.py, or name the base's folder with --model_path."
+        fix = f"Make it one with {commands.name('export-gguf')}, or name the base's folder with --model_path."
         raise UserError(problem, fix)
     if base.endswith(GGUF) and not Path(base).is_file():
         raise UserError(f"--model_path {base}: no such file.", "Name a .gguf file.")

@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from onecard.errors import UserError
+from onecard.system import commands
 
 GPTQ, AWQ = "gptq", "awq"
 PACKAGES = ("gptqmodel", "optimum")
@@ -70,7 +71,7 @@ def require(what: str) -> None:
     """Raise UserError, beginning with `what`, when the packages are not installed."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"{what} {' and '.join(missing)}.", "Run: bash tools/setup.sh gptq")
+        raise UserError(f"{what} {' and '.join(missing)}.", f"Run: {commands.set_up('gptq')}")
 
 
 def library() -> Any:

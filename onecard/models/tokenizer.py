@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from onecard.errors import UserError
 from onecard.hub.remote_code import Consent
 from onecard.models.load_errors import NOT_A_MODEL, cannot_load
+from onecard.system import commands
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 TOKENIZER_EXTRAS = ("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
@@ -48,7 +49,7 @@ def check_vocabulary(path: str, config: Any, tokenizer: PreTrainedTokenizerBase,
     rows = config.vocab_size
     if max(tokenizer.get_vocab().values()) >= rows and ids.max() >= rows:
         problem = f"--model_path {path}: the rows have token ids up to {ids.max()}, its embedding {rows}."
-        raise UserError(problem, "Use tools/prepare_base_model.py, or the tokenizer that belongs to it.")
+        raise UserError(problem, f"Use {commands.name('prepare-base')}, or the tokenizer that belongs to it.")
     named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if named != [None] and tokenizer.eos_token_id not in named:
         return f"the tokenizer's end token is {tokenizer.eos_token_id}, config.json says {named}"

@@ -7,6 +7,7 @@ python tools/export_gguf.py --model_path demo --type q8_0
 
 from onecard.config import options as config_options
 from onecard.config.tools import ExportConfig
+from onecard.system import commands
 
 LESS_MEMORY = ""  # options that need less memory with less
 
@@ -17,4 +18,5 @@ def main(arguments: list[str]) -> None:
     from onecard.system.console import say
 
     folder = export_gguf.run(options)
-    say(f"The files are in {folder}. Talk to them: bash cpu_chat.sh --lora_path {folder}")
+    talk = commands.script("cpu_chat.sh", "chat")
+    say(f"The files are in {folder}. Talk to them: {talk} --lora_path {folder}")

@@ -1,7 +1,8 @@
 """Add characters or pieces to a tokenizer, and say what that saves.
 
 python tools/extend_vocab.py --model_path MODEL --pieces pieces.txt --sample_text text.txt --output_path NEW
-Afterwards the model needs rows for them: tools/prepare_base_model.py --tokenizer_path NEW
+
+Afterwards the model needs rows for them, which prepare_base_model.py (prepare-base) adds.
 """
 
 from onecard.config import options as config_options

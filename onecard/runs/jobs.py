@@ -14,7 +14,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -24,9 +23,8 @@ from onecard.config.training import FORMATS, PATHS, FinetuneConfig
 from onecard.errors import DATA, UserError
 from onecard.runs import folder as run_folder
 from onecard.runs import log as run_log
+from onecard.system import commands, lock
 from onecard.system import files as system_files
-from onecard.system import lock
-from onecard.system.files import ROOT
 
 NAME = re.compile(r"\w[\w.-]*")
 LONGEST_NAME = 100  # bytes
@@ -124,22 +122,22 @@ def keep_upload(source: Path, workspace: Path) -> Path:
 
 
 def start(workspace: Path, name: str, options: FinetuneConfig) -> None:
-    """Start finetune.py; raises UserError when the name is taken or an option leads out of this folder."""
+    """Start a training; raises UserError when the name is taken or an option leads out of this folder."""
     folder = folder_of(workspace, name)
     check_paths(options, workspace / UPLOADS)
     begun = run_folder.has_log(folder) or run_folder.checkpoint_steps(folder)
     if begun and not options.overwrite and _pid(folder) is None:
         raise UserError(f"{name} is the name of an earlier run.", "Continue it, or choose another name.")
     default, values = FinetuneConfig(), dataclasses.asdict(options)
-    _launch(folder, "finetune.py", {k: v for k, v in values.items() if v != getattr(default, k)})
+    _launch(folder, "finetune", {k: v for k, v in values.items() if v != getattr(default, k)})
 
 
 def go_on(workspace: Path, name: str, longer: dict[str, Any] | None = None) -> None:
-    """Start finetune_continue.py; longer: the num_epochs or max_steps to go on to."""
+    """Go on with a training; longer: the num_epochs or max_steps to go on to."""
     folder = folder_of(workspace, name)
     if not (folder / run_folder.CONFIG).is_file():
         raise UserError(f"{name}: there is no run to continue.", "Start one.")
-    _launch(folder, "finetune_continue.py", longer or {})
+    _launch(folder, "continue", longer or {})
 
 
 def stop(workspace: Path, name: str) -> None:
@@ -201,7 +199,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return stored if whole else {}
 
 
-def _launch(folder: Path, program: str, given: dict[str, Any]) -> None:
+def _launch(folder: Path, command: str, given: dict[str, Any]) -> None:
     values = {**given, "output_path": folder}
     texts = {key: str(value).lower() if isinstance(value, bool) else value for key, value in values.items()}
     flags = [f"--{key}={text}" for key, text in texts.items()]
@@ -209,9 +207,11 @@ def _launch(folder: Path, program: str, given: dict[str, Any]) -> None:
     with console_of(folder).open("ab", buffering=0) as console:
         _take(console, folder.name)
         lock.check_free(folder)
-        _note(folder, f"{MARK}{time.strftime(CLOCK)} {program} {' '.join(map(repr, flags))}")
+        _note(folder, f"{MARK}{time.strftime(CLOCK)} {commands.name(command)} {' '.join(map(repr, flags))}")
+        program, variables = commands.child(command)
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / program), *flags],
+            [*program, *flags],
+            env=variables,
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=subprocess.STDOUT,

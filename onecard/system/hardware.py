@@ -10,6 +10,7 @@ import subprocess
 from typing import Any
 
 from onecard.errors import UserError
+from onecard.system import commands
 
 M_MMAP_THRESHOLD = -3  # a parameter of mallopt, from malloc.h
 LARGE = 4_000_000  # bytes
@@ -270,4 +271,4 @@ def _card_problem() -> str | None:
 def _pip_line(version: str) -> str:
     """Installs the package index's CUDA build of this torch and what it needs; the other versions stay."""
     torch = f"torch=={version.split('+')[0]}"
-    return f".venv/bin/pip install --force-reinstall --no-cache-dir -c requirements.txt {torch}"
+    return commands.pip_install(torch, "--force-reinstall --no-cache-dir ")

@@ -23,7 +23,7 @@ from onecard.hub import revisions
 from onecard.models import trainable
 from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as run_folder
-from onecard.system import hardware, lock, signals
+from onecard.system import commands, hardware, lock, signals
 from onecard.system import processes as system_processes
 from onecard.training import distributed, out_of_memory, resume, sharded, step, warm_start
 from onecard.training.plan import Plan, describe, learning_rate, prepare
@@ -114,7 +114,7 @@ def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:
     except Stopped:
         save(trainer)
         at = f"after step {progress.step}: all of it is saved"
-        journal.say(f"{at}. Go on with: .venv/bin/python finetune_continue.py --output_path {trainer.folder}")
+        journal.say(f"{at}. Go on with: {commands.line('continue')} --output_path {trainer.folder}")
         raise
     distributed.barrier()
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from onecard.errors import UserError
 from onecard.runs.folder import LOG, SAMPLES
-from onecard.system import console
+from onecard.system import commands, console
 from onecard.system import files as system_files
 from onecard.system.files import disk_error
 
@@ -133,7 +133,7 @@ def start_wandb(folder: Path, settings: dict[str, Any]) -> Any:
     try:
         return wandb.init(project="onecard", name=folder.name, dir=str(folder), config=settings)
     except wandb.errors.Error as error:
-        fix = "Run .venv/bin/wandb login, or set WANDB_MODE=offline."
+        fix = f"Run {commands.in_environment('wandb')} login, or set WANDB_MODE=offline."
         raise UserError(f"--wandb: Weights & Biases did not start: {error}", fix) from None
 
 
@@ -142,7 +142,7 @@ def check_wandb() -> None:
     import importlib.util
 
     if importlib.util.find_spec("wandb") is None:
-        fix = "Run: .venv/bin/pip install -c requirements.txt wandb"
+        fix = f"Run: {commands.pip_install('wandb')}"
         raise UserError("--wandb needs the package wandb, which is not installed.", fix)
     if os.environ.get("WANDB_MODE", "online") == "online" and not os.environ.get("WANDB_API_KEY"):
         try:
@@ -150,7 +150,7 @@ def check_wandb() -> None:
         except (OSError, netrc.NetrcParseError):
             known = {}
         if not any("wandb" in host for host in known):
-            fix = "Run .venv/bin/wandb login, or set WANDB_MODE=offline."
+            fix = f"Run {commands.in_environment('wandb')} login, or set WANDB_MODE=offline."
             raise UserError("--wandb: this machine is not logged in to Weights & Biases.", fix)
 
 

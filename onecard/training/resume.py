@@ -20,8 +20,8 @@ from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as run_folder
 from onecard.runs import legacy
 from onecard.runs.checkpoint import Progress
+from onecard.system import commands, hardware, lock
 from onecard.system import files as system_files
-from onecard.system import hardware, lock
 from onecard.system import processes as system_processes
 from onecard.system.console import say
 from onecard.training import recorded_names, warm_start
@@ -36,9 +36,13 @@ def decide(wish: ContinueConfig, given: frozenset[str]) -> Start | None:
     Raises UserError (exit 4) for a checkpoint that is damaged or does not belong to these options.
     """
     if wish.overwrite:
-        raise UserError("--overwrite: going on and starting anew exclude each other.", "Use finetune.py.")
+        raise UserError(
+            "--overwrite: going on and starting anew exclude each other.", f"Use {commands.name('finetune')}."
+        )
     if "lora_path" in given:
-        raise UserError("--lora_path starts a run.", "Use finetune.py, or --resume_from_checkpoint here.")
+        raise UserError(
+            "--lora_path starts a run.", f"Use {commands.name('finetune')}, or --resume_from_checkpoint here."
+        )
     if wish.lora_remote_checkpoint and wish.resume_from_checkpoint:
         raise UserError("Give --resume_from_checkpoint or --lora_remote_checkpoint, not both.")
     name = wish.resume_from_checkpoint
@@ -141,7 +145,7 @@ def _same_run(folder: Path, chosen: Path | None, wish: ContinueConfig, given: fr
         chosen, problems = runs_checkpoint.newest(folder)
         _say_damaged(problems)
         if problems and chosen is None:
-            fix = f"Start anew: finetune.py --overwrite --output_path {folder}"
+            fix = f"Start anew: {commands.name('finetune')} --overwrite --output_path {folder}"
             raise UserError(f"{folder}: no checkpoint is whole.", fix, CHECKPOINT)
     else:
         _verify_chosen(chosen, folder)
@@ -186,7 +190,7 @@ def _other_rows(source: Path, wish: ContinueConfig, given: frozenset[str]) -> St
 def _read_run(folder: Path) -> dict[str, Any]:
     stored = system_files.read_json(folder / run_folder.CONFIG)
     if stored is None:
-        fix = "Start it (again) with finetune.py, or name the --output_path of another run."
+        fix = f"Start it (again) with {commands.name('finetune')}, or name the --output_path of another run."
         problem = (
             f"{folder}: holds no run: none was started there, or it stopped before its first checkpoint."
         )
@@ -210,7 +214,9 @@ def _check_code(start: Start, options: FinetuneConfig) -> None:
     remote_code.check_same("The run that goes on", before, options.remote_code)
     if options.remote_code and not before.get(remote_code.PRINT):
         problem = "--remote_code: the run's base was loaded without code of its own."
-        raise UserError(problem, "Leave it out, or start another run with finetune.py.", CHECKPOINT)
+        raise UserError(
+            problem, f"Leave it out, or start another run with {commands.name('finetune')}.", CHECKPOINT
+        )
 
 
 def _merged(
@@ -227,7 +233,9 @@ def _merged(
     fixed = [texts[name] for name, value in new.items() if is_fixed(name, getattr(before, name), value)]
     if fixed:
         problem = f"These options cannot change when the run goes on: {'; '.join(fixed)}."
-        raise UserError(problem, "Leave them out, or start another run with finetune.py.", CHECKPOINT)
+        raise UserError(
+            problem, f"Leave them out, or start another run with {commands.name('finetune')}.", CHECKPOINT
+        )
     roles = config_options.roles(FinetuneConfig)
     told = [
         text for name, text in texts.items() if roles[name] == config_options.EXECUTION or name in MOVABLE

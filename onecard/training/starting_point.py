@@ -15,8 +15,8 @@ from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as run_folder
 from onecard.runs import legacy
 from onecard.runs.checkpoint import Progress
+from onecard.system import commands, lock
 from onecard.system import files as system_files
-from onecard.system import lock
 from onecard.system.console import say
 
 STARTING = "starting adapter"  # a fingerprint
@@ -117,7 +117,7 @@ def finished_before(options: FinetuneConfig, folder: Path, weights_print: str | 
         if not steps and not run_folder.has_log(folder):
             return False  # it stopped before its first step: nothing is lost by starting
         at = f"saved up to step {max(steps)}" if steps else "with nothing saved"
-        go_on = f"Continue it: .venv/bin/python finetune_continue.py --output_path {folder}"
+        go_on = f"Continue it: {commands.line('continue')} --output_path {folder}"
         raise UserError(f"{folder} holds an unfinished run, {at}.", f"{go_on} Or: {ways}")
     prints = stored.get("fingerprints", {})
     if weights_print and prints.get(STARTING, weights_print) != weights_print:
@@ -146,5 +146,5 @@ def say_finished(folder: Path, finished: dict[str, Any]) -> None:
         + (f", validation loss {loss:.4f}." if loss is not None else ".")
     )
     say(f"What was trained is in {folder}, with the log {run_folder.LOG} and the picture loss.png.")
-    say("To train it longer: finetune_continue.py with a larger --num_epochs.")
+    say(f"To train it longer: {commands.name('continue')} with a larger --num_epochs.")
     say("To train it again: --overwrite. To train another: other --output_path, --data_path, --model_path.")

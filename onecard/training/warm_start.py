@@ -14,8 +14,8 @@ from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as run_folder
 from onecard.runs import legacy
 from onecard.runs.checkpoint import Progress
+from onecard.system import commands, hashing
 from onecard.system import files as system_files
-from onecard.system import hashing
 from onecard.system import safetensors as safetensors_file
 from onecard.system.console import say
 from onecard.training.starting_point import Start, finished_before
@@ -50,7 +50,7 @@ def _refuse_without_adapter(source: Path) -> None:
         problem = f"--lora_path {source}: this run is not finished."
         raise UserError(problem, "Finish it, or name one of its checkpoints.")
     if legacy.is_legacy(source):
-        fix = "Go on from it with finetune_continue.py --resume_from_checkpoint."
+        fix = f"Go on from it with {commands.name('continue')} --resume_from_checkpoint."
         raise UserError(f"--lora_path {source}: an older checkpoint.", fix)
 
 

@@ -22,11 +22,12 @@ from onecard.config.chat import TURNS_ONLY, ChatConfig
 from onecard.config.generation import BASE, TRAINED, Generation, Mixture
 from onecard.data import template as templates
 from onecard.data.conversation import Conversation
-from onecard.errors import UserError, missing_package
+from onecard.errors import UserError
 from onecard.inference import transcript
 from onecard.inference.chat import Chat, Reply
 from onecard.inference.decoding import END, LENGTH, STOP
 from onecard.inference.transcript import LEFT, RIGHT, Turns
+from onecard.system import commands
 from onecard.ui import status as ui_status
 from onecard.ui import terminal_io
 from onecard.ui.terminal_io import Screen, in_terminal, tell
@@ -41,10 +42,10 @@ NONE, AS_TRAINED = "none", "trained"
 def check_editor(part: str) -> None:
     """Raise UserError when a terminal is to be read and prompt_toolkit is not installed; pipes need it not.
 
-    part: of tools/setup.sh that installs it. To be asked before a model is loaded.
+    part: of the set-up that installs it. To be asked before a model is loaded.
     """
     if in_terminal() and importlib.util.find_spec("prompt_toolkit") is None:
-        raise missing_package("prompt_toolkit", part)
+        raise commands.missing_package("prompt_toolkit", part)
 
 
 def talk(chat: Chat, settings: ChatConfig, single_turn: bool = False) -> None:

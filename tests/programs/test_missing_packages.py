@@ -6,8 +6,11 @@ import re
 import subprocess
 
 import pytest
+from packaging.requirements import Requirement
 
+from onecard import __main__ as command
 from onecard import errors
+from onecard.system import commands
 from tests.support import fresh_environment as fresh
 from tests.support.paths import ROOT
 
@@ -124,20 +127,21 @@ def test_the_closure_leaves_out_what_is_another_parts(made):
 
 
 def test_every_package_of_the_set_up_is_known():
-    """errors.PARTS names the module of each requirement under the part that brings it first."""
+    """commands.PARTS names the module of each requirement under the part that brings it first."""
     modules = {"protobuf": "google.protobuf", "llama-cpp-python": "llama_cpp"}
     for part in ("train", "chat", "cpu", "gptq"):
-        for name in fresh.PYPROJECT["optional-dependencies"][part]:
-            if not name.startswith("onecard["):
+        for line in fresh.PYPROJECT["optional-dependencies"][part]:
+            name = Requirement(line).name
+            if name != "onecard":
                 module = modules.get(name, name)
-                assert any(module in errors.PARTS[each].split() for each in (part, "chat")), name
+                assert any(module in commands.PARTS[each].split() for each in (part, "chat")), name
 
 
 def test_a_module_of_nobody_is_a_traceback():
     """A mistake of ours, or of a library: nothing the user could install."""
 
-    def broken() -> None:
+    def broken(_: list[str]) -> None:
         import onecard.no_such_module  # noqa: F401
 
     with pytest.raises(ModuleNotFoundError):
-        errors.run_program(broken)
+        errors.run_program(lambda: command.run(broken, []))

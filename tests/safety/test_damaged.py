@@ -19,7 +19,6 @@ from onecard.conversion import gguf_cache, merge, meta_llama, vocabulary
 from onecard.conversion import quantize as conversion_quantize
 from onecard.errors import CHECKPOINT, USAGE, UserError, run_program
 from onecard.evaluation import perplexity as evaluation_perplexity
-from onecard.hub import locate
 from onecard.inference import chat
 from onecard.models import base_model
 from onecard.models import tokenizer as models_tokenizer

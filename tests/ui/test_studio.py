@@ -25,7 +25,7 @@ from onecard.models import tokenizer as models_tokenizer
 from onecard.runs import folder as run_folder
 from onecard.runs import jobs
 from onecard.runs import log as run_log
-from onecard.system import svg_plot
+from onecard.system import commands, svg_plot
 from onecard.training import loop, metrics
 from onecard.ui import training_html, training_layout, training_window
 from tests.support import resume_cases, tiny
@@ -106,10 +106,11 @@ def workspace(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def sleeper(tmp_path, monkeypatch) -> Iterator[Path]:
-    """Trainers that only sleep, in the place of finetune.py."""
-    for program in ("finetune.py", "finetune_continue.py"):
-        (tmp_path / program).write_text(SLEEPER)
-    monkeypatch.setattr(jobs, "ROOT", tmp_path)
+    """Trainers that only sleep, in the place of `python -m onecard`."""
+    (tmp_path / "onecard").mkdir()
+    (tmp_path / "onecard" / "__main__.py").write_text(SLEEPER)
+    (tmp_path / "onecard" / "__init__.py").touch()
+    monkeypatch.setattr(commands, "ROOT", tmp_path)
     pids = []
     plain = subprocess.Popen
     monkeypatch.setattr(jobs.subprocess, "Popen", lambda *a, **k: pids.append(plain(*a, **k)) or pids[-1])
@@ -220,7 +221,7 @@ def test_options_reach_the_trainer_as_values(workspace, sleeper):
     jobs.start(workspace, "run", options)
     said = jobs.console_of(workspace / "run")
     eventually(lambda: "argv" in said.read_text())
-    words = ["--data_path=a b.json", "--rslora=true", "--seed=7", f"--sample_prompts={text}"]
+    words = ["finetune", "--data_path=a b.json", "--rslora=true", "--seed=7", f"--sample_prompts={text}"]
     words.append(f"--output_path={workspace / 'run'}")
     line = next(line for line in said.read_text().splitlines() if line.startswith("argv "))
     assert sorted(json.loads(line.removeprefix("argv "))) == sorted(words)

@@ -1,0 +1,68 @@
+"""What a user is told to type: the files of a checkout there, the command `onecard` and pip elsewhere."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from onecard.system import commands
+from tests.support.paths import ROOT
+
+
+@pytest.fixture(params=[True, False], ids=["checkout", "package"])
+def in_checkout(request, monkeypatch) -> bool:
+    monkeypatch.setattr(commands, "IN_CHECKOUT", request.param)
+    return request.param
+
+
+def test_this_is_a_checkout():
+    assert commands.IN_CHECKOUT
+
+
+def test_programs(in_checkout):
+    told = [commands.name("merge"), commands.line("continue"), commands.script("cpu_chat.sh", "chat")]
+    if in_checkout:
+        assert told == [
+            "tools/merge_lora.py",
+            ".venv/bin/python finetune_continue.py",
+            "bash cpu_chat.sh",
+        ]
+    else:
+        assert told == ["onecard merge", "onecard continue", "onecard chat"]
+
+
+def test_packages(in_checkout):
+    """Compiled elsewhere too for any processor: an extra cannot carry that setting."""
+    told = [commands.set_up("chat"), commands.set_up("cpu"), commands.pip_install("torch==2", "--quiet ")]
+    if in_checkout:
+        assert told == [
+            "bash tools/setup.sh chat",
+            "bash tools/setup.sh cpu",
+            ".venv/bin/pip install --quiet -c requirements.txt torch==2",
+        ]
+    else:
+        assert told == [
+            'pip install "onecard[chat]"',
+            'CMAKE_ARGS="-DGGML_NATIVE=OFF" pip install "onecard[cpu]"',
+            "pip install --quiet torch==2",
+        ]
+
+
+def test_a_missing_package(in_checkout):
+    refusal = str(commands.not_installed(ModuleNotFoundError(name="gradio.themes")))
+    assert refusal.startswith(f"the package gradio is not installed for {sys.executable}. Run: ")
+    assert refusal.endswith("use .venv/bin/python." if in_checkout else 'pip install "onecard[chat]"')
+    assert commands.not_installed(ModuleNotFoundError(name="nobodys")) is None
+
+
+def test_a_child_finds_the_checkout_and_nothing_of_its_folder(tmp_path, monkeypatch):
+    """Whatever lies in the folder it works in, and whether or not onecard is installed."""
+    for name in ("onecard", "argparse"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a stranger')\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    line, variables = commands.child("finetune")
+    assert variables["PYTHONPATH"] == os.pathsep.join([str(ROOT), "elsewhere"])
+    ended = subprocess.run([*line, "--help"], cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("usage: onecard finetune ")
