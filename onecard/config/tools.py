@@ -102,7 +102,7 @@ class PrepareConfig:
 
 
 HUB, MODELSCOPE = "hub", "modelscope"
-SAMPLE = "sample/instruct.json"  # in the repository; trial_rows finds it from any working folder
+SAMPLE = "sample/instruct.json"  # which OneCard brings: data.reader finds it from any working folder
 
 
 @dataclasses.dataclass(frozen=True)

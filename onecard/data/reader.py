@@ -17,6 +17,7 @@ from onecard.data import schemas as data_schemas
 from onecard.data.conversation import Conversation
 from onecard.data.schemas import BadRow
 from onecard.errors import DATA, UserError
+from onecard.system.files import or_sample
 
 EVALUATION = "--eval_data_path"
 LEFT_OUT = ".dropped.jsonl"  # what check_data.py leaves out of a clean file
@@ -71,6 +72,7 @@ def _source(text: str, flag: str, fetch: Fetch | None) -> list[Source]:
     if flag == EVALUATION and weight != 1:
         problem = f"{flag} {text}: validation rows have no weight."
         raise UserError(problem, "Leave the number out: every row counts once.", DATA)
+    path = or_sample(path)
     if not path.exists() and fetch and HUB_NAME.fullmatch(str(path)) and _ending(path) not in FORMATS:
         path, fetched = Path(fetch(str(path))), True
     if path.is_dir():

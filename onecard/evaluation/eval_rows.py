@@ -13,25 +13,18 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from onecard.config.tools import SAMPLE
 from onecard.data import reader
 from onecard.data.encode import encode_within
 from onecard.data.schemas import BadRow
 from onecard.data.template import Template
 from onecard.errors import DATA, UserError
-from onecard.system.files import ROOT
 
 MOST_NATS = 700.0  # of a token: what exp() can still say
 Row = tuple[list[int], list[bool]]  # token ids, whether each is a target
 
 
 def files(data_path: str) -> list[Path]:
-    """The files of rows; the sample's is the repository's where the working folder has none.
-
-    Raises UserError (exit 3) when one does not exist.
-    """
-    if data_path == SAMPLE and not Path(SAMPLE).exists() and (ROOT / SAMPLE).exists():
-        data_path = str(ROOT / SAMPLE)
+    """The files of rows; raises UserError (exit 3) when one does not exist."""
     return [source.path for source in reader.sources(data_path)]
 
 

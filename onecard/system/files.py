@@ -12,7 +12,9 @@ from typing import Any
 
 from onecard.errors import CHECKPOINT, DISK, UserError
 
-ROOT = Path(__file__).resolve().parents[2]  # of a checkout
+PACKAGE = Path(__file__).resolve().parents[1]  # onecard/
+ROOT = PACKAGE.parent  # of a checkout, or the folder of all packages
+SAMPLE = "sample"  # folder of rows: in onecard/ where it was installed as a package, beside it in a checkout
 
 
 def cache_folder() -> Path:
@@ -25,6 +27,14 @@ def save_figure(figure: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp.png")
     figure.savefig(temporary, dpi=120)
     temporary.replace(path)
+
+
+def or_sample(path: Path) -> Path:
+    """The path; where there is no such file and it is called sample/NAME, the one that OneCard brings."""
+    if path.exists() or path.parts[:1] != (SAMPLE,) or ".." in path.parts:
+        return path
+    brought = (folder / path for folder in (PACKAGE, ROOT))
+    return next((file for file in brought if file.is_file()), path)
 
 
 PROBE = ".onecard-"  # of what only shows whether there can be something

@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from onecard.data import reader
+from onecard.data.reader import Source
+from onecard.errors import UserError
 from onecard.hub import locate
 from onecard.models import tokenizer as models_tokenizer
 from onecard.runs import folder as run_folder
 from tests.support import golden_tokens
 from tests.support.golden_tokens import SAMPLES
 from tests.support.harness import Harness
+from tests.support.paths import ROOT
 from tests.support.small_runs import fall
 
 FLAGS = {
@@ -69,3 +73,15 @@ def test_what_the_model_sees_is_written_down():
     """The golden file: ids, targets and text of a row of every schema in every template."""
     made = golden_tokens.dump(models_tokenizer.load_tokenizer(locate.locate("demo")))
     assert made == json.loads(golden_tokens.FILE.read_text(encoding="utf-8"))
+
+
+def test_the_samples_are_found_from_any_folder(tmp_path, monkeypatch):
+    """By the name that the documentation has for them, with a weight too; the user's own files go before."""
+    monkeypatch.chdir(tmp_path)
+    assert reader.sources("sample/chat.jsonl:2") == [Source(ROOT / "sample" / "chat.jsonl", 2.0)]
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "sample" / "chat.jsonl").write_text("{}\n", encoding="utf-8")
+    assert reader.sources("sample/chat.jsonl") == [Source(Path("sample/chat.jsonl"))]
+    for name in ("sample/nothing.jsonl", "sample/../pyproject.json", "docs/chat.jsonl", "chat.jsonl"):
+        with pytest.raises(UserError, match="no such file"):
+            reader.sources(name)
