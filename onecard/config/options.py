@@ -21,6 +21,8 @@ RUNS_CODE = (
     "run the Python code that came with the base model, with your rights, at this full commit; "
     "none: such a model is refused"
 )
+SUBCOMMAND = "onecard "  # how the name of a program begins that is called as a sub-command
+SCRIPT = re.compile(r"python \S+\.py")  # the program of an example, as it is called in a checkout
 COMMIT = re.compile(r"[0-9a-f]{40}")  # of git, whole
 Settings = TypeVar("Settings")
 Check = Callable[[Any], str | None]  # a value -> what is wrong with it, or None
@@ -127,7 +129,8 @@ def parse_given(
     settings: type[Settings], argv: Sequence[str] | None = None, description: str = ""
 ) -> tuple[Settings, frozenset[str]]:
     """Like parse, and the names of the options that were given, by a flag or in the file."""
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    parser = _Parser(allow_abbrev=False, formatter_class=_HelpFormatter)
+    parser.description = as_called(description, parser.prog)
     parser.add_argument(
         "--config", metavar="FILE", help="JSON file with any of these options; flags override it"
     )
@@ -273,9 +276,17 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None
         parser.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, **also)
 
 
-class _HelpFormatter(argparse.HelpFormatter):
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """The description keeps its lines: below what a program does stand commands, one a line."""
+
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34, width=110)
+
+
+def as_called(description: str, program: str) -> str:
+    """A program's description with its example commands as the program was called: `onecard merge`, say."""
+    called = program.startswith(SUBCOMMAND)
+    return SCRIPT.sub(lambda match: program if called else match[0], description)
 
 
 class _Parser(argparse.ArgumentParser):

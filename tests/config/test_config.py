@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from onecard import __main__ as command
 from onecard.config import chat as chat_config
 from onecard.config import options as config_options
 from onecard.config.chat import ChatConfig, CpuConfig, SingleConfig
@@ -223,6 +225,28 @@ def test_help_shows_every_option_at_once_and_loads_no_torch():
         shown = str(shown).lower() if field.type is bool else shown
         assert f"--{name} " in text
         assert f"{field.metadata['help']} [{shown}; {field.metadata['role']}]" in text
+
+
+@pytest.mark.parametrize("program", command.PROGRAMS)
+def test_help_of_every_sub_command_loads_nothing_heavy(program):
+    """Neither torch nor any other installed package, nor more of onecard than the options."""
+    line = [sys.executable, "-X", "importtime", "-m", "onecard", program, "--help"]
+    ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    modules = {line.split("|")[-1].strip() for line in ended.stderr.splitlines()}
+    assert "onecard.config.options" in modules
+    brought = {name for name in importlib.metadata.packages_distributions() if not name.startswith("_")}
+    assert {"torch", "tqdm"} <= brought
+    assert not {module.split(".")[0] for module in modules} & (brought - {"onecard"})
+    rooms = {module.split(".")[1] for module in modules if module.startswith("onecard.")}
+    assert rooms <= {"__main__", "errors", "config", "system", "programs"}
+
+
+def test_examples_are_shown_as_the_program_was_called():
+    """Each on its own line; a file of a checkout keeps its own name."""
+    text = "What it does.\n\npython tools/merge_lora.py --a 1\necho x | python tools/merge_lora.py\n"
+    called = config_options.as_called(text, "onecard merge")
+    assert called == "What it does.\n\nonecard merge --a 1\necho x | onecard merge\n"
+    assert config_options.as_called(text, "merge_lora.py") == text
 
 
 def test_help_is_shown_even_beside_a_mistake(capsys):
