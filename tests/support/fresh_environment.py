@@ -62,14 +62,19 @@ def _needs(name: str, extra: str) -> list[str]:
     return importlib.metadata.requires(name) or []
 
 
-class Newcomer:
-    """A copy of the project whose .venv grows by what the commands set up."""
+def of_a_newcomer() -> dict[str, str]:
+    """This process's environment without what it says to Python, pip's own settings apart, and to a hub."""
+    hidden = ("HF_", "WANDB", "PYTHON", "VIRTUAL_ENV")
+    return {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+
+
+class Environment:
+    """A virtual environment with pip, and with the packages that are linked into it."""
 
     def __init__(self, folder: Path):
-        self.folder = copy_project(folder)
-        command = [sys.executable, "-m", "venv", "--without-pip", ".venv"]
-        subprocess.run(command, cwd=self.folder, check=True)
-        places = {"base": str(self.folder / ".venv"), "platbase": str(self.folder / ".venv")}
+        self.bin = folder / "bin"
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+        places = {"base": str(folder), "platbase": str(folder)}
         self.packages = Path(sysconfig.get_path("purelib", "posix_prefix", places))
         self.link(ALWAYS)
 
@@ -86,6 +91,14 @@ class Newcomer:
     def _link(self, source: Path, target: Path) -> None:
         if source.exists() and not target.exists():
             target.symlink_to(source)
+
+
+class Newcomer(Environment):
+    """A copy of the project whose .venv grows by what the commands set up."""
+
+    def __init__(self, folder: Path):
+        self.folder = copy_project(folder)
+        super().__init__(self.folder / ".venv")
 
     def set_up(self, part: str) -> None:
         """As `bash tools/setup.sh PART` leaves it."""
@@ -108,12 +121,10 @@ class Newcomer:
         """A command as a newcomer types it; what it sets up is there, and what earlier ones did."""
         for part in self.parts_of(command):
             self.set_up(part)
-        hidden = ("HF_", "WANDB", "PYTHON", "VIRTUAL_ENV")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
         return subprocess.run(
             ["bash", "-c", command],
             cwd=self.folder,
-            env=environment,
+            env=of_a_newcomer(),
             capture_output=True,
             text=True,
             timeout=timeout,
