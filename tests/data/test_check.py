@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from onecard.data import check, reader
+from onecard.data import check, findings, reader
 from onecard.data import template as templates
 from tests.support import tiny
 from tests.support.paths import ROOT
@@ -23,9 +23,9 @@ PLANTED = {  # what the report calls it -> a row that has it
 }
 
 
-def look(path: Path, cutoff_len: int = 400, cleaner: check.Cleaner | None = None) -> check.Findings:
+def look(path: Path, cutoff_len: int = 400, cleaner: check.Cleaner | None = None) -> findings.Findings:
     tokenizer = tiny.tokenizer()
-    found = check.Findings()
+    found = findings.Findings()
     rows = check.examine(found, [path], None, templates.load("alpaca", tokenizer), tokenizer, cutoff_len)
     check.all_rows(rows, cleaner)
     return found
@@ -45,7 +45,7 @@ def test_every_planted_fault_is_found_once(tmp_path):
     for number, name in enumerate(PLANTED, start=11):
         assert found.examples[name] == f"{tmp_path / 'rows.jsonl'}:{number}:1"
     assert found.read == len(rows)
-    text = check.report(found, 400)
+    text = findings.report(found, 400)
     assert "alpaca 39" in text
     assert "the row has no 'output'" in text
     assert all(name in text for name in PLANTED)
@@ -60,7 +60,7 @@ def test_lengths_cuts_and_rows_without_targets(tmp_path):
     assert len(found.lengths) == 3
     assert len(found.cut_lengths) == 2
     assert found.targets == 4
-    assert f"An epoch computes {sum(found.cut_lengths)} tokens" in check.report(found, 300)
+    assert f"An epoch computes {sum(found.cut_lengths)} tokens" in findings.report(found, 300)
 
 
 def test_raw_text_is_not_cut(tmp_path):
@@ -116,7 +116,7 @@ def test_the_page_shows_targets_and_runs_nothing(tmp_path):
     """What rows hold is text in it, scripts too; end tokens are visible inside the marks."""
     row = {"instruction": "<script>alert(1)</script>", "output": "</mark><img src=x onerror=alert(1)>"}
     found = look(save(tmp_path / "rows.jsonl", [row]))
-    check.write_html(found, "<b>title", check.report(found, 400), tmp_path / "page.html")
+    findings.write_html(found, "<b>title", findings.report(found, 400), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "<script" not in page
     assert "<img" not in page
@@ -153,7 +153,7 @@ def test_rows_with_the_same_letters_are_not_the_same(tmp_path):
         '{"instruction": "Say: ", "input": "hello", "output": "x"}\n'
         '{"instruction": "Say: \u200bhello", "input": "", "output": "x"}\n'
     )
-    found = check.Findings()
+    found = findings.Findings()
     tokenizer = tiny.tokenizer()
     form = templates.load("alpaca", tokenizer)
     list(check.examine(found, [tmp_path / "rows.jsonl"], None, form, tokenizer, 256))
