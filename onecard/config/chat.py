@@ -46,7 +46,7 @@ def unused_by(engine: str, lacks: Mapping[str, str]) -> dict[str, tuple[str, str
 
 def unused(mode: str) -> dict[str, tuple[str, str]]:
     """Option -> why this mode does not use it, English and Chinese."""
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     if mode in (GREEDY, BEAM):
         why = ("only for sampling", "仅用于采样")
         found |= dict.fromkeys(SAMPLING_ONLY, why)
@@ -149,7 +149,7 @@ class CpuConfig(ChatConfig):
 
 def check_used(options: ChatConfig) -> None:
     """Raise UserError for options that the program of these does not use, unless they ask for nothing."""
-    idle = {}
+    idle: dict[str, str] = {}
     if isinstance(options, SingleConfig):
         idle |= dict.fromkeys(TURNS_ONLY, "for interaction.py")
     if options.terminal or isinstance(options, CpuConfig):

@@ -24,7 +24,15 @@ RUNS_CODE = (
 SUBCOMMAND = "onecard "  # how the name of a program begins that is called as a sub-command
 SCRIPT = re.compile(r"python \S+\.py")  # the program of an example, as it is called in a checkout
 COMMIT = re.compile(r"[0-9a-f]{40}")  # of git, whole
-Settings = TypeVar("Settings")
+
+
+class Options(typing.Protocol):
+    """Any dataclass whose fields are options."""
+
+    __dataclass_fields__: typing.ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+Settings = TypeVar("Settings", bound=Options)
 Check = Callable[[Any], str | None]  # a value -> what is wrong with it, or None
 
 
@@ -46,8 +54,17 @@ def option(
     only there, as a file of options may be a stranger's.
     """
     english, chinese = (text, "") if isinstance(text, str) else text
-    metadata = {"role": role, "help": english, "chinese": chinese, "choices": tuple(choices), "check": check}
-    metadata |= {"label": label, "slider": slider, "positional": positional, "typed": typed}
+    metadata = {
+        "role": role,
+        "help": english,
+        "chinese": chinese,
+        "choices": tuple(choices),
+        "check": check,
+        "label": label,
+        "slider": slider,
+        "positional": positional,
+        "typed": typed,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -258,7 +275,7 @@ def _read_json(path: str) -> dict[str, Any]:
     return values
 
 
-def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
     default = (
         "none"
         if field.default is None
@@ -268,12 +285,23 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None
     )
     text = f"{field.metadata['help']} [{default}; {field.metadata['role']}]".replace("%", "%%")
     choices = "|".join(map(str, field.metadata["choices"]))
-    extra = {"nargs": "?", "const": "true"} if field.type is bool else {}
-    metavar = choices or ("true|false" if field.type is bool else field.name.upper())
-    parser.add_argument(f"--{field.name}", metavar=metavar, default=argparse.SUPPRESS, help=text, **extra)
+    is_switch = field.type is bool  # its value may be left out
+    parser.add_argument(
+        f"--{field.name}",
+        nargs="?" if is_switch else None,
+        const="true" if is_switch else None,
+        metavar=choices or ("true|false" if is_switch else field.name.upper()),
+        default=argparse.SUPPRESS,
+        help=text,
+    )
     if field.metadata["positional"]:
-        also = {"metavar": field.name.upper(), "help": f"the same as --{field.name}"}
-        parser.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, **also)
+        parser.add_argument(
+            field.name,
+            nargs="?",
+            metavar=field.name.upper(),
+            default=argparse.SUPPRESS,
+            help=f"the same as --{field.name}",
+        )
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from onecard.config.tools import CheckConfig
 from onecard.data import conversation as data_conversation
 from onecard.data import encode as data_encode
-from onecard.data import reader
+from onecard.data import findings, reader
 from onecard.data import schemas as data_schemas
 from onecard.data import template as templates
 from onecard.data.conversation import ASSISTANT, Conversation

@@ -43,7 +43,8 @@ PROBE = ".onecard-"  # of what only shows whether there can be something
 def read_json(path: Path) -> dict[str, Any] | None:
     """Content of a JSON file of a run, None when there is none; raises UserError (exit 4) when damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return content
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -52,11 +52,11 @@ def choose_device(wanted: str, local_rank: int = 0) -> Choice:
             raise UserError(problem, "Name as many cards in TOT_CUDA as this machine has.")
         check_build(local_rank)
         return Choice(f"cuda:{local_rank}", torch.cuda.get_device_name(local_rank))
-    problem = _card_problem()
-    if problem:
+    unusable = _card_problem()
+    if unusable:
         raise UserError(
             "nvidia-smi shows a card, but torch cannot use it.",
-            f"{problem} Or train on the CPU: --device cpu.",
+            f"{unusable} Or train on the CPU: --device cpu.",
         )
     return Choice("cpu", "no CUDA card found")
 

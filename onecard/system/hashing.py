@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -22,11 +23,10 @@ LARGE = 100 * CHUNK
 def of_files(paths: list[Path], again: bool = False) -> dict[Path, str]:
     """SHA-256 of each file; `again` reads them whatever the cache says."""
     known = _read_cache()
-    found = {str(path.resolve()): known.get(str(path.resolve())) for path in paths}
-    for name, entry in found.items():
-        now = stamp(Path(name))
-        if again or entry is None or entry[0] != now:
-            found[name] = [now, sha256(Path(name))]
+    found: dict[str, list[Any]] = {}
+    for name in dict.fromkeys(str(path.resolve()) for path in paths):
+        entry, now = known.get(name), stamp(Path(name))
+        found[name] = [now, sha256(Path(name))] if again or entry is None or entry[0] != now else entry
     if any(known.get(name) != entry for name, entry in found.items()):
         _write_cache({**known, **found})
     return {path: found[str(path.resolve())][1] for path in paths}
@@ -64,7 +64,8 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_cache() -> dict[str, list]:
+def _read_cache() -> dict[str, list[Any]]:
+    """Path -> [stamp, SHA-256]."""
     try:
         known = json.loads((system_files.cache_folder() / CACHE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -72,7 +73,7 @@ def _read_cache() -> dict[str, list]:
     return known if isinstance(known, dict) else {}
 
 
-def _write_cache(known: dict[str, list]) -> None:
+def _write_cache(known: dict[str, list[Any]]) -> None:
     """Best effort: without a cache every run reads its files again."""
     known = {path: entry for path, entry in known.items() if Path(path).exists()}
     with contextlib.suppress(OSError):

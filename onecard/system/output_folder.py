@@ -75,9 +75,10 @@ def is_made(target: Path, made_of: dict[str, Any], flag: str) -> bool:
     changed = None
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
         known = json.loads((place / RECORD).read_text(encoding="utf-8"))
-        files, now = known.pop("files"), _stamps(place)
+        files, stamps = known.pop("files"), _stamps(place)
+        now: Mapping[str, int | list[int]] = stamps
         if all(isinstance(size, int) for size in files.values()):  # an earlier version noted no times
-            now = {name: size for name, (size, _) in now.items()}
+            now = {name: size for name, (size, _) in stamps.items()}
         if {**known, VERSIONS: {}} == {**made_of, VERSIONS: {}}:
             changed = sorted(name for name in {*files, *now} if files.get(name) != now.get(name))
     if changed:

@@ -9,7 +9,7 @@ Format: 8 bytes with the length of a JSON header, the header, the data.
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from safetensors import SafetensorError
 
@@ -73,7 +73,7 @@ def _check_entry(name: str, entry: Any) -> None:
         raise ValueError(f"{name[:80]!r} has no elements and a length of {max(shape)}")
 
 
-def _are_sizes(values: Any) -> bool:
+def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 

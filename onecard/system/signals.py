@@ -35,7 +35,8 @@ def watch() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _state.__init__()
+    global _state
+    _state = _State()
     before = {number: signal.signal(number, _on_signal) for number in SIGNALS}
     before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal stops no run
     try:
