@@ -5,15 +5,16 @@ import sys
 
 import pytest
 
+from onecard.__main__ import PROGRAMS
 from tests.support.paths import ROOT
 
 ENGINE = ["engine", "--pairs", "1", "--tokens", "4", "--types", "f16"]
 WEIGHTS = ["weights", "--layers", "1", "--width", "256", "--repeats", "1"]
 
 
-def cells(*arguments: str) -> list[list[str]]:
-    """The rows of the table that benchmarks/tools.py prints, without its head."""
-    command = [sys.executable, ROOT / "benchmarks" / "tools.py", *arguments]
+def cells(*arguments: str, program: str = "tools.py") -> list[list[str]]:
+    """The rows of the table that a program of benchmarks/ prints, without its head."""
+    command = [sys.executable, ROOT / "benchmarks" / program, *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-2000:]
     rows = [line.strip("|").split("|") for line in ended.stdout.splitlines() if line.startswith("|")]
@@ -38,3 +39,9 @@ def test_converting_and_merging_are_measured(tmp_path):
     rows = cells(*WEIGHTS[:1], str(tmp_path), *WEIGHTS[1:])
     assert [row[0].split()[0] for row in rows] == ["original", "transformers", "merge,"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_start_of_every_sub_command_is_measured():
+    rows = cells("--times", "1", program="start_time.py")
+    assert [row[0] for row in rows] == [f"`onecard {name} --help`" for name in PROGRAMS]
+    assert all(float(cell.split()[0]) > 0 for row in rows for cell in row[1:])
