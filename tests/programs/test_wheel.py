@@ -256,6 +256,21 @@ def test_without_any_extra_it_says_what_to_install(wheel, tmp_path):
     assert re.fullmatch(r'error: .* Run: pip install "onecard\[train\]"\n', ended.stderr), ended.stderr
 
 
+def test_an_installation_in_place_is_the_checkout(tmp_path):
+    """As tools/setup.sh makes it: the command, with messages that name files, and the checkout's samples."""
+    copied = fresh.copy_project(tmp_path / "source")
+    environment = fresh.Environment(copied / ".venv")
+    environment.link(["setuptools"])
+    python = environment.bin / "python"
+    pip(python, "install", "--no-deps", "--no-build-isolation", "--quiet", "-e", copied)
+    there = Elsewhere(environment, tmp_path)
+    assert there.output("onecard merge --help").startswith("usage: onecard merge ")
+    code = "from onecard.system import commands, files as f; from pathlib import Path"
+    code += "; print(commands.line('continue'), f.or_sample(Path('sample/chat.jsonl')))"
+    said = there.output(f'python -c "{code}"')
+    assert said == f".venv/bin/python finetune_continue.py {copied / 'sample' / 'chat.jsonl'}\n"
+
+
 # how a checkout calls the same programs
 
 
