@@ -151,7 +151,7 @@ def check_used(options: ChatConfig) -> None:
     """Raise UserError for options that the program of these does not use, unless they ask for nothing."""
     idle: dict[str, str] = {}
     if isinstance(options, SingleConfig):
-        idle |= dict.fromkeys(TURNS_ONLY, "for interaction.py")
+        idle |= dict.fromkeys(TURNS_ONLY, "for chats of several turns")
     if options.terminal or isinstance(options, CpuConfig):
         idle |= dict.fromkeys(WINDOW_ONLY, "for a window, not for a terminal")
     if options.rope_scaling == "none":

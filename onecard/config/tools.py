@@ -91,7 +91,7 @@ class PrepareConfig:
     """Options of tools/prepare_base_model.py."""
 
     model_path: str = training_config.same("model_path")
-    tokenizer_path: str | None = option(None, EXECUTION, "tokenizer to take instead, from extend_vocab.py")
+    tokenizer_path: str | None = option(None, EXECUTION, "extended tokenizer to take instead")
     add_tokens: str = option(
         "<pad>,<|im_start|>,<|im_end|>", EXECUTION, "special tokens to add, commas between; empty = none"
     )

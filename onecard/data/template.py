@@ -113,9 +113,7 @@ def read(path: Path) -> Template:
     """The template of a file; raises UserError (exit 2) with the key that is wrong."""
 
     def wrong(problem: str) -> UserError:
-        return UserError(
-            f"template {path}: {problem}.", "See onecard/data/templates/alpaca.json for an example."
-        )
+        return UserError(f"template {path}: {problem}.", f"See {FOLDER / 'alpaca.json'} for an example.")
 
     try:
         if path.stat().st_size > LARGEST:
