@@ -24,6 +24,7 @@ from onecard.data import examples as data_examples
 from onecard.data import template as templates
 from onecard.data.schemas import BadRow
 from onecard.errors import DATA, UNSAFE, UserError
+from onecard.system import sandbox
 from tests.support import fake_hub, tiny
 from tests.support.encoded_rows import encode, options
 from tests.support.faults import Touch
@@ -134,7 +135,8 @@ def test_damaged_parquet_is_named_and_crashes_nothing(tmp_path):
 def test_a_parquet_reader_that_crashes_takes_nothing_with_it(tmp_path, monkeypatch):
     """The library is foreign code on a foreign file: exit 3, and what was read before is named."""
     path = as_files(tmp_path, tiny.rows(5))[4]
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # where another pyarrow lies; a reader does not get it
+    monkeypatch.setattr(sandbox, "ENVIRONMENT", (*sandbox.ENVIRONMENT, "PYTHONPATH"))
     (tmp_path / "pyarrow").mkdir()
     (tmp_path / "pyarrow" / "__init__.py").write_text("import os; os.abort()")
     with pytest.raises(UserError, match=r"rows\.parquet.*after row 0: its reader crashed") as caught:

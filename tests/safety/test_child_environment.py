@@ -138,6 +138,7 @@ def test_a_reader_sees_no_secret(module, children, tmp_path, monkeypatch):
     for command, variables in children:
         assert not set(SECRETS) & set(variables), command
         assert set(variables) <= {*sandbox.ENVIRONMENT, *OWN}, command
+        assert variables["HF_HUB_OFFLINE"] == "1", command
 
 
 def test_the_kernel_would_tell_a_secret(children, monkeypatch):
