@@ -11,6 +11,7 @@ llama.cpp, is measured by tools.py.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import statistics
 import sys
@@ -178,7 +179,8 @@ def main() -> None:
     lengths = {"min_new_tokens": given.tokens, "max_new_tokens": given.tokens, "repetition_penalty": 1.0}
     settings = {"model_path": given.model_path, "device": given.device, "dtype": "fp32"}
     options = ChatConfig(engine="transformers", context=1024, **settings)
-    talk = chat.start(options, gguf_cache.for_llama)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
+        talk = chat.start(options, gguf_cache.for_llama)
     modes = {
         "greedy": Generation(mode=GREEDY, **lengths),
         "sampling": Generation(mode=SAMPLE, seed=1, **lengths),

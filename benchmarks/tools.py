@@ -235,7 +235,8 @@ def beside_bare(
     def to_gguf(_: Path, folders: dict[str, Path]) -> tuple[Path, dict[str, Path]]:
         return file, dict.fromkeys(folders, adapter)
 
-    talk = chat.start(options, to_gguf)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
+        talk = chat.start(options, to_gguf)
     talk.ends = []  # so that both write as many tokens, whatever they are
     settings = Generation(mode=GREEDY, repetition_penalty=1.0, max_new_tokens=args.tokens)
     bare = Bare(file, adapter, talk.engine.threads)
