@@ -39,6 +39,7 @@ from onecard.system import files as system_files
 FORMAT = 2  # of what is kept; the next number when encoding changes
 ROOM = 20 << 30  # bytes of the cache
 SFT, PRETRAIN = "sft", "pretrain"
+HELD_OUT_PROMPTS = 8  # at most, of the validation rows
 DOCUMENTS = ("context", "text")  # roles that are pre-trained on
 ENDS, MAKING = "ends.json", ".making-"
 ABANDONED = 24 * 3600  # seconds after which nobody works on it any more
@@ -50,6 +51,24 @@ BAD_ROW = (
     "Mend the row, or leave bad rows out with --skip_bad_rows. "
     f"{commands.name('check-data')} lists all of them."
 )
+
+
+@dataclasses.dataclass
+class RunData:
+    """The rows of a run: encoded, split, and those that its answers are asked of."""
+
+    sources: list[Source]
+    task: str  # sft or pretrain
+    encoding: data_examples.Encoding
+    fingerprint: str  # of the files' contents, their order and weights
+    train_rows: np.ndarray  # places in examples; as often as its weight in an epoch
+    validation_rows: np.ndarray  # places in examples
+    overlapping: int  # validation rows that are training rows too
+    held_out: list[Conversation]  # of the first validation rows; none of raw text
+
+    @property
+    def examples(self) -> data_examples.Examples:
+        return self.encoding.examples
 
 
 @dataclasses.dataclass
@@ -84,6 +103,34 @@ def fingerprint_of(sources: list[Source], again: bool = False) -> str:
         return digests[sources[0].path]
     lines = [f"{digests[source.path]} {source.weight:g} {source.validation}\n" for source in sources]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def prepare(
+    options: FinetuneConfig,
+    sources: list[Source],
+    templates: list[Template],
+    tokenizer: Any,
+    tokenizer_print: str,
+    again: bool = False,
+) -> RunData:
+    """Read, encode and split the rows of a run; raises UserError (exit 3).
+
+    tokenizer_print: SHA-256 of the tokenizer's files; again: read all rows anew.
+    """
+    rows = encode(options, sources, templates, tokenizer, tokenizer_print, again)
+    train_rows, validation_rows = split_for_validation(options, rows)
+    hashes = rows.encoding.examples.hashes
+    asked = validation_rows[:HELD_OUT_PROMPTS] if rows.task == SFT else validation_rows[:0]
+    return RunData(
+        sources=sources,
+        task=rows.task,
+        encoding=rows.encoding,
+        fingerprint=rows.fingerprint,
+        train_rows=train_rows,
+        validation_rows=validation_rows,
+        overlapping=int(np.isin(hashes[validation_rows], hashes[train_rows]).sum()),
+        held_out=picked(rows, asked, options.schema),
+    )
 
 
 def encode(

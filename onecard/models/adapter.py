@@ -26,6 +26,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES as NO_TARGETS
 from safetensors import SafetensorError
 
+from onecard.config.training import FinetuneConfig
 from onecard.errors import CHECKPOINT, UserError, is_out_of_memory
 from onecard.models import quantized
 from onecard.models.dropout import CheapDropout
@@ -61,6 +62,18 @@ class LoraShape:
     target_modules: str
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # of peft's LoraConfig
     what: str = LORA
+
+    @classmethod
+    def of(cls, options: FinetuneConfig) -> "LoraShape":
+        """The shape that the options ask for; reads the file of --peft_config and may raise UserError."""
+        return cls(
+            options.lora_r,
+            options.lora_alpha,
+            options.lora_dropout,
+            options.lora_target_modules,
+            read_extras(options.peft_config, options.rslora),
+            options.train_what,
+        )
 
     def targets(self) -> str | list[str]:
         if self.what == EMBEDDINGS:

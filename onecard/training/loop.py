@@ -89,7 +89,7 @@ def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:
         save(trainer)  # before anything that takes time: from here on the run can be killed
         before = None
         if progress.answers is None:
-            before = progress.answers = answers(trainer, sample, plan.held_out)
+            before = progress.answers = answers(trainer, sample, plan.data.held_out)
         if samples_are_due(trainer):
             note_answers(trainer, sample, before)
         if evaluation_is_due(trainer):
@@ -107,7 +107,7 @@ def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:
             stop_together(trainer)
         journal.end()
         if system_processes.is_main():
-            after = answers(trainer, sample, plan.held_out)
+            after = answers(trainer, sample, plan.data.held_out)
             if samples_are_due(trainer):
                 note_answers(trainer, sample, after)
             finish(trainer, after, draw)
@@ -123,22 +123,24 @@ def one_step(trainer: Trainer) -> None:
     """One optimizer step over batch_size rows and its line in the log."""
     plan, options, progress = trainer.plan, trainer.plan.options, trainer.progress
     started = time.monotonic()
-    places = data_examples.rows_at(options.seed, progress.rows_seen, options.batch_size, len(plan.train_rows))
-    rows = plan.train_rows[places]
-    targets = int(plan.examples.target_counts[rows].sum())
+    places = data_examples.rows_at(
+        options.seed, progress.rows_seen, options.batch_size, len(plan.data.train_rows)
+    )
+    rows = plan.data.train_rows[places]
+    targets = int(plan.data.examples.target_counts[rows].sum())
     rate = learning_rate(options, progress.updates, plan.total_steps, plan.warmup_steps)
     for group in trainer.optimizer.param_groups:
         group["lr"] = rate
     try:
         loss = gradient(trainer, rows, targets)
         with signals.later():  # an update and its record are never torn
-            norm, updated = update(trainer, plan.examples.numbers[rows].tolist())
+            norm, updated = update(trainer, plan.data.examples.numbers[rows].tolist())
             hardware.release_free_memory(plan.device)
             seconds = time.monotonic() - started
             progress.step += 1
             progress.updates += updated
             progress.rows_seen += len(rows)
-            progress.tokens += int(plan.examples.lengths[rows].sum())
+            progress.tokens += int(plan.data.examples.lengths[rows].sum())
             progress.seconds += seconds
             progress.skipped_steps += not updated
             progress.skipped_in_a_row = 0 if updated else progress.skipped_in_a_row + 1
@@ -148,10 +150,10 @@ def one_step(trainer: Trainer) -> None:
                 "learning_rate": rate,
                 "grad_norm": norm if updated else str(norm),
                 "rows": len(rows),
-                "tokens": int(plan.examples.lengths[rows].sum()),
+                "tokens": int(plan.data.examples.lengths[rows].sum()),
                 "target_tokens": targets,
                 "rows_seen": progress.rows_seen,
-                "epoch": progress.rows_seen / len(plan.train_rows),
+                "epoch": progress.rows_seen / len(plan.data.train_rows),
                 "seconds": round(seconds, 4),
                 "peak_memory_bytes": hardware.peak_memory_bytes(plan.device),
             }
@@ -208,7 +210,7 @@ def save_is_due(trainer: Trainer) -> bool:
     """Every save_steps, at the end of an epoch and of the run, and every ten minutes."""
     progress, plan = trainer.progress, trainer.plan
     regular = progress.step % plan.options.save_steps == 0 or progress.step == plan.total_steps
-    epoch_ends = progress.rows_seen % len(plan.train_rows) == 0
+    epoch_ends = progress.rows_seen % len(plan.data.train_rows) == 0
     late = time.monotonic() - trainer.saved > SAVE_SECONDS
     if trainer.shards:
         late = bool(distributed.largest(late))  # all save, or none
@@ -218,7 +220,7 @@ def save_is_due(trainer: Trainer) -> bool:
 def evaluation_is_due(trainer: Trainer) -> bool:
     """Before the first step, every eval_steps and at the end, once per step."""
     progress, plan = trainer.progress, trainer.plan
-    if not len(plan.validation_rows) or progress.evaluated == progress.step:
+    if not len(plan.data.validation_rows) or progress.evaluated == progress.step:
         return False
     regular = progress.step % plan.options.eval_steps == 0 or progress.step == plan.total_steps
     return regular or progress.evaluated < 0
@@ -228,8 +230,11 @@ def evaluate(trainer: Trainer) -> bool:
     """Validation loss and accuracy into the log; whether the adapter is the best so far."""
     plan, progress = trainer.plan, trainer.progress
     settings = {"desc": "validation", "unit": "row", "leave": False, "disable": not trainer.journal.show_bars}
-    rows = on_device(trainer, plan.validation_rows)
-    with tqdm(total=len(plan.validation_rows), **settings) as bar, trainable.without_casts(trainer.model):
+    rows = on_device(trainer, plan.data.validation_rows)
+    with (
+        tqdm(total=len(plan.data.validation_rows), **settings) as bar,
+        trainable.without_casts(trainer.model),
+    ):
         loss, accuracy = step.evaluate(trainer.step_model, rows, bar.update)
     hardware.release_free_memory(plan.device)
     if not math.isfinite(loss):
@@ -275,14 +280,14 @@ def save(trainer: Trainer) -> None:
 def on_device(trainer: Trainer, rows: np.ndarray) -> Iterator[PackedBatch]:
     """This process's micro-batches of these rows, each moved when its turn comes."""
     packed = micro_batches(
-        trainer.plan.examples,
+        trainer.plan.data.examples,
         rows.tolist(),
         trainer.progress.micro_batch_tokens,
         system_processes.rank(),
         system_processes.world_size(),
     )
     if trainer.shards:
-        packed = sharded.level(packed, pack(trainer.plan.examples, rows[:1].tolist()))
+        packed = sharded.level(packed, pack(trainer.plan.data.examples, rows[:1].tolist()))
     return (batch.to(trainer.device) for batch in packed)
 
 

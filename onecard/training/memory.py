@@ -11,9 +11,10 @@ import torch
 from onecard.config.training import FinetuneConfig
 from onecard.models import base_model, loss, quantized, trainable
 from onecard.models import memory as model_memory
+from onecard.models.adapter import LoraShape
 from onecard.models.memory import SAFETY
 from onecard.system import hardware
-from onecard.training.plan import check_quantised, lora_shape
+from onecard.training.plan import check_quantised
 
 SMALL = 4096  # elements; moments of smaller parameters stay in fp32 (bitsandbytes)
 
@@ -56,7 +57,7 @@ def predict(options: FinetuneConfig, folder: str, device: str, free_bytes: int |
     """
     config = base_model.load_config(folder)
     check_quantised(options, config)
-    shape = lora_shape(options)
+    shape = LoraShape.of(options)
     base_model.check_architecture(options.model_path, config, shape)
     dtype = hardware.choose_dtype(options.dtype, device).value
     kept_in = "fp32" if options.train_what == trainable.FULL else dtype

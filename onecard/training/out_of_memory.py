@@ -21,7 +21,7 @@ def halve_budget(trainer: Trainer, rows: np.ndarray) -> None:
     """Smaller micro-batches from now on; raises UserError (exit 6) when every row already stood alone."""
     progress = trainer.progress
     hardware.forget_cached_memory(trainer.plan.device)
-    lengths = trainer.plan.examples.lengths[rows]
+    lengths = trainer.plan.data.examples.lengths[rows]
     if progress.micro_batch_tokens <= lengths.min():
         problem = f"Out of memory: a single row of {lengths.max()} tokens does not fit."
         fix = "Lower --cutoff_len or --bits, or use --gradient_checkpointing on, or a smaller model."
@@ -40,7 +40,7 @@ def dry_run(trainer: Trainer) -> bool:
     planned = trainer.progress.micro_batch_tokens
     while not trainer.shards:
         rows = fullest(trainer.plan, trainer.progress.micro_batch_tokens)
-        packed = [pack(trainer.plan.examples, rows.tolist()).to(trainer.device)]
+        packed = [pack(trainer.plan.data.examples, rows.tolist()).to(trainer.device)]
         parameters = trainable.trainable(trainer.model)
         spare = room_of_an_update(trainer)
         loss = None
@@ -78,8 +78,8 @@ def room_of_an_update(trainer: Trainer) -> list[torch.Tensor] | None:
 
 def fullest(plan: Plan, budget: int) -> np.ndarray:
     """Rows of a micro-batch as large as any step can have: longest first, filled up to the budget."""
-    lengths, room, rows = plan.examples.lengths, budget, []
-    for row in plan.train_rows[np.argsort(-lengths[plan.train_rows], kind="stable")]:
+    lengths, room, rows = plan.data.examples.lengths, budget, []
+    for row in plan.data.train_rows[np.argsort(-lengths[plan.data.train_rows], kind="stable")]:
         if lengths[row] <= room or not rows:
             rows.append(row)
             room -= lengths[row]

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from onecard.config.training import ADAPTER_OPTIONS, FinetuneConfig
-from onecard.data import conversation as data_conversation
 from onecard.data import dataset, reader
 from onecard.data import encode as data_encode
 from onecard.data import examples as data_examples
@@ -22,6 +21,7 @@ from onecard.hub import remote_code
 from onecard.models import adapter as models_adapter
 from onecard.models import base_model, quantized, trainable
 from onecard.models import tokenizer as models_tokenizer
+from onecard.models.adapter import LoraShape
 from onecard.system import files as system_files
 from onecard.system import hardware, hashing
 from onecard.system import processes as system_processes
@@ -32,7 +32,6 @@ from onecard.training.recorded_names import NEW_NAMES, Names
 
 DEFAULTS = FinetuneConfig()
 
-HELD_OUT_PROMPTS = 8
 SHORT_RUN = 5  # --warmup_steps takes at most one of this many steps
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 LEAST_ROOM = 16 << 20  # bytes on the disk for log, picture and the like
@@ -50,14 +49,8 @@ class Plan:
     device: str
     dtype: str
     checkpointing: bool
-    examples: data_examples.Examples
-    sources: list[reader.Source]
-    task: str  # sft or pretrain
-    train_rows: np.ndarray  # places in examples; as often as its weight in an epoch
-    validation_rows: np.ndarray
-    overlapping: int  # validation rows that are training rows too
-    held_out: list[data_conversation.Conversation]
-    encoding: data_examples.Encoding
+    shape: LoraShape
+    data: dataset.RunData
     fingerprints: dict[str, str]  # what must be the same when the run goes on -> SHA-256
     reasons: dict[str, str]  # of automatic choices
     total_steps: int
@@ -66,11 +59,11 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return data_examples.steps_per_epoch(len(self.train_rows), self.options.batch_size)
+        return data_examples.steps_per_epoch(len(self.data.train_rows), self.options.batch_size)
 
     def rows_after(self, steps: int, rows_seen: int = 0) -> int:
         """Rows seen when `steps` more steps were made; the last step of an epoch may be smaller."""
-        count, batch = len(self.train_rows), self.options.batch_size
+        count, batch = len(self.data.train_rows), self.options.batch_size
         epochs, here = divmod(rows_seen, count)
         epochs, steps = divmod(epochs * self.steps_per_epoch + here // batch + steps, self.steps_per_epoch)
         return epochs * count + min(steps * batch, count)
@@ -87,69 +80,33 @@ def prepare(
     hub_names: what names of the hub mean in this run; resolved: what `auto` became when the run began, taken
     as it was; again: read all of rows and base anew.
     """
-    resolved = resolved or {}
-    if options.train_what == trainable.FULL and options.bits != 16:
-        problem = f"--train_what full: weights of {options.bits} bits cannot be trained."
-        raise UserError(problem, "Add --bits 16, or train an adapter: --train_what lora.")
-    if options.overlap >= options.cutoff_len:
-        raise UserError(
-            f"--overlap {options.overlap}: must be below --cutoff_len {options.cutoff_len}.", "Lower it."
-        )
-    names = [name.strip() for name in options.template.split(",")]
-    for name in names:
-        data_template.check(name)
+    _check_options(options)
     sources = reader.sources(options.data_path, options.eval_data_path, hub_names.rows)
     if options.wandb:
         check_wandb()
-    device = hardware.choose_device(options.device, system_processes.local_rank())
-    dtype = _as_before(resolved.get("dtype")) or hardware.choose_dtype(options.dtype, device.value)
-    recompute = _as_before(resolved.get("gradient_checkpointing")) or hardware.choose_checkpointing(
-        options.gradient_checkpointing, device.value
-    )
-    hardware.check_optimizer(options.optimizer, device.value)
+    device, dtype, checkpointing = _choices(options, resolved or {})
     sharded.check(options, dtype.value)
     system_files.check_room(Path(options.output_path), LEAST_ROOM)
-    base_path = remote_code.place(options.model_path, options.remote_code) or hub_names.base(
-        options.model_path
-    )
-    code = _ask(options, base_path)
-    base_path = str(code.folder) if code else base_path
+
+    base_path, code = _base(options, hub_names)
     base_config = base_model.load_config(base_path, code)
     check_quantised(options, base_config)
-    parameters = base_model.check_architecture(options.model_path, base_config, lora_shape(options), code)
+    shape = LoraShape.of(options)
+    parameters = base_model.check_architecture(options.model_path, base_config, shape, code)
     # weights and two moments in fp32, for the best and the newest checkpoint and for one being written
     system_files.check_room(Path(options.output_path), LEAST_ROOM + 3 * 3 * 4 * parameters)
     tokenizer = models_tokenizer.load_tokenizer(base_path, code)
 
-    templates = [data_template.load(name, tokenizer) for name in names]
     files = base_model.identity_files(base_path)
     tokenizer_print = hashing.of_folder(files["tokenizer"], again)
-    found = dataset.encode(options, sources, templates, tokenizer, tokenizer_print, again)
-    examples = found.encoding.examples
-    doubt = models_tokenizer.check_vocabulary(options.model_path, base_config, tokenizer, examples.ids)
+    templates = [data_template.load(name, tokenizer) for name in _templates(options)]
+    data = dataset.prepare(options, sources, templates, tokenizer, tokenizer_print, again)
+    doubt = models_tokenizer.check_vocabulary(options.model_path, base_config, tokenizer, data.examples.ids)
     if doubt:
         say(f"warning: {doubt}; the tokenizer's is trained.")
-    base_model.check_window(options.model_path, base_config, int(examples.lengths.max()))
-    train_rows, validation_rows = dataset.split_for_validation(options, found)
-    is_double = np.isin(examples.hashes[validation_rows], examples.hashes[train_rows])
-    asked = validation_rows[:HELD_OUT_PROMPTS] if found.task == dataset.SFT else validation_rows[:0]
-    held_out = dataset.picked(found, asked, options.schema)
-    per_epoch = data_examples.steps_per_epoch(len(train_rows), options.batch_size)
-    total_steps = options.max_steps or round_up(options.num_epochs * per_epoch)
-    if options.warmup_ratio is None:
-        warmup = min(options.warmup_steps, total_steps // SHORT_RUN)
-    else:
-        warmup = round_up(options.warmup_ratio * total_steps)
-    prints = {
-        "rows": found.fingerprint,
-        "encoded rows": found.encoding.sha256,
-        "tokenizer": tokenizer_print,
-        "base model": hashing.of_folder(files["weights"], again),
-    }
-    if options.peft_config:
-        prints["adapter settings"] = hashing.of_file(Path(options.peft_config))
-    if code:
-        prints[remote_code.PRINT] = code.commit
+    base_model.check_window(options.model_path, base_config, int(data.examples.lengths.max()))
+    total_steps, warmup_steps = _steps(options, len(data.train_rows))
+    weights_print = hashing.of_folder(files["weights"], again)
     return Plan(
         options=options,
         base_path=base_path,
@@ -158,29 +115,91 @@ def prepare(
         template=templates[0],
         device=device.value,
         dtype=dtype.value,
-        checkpointing=recompute.value,
-        examples=examples,
-        sources=sources,
-        task=found.task,
-        train_rows=train_rows,
-        validation_rows=validation_rows,
-        overlapping=int(is_double.sum()),
-        held_out=held_out,
-        encoding=found.encoding,
-        fingerprints=prints,
-        reasons={"device": device.reason, "arithmetic": dtype.reason, "recompute": recompute.reason},
+        checkpointing=checkpointing.value,
+        shape=shape,
+        data=data,
+        fingerprints=_fingerprints(options, data, tokenizer_print, weights_print, code),
+        reasons={"device": device.reason, "arithmetic": dtype.reason, "recompute": checkpointing.reason},
         total_steps=total_steps,
-        warmup_steps=warmup,
+        warmup_steps=warmup_steps,
         code=code,
     )
 
 
-def _ask(options: FinetuneConfig, base_path: str) -> remote_code.Consent | None:
-    """The consent to run code of the base's own; raises UserError when it does not cover what is there."""
+def _check_options(options: FinetuneConfig) -> None:
+    """Raise UserError for options that exclude each other."""
+    if options.train_what == trainable.FULL and options.bits != 16:
+        problem = f"--train_what full: weights of {options.bits} bits cannot be trained."
+        raise UserError(problem, "Add --bits 16, or train an adapter: --train_what lora.")
+    if options.overlap >= options.cutoff_len:
+        problem = f"--overlap {options.overlap}: must be below --cutoff_len {options.cutoff_len}."
+        raise UserError(problem, "Lower it.")
+    for name in _templates(options):
+        data_template.check(name)
+
+
+def _templates(options: FinetuneConfig) -> list[str]:
+    return [name.strip() for name in options.template.split(",")]
+
+
+def _choices(
+    options: FinetuneConfig, resolved: dict[str, Any]
+) -> tuple[hardware.Choice, hardware.Choice, hardware.Choice]:
+    """Device, dtype and gradient checkpointing with the reasons; `auto` stays what it became before."""
+    device = hardware.choose_device(options.device, system_processes.local_rank())
+    dtype = _as_before(resolved.get("dtype")) or hardware.choose_dtype(options.dtype, device.value)
+    checkpointing = _as_before(resolved.get("gradient_checkpointing")) or hardware.choose_checkpointing(
+        options.gradient_checkpointing, device.value
+    )
+    hardware.check_optimizer(options.optimizer, device.value)
+    return device, dtype, checkpointing
+
+
+def _as_before(value: Any) -> hardware.Choice | None:
+    return None if value is None else hardware.Choice(value, "as when the run began")
+
+
+def _base(options: FinetuneConfig, hub_names: Names) -> tuple[str, remote_code.Consent | None]:
+    """Folder of the base, and the consent to run code of its own.
+
+    Raises UserError when the consent does not cover what is there.
+    """
+    path = remote_code.place(options.model_path, options.remote_code) or hub_names.base(options.model_path)
     if options.remote_code and options.train_what == trainable.FULL:
         problem = "--train_what full: what a model with code of its own becomes could not be loaded again."
         raise UserError(problem, "Train an adapter: --train_what lora.")
-    return remote_code.ask(base_path, options.remote_code)
+    code = remote_code.ask(path, options.remote_code)
+    return (str(code.folder) if code else path), code
+
+
+def _fingerprints(
+    options: FinetuneConfig,
+    data: dataset.RunData,
+    tokenizer_print: str,
+    weights_print: str,
+    code: remote_code.Consent | None,
+) -> dict[str, str]:
+    """What must be the same when the run goes on."""
+    prints = {
+        "rows": data.fingerprint,
+        "encoded rows": data.encoding.sha256,
+        "tokenizer": tokenizer_print,
+        "base model": weights_print,
+    }
+    if options.peft_config:
+        prints["adapter settings"] = hashing.of_file(Path(options.peft_config))
+    if code:
+        prints[remote_code.PRINT] = code.commit
+    return prints
+
+
+def _steps(options: FinetuneConfig, train_rows: int) -> tuple[int, int]:
+    """(optimizer steps of the run, how many of them warm up)."""
+    per_epoch = data_examples.steps_per_epoch(train_rows, options.batch_size)
+    total = options.max_steps or round_up(options.num_epochs * per_epoch)
+    if options.warmup_ratio is None:
+        return total, min(options.warmup_steps, total // SHORT_RUN)
+    return total, round_up(options.warmup_ratio * total)
 
 
 def check_quantised(options: FinetuneConfig, base_config: Any) -> None:
@@ -192,10 +211,6 @@ def check_quantised(options: FinetuneConfig, base_config: Any) -> None:
     if kind and sharded.wanted():
         problem = f"--model_path {options.model_path}: {kind} weights cannot be spread over processes."
         raise UserError(problem, "Use torchrun: each card then holds the whole base.")
-
-
-def _as_before(value: Any) -> hardware.Choice | None:
-    return None if value is None else hardware.Choice(value, "as when the run began")
 
 
 def round_up(number: float) -> int:
@@ -216,20 +231,10 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def lora_shape(options: FinetuneConfig) -> models_adapter.LoraShape:
-    return models_adapter.LoraShape(
-        options.lora_r,
-        options.lora_alpha,
-        options.lora_dropout,
-        options.lora_target_modules,
-        models_adapter.read_extras(options.peft_config, options.rslora),
-        options.train_what,
-    )
-
-
 def describe(plan: Plan) -> None:
     """Say what was chosen and why, what happened to the rows, and show three of them."""
-    options, lengths, reasons, encoding = plan.options, plan.examples.lengths, plan.reasons, plan.encoding
+    options, reasons, data, encoding = plan.options, plan.reasons, plan.data, plan.data.encoding
+    lengths = data.examples.lengths
     say(f"device      {plan.device}: {reasons['device']}")
     say(f"arithmetic  {plan.dtype}: {reasons['arithmetic']}; trained weights and optimizer in fp32")
     if options.train_what in (trainable.FULL, models_adapter.EMBEDDINGS):
@@ -239,13 +244,13 @@ def describe(plan: Plan) -> None:
     say(f"base        {_describe_base(plan)}")
     recompute = "on" if plan.checkpointing else "off"
     say(f"recompute   {recompute} (gradient checkpointing): {reasons['recompute']}")
-    used = [source for source in plan.sources if not source.validation]
-    if len(plan.sources) > 1:
+    used = [source for source in data.sources if not source.validation]
+    if len(data.sources) > 1:
         more = "".join(f", {s.path.name} x {s.weight:g}" for s in used if s.weight != 1)
-        say(f"files       {len(used)} to train on, {len(plan.sources) - len(used)} for validation{more}")
-    what = "blocks of raw text" if plan.task == dataset.PRETRAIN else "rows"
+        say(f"files       {len(used)} to train on, {len(data.sources) - len(used)} for validation{more}")
+    what = "blocks of raw text" if data.task == dataset.PRETRAIN else "rows"
     say(
-        f"{what:<11} {len(plan.train_rows)} to train on, {len(plan.validation_rows)} for validation; "
+        f"{what:<11} {len(data.train_rows)} to train on, {len(data.validation_rows)} for validation; "
         f"{int(lengths.sum())} tokens, median {int(np.median(lengths))}, longest {int(lengths.max())}"
     )
     say(
@@ -254,10 +259,10 @@ def describe(plan: Plan) -> None:
     )
     if encoding.cut:
         say("            an answer that is cut short has no end token; --long_rows drop leaves such rows out")
-    if options.overlap and plan.task != dataset.PRETRAIN:
+    if options.overlap and data.task != dataset.PRETRAIN:
         say("warning: --overlap is for raw text; these rows have none.")
-    if plan.overlapping:
-        say(f"warning: {plan.overlapping} validation rows are training rows too.")
+    if data.overlapping:
+        say(f"warning: {data.overlapping} validation rows are training rows too.")
     say(
         f"steps       {plan.total_steps} of {options.batch_size} rows ({plan.steps_per_epoch} an epoch), "
         f"rate {options.learning_rate:g} {options.lr_scheduler}, warm-up {plan.warmup_steps} steps"
@@ -268,8 +273,8 @@ def describe(plan: Plan) -> None:
     if options.learning_rate == 0:
         say("warning: --learning_rate is 0, so nothing will be learned.")
     say("\nThree rows as the model sees them; what it learns to say stands between « and »:")
-    for row in plan.train_rows[:3]:
-        ids, is_target = plan.examples[row]
+    for row in data.train_rows[:3]:
+        ids, is_target = data.examples[row]
         say("-" * 60 + "\n" + data_encode.show(plan.tokenizer, ids.tolist(), is_target.tolist()))
     say("-" * 60)
 

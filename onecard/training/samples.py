@@ -42,7 +42,7 @@ def answers(trainer: Trainer, sample: Sample, asked: list[data_conversation.Conv
 def samples_are_due(trainer: Trainer) -> bool:
     """At the start, every sample_steps and at the end, once per step; only where answers() gives some."""
     plan, step, every = trainer.plan, trainer.progress.step, trainer.plan.options.sample_steps
-    asked = plan.held_out or plan.options.sample_prompts
+    asked = plan.data.held_out or plan.options.sample_prompts
     if not every or not asked or not system_processes.is_main() or trainer.shards or trainer.sampled == step:
         return False
     return trainer.sampled < 0 or step % every == 0 or step == plan.total_steps
@@ -51,12 +51,12 @@ def samples_are_due(trainer: Trainer) -> bool:
 def note_answers(trainer: Trainer, sample: Sample, held_out: list[str] | None = None) -> None:
     """Answers to the fixed prompts into samples.jsonl; held_out: those given at this step already."""
     plan, step = trainer.plan, trainer.progress.step
-    role = "prompt" if plan.task == PRETRAIN else "user"  # after raw text no template
+    role = "prompt" if plan.data.task == PRETRAIN else "user"  # after raw text no template
     texts = [text.strip() for text in (plan.options.sample_prompts or "").split("|")]
     own = [data_conversation.Conversation((data_conversation.Turn(role, text),)) for text in texts if text]
     try:
-        given = answers(trainer, sample, plan.held_out) if held_out is None else held_out
-        pairs = [*zip(plan.held_out, given, strict=False)]
+        given = answers(trainer, sample, plan.data.held_out) if held_out is None else held_out
+        pairs = [*zip(plan.data.held_out, given, strict=False)]
         pairs += zip(own, answers(trainer, sample, own), strict=False)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -90,7 +90,7 @@ def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
         json.loads(line) for line in (folder / run_folder.LOG).read_text(encoding="utf-8").splitlines()
     ]
     draw(records, folder / run_folder.PICTURE)
-    questions = [conversation.question.turns[-1] for conversation in plan.held_out]
+    questions = [conversation.question.turns[-1] for conversation in plan.data.held_out]
     losses = {record["step"]: record["eval_loss"] for record in records if "eval_loss" in record}
     first, last = next(iter(losses.values()), None), losses.get(best)
     system_files.write_json(

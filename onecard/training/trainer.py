@@ -23,7 +23,7 @@ from onecard.system.console import say
 from onecard.training import distributed, sharded, step
 from onecard.training import memory as training_memory
 from onecard.training.metrics import Journal
-from onecard.training.plan import Plan, lora_shape, versions
+from onecard.training.plan import Plan, versions
 from onecard.training.starting_point import Start, restore, restore_weights
 
 SPREAD = 2  # of a spread model: the share of free memory that is left to activations
@@ -66,7 +66,7 @@ def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
     spread = sharded.wanted()  # over processes, from the CPU's memory
     place = "cpu" if spread else plan.device
     base = base_model.load_base(plan.base_path, options.bits, kept_in, place, to_train=True, code=plan.code)
-    adapted = trainable.prepare(base, lora_shape(options), options.seed)
+    adapted = trainable.prepare(base, plan.shape, options.seed)
     version = None if Path(options.model_path).exists() else revisions.of(plan.base_path)
     if version and version.source == tool_config.HUB:  # what peft looks up there
         trainable.note_base(adapted, version.name, version.commit)
@@ -118,7 +118,7 @@ def micro_batch_budget(plan: Plan, device: torch.device) -> int:
         if sharded.wanted():
             free //= SPREAD  # gradients, moments and gathered layers come later, and nothing is tried first
         fits = training_memory.tokens_that_fit(free, plan.base_config, element, plan.checkpointing)
-        in_step = int(np.sort(plan.examples.lengths)[-options.batch_size :].sum())
+        in_step = int(np.sort(plan.data.examples.lengths)[-options.batch_size :].sum())
         budget, reason = (
             max(options.cutoff_len, min(fits, in_step)),
             f"estimated to fit into {free / 2**30:.1f} GiB",
@@ -163,17 +163,17 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: Start | No
             "micro_batch_tokens": progress.micro_batch_tokens,
             "processes": system_processes.world_size(),
             "threads": torch.get_num_threads(),
-            "task": plan.task,
+            "task": plan.data.task,
             "total_steps": plan.total_steps,
             "warmup_steps": plan.warmup_steps,
         }
         rows = {
-            "versions": sorted({_text(revisions.of(source.path)) for source in plan.sources} - {None}),
-            "train_rows": len(plan.train_rows),
-            "validation_rows": len(plan.validation_rows),
-            "cut": plan.encoding.cut,
-            "dropped": plan.encoding.dropped,
-            "rejected": len(plan.encoding.rejected),
+            "versions": sorted({_text(revisions.of(source.path)) for source in plan.data.sources} - {None}),
+            "train_rows": len(plan.data.train_rows),
+            "validation_rows": len(plan.data.validation_rows),
+            "cut": plan.data.encoding.cut,
+            "dropped": plan.data.encoding.dropped,
+            "rejected": len(plan.data.encoding.rejected),
         }
         record = {
             "options": {**dataclasses.asdict(plan.options), "remote_code": None},  # a consent is not kept
@@ -193,7 +193,7 @@ def _text(version: Any) -> str | None:
 
 
 def write_rejected(plan: Plan, folder: Path) -> None:
-    rejected = plan.encoding.rejected
+    rejected = plan.data.encoding.rejected
     if rejected:
         lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in rejected)
         text = "\n".join(lines) + "\n"

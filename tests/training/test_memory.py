@@ -9,10 +9,10 @@ from onecard.config.training import FinetuneConfig
 from onecard.data.packing import pack
 from onecard.errors import UserError
 from onecard.models import base_model, loss, trainable
+from onecard.models.adapter import LoraShape
 from onecard.system import hardware
 from onecard.training import memory as training_memory
 from onecard.training import step
-from onecard.training.plan import lora_shape
 from onecard.training.trainer import make_optimizer
 from onecard.ui import training_html
 from tests.support import tiny
@@ -84,7 +84,7 @@ def test_adapter_gradient_and_optimizer_are_those_of_a_step(tiny_model, changes)
     """To the byte, after one real step."""
     given = options(**changes)
     parts = training_memory.predict(given, str(tiny_model), "cpu", None)
-    made = trainable.prepare(base_model.load_base(str(tiny_model), 16, "fp32", "cpu"), lora_shape(given), 0)
+    made = trainable.prepare(base_model.load_base(str(tiny_model), 16, "fp32", "cpu"), LoraShape.of(given), 0)
     trained = trainable.trainable(made)
     optimizer = make_optimizer(given, trained)
     for parameter in trained:
@@ -124,7 +124,7 @@ def test_activations_are_near_what_a_forward_pass_keeps(tiny_model):
     """Within a factor of two of the tensors that autograd saves."""
     given = options(batch_size=6, lora_target_modules="all-linear")
     examples = tiny.encoded(tiny_conversations(), tiny.tokenizer())
-    made = trainable.prepare(base_model.load_base(str(tiny_model), 16, "fp32", "cpu"), lora_shape(given), 0)
+    made = trainable.prepare(base_model.load_base(str(tiny_model), 16, "fp32", "cpu"), LoraShape.of(given), 0)
     packs = base_model.prepare_for_packed_training(made, checkpointing=False)
     packed = pack(examples, list(range(len(examples.lengths))))
     kept: dict[int, int] = {}

@@ -128,8 +128,8 @@ def validation_loss(made, rows: Path, run: Path) -> float:
     plan = training_plan.prepare(build(FinetuneConfig, settings))
     total, count = 0.0, 0
     with torch.no_grad():
-        for row in plan.validation_rows:
-            ids, is_target = (torch.from_numpy(part.copy()) for part in plan.examples[row])
+        for row in plan.data.validation_rows:
+            ids, is_target = (torch.from_numpy(part.copy()) for part in plan.data.examples[row])
             logits = made.eval()(ids.long()[None]).logits[0, :-1][is_target[1:]]
             wanted = ids.long()[1:][is_target[1:]]
             total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
