@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -51,11 +51,21 @@ class Progress:
     best_loss: float | None = None  # validation, nats per target token
 
 
+class SavedOptimizer(Protocol):
+    """What is known here of an optimizer: its state is whole, and its parameters have numbers."""
+
+    param_groups: list[dict[str, Any]]
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
 def save(
     folder: Path,
     progress: Progress,
     save_adapter: Callable[[Path], None],
-    optimizer: torch.optim.Optimizer,
+    optimizer: SavedOptimizer,
     scaler: torch.amp.GradScaler,
 ) -> Path:
     """Write folder/checkpoint-<step>, whole or not at all; returns it.
@@ -169,7 +179,7 @@ def read_progress(checkpoint: Path) -> Progress:
         raise UserError(problem, "Use another checkpoint.", CHECKPOINT) from None
 
 
-def restore(checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+def restore(checkpoint: Path, optimizer: SavedOptimizer, scaler: torch.amp.GradScaler) -> None:
     """Give optimizer and scaler the state they had; what was trained is loaded by models/trainable.py."""
     state = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
     restore_optimizer(
@@ -179,7 +189,7 @@ def restore(checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.am
         scaler.load_state_dict(state["scaler"])
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Any]) -> None:
+def restore_optimizer(optimizer: SavedOptimizer, flat: dict[str, Any]) -> None:
     """Load a state whose values are named <parameter>.<key>, the reverse of what save writes."""
     nested: dict[Any, Any] = {}
     for path, value in flat.items():
@@ -237,7 +247,7 @@ def _publish_model(checkpoint: Path, folder: Path) -> str:
     return sha256(target / MODEL_WEIGHTS)
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _optimizer_state(optimizer: SavedOptimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors named <parameter>.<key>, everything that is not a tensor); nested states keep their path."""
     tensors, scalars, seen = {}, {}, set()
     for path, value in flattened(optimizer.state_dict()["state"]):

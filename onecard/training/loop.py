@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.data import examples as data_examples
-from onecard.data.packing import PackedBatch, micro_batches, pack
+from onecard.data.packing import PackedBatch, micro_batches
 from onecard.errors import CHECKPOINT, NON_FINITE, Stopped, UserError
 from onecard.hub import revisions
 from onecard.models import trainable
@@ -25,10 +25,11 @@ from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as run_folder
 from onecard.system import commands, hardware, lock, signals
 from onecard.system import processes as system_processes
-from onecard.training import distributed, out_of_memory, resume, sharded, step, warm_start
+from onecard.training import distributed, out_of_memory, resume, step, warm_start
 from onecard.training.plan import Plan, describe, learning_rate, prepare
 from onecard.training.samples import Draw, Sample, answers, finish, note_answers, samples_are_due
 from onecard.training.starting_point import STARTING, Start, finished_before
+from onecard.training.strategy import choose
 from onecard.training.trainer import Trainer, load
 
 SAVE_SECONDS = 600  # a checkpoint at least this often
@@ -46,7 +47,7 @@ def run(options: FinetuneConfig, sample: Sample, draw: Draw, given: frozenset[st
         if not finished_before(options, Path(options.output_path), weights_print):
             plan = prepare(options)
             plan.fingerprints |= {STARTING: weights_print} if weights_print else {}
-            revisions.compare(start and start.base, plan.base_path)
+            revisions.compare(start.base if start else None, plan.base_path)
             carry_out(plan, start, sample, draw)
 
 
@@ -60,9 +61,9 @@ def go_on(wish: ContinueConfig, given: frozenset[str], sample: Sample, draw: Dra
 
 def carry_out(plan: Plan, start: Start | None, sample: Sample, draw: Draw) -> None:
     """Own the run folder, load, train."""
-    folder = Path(plan.options.output_path)
+    folder, strategy = Path(plan.options.output_path), choose(plan.options.max_grad_norm)
     describe(plan)
-    distributed.start(torch.device(plan.device), alone_too=sharded.wanted() is not None)
+    strategy.start(torch.device(plan.device))
     try:
         if not distributed.agree(json.dumps(plan.fingerprints, sort_keys=True)):
             problem = "The processes do not have the same base model, tokenizer or rows."
@@ -71,15 +72,14 @@ def carry_out(plan: Plan, start: Start | None, sample: Sample, draw: Draw) -> No
             new = not (start and start.same_run) and not plan.options.overwrite
             if new and (folder / run_folder.FINISHED).exists():
                 raise UserError(f"{folder}: another process has just finished a run there.")
-            trainer = load(plan, folder, start)
-            waits = signals.later() if trainer.shards else contextlib.nullcontext()  # for stop_together
+            trainer = load(plan, folder, strategy, start)
             try:
-                with waits:
+                with strategy.deferring_signals():
                     train(trainer, sample, draw)
             finally:
                 trainer.journal.close()
     finally:
-        distributed.stop()
+        strategy.stop()
 
 
 def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:
@@ -104,7 +104,7 @@ def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:
                 save(trainer)
             if progress.step < plan.total_steps and samples_are_due(trainer):
                 note_answers(trainer, sample)
-            stop_together(trainer)
+            trainer.strategy.stop_together()
         journal.end()
         if system_processes.is_main():
             after = answers(trainer, sample, plan.data.held_out)
@@ -122,25 +122,24 @@ def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:
 def one_step(trainer: Trainer) -> None:
     """One optimizer step over batch_size rows and its line in the log."""
     plan, options, progress = trainer.plan, trainer.plan.options, trainer.progress
+    examples, train_rows = plan.data.examples, plan.data.train_rows
     started = time.monotonic()
-    places = data_examples.rows_at(
-        options.seed, progress.rows_seen, options.batch_size, len(plan.data.train_rows)
-    )
-    rows = plan.data.train_rows[places]
-    targets = int(plan.data.examples.target_counts[rows].sum())
+    places = data_examples.rows_at(options.seed, progress.rows_seen, options.batch_size, len(train_rows))
+    rows = train_rows[places]
+    targets, tokens = int(examples.target_counts[rows].sum()), int(examples.lengths[rows].sum())
     rate = learning_rate(options, progress.updates, plan.total_steps, plan.warmup_steps)
-    for group in trainer.optimizer.param_groups:
+    for group in trainer.strategy.optimizer.param_groups:
         group["lr"] = rate
     try:
         loss = gradient(trainer, rows, targets)
         with signals.later():  # an update and its record are never torn
-            norm, updated = update(trainer, plan.data.examples.numbers[rows].tolist())
+            norm, updated = trainer.strategy.update(trainer.scaler, examples.numbers[rows].tolist())
             hardware.release_free_memory(plan.device)
             seconds = time.monotonic() - started
             progress.step += 1
             progress.updates += updated
             progress.rows_seen += len(rows)
-            progress.tokens += int(plan.data.examples.lengths[rows].sum())
+            progress.tokens += tokens
             progress.seconds += seconds
             progress.skipped_steps += not updated
             progress.skipped_in_a_row = 0 if updated else progress.skipped_in_a_row + 1
@@ -150,10 +149,10 @@ def one_step(trainer: Trainer) -> None:
                 "learning_rate": rate,
                 "grad_norm": norm if updated else str(norm),
                 "rows": len(rows),
-                "tokens": int(plan.data.examples.lengths[rows].sum()),
+                "tokens": tokens,
                 "target_tokens": targets,
                 "rows_seen": progress.rows_seen,
-                "epoch": progress.rows_seen / len(plan.data.train_rows),
+                "epoch": progress.rows_seen / len(train_rows),
                 "seconds": round(seconds, 4),
                 "peak_memory_bytes": hardware.peak_memory_bytes(plan.device),
             }
@@ -163,8 +162,8 @@ def one_step(trainer: Trainer) -> None:
                     "skipped_steps": progress.skipped_steps,
                 }
             trainer.journal.step(record)
-    except step.NonFiniteError as problem:
-        raise stop_non_finite(trainer, problem) from None
+    except step.NonFiniteError as error:
+        raise stop_non_finite(trainer, error) from None
     if loss == 0:
         trainer.journal.say(f"warning: the loss of step {progress.step} is exactly 0; are the targets right?")
     scale = trainer.scaler.get_scale()
@@ -180,30 +179,11 @@ def gradient(trainer: Trainer, rows: np.ndarray, targets: int) -> float:
         # dropout's randomness is a function of (seed, step, process), so nothing else can disturb it
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         packed = on_device(trainer, rows)
-        scaler, advance = trainer.scaler, trainer.journal.advance
         with trainable.without_casts(trainer.model):
-            if trainer.shards:
-                return sharded.gradient(trainer.shards, list(packed), targets, scaler, advance)
-            trained = trainable.trainable(trainer.model)
-            loss = step.gradient(trainer.step_model, packed, targets, trained, scaler, advance)
+            loss = trainer.strategy.gradient(packed, targets, trainer.scaler, trainer.journal.advance)
         if loss is not None:
             return loss
         out_of_memory.halve_budget(trainer, rows)
-
-
-def update(trainer: Trainer, row_numbers: list[int]) -> tuple[float, bool]:
-    """Change what is trained by its gradient; returns (gradient norm, whether it was changed)."""
-    if trainer.shards:
-        return sharded.update(trainer.shards, trainer.scaler, row_numbers)
-    limit = trainer.plan.options.max_grad_norm
-    return step.update(trainer.optimizer, trainer.scaler, limit, row_numbers)
-
-
-def stop_together(trainer: Trainer) -> None:
-    """Raise Stopped in all processes of a spread model when a signal reached one of them."""
-    number = distributed.largest(signals.arrived() or 0) if trainer.shards else 0
-    if number:
-        raise Stopped(number)
 
 
 def save_is_due(trainer: Trainer) -> bool:
@@ -212,9 +192,7 @@ def save_is_due(trainer: Trainer) -> bool:
     regular = progress.step % plan.options.save_steps == 0 or progress.step == plan.total_steps
     epoch_ends = progress.rows_seen % len(plan.data.train_rows) == 0
     late = time.monotonic() - trainer.saved > SAVE_SECONDS
-    if trainer.shards:
-        late = bool(distributed.largest(late))  # all save, or none
-    return regular or epoch_ends or late
+    return trainer.strategy.in_any(late) or regular or epoch_ends
 
 
 def evaluation_is_due(trainer: Trainer) -> bool:
@@ -253,9 +231,7 @@ def evaluate(trainer: Trainer) -> bool:
 
 def save(trainer: Trainer) -> None:
     """A checkpoint of the last finished step, unless it is there already."""
-    shards = trainer.shards
-    gathered = shards.trained() if shards else None  # in which every process has a part
-    optimizer = sharded.GatheredOptimizer(shards, gathered) if shards else trainer.optimizer
+    gathered, optimizer = trainer.strategy.gather()
     trainer.saved = time.monotonic()
     if not system_processes.is_main():
         return
@@ -279,15 +255,10 @@ def save(trainer: Trainer) -> None:
 
 def on_device(trainer: Trainer, rows: np.ndarray) -> Iterator[PackedBatch]:
     """This process's micro-batches of these rows, each moved when its turn comes."""
-    packed = micro_batches(
-        trainer.plan.data.examples,
-        rows.tolist(),
-        trainer.progress.micro_batch_tokens,
-        system_processes.rank(),
-        system_processes.world_size(),
-    )
-    if trainer.shards:
-        packed = sharded.level(packed, pack(trainer.plan.data.examples, rows[:1].tolist()))
+    examples, budget = trainer.plan.data.examples, trainer.progress.micro_batch_tokens
+    processes = (system_processes.rank(), system_processes.world_size())
+    share = micro_batches(examples, rows.tolist(), budget, *processes)
+    packed = trainer.strategy.level(share, examples, int(rows[0]))
     return (batch.to(trainer.device) for batch in packed)
 
 

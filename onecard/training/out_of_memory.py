@@ -38,19 +38,18 @@ def dry_run(trainer: Trainer) -> bool:
     Nothing else is changed. Returns whether the budget did fit.
     """
     planned = trainer.progress.micro_batch_tokens
-    while not trainer.shards:
+    while trainer.strategy.redoes_steps:
         rows = fullest(trainer.plan, trainer.progress.micro_batch_tokens)
         packed = [pack(trainer.plan.data.examples, rows.tolist()).to(trainer.device)]
-        parameters = trainable.trainable(trainer.model)
         spare = room_of_an_update(trainer)
         loss = None
         if distributed.all_processes(spare is not None):
             with torch.random.fork_rng(), trainable.without_casts(trainer.model):
                 try:
-                    loss = step.gradient(trainer.step_model, packed, 1, parameters, trainer.scaler)
+                    loss = trainer.strategy.gradient(packed, 1, trainer.scaler, lambda rows: None)
                 except step.NonFiniteError:  # the step that has these rows will tell
                     loss = math.nan
-        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.strategy.optimizer.zero_grad(set_to_none=True)
         del spare
         hardware.release_free_memory(trainer.plan.device)
         if loss is not None:
@@ -65,7 +64,7 @@ def room_of_an_update(trainer: Trainer) -> list[torch.Tensor] | None:
     made = []
     for parameter in trainable.trainable(trainer.model):
         moment = 1 if "8bit" in trainer.plan.options.optimizer else parameter.element_size()
-        moments = 0 if trainer.optimizer.state.get(parameter) else 2 * moment
+        moments = 0 if trainer.strategy.optimizer.state.get(parameter) else 2 * moment
         count = parameter.numel() * (moments + parameter.element_size())
         try:
             made.append(torch.empty(count, dtype=torch.uint8, device=parameter.device))
@@ -78,7 +77,8 @@ def room_of_an_update(trainer: Trainer) -> list[torch.Tensor] | None:
 
 def fullest(plan: Plan, budget: int) -> np.ndarray:
     """Rows of a micro-batch as large as any step can have: longest first, filled up to the budget."""
-    lengths, room, rows = plan.data.examples.lengths, budget, []
+    lengths, room = plan.data.examples.lengths, budget
+    rows: list[int] = []
     for row in plan.data.train_rows[np.argsort(-lengths[plan.data.train_rows], kind="stable")]:
         if lengths[row] <= room or not rows:
             rows.append(row)

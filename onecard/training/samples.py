@@ -29,9 +29,9 @@ ANSWER_TOKENS = 128
 
 
 def answers(trainer: Trainer, sample: Sample, asked: list[data_conversation.Conversation]) -> list[str]:
-    """Answers with the adapter as it is; empty without prompts, or when the model is spread."""
+    """Answers with the adapter as it is; empty without prompts, or when no process has the whole model."""
     plan = trainer.plan
-    if not asked or not system_processes.is_main() or trainer.shards:  # no process has the whole model
+    if not asked or not can_answer(trainer):
         return []
     trainer.journal.say(f"answering prompts: {len(asked)} ...")
     longest = min(ANSWER_TOKENS, plan.options.cutoff_len)
@@ -39,11 +39,16 @@ def answers(trainer: Trainer, sample: Sample, asked: list[data_conversation.Conv
         return sample(trainer.model, plan.tokenizer, plan.template, asked, longest)
 
 
+def can_answer(trainer: Trainer) -> bool:
+    """Whether this process has the whole model and writes what it answers."""
+    return trainer.strategy.has_whole_model and system_processes.is_main()
+
+
 def samples_are_due(trainer: Trainer) -> bool:
     """At the start, every sample_steps and at the end, once per step; only where answers() gives some."""
     plan, step, every = trainer.plan, trainer.progress.step, trainer.plan.options.sample_steps
     asked = plan.data.held_out or plan.options.sample_prompts
-    if not every or not asked or not system_processes.is_main() or trainer.shards or trainer.sampled == step:
+    if not every or not asked or not can_answer(trainer) or trainer.sampled == step:
         return False
     return trainer.sampled < 0 or step % every == 0 or step == plan.total_steps
 
@@ -76,7 +81,7 @@ def note_answers(trainer: Trainer, sample: Sample, held_out: list[str] | None = 
 def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
     """The best adapter, the picture, the answers, and finished.json last."""
     plan, progress, folder = trainer.plan, trainer.progress, trainer.folder
-    before = progress.answers
+    before = progress.answers or []  # asked before the first step
     best = progress.best_step or progress.step
     try:
         sha256 = runs_checkpoint.publish(folder / f"checkpoint-{best}", folder)

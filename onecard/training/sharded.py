@@ -6,24 +6,31 @@ but processes must go through the model equally often, so one with fewer micro-b
 targets, and running out of memory is not redone.
 """
 
+import abc
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from onecard.data.packing import PackedBatch
-from onecard.errors import UserError
+from onecard.config.training import FinetuneConfig
+from onecard.data.examples import Examples
+from onecard.data.packing import PackedBatch, pack
+from onecard.errors import Stopped, UserError
 from onecard.models import trainable
 from onecard.system import processes as system_processes
+from onecard.system import signals
+from onecard.system.console import say
 from onecard.training import distributed
 from onecard.training.step import NonFiniteError, StepModel
 
 FSDP, DEEPSPEED = "FSDP", "DeepSpeed"
 MARKS = {FSDP: "ACCELERATE_USE_FSDP", DEEPSPEED: "ACCELERATE_USE_DEEPSPEED"}  # set by accelerate launch
 TRAINED = ("lora", "full")
+ACTIVATIONS = 2  # the share of free memory that is left to them: gradients, moments and layers come later
 
 
 def wanted() -> str | None:
@@ -31,7 +38,7 @@ def wanted() -> str | None:
     return next((kind for kind, mark in MARKS.items() if os.environ.get(mark, "").lower() == "true"), None)
 
 
-def check(options: Any, dtype: str) -> None:
+def check(options: FinetuneConfig, dtype: str) -> None:
     """Raise UserError for options that a spread model cannot have."""
     kind = wanted()
     if kind is None:
@@ -50,18 +57,141 @@ def check(options: Any, dtype: str) -> None:
         raise UserError("FSDP 1 is not possible here.", "Write fsdp_version: 2 into the configuration.")
 
 
-def spread(
-    step_model: StepModel, device: torch.device, make_optimizer: Callable, max_grad_norm: float
-) -> "Fsdp | Zero":
-    """The model, loaded on the CPU, spread over all processes; make_optimizer: parameters -> optimizer."""
-    kind = Fsdp if wanted() == FSDP else Zero
-    return kind(step_model, device, make_optimizer, max_grad_norm)
+class Sharded(abc.ABC):
+    """What FSDP and ZeRO share, a training/strategy.py Strategy."""
+
+    has_whole_model = False
+    redoes_steps = False
+    model: torch.nn.Module  # the step model, or what the library put around it
+    named: dict[str, torch.nn.Parameter]  # what is trained
+    optimizer: torch.optim.Optimizer
+    said: str  # how the model is spread
+
+    def __init__(self, max_grad_norm: float):
+        self.max_grad_norm = max_grad_norm
+
+    def start(self, device: torch.device) -> None:
+        distributed.start(device, alone_too=True)
+
+    def stop(self) -> None:
+        distributed.stop()
+
+    def deferring_signals(self) -> AbstractContextManager[None]:
+        return signals.later()  # for stop_together
+
+    def loads_on(self, device: str) -> str:
+        return "cpu"  # and goes to the cards in parts
+
+    def for_activations(self, free_bytes: int) -> int:
+        return free_bytes // ACTIVATIONS
+
+    def take(
+        self,
+        step_model: StepModel,
+        device: torch.device,
+        make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+    ) -> None:
+        self.spread(step_model, device, make_optimizer)
+        say(f"spread      over {system_processes.world_size()} processes: {self.said}")
+
+    @abc.abstractmethod
+    def spread(
+        self,
+        step_model: StepModel,
+        device: torch.device,
+        make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+    ) -> None:
+        """Spread the model, loaded on the CPU, over all processes."""
+
+    @abc.abstractmethod
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add to the gradient; last: of the step's micro-batches."""
+
+    @abc.abstractmethod
+    def drop_gradient(self) -> None: ...
+
+    @abc.abstractmethod
+    def step(self, scaler: torch.amp.GradScaler) -> float:
+        """Change what is trained by its gradient; returns its norm before clipping."""
+
+    @abc.abstractmethod
+    def trained(self) -> dict[str, torch.Tensor]:
+        """All that is trained, whole, on the CPU of the first process; every process must ask."""
+
+    @abc.abstractmethod
+    def optimizer_state(self) -> dict[int, dict[str, Any]]:
+        """The optimizer's state of each parameter, in the same way."""
+
+    @abc.abstractmethod
+    def set_optimizer_state(self, states: dict[int, dict[str, Any]]) -> None:
+        """Take the state that optimizer_state gave."""
+
+    def level(self, share: list[PackedBatch], examples: Examples, row: int) -> list[PackedBatch]:
+        """As many micro-batches as the process with most has; those added have no target."""
+        count = distributed.largest(len(share))
+        like = share[0] if share else pack(examples, [row])
+        idle = dataclasses.replace(like, predicts=like.predicts[:0], targets=like.targets[:0], row_numbers=())
+        return share + [idle] * (count - len(share))
+
+    def gradient(
+        self,
+        micro_batches: Iterable[PackedBatch],
+        targets_in_step: int,
+        scaler: torch.amp.GradScaler,
+        progress: Callable[[int], None],
+    ) -> float:
+        """Like step.gradient, of equally many micro-batches in every process; raises NonFiniteError.
+
+        Both kinds average over the processes, hence their number as a factor.
+        """
+        total, processes = torch.zeros(1), system_processes.world_size()
+        bad_rows: list[int] = []
+        batches = list(micro_batches)
+        self.drop_gradient()
+        for place, packed in enumerate(batches):
+            loss_sum, _, _ = self.model(packed)
+            last = place == len(batches) - 1
+            self.backward(scaler.scale(loss_sum * (processes / targets_in_step)), last)
+            total += loss_sum.detach().cpu()
+            if not math.isfinite(loss_sum.item()):
+                bad_rows.extend(packed.row_numbers)
+            progress(len(packed.row_numbers))
+        value = distributed.sum_over_processes(total.to(packed.input_ids.device)).item() / targets_in_step
+        if not math.isfinite(value):
+            raise NonFiniteError("loss", value, distributed.gather_rows(bad_rows))
+        return value
+
+    def update(self, scaler: torch.amp.GradScaler, rows: Sequence[int]) -> tuple[float, bool]:
+        """Like step.update: (gradient norm, whether something was changed)."""
+        norm = self.step(scaler)
+        if not math.isfinite(norm) and not scaler.is_enabled():
+            raise NonFiniteError("gradient norm", norm, list(rows))
+        return norm, math.isfinite(norm)
+
+    def gather(self) -> tuple[dict[str, torch.Tensor], "GatheredOptimizer"]:
+        trained = self.trained()
+        return trained, GatheredOptimizer(self, trained)
+
+    def optimizer_to_restore(self) -> "GatheredOptimizer":
+        return GatheredOptimizer(self, {})
+
+    def in_any(self, is_due: bool) -> bool:
+        return bool(distributed.largest(is_due))  # every process has a part of what is saved
+
+    def stop_together(self) -> None:
+        if number := distributed.largest(signals.arrived() or 0):
+            raise Stopped(number)
 
 
-class Fsdp:
+class Fsdp(Sharded):
     """Every layer is a unit whose shards come together while it works; the rest is one unit."""
 
-    def __init__(self, step_model, device, make_optimizer, max_grad_norm):
+    def spread(
+        self,
+        step_model: StepModel,
+        device: torch.device,
+        make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+    ) -> None:
         from accelerate.utils import FullyShardedDataParallelPlugin
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -71,18 +201,14 @@ class Fsdp:
         offload = OffloadPolicy()
         if isinstance(asked.cpu_offload, CPUOffloadPolicy):
             offload = CPUOffloadPolicy(pin_memory=is_card)
-        settings = {
-            "mesh": init_device_mesh(device.type, (system_processes.world_size(),)),
-            "offload_policy": offload,
-            "reshard_after_forward": asked.reshard_after_forward is not False,
-        }
-        for layer in layers_of(trainable.base_of(step_model.model)):
-            fully_shard(layer, **settings)
-        fully_shard(step_model, **settings)
-        self.model, self.max_grad_norm = step_model, max_grad_norm
+        lets_go = asked.reshard_after_forward is not False
+        mesh = init_device_mesh(device.type, (system_processes.world_size(),))
+        for unit in (*layers_of(trainable.base_of(step_model.model)), step_model):
+            fully_shard(unit, mesh=mesh, offload_policy=offload, reshard_after_forward=lets_go)
+        self.model = step_model
         self.named = {n: p for n, p in step_model.model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(list(self.named.values()))
-        how = "between layers" if settings["reshard_after_forward"] else "until the backward pass"
+        how = "between layers" if lets_go else "until the backward pass"
         where = ", kept in the processor's memory" if isinstance(offload, CPUOffloadPolicy) else ""
         self.said = f"FSDP2, whole layers are let go {how}{where}"
 
@@ -92,22 +218,21 @@ class Fsdp:
     def drop_gradient(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def update(self, scaler: torch.amp.GradScaler) -> float:
+    def step(self, scaler: torch.amp.GradScaler) -> float:
         """Change what is trained by its gradient, unless that is not finite; returns its norm."""
         scaler.unscale_(self.optimizer)
         limit = self.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(list(self.named.values()), limit).full_tensor().item()
+        norm = torch.nn.utils.clip_grad_norm_(list(self.named.values()), limit)
+        norm = _whole(norm).item()
         if math.isfinite(norm) or scaler.is_enabled():
             scaler.step(self.optimizer)
             scaler.update()
         return norm
 
     def trained(self) -> dict[str, torch.Tensor]:
-        """All that is trained, whole, on the CPU of the first process; every process must ask."""
-        return {name: _on_main(p.detach().full_tensor()) for name, p in self.named.items()}
+        return {name: _on_main(_whole(p)) for name, p in self.named.items()}
 
     def optimizer_state(self) -> dict[int, dict[str, Any]]:
-        """The optimizer's state of each parameter, in the same way."""
         gathered = {}
         for number, parameter in enumerate(self.named.values()):
             state = self.optimizer.state.get(parameter, {})
@@ -118,23 +243,33 @@ class Fsdp:
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         for number, parameter in enumerate(self.named.values()):
+            assert isinstance(parameter, DTensor), "fully_shard has spread it"
             placed = {}
             mesh, placements = parameter.device_mesh, parameter.placements
             for key, value in states.get(number, {}).items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     shard = distribute_tensor(value, mesh, placements).to_local()
                     shard = shard.to(parameter.to_local().device)  # which may be the CPU on a mesh of cards
-                    shape = {"shape": parameter.shape, "stride": parameter.stride()}
-                    value = DTensor.from_local(shard, mesh, placements, run_check=False, **shape)
+                    shape, stride = parameter.shape, parameter.stride()
+                    value = DTensor.from_local(
+                        shard, mesh, placements, run_check=False, shape=shape, stride=stride
+                    )
                 placed[key] = value
             if placed:
                 self.optimizer.state[parameter] = placed
 
 
-class Zero:
+class Zero(Sharded):
     """DeepSpeed's engine around the model; its own JSON file says the stage and what is offloaded."""
 
-    def __init__(self, step_model, device, make_optimizer, max_grad_norm):
+    engine: Any  # DeepSpeed has no types
+
+    def spread(
+        self,
+        step_model: StepModel,
+        device: torch.device,
+        make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+    ) -> None:
         import deepspeed
         from accelerate.utils import DeepSpeedPlugin
 
@@ -144,7 +279,7 @@ class Zero:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,  # the loop says itself where a step ends
             "train_batch_size": system_processes.world_size(),
-            "gradient_clipping": max_grad_norm,
+            "gradient_clipping": self.max_grad_norm,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 1 << 60,
@@ -163,26 +298,29 @@ class Zero:
             head = trainable.base_of(step_model.model).get_output_embeddings()
             deepspeed.zero.register_external_parameter(step_model, head.weight)
         optimizer = make_optimizer(list(self.named.values()))
-        self.model, self.optimizer, _, _ = deepspeed.initialize(
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=step_model, optimizer=optimizer, config=config, dist_init_required=False
         )
+        self.model = self.engine
         self.has_moments = False  # the engine makes them at its first step
         away = [name.split("_")[1] for name in OFFLOADS if zero.get(name, {}).get("device", "none") != "none"]
         where = f", {' and '.join(away)} in the processor's memory" if away else ""
         self.said = f"DeepSpeed ZeRO-{self.stage}{where}"
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        self.model.set_gradient_accumulation_boundary(last)
-        self.model.backward(loss)
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss)
 
     def drop_gradient(self) -> None:
-        self.model.zero_grad()
+        self.engine.zero_grad()
 
-    def update(self, scaler: torch.amp.GradScaler) -> float:
-        """Change what is trained by its gradient; returns its norm before clipping."""
-        self.model.step()
+    def step(self, scaler: torch.amp.GradScaler) -> float:
+        self._step()
+        return float(self.engine.get_global_grad_norm())
+
+    def _step(self) -> None:
+        self.engine.step()
         self.has_moments = True
-        return float(self.model.get_global_grad_norm())
 
     def trained(self) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -223,17 +361,17 @@ class Zero:
             group["lr"] = 0.0
         loss_sum, _, _ = self.model(packed)
         self.backward(loss_sum * 0, last=True)
-        self.update(None)
+        self._step()
 
     def _flat_states(self) -> list[dict[str, Any]]:
-        return list(self.optimizer.optimizer.state.values())
+        return list(self.engine.optimizer.optimizer.state.values())
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 OFFLOADS = ("offload_optimizer", "offload_param")  # of DeepSpeed's configuration
 
 
-def layers_of(base: torch.nn.Module) -> torch.nn.ModuleList:
+def layers_of(base: Any) -> torch.nn.ModuleList:
     """The decoder's layers: its longest list of modules."""
     lists = [m for m in base.get_decoder().modules() if isinstance(m, torch.nn.ModuleList)]
     return max(lists, key=len)
@@ -242,8 +380,10 @@ def layers_of(base: torch.nn.Module) -> torch.nn.ModuleList:
 def _whole(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
+    from torch.distributed.tensor import DTensor
+
     value = value.detach()
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _on_main(value: Any) -> Any:
@@ -256,55 +396,12 @@ def _on_main(value: Any) -> Any:
 class GatheredOptimizer:
     """A spread optimizer as runs/checkpoint.py knows one: its state whole, parameters by their number."""
 
-    def __init__(self, shards: Fsdp | Zero, trained: dict[str, torch.Tensor]):
+    def __init__(self, shards: Sharded, trained: dict[str, torch.Tensor]):
         self.shards, self.state = shards, shards.optimizer_state()
         self.param_groups = [{"params": list(trained.values())}]
 
     def state_dict(self) -> dict[str, Any]:
         return {"state": self.state, "param_groups": []}
 
-    def load_state_dict(self, given: dict[str, Any]) -> None:
-        self.shards.set_optimizer_state(given["state"])
-
-
-def level(share: list[PackedBatch], other: PackedBatch) -> list[PackedBatch]:
-    """As many micro-batches as the process with most has; those added have no target. other: any one."""
-    count = distributed.largest(len(share))
-    like = share[0] if share else other
-    none = {"predicts": like.predicts[:0], "targets": like.targets[:0], "row_numbers": ()}
-    return share + [dataclasses.replace(like, **none)] * (count - len(share))
-
-
-def gradient(
-    shards: Fsdp | Zero,
-    micro_batches: Sequence[PackedBatch],
-    targets_in_step: int,
-    scaler: torch.amp.GradScaler,
-    progress: Callable[[int], None] = lambda rows: None,
-) -> float:
-    """Like step.gradient, of equally many micro-batches in every process; raises NonFiniteError.
-
-    Both kinds average over the processes, hence their number as a factor.
-    """
-    total, bad_rows, processes = torch.zeros(1), [], system_processes.world_size()
-    shards.drop_gradient()
-    for place, packed in enumerate(micro_batches):
-        loss_sum, _, _ = shards.model(packed)
-        last = place == len(micro_batches) - 1
-        shards.backward(scaler.scale(loss_sum * (processes / targets_in_step)), last)
-        total += loss_sum.detach().cpu()
-        if not math.isfinite(loss_sum.item()):
-            bad_rows.extend(packed.row_numbers)
-        progress(len(packed.row_numbers))
-    value = distributed.sum_over_processes(total.to(packed.input_ids.device)).item() / targets_in_step
-    if not math.isfinite(value):
-        raise NonFiniteError("loss", value, distributed.gather_rows(bad_rows))
-    return value
-
-
-def update(shards: Fsdp | Zero, scaler: torch.amp.GradScaler, rows: Sequence[int]) -> tuple[float, bool]:
-    """Like step.update: (gradient norm, whether something was changed)."""
-    norm = shards.update(scaler)
-    if not math.isfinite(norm) and not scaler.is_enabled():
-        raise NonFiniteError("gradient norm", norm, list(rows))
-    return norm, math.isfinite(norm)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.shards.set_optimizer_state(state_dict["state"])

@@ -20,13 +20,13 @@ from onecard.system import files as system_files
 from onecard.system import hardware
 from onecard.system import processes as system_processes
 from onecard.system.console import say
-from onecard.training import distributed, sharded, step
+from onecard.training import distributed, step
 from onecard.training import memory as training_memory
 from onecard.training.metrics import Journal
 from onecard.training.plan import Plan, versions
 from onecard.training.starting_point import Start, restore, restore_weights
+from onecard.training.strategy import Strategy
 
-SPREAD = 2  # of a spread model: the share of free memory that is left to activations
 FIRST_SCALE = 1024.0  # of the fp16 loss scaler: low, so that the first steps are not lost to overflows
 
 
@@ -36,17 +36,16 @@ class Trainer:
 
     plan: Plan
     step_model: step.StepModel
-    optimizer: torch.optim.Optimizer
+    strategy: Strategy
     scaler: torch.amp.GradScaler
     journal: Journal
     progress: Progress
     folder: Path
-    shards: sharded.Fsdp | sharded.Zero | None = None  # when the model is spread over processes
     sampled: int = -1  # step of the last answers in samples.jsonl
     saved: float = 0.0  # when the last checkpoint was written, on the clock time.monotonic
 
     @property
-    def model(self) -> Any:
+    def model(self) -> torch.nn.Module:
         return self.step_model.model
 
     @property
@@ -54,7 +53,7 @@ class Trainer:
         return torch.device(self.plan.device)
 
 
-def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
+def load(plan: Plan, folder: Path, strategy: Strategy, start: Start | None = None) -> Trainer:
     """Base, adapter, optimizer, and the run folder with its configuration; `start`: what it goes on from."""
     options, device = plan.options, torch.device(plan.device)
     if device.type == "cuda":
@@ -63,8 +62,7 @@ def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
         torch.use_deterministic_algorithms(True, warn_only=True)
     hardware.keep_large_memory_apart(plan.device)
     kept_in = "fp32" if options.train_what == trainable.FULL else plan.dtype
-    spread = sharded.wanted()  # over processes, from the CPU's memory
-    place = "cpu" if spread else plan.device
+    place = strategy.loads_on(plan.device)
     base = base_model.load_base(plan.base_path, options.bits, kept_in, place, to_train=True, code=plan.code)
     adapted = trainable.prepare(base, plan.shape, options.seed)
     version = None if Path(options.model_path).exists() else revisions.of(plan.base_path)
@@ -80,17 +78,13 @@ def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
     if start:
         restore_weights(start, adapted)
     step_model = step.StepModel(adapted, base_model.DTYPES[plan.dtype], packs)
-    shards, new_optimizer = None, functools.partial(make_optimizer, options)
-    if spread:
-        shards = sharded.spread(step_model, device, new_optimizer, options.max_grad_norm)
-        say(f"spread      over {system_processes.world_size()} processes: {shards.said}")
-    optimizer = shards.optimizer if shards else new_optimizer(trainable.trainable(adapted))
+    strategy.take(step_model, device, functools.partial(make_optimizer, options))
     scaler = torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE, enabled=plan.dtype == "fp16")
     scaler.scale(torch.zeros((), device=device))  # it wakes up here: a process may have no row in a step
     progress = start.progress if start else Progress()
     if start:
-        restore(start, adapted, sharded.GatheredOptimizer(shards, {}) if shards else optimizer, scaler)
-    budget = (progress.micro_batch_tokens or micro_batch_budget(plan, device)) if packs else 1
+        restore(start, adapted, strategy.optimizer_to_restore(), scaler)
+    budget = (progress.micro_batch_tokens or micro_batch_budget(plan, strategy, device)) if packs else 1
     progress.micro_batch_tokens = distributed.smallest(budget)  # one for all: they halve it together
     if system_processes.is_main():
         start_folder(plan, folder, progress, start)
@@ -104,19 +98,17 @@ def load(plan: Plan, folder: Path, start: Start | None = None) -> Trainer:
     if start and start.same_run and start.changes:
         journal.event({"step": progress.step, "continued": start.changes})
     sampled = run_folder.last_sampled(folder)
-    return Trainer(plan, step_model, optimizer, scaler, journal, progress, folder, shards, sampled)
+    return Trainer(plan, step_model, strategy, scaler, journal, progress, folder, sampled)
 
 
-def micro_batch_budget(plan: Plan, device: torch.device) -> int:
+def micro_batch_budget(plan: Plan, strategy: Strategy, device: torch.device) -> int:
     """Tokens of a micro-batch: as asked, else max(2048, cutoff_len) on the CPU and what fits on a card."""
     options = plan.options
     if options.micro_batch_tokens != "auto":
-        budget, reason = options.micro_batch_tokens, "asked for"
+        budget, reason = int(options.micro_batch_tokens), "asked for"
     elif device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+        free = strategy.for_activations(torch.cuda.mem_get_info(device)[0])
         element = base_model.DTYPES[plan.dtype].itemsize
-        if sharded.wanted():
-            free //= SPREAD  # gradients, moments and gathered layers come later, and nothing is tried first
         fits = training_memory.tokens_that_fit(free, plan.base_config, element, plan.checkpointing)
         in_step = int(np.sort(plan.data.examples.lengths)[-options.batch_size :].sum())
         budget, reason = (
@@ -130,9 +122,9 @@ def micro_batch_budget(plan: Plan, device: torch.device) -> int:
 
 
 def make_optimizer(options: FinetuneConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    settings = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
+    rate, decay = options.learning_rate, options.weight_decay
     if options.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **settings)
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
     import bitsandbytes
 
     kind = (
@@ -140,7 +132,7 @@ def make_optimizer(options: FinetuneConfig, parameters: list[torch.nn.Parameter]
         if options.optimizer == "adamw_8bit"
         else bitsandbytes.optim.PagedAdamW8bit
     )
-    return kind(parameters, **settings)
+    return kind(parameters, lr=rate, weight_decay=decay)
 
 
 def start_folder(plan: Plan, folder: Path, progress: Progress, start: Start | None) -> None:
@@ -167,8 +159,9 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: Start | No
             "total_steps": plan.total_steps,
             "warmup_steps": plan.warmup_steps,
         }
+        versions_of_rows = {revisions.of(source.path) for source in plan.data.sources}
         rows = {
-            "versions": sorted({_text(revisions.of(source.path)) for source in plan.data.sources} - {None}),
+            "versions": sorted(str(version) for version in versions_of_rows if version),
             "train_rows": len(plan.data.train_rows),
             "validation_rows": len(plan.data.validation_rows),
             "cut": plan.data.encoding.cut,

@@ -79,7 +79,7 @@ def test_the_dry_run_changes_nothing(tiny_model, tiny_rows, tmp_path, monkeypatc
         def state() -> list[torch.Tensor]:
             parameters = [p.detach().clone() for p in trainable.trainable(trainer.model)]
             assert all(p.grad is None for p in trainable.trainable(trainer.model))
-            assert trainer.optimizer.state_dict()["state"] == {}
+            assert trainer.strategy.optimizer.state_dict()["state"] == {}
             return [*parameters, torch.get_rng_state()]
 
         torch.manual_seed(123)
