@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from onecard.config.training import ContinueConfig, FinetuneConfig
@@ -172,7 +173,7 @@ def one_step(trainer: Trainer) -> None:
         raise UserError(problem, "Use --dtype fp32 or bf16, or a lower --learning_rate.", NON_FINITE)
 
 
-def gradient(trainer: Trainer, rows: np.ndarray, targets: int) -> float:
+def gradient(trainer: Trainer, rows: NDArray[np.int64], targets: int) -> float:
     """Loss and gradient of these rows, in smaller micro-batches whenever memory does not suffice."""
     place = [trainer.plan.options.seed, trainer.progress.step, system_processes.rank()]
     while True:
@@ -253,7 +254,7 @@ def save(trainer: Trainer) -> None:
         )
 
 
-def on_device(trainer: Trainer, rows: np.ndarray) -> Iterator[PackedBatch]:
+def on_device(trainer: Trainer, rows: NDArray[np.int64]) -> Iterator[PackedBatch]:
     """This process's micro-batches of these rows, each moved when its turn comes."""
     examples, budget = trainer.plan.data.examples, trainer.progress.micro_batch_tokens
     processes = (system_processes.rank(), system_processes.world_size())

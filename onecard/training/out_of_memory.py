@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from onecard.data.packing import pack
 from onecard.errors import MEMORY, UserError, is_out_of_memory
@@ -17,7 +18,7 @@ from onecard.training.plan import Plan
 from onecard.training.trainer import Trainer
 
 
-def halve_budget(trainer: Trainer, rows: np.ndarray) -> None:
+def halve_budget(trainer: Trainer, rows: NDArray[np.int64]) -> None:
     """Smaller micro-batches from now on; raises UserError (exit 6) when every row already stood alone."""
     progress = trainer.progress
     hardware.forget_cached_memory(trainer.plan.device)
@@ -75,7 +76,7 @@ def room_of_an_update(trainer: Trainer) -> list[torch.Tensor] | None:
     return made
 
 
-def fullest(plan: Plan, budget: int) -> np.ndarray:
+def fullest(plan: Plan, budget: int) -> NDArray[np.int64]:
     """Rows of a micro-batch as large as any step can have: longest first, filled up to the budget."""
     lengths, room = plan.data.examples.lengths, budget
     rows: list[int] = []

@@ -213,7 +213,7 @@ class Fsdp(Sharded):
         self.said = f"FSDP2, whole layers are let go {how}{where}"
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
 
     def drop_gradient(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -222,8 +222,8 @@ class Fsdp(Sharded):
         """Change what is trained by its gradient, unless that is not finite; returns its norm."""
         scaler.unscale_(self.optimizer)
         limit = self.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(list(self.named.values()), limit)
-        norm = _whole(norm).item()
+        total = torch.nn.utils.clip_grad_norm_(list(self.named.values()), limit)
+        norm: float = _whole(total).item()
         if math.isfinite(norm) or scaler.is_enabled():
             scaler.step(self.optimizer)
             scaler.update()

@@ -125,13 +125,9 @@ def make_optimizer(options: FinetuneConfig, parameters: list[torch.nn.Parameter]
     rate, decay = options.learning_rate, options.weight_decay
     if options.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
-    import bitsandbytes
+    from bitsandbytes.optim import adamw
 
-    kind = (
-        bitsandbytes.optim.AdamW8bit
-        if options.optimizer == "adamw_8bit"
-        else bitsandbytes.optim.PagedAdamW8bit
-    )
+    kind = adamw.AdamW8bit if options.optimizer == "adamw_8bit" else adamw.PagedAdamW8bit
     return kind(parameters, lr=rate, weight_decay=decay)
 
 
