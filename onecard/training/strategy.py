@@ -14,8 +14,10 @@ from onecard.data.examples import Examples
 from onecard.data.packing import PackedBatch
 from onecard.runs.checkpoint import SavedOptimizer
 from onecard.training import sharded
+from onecard.training.fsdp import Fsdp
 from onecard.training.replicated import Replicated
 from onecard.training.step import StepModel
+from onecard.training.zero import Zero
 
 MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
@@ -89,6 +91,6 @@ def choose(max_grad_norm: float) -> Strategy:
 
 STRATEGIES: dict[str | None, Callable[[float], Strategy]] = {
     None: Replicated,
-    sharded.FSDP: sharded.Fsdp,
-    sharded.DEEPSPEED: sharded.Zero,
+    sharded.FSDP: Fsdp,
+    sharded.DEEPSPEED: Zero,
 }
