@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Make .venv and install what a program needs, once: bash tools/setup.sh train|chat|cpu|gptq|test
+# Make .venv and install what a program needs, once: bash tools/setup.sh train|chat|cpu|gptq|test|all
+# all: every part that is not for tests; gptq makes each start slower, so take it only if you use it.
 # The entries call this on first use. requirements.txt fixes every version. PYTHON chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-}
 case "$what" in
-  train | chat | cpu | gptq | test) ;;
-  *) echo "error: tools/setup.sh: unknown part '$what'. Use: bash tools/setup.sh train|chat|cpu|gptq|test" >&2; exit 2 ;;
+  train | chat | cpu | gptq | test) extras=$what ;;
+  all) extras=train,wandb,chat,cpu,gptq ;;
+  *) echo "error: tools/setup.sh: unknown part '$what'. Use: bash tools/setup.sh train|chat|cpu|gptq|test|all" >&2; exit 2 ;;
 esac
 
 python=${PYTHON:-python3}
@@ -81,7 +83,7 @@ words=$(.venv/bin/python -m pip install --quiet "pip==26.3" 2>&1) ||
 # llama.cpp is compiled here (minutes); code for exactly this processor would crash on those that announce AMX
 # (llama.cpp issue 20824), so it is built for any of the last ten years
 export CMAKE_ARGS="-DGGML_NATIVE=OFF ${CMAKE_ARGS:-}"
-if ! .venv/bin/python -m pip install -c requirements.txt -e ".[$what]"; then
+if ! .venv/bin/python -m pip install -c requirements.txt -e ".[$extras]"; then
   echo "error: the packages could not be installed; what pip says is above. Run the same command again to go on." >&2
   exit 2
 fi
@@ -105,7 +107,7 @@ if [ "$what" = test ] && ! command -v strace >/dev/null && command -v apt-get >/
   echo "Installing strace, which kills a save at each of its system calls (without it these tests are left out) ..."
   { apt-get update && apt-get install --yes --no-install-recommends strace; } >/dev/null || echo "strace could not be installed."
 fi
-if [ "$what" = cpu ] && ! .venv/bin/python -c "from onecard.conversion import llama_cpp_converter; llama_cpp_converter.home()"; then
+if [[ "$what" = cpu || "$what" = all ]] && ! .venv/bin/python -c "from onecard.conversion import llama_cpp_converter; llama_cpp_converter.home()"; then
   echo "error: llama.cpp's converter could not be fetched; what was said is above. Run the same command again to go on." >&2
   exit 2
 fi
@@ -117,5 +119,6 @@ fi
 touch "$stamp" # written last: it means complete
 case "$what" in # what else is complete with it
   test) touch "${stamp/-test-/-train-}" "${stamp/-test-/-chat-}" "${stamp/-test-/-cpu-}" ;;
+  all) touch "${stamp/-all-/-train-}" "${stamp/-all-/-chat-}" "${stamp/-all-/-cpu-}" "${stamp/-all-/-gptq-}" ;;
   chat | cpu | gptq) touch "${stamp/-$what-/-train-}" ;;
 esac

@@ -204,6 +204,33 @@ def test_a_half_made_environment_beside_it_is_made_again(project):
     subprocess.run([apart, "-c", "import pip"], check=True)
 
 
+@pytest.mark.parametrize(
+    ("part", "extras", "complete"),
+    [
+        ("train", "train", {"train"}),
+        ("chat", "chat", {"chat", "train"}),
+        ("cpu", "cpu", {"cpu", "train"}),
+        ("all", "train,wandb,chat,cpu,gptq", {"all", "train", "chat", "cpu", "gptq"}),
+    ],
+)
+def test_a_part_is_installed_in_place_and_marked_complete(project, part, extras, complete):
+    """What is complete with it too, so that no entry sets up again. Here pip and the converter do nothing."""
+    make_venv(project)
+    (project / ".venv/bin/python").unlink()
+    quiet = 'case "$*" in *"pip install"* | *llama_cpp_converter*) echo "$*" >>asked; exit 0;; esac'
+    script(project / ".venv/bin/python", f'{quiet}\nexec -a "$0" {PYTHON} "$@"')
+    ended = set_up(project, part=part)
+    assert ended.returncode == 0, ended.stderr
+    asked = (project / "asked").read_text(encoding="utf-8")
+    assert f"-m pip install -c requirements.txt -e .[{extras}]\n" in asked
+    assert ("llama_cpp_converter" in asked) == ("cpu" in complete)
+    stamps = {path.name.split("-")[1] for path in (project / ".venv").glob("onecard-*")}
+    assert stamps == complete
+    (project / "asked").unlink()
+    assert all(set_up(project, part=each).returncode == 0 for each in complete)
+    assert not (project / "asked").exists()
+
+
 # where Ctrl-C comes: what Python is doing then, as the words of its command
 MOMENTS = {"venv": "-m venv", "ensurepip": "-m ensurepip", "pip": "-m pip install"}
 
