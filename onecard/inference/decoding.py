@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import (
     NoRepeatNGramLogitsProcessor,
@@ -242,7 +243,7 @@ class _Picker:
         return scores
 
 
-def uniforms(seed: int, step: int, places: np.ndarray) -> np.ndarray:
+def uniforms(seed: int, step: int, places: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
     """A number in (0, 1) for each place, fp64; it depends on nothing but seed, step and place.
 
     So a score that another device rounds in another way changes no other token's number. SplitMix64 (Steele,
@@ -254,7 +255,7 @@ def uniforms(seed: int, step: int, places: np.ndarray) -> np.ndarray:
     return ((_mixed(state) >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
 
 
-def _mixed(state: np.ndarray) -> np.ndarray:
+def _mixed(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     state = state + GOLDEN
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

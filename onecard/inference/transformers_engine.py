@@ -33,7 +33,7 @@ def greedy(
         [[ends[0]] * (longest - len(p)) + p for p in prompts], device=device
     )  # [B, T], padded at the left
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    settings = GenerationConfig(
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers gives it no types
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
@@ -139,7 +139,8 @@ class Engine:
                 self.active = mixture
             given = torch.tensor(ids, device=self.device)
             made = self.model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-            return made.logits
+            logits: torch.Tensor = made.logits
+            return logits
 
     def take(self, prompt: list[int], mixture: Mixture) -> tuple[DynamicCache, int]:
         """A cache that holds the beginning of the prompt, and how much of it; all but one token at most."""
