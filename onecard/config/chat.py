@@ -1,7 +1,7 @@
 """The options of chatting, declared once for command lines, JSON and the inputs of the windows.
 
-Those of one answer (Generation) and those of the programs. Which of them a mode or a program does not use is
-said here too, so that none silently does nothing.
+Those of one answer are in generation.py; here are those of the programs. Which options a mode, a program or
+an engine does not use is said here too, so that none silently does nothing.
 """
 
 import dataclasses

@@ -10,6 +10,9 @@ GREEDY, SAMPLE, BEAM, BEAM_SAMPLE = "greedy", "sample", "beam", "beam_sample"
 MODES = (GREEDY, SAMPLE, BEAM, BEAM_SAMPLE)
 SEEDS = 2**32  # that are drawn from: short enough to be typed again
 LONGEST_PHRASE = 200  # characters of a stop word or banned phrase
+Mixture = tuple[tuple[str, float], ...]  # active adapters and their weights; () is the base alone
+TRAINED = ""  # name of the template that was saved with the adapter, or is usual without one
+BASE, MIX = "base", "mix"  # what a picker offers besides adapters
 
 
 def phrases(text: str) -> list[str]:
@@ -178,8 +181,3 @@ def seeded(settings: Settings) -> Settings:
     if not settings.samples or settings.seed is not None:
         return settings
     return dataclasses.replace(settings, seed=secrets.randbelow(SEEDS))
-
-
-Mixture = tuple[tuple[str, float], ...]  # active adapters and their weights; () is the base alone
-TRAINED = ""  # name of the template that was saved with the adapter, or is usual without one
-BASE, MIX = "base", "mix"  # what a picker offers besides adapters

@@ -1,6 +1,6 @@
-"""Options of the programs in tools/ that carry models from one form or place to another.
+"""The options of the tools: perplexity, rows, vocabularies, download, conversion, merge, export, GPTQ.
 
-Declared once, as in config/training.py. This file knows nothing of torch, so that `--help` answers at once.
+Declared once, as in training.py. This file knows nothing of torch, so that `--help` answers at once.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""Every option of every command, declared once: flag, JSON key, default, unit, help and role.
+"""The options of a training, new or continued, with their labels, and lists of options others need.
 
-Role `learned` marks what changes the adapter that comes out; `execution` marks what only changes how the
-work is carried out. This file knows nothing of torch, so that `--help` answers at once.
+Role `learned` marks what changes the adapter that comes out; `execution` marks what only changes how the work
+is carried out. This file knows nothing of torch, so that `--help` answers at once.
 """
 
 import dataclasses

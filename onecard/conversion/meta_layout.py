@@ -1,7 +1,8 @@
 """LLaMA's two layouts: the original one (consolidated.NN.pth, params.json) and that of transformers.
 
 Names, shapes, how a tensor is cut into shards, the order of the rotary rows, and the settings of both. It
-opens no weights. V tokens, D width, F width of the feed-forward part, d = D / heads, K = d * KV heads.
+opens no weights, and tells which layout a folder has and which files hold its weights. V tokens, D width, F
+width of the feed-forward part, d = D / heads, K = d * KV heads.
 """
 
 import dataclasses

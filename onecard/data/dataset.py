@@ -1,4 +1,4 @@
-"""The rows of a run as token ids: read and encoded once, then kept in the user's cache.
+"""The rows of a run as token ids: read and encoded once, kept in the user's cache, split for validation.
 
 What is kept is found again by all that it depends on: the files' contents, the tokenizer, the templates, and
 how rows were cut. Any of these changed gives another key, so nothing stale is ever used.

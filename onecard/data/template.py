@@ -17,6 +17,12 @@ from onecard.errors import UserError
 from onecard.system import commands
 
 Part = tuple[str, str]  # (what, text): a place of PLACES, "control" with its token, "literal" with its text
+FOLDER = Path(__file__).parent / "templates"
+AUTO = "auto"  # the tokenizer's own
+LARGEST = 1 << 18  # characters; anything longer is no template
+PLACES = ("{text}", "{input}", "{end}")
+REQUIRED = ("user", "assistant")
+OPTIONAL = ("opening", "opening_with_input", "system", "user_with_input", "function", "between")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +46,6 @@ class Template:
     def controls(self) -> set[str]:
         values = [value for value in dataclasses.asdict(self).values() if isinstance(value, tuple)]
         return {text for parts in values for what, text in parts if what == "control"}
-
-
-FOLDER = Path(__file__).parent / "templates"
-AUTO = "auto"  # the tokenizer's own
-LARGEST = 1 << 18  # characters; anything longer is no template
-PLACES = ("{text}", "{input}", "{end}")
-REQUIRED = ("user", "assistant")
-OPTIONAL = ("opening", "opening_with_input", "system", "user_with_input", "function", "between")
 
 
 def names() -> list[str]:

@@ -110,7 +110,7 @@ def compare(
         rows += _answers(engine, expected.answers, kind, mixture, data_encode.ends(template, tokenizer))
         text = perplexity.encode(tokenizer, probe_texts.TEXT)
         found = perplexity.score(engine, text, expected.length, mixture, "a text by llama.cpp")
-        return [*rows, _perplexity(expected.score, found, kind)]
+        return [*rows, _perplexity(expected.score, found)]
     finally:
         engine.close()
 
@@ -171,7 +171,7 @@ def _answers(engine: Any, answers: list[Answer], kind: str, mixture: Mixture, en
     ]
 
 
-def _perplexity(expected: perplexity.Score, found: perplexity.Score, kind: str) -> Row:
+def _perplexity(expected: perplexity.Score, found: perplexity.Score) -> Row:
     ratio = found.perplexity / expected.perplexity
     numbers = f"{expected.perplexity:.3f} -> {found.perplexity:.3f}, ratio {ratio:.4f}"
     return Row("perplexity", numbers, f"at most {MOST_RATIO}", not ratio <= MOST_RATIO)

@@ -1,10 +1,10 @@
-"""How probable a model finds a text: windows over its tokens, and the sum of their log-probabilities.
+"""The perplexity of a text: a model is loaded as for chat, and the text is scored in windows of tokens.
 
 The same for every engine: same ids, same windows, log-softmax in fp32, sum in double precision. A window is
 `length` tokens, the next one begins half a window later, and scores what no window before it has scored, so
 every token is scored once and all but the first window's with half a window or more before it. A tokenizer's
-own first token begins every window; without one the text's first token is not scored. This file does not
-know models.
+own first token begins every window; without one the text's first token is not scored. encode, windows and
+score know no model, only a tokenizer and an engine.
 """
 
 import dataclasses

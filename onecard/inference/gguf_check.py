@@ -2,7 +2,8 @@
 
 llama.cpp ends its process at some damaged or hostile files, or reads where it must not. So a child with
 limits does first what the engine will do: load the file, make a context, read one token. What passed is
-remembered by the file's size, times and inode.
+remembered by the file's size, times and inode. It also says which llama-cpp-python is installed, and words
+llama.cpp's errors.
 The child: `python -m onecard.inference.gguf_check BASE [ADAPTER ...]`.
 """
 
@@ -32,6 +33,13 @@ AGAIN = "Convert or download it again."
 ANOTHER = "Give the --model_path it was made with."
 _kept: list[Any] = []  # what llama.cpp calls as long as the child lives
 ALLOCATION = ("alloc", "out of memory", "insufficient memory")  # in llama.cpp's own words
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"{PACKAGE} is not installed.", f"Run: {commands.set_up('cpu')}") from None
 
 
 def check(base: Path, adapters: list[Path]) -> None:
@@ -183,10 +191,3 @@ def _child(files: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(_child(sys.argv[1:]))
-
-
-def version() -> str:
-    try:
-        return importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"{PACKAGE} is not installed.", f"Run: {commands.set_up('cpu')}") from None

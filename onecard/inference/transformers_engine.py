@@ -1,4 +1,8 @@
-"""Text generation by transformers: token ids in, token ids out. It knows no conversation and no template."""
+"""Text generation by transformers: token ids in, scores of the next token out.
+
+greedy answers a batch of prompts with a model that may be in training. No conversation and no template is
+known here.
+"""
 
 import contextlib
 import itertools
@@ -17,6 +21,11 @@ from onecard.inference.decoding import shared_beginning
 from onecard.models import adapter as models_adapter
 from onecard.models import trainable
 from onecard.system import hardware
+
+CHUNK = 512  # tokens of a prompt read at once: between two chunks an answer can be stopped
+
+
+KEPT = 2  # conversations whose keys and values are kept for their next turn
 
 
 @torch.inference_mode()
@@ -60,10 +69,6 @@ def _ready_to_generate(model: torch.nn.Module) -> Iterator[None]:
     finally:
         base.set_attn_implementation(attention)
         model.train(training)
-
-
-CHUNK = 512  # tokens of a prompt read at once: between two chunks an answer can be stopped
-KEPT = 2  # conversations whose keys and values are kept for their next turn
 
 
 class Engine:

@@ -1,2 +1,1 @@
-"""Base model and adapter, as torch modules and as tensors in files; frozen products, packed attention,
-loss."""
+"""Base model and adapter, as modules and as tensors in files; frozen products, packed attention, loss."""

@@ -13,10 +13,7 @@ LESS_MEMORY = "--micro_batch_tokens"  # options that need less memory with less
 
 def main(arguments: list[str]) -> None:
     wish, given = config_options.parse_given(training_config.ContinueConfig, arguments, description=__doc__)
-    from onecard.inference import chat as inference_chat
-    from onecard.training import (
-        loop,
-        metrics,  # after the options, so that --help needs no torch
-    )
+    from onecard.inference import chat  # after the options, so that --help needs no torch
+    from onecard.training import loop, metrics
 
-    loop.go_on(wish, given, inference_chat.reply, metrics.loss_curve)
+    loop.go_on(wish, given, chat.reply, metrics.loss_curve)

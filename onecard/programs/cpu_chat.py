@@ -17,10 +17,10 @@ def main(arguments: list[str]) -> None:
     options = config_options.parse(chat_config.CpuConfig, arguments, description=__doc__)
     chat_config.check_used(options)
     from onecard.conversion import gguf_cache
-    from onecard.inference import chat as inference_chat
-    from onecard.ui import terminal as ui_terminal  # after the options: --help needs no torch
+    from onecard.inference import chat
+    from onecard.ui import terminal  # after the options: --help needs no torch
 
-    ui_terminal.check_editor("cpu")
+    terminal.check_editor("cpu")
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-        made = inference_chat.start(options, gguf_cache.for_llama)
-    ui_terminal.talk(made, options)
+        made = chat.start(options, gguf_cache.for_llama)
+    terminal.talk(made, options)

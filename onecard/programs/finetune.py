@@ -13,10 +13,7 @@ def main(arguments: list[str]) -> None:
     options, given = config_options.parse_given(
         training_config.FinetuneConfig, arguments, description=__doc__
     )
-    from onecard.inference import chat as inference_chat
-    from onecard.training import (
-        loop,
-        metrics,  # after the options, so that --help needs no torch
-    )
+    from onecard.inference import chat  # after the options, so that --help needs no torch
+    from onecard.training import loop, metrics
 
-    loop.run(options, inference_chat.reply, metrics.loss_curve, given)
+    loop.run(options, chat.reply, metrics.loss_curve, given)

@@ -17,26 +17,23 @@ def main(arguments: list[str]) -> None:
     options = config_options.parse(chat_config.ChatConfig, arguments, __doc__)
     chat_config.check_used(options)
     from onecard.conversion import gguf_cache
-    from onecard.inference import chat as inference_chat
-    from onecard.ui import terminal as ui_terminal  # after the options: --help needs no torch
+    from onecard.inference import chat
+    from onecard.ui import terminal  # after the options: --help needs no torch
 
     if options.terminal:
-        ui_terminal.check_editor("chat")
+        terminal.check_editor("chat")
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-            talk = inference_chat.start(options, gguf_cache.for_llama)
-        ui_terminal.talk(talk, options)
+            talk = chat.start(options, gguf_cache.for_llama)
+        terminal.talk(talk, options)
         return
     from onecard.runs import jobs
-    from onecard.ui import chat_window as ui_chat_window
-    from onecard.ui import guard as ui_guard
-    from onecard.ui import page as ui_page
-    from onecard.ui import training_window
+    from onecard.ui import chat_window, guard, page, training_window
 
-    ui_guard.check_exposure(options)
+    guard.check_exposure(options)
     training = training_window.build if options.studio else None
     if options.studio:  # a training may need the memory before a question does
         beside = functools.partial(jobs.training_on, training_window.WORKSPACE)
-        talk = inference_chat.later(options, gguf_cache.for_llama, beside)
+        talk = chat.later(options, gguf_cache.for_llama, beside)
     else:
-        talk = inference_chat.start(options, gguf_cache.for_llama)
-    ui_page.launch(ui_chat_window.turns(talk, options, training), options)
+        talk = chat.start(options, gguf_cache.for_llama)
+    page.launch(chat_window.turns(talk, options, training), options)

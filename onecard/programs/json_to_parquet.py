@@ -13,10 +13,9 @@ LESS_MEMORY = ""  # options that need less memory with less
 
 def main(arguments: list[str]) -> None:
     options = config_options.parse(tool_config.ParquetConfig, arguments, description=__doc__)
-    from onecard.data import reader as data_reader
-    from onecard.data import tables as data_tables
+    from onecard.data import reader, tables
     from onecard.system.console import say
 
-    paths = [source.path for source in data_reader.sources(options.data_path)]
-    count, columns = data_tables.write_parquet(paths, data_reader.values, Path(options.output_path))
+    paths = [source.path for source in reader.sources(options.data_path)]
+    count, columns = tables.write_parquet(paths, reader.values, Path(options.output_path))
     say(f"{count} rows with the columns {', '.join(columns)} are in {options.output_path}.")

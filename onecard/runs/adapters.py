@@ -1,4 +1,4 @@
-"""What --model_path and --lora_path name -> folders to load, and the template they were trained with.
+"""What --lora_path names -> the folder of an adapter, with the base and template written there.
 
 An adapter is a folder as peft writes it, a run (its published adapter, or its best or newest checkpoint), an
 older folder without adapter_config.json or with a pickled file, or a hub name. Nothing in them is changed.
@@ -23,7 +23,7 @@ from onecard.runs import legacy
 from onecard.runs import log as run_log
 from onecard.system import files as system_files
 
-BEST, NEWEST = "best", "newest"
+BEST = "best"
 GGUF = ".gguf"
 
 

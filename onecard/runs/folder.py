@@ -1,4 +1,4 @@
-"""Run folders: their files, what may be written where, and going back to an earlier step of a run."""
+"""Run folders: names of their files, what of a folder is a run's own, and going back to an earlier step."""
 
 import json
 import os

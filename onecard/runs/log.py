@@ -1,4 +1,4 @@
-"""The files of a run as numbers and answers while they grow: log.jsonl, samples.jsonl.
+"""A run's log.jsonl and samples.jsonl, read while they grow: curves, answers, the last and best step.
 
 A line that is only half written yet, or damaged, is left out. This file knows no process and no window.
 """
@@ -29,6 +29,18 @@ def last_step(folder: Path) -> int:
             return max((record["step"] for record in _records(file.read())), default=0)
     except OSError:
         return 0
+
+
+def best_step(folder: Path) -> int | None:
+    """Step of the lowest validation loss after step 0, None without one; the log's last line may be half."""
+    found = []
+    log = folder / run_folder.LOG
+    for line in log.read_bytes().splitlines() if log.is_file() else []:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("eval_loss"), float):
+                found.append((record["eval_loss"], record["step"]))
+    return min(((loss, step) for loss, step in found if step > 0), default=(0.0, None))[1]
 
 
 def samples(folder: Path) -> dict[int, list[dict[str, str]]]:
@@ -138,15 +150,3 @@ def _records(content: bytes) -> Iterator[dict[str, Any]]:
 def _is_number(value: Any) -> bool:
     """Whether it is one that can be drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def best_step(folder: Path) -> int | None:
-    """Step of the lowest validation loss after step 0, None without one; the log's last line may be half."""
-    found = []
-    log = folder / run_folder.LOG
-    for line in log.read_bytes().splitlines() if log.is_file() else []:
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("eval_loss"), float):
-                found.append((record["eval_loss"], record["step"]))
-    return min(((loss, step) for loss, step in found if step > 0), default=(0.0, None))[1]

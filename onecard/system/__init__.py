@@ -1,2 +1,1 @@
-"""This machine: files, folders that appear whole, locks, hashes, sandboxed children, hardware, signals,
-console; it knows no model."""
+"""This machine: files, whole folders, locks, hashes, sandboxed children, hardware, signals; no model."""

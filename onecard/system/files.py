@@ -1,4 +1,4 @@
-"""Files that are whole or not there: small JSON files, syncs, room on the disk, where things lie.
+"""Where our files lie, and how they are written: small ones whole or not at all, syncs, disk room.
 
 Small files are written beside their place, synced and renamed.
 """
@@ -15,6 +15,7 @@ from onecard.errors import CHECKPOINT, DISK, UserError
 PACKAGE = Path(__file__).resolve().parents[1]  # onecard/
 ROOT = PACKAGE.parent  # of a checkout, or the folder of all packages
 SAMPLE = "sample"  # folder of rows: in onecard/ where it was installed as a package, beside it in a checkout
+PROBE = ".onecard-"  # of what only shows whether there can be something
 
 
 def cache_folder() -> Path:
@@ -23,21 +24,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ONECARD_CACHE") or Path(base) / "onecard")
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
-
-
 def or_sample(path: Path) -> Path:
     """The path; where there is no such file and it is called sample/NAME, the one that OneCard brings."""
     if path.exists() or path.parts[:1] != (SAMPLE,) or ".." in path.parts:
         return path
     brought = (folder / path for folder in (PACKAGE, ROOT))
     return next((file for file in brought if file.is_file()), path)
-
-
-PROBE = ".onecard-"  # of what only shows whether there can be something
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -70,6 +62,12 @@ def replace(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp.png")
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(path)
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""What a run was started with: SHA-256 of rows, tokenizer and base model.
+"""SHA-256 of files, kept in the user's cache so that a file is read again only when it has changed.
 
 A full hash is taken once; after that it is kept with the file's size, times and inode, and read again only
 when one of these differs, or when asked to. The change time cannot be set back by a program.

@@ -1,6 +1,6 @@
 """Who may reach a server of ours: its own pages, from this machine unless told otherwise.
 
-Middleware for any ASGI server; it knows no component of a window.
+It is ASGI middleware. It knows gradio's paths and login, but no component of a window.
 """
 
 import ipaddress

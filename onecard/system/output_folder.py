@@ -3,6 +3,8 @@
 What a killed run left is removed by the next. A record inside says what the folder was made of, so that the
 same command once more finds that there is nothing to do. The folder's files are known by size and time:
 a SHA-256 would take another reading of a model that no longer is in memory.
+
+unfinished and finish_file do the same for one GGUF file: a folder beside its place, a lock, one rename.
 """
 
 import contextlib

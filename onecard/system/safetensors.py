@@ -53,6 +53,17 @@ def check(paths: Iterable[Path]) -> None:
         read(path)
 
 
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Tensors of a safetensors file; raises UserError (exit 4) when it cannot be read."""
+    from safetensors.torch import load_file  # brings torch
+
+    check([path])
+    try:
+        return load_file(path)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}).", "Use another checkpoint.", CHECKPOINT) from None
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; which of two values under one name counts would be up to the reader."""
     made: dict[str, Any] = {}
@@ -75,14 +86,3 @@ def _check_entry(name: str, entry: Any) -> None:
 
 def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-
-def read_tensors(path: Path) -> dict[str, Any]:
-    """Tensors of a safetensors file; raises UserError (exit 4) when it cannot be read."""
-    from safetensors.torch import load_file  # brings torch
-
-    check([path])
-    try:
-        return load_file(path)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}).", "Use another checkpoint.", CHECKPOINT) from None

@@ -1,6 +1,7 @@
-"""Several processes, each with a replica of the frozen base: who am I, and sums over all.
+"""What all processes of a run do together: joining, barriers, sums, agreement, gathered rows.
 
-Works under torchrun (gloo on CPU, nccl on CUDA) and, with one process, without it.
+It works under torchrun (gloo on CPU, nccl on CUDA) and, with one process, without it. Which process this is
+says system/processes.py.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
-"""What a run tells: log.jsonl (the truth), a progress bar or lines on the screen, W&B on request.
+"""What a run tells: log.jsonl (the truth), a bar or lines on the screen, W&B on request, and loss.png.
 
-It does not know how training works; it is told records.
+It does not know how training works; it is given records.
 """
 
 import contextlib

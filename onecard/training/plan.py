@@ -1,6 +1,7 @@
 """Options -> a plan: everything about a run that can be known and checked before weights are loaded.
 
-Nothing is written into the run folder here.
+Nothing is written into the run folder here. describe prints the plan with the reason of each automatic
+choice; learning_rate is the schedule.
 """
 
 import dataclasses

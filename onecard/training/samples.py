@@ -1,4 +1,4 @@
-"""Answers to fixed prompts on the way; at the end the best adapter, the picture, finished.json last.
+"""Answers to fixed prompts on the way, and the published result: adapter, plot, finished.json last.
 
 Everything here can be done again: a run that was killed on the way goes on with it.
 """

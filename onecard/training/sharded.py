@@ -1,9 +1,9 @@
-"""Models that do not fit one card: weights, gradients and optimizer spread over processes.
+"""What FSDP and ZeRO share: which of them is asked for, which options they refuse, one base class.
 
-`accelerate launch` starts the processes and says how (config files: sample/distributed/): FSDP2, done by
-torch's fully_shard, or DeepSpeed ZeRO 1 to 3, done by its engine. The step is still the sum over its rows;
-but processes must go through the model equally often, so one with fewer micro-batches repeats one without its
-targets, and running out of memory is not redone.
+`accelerate launch` starts the processes and says how (config files: sample/distributed/); fsdp.py and zero.py
+shard the model. The step is still the sum over its rows, but processes must go through the model equally
+often: a process with fewer micro-batches repeats one without its targets, and running out of memory is not
+redone.
 """
 
 import abc

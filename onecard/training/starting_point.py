@@ -1,4 +1,8 @@
-"""Where a run starts that is not simply new, and how its parts get their state."""
+"""Where a run starts: from a checkpoint, from weights alone, or not at all, since it is finished.
+
+Start holds what an earlier run gives; restore_weights and restore put it into model, optimizer and scaler.
+finished_before compares the options with a finished run in the folder, and say_finished says the ways on.
+"""
 
 import dataclasses
 from pathlib import Path

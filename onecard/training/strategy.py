@@ -84,13 +84,13 @@ class Strategy(Protocol):
         """Between two steps: raise Stopped in all processes when a signal waits in one of them."""
 
 
-def choose(max_grad_norm: float) -> Strategy:
-    """The strategy that `accelerate launch` asked for, else replicated; max_grad_norm: 0 clips nothing."""
-    return STRATEGIES[sharded.wanted()](max_grad_norm)
-
-
 STRATEGIES: dict[str | None, Callable[[float], Strategy]] = {
     None: Replicated,
     sharded.FSDP: Fsdp,
     sharded.DEEPSPEED: Zero,
 }
+
+
+def choose(max_grad_norm: float) -> Strategy:
+    """The strategy that `accelerate launch` asked for, else replicated; max_grad_norm: 0 clips nothing."""
+    return STRATEGIES[sharded.wanted()](max_grad_norm)

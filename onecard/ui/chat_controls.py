@@ -38,14 +38,14 @@ def answer(chat: Chat, options: ChatConfig, memory: Sequence[str] = ()) -> dict[
     return made
 
 
-def picker(chat: Chat, lang: str, start: str | None = None) -> list[gr.Component]:
+def picker(chat: Chat, lang: str) -> list[gr.Component]:
     """Which adapter answers, and one weight for each that is loaded."""
     names = chat.engine.adapters
     several = [MIX] if len(names) > 1 else []
     given = dict(chat.mixture)
     choice = gr.Dropdown(
         [(shown(name, lang), name) for name in (BASE, *names, *several)],
-        value=start or choice_of(chat.mixture),
+        value=choice_of(chat.mixture),
         label=forms.say(lang, "Adapter", "适配器"),
         elem_id="adapter",
         interactive=bool(names),

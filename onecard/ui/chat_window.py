@@ -174,7 +174,7 @@ class ChatWindow(ChatLayout):
         """
         texts = texts or {}
         sides = [self.messages(turns, key, texts.get(key)) for key in (LEFT, RIGHT)]
-        beams = ui_html.beams(texts[LEFT], self.lang) if LEFT in texts else "" if other else gr.skip()
+        beams = ui_html.beams(texts[LEFT]) if LEFT in texts else "" if other else gr.skip()
         kept = json.dumps(turns, ensure_ascii=False) if keep else gr.skip()
         return [turns, kept, *sides, ui_status.status(told, wrong), gr.skip() if box is None else box, beams]
 

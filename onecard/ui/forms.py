@@ -11,8 +11,6 @@ from onecard.config import options as config_options
 from onecard.config.generation import Generation
 from onecard.errors import UserError
 
-LANGUAGES = ("en", "zh")
-
 
 def say(lang: str, english: str, chinese: str) -> str:
     """One of two texts, by the language of the window."""

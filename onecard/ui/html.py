@@ -1,6 +1,7 @@
-"""Text that anybody may have written -> Markdown that keeps its code, and none of its HTML and pictures.
+"""Text that anybody may have written, as HTML or as Markdown: escaped, growing answers, all beams.
 
-Blocks and code spans are found as CommonMark has them, as far as lists, quotes and fences go.
+Markdown keeps its code, and none of its HTML and pictures. Blocks and code spans are found as CommonMark has
+them, as far as lists, quotes and fences go.
 """
 
 import html
@@ -100,7 +101,7 @@ def growing(text: Text) -> str:
     return f'<div class="answer" data-testid="answer">{escaped(text.stable)}{tail}</div>'
 
 
-def beams(text: Text, lang: str) -> str:
+def beams(text: Text) -> str:
     """All beams, the best first."""
     if len(text.beams) < 2:
         return ""

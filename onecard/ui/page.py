@@ -1,4 +1,7 @@
-"""What all windows share: looks, a growing answer as HTML, a server that is local unless told otherwise."""
+"""What all windows share: theme, style sheet, scripts of the browser, the head of a page, the server.
+
+The server listens on this machine alone unless told otherwise (guard.py, system/http_guard.py).
+"""
 
 import os
 

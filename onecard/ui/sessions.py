@@ -1,4 +1,4 @@
-"""An answer for a window: started, shown as it grows, stopped by the one who asked, and told how it went.
+"""An answer for a window: started, shown as it grows, and stopped by the page that asked for it.
 
 It knows no component of a window; sessions are gradio's, one for each open page.
 """

@@ -83,7 +83,7 @@ def single(chat: Chat, options: ChatConfig) -> gr.Blocks:
             )
             for text, told, wrong in growing:
                 told, wrong = ui_status.together({"": (text, told, wrong)}, {}, note)
-                yield ui_html.growing(text), ui_html.beams(text, lang), ui_status.status(told, wrong)
+                yield ui_html.growing(text), ui_html.beams(text), ui_status.status(told, wrong)
 
         chat_controls.answering(
             [send.click, instruction.submit],

@@ -61,9 +61,9 @@ def talk(chat: Chat, settings: ChatConfig, single_turn: bool = False) -> None:
             stream.reconfigure(errors="replace")
     read = terminal_io.plain_line
     if session.live:
-        from onecard.ui import line_editor as ui_line_editor  # pipes need no prompt_toolkit
+        from onecard.ui import line_editor  # pipes need no prompt_toolkit
 
-        read = ui_line_editor.editor([*COMMANDS, "exit"])
+        read = line_editor.editor([*COMMANDS, "exit"])
     try:
         while True:
             try:

@@ -1,6 +1,7 @@
-"""One answer after the other on a terminal or into a pipe: what is certain for good, the rest until it is.
+"""Screen and keyboard of a terminal, or a pipe: answers as they grow, lines that are read, Ctrl-C.
 
-Nothing of an answer steers the terminal. It does not know models, conversations or commands.
+Text that is certain is printed for good, the rest until it is certain. Nothing of an answer steers the
+terminal. It does not know models, conversations or commands.
 """
 
 import contextlib
