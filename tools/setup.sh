@@ -29,8 +29,13 @@ fail() {
 }
 trap 'echo "stopped by Ctrl-C. Run the same command again to go on." >&2; exit 130' INT
 
-# starts ENVIRONMENT: whether the folder is an environment whose Python starts, and no other Python
-starts() { "$1/bin/python" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null; }
+# starts ENVIRONMENT: whether the folder is an environment, of venv or of conda, whose Python starts
+starts() {
+  "$1/bin/python" -c '
+import pathlib, sys
+sys.exit(sys.prefix == sys.base_prefix and not pathlib.Path(sys.prefix, "conda-meta").is_dir())
+' 2>/dev/null
+}
 
 # drop_unfinished ENVIRONMENT: what a stopped pip left there. pip writes INSTALLER when the files of a package are in
 # their places, and keeps what it replaces under a name that begins with ~.
@@ -66,7 +71,7 @@ stamp=.venv/onecard-$what-$(cat requirements.txt pyproject.toml | cksum | cut -d
 echo "Setting up .venv for '$what' (once; a few minutes) ..."
 no_venv="On Debian and Ubuntu it needs a package: apt install python3-venv"
 # venv writes bin/activate last; Python's words are kept back, since after Ctrl-C they are a page of traceback
-if ! starts .venv || [ ! -e .venv/bin/activate ]; then
+if ! starts .venv || { [ ! -e .venv/bin/activate ] && [ ! -d .venv/conda-meta ]; }; then
   if [ -L .venv ]; then
     fail ".venv is a link to $(readlink .venv), which is no whole environment. Remove the link, then run the same command again."
   fi

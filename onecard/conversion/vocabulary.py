@@ -103,8 +103,8 @@ def _whole(target: Path) -> Iterator[Path]:
             place = Path(temporary) / "made"
             place.mkdir()
             yield place
-            for path in place.iterdir():
-                system_files.sync_file(path)
+            for path in place.rglob("*"):
+                system_files.sync_folder(path) if path.is_dir() else system_files.sync_file(path)
             system_files.sync_folder(place)
             place.rename(target)
             system_files.sync_folder(target.parent)

@@ -144,7 +144,8 @@ class Detokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         ids = ids if self.bytes.keys().isdisjoint(ids) else self._mended(ids)
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
 
     def _mended(self, ids: list[int]) -> list[int]:
         """The same with bytes that are no characters written as such: a decoder that meets them would take

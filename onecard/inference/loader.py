@@ -16,8 +16,7 @@ from onecard.config.generation import BASE, Mixture
 from onecard.config.options import memory_of_cards
 from onecard.data.template import Template
 from onecard.errors import UserError
-from onecard.hub import locate as hub_locate
-from onecard.hub import remote_code, revisions
+from onecard.hub import locate, remote_code, revisions
 from onecard.hub.manifest import DEMO
 from onecard.inference import engine as engines
 from onecard.inference import llama_cpp as llama_cpp_library
@@ -55,7 +54,7 @@ class Found:
     tokenizer: PreTrainedTokenizerBase
     template: Template
     mixture: Mixture  # adapters that answer unless told otherwise
-    keep: tempfile.TemporaryDirectory  # of adapters that were written in peft's form
+    keep: tempfile.TemporaryDirectory[str]  # of adapters that were written in peft's form
     code: remote_code.Consent | None = None  # to run Python code of the base's own
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  # of base and adapters of the hub
 
@@ -158,7 +157,6 @@ def _check(options: ChatConfig, base: str, adapters: list[Source], is_llama: boo
 
 def _base(options: ChatConfig, found: list[Source]) -> str:
     """The base model: asked for, trained whole, or what an adapter was trained on."""
-    locate = hub_locate.for_engine(options.engine)
     whole = [source for source in found if source.whole]
     if whole and (len(found) > 1 or options.model_path):
         problem = f"--lora_path {whole[0].folder}: a whole model, no adapter."
@@ -166,7 +164,7 @@ def _base(options: ChatConfig, found: list[Source]) -> str:
     if whole:
         return str(whole[0].folder)
     named = [source for source in found if source.base]
-    if not options.model_path and len({_place(str(source.base), locate) for source in named}) > 1:
+    if not options.model_path and len({_place(str(source.base), options.engine) for source in named}) > 1:
         told = ", ".join(f"{source.name} on {source.base}" for source in named)
         problem = f"--lora_path: the adapters were trained on different base models: {told}."
         raise UserError(problem, "Talk with one of them, or say with --model_path which base they share.")
@@ -174,13 +172,14 @@ def _base(options: ChatConfig, found: list[Source]) -> str:
         problem = f"--lora_path {found[0].folder}: a GGUF adapter does not say its base model."
         raise UserError(problem, "Name it with --model_path.")
     name = resolve.base_of(named[0] if named else None, options.model_path) or DEMO
-    return remote_code.place(name, options.remote_code) or locate(name)
+    return remote_code.place(name, options.remote_code) or locate.for_engine(options.engine)(name)
 
 
-def _place(base: str, locate: Callable[[str], str]) -> str:
+def _place(base: str, engine: str) -> str:
     """Two names of one folder are the same base; nothing is fetched to find out."""
+    find = locate.for_engine(engine)
     at_hand = None if base == DEMO or Path(base).exists() else revisions.at_hand(base)
-    folder = Path(at_hand or (locate(base) if resolve.is_here(base) else base)).expanduser()
+    folder = Path(at_hand or (find(base) if resolve.is_here(base) else base)).expanduser()
     return str(folder.resolve()) if folder.is_dir() else base
 
 

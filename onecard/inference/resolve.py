@@ -77,8 +77,7 @@ def choose_template(asked: str | None, found: list[Source], tokenizer: Any) -> t
     saved = [source for source in found if source.template]
     if asked:
         return templates.load(asked, tokenizer), "asked for"
-    if saved:
-        what = saved[0].template
+    if saved and (what := saved[0].template):
         made = templates.load(what, tokenizer) if isinstance(what, str) else templates.of(what, tokenizer)
         others = {str(source.template) for source in saved} - {str(what)}
         more = "; other adapters were trained with another" if others else ""

@@ -170,7 +170,8 @@ class Engine:
         ids = ids[: cache.get_seq_length()]
         if ids:
             with self.lock:
-                self.kept = [*self.kept, (mixture, ids, cache)][-KEPT:]
+                if self.model is not None:  # nobody asks a closed engine again
+                    self.kept = [*self.kept, (mixture, ids, cache)][-KEPT:]
 
 
 class Sequence:

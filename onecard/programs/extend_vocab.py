@@ -2,7 +2,7 @@
 
 python tools/extend_vocab.py --model_path MODEL --pieces pieces.txt --sample_text text.txt --output_path NEW
 
-Afterwards the model needs rows for them, which prepare_base_model.py (prepare-base) adds.
+Afterwards the model needs rows for them: prepare_base_model.py (prepare-base) with --tokenizer_path NEW.
 """
 
 from onecard.config import options as config_options

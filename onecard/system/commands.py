@@ -36,7 +36,6 @@ PARTS = {  # part of the set-up -> modules that it installs; what is not listed 
     "chat": "gradio prompt_toolkit",
     "cpu": "llama_cpp",
     "gptq": "gptqmodel optimum",
-    "test": "deepspeed",
 }
 COMPILED = "cpu"  # the part with llama.cpp
 ANY_PROCESSOR = 'CMAKE_ARGS="-DGGML_NATIVE=OFF"'  # tools/setup.sh says why; an extra cannot carry it
@@ -69,6 +68,11 @@ def set_up(part: str) -> str:
     return f'{ANY_PROCESSOR + " " if part == COMPILED else ""}pip install "onecard[{part}]"'
 
 
+def extra(package: str) -> str:
+    """What to type for a package that is an extra of its own."""
+    return pip_install(package) if IN_CHECKOUT else set_up(package)
+
+
 def pip_install(package: str, options: str = "") -> str:
     """What to type for one package, so that the versions of all others stay where a list of them is there."""
     constraints = "-c requirements.txt " if IN_CHECKOUT else ""
@@ -97,7 +101,10 @@ def not_installed(error: ModuleNotFoundError) -> UserError | None:
     wanted = error.name or ""
     for part, modules in PARTS.items():
         for module in modules.split():
-            # of google.protobuf also google may be missing
-            if wanted == module or wanted.startswith(f"{module}.") or module.startswith(f"{wanted}."):
+            # of google.protobuf also google may be missing; a part of a package that is there is a fault
+            if wanted == module or module.startswith(f"{wanted}."):
                 return missing_package(module, part)
+    if wanted == "deepspeed":  # no part has it: it is built with the torch that is there
+        problem = f"the package {wanted} is not installed for {sys.executable}."
+        return UserError(problem, f"Run: {pip_install(wanted, '--no-build-isolation ')}")
     return None

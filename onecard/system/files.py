@@ -28,7 +28,8 @@ def or_sample(path: Path) -> Path:
     """The path; where there is no such file and it is called sample/NAME, the one that OneCard brings."""
     if path.exists() or path.parts[:1] != (SAMPLE,) or ".." in path.parts:
         return path
-    brought = (folder / path for folder in (PACKAGE, ROOT))
+    is_checkout = (ROOT / "tools" / "setup.sh").is_file()  # elsewhere ROOT holds others' packages
+    brought = (folder / path for folder in (PACKAGE, *([ROOT] if is_checkout else [])))
     return next((file for file in brought if file.is_file()), path)
 
 

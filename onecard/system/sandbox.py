@@ -43,7 +43,10 @@ ENVIRONMENT = (  # what a child gets of this process's environment, where it is 
     "MKL_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",  # which GPUs the user allows: llama.cpp takes memory on each that it sees
-)  # not PYTHONPATH: children run in ROOT, where onecard is found
+    "CUDA_DEVICE_ORDER",  # how their numbers are meant
+    "PYTHONPATH",  # where torch and pyarrow may lie; onecard is found in ROOT, where children run
+    "PYTHONUSERBASE",
+)
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # who reads a file asks no hub
 
 

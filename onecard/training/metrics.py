@@ -142,7 +142,7 @@ def check_wandb() -> None:
     import importlib.util
 
     if importlib.util.find_spec("wandb") is None:
-        fix = f"Run: {commands.pip_install('wandb')}"
+        fix = f"Run: {commands.extra('wandb')}"
         raise UserError("--wandb needs the package wandb, which is not installed.", fix)
     if os.environ.get("WANDB_MODE", "online") == "online" and not os.environ.get("WANDB_API_KEY"):
         try:

@@ -282,3 +282,16 @@ def test_a_tokenizer_that_does_not_belong_to_the_model_is_seen(harness, tmp_path
     answer = harness.run("finetune", {**flags, "device": "cpu", "test_size": 0, "overwrite": True})
     assert answer["code"] == 2
     assert "token ids up to 300, its embedding 300" in answer["said"]
+
+
+def test_a_tokenizer_with_several_chat_templates(tmp_path):
+    """They lie in a folder of their own, which is whole before the tokenizer can be seen."""
+    folder = tiny.save_model(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "pieces.txt").write_text("zyx\n", encoding="utf-8")
+    pieces, made = tmp_path / "pieces.txt", tmp_path / "made"
+    ended = run("extend_vocab", "--model_path", folder, "--pieces", pieces, "--output_path", made)
+    assert ended.returncode == 0, ended.stderr
+    assert AutoTokenizer.from_pretrained(made).chat_template == tokenizer.chat_template

@@ -44,7 +44,14 @@ ALSO = {  # and what else a room may import
     "serving": {"hub", "data", "models", "runs", "training", "inference", "evaluation"},
     "programs": set(RANKS) - {"programs"},
 }
-LIGHT = ("errors", "config", "system", "hub")  # --help and a download do not wait for torch
+LIGHT = (
+    "__init__",
+    "__main__",
+    "errors",
+    "config",
+    "system",
+    "hub",
+)  # --help does not wait for torch
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors.torch")  # bring torch
 AT_THE_ROOT = {"__init__", "__main__", "errors"}
 
@@ -115,7 +122,8 @@ def wrong_arrows(module: str, source: str, modules: Mapping[str, str] | None = N
         problems.append(f"{module} is in no room")
     for target in sorted(arrows(module, source, modules)):
         there = room_of(target)
-        if there == room or room in ("__init__", "__main__") or target == "__init__":
+        is_own = there == room and room != "programs"  # nobody imports a program, not even another one
+        if is_own or room in ("__init__", "__main__") or target == "__init__":
             continue
         if there not in RANKS:
             problems.append(f"{module} imports {target}, which is in no room")

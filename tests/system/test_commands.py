@@ -50,10 +50,24 @@ def test_packages(in_checkout):
 
 
 def test_a_missing_package(in_checkout):
-    refusal = str(commands.not_installed(ModuleNotFoundError(name="gradio.themes")))
+    refusal = str(commands.not_installed(ModuleNotFoundError(name="gradio")))
     assert refusal.startswith(f"the package gradio is not installed for {sys.executable}. Run: ")
     assert refusal.endswith("use .venv/bin/python." if in_checkout else 'pip install "onecard[chat]"')
     assert commands.not_installed(ModuleNotFoundError(name="nobodys")) is None
+
+
+def test_a_package_that_is_there_is_not_called_missing(in_checkout):
+    """A part that it lacks is a fault of ours or of its version, which no set-up mends."""
+    assert commands.not_installed(ModuleNotFoundError(name="gradio.nosuch")) is None
+
+
+def test_a_package_of_no_part(in_checkout):
+    """deepspeed is built by hand, with the torch that is there."""
+    refusal = str(commands.not_installed(ModuleNotFoundError(name="deepspeed")))
+    assert refusal.startswith(f"the package deepspeed is not installed for {sys.executable}. Run: ")
+    assert refusal.endswith("deepspeed")
+    assert "--no-build-isolation" in refusal
+    assert commands.extra("wandb").endswith("wandb" if in_checkout else 'pip install "onecard[wandb]"')
 
 
 def test_a_child_finds_the_checkout_and_nothing_of_its_folder(tmp_path, monkeypatch):
