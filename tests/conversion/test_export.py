@@ -281,9 +281,7 @@ def quick(monkeypatch) -> None:
             shutil.copy(job.adapter / "adapter_model.safetensors", folder / "adapter.gguf")
 
     monkeypatch.setattr(export_gguf, "_make", make)
-    monkeypatch.setattr(
-        export_gguf, "_check", lambda job, folder, options, say: "same" if options.check else None
-    )
+    monkeypatch.setattr(export_gguf, "_check", lambda job, folder, options: "same" if options.check else None)
 
 
 def test_an_export_is_replaced_by_the_same_one_only(quick, base, tmp_path, monkeypatch):

@@ -184,9 +184,10 @@ def test_all_buttons_that_ask_share_the_places():
         assert {event.concurrency_id for event in queued} == {chat_controls.PLACES}
 
 
-def test_a_program_ends_between_two_pieces_of_an_answer():
+def test_a_program_ends_between_two_pieces_of_an_answer(monkeypatch):
     """What is being made is waited for, nothing more is begun: else a thread in torch aborts the process."""
     steps, inside, go, seen, told = ui_sessions.Steps(), threading.Event(), threading.Event(), [], []
+    monkeypatch.setattr(ui_sessions, "say", told.append)
 
     def made() -> Iterator[int]:
         inside.set()
@@ -194,7 +195,7 @@ def test_a_program_ends_between_two_pieces_of_an_answer():
         yield from (1, 2)
 
     answering = threading.Thread(target=lambda: seen.extend(steps.each(made())))
-    ending = threading.Thread(target=steps.end, args=(told.append,))
+    ending = threading.Thread(target=steps.end)
     answering.start()
     inside.wait()
     ending.start()
