@@ -9,6 +9,7 @@ import sys
 
 from onecard.config import chat as chat_config
 from onecard.config import options as config_options
+from onecard.system import commands
 
 LESS_MEMORY = "--context"  # options that need less memory with less
 
@@ -16,11 +17,14 @@ LESS_MEMORY = "--context"  # options that need less memory with less
 def main(arguments: list[str]) -> None:
     options = config_options.parse(chat_config.CpuConfig, arguments, description=__doc__)
     chat_config.check_used(options)
+    from onecard.ui import terminal_io
+
+    terminal_io.check_editor("cpu")
+    commands.require("llama_cpp", "cpu")
     from onecard.conversion import gguf_cache
     from onecard.inference import chat
     from onecard.ui import terminal  # after the options: --help needs no torch
 
-    terminal.check_editor("cpu")
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
         made = chat.start(options, gguf_cache.for_llama)
     terminal.talk(made, options)

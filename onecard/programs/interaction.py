@@ -9,6 +9,7 @@ import sys
 
 from onecard.config import chat as chat_config
 from onecard.config import options as config_options
+from onecard.system import commands
 
 LESS_MEMORY = "--bits or --context"  # options that need less memory with less
 
@@ -16,12 +17,17 @@ LESS_MEMORY = "--bits or --context"  # options that need less memory with less
 def main(arguments: list[str]) -> None:
     options = config_options.parse(chat_config.ChatConfig, arguments, __doc__)
     chat_config.check_used(options)
+    if options.terminal:
+        from onecard.ui import terminal_io
+
+        terminal_io.check_editor("chat")
+    else:
+        commands.require("gradio", "chat")
     from onecard.conversion import gguf_cache
     from onecard.inference import chat
     from onecard.ui import terminal  # after the options: --help needs no torch
 
     if options.terminal:
-        terminal.check_editor("chat")
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
             talk = chat.start(options, gguf_cache.for_llama)
         terminal.talk(talk, options)

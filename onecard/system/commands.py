@@ -4,6 +4,7 @@ In a checkout the programs are files beside onecard/, and tools/setup.sh makes .
 installed as a package there are the command `onecard` and pip.
 """
 
+import importlib.util
 import os
 import sys
 
@@ -94,6 +95,12 @@ def missing_package(module: str, part: str) -> UserError:
     """For a program whose optional package is not in the environment that runs it."""
     problem = f"the package {module} is not installed for {sys.executable}."
     return UserError(problem, f"Run: {set_up(part)}" + (", and use .venv/bin/python." if IN_CHECKOUT else ""))
+
+
+def require(module: str, part: str) -> None:
+    """Raise UserError where a package of a part of the set-up is missing; nothing is imported."""
+    if importlib.util.find_spec(module) is None:
+        raise missing_package(module, part)
 
 
 def not_installed(error: ModuleNotFoundError) -> UserError | None:

@@ -6,7 +6,6 @@ each line is a question and only answers are printed, so that it works in script
 
 import contextlib
 import dataclasses
-import importlib.util
 import math
 import os
 import re
@@ -27,7 +26,6 @@ from onecard.inference import transcript
 from onecard.inference.chat import Chat, Reply
 from onecard.inference.decoding import END, LENGTH, STOP
 from onecard.inference.transcript import LEFT, RIGHT, Turns
-from onecard.system import commands
 from onecard.ui import status as ui_status
 from onecard.ui import terminal_io
 from onecard.ui.terminal_io import Screen, in_terminal, tell
@@ -37,15 +35,6 @@ WELCOME = (
 )
 HELP = 48  # columns before what a command does
 NONE, AS_TRAINED = "none", "trained"
-
-
-def check_editor(part: str) -> None:
-    """Raise UserError when a terminal is to be read and prompt_toolkit is not installed; pipes need it not.
-
-    part: of the set-up that installs it. To be asked before a model is loaded.
-    """
-    if in_terminal() and importlib.util.find_spec("prompt_toolkit") is None:
-        raise commands.missing_package("prompt_toolkit", part)
 
 
 def talk(chat: Chat, settings: ChatConfig, single_turn: bool = False) -> None:

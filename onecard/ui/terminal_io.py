@@ -14,9 +14,20 @@ from collections.abc import Callable, Iterator
 
 from wcwidth import wcwidth
 
+from onecard.system import commands
+
 MARK, BACK = "\x1b7", "\x1b8\x1b[J"  # remember this place; go back to it and erase what is behind it
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and new line: they steer a terminal
+
+
+def check_editor(part: str) -> None:
+    """Raise UserError when a terminal is to be read and prompt_toolkit is not installed; pipes need it not.
+
+    part: of the set-up that installs it. To be asked before anything that takes time.
+    """
+    if in_terminal():
+        commands.require("prompt_toolkit", part)
 
 
 def tell(text: str) -> None:

@@ -59,9 +59,14 @@ def test_a_window_says_what_it_lacks(made, program):
 
 
 @pytest.mark.parametrize("part", ["train", "chat"])
-def test_llama_says_what_it_lacks(made, part):
-    """Through the program and through the engine; what is said while the model is looked at goes before."""
-    ended = made(part).run(f"{ASK} tools/cpu_chat.py --model_path tiny")
+def test_llama_cpp_is_missed_at_once(made, part):
+    """By the program that talks through it alone."""
+    refused(made(part).run(f"{ASK} tools/cpu_chat.py --model_path tiny"), "llama_cpp", "cpu")
+
+
+def test_an_engine_says_what_it_lacks(made):
+    """What is said while the model is looked at goes before."""
+    ended = made("train").run(f"{ASK} generate.py --terminal --engine llama.cpp --model_path tiny")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert re.search(r"\nerror: llama-cpp-python .* Run: bash tools/setup\.sh cpu\n$", "\n" + ended.stderr)
     assert "Traceback" not in ended.stderr
