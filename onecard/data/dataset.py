@@ -1,4 +1,4 @@
-"""The rows of a run as token ids: read and encoded once, kept in the user's cache, split for validation.
+"""The rows of a run as token ids: read and encoded once, then kept in the user's cache.
 
 What is kept is found again by all that it depends on: the files' contents, the tokenizer, the templates, and
 how rows were cut. Any of these changed gives another key, so nothing stale is ever used.
@@ -28,7 +28,7 @@ from onecard.config.training import HOW, FinetuneConfig
 from onecard.data import encode as data_encode
 from onecard.data import examples as data_examples
 from onecard.data import reader
-from onecard.data.conversation import Conversation, Turn
+from onecard.data.conversation import Conversation
 from onecard.data.reader import Source
 from onecard.data.schemas import BadRow
 from onecard.data.template import Template
@@ -39,7 +39,6 @@ from onecard.system import files as system_files
 FORMAT = 2  # of what is kept; the next number when encoding changes
 ROOM = 20 << 30  # bytes of the cache
 SFT, PRETRAIN = "sft", "pretrain"
-HELD_OUT_PROMPTS = 8  # at most, of the validation rows
 DOCUMENTS = ("context", "text")  # roles that are pre-trained on
 ENDS, MAKING = "ends.json", ".making-"
 ABANDONED = 24 * 3600  # seconds after which nobody works on it any more
@@ -51,24 +50,6 @@ BAD_ROW = (
     "Mend the row, or leave bad rows out with --skip_bad_rows. "
     f"{commands.name('check-data')} lists all of them."
 )
-
-
-@dataclasses.dataclass
-class RunData:
-    """The rows of a run: encoded, split, and those that its answers are asked of."""
-
-    sources: list[Source]
-    task: str  # sft or pretrain
-    encoding: data_examples.Encoding
-    fingerprint: str  # of the files' contents, their order and weights
-    train_rows: np.ndarray  # places in examples; as often as its weight in an epoch
-    validation_rows: np.ndarray  # places in examples
-    overlapping: int  # validation rows that are training rows too
-    held_out: list[Conversation]  # of the first validation rows; none of raw text
-
-    @property
-    def examples(self) -> data_examples.Examples:
-        return self.encoding.examples
 
 
 @dataclasses.dataclass
@@ -103,34 +84,6 @@ def fingerprint_of(sources: list[Source], again: bool = False) -> str:
         return digests[sources[0].path]
     lines = [f"{digests[source.path]} {source.weight:g} {source.validation}\n" for source in sources]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def prepare(
-    options: FinetuneConfig,
-    sources: list[Source],
-    templates: list[Template],
-    tokenizer: Any,
-    tokenizer_print: str,
-    again: bool = False,
-) -> RunData:
-    """Read, encode and split the rows of a run; raises UserError (exit 3).
-
-    tokenizer_print: SHA-256 of the tokenizer's files; again: read all rows anew.
-    """
-    rows = encode(options, sources, templates, tokenizer, tokenizer_print, again)
-    train_rows, validation_rows = split_for_validation(options, rows)
-    hashes = rows.encoding.examples.hashes
-    asked = validation_rows[:HELD_OUT_PROMPTS] if rows.task == SFT else validation_rows[:0]
-    return RunData(
-        sources=sources,
-        task=rows.task,
-        encoding=rows.encoding,
-        fingerprint=rows.fingerprint,
-        train_rows=train_rows,
-        validation_rows=validation_rows,
-        overlapping=int(np.isin(hashes[validation_rows], hashes[train_rows]).sum()),
-        held_out=picked(rows, asked, options.schema),
-    )
 
 
 def encode(
@@ -339,35 +292,3 @@ def _make_room(newest: Path) -> None:
             abandoned = making and time.time() - folder.stat().st_mtime > ABANDONED
             if abandoned or (used > ROOM and folder != newest and not making):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def picked(rows: Rows, places: np.ndarray, schema: str | None) -> list[Conversation]:
-    """The conversations of these examples: read again once, then kept beside the encoded rows."""
-    numbers = rows.encoding.examples.numbers[places].tolist()
-    if not numbers:
-        return []
-    name = hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
-    place = rows.folder / f"picked-{name}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        kept = json.loads(place.read_text(encoding="utf-8"))
-        return [Conversation(tuple(Turn(*turn) for turn in turns)) for turns in kept]
-    found = reader.pick_rows([source.path for source in rows.sources], numbers, schema)
-    with contextlib.suppress(OSError):
-        system_files.write_json(place, [row.turns for row in found])
-    return found
-
-
-def split_for_validation(options: FinetuneConfig, found: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """(training, validation) places: from files of their own, or by --test_size; weights are training's."""
-    apart = found.for_validation
-    ours, validation = np.flatnonzero(~apart), np.flatnonzero(apart)
-    if not options.eval_data_path:
-        chosen, held = data_examples.split(len(ours), options.test_size, options.seed)
-        ours, validation = ours[chosen], ours[held]
-    elif not len(ours) or not len(validation):
-        which = "--eval_data_path" if len(ours) else "--data_path"
-        raise UserError(f"{which}: no usable row is in it.", "Raise --cutoff_len or check the rows.", DATA)
-    training = data_examples.repeated(ours, found.weights[ours], options.seed)
-    if not len(training):
-        raise UserError(f"--data_path {options.data_path}: no row is left.", "Raise the weights.", DATA)
-    return training, validation

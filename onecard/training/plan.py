@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from onecard.config.training import ADAPTER_OPTIONS, FinetuneConfig
-from onecard.data import dataset, reader
+from onecard.data import dataset, reader, run_data
 from onecard.data import encode as data_encode
 from onecard.data import examples as data_examples
 from onecard.data import template as data_template
+from onecard.data.run_data import RunData
 from onecard.errors import UserError
 from onecard.hub import remote_code
 from onecard.models import adapter as models_adapter
@@ -51,7 +52,7 @@ class Plan:
     dtype: str
     checkpointing: bool
     shape: LoraShape
-    data: dataset.RunData
+    data: RunData
     fingerprints: dict[str, str]  # what must be the same when the run goes on -> SHA-256
     reasons: dict[str, str]  # of automatic choices
     total_steps: int
@@ -101,7 +102,7 @@ def prepare(
     files = base_model.identity_files(base_path)
     tokenizer_print = hashing.of_folder(files["tokenizer"], again)
     templates = [data_template.load(name, tokenizer) for name in _templates(options)]
-    data = dataset.prepare(options, sources, templates, tokenizer, tokenizer_print, again)
+    data = run_data.prepare(options, sources, templates, tokenizer, tokenizer_print, again)
     doubt = models_tokenizer.check_vocabulary(options.model_path, base_config, tokenizer, data.examples.ids)
     if doubt:
         say(f"warning: {doubt}; the tokenizer's is trained.")
@@ -175,7 +176,7 @@ def _base(options: FinetuneConfig, hub_names: Names) -> tuple[str, remote_code.C
 
 def _fingerprints(
     options: FinetuneConfig,
-    data: dataset.RunData,
+    data: RunData,
     tokenizer_print: str,
     weights_print: str,
     code: remote_code.Consent | None,

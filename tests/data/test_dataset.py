@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from onecard.config import training as training_config
 from onecard.data import conversation as data_conversation
-from onecard.data import dataset, reader, tables
+from onecard.data import dataset, reader, run_data, tables
 from onecard.data import encode as data_encode
 from onecard.data import examples as data_examples
 from onecard.data import template as templates
@@ -642,9 +642,9 @@ def test_rejected_rows_name_their_file(tmp_path):
 def test_held_out_rows_are_read_once(tmp_path, monkeypatch):
     """Kept beside the encoded rows: the next start reads no file for them."""
     path = tiny.save_rows(tmp_path / "rows.json", 20)
-    first = dataset.picked(encode(path), np.array([3, 11]), None)
+    first = run_data.picked(encode(path), np.array([3, 11]), None)
     monkeypatch.setattr(reader, "pick_rows", None)
-    assert dataset.picked(encode(path), np.array([3, 11]), None) == first
+    assert run_data.picked(encode(path), np.array([3, 11]), None) == first
     assert first[0].turns[0].text == tiny.rows(20)[3]["instruction"]
 
 
