@@ -1,4 +1,4 @@
-"""What a piece of work holds at its peak, for the programs beside this file (Linux)."""
+"""What a piece of work holds at its peak (Linux); for the programs beside this file, and for tests."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 
 from onecard.config.generation import Mixture
+from onecard.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,12 @@ class Placement:
     threads: int | None = None  # of the CPU; None where the engine does not choose them
     gpu_layers: int = 0  # layers of a CPU engine that lie on the GPU, -1 = all
     beside: tuple[str, ...] = ()  # names of runs that are trained on the same device now
+
+
+def check_adapter(name: str, loaded: abc.Sequence[str]) -> None:
+    """Raise UserError when no adapter of that name is loaded with an engine."""
+    if name not in loaded:
+        raise UserError(f"No adapter is called {name}.", f"Loaded: {', '.join(loaded) or 'none'}.")
 
 
 class Sequence(Protocol):

@@ -84,10 +84,8 @@ class Engine:
         """Raise UserError when these adapters cannot be used so; of a model that waits, the names alone."""
         if self.engine is not None:
             self.engine.check_mixture(mixture)
-        unknown = [name for name, _ in mixture if name not in self.adapters]
-        if unknown:
-            known = ", ".join(self.adapters) or "none"
-            raise UserError(f"No adapter is called {unknown[0]}.", f"Loaded: {known}.")
+        for name, _ in mixture:
+            engines.check_adapter(name, self.adapters)
 
     def open(self, prompt: list[int], mixture: Mixture = ()) -> engines.Sequence:
         return self._loaded().open(prompt, mixture)

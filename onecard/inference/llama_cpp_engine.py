@@ -119,9 +119,7 @@ class Engine:
     def check_mixture(self, mixture: Mixture) -> None:
         """Raise UserError when these adapters cannot be used so."""
         for name, _ in mixture:
-            if name not in self.loaded:
-                known = ", ".join(self.adapters) or "none"
-                raise UserError(f"No adapter is called {name}.", f"Loaded: {known}.")
+            engines.check_adapter(name, self.adapters)
 
     def open(self, prompt: list[int], mixture: Mixture = ()) -> "Sequence":
         self._check_open()

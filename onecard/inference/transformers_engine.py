@@ -96,9 +96,7 @@ class Engine:
     def check_mixture(self, mixture: Mixture) -> None:
         """Raise UserError when these adapters cannot be used so."""
         for name, weight in mixture:
-            if name not in self.adapters:
-                known = ", ".join(self.adapters) or "none"
-                raise UserError(f"No adapter is called {name}.", f"Loaded: {known}.")
+            engines.check_adapter(name, self.adapters)
             if models_adapter.has_whole_modules(self.model, name) and (weight != 1 or len(mixture) > 1):
                 problem = f"Adapter {name} holds trained embeddings, which cannot be weighted or mixed."
                 raise UserError(problem, "Use it alone, with weight 1.")

@@ -16,6 +16,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from benchmarks.memory_rise import memory_rise
 from onecard.config import training as training_config
 from onecard.data import conversation as data_conversation
 from onecard.data import dataset, reader, run_data, tables
@@ -28,7 +29,6 @@ from onecard.system import sandbox
 from tests.support import fake_hub, tiny
 from tests.support.encoded_rows import encode, options
 from tests.support.faults import Touch
-from tests.support.memory import memory_rise
 from tests.support.paths import ROOT
 
 SAMPLES = sorted(path for path in (ROOT / "sample").iterdir() if path.suffix in training_config.FORMATS)

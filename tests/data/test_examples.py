@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.memory_rise import memory_rise
 from onecard.data import examples as data_examples
 from onecard.data import json_rows, packing, reader
 from onecard.data import schemas as data_schemas
@@ -16,7 +17,6 @@ from onecard.data.conversation import Conversation, single
 from onecard.data.schemas import BadRow
 from onecard.errors import DATA, UserError
 from tests.support import tiny
-from tests.support.memory import memory_rise
 
 GOOD = [
     {"instruction": "Say red", "input": "", "output": "red"},

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.memory_rise import memory_rise
 from onecard.errors import UserError
 from onecard.models import adapter as models_adapter
 from onecard.models import trainable
@@ -23,7 +24,6 @@ from onecard.runs.checkpoint import Progress
 from onecard.system import lock
 from tests.support import faults, tiny
 from tests.support.harness import Harness
-from tests.support.memory import memory_rise
 from tests.support.power_failure import save
 from tests.support.resume_cases import differences, flags, outcome
 
