@@ -8,7 +8,6 @@ import atexit
 import bisect
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -33,7 +32,7 @@ from onecard.data.reader import Source
 from onecard.data.schemas import BadRow
 from onecard.data.template import Template
 from onecard.errors import DATA, DISK, UserError
-from onecard.system import commands, hashing
+from onecard.system import commands, hashing, lock
 from onecard.system import files as system_files
 
 FORMAT = 2  # of what is kept; the next number when encoding changes
@@ -136,15 +135,9 @@ def _task(source: Source, schema: str | None) -> str:
 @contextlib.contextmanager
 def _in_turn(folder: Path) -> Iterator[None]:
     """One process of this machine at a time; without a cache to write into all at once."""
-    try:
-        locks = system_files.cache_folder() / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        file = open(locks / folder.name, "w")  # noqa: SIM115
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:  # or a file system without locks
-        yield
-        return
-    with file:
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a cache that cannot be written, or a file system without locks
+            stack.enter_context(lock.held(system_files.cache_folder() / "locks" / folder.name))
         yield
 
 

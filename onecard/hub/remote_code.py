@@ -6,7 +6,6 @@ run or a checkpoint stores is never taken for such a consent. This file knows no
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from onecard import errors
 from onecard.errors import UNSAFE, UserError, is_out_of_memory
 from onecard.hub import manifest, model_files, revisions, transfer
-from onecard.system import commands, hashing
+from onecard.system import commands, hashing, lock
 from onecard.system import files as system_files
 from onecard.system.console import say
 
@@ -61,13 +60,8 @@ class Consent:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """What was verified is still so, and no other process has transformers copy the files meanwhile."""
-        system_files.cache_folder().mkdir(parents=True, exist_ok=True)
-        with open(system_files.cache_folder() / LOCK, "w", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say("waiting for another program that loads a model with code of its own ...")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = "waiting for another program that loads a model with code of its own ..."
+        with lock.held(system_files.cache_folder() / LOCK, lambda: say(waiting)):
             verified(self.folder, self.commit)
             try:
                 yield

@@ -7,7 +7,6 @@ is taken from the moment of its start. This file knows no window and no torch.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import os
 import re
@@ -230,8 +229,7 @@ def _take(console: BinaryIO, name: str) -> None:
     """Lock the console for the trainer that will inherit it; raises UserError when there is one already."""
     times, seconds = PATIENCE
     for _ in range(times):
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(console, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock.take(console.fileno()):
             return
         time.sleep(seconds)
     raise UserError(f"{name} is being trained already.", "Wait, stop it, or choose another name.")
@@ -248,22 +246,15 @@ def _pid(folder: Path) -> int | None:
 
 def _owner(folder: Path) -> int | None:
     """The process that trains in this folder, by the run's own lock."""
-    try:
-        pid = int((folder / lock.NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    pid = lock.owner_of(folder)
     # the lock of a dead process is not touched: a trainer may be about to take it
-    return pid if _is_alive(pid) and _is_locked(folder / lock.NAME) else None
+    return pid if pid and _is_alive(pid) and _is_locked(folder / lock.NAME) else None
 
 
 def _is_locked(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    """Whether a process holds the lock of a file; False where that cannot be seen."""
+    with contextlib.suppress(OSError):
+        return lock.is_taken(path)
     return False
 
 

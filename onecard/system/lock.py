@@ -1,65 +1,112 @@
-"""One trainer per run folder: a lock that the system gives back when its owner dies, however it dies."""
+"""Locks between the processes of one machine; the system gives a lock back when its owner dies.
+
+Every lock is an flock on an open file or folder. The library filelock takes the exclusive ones, on
+descriptors of our own: so a child process can inherit a lock, and a folder can be locked. Older versions of
+OneCard lock the same files in the same way, so each version sees the locks of the other.
+"""
 
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import filelock
 
 from onecard.errors import UserError
 
-NAME = ".lock"
+NAME = ".lock"  # the file in a run folder that its trainer locks; it contains the process id of the trainer
+
+
+def take(descriptor: int, wait: bool = False) -> bool:
+    """Lock an open file or folder exclusively, until all copies of its descriptor are closed.
+
+    Returns False when it is locked already, by another process or another descriptor of this one; with `wait`
+    it waits for that lock to end. Raises OSError where the file system has no locks.
+    """
+    return filelock.lock_descriptor(descriptor, blocking=wait)
+
+
+def is_taken(path: Path) -> bool:
+    """Whether a process holds the exclusive lock of a file; False without such a file. Nothing is written.
+
+    To find out, it takes a shared lock for a moment, which filelock does not have: several processes can ask
+    at the same time, where exclusive locks would make them see each other. Raises OSError when the file
+    cannot be opened.
+    """
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return False
+
+
+@contextlib.contextmanager
+def held(path: Path, before_waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock of a file while the block runs, and wait for it while another process holds it.
+
+    The file and its folder are created when they are missing, and stay. `before_waiting` is called when the
+    lock is not free. Raises OSError when the file cannot be created, or its file system has no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        if not take(file.fileno()):
+            before_waiting()
+            take(file.fileno(), wait=True)
+        yield
 
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Own the run folder while the block runs; raises UserError naming the owner's pid.
+    """Own a run folder while the block runs; raises UserError naming the process that owns it already.
 
-    The folder is made when it is missing, and goes again when the block leaves it empty.
+    The folder is created when it is missing, and removed when the block leaves it empty. So is the lock file.
     """
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            _take(handle, folder)
-            if os.path.samestat(os.fstat(handle), path.stat()):  # else its owner deleted it meanwhile
+            if not take(descriptor):
+                raise _is_busy(folder)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):  # else its last owner has deleted it
                 break
         except FileNotFoundError:
             pass
         except BaseException:
-            os.close(handle)
+            os.close(descriptor)
             raise
-        os.close(handle)
+        os.close(descriptor)
     try:
-        os.ftruncate(handle, 0)
-        os.write(handle, str(os.getpid()).encode())
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
         yield
     finally:
         path.unlink(missing_ok=True)
-        os.close(handle)
-        with contextlib.suppress(OSError):  # not empty
-            for made in missing:
-                made.rmdir()
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # a folder that is not empty stays
+            for parent in missing:
+                parent.rmdir()
 
 
 def check_free(folder: Path) -> None:
-    """Raise UserError when another process owns the run folder; writes nothing."""
-    try:
-        handle = os.open(folder / NAME, os.O_RDWR)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    try:
-        _take(handle, folder, fcntl.LOCK_SH)  # several may ask at the same time
-    finally:
-        os.close(handle)
+    """Raise UserError when a process owns the run folder; writes nothing."""
+    if is_taken(folder / NAME):
+        raise _is_busy(folder)
 
 
-def _take(handle: int, folder: Path, kind: int = fcntl.LOCK_EX) -> None:
+def owner_of(folder: Path) -> int | None:
+    """The process id that the lock file of a run folder names, None without one; it may have died since."""
     try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.pread(handle, 20, 0).decode() or "unknown"
-        problem = f"{folder}: process {owner} is training there."
-        raise UserError(problem, "Wait for it, stop it, or choose another --output_path.") from None
+        return int((folder / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _is_busy(folder: Path) -> UserError:
+    problem = f"{folder}: process {owner_of(folder) or 'unknown'} is training there."
+    return UserError(problem, "Wait for it, stop it, or choose another --output_path.")

@@ -8,7 +8,6 @@ unfinished and finish_file do the same for one GGUF file: a folder beside its pl
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from typing import Any
 
 from onecard.errors import CHECKPOINT, DISK, UserError, listed
 from onecard.system import files as system_files
+from onecard.system import lock
 
 UNFINISHED = ".onecard-gguf-"
 
@@ -160,14 +160,13 @@ def _own(place: Path, target: Path, flag: str) -> int:
         except OSError as error:
             problem = f"{flag} {target}: cannot write in {place.parent}: {error.strerror}."
             raise UserError(problem, "Choose another.", DISK) from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock.take(handle):
             if place.exists() and os.path.samestat(os.fstat(handle), place.stat()):
                 return handle
-        except BlockingIOError:
-            if time.monotonic() > until:
-                os.close(handle)
-                raise UserError(f"{flag} {target}: another process is making it.", "Wait for it.") from None
+        elif time.monotonic() > until:
+            os.close(handle)
+            raise UserError(f"{flag} {target}: another process is making it.", "Wait for it.")
+        else:
             time.sleep(0.1)
         os.close(handle)
 
@@ -202,7 +201,7 @@ def unfinished(output: Path, source: Path) -> Iterator[tuple[Path, int]]:
         parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(parent, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock.take(handle, wait=True)
             for left in parent.glob(f"{UNFINISHED}*"):
                 shutil.rmtree(left)
             with tempfile.TemporaryDirectory(dir=parent, prefix=UNFINISHED) as place:
