@@ -33,7 +33,7 @@ def answer(chat: Chat, options: ChatConfig, memory: Sequence[str] = ()) -> dict[
     """The inputs of an answer's options: the usual ones open, the others folded."""
     modes, lang = {"mode": chat.modes()}, options.lang
     made = forms.inputs(options, ANSWER, lang, modes)
-    with gr.Accordion(forms.say(lang, "More", "更多"), open=False, elem_id="more"):
+    with gr.Accordion(forms.text(lang, "More", "更多"), open=False, elem_id="more"):
         made |= forms.inputs(options, [*MORE, *memory], lang, modes)
     return made
 
@@ -46,14 +46,14 @@ def picker(chat: Chat, lang: str) -> list[gr.Component]:
     choice = gr.Dropdown(
         [(shown(name, lang), name) for name in (BASE, *names, *several)],
         value=choice_of(chat.mixture),
-        label=forms.say(lang, "Adapter", "适配器"),
+        label=forms.text(lang, "Adapter", "适配器"),
         elem_id="adapter",
         interactive=bool(names),
-        info=None if names else forms.say(lang, "none is loaded: --lora_path", "未加载：--lora_path"),
+        info=None if names else forms.text(lang, "none is loaded: --lora_path", "未加载：--lora_path"),
     )
     weights = []
     if names:
-        title = forms.say(lang, "Weights of the adapters", "适配器权重")
+        title = forms.text(lang, "Weights of the adapters", "适配器权重")
         can = weighing(chat, [choice.value], lang)
         with gr.Accordion(title, open=False, elem_id="weights"):
             weights = [_weight(name, given.get(name, 1.0), can[name]) for name in names]
@@ -62,7 +62,7 @@ def picker(chat: Chat, lang: str) -> list[gr.Component]:
 
 def shown(choice: str, lang: str) -> str:
     """What a reader sees of a picker's choice."""
-    return forms.say(lang, choice, IN_CHINESE.get(choice, choice))
+    return forms.text(lang, choice, IN_CHINESE.get(choice, choice))
 
 
 def weighing(chat: Chat, choices: Sequence[str], lang: str) -> dict[str, dict[str, Any]]:
@@ -70,7 +70,7 @@ def weighing(chat: Chat, choices: Sequence[str], lang: str) -> dict[str, dict[st
     found = {}
     for name in chat.engine.adapters:
         can = name in choices or MIX in choices
-        why = "" if can else forms.say(lang, "this adapter is not chosen", "未选择此适配器")
+        why = "" if can else forms.text(lang, "this adapter is not chosen", "未选择此适配器")
         found[name] = {"interactive": can, "info": why}
     return found
 
@@ -99,11 +99,11 @@ def restored(
 
 def templates(chat: Chat, lang: str) -> gr.Dropdown:
     """Which prompt template the next answers have."""
-    trained = forms.say(lang, f"as trained ({chat.template.name})", f"训练时的模板（{chat.template.name}）")
+    trained = forms.text(lang, f"as trained ({chat.template.name})", f"训练时的模板（{chat.template.name}）")
     return gr.Dropdown(
         [(trained, TRAINED), *template.names()],
         value=TRAINED,
-        label=forms.say(lang, "Prompt template", "提示模板"),
+        label=forms.text(lang, "Prompt template", "提示模板"),
         elem_id="template",
     )
 
@@ -135,7 +135,7 @@ def answering(
     others: what cannot be used meanwhile; status: where it is told that too many wait already; focus:
     JavaScript at the end.
     """
-    busy = forms.say(
+    busy = forms.text(
         lang,
         "Too many questions are waiting: yours was not taken. Ask again in a moment.",
         "等待回答的问题太多，您的问题未被接受，请稍后再试。",
@@ -178,7 +178,7 @@ def halting(
 
     One that waits behind others is given back when its turn comes; the status line says so.
     """
-    waits = forms.say(lang, "stopped; waiting for others to finish", "已停止，等待其他回答结束")
+    waits = forms.text(lang, "stopped; waiting for others to finish", "已停止，等待其他回答结束")
 
     def leave(request: gr.Request) -> None:
         sessions.stop(request.session_hash)

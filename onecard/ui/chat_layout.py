@@ -25,7 +25,7 @@ class ChatLayout:
         self.chat, self.options, self.lang = chat, options, options.lang
         self.state = gr.State([])
         self.kept = gr.Textbox(visible="hidden", elem_id="kept")  # the chat as JSON, for this tab's storage
-        page.head(self.say("chat", "对话"), self.lang)
+        page.head(self.text("chat", "对话"), self.lang)
         with gr.Row():
             with gr.Column(scale=3):
                 self.lay_out_chat()
@@ -33,11 +33,11 @@ class ChatLayout:
                 self.lay_out_side()
         self.line = gr.Textbox(visible="hidden")
 
-    def say(self, english: str, chinese: str) -> str:
-        return forms.say(self.lang, english, chinese)
+    def text(self, english: str, chinese: str) -> str:
+        return forms.text(self.lang, english, chinese)
 
     def button(self, name: str, english: str, chinese: str, **more: Any) -> gr.Button:
-        return gr.Button(self.say(english, chinese), elem_id=name, **{"size": "sm", **more})
+        return gr.Button(self.text(english, chinese), elem_id=name, **{"size": "sm", **more})
 
     def chatbot(self, name: str, **more: Any) -> gr.Chatbot:
         return gr.Chatbot(
@@ -47,7 +47,7 @@ class ChatLayout:
             allow_tags=False,
             buttons=["copy"],
             feedback_options=None,
-            placeholder=self.say("Ask something.", "问点什么吧。"),
+            placeholder=self.text("Ask something.", "问点什么吧。"),
             **more,
         )
 
@@ -59,7 +59,7 @@ class ChatLayout:
         self.unkept = gr.HTML("", elem_id="unkept")
         self.box = gr.Textbox(
             show_label=False,
-            placeholder=self.say("Your message (Shift-Enter: new line)", "输入消息（Shift-Enter 换行）"),
+            placeholder=self.text("Your message (Shift-Enter: new line)", "输入消息（Shift-Enter 换行）"),
             lines=1,
             max_lines=12,
             elem_id="box",
@@ -78,9 +78,9 @@ class ChatLayout:
             self.summarise = self.button("summarise", "Summarise", "总结")
             self.save = self.button("save", "Save chat", "保存对话")
             self.load = gr.UploadButton(
-                self.say("Load chat", "载入对话"), size="sm", file_types=[".jsonl"], elem_id="load"
+                self.text("Load chat", "载入对话"), size="sm", file_types=[".jsonl"], elem_id="load"
             )
-        with gr.Accordion(self.say("All beams", "所有束"), open=False):
+        with gr.Accordion(self.text("All beams", "所有束"), open=False):
             self.beams = gr.HTML(elem_id="beams")
 
     def lay_out_side(self) -> None:
@@ -88,24 +88,24 @@ class ChatLayout:
         self.adapter, *self.weights = chat_controls.picker(self.chat, self.lang)
         self.form = chat_controls.templates(self.chat, self.lang)
         self.compare = gr.Checkbox(
-            False, label=self.say("Compare two adapters", "对比两个适配器"), elem_id="compare"
+            False, label=self.text("Compare two adapters", "对比两个适配器"), elem_id="compare"
         )
         self.against = gr.Dropdown(
             [(chat_controls.shown(name, self.lang), name) for name in (BASE, *names)],
             value=BASE,
             visible=False,
-            label=self.say("Compare with", "对比对象"),
+            label=self.text("Compare with", "对比对象"),
             elem_id="against",
         )
         self.system = gr.Textbox(
             value=self.options.system,
-            label=self.say("System prompt", "系统提示"),
+            label=self.text("System prompt", "系统提示"),
             **self.usable_system(TRAINED),
             lines=2,
             elem_id="system",
         )
         self.context = gr.Textbox(
-            label=self.say("Context (goes with your next questions)", "背景（随后续提问一起给出）"),
+            label=self.text("Context (goes with your next questions)", "背景（随后续提问一起给出）"),
             lines=2,
             elem_id="context",
         )
@@ -121,7 +121,7 @@ class ChatLayout:
         without = f"template {form.name} has none", f"模板 {form.name} 没有系统提示"
         can = form.system is not None
         # None would leave what stands there
-        return {"interactive": can, "info": "" if can else self.say(*without)}
+        return {"interactive": can, "info": "" if can else self.text(*without)}
 
     def side(self) -> list[gr.Component]:
         """What goes with every question, in the order that ChatWindow.wish reads."""

@@ -67,20 +67,20 @@ class ChatWindow(ChatLayout):
 
     def ask(self, request: gr.Request, question: str, turns: Turns, *values: Any) -> Iterator[list[Any]]:
         if not question.strip():
-            yield self.shown(turns, self.say("Write something first.", "请先输入内容。"), True, box=question)
+            yield self.shown(turns, self.text("Write something first.", "请先输入内容。"), True, box=question)
             return
         yield from self.answer(request, [*turns, {"question": question}], values, turns, question, "")
 
     def again(self, request: gr.Request, box: str, turns: Turns, *values: Any) -> Iterator[list[Any]]:
         if not turns:
-            yield self.shown(turns, self.say("There is no question yet.", "还没有提问。"), True, box=box)
+            yield self.shown(turns, self.text("There is no question yet.", "还没有提问。"), True, box=box)
             return
         last = {key: turns[-1][key] for key in ("question", "input") if key in turns[-1]}
         yield from self.answer(request, [*turns[:-1], last], values, turns, box, box)
 
     def further(self, request: gr.Request, box: str, turns: Turns, *values: Any) -> Iterator[list[Any]]:
         if not turns:
-            yield self.shown(turns, self.say("There is no answer yet.", "还没有回答。"), True, box=box)
+            yield self.shown(turns, self.text("There is no answer yet.", "还没有回答。"), True, box=box)
             return
         yield from self.answer(request, turns, values, turns, box, box, unfinished=True)
 
@@ -110,7 +110,7 @@ class ChatWindow(ChatLayout):
         if wish.context and not unfinished:
             last.setdefault("input", wish.context)
         turns = [*turns[:-1], last]
-        waiting = self.say("waiting ...", "等待中 ...")
+        waiting = self.text("waiting ...", "等待中 ...")
         yield self.shown(turns, waiting, texts={LEFT: Text("")}, box=after, keep=len(turns) > len(before))
         earlier = last.get("adapters", {}) if unfinished else {}  # a side that does not go on keeps its own
         turns[-1] |= transcript.made_by(self.chat, wish.options, {**earlier, **wish.mixtures}, wish.form)
@@ -199,7 +199,10 @@ class ChatWindow(ChatLayout):
         The context's text stays before it, unless a turn was asked with that: then the summary has it.
         """
         if not turns:
-            yield [*self.shown(turns, self.say("Nothing to summarise yet.", "还没有内容。"), True), gr.skip()]
+            yield [
+                *self.shown(turns, self.text("Nothing to summarise yet.", "还没有内容。"), True),
+                gr.skip(),
+            ]
             return
         try:
             wish = self.wish(values)
@@ -207,7 +210,7 @@ class ChatWindow(ChatLayout):
             yield [*self.shown(turns, str(error), True), gr.skip()]
             return
         wish = dataclasses.replace(wish, mixtures={LEFT: wish.mixtures[LEFT]})
-        asked = [*turns, {"question": self.say(*SUMMARISE)}]
+        asked = [*turns, {"question": self.text(*SUMMARISE)}]
         text, failed = Text(""), False
         for _, grown, told, failed in self.grow(request, asked, wish, unfinished=False):
             text = grown
@@ -215,14 +218,17 @@ class ChatWindow(ChatLayout):
         if text.finished in (decoding.END, decoding.STOP) and text.whole:
             done = "Summarised: the context stands for the earlier turns.", "已总结：以背景代替之前的对话。"
             new = wish.context if all(wish.context != turn.get("input") for turn in turns) else ""
-            yield [*self.shown([], self.say(*done), other=True), "\n\n".join(filter(None, [new, text.whole]))]
+            yield [
+                *self.shown([], self.text(*done), other=True),
+                "\n\n".join(filter(None, [new, text.whole])),
+            ]
         elif not failed:
             kept = "The summary is not whole, so the chat stays as it was", "总结不完整，对话保持不变"
             why = ui_status.WHY[text.finished] if text.whole else ("it is empty", "内容为空")
             if text.finished == decoding.LENGTH:
                 limit = self.inputs["max_new_tokens"].label
                 why = f"{why[0]}; raise {limit}", f"{why[1]}；请增大{limit}"
-            told = f"{self.say(*kept)}: {self.say(*why)}."
+            told = f"{self.text(*kept)}: {self.text(*why)}."
             yield [*self.shown(turns, told, True), gr.skip()]
 
     def fresh(self) -> list[Any]:
@@ -250,17 +256,17 @@ class ChatWindow(ChatLayout):
         elif box.strip():
             wrong = "Your message is not sent yet: send or remove it first.", "内容尚未发送，请先发送或删除。"
         if wrong:
-            return [*self.shown(turns, self.say(*wrong), True), gr.skip()]
+            return [*self.shown(turns, self.text(*wrong), True), gr.skip()]
         return [*self.shown(turns[:-1], box=turns[-1]["question"], other=True), asked or gr.skip()]
 
     def saved(self, turns: Turns, *values: Any) -> tuple[str, str]:
         try:
             wish = self.wish(values)
             if not turns:
-                raise UserError(self.say("There is nothing to save yet.", "还没有可保存的内容。"))
+                raise UserError(self.text("There is nothing to save yet.", "还没有可保存的内容。"))
         except UserError as error:
             return "", ui_status.status(str(error), True)
-        told = self.say("Saved by your browser.", "已由浏览器保存。")
+        told = self.text("Saved by your browser.", "已由浏览器保存。")
         how = (wish.options, self.chat, self.options, wish.mixtures, wish.form)
         return transcript.record(turns, *how, system=wish.system, context=wish.context), ui_status.status(
             told
@@ -282,10 +288,10 @@ class ChatWindow(ChatLayout):
         notes = [*notes, *beyond, *more]
         pickers = [gr.skip() if saved.template is None else saved.template, choices.get(LEFT, gr.skip())]
         pickers += [RIGHT in choices, choices.get(RIGHT, gr.skip())] if choices else [gr.skip()] * 2
-        told = self.say("Loaded.", "已载入。")
+        told = self.text("Loaded.", "已载入。")
         if notes:
-            lacking = "; ".join(self.say(*note).rstrip(".") for note in notes)
-            told = self.say(f"Loaded, but not as saved: {lacking}.", f"已载入，但与保存时不同：{lacking}。")
+            lacking = "; ".join(self.text(*note).rstrip(".") for note in notes)
+            told = self.text(f"Loaded, but not as saved: {lacking}.", f"已载入，但与保存时不同：{lacking}。")
         texts = [saved.texts["system"], saved.texts["context"]]
         return [*self.shown(saved.turns, told, bool(notes), other=True), *texts, *pickers, *values, *sliders]
 
@@ -339,7 +345,7 @@ class ChatWindow(ChatLayout):
             lambda name: gr.update(**self.usable_system(name)), self.form, self.system, **page.QUICK
         )
         chat_controls.wire(window, self.chat, self.options, self.inputs, self.reset)
-        unkept = ui_status.status(self.say(*TOO_LONG), True)
+        unkept = ui_status.status(self.text(*TOO_LONG), True)
         self.kept.change(None, self.kept, self.unkept, js=page.KEEP_CHAT % json.dumps(unkept))
         texts = [self.context, self.system]
         for text in texts:
@@ -355,8 +361,8 @@ def turns(chat: Chat, options: ChatConfig, training: Callable[[str], None] | Non
         if training is None:
             ChatWindow(window, chat, options)
         else:
-            with gr.Tab(forms.say(options.lang, "Chat", "对话")):
+            with gr.Tab(forms.text(options.lang, "Chat", "对话")):
                 ChatWindow(window, chat, options)
-            with gr.Tab(forms.say(options.lang, "Training", "训练"), elem_id="training"):
+            with gr.Tab(forms.text(options.lang, "Training", "训练"), elem_id="training"):
                 training(options.lang)
     return window

@@ -12,7 +12,7 @@ from onecard.config.generation import Generation
 from onecard.errors import UserError
 
 
-def say(lang: str, english: str, chinese: str) -> str:
+def text(lang: str, english: str, chinese: str) -> str:
     """One of two texts, by the language of the window."""
     return chinese if lang == "zh" else english
 
@@ -28,9 +28,9 @@ def inputs(start: Any, names: list[str], lang: str, choices: dict[str, list[Any]
 
 def _input(field: dataclasses.Field, value: Any, lang: str, fewer: list[Any] | None) -> gr.Component:
     meta = field.metadata
-    label = say(lang, *(meta["label"] or (field.name, field.name)))
+    label = text(lang, *(meta["label"] or (field.name, field.name)))
     what = {"label": label, "value": value, "elem_id": f"option-{field.name}", "interactive": True}
-    what["info"] = say(lang, meta["help"], meta["chinese"])
+    what["info"] = text(lang, meta["help"], meta["chinese"])
     if meta["slider"]:
         low, high, step = _ends(meta["slider"], value)
         return gr.Slider(minimum=low, maximum=high, step=step, **what)
@@ -58,10 +58,10 @@ def read(inputs: Mapping[str, gr.Component], values: Sequence[Any]) -> Generatio
 
 def told(error: UserError, inputs: Mapping[str, gr.Component]) -> str:
     """What is wrong, with the options called as they are in the window."""
-    text = str(error).removesuffix(" See --help.")
+    message = str(error).removesuffix(" See --help.")
     for name, made in inputs.items():
-        text = re.sub(rf"--{name}\b", f"{made.label} (--{name})", text)
-    return text
+        message = re.sub(rf"--{name}\b", f"{made.label} (--{name})", message)
+    return message
 
 
 def clamped(options: Generation, names: list[str], start: Any) -> tuple[list[Any], list[tuple[str, str]]]:
@@ -95,6 +95,6 @@ def usable(names: list[str], unused: dict[str, tuple[str, str]], start: Any, lan
     for name in names:
         why = unused.get(name)
         meta = fields[name].metadata
-        info = say(lang, *(why or (meta["help"], meta["chinese"])))
+        info = text(lang, *(why or (meta["help"], meta["chinese"])))
         updates.append(gr.update(interactive=why is None, info=info))
     return updates

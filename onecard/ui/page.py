@@ -96,7 +96,7 @@ def head(title: str, lang: str) -> None:
     """The first line of a page, with its button for light and dark."""
     with gr.Row(elem_classes=["narrow", "head"]):
         gr.Markdown(f"## OneCard · {title}")
-        label = forms.say(lang, "Light / dark", "明 / 暗")
+        label = forms.text(lang, "Light / dark", "明 / 暗")
         dark = gr.Button(label, size="sm", scale=0, min_width=90, elem_id="dark")
     dark.click(None, js=TOGGLE_DARK)
 

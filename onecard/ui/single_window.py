@@ -26,52 +26,52 @@ def single(chat: Chat, options: ChatConfig) -> gr.Blocks:
     """The page of generate.py."""
     lang, sessions = options.lang, ui_sessions.Sessions()
 
-    def say(english: str, chinese: str) -> str:
-        return forms.say(lang, english, chinese)
+    def text(english: str, chinese: str) -> str:
+        return forms.text(lang, english, chinese)
 
     with gr.Blocks(analytics_enabled=False, title="OneCard", fill_width=True) as window:
-        page.head(say("one instruction, one answer", "单轮问答"), lang)
+        page.head(text("one instruction, one answer", "单轮问答"), lang)
         with gr.Row():
             with gr.Column(scale=3):
                 instruction = gr.Textbox(
-                    label=say("Instruction", "指令"),
+                    label=text("Instruction", "指令"),
                     lines=3,
                     max_lines=12,
-                    placeholder=say("Shift-Enter generates", "Shift-Enter 生成"),
+                    placeholder=text("Shift-Enter generates", "Shift-Enter 生成"),
                     elem_id="instruction",
                     autofocus=True,
                 )
                 about = gr.Textbox(
-                    label=say("Input (may be empty)", "输入（可为空）"),
+                    label=text("Input (may be empty)", "输入（可为空）"),
                     lines=2,
                     max_lines=12,
                     elem_id="input",
                 )
                 with gr.Row(elem_classes="narrow"):
-                    send = gr.Button(say("Generate", "生成"), variant="primary", elem_id="send")
-                    stop = gr.Button(say("Stop", "停止"), variant="stop", visible=False, elem_id="stop")
-                    clear = gr.Button(say("Clear", "清空"), elem_id="clear")
-                    copy = gr.Button(say("Copy", "复制"), elem_id="copy")
-                gr.Markdown(f"**{say('Answer', '回答')}**")
+                    send = gr.Button(text("Generate", "生成"), variant="primary", elem_id="send")
+                    stop = gr.Button(text("Stop", "停止"), variant="stop", visible=False, elem_id="stop")
+                    clear = gr.Button(text("Clear", "清空"), elem_id="clear")
+                    copy = gr.Button(text("Copy", "复制"), elem_id="copy")
+                gr.Markdown(f"**{text('Answer', '回答')}**")
                 output = gr.HTML('<div class="answer"></div>', elem_id="output")
                 status = gr.HTML(ui_status.status(""), elem_id="status")
-                with gr.Accordion(say("All beams", "所有束"), open=False, elem_id="beams-box"):
+                with gr.Accordion(text("All beams", "所有束"), open=False, elem_id="beams-box"):
                     beams = gr.HTML(elem_id="beams")
                 gr.Examples(
-                    EXAMPLES, [instruction, about], label=say("Examples", "示例"), api_visibility="private"
+                    EXAMPLES, [instruction, about], label=text("Examples", "示例"), api_visibility="private"
                 )
             with gr.Column(scale=2, min_width=280):
                 adapters = chat_controls.picker(chat, lang)
                 shape = chat_controls.templates(chat, lang)
                 inputs = chat_controls.answer(chat, options)
-                reset = gr.Button(say("Reset parameters", "重置参数"), size="sm", elem_id="reset")
+                reset = gr.Button(text("Reset parameters", "重置参数"), size="sm", elem_id="reset")
 
         def answer(request: gr.Request, question: str, subject: str, choice: str, shape: str, *values):
             weights = dict(zip(chat.engine.adapters, values[len(inputs) :], strict=True))
             try:
                 settings = forms.read(inputs, values[: len(inputs)])
                 if not question.strip():
-                    raise UserError(say("Write an instruction first.", "请先写指令。"))
+                    raise UserError(text("Write an instruction first.", "请先写指令。"))
                 system, note = chat_controls.system_for(chat, shape, options.system, lang)
             except UserError as error:
                 yield gr.skip(), gr.skip(), ui_status.status(str(error), True)
@@ -81,9 +81,9 @@ def single(chat: Chat, options: ChatConfig) -> gr.Blocks:
             growing = ui_sessions.answers(
                 sessions, request.session_hash, chat, asked, settings, mixture, lang, shape
             )
-            for text, told, wrong in growing:
-                told, wrong = ui_status.together({"": (text, told, wrong)}, {}, note)
-                yield ui_html.growing(text), ui_html.beams(text), ui_status.status(told, wrong)
+            for reply, told, wrong in growing:
+                told, wrong = ui_status.together({"": (reply, told, wrong)}, {}, note)
+                yield ui_html.growing(reply), ui_html.beams(reply), ui_status.status(told, wrong)
 
         chat_controls.answering(
             [send.click, instruction.submit],

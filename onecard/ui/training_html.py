@@ -7,7 +7,7 @@ import html
 
 from onecard.data import preview
 from onecard.runs.jobs import FAILED, FINISHED, NEW, RUNNING, STARTING, STOPPED, State
-from onecard.ui.forms import say
+from onecard.ui import forms
 
 STYLE = """<style>
 .oc-card { border: 1px solid var(--border-color-primary); border-left: 5px solid var(--neutral-400);
@@ -72,19 +72,21 @@ PARTS = {  # what memory is for
 def memory(parts: dict[str, float], free: int | None, device: str, lang: str) -> str:
     """Predicted memory in GiB by its parts, beside the bytes that are free; in red when they are fewer."""
     total = sum(parts.values())
-    named = say(lang, ", ", "，").join(f"{say(lang, *PARTS[n])} {_gib(size)}" for n, size in parts.items())
-    text = say(lang, f"Predicted peak memory: {_gib(total)} GiB", f"预计内存峰值：{_gib(total)} GiB")
+    named = forms.text(lang, ", ", "，").join(
+        f"{forms.text(lang, *PARTS[n])} {_gib(size)}" for n, size in parts.items()
+    )
+    text = forms.text(lang, f"Predicted peak memory: {_gib(total)} GiB", f"预计内存峰值：{_gib(total)} GiB")
     if free is not None:
         there = f"{free / 2**30:.1f} GiB"
-        text += say(lang, f" of {there} free on {device}", f"，{device} 空闲 {there}")
-    own = say(lang, "The program itself comes on top.", "程序本身另计。")
-    text = say(lang, f"{text} ({named}). {own}", f"{text}（{named}）。{own}")
+        text += forms.text(lang, f" of {there} free on {device}", f"，{device} 空闲 {there}")
+    own = forms.text(lang, "The program itself comes on top.", "程序本身另计。")
+    text = forms.text(lang, f"{text} ({named}). {own}", f"{text}（{named}）。{own}")
     return note(text, free is not None and total * 2**30 > free)
 
 
 def unpredicted(reason: str, lang: str) -> str:
     reason = reason.rstrip(".")
-    return note(say(lang, f"Memory is not predicted: {reason}.", f"无法预计内存：{reason}。"))
+    return note(forms.text(lang, f"Memory is not predicted: {reason}.", f"无法预计内存：{reason}。"))
 
 
 def _gib(size: float) -> str:
@@ -94,20 +96,22 @@ def _gib(size: float) -> str:
 
 def card(name: str, state: State, latest: dict[str, float], lang: str) -> str:
     """How a run stands. latest: last values of its curves and `seconds` a step takes."""
-    kind = say(lang, *KINDS[state.kind])
-    of = say(lang, f"step {state.step} of {state.total or '?'}", f"第 {state.step} / {state.total or '?'} 步")
+    kind = forms.text(lang, *KINDS[state.kind])
+    of = forms.text(
+        lang, f"step {state.step} of {state.total or '?'}", f"第 {state.step} / {state.total or '?'} 步"
+    )
     if state.kind in (STOPPED, FAILED):
-        of = say(lang, f"saved up to {of}", f"已保存到{of}")
+        of = forms.text(lang, f"saved up to {of}", f"已保存到{of}")
     facts = [of] if state.kind not in (NEW, STARTING) else []
     words = {
         "loss": ("loss {:.4g}", "损失 {:.4g}"),
         "eval_loss": ("validation {:.4g}", "验证 {:.4g}"),
         "speed": ("{:.0f} tokens/s", "{:.0f} 词元/秒"),
     }
-    facts += [say(lang, *text).format(latest[key]) for key, text in words.items() if key in latest]
+    facts += [forms.text(lang, *text).format(latest[key]) for key, text in words.items() if key in latest]
     if state.kind == RUNNING and state.total and "seconds" in latest:
         left = duration((state.total - state.step) * latest["seconds"], lang)
-        facts.append(say(lang, f"about {left} left", f"大约还需 {left}"))
+        facts.append(forms.text(lang, f"about {left} left", f"大约还需 {left}"))
     share = 100 * min(1.0, state.step / state.total) if state.total and state.kind != STARTING else 0
     bar = f'<div class="oc-bar"><div style="width:{share:.1f}%"></div></div>'
     said = f'<p class="oc-said">{html.escape(state.said)}</p>' if state.said else ""
@@ -122,14 +126,16 @@ def duration(seconds: float, lang: str) -> str:
     """Seconds, minutes or hours, whichever fits."""
     for size, english, chinese in ((3600, "h", "小时"), (60, "min", "分钟")):
         if seconds >= 1.5 * size:
-            return f"{seconds / size:.{1 if size == 3600 else 0}f} {say(lang, english, chinese)}"
-    return f"{max(0, seconds):.0f} {say(lang, 's', '秒')}"
+            return f"{seconds / size:.{1 if size == 3600 else 0}f} {forms.text(lang, english, chinese)}"
+    return f"{max(0, seconds):.0f} {forms.text(lang, 's', '秒')}"
 
 
 def rows(shown: list[tuple[str, list[tuple[str, bool]]]], lang: str) -> str:
     """Rows as the model sees them: (where, runs of text, each with whether it is learned)."""
-    marked = say(lang, "Marked text", "标出的文字")
-    rest = say(lang, "is what it learns to say; the rest is only read.", "是模型要学会说的；其余只是读入。")
+    marked = forms.text(lang, "Marked text", "标出的文字")
+    rest = forms.text(
+        lang, "is what it learns to say; the rest is only read.", "是模型要学会说的；其余只是读入。"
+    )
     made = [f'<p class="oc-head oc-legend"><mark>{marked}</mark> {rest}</p>']
     for place, runs in shown:
         made.append(_box(_line("oc-place", html.escape(place)) + _line("oc-text", preview.marked(runs))))
@@ -144,7 +150,7 @@ def answers(
     made = []
     for given in after:
         asked = (given["instruction"], given["input"])
-        texts = (old.get(asked, say(lang, "(not asked then)", "（当时没有问）")), given["answer"])
+        texts = (old.get(asked, forms.text(lang, "(not asked then)", "（当时没有问）")), given["answer"])
         sides = "".join(
             f"<div>{_line('oc-head', html.escape(title))}{_line('oc-text', html.escape(text))}</div>"
             for title, text in zip(titles, texts, strict=False)

@@ -12,8 +12,7 @@ from onecard.config import training as training_config
 from onecard.config.training import FinetuneConfig
 from onecard.runs import jobs
 from onecard.system import svg_plot
-from onecard.ui import training_html
-from onecard.ui.forms import say
+from onecard.ui import forms, training_html
 
 FIELDS = {field.name: field for field in dataclasses.fields(FinetuneConfig)}
 COMMON = (
@@ -35,11 +34,11 @@ class StudioLayout:
         self.lang, self.workspace = lang, workspace
         self.lay_out()
 
-    def say(self, english: str, chinese: str) -> str:
-        return say(self.lang, english, chinese)
+    def text(self, english: str, chinese: str) -> str:
+        return forms.text(self.lang, english, chinese)
 
     def lay_out(self) -> None:
-        say = self.say
+        text = self.text
         gr.HTML(training_html.STYLE + svg_plot.STYLE, padding=False)
         with gr.Row():
             with gr.Column(min_width=320):
@@ -48,49 +47,49 @@ class StudioLayout:
                 self.inputs = {"data_path": rows}
                 with gr.Row():
                     self.upload = gr.UploadButton(
-                        say("Upload a file", "上传文件"), file_types=list(training_config.FORMATS), size="sm"
+                        text("Upload a file", "上传文件"), file_types=list(training_config.FORMATS), size="sm"
                     )
-                    self.preview = gr.Button(say("Preview", "预览"), size="sm", elem_id="train-preview")
+                    self.preview = gr.Button(text("Preview", "预览"), size="sm", elem_id="train-preview")
                 self.rows = gr.HTML(elem_id="train-rows", **SLOT)
                 self.inputs["model_path"] = self.input("model_path")
                 even = {"elem_classes": ["oc-form", "oc-even"]}
                 with gr.Row(**even):
                     self.inputs |= {name: self.input(name) for name in COMMON}
                 rest = [name for name in FIELDS if name not in (*ABOVE, *COMMON, *HIDDEN)]
-                with gr.Accordion(say("All options", "全部选项"), open=False), gr.Row(**even):
+                with gr.Accordion(text("All options", "全部选项"), open=False), gr.Row(**even):
                     self.inputs |= {name: self.input(name) for name in rest}
                 self.memory = gr.HTML(elem_id="train-memory", **SLOT)
                 self.name = gr.Textbox(
-                    label=say("Name of the new run", "新训练的名称"),
-                    info=say(f"a folder in {self.workspace}", f"{self.workspace} 中的文件夹"),
+                    label=text("Name of the new run", "新训练的名称"),
+                    info=text(f"a folder in {self.workspace}", f"{self.workspace} 中的文件夹"),
                     max_length=jobs.LONGEST_NAME,
                     elem_id="train-name",
                 )
-                self.start = gr.Button(say("Start", "开始训练"), variant="primary", elem_id="train-start")
+                self.start = gr.Button(text("Start", "开始训练"), variant="primary", elem_id="train-start")
                 self.started = gr.HTML(elem_id="train-started", **SLOT)
             with gr.Column(min_width=320):
-                words = {"label": say("Run", "训练"), "elem_id": "train-run", "interactive": True}
+                words = {"label": text("Run", "训练"), "elem_id": "train-run", "interactive": True}
                 self.run = gr.Dropdown([], allow_custom_value=True, **words)
                 self.card = gr.HTML(elem_id="train-card", **SLOT)
                 with gr.Row():
                     small = {"min_width": 100, "size": "md"}
-                    stop = say("Stop and save", "停止并保存")
+                    stop = text("Stop and save", "停止并保存")
                     self.stop = gr.Button(stop, variant="stop", elem_id="train-stop", **small)
-                    self.go_on = gr.Button(say("Continue", "继续训练"), elem_id="train-continue", **small)
-                    self.reuse = gr.Button(say("Copy options", "复制选项"), elem_id="train-reuse", **small)
+                    self.go_on = gr.Button(text("Continue", "继续训练"), elem_id="train-continue", **small)
+                    self.reuse = gr.Button(text("Copy options", "复制选项"), elem_id="train-reuse", **small)
                 self.done = gr.HTML(elem_id="train-done", **SLOT)
                 with gr.Row(elem_classes="oc-form"):
                     self.longer = gr.Textbox(
-                        label=say("Continue up to epoch", "继续训练到第几轮"),
-                        info=say("empty: as planned", "留空：按原计划"),
+                        label=text("Continue up to epoch", "继续训练到第几轮"),
+                        info=text("empty: as planned", "留空：按原计划"),
                         elem_id="train-longer",
                     )
-                    words = {"label": say("Compare with", "对比"), "elem_id": "train-others"}
-                    words |= {"info": say("earlier runs in the same plots", "在同一图中显示其他训练")}
+                    words = {"label": text("Compare with", "对比"), "elem_id": "train-others"}
+                    words |= {"info": text("earlier runs in the same plots", "在同一图中显示其他训练")}
                     words |= {"multiselect": True, "interactive": True}
                     self.others = gr.Dropdown([], allow_custom_value=True, **words)
                 self.plots = gr.HTML(elem_id="train-plots", **SLOT)
-                at = say("Answers at step", "第几步的回答")
+                at = text("Answers at step", "第几步的回答")
                 self.step = gr.Slider(0, 1, 0, step=1, label=at, visible=False, elem_id="train-step")
                 self.answers = gr.HTML(elem_id="train-answers", **SLOT)
 
@@ -102,9 +101,9 @@ class StudioLayout:
 
     def words(self, name: str) -> dict[str, Any]:
         english, chinese, help_ = training_config.FINETUNE[name]
-        text = self.say(FIELDS[name].metadata["help"], help_)
-        label = self.say(english, chinese)
-        return {"label": label, "info": text, "elem_id": f"train-{name}", "min_width": 140}
+        info = self.text(FIELDS[name].metadata["help"], help_)
+        label = self.text(english, chinese)
+        return {"label": label, "info": info, "elem_id": f"train-{name}", "min_width": 140}
 
     def input(self, name: str) -> Any:
         """The input of an option, by what it is declared to be."""

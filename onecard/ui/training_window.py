@@ -23,7 +23,6 @@ from onecard.runs import log as run_log
 from onecard.runs.log import ACCURACY, LOSS, RATE, SPEED, VALIDATION, Curves
 from onecard.system import hardware, svg_plot
 from onecard.ui import forms, training_html
-from onecard.ui.forms import say
 from onecard.ui.page import head
 from onecard.ui.training_layout import FIELDS, StudioLayout
 
@@ -42,7 +41,7 @@ PLOTS = {  # curves of one plot -> its title
 def page(lang: str = "en", workspace: Path = WORKSPACE) -> gr.Blocks:
     """The training window alone; `build` for what it takes."""
     with gr.Blocks(analytics_enabled=False, title="OneCard", fill_width=True) as window:
-        head(say(lang, "training", "训练"), lang)
+        head(forms.text(lang, "training", "训练"), lang)
         build(lang, workspace)
     return window
 
@@ -149,7 +148,7 @@ class Studio(StudioLayout):
 
     def card_of(self, run: str | None, state: jobs.State) -> str:
         if run is None:
-            return training_html.note(self.say("No run yet.", "还没有训练。"))
+            return training_html.note(self.text("No run yet.", "还没有训练。"))
         return training_html.card(run, state, self.curve(run).latest(), self.lang)
 
     def plot(self, keys: tuple[str, ...], names: list[str]) -> str:
@@ -158,12 +157,12 @@ class Studio(StudioLayout):
         for place, name in enumerate(names):
             for key in keys:
                 is_check = key == VALIDATION
-                what = self.say("validation", "验证") if is_check else self.say("training", "训练")
+                what = self.text("validation", "验证") if is_check else self.text("training", "训练")
                 parts = [name if len(names) > 1 else "", what if len(keys) > 1 else ""]
                 colour = place if len(names) > 1 else int(is_check)
                 points = self.curve(name).thinned(key, POINTS)
                 lines.append(svg_plot.Line(" ".join(filter(None, parts)) or name, points, colour, is_check))
-        return svg_plot.plot(self.say(*PLOTS[keys]), lines, LOSS not in keys) if names else ""
+        return svg_plot.plot(self.text(*PLOTS[keys]), lines, LOSS not in keys) if names else ""
 
     def show_answers(self, run: str | None, step: float) -> str:
         """The first answers and those of the last round up to `step`."""
@@ -176,8 +175,8 @@ class Studio(StudioLayout):
         first, chosen = min(rounds), max([at for at in rounds if at <= step], default=min(rounds))
         stored = jobs.config_of(folder)
         plain = not first and not stored.get("begun_from") and not stored.get("options", {}).get("lora_path")
-        before = self.say("Base model", "基座模型") if plain else self.say("At the start", "训练开始时")
-        after = self.say(f"After step {chosen}", f"第 {chosen} 步之后")
+        before = self.text("Base model", "基座模型") if plain else self.text("At the start", "训练开始时")
+        after = self.text(f"After step {chosen}", f"第 {chosen} 步之后")
         titles = (before, after) if chosen > first else (before,)
         return training_html.answers(rounds[first], rounds[chosen], titles, self.lang)
 
@@ -198,7 +197,7 @@ class Studio(StudioLayout):
             jobs.start(self.workspace, name, self.options(values))
         except UserError as error:
             return self.told(error), *[gr.skip()] * 4
-        told = self.say(
+        told = self.text(
             f"{name} was started. It goes on when this page is closed.",
             f"{name} 已启动。关闭页面不影响训练。",
         )
@@ -210,7 +209,7 @@ class Studio(StudioLayout):
             jobs.stop(self.workspace, run)
         except UserError as error:
             return self.told(error)
-        return training_html.note(self.say("It saves, then stops.", "保存后停止。"))
+        return training_html.note(self.text("It saves, then stops.", "保存后停止。"))
 
     def resume(self, run: str | None, epochs: str) -> tuple[str, Any]:
         try:
@@ -219,16 +218,19 @@ class Studio(StudioLayout):
             jobs.go_on(self.workspace, run, longer)
         except UserError as error:
             return self.told(error), gr.skip()
-        return training_html.note(self.say(f"{run} goes on.", f"{run} 继续训练。")), ""
+        return training_html.note(self.text(f"{run} goes on.", f"{run} 继续训练。")), ""
 
     def take_options(self, run: str | None) -> list[Any]:
         stored = jobs.config_of(self.workspace / run) if run in jobs.names(self.workspace) else {}
         if not stored:
-            text = self.say("This run has no options yet.", "该训练还没有选项。")
+            text = self.text("This run has no options yet.", "该训练还没有选项。")
             return [training_html.note(text, True), *[gr.skip()] * len(self.inputs)]
         values = {**stored["options"], "overwrite": False}
         values = [values.get(name, FIELDS[name].default) for name in self.inputs]
-        return [training_html.note(self.say("Copied into the form.", "已复制到表单。")), *map(_shown, values)]
+        return [
+            training_html.note(self.text("Copied into the form.", "已复制到表单。")),
+            *map(_shown, values),
+        ]
 
     def keep(self, path: str) -> tuple[Any, str]:
         try:
@@ -247,7 +249,7 @@ class Studio(StudioLayout):
             folder = locate.here(options.model_path)
             if folder is None:
                 name = options.model_path
-                reason = self.say(f"{name} is not on this machine yet", f"{name} 还不在本机")
+                reason = self.text(f"{name} is not on this machine yet", f"{name} 还不在本机")
                 return training_html.unpredicted(reason, self.lang)
             from onecard.training import (
                 memory as training_memory,  # brings torch, which a window alone does not need
