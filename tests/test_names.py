@@ -1,4 +1,4 @@
-"""Files that comments, docstrings and the docs name are there, under that name."""
+"""Files that comments and docstrings name are there, and everything that the docs name."""
 
 import ast
 import io
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support import doc_names
 from tests.support.paths import ROOT
 
 FOLDERS = ("onecard", "tests", "tools", "benchmarks", "sample", "docs")
@@ -65,3 +66,73 @@ def test_a_stale_name_is_found(known):
         "nowhere.py",
         "other.py",
     ]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_the_docs_name_what_exists(path):
+    """Options, files, code, commands, variables; in docs/decisions.md every word in backticks. Links too."""
+    page = path.read_text(encoding="utf-8")
+    names = doc_names.of_project()
+    assert names.missing(page, strict=path.name == "decisions.md") == []
+    assert doc_names.dead_links(path.relative_to(ROOT).as_posix(), page) == []
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        "training/nowhere.py",
+        "docs/nowhere.md",
+        "training.loop.no_step",
+        "training.loop.Trainer.no_member",
+        "training.nowhere.one_step",
+        "onecard.training.nowhere",
+        "tests.support.nowhere",
+        "--no_such_option",
+        "finetune.py --no_such_option",
+        "onecard finetune --no_such_option",
+        "ONECARD_NO_SUCH_VARIABLE",
+        "no_such_key",
+        "bash tools/no_setup.sh gptq",
+    ],
+)
+def test_a_planted_name_is_found(span):
+    """On any page, in backticks and in a block of code."""
+    names = doc_names.of_project()
+    for page in (f"Here `{span}` is.", f"```text\n{span}\n```\n"):
+        assert len(names.missing(page)) == 1
+    assert len(names.missing(f"Here `{span}` is.", strict=True)) == 1
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        "torch.amp.NoScaler",
+        "peft.helpers.nowhere",
+        "torch.cuda.is_bf16_supported",  # which exists, but nothing here uses it
+        "use_cache=None",
+        "nowhere",
+        "no-package",
+        "nowhere.json",
+    ],
+)
+def test_a_planted_word_is_found_in_the_decisions(span):
+    """There every word in backticks is the name of something in this project, or used by it."""
+    assert doc_names.of_project().missing(f"Here `{span}` is.", strict=True) == [span]
+
+
+def test_names_that_exist_are_let_through():
+    page = (
+        "`training/loop.py`, `onecard/training/loop.py`, `tools/setup.sh`, `onecard/`, "
+        "`training.loop.one_step`, `training.trainer.Trainer.plan`, `system.sandbox.ENVIRONMENT`, "
+        "`torch.amp.GradScaler`, `use_cache=False`, `--batch_size`, `adapter_model.safetensors`, "
+        "`ONECARD_CACHE`, `safetensors`, `learned`, `python -P -m onecard finetune`, "
+        "`bash tools/setup.sh gptq`, `pip-compile --generate-hashes mine.txt`"
+    )
+    assert doc_names.of_project().missing(page, strict=True) == []
+
+
+def test_a_dead_link_is_found():
+    page = (
+        "# One heading\n[a](#one-heading) [b](#none) [c](docs/data.md#files) [d](docs/data.md#none) [e](x.md)"
+    )
+    assert doc_names.dead_links("README.md", page) == ["#none", "docs/data.md#none", "x.md"]
