@@ -1,9 +1,9 @@
-"""Products with frozen 8- and 4-bit weights: dequantise, multiply, keep nothing for the backward pass.
+"""Linear layers with frozen 8-bit and 4-bit weights that keep no activations for the backward pass.
 
-A frozen weight needs no gradient, so its input need not be kept; the weight is dequantised again on the way
-back. bitsandbytes stores and loads the weights. Its own products keep their input where gradient
-checkpointing cannot free it, and its 8-bit product depends on the device and on a token's neighbours; these
-do neither. This file does not know what a LoRA is.
+A frozen weight needs no gradient, so the layer need not keep its input. It dequantises the weight before the
+product, and once more in the backward pass. bitsandbytes stores and loads the weights, but its own layers are
+not used: they keep their input where gradient checkpointing cannot free it, and the result of its 8-bit layer
+depends on the device and on the other tokens of the micro-batch. This file does not know what a LoRA is.
 
 Shapes: T tokens, I inputs, O outputs.
 """
@@ -18,7 +18,7 @@ Dequantise = Callable[[torch.dtype], torch.Tensor]  # dtype -> W [O, I]
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x [..., I] -> x W^T + b [..., O]; saves only the way to get W again."""
+    """x [..., I] -> x W^T + b [..., O]. It keeps only the function that dequantises W."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, dequantise: Dequantise) -> torch.Tensor:
@@ -31,9 +31,10 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class FrozenLinear8bit(bnb.nn.Linear8bitLt):
-    """bitsandbytes' 8-bit layer with a row-wise dequantised product: W = CB * SCB / 127."""
+    """The 8-bit layer of bitsandbytes with a product that dequantises row by row: W = CB * SCB / 127."""
 
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [O, I] in this dtype."""
         if self.weight.CB is not None:
             self.init_8bit_state()
         scale = self.state.SCB / 127  # [O]
@@ -44,9 +45,10 @@ class FrozenLinear8bit(bnb.nn.Linear8bitLt):
 
 
 class FrozenLinear4bit(bnb.nn.Linear4bit):
-    """bitsandbytes' NF4 layer with a dequantised product."""
+    """The 4-bit (NF4) layer of bitsandbytes with a product that dequantises the weight."""
 
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [O, I] in this dtype."""
         return dequantize_4bit(self.weight.data, self.weight.quant_state).to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,15 +56,16 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
 
 
 def frozen_product(x: torch.Tensor, bias: torch.Tensor | None, dequantise: Dequantise) -> torch.Tensor:
+    """x [..., I] -> x W^T + b [..., O] in the dtype of x; dequantise(dtype) returns W [O, I]."""
     bias = None if bias is None else bias.to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):  # the product runs in the dtype of its input
         return FrozenProduct.apply(x, bias, dequantise)
 
 
 def use_frozen_products(model: torch.nn.Module) -> int:
-    """Swap every bitsandbytes linear layer of `model` for its frozen twin, in place; returns how many.
+    """Replace every linear layer of bitsandbytes in `model` by a frozen one; returns how many there were.
 
-    The twin shares the quantised weight, so no memory is added.
+    The new layers share the quantised weights, so they take no additional memory.
     """
     swapped = 0
     for name, layer in list(model.named_modules()):

@@ -1,4 +1,4 @@
-"""Memory that a base model's weights take, from shapes and files alone."""
+"""How much memory the weights of a base model take, from their shapes and files alone."""
 
 from pathlib import Path
 
@@ -7,13 +7,14 @@ from transformers.pytorch_utils import Conv1D
 
 from onecard.models import tensor_files
 
-SAFETY = 0.8  # share of the free memory that is planned for
+SAFETY = 0.8  # the share of the free memory that a plan may use
 
 
 def weight_bytes(bare: torch.nn.Module, bits: int) -> int:
-    """Bytes of a frozen base. bare: without weights, in the dtype that 16 bits have.
+    """Bytes that the weights of a frozen base take in memory.
 
-    In 8 and 4 bits every linear layer but the head is stored as bitsandbytes does.
+    bare: the model without its weights, in the dtype that stands for 16 bits. In 8 and 4 bits, every linear
+    layer except the head is stored in the format of bitsandbytes.
     """
     head = bare.get_output_embeddings()
     packed = {
@@ -30,26 +31,29 @@ def weight_bytes(bare: torch.nn.Module, bits: int) -> int:
 
 
 def stored_bytes(bare: torch.nn.Module, folder: str) -> int:
-    """Bytes of a base whose files are quantised: theirs, and plain weights in the dtype that 16 bits have.
+    """Bytes in memory of a base whose files are quantised already.
 
-    bare: without weights, in that dtype.
+    Quantised tensors take as much as in the files, plain ones as much as in the dtype of `bare`, which is the
+    model without its weights in the dtype that stands for 16 bits. Raises UserError for damaged files.
     """
     plain, packed = dict(bare.named_parameters(remove_duplicate=False)), 0
-    found = {}  # of tied weights one
+    plain_bytes = {}  # tied weights count once
     for name, tensor in tensor_files.of_folder(Path(folder)).items():
-        own = plain.get(name)
-        if own is not None and tensor.dtype.is_floating_point and tensor.shape == tuple(own.shape):
-            found[id(own)] = own.numel() * own.element_size()
+        parameter = plain.get(name)
+        is_plain = parameter is not None and tensor.dtype.is_floating_point
+        if is_plain and tensor.shape == tuple(parameter.shape):
+            plain_bytes[id(parameter)] = parameter.numel() * parameter.element_size()
         else:
             packed += tensor.size
-    return packed + sum(found.values())
+    return packed + sum(plain_bytes.values())
 
 
 def _packed_bytes(count: int, rows: int, bits: int) -> int:
-    """One matrix as it is stored; rows: its outputs.
+    """Bytes of one quantised matrix of `count` weights and `rows` outputs.
 
-    8 bits: int8 and a scale a row. 4 bits: NF4 in blocks of 64 whose scales are 8 bits, in blocks of 256, and
-    the two tables of values (QLoRA, arXiv 2305.14314).
+    8 bits: one int8 per weight and a scale in fp32 per row. 4 bits: NF4 in blocks of 64 weights; each block
+    has a scale of 8 bits, each 256 scales have a scale in fp32, and there are two tables of values (QLoRA,
+    arXiv 2305.14314).
     """
     if bits == 8:
         return count + 4 * rows

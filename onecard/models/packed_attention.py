@@ -1,11 +1,12 @@
-"""Causal attention inside each document of a packed row, registered through transformers' own interface.
+"""Causal attention inside each document of a packed row, registered with transformers' AttentionInterface.
 
-A packed row holds several documents one after the other; a token sees only earlier tokens of its own
-document. One causal scaled_dot_product_attention call per document needs no mask: neither its memory nor the
-time spent on pairs that the mask would throw away. On a CPU the backward pass of short documents is done
-for many of them at once (benchmarks/attention_speed.py says what that brings). This file knows no model.
+A packed row holds several documents, one after the other. A token attends only to earlier tokens of its own
+document. One causal call of scaled_dot_product_attention per document needs no mask; that saves the memory of
+the mask, and the time for pairs of tokens that the mask would exclude. On a CPU, the backward pass handles
+many short documents at once (benchmarks/attention_speed.py measures the gain). This file knows no model.
 
-Shapes: H heads, K key/value heads (G = H / K share one), T tokens, D head size; n documents of up to L.
+Shapes: H query heads, K key/value heads (G = H / K query heads share one), T tokens, D head size; a batch of
+n documents has up to L tokens each.
 """
 
 import math
@@ -16,9 +17,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "onecard_packed"  # attn_implementation of a model that is trained on packed rows
-SHORT = 512  # tokens; longer documents are as fast through torch's own backward pass
-GROUP = 1024  # tokens of short documents, padding included, in one batch of the backward pass
-BLOCK = 128  # queries whose scores exist at the same time
+SHORT = 512  # tokens; torch's own backward pass is as fast for longer documents
+GROUP = 1024  # tokens (padding included) of short documents in one batch of the backward pass
+BLOCK = 128  # queries whose scores exist at one time
 
 
 def packed_attention(
@@ -35,15 +36,15 @@ def packed_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention output [1, T, H, D] of a packed row; document_lengths must add up to T.
+    """The attention output [1, T, H, D] of a packed row; document_lengths (tokens) must add up to T.
 
-    Raises ValueError when called without document_lengths, which every model in use must hand through, and
-    for attention of another kind: soft-capped, with sinks, or with a window shorter than a document.
+    Raises ValueError when the model does not pass document_lengths on to its attention, and for attention of
+    another kind: with a soft cap, with sinks, or with a window shorter than a document.
     """
     if document_lengths is None or attention_mask is not None or query.shape[0] != 1:
-        raise ValueError(f"{NAME} attention needs one packed row and its document_lengths, and no mask")
+        raise ValueError(f"{NAME} attention needs one packed row with document_lengths and without a mask")
     if softcap is not None or s_aux is not None or (sliding_window or math.inf) < max(document_lengths):
-        raise ValueError(f"{NAME} attention has no soft cap, no sinks and no window shorter than a row")
+        raise ValueError(f"{NAME} attention supports no soft cap, no sinks and no window shorter than a row")
     assert sum(document_lengths) == query.shape[2] == key.shape[2]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     batched = query.device.type == "cpu" and dropout == 0
@@ -69,7 +70,10 @@ def each_document(
     scaling: float,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """One causal call per document: [1, H, T, D] out of [1, H, T, D], [1, K, T, D], [1, K, T, D]."""
+    """One causal attention call per document.
+
+    query [1, H, T, D], key and value [1, K, T, D] -> output [1, H, T, D]; lengths: tokens of each document.
+    """
     outputs = [
         scaled_dot_product_attention(
             query[:, :, start:end],
@@ -86,7 +90,7 @@ def each_document(
 
 
 class _ShortDocuments(torch.autograd.Function):
-    """The same as each_document, with a backward pass over batches of documents of similar length."""
+    """The same as each_document, but the backward pass works on batches of documents of similar length."""
 
     @staticmethod
     def forward(ctx, query, key, value, lengths, scaling):
@@ -109,36 +113,40 @@ class _ShortDocuments(torch.autograd.Function):
 
 
 def similar_lengths(lengths: tuple[int, ...]) -> list[list[tuple[int, int]]]:
-    """(start, end) of documents in groups whose padding to the longest is small: at most a fifth of it."""
+    """(start, end) of all documents in groups of similar length.
+
+    No document is more than a fifth shorter than the longest of its group. A group of several documents has
+    at most GROUP tokens, padding included.
+    """
     groups: list[list[tuple[int, int]]] = []
-    places = list(pairwise(accumulate(lengths, initial=0)))
-    for place in sorted(places, key=lambda place: place[0] - place[1]):
+    spans = list(pairwise(accumulate(lengths, initial=0)))
+    for span in sorted(spans, key=lambda span: span[0] - span[1]):
         longest = groups[-1][0][1] - groups[-1][0][0] if groups else math.inf
-        near = (place[1] - place[0]) * 5 >= longest * 4
+        near = (span[1] - span[0]) * 5 >= longest * 4
         if near and (len(groups[-1]) + 1) * longest <= GROUP:
-            groups[-1].append(place)
+            groups[-1].append(span)
         else:
-            groups.append([place])
+            groups.append([span])
     return groups
 
 
 def _padded(tensor: torch.Tensor, group: list[tuple[int, int]], longest: int) -> torch.Tensor:
-    """[1, X, T, D] -> [n, X, L, D]; zeros after a document's end, which no earlier token sees."""
+    """[1, X, T, D] -> [n, X, L, D]; the zeros behind the end of a document change none of its results."""
     parts = [pad(tensor[0, :, start:end], (0, 0, 0, longest - (end - start))) for start, end in group]
     batch = torch.stack(parts)
     return batch if batch.dtype == torch.bfloat16 else batch.float()
 
 
 def _backward(query, key, value, output, grad_output, scaling):
-    """Gradients of softmax attention from its inputs and output, the probabilities computed again.
+    """Gradients of query, key and value of softmax attention; it computes the probabilities once more.
 
-    query, output, grad_output [n, H, L, D]; key, value [n, K, L, D]; all bf16 or all fp32. BLOCK queries at a
-    time, which see only the keys up to their own end: about half of the products, and scores that stay small.
-    Scores and what is subtracted from one another are fp32, for large numbers cancel there; the products with
-    the results run in the dtype of the inputs.
+    query, output, grad_output [n, H, L, D]; key, value [n, K, L, D]; all of them bf16, or all fp32. BLOCK
+    queries are handled at a time, with only the keys up to the last of them: that is about half of the
+    products, and the scores stay small. The scores and the differences are computed in fp32, because large
+    numbers cancel there; the products with the results run in the dtype of the inputs.
     """
     (n, heads, length, size), kv_heads, low = query.shape, key.shape[1], query.dtype
-    batch, groups = n * kv_heads, heads // kv_heads  # the G heads of a key one after the other
+    batch, groups = n * kv_heads, heads // kv_heads  # the G query heads of a key lie one after the other
     by_key = (batch, groups, length, size)
     query, output, grad_output = (tensor.reshape(by_key) for tensor in (query, output, grad_output))
     key, value = key.reshape(batch, length, size), value.reshape(batch, length, size)
