@@ -9,7 +9,7 @@ import torch
 
 from onecard.conversion import meta_layout
 from onecard.models import pth_files, tensor_files
-from onecard.models.tensor_files import Files, Tensor
+from onecard.models.tensor_files import Files, StoredTensor
 
 VOCAB = 32000
 FILE = 500 << 20  # bytes of a file in transformers' layout
@@ -24,7 +24,7 @@ def shape_of(width: int, layers: int) -> meta_layout.Shape:
     )
 
 
-def fill(placed: dict[str, Tensor]) -> None:
+def fill(placed: dict[str, StoredTensor]) -> None:
     draw = torch.Generator().manual_seed(0)
     with Files() as files:
         for tensor in placed.values():
@@ -38,7 +38,8 @@ def make_meta(folder: Path, shape: meta_layout.Shape) -> None:
     folder.mkdir()
     for number in range(2):
         tensors = [
-            Tensor(w.meta, torch.bfloat16, meta_layout.part(w, 2)) for w in meta_layout.weights(shape, 1)
+            StoredTensor(w.meta, torch.bfloat16, meta_layout.part(w, 2))
+            for w in meta_layout.weights(shape, 1)
         ]
         fill(pth_files.create_file(folder / f"consolidated.{number:02d}.pth", tensors))
     (folder / "params.json").write_text(json.dumps(meta_layout.to_params(shape)))
@@ -47,7 +48,7 @@ def make_meta(folder: Path, shape: meta_layout.Shape) -> None:
 
 def make_hf(folder: Path, shape: meta_layout.Shape) -> None:
     folder.mkdir()
-    tensors = [Tensor(w.hf, torch.bfloat16, w.shape) for w in meta_layout.weights(shape, 1)]
+    tensors = [StoredTensor(w.hf, torch.bfloat16, w.shape) for w in meta_layout.weights(shape, 1)]
     files = tensor_files.divide(tensors, FILE)
     fill(tensor_files.create(folder, dict(zip(tensor_files.names_of(len(files)), files, strict=True))))
     ids = {"bos_token_id": 1, "eos_token_id": 2}
@@ -67,8 +68,8 @@ def make_adapter(folder: Path, shape: meta_layout.Shape) -> None:
         module = weight.hf.removesuffix(".weight")
         if module.rsplit(".", 1)[-1] in TARGETS:
             name, (out, inside) = f"base_model.model.{module}", weight.shape
-            pairs.append(Tensor(f"{name}.lora_A.weight", torch.float32, (RANK, inside)))
-            pairs.append(Tensor(f"{name}.lora_B.weight", torch.float32, (out, RANK)))
+            pairs.append(StoredTensor(f"{name}.lora_A.weight", torch.float32, (RANK, inside)))
+            pairs.append(StoredTensor(f"{name}.lora_B.weight", torch.float32, (out, RANK)))
     fill(tensor_files.create_file(folder / "adapter_model.safetensors", pairs))
 
 

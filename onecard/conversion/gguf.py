@@ -121,7 +121,12 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
         if not all(isinstance(alpha, int | float) for alpha in alphas):
             raise ValueError("an alpha is no number")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        for pattern in config.get("alpha_pattern") or {}:
+            re.compile(pattern)
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError),
+        *(re.error, SafetensorError),
+    ) as error:
         raise refuse(f"no adapter that can be read ({error}).", "Name an adapter folder of peft.") from None
     if config.get("peft_type", "LORA") != "LORA":
         raise refuse("not a LoRA adapter, which is all that llama.cpp has.")
@@ -141,13 +146,15 @@ def _scale_plainly(folder: Path, config: dict[str, Any]) -> None:
     """
     from safetensors.torch import load_file, save_file
 
+    from onecard.models import adapter as models_adapter
+
     tensors = load_file(folder / model_files.ADAPTER_WEIGHTS)
     patterns = config.get("alpha_pattern") or {}
     for name in [name for name in tensors if name.endswith(".lora_B.weight")]:
         rank = tensors[name].shape[-1]
         module = name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
-        found = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))  # as peft
-        scale = next(found, config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        alpha = models_adapter.pattern_value(patterns, module, config["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         tensors[name] = tensors[name].float() * scale
     for name in ADAPTER_FILES:
         (folder / name).unlink()  # the link

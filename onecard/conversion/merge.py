@@ -22,13 +22,13 @@ from onecard.conversion import lora_delta, side_files
 from onecard.conversion.lora_delta import Adapter, Change
 from onecard.errors import CHECKPOINT, UserError
 from onecard.evaluation import eval_rows, merge_fidelity
-from onecard.evaluation.eval_rows import Row
+from onecard.evaluation.eval_rows import EvalRow
 from onecard.hub import locate, model_files, remote_code, revisions
 from onecard.inference import resolve
 from onecard.models import adapter as models_adapter
 from onecard.models import base_model, tensor_files
 from onecard.models import tokenizer as models_tokenizer
-from onecard.models.tensor_files import Behind, Files, Tensor
+from onecard.models.tensor_files import Behind, Files, StoredTensor
 from onecard.runs import adapters as run_adapters
 from onecard.runs.adapters import Source
 from onecard.system import files as system_files
@@ -47,7 +47,7 @@ class Base:
 
     folder: Path
     config: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, StoredTensor]
     prefix: str  # of the inner model's names, which some files leave out
     conv: set[str]  # modules whose weights are [in, out]
     embedding: str  # name of its tensor
@@ -55,7 +55,7 @@ class Base:
     tied: bool
     wanted: dict[str, tuple[int, ...]]  # tensors of the adapter -> shapes
 
-    def find(self, name: str) -> Tensor | None:
+    def find(self, name: str) -> StoredTensor | None:
         """The tensor of a parameter; of a tied head the embedding's."""
         short = name.removeprefix(f"{self.prefix}.")
         if name == self.head and self.tied:
@@ -67,8 +67,8 @@ class Base:
 class Plan:
     """What is written. origin: name in the files -> the tensor it comes from."""
 
-    files: dict[str, list[Tensor]]
-    origin: dict[str, Tensor]
+    files: dict[str, list[StoredTensor]]
+    origin: dict[str, StoredTensor]
     changes: dict[str, tuple[Change, bool]]  # name in the files -> (change, whether the weight is [in, out])
     biases: dict[str, Change]  # name in the files -> the change that adds to it
     config: dict[str, Any]
@@ -107,7 +107,7 @@ def run(options: MergeConfig, progress: Progress) -> None:
             merge_fidelity.run(options, rows, folder, found, target)
 
 
-def _rows(options: MergeConfig, folder: Path, found: Source) -> list[Row]:
+def _rows(options: MergeConfig, folder: Path, found: Source) -> list[EvalRow]:
     """Rows for the report; raises UserError (exit 3) without any."""
     tokenizer = models_tokenizer.load_tokenizer(str(side_files.tokenizer_of(found.origin) or folder))
     form, _ = resolve.choose_template(None, [found], tokenizer)
@@ -168,11 +168,11 @@ def _base(folder: Path, adapter_folder: Path) -> Base:
             made.tied = config["tie_word_embeddings"] = settings.tie_word_embeddings = False
             bare = base_model.skeleton(str(folder), settings)
     tensor_files.check_whole(folder, tensors, bare)
-    made.wanted = models_adapter.wanted(bare, adapter_folder)
+    made.wanted = models_adapter.expected_shapes(bare, adapter_folder)
     return made
 
 
-def _are_equal(one: Tensor, other: Tensor) -> bool:
+def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors hold the same, value for value."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
@@ -265,15 +265,15 @@ def _vocabulary(base: Base, untied: bool) -> list[str]:
     return sorted(names | ({base.head} if untied else set()))
 
 
-def _files(base: Base, origin: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+def _files(base: Base, origin: dict[str, StoredTensor]) -> dict[str, list[StoredTensor]]:
     """The base's files and dtypes with the shapes of what comes; a new head lies beside the embedding."""
-    files: dict[str, list[Tensor]] = {}
+    files: dict[str, list[StoredTensor]] = {}
     for name, tensor in base.tensors.items():
-        made = Tensor(name, tensor.dtype, origin[name].shape)
+        made = StoredTensor(name, tensor.dtype, origin[name].shape)
         files.setdefault(tensor.file.name, []).append(made)
     embedding = base.find(base.embedding)
     if base.head in origin and base.head not in base.tensors:
-        made = Tensor(base.head, embedding.dtype, origin[base.head].shape)
+        made = StoredTensor(base.head, embedding.dtype, origin[base.head].shape)
         files[embedding.file.name].append(made)
     return files
 
@@ -323,6 +323,6 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _blocks(files: Files, source: Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+def _blocks(files: Files, source: StoredTensor) -> Iterator[tuple[int, torch.Tensor]]:
     for first, last in source.blocks():
         yield first, files.read(source, first, last)

@@ -25,7 +25,7 @@ from onecard.conversion.meta_layout import (
 from onecard.errors import CHECKPOINT, UserError
 from onecard.hub.model_files import MODEL_CONFIG
 from onecard.models import pth_files, tensor_files
-from onecard.models.tensor_files import Behind, Files, Tensor
+from onecard.models.tensor_files import Behind, Files, StoredTensor
 from onecard.system import sandbox
 
 LEFT_SPACE = 4 << 30  # bytes of address space beyond the largest file
@@ -38,7 +38,7 @@ class Source:
     layout: str
     shape: Shape
     weights: list[Weight]  # without the head when it is the embedding
-    pieces: dict[str, list[Tensor]]
+    pieces: dict[str, list[StoredTensor]]
     said: list[str]
 
     @property
@@ -114,7 +114,7 @@ def _piece(weight: Weight, count: int, path: Path) -> tuple[int, ...]:
         ) from None
 
 
-def _check_names(found: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], where: Path) -> None:
+def _check_names(found: dict[str, StoredTensor], wanted: dict[str, tuple[int, ...]], where: Path) -> None:
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or unknown:
         names = ", ".join((missing or unknown)[:5])
@@ -132,7 +132,7 @@ def _check_names(found: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], w
             raise UserError(f"{found[name].file}: {problem}.", "Convert the original weights.", CHECKPOINT)
 
 
-def _untwinned(wanted: list[Weight], pieces: dict[str, list[Tensor]], said: list[str]) -> list[Weight]:
+def _untwinned(wanted: list[Weight], pieces: dict[str, list[StoredTensor]], said: list[str]) -> list[Weight]:
     """Without the head when it is the embedding once more, bit for bit: then the model is tied."""
     if wanted[-1].meta != "output.weight":
         return wanted
@@ -179,12 +179,14 @@ def write(
     return done
 
 
-def _blocks(weight: Weight, pieces: list[Tensor], multiple: int) -> Any:
+def _blocks(weight: Weight, pieces: list[StoredTensor], multiple: int) -> Any:
     whole = dataclasses.replace(pieces[0], shape=weight.shape)
     return whole.blocks(multiple)
 
 
-def _assembled(files: Files, weight: Weight, pieces: list[Tensor], first: int, last: int) -> torch.Tensor:
+def _assembled(
+    files: Files, weight: Weight, pieces: list[StoredTensor], first: int, last: int
+) -> torch.Tensor:
     """Rows first..last of a whole tensor that lies in pieces."""
     if weight.cut is None or len(pieces) == 1:
         return files.read(pieces[0], first, last)
@@ -197,7 +199,9 @@ def _assembled(files: Files, weight: Weight, pieces: list[Tensor], first: int, l
     return rows
 
 
-def _scatter(files: Behind, weight: Weight, pieces: list[Tensor], first: int, rows: torch.Tensor) -> None:
+def _scatter(
+    files: Behind, weight: Weight, pieces: list[StoredTensor], first: int, rows: torch.Tensor
+) -> None:
     """Put whole rows into the pieces of a tensor; what is not cut goes into each."""
     if weight.cut is None or len(pieces) == 1:
         for piece in pieces:
@@ -212,7 +216,7 @@ def _scatter(files: Behind, weight: Weight, pieces: list[Tensor], first: int, ro
             behind += b - a
 
 
-def _spans(pieces: list[Tensor], first: int, last: int) -> list[tuple[int, int, int]]:
+def _spans(pieces: list[StoredTensor], first: int, last: int) -> list[tuple[int, int, int]]:
     """Rows first..last of pieces that lie behind each other: (piece, its first row, behind its last)."""
     height = pieces[0].rows
     return [
@@ -221,9 +225,10 @@ def _spans(pieces: list[Tensor], first: int, last: int) -> list[tuple[int, int, 
     ]
 
 
-def _create_hf(source: Source, folder: Path) -> dict[str, list[Tensor]]:
+def _create_hf(source: Source, folder: Path) -> dict[str, list[StoredTensor]]:
     tensors = [
-        Tensor(weight.hf, source.pieces[weight.meta][0].dtype, weight.shape) for weight in source.weights
+        StoredTensor(weight.hf, source.pieces[weight.meta][0].dtype, weight.shape)
+        for weight in source.weights
     ]
     files = tensor_files.divide(tensors)
     placed = tensor_files.create(folder, dict(zip(tensor_files.names_of(len(files)), files, strict=True)))
@@ -232,9 +237,9 @@ def _create_hf(source: Source, folder: Path) -> dict[str, list[Tensor]]:
 
 def _create_meta(
     source: Source, folder: Path, wanted: list[Weight], copied: dict[str, str], count: int
-) -> dict[str, list[Tensor]]:
+) -> dict[str, list[StoredTensor]]:
     tensors = [
-        Tensor(w.meta, source.pieces[copied.get(w.meta, w.meta)][0].dtype, meta_layout.part(w, count))
+        StoredTensor(w.meta, source.pieces[copied.get(w.meta, w.meta)][0].dtype, meta_layout.part(w, count))
         for w in wanted
     ]
     placed = [pth_files.create_file(folder / f"consolidated.{n:02d}.pth", tensors) for n in range(count)]

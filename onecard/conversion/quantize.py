@@ -18,7 +18,7 @@ from onecard.config import options as config_options
 from onecard.config.tools import QuantizeConfig
 from onecard.errors import CHECKPOINT, UserError, is_out_of_memory
 from onecard.evaluation import eval_rows
-from onecard.evaluation.eval_rows import Row
+from onecard.evaluation.eval_rows import EvalRow
 from onecard.hub import locate, model_files, revisions
 from onecard.inference import resolve
 from onecard.models import base_model, quantized, tensor_files
@@ -83,7 +83,7 @@ def run(options: QuantizeConfig) -> Path:
     return target
 
 
-def _perplexity_after(place: Path, others: list[Row], device: str) -> float | None:
+def _perplexity_after(place: Path, others: list[EvalRow], device: str) -> float | None:
     """Of the new model; None without rows, or without the memory: the work of hours is worth more."""
     try:
         return _perplexity(place, others, device, "perplexity after")
@@ -183,7 +183,7 @@ def _check_weights(source: Path) -> None:
     say("weights     all finite")
 
 
-def _rows(options: QuantizeConfig, source: Path) -> tuple[list[Row], list[Row]]:
+def _rows(options: QuantizeConfig, source: Path) -> tuple[list[EvalRow], list[EvalRow]]:
     """(rows to look at, other rows to tell the perplexity of), chosen by the seed."""
     if options.method == BNB and not options.report_rows:
         return [], []
@@ -202,7 +202,7 @@ def _rows(options: QuantizeConfig, source: Path) -> tuple[list[Row], list[Row]]:
 
 
 def _by_gptqmodel(
-    source: Path, place: Path, options: QuantizeConfig, group: int, seen: list[Row], device: str
+    source: Path, place: Path, options: QuantizeConfig, group: int, seen: list[EvalRow], device: str
 ) -> list[dict[str, Any]]:
     """Fill the folder; what the library noted about each module."""
     library = quantized.library()
@@ -252,7 +252,7 @@ def _by_bitsandbytes(source: Path, place: Path, bits: int, device: str) -> None:
     made.save_pretrained(place)
 
 
-def _perplexity(folder: Path, rows: list[Row], device: str, title: str) -> float | None:
+def _perplexity(folder: Path, rows: list[EvalRow], device: str, title: str) -> float | None:
     """Of these rows, None without; by the processor when the whole model does not fit on the card.
 
     Raises UserError (exit 4) when it is no finite number.

@@ -20,7 +20,7 @@ from onecard.data.template import Template
 from onecard.errors import DATA, UserError
 
 MOST_NATS = 700.0  # of a token: what exp() can still say
-Row = tuple[list[int], list[bool]]  # token ids, whether each is a target
+EvalRow = tuple[list[int], list[bool]]  # token ids, whether each is a target
 
 
 def files(data_path: str) -> list[Path]:
@@ -30,7 +30,7 @@ def files(data_path: str) -> list[Path]:
 
 def some(
     data_path: str, cutoff_len: int, form: Template, tokenizer: Any, most: int | None = None
-) -> list[Row]:
+) -> list[EvalRow]:
     """The first rows that can be used, or all; raises UserError (exit 3) when there is none."""
     found = list(islice(read(data_path, cutoff_len, form, tokenizer), most))
     if not found:
@@ -38,7 +38,7 @@ def some(
     return found
 
 
-def read(data_path: str, cutoff_len: int, form: Template, tokenizer: Any) -> Iterator[Row]:
+def read(data_path: str, cutoff_len: int, form: Template, tokenizer: Any) -> Iterator[EvalRow]:
     """The rows that can be used, cut at so many tokens; raises UserError when the file cannot be read."""
     for row in (
         row for path in files(data_path) for row in reader.read_rows(path) if not isinstance(row, BadRow)
@@ -52,7 +52,7 @@ def read(data_path: str, cutoff_len: int, form: Template, tokenizer: Any) -> Ite
 
 
 @torch.no_grad()
-def answers(made: torch.nn.Module, rows: list[Row], device: str) -> Iterator[tuple[torch.Tensor, float]]:
+def answers(made: torch.nn.Module, rows: list[EvalRow], device: str) -> Iterator[tuple[torch.Tensor, float]]:
     """Of each row: logits [targets, V] in fp32 that predict its targets, and minus their log-probability."""
     for ids, is_target in rows:
         taken = torch.tensor(ids, device=device)
@@ -61,7 +61,7 @@ def answers(made: torch.nn.Module, rows: list[Row], device: str) -> Iterator[tup
         yield logits, F.cross_entropy(logits, taken[1:][places].cpu(), reduction="sum").item()
 
 
-def perplexity(made: torch.nn.Module, rows: list[Row], device: str, title: str) -> float:
+def perplexity(made: torch.nn.Module, rows: list[EvalRow], device: str, title: str) -> float:
     """Of a target token of these rows, as per_token; title: of the bar."""
     shown = tqdm(answers(made, rows, device), desc=title, total=len(rows), unit="row", disable=None)
     found = [(nats, len(logits)) for logits, nats in shown]

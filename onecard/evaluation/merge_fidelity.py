@@ -12,7 +12,7 @@ import torch
 from onecard.config.tools import MergeConfig
 from onecard.errors import CHECKPOINT, UserError
 from onecard.evaluation import eval_rows
-from onecard.evaluation.eval_rows import Row
+from onecard.evaluation.eval_rows import EvalRow
 from onecard.models import adapter as models_adapter
 from onecard.models import base_model
 from onecard.runs.adapters import Source
@@ -22,7 +22,7 @@ from onecard.system.console import say
 UNMERGED = "base + adapter (peft)"
 
 
-def run(options: MergeConfig, rows: list[Row], base: Path, found: Source, merged: Path) -> None:
+def run(options: MergeConfig, rows: list[EvalRow], base: Path, found: Source, merged: Path) -> None:
     """Say logit differences and perplexities on these rows; raises UserError, exit 4 for no numbers."""
     device = hardware.choose_device("auto").value
     dtype = hardware.choose_dtype("auto", device).value
@@ -49,7 +49,7 @@ def _load(folder: Path, bits: int, dtype: str, device: str, adapter_folder: Path
     return made.eval()
 
 
-def outcome(made: torch.nn.Module, rows: list[Row], device: str) -> tuple[float, list[torch.Tensor]]:
+def outcome(made: torch.nn.Module, rows: list[EvalRow], device: str) -> tuple[float, list[torch.Tensor]]:
     """(perplexity of the targets, logits [targets, V] of each row in fp32 that predict them)."""
     found = list(eval_rows.answers(made, rows, device))
     kept = [logits for logits, _ in found]

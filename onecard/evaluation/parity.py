@@ -31,7 +31,7 @@ NAME = "adapter"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ParityRow:
     """One line of the table: what was compared, what came out, what was asked for."""
 
     name: str
@@ -100,7 +100,7 @@ def compare(
     template: Template,
     tokenizer: Any,
     threads: int,
-) -> list[Row]:
+) -> list[ParityRow]:
     """The table of one file of this type; a row that failed says so."""
     adapters = {NAME: gguf_adapter} if gguf_adapter else {}
     engine = llama_cpp_engine.Engine(gguf, tokenizer, CONTEXT, adapters, threads, exact=True)
@@ -115,7 +115,7 @@ def compare(
         engine.close()
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[ParityRow]) -> str:
     width = max(len(row.name) for row in rows)
     lines = []
     for row in rows:
@@ -124,33 +124,39 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _ids(engine: Any, tokenizer: Any) -> Row:
+def _ids(engine: Any, tokenizer: Any) -> ParityRow:
     """Added tokens are written as such: that is how other programs write a template."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     texts = probe_texts.texts(added)
     own = tokenizer(texts, add_special_tokens=False).input_ids
     wrong = [text for text, ids in zip(texts, own, strict=True) if engine.encode(text) != ids]
     first = f", first: {wrong[0][:40]!r}" if wrong else ""
-    return Row("token ids", f"{len(wrong)} of {len(texts)} texts differ{first}", "0", bool(wrong))
+    return ParityRow("token ids", f"{len(wrong)} of {len(texts)} texts differ{first}", "0", bool(wrong))
 
 
-def _metadata(engine: Any, template: Template, tokenizer: Any) -> list[Row]:
+def _metadata(engine: Any, template: Template, tokenizer: Any) -> list[ParityRow]:
     chat, own = engine.written("tokenizer.chat_template"), getattr(tokenizer, "chat_template", None)
     end = engine.written("tokenizer.ggml.eos_token_id")
-    rows = [Row("chat template", "the model's" if own else "none", "the model's")]
+    rows = [ParityRow("chat template", "the model's" if own else "none", "the model's")]
     if chat != own:
-        rows = [Row("chat template", "another" if chat else "missing", "the model's", True)]
+        rows = [ParityRow("chat template", "another" if chat else "missing", "the model's", True)]
     name = tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id)
     right = end == str(tokenizer.eos_token_id)
-    rows.append(Row("end token", f"{end} {name if right else ''}", f"{tokenizer.eos_token_id}", not right))
+    rows.append(
+        ParityRow("end token", f"{end} {name if right else ''}", f"{tokenizer.eos_token_id}", not right)
+    )
     unknown = [token for token in data_encode.ends(template, tokenizer) if not engine.ends_with(token)]
     if unknown:
         names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(unknown)))
-        rows.append(Row("stops", f"llama.cpp does not stop at {names} by itself: the Modelfile says it"))
+        rows.append(
+            ParityRow("stops", f"llama.cpp does not stop at {names} by itself: the Modelfile says it")
+        )
     return rows
 
 
-def _answers(engine: Any, answers: list[Answer], kind: str, mixture: Mixture, ends: list[int]) -> list[Row]:
+def _answers(
+    engine: Any, answers: list[Answer], kind: str, mixture: Mixture, ends: list[int]
+) -> list[ParityRow]:
     same = total = whole = 0
     gaps = []
     for answer in tqdm(answers, "answers by llama.cpp", unit="answer", disable=None):
@@ -166,15 +172,15 @@ def _answers(engine: Any, answers: list[Answer], kind: str, mixture: Mixture, en
     bound = f"at most {MOST_GAP}" if kind in EXACT else "a number"
     failed = not math.isfinite(gap) or (kind in EXACT and gap > MOST_GAP)
     return [
-        Row("greedy answers", greedy),
-        Row("largest logit gap", f"{gap:.4f}", bound, failed),
+        ParityRow("greedy answers", greedy),
+        ParityRow("largest logit gap", f"{gap:.4f}", bound, failed),
     ]
 
 
-def _perplexity(expected: perplexity.Score, found: perplexity.Score) -> Row:
+def _perplexity(expected: perplexity.Score, found: perplexity.Score) -> ParityRow:
     ratio = found.perplexity / expected.perplexity
     numbers = f"{expected.perplexity:.3f} -> {found.perplexity:.3f}, ratio {ratio:.4f}"
-    return Row("perplexity", numbers, f"at most {MOST_RATIO}", not ratio <= MOST_RATIO)
+    return ParityRow("perplexity", numbers, f"at most {MOST_RATIO}", not ratio <= MOST_RATIO)
 
 
 def _mixture(adapter: Path | None) -> Mixture:

@@ -39,7 +39,7 @@ class Window(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class ScoredText:
     """Token ids of a text; `ends[i]`: characters up to the end of token i."""
 
     ids: list[int]
@@ -79,13 +79,13 @@ class Score:
         return self.nats / math.log(2) / self.bytes
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> Text:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> ScoredText:
     """The first `most` tokens of a text; control tokens written in it are text."""
     made = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
     ids, ends = list(made.input_ids), [end for _, end in made.offset_mapping]
     own = tokenizer("a").input_ids[:1]
     beginning = own if own == [tokenizer.bos_token_id] else []
-    return Text(ids[:most], ends[:most], text, beginning)
+    return ScoredText(ids[:most], ends[:most], text, beginning)
 
 
 def windows(count: int, length: int, unscored: int = 1) -> list[Window]:
@@ -98,7 +98,7 @@ def windows(count: int, length: int, unscored: int = 1) -> list[Window]:
     return made
 
 
-def score(engine: Engine, text: Text, length: int, mixture: Mixture = (), title: str = "") -> Score:
+def score(engine: Engine, text: ScoredText, length: int, mixture: Mixture = (), title: str = "") -> Score:
     """Score a text in windows of `length` tokens; title: of the bar, none without."""
     nats = 0.0
     cut = windows(len(text.ids), length - len(text.beginning), text.unscored)
@@ -126,7 +126,7 @@ def _log_probabilities(logits: Iterator[torch.Tensor], ids: list[int], skip: int
         start += len(rows)
 
 
-def perplexity(options: PerplexityConfig, to_gguf: loader.ToGguf) -> tuple[Score, Text, int]:
+def perplexity(options: PerplexityConfig, to_gguf: loader.ToGguf) -> tuple[Score, ScoredText, int]:
     """(score, text, tokens of a window); to_gguf: as loader.load takes it.
 
     Raises UserError, exit 4 when the score is no finite number.
@@ -171,7 +171,7 @@ def read(path: str | None) -> str:
         raise UserError(problem, "Save it as UTF-8.", DATA) from None
 
 
-def describe(score: Score, text: Text, length: int) -> str:
+def describe(score: Score, text: ScoredText, length: int) -> str:
     """What was scored, how, and the results."""
     first = (
         "each window begins with the tokenizer's first token" if text.beginning else "all but the first token"

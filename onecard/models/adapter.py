@@ -1,12 +1,13 @@
-"""The adapter: its shape, its start, its tensors. The only file that touches peft.
+"""The LoRA adapter of a base model: its settings, its initial weights, its tensors. Only this file uses peft.
 
-It does not know files, rows or steps; its files are written by models/trainable.py.
+It knows no rows and no optimizer steps. models/trainable.py writes the files of an adapter.
 """
 
 import dataclasses
 import json
 import re
 import warnings
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from peft import (
 )
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES as NO_TARGETS
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 
 from onecard.config.training import FinetuneConfig
@@ -33,7 +36,8 @@ from onecard.models.dropout import CheapDropout
 from onecard.system import build_lock
 from onecard.system import safetensors as safetensors_file
 
-# of LoraConfig: what --peft_config may say; a checkpoint stays an adapter that any tool can load
+# the settings of peft's LoraConfig that --peft_config may hold: with any of them, a checkpoint stays an
+# adapter that other tools can load
 EXTRAS = {
     "alpha_pattern": dict,
     "exclude_modules": list,
@@ -45,27 +49,32 @@ EXTRAS = {
     "use_rslora": bool,
 }
 ALL_LINEAR = "all-linear"  # as target modules: every linear layer but the head
-LORA, EMBEDDINGS, BOTH = "lora", "embeddings", "lora+embeddings"  # kinds of adapters
-STARTS = (True, "gaussian", "orthogonal")  # for training; others change the base's weights, or need rows
+LORA, EMBEDDINGS, BOTH = "lora", "embeddings", "lora+embeddings"  # the kinds of adapters
+# values of init_lora_weights; the others change the base's weights or need rows
+STARTS = (True, "gaussian", "orthogonal")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraShape:
-    """What an adapter looks like: rank, alpha, dropout, module names (or all-linear), further settings.
+    """The settings of an adapter: rank, alpha, dropout, names of its target modules, and further settings.
 
-    what: lora; embeddings (the input embedding alone, whole); lora+embeddings (and the head).
+    what: "lora" trains low-rank pairs; "embeddings" trains only the input embedding, as a whole;
+    "lora+embeddings" trains the low-rank pairs, the input embedding and the head.
     """
 
     r: int
     alpha: float
     dropout: float
     target_modules: str
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # of peft's LoraConfig
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # further settings of LoraConfig
     what: str = LORA
 
     @classmethod
     def of(cls, options: FinetuneConfig) -> "LoraShape":
-        """The shape that the options ask for; reads the file of --peft_config and may raise UserError."""
+        """The shape that the options describe. It reads the file of --peft_config.
+
+        Raises UserError as read_extras does.
+        """
         return cls(
             options.lora_r,
             options.lora_alpha,
@@ -76,6 +85,7 @@ class LoraShape:
         )
 
     def targets(self) -> str | list[str]:
+        """The target modules as peft takes them: a list of names, or one of peft's keywords."""
         if self.what == EMBEDDINGS:
             return NO_TARGETS  # no module gets a low-rank pair
         names = [name.strip() for name in self.target_modules.split(",") if name.strip()]
@@ -83,7 +93,10 @@ class LoraShape:
 
 
 def read_extras(path: str | None, rslora: bool) -> dict[str, Any]:
-    """Further settings of the adapter, of --peft_config and --rslora; raises UserError naming a wrong one."""
+    """The further settings that --peft_config (a path to a JSON file) and --rslora give.
+
+    Raises UserError that names the setting that is wrong.
+    """
     extras: dict[str, Any] = {}
     if path:
 
@@ -109,9 +122,10 @@ def read_extras(path: str | None, rslora: bool) -> dict[str, Any]:
 
 
 def add_adapter(base: torch.nn.Module, shape: LoraShape, seed: int) -> PeftModel:
-    """Wrap the base with a new adapter in fp32; its start is a pure function of the seed.
+    """Wrap the base with a new adapter in fp32. Its initial weights depend on nothing but the seed.
 
-    Embeddings that are trained start as the base's; a tied head stays tied to them.
+    Trained embeddings start with the values of the base. A tied head stays tied to them. Raises UserError
+    when peft cannot build the adapter or cannot train the tied embeddings of this base.
     """
     embedding = base.get_input_embeddings()
     tied = base.get_output_embeddings().weight is embedding.weight
@@ -120,14 +134,15 @@ def add_adapter(base: torch.nn.Module, shape: LoraShape, seed: int) -> PeftModel
         r=shape.r,
         lora_alpha=shape.alpha,
         lora_dropout=shape.dropout,
-        target_modules=packed if packed and targets == ALL_LINEAR else targets,  # peft finds plain ones only
+        # peft's own "all-linear" knows plain layers only
+        target_modules=packed if packed and targets == ALL_LINEAR else targets,
         task_type="CAUSAL_LM",
         modules_to_save=trained_whole(base, shape) or None,
         ensure_weight_tying=tied and shape.what != LORA,
         **shape.extra,
     )
     with build_lock.alone(), torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers by a name that will go
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 uses a deprecated name of transformers
         torch.manual_seed(seed)
         try:
             model = get_peft_model(base, config)
@@ -145,16 +160,19 @@ def add_adapter(base: torch.nn.Module, shape: LoraShape, seed: int) -> PeftModel
 
 
 def trained_whole(base: torch.nn.Module, shape: LoraShape) -> list[str]:
-    """Names of the modules that are trained as they are: the input embedding, with LoRA also the head."""
-    wanted = {LORA: [], EMBEDDINGS: [base.get_input_embeddings()]}
-    modules = wanted.get(shape.what, [base.get_input_embeddings(), base.get_output_embeddings()])
+    """Names of the modules that are trained as a whole: the input embedding, and with LoRA also the head.
+
+    A head that is tied to the embedding is not named, because it follows the embedding.
+    """
+    modules_by_kind = {LORA: [], EMBEDDINGS: [base.get_input_embeddings()]}
+    modules = modules_by_kind.get(shape.what, [base.get_input_embeddings(), base.get_output_embeddings()])
     if len(modules) == 2 and modules[0].weight is modules[1].weight:
-        modules.pop()  # the head follows the embedding
+        modules.pop()
     return [name for name, module in base.named_modules() if any(module is one for one in modules)]
 
 
 def _keep_embeddings_exact(model: PeftModel, dtype: torch.dtype, tied: bool) -> None:
-    """Embeddings are trained in fp32; what leaves them goes on in the base's dtype."""
+    """Keep trained embeddings in fp32, and cast their output to the dtype of the base."""
     base = model.get_base_model()
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     if tied and head.weight is not embedding.weight:
@@ -167,48 +185,57 @@ def _keep_embeddings_exact(model: PeftModel, dtype: torch.dtype, tied: bool) -> 
 
 
 def without_casts(model: PeftModel) -> AbstractContextManager:
-    """For training steps: peft would cast every adapter's input to fp32 (some of its layers leave that out
-    under autocast, but do not see autocast on a CPU); autocast takes it to the base's dtype anyway."""
+    """A context for training steps in which peft does not cast the input of each adapter layer to fp32.
+
+    Autocast casts the input back to the dtype of the base anyway. Some layers of peft skip the cast under
+    autocast, but they do not notice autocast on a CPU.
+    """
     return disable_input_dtype_casting(model)
 
 
 def is_adapter(model: torch.nn.Module) -> bool:
+    """Whether the model is a base model with an adapter around it."""
     return isinstance(model, PeftModel)
 
 
 def count_parameters(model: PeftModel) -> int:
-    """All parameters of base and adapter; quantised ones by their shapes."""
+    """The number of parameters of base and adapter; a quantised weight counts with its original shape."""
     return model.get_nb_trainable_parameters()[1]
 
 
 def adapter_tensors(
     model: PeftModel, gathered: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under their portable names; nothing else is gathered or asked for.
+    """The adapter's tensors, under the names that peft writes into a file. Other tensors are not touched.
 
-    gathered: its parameters by their names in the model, when they are spread over processes. Tied embeddings
-    have both names, since peft asks for both.
+    gathered: the adapter's parameters by their names in the model, for a model that is sharded over
+    processes. Tied embeddings appear under both of their names, because peft reads both.
     """
     return get_peft_model_state_dict(model, state_dict=gathered, save_embedding_layers=False)
 
 
 def set_tensors(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
-    """Give the adapter these tensors; others stay as they are."""
-    given = {name: tensor.float() for name, tensor in tensors.items()}
-    places = adapter_tensors(model)
-    tied = {places[name].data_ptr(): name for name in given}  # of two names for one tensor the last
+    """Copy these tensors into the adapter; tensors that are not named stay as they are.
+
+    Raises UserError (exit 4) when two names of one tied tensor come with different values.
+    """
+    new = {name: tensor.float() for name, tensor in tensors.items()}
+    current = adapter_tensors(model)
+    shared = {current[name].data_ptr(): name for name in new}  # of two names for one tensor, the last
     filled = {}
-    for name, place in places.items():
-        same = given.get(tied.get(place.data_ptr()))
-        if name in given and not torch.equal(given[name], same):
-            problem = f"{name} and {tied[place.data_ptr()]} differ, and are one tensor in this model."
-            raise UserError(problem, "It was made for a base whose head is not tied.", CHECKPOINT)
-        filled[name] = place if same is None else same
+    for name, tensor in current.items():
+        replacement = new.get(shared.get(tensor.data_ptr()))
+        if name in new and not torch.equal(new[name], replacement):
+            other = shared[tensor.data_ptr()]
+            problem = f"{name} and {other} differ, but they are one tensor in this model."
+            fix = "The checkpoint belongs to a base model whose head is not tied. Use that base model."
+            raise UserError(problem, fix, CHECKPOINT)
+        filled[name] = tensor if replacement is None else replacement
     set_peft_model_state_dict(model, filled)
 
 
 def learned_nothing(model: PeftModel, tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether every B is zero, where it starts, and the embeddings are still the base's."""
+    """Whether the adapter changes nothing: every B is still zero and the embeddings equal the base's."""
     if any(tensor.any() for name, tensor in tensors.items() if ".lora_B" in name):
         return False
     wrapped = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
@@ -217,32 +244,52 @@ def learned_nothing(model: PeftModel, tensors: dict[str, torch.Tensor]) -> bool:
     )
 
 
+def matches(target: str, names: Iterable[str]) -> bool:
+    """Whether peft takes any module of these names for this target module."""
+    config = LoraConfig(target_modules=[target])
+    return any(check_target_module_exists(config, name) for name in names)
+
+
+def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """What rank_pattern or alpha_pattern says about the module of this name, as peft reads it.
+
+    Without a pattern that matches it is the default. Raises re.error for a pattern that is no regular
+    expression.
+    """
+    return patterns.get(get_pattern_key(list(patterns), module), default)
+
+
 def save_config(model: PeftModel, folder: Path) -> None:
+    """Write adapter_config.json, as peft does."""
     model.peft_config["default"].save_pretrained(str(folder))
 
 
 def portable(name: str) -> str:
-    """A parameter's name without the adapter's own; some kinds end in .weight only while they are trained."""
+    """A parameter's name without its adapter's name, to compare the names in a model with those in a file.
+
+    It drops ".weight" too, because some parameters have that ending in the model but not in the file.
+    """
     return name.replace(".modules_to_save", "").replace(".default", "").removesuffix(".weight")
 
 
 def attach(model: torch.nn.Module, folder: Path, name: str) -> PeftModel:
-    """The model with one more adapter, read from a folder as peft writes it, by this name; none is active.
+    """The model with one more adapter, which is read from a folder in peft's format. `mix` activates it.
 
-    Raises UserError (exit 4) when it does not fit the model.
+    model: a base model, or what an earlier call returned; name: how `mix` refers to the adapter. Raises
+    UserError (exit 4) when the adapter does not fit the model.
     """
     key = _key(name)
     safetensors_file.check(folder.glob(SAFETENSORS_WEIGHTS_NAME))
     try:
         with build_lock.alone(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of names peft asks transformers by
+            warnings.simplefilter("ignore")  # about deprecated names of transformers that peft uses
             renamed = getattr(model, "_checkpoint_conversion_mapping", None)
             tensors = load_peft_weights(str(folder), device="cpu", key_mapping=renamed)
             if isinstance(model, PeftModel):
                 model.load_adapter(str(folder), adapter_name=key)
             else:
                 model = PeftModel.from_pretrained(model, str(folder), adapter_name=key)
-            # once more: from_pretrained does not say which tensors found no place
+            # from_pretrained does not report tensors that belong nowhere, so the tensors are set once more
             result = set_peft_model_state_dict(model, tensors, adapter_name=key)
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, AttributeError, SafetensorError) as error:
         if is_out_of_memory(error):
@@ -251,17 +298,19 @@ def attach(model: torch.nn.Module, folder: Path, name: str) -> PeftModel:
         raise _unfit(folder, reason) from None
     missing = [one.replace(f".{key}", "") for one in result.missing_keys if key in one.split(".")]
     unknown = [one.replace(f".{key}", "") for one in result.unexpected_keys]
-    own = tensors.keys() & dict(model.named_parameters()).keys()  # it would stay changed with the adapter off
+    # tensors of the base itself: they would stay changed while the adapter is switched off
+    own = tensors.keys() & dict(model.named_parameters()).keys()
     if missing or unknown or own:
         extra = (unknown or sorted(own) or [""])[0]
-        raise _unfit(folder, f"it lacks {missing[0]}" if missing else f"there is no place for {extra}")
+        raise _unfit(folder, f"it lacks {missing[0]}" if missing else f"the model has no {extra}")
     return model.eval()
 
 
-def wanted(bare: torch.nn.Module, folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that an adapter with this folder's settings has on this base.
+def expected_shapes(bare: torch.nn.Module, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that an adapter with the settings in this folder has on this base.
 
-    bare: the base without its weights, on the meta device; it is changed. Raises UserError (exit 4).
+    bare: the base without its weights, on the meta device; this call changes it. Raises UserError (exit 4)
+    when peft cannot build such an adapter on this base.
     """
     try:
         with build_lock.alone(), torch.device("meta"), warnings.catch_warnings():
@@ -279,7 +328,7 @@ def _unfit(folder: Path, reason: str) -> UserError:
 
 
 def mix(model: PeftModel, weights: dict[str, float]) -> None:
-    """Make these adapters active, each times its weight; none: the base alone."""
+    """Make exactly these adapters active, each scaled by its weight; {} means the base model alone."""
     if not weights:
         model.base_model.disable_adapter_layers()
         return
@@ -292,10 +341,10 @@ def mix(model: PeftModel, weights: dict[str, float]) -> None:
 
 
 def has_whole_modules(model: PeftModel, name: str) -> bool:
-    """Whether this adapter holds trained embeddings, which can neither be weighted nor added to others'."""
+    """Whether this adapter holds trained embeddings, which can neither be scaled nor added to others."""
     return bool(model.peft_config[_key(name)].modules_to_save)
 
 
 def _key(name: str) -> str:
-    """A name as peft can have it: it becomes a module's, and `train`, `keys` or v1.1 cannot be one."""
+    """The adapter's name inside peft, where it becomes the name of a module: no `train`, `keys` or v1.1."""
     return "adapter-" + name.replace(".", ":")

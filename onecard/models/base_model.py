@@ -114,7 +114,7 @@ def _check_targets(bare: torch.nn.Module, shape: LoraShape) -> None:
     }
     targets = shape.targets()
     everything = targets == models_adapter.ALL_LINEAR
-    missing = [t for t in targets if not everything and not any(_is_named(name, t) for name in linear)]
+    missing = [t for t in targets if not everything and not models_adapter.matches(t, linear)]
     if missing or not targets:
         wrong = ", ".join(missing) or "no name given"
         found = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
@@ -290,7 +290,3 @@ def _documents_are_apart(model: Any) -> bool:
         return False
     apart = (both[:, lengths[0] :] - alone).norm() / alone.norm()
     return apart.item() < MIXED
-
-
-def _is_named(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")

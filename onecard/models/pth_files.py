@@ -18,13 +18,13 @@ import torch
 from torch.serialization import skip_data
 
 from onecard.errors import CHECKPOINT, UNSAFE, UserError, is_out_of_memory
-from onecard.models.tensor_files import Tensor
+from onecard.models.tensor_files import StoredTensor
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's record: mark, ..., length of the name, of what follows
 MARK = b"PK\x03\x04"
 
 
-def of_file(path: Path) -> dict[str, Tensor]:
+def of_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a .pth file and where each lies.
 
     Raises UserError: exit 8 when the file is no zip or asks for more than tensors, 4 when it is damaged.
@@ -54,7 +54,7 @@ def of_file(path: Path) -> dict[str, Tensor]:
         raise UserError(problem, "Save each tensor with .contiguous().clone().", CHECKPOINT)
     places = _places(path, held)
     return {
-        name: Tensor(
+        name: StoredTensor(
             name,
             tensor.dtype,
             tuple(tensor.shape),
@@ -106,7 +106,7 @@ def _records(path: Path) -> list[tuple[int, int]]:
     return found
 
 
-def create_file(path: Path, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+def create_file(path: Path, tensors: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
     """Make a .pth file with room for these tensors; returns where each lies.
 
     Address space for all of them is taken for a moment; memory is not, since nothing is written there.

@@ -46,7 +46,7 @@ SHARD = 5 << 30  # bytes of a file, unless one tensor is larger
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class StoredTensor:
     """Where a tensor lies: row by row from `offset` (bytes) of a file on."""
 
     name: str
@@ -90,14 +90,14 @@ class Files:
             os.close(handle)
         self.handles.clear()
 
-    def read(self, tensor: Tensor, first: int, last: int) -> torch.Tensor:
+    def read(self, tensor: StoredTensor, first: int, last: int) -> torch.Tensor:
         """Rows first..last of a tensor; raises UserError (exit 4) when the file is too short."""
         shape = (last - first, *tensor.shape[1:]) if tensor.shape else ()
         held = torch.empty(shape, dtype=tensor.dtype)
         self.read_into(tensor, first, held)
         return held
 
-    def read_into(self, tensor: Tensor, first: int, rows: torch.Tensor) -> None:
+    def read_into(self, tensor: StoredTensor, first: int, rows: torch.Tensor) -> None:
         """Fill contiguous rows of memory with those of a tensor, from row `first` on."""
         view, place = _bytes(rows), tensor.offset + first * tensor.row_bytes
         handle = self._open(tensor.file, os.O_RDONLY)
@@ -107,7 +107,7 @@ class Files:
                 raise UserError(f"{tensor.file}: ends within {tensor.name}.", "Fetch it again.", CHECKPOINT)
             view, place = view[count:], place + count
 
-    def write(self, tensor: Tensor, first: int, rows: torch.Tensor) -> None:
+    def write(self, tensor: StoredTensor, first: int, rows: torch.Tensor) -> None:
         """Put rows at their place, from row `first` on."""
         assert rows.dtype == tensor.dtype
         assert rows.shape[1:] == tensor.shape[1:]
@@ -157,7 +157,7 @@ class Behind:
         while len(self.waiting) > self.most:
             self.waiting.popleft().result()
 
-    def write(self, tensor: Tensor, first: int, rows: torch.Tensor) -> None:
+    def write(self, tensor: StoredTensor, first: int, rows: torch.Tensor) -> None:
         """Like Files.write, in the order of the calls when there is one thread."""
         self.do(self.files.write, tensor, first, rows)
 
@@ -172,7 +172,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def of_file(path: Path) -> dict[str, Tensor]:
+def of_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, from its header alone; raises UserError (exit 4)."""
     start, header = safetensors_file.read(path)
     try:
@@ -184,7 +184,7 @@ def of_file(path: Path) -> dict[str, Tensor]:
                 f"{path}: holds tensors of type {unknown[0]}.", "These cannot be read here.", CHECKPOINT
             )
         return {
-            name: Tensor(
+            name: StoredTensor(
                 name,
                 DTYPES[entry["dtype"]],
                 tuple(entry["shape"]),
@@ -203,9 +203,9 @@ def of_file(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: damaged ({str(error)[:200]}).", "Fetch it again.", CHECKPOINT) from None
 
 
-def of_folder(folder: Path) -> dict[str, Tensor]:
+def of_folder(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a model folder, file by file; raises UserError like files_of and of_file."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, StoredTensor] = {}
     for path in files_of(folder):
         for name, tensor in of_file(path).items():
             if name in found:
@@ -215,7 +215,7 @@ def of_folder(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def check_whole(folder: Path, tensors: Mapping[str, Tensor], bare: torch.nn.Module) -> None:
+def check_whole(folder: Path, tensors: Mapping[str, StoredTensor], bare: torch.nn.Module) -> None:
     """Raise UserError (exit 4) with the list of weights of the model that its folder lacks.
 
     tensors: the folder's; bare: the model without weights. Not where there are tensors that the model does
@@ -231,9 +231,9 @@ def check_whole(folder: Path, tensors: Mapping[str, Tensor], bare: torch.nn.Modu
         raise UserError(problem, "Download or convert it again.", CHECKPOINT)
 
 
-def divide(tensors: Iterable[Tensor], most: int = SHARD) -> list[list[Tensor]]:
+def divide(tensors: Iterable[StoredTensor], most: int = SHARD) -> list[list[StoredTensor]]:
     """The tensors, in their order, in files of at most `most` bytes."""
-    files: list[list[Tensor]] = [[]]
+    files: list[list[StoredTensor]] = [[]]
     for tensor in tensors:
         if files[-1] and sum(other.size for other in files[-1]) + tensor.size > most:
             files.append([])
@@ -248,9 +248,9 @@ def names_of(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def create(folder: Path, files: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+def create(folder: Path, files: dict[str, list[StoredTensor]]) -> dict[str, StoredTensor]:
     """Make files with headers and room for these tensors, and an index when it takes one; where each lies."""
-    placed: dict[str, Tensor] = {}
+    placed: dict[str, StoredTensor] = {}
     for file, tensors in files.items():
         placed |= create_file(folder / file, tensors)
     if list(files) != [MODEL_WEIGHTS]:
@@ -262,7 +262,7 @@ def create(folder: Path, files: dict[str, list[Tensor]]) -> dict[str, Tensor]:
     return placed
 
 
-def create_file(path: Path, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+def create_file(path: Path, tensors: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
     """Make a safetensors file with room for these tensors; returns where each lies."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -37,7 +37,7 @@ def exported(base, adapter) -> Path:
     return run(model_path=base, lora_path=adapter, type="f16", check=False)[0]
 
 
-def rows_of(folder: Path, base: Path, adapter: Path | None, kind: str = "f16") -> dict[str, parity.Row]:
+def rows_of(folder: Path, base: Path, adapter: Path | None, kind: str = "f16") -> dict[str, parity.ParityRow]:
     """The comparison of files in a folder with a model, row by row."""
     tokenizer = models_tokenizer.load_tokenizer(str(base))
     form = templates.load("auto" if tokenizer.chat_template else "alpaca", tokenizer)
