@@ -1,13 +1,21 @@
 """What a user sees when something is wrong: one message and an exit code, never a traceback.
 
 Every module may import this file; this file imports nothing of OneCard.
+
+Who says what the user can do? A function that several programs call does not know their options. Its
+UserError states the problem, and a remedy only if that helps whoever called ("Fetch it again."). The caller
+that knows the options adds the rest, with `remedy` around the call or as an argument:
+
+    with errors.remedy("Use --device cpu."):
+        device = hardware.choose_device(options.device)
 """
 
+import contextlib
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 OK = 0
 USAGE = 2  # an option, a template, module names, an output folder that holds another run
@@ -42,6 +50,23 @@ class UserError(Exception):
         # others' words at its end often lack their stop
         ended = not (self.problem and self.fix) or self.problem.endswith(ENDS)
         return f"{self.problem}{'' if ended else '.'} {self.fix}".strip()
+
+
+@contextlib.contextmanager
+def remedy(fix: str, beside: bool = False) -> Iterator[None]:
+    """What the user can do about a UserError that is raised within this block and says nothing of that.
+
+    The innermost block counts, as it knows most. beside: where the error has a remedy of its own, this one
+    follows it as another way. Keep the block to the one call that the remedy fits.
+    """
+    try:
+        yield
+    except UserError as error:
+        if not error.fix:
+            error.fix = fix
+        elif beside:
+            error.fix += f" Or {fix[0].lower()}{fix[1:]}"
+        raise
 
 
 class Stopped(BaseException):
@@ -86,6 +111,16 @@ def run_program(main: Callable[[], int | None], smaller: str = "") -> None:
 def listed(names: Sequence[str], most: int = 20) -> str:
     """Names for a message: the first of them, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """The first line of an error's text, at most so many characters; without a text the name of its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
+def last_line(output: str, silent: str, most: int = 300) -> str:
+    """The last line that a child process wrote, at most so many characters; `silent` where it wrote none."""
+    return (output.strip().splitlines() or [silent])[-1][:most]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

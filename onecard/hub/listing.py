@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 from onecard.config.options import COMMIT
-from onecard.errors import UNSAFE, UserError
+from onecard.errors import UNSAFE, UserError, first_line
 from onecard.hub import model_files, transfer
 from onecard.hub.addresses import Hosts
 from onecard.hub.transfer import GIT, MD5, SHA256, Remote, UnreachableError
@@ -58,7 +58,7 @@ def of_hub(
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(f"{name}: {_reason(error)}.", "A hub name is owner/model.") from None
+        raise UserError(f"{name}: {first_line(error).rstrip('.')}.", "A hub name is owner/model.") from None
     token, notes = _token(huggingface_hub.get_token(), site, (HUB_SITE,), send_token, site == HUB_SITE)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     asked = revision or "main"
@@ -271,7 +271,3 @@ def _sums(text: str, name: str) -> dict[str, str]:
 
 def _not_a_list(name: str, site: str, reason: Any) -> UserError:
     return UserError(f"{name}: {site} gives no list of its files ({str(reason)[:200]}).", "Check --endpoint.")
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from onecard.config.training import FORMATS
-from onecard.errors import UserError
+from onecard.errors import UserError, first_line
 from onecard.hub import client, demo, model_files, revisions
 from onecard.hub.demo import DEMO_FOLDER
 from onecard.hub.manifest import DEMO
@@ -90,5 +90,4 @@ def _refusal(what: str, error: Exception, fix: str) -> UserError:
     """What to tell of a refusal; an error of this machine's disk is raised as it is, for its exit code."""
     if client.is_local(error):
         raise error
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return UserError(f"{what} cannot be fetched: {reason}", fix)
+    return UserError(f"{what} cannot be fetched: {first_line(error)}", fix)

@@ -16,7 +16,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
 
 from onecard import errors
-from onecard.errors import UNSAFE, UserError, is_out_of_memory
+from onecard.errors import UNSAFE, UserError, first_line, is_out_of_memory
 from onecard.hub import manifest, model_files, revisions, transfer
 from onecard.system import commands, hashing, lock
 from onecard.system import files as system_files
@@ -70,10 +70,9 @@ class Consent:
             except Exception as error:  # code can fail in any way
                 if is_out_of_memory(error) or any(phrase in str(error) for phrase in OTHERWISE):
                     raise
-                reason = (str(error).strip().splitlines() or [""])[0][:200]
                 problem = f"--remote_code {self.commit}: the model's code fails"
                 fix = "It may need other packages, or another version of transformers."
-                raise UserError(f"{problem}: {type(error).__name__}: {reason}.", fix) from None
+                raise UserError(f"{problem}: {type(error).__name__}: {first_line(error)}.", fix) from None
 
 
 def ask(path: str, commit: str | None) -> Consent | None:

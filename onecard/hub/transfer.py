@@ -22,7 +22,7 @@ import httpx2
 import tenacity
 from tqdm import tqdm
 
-from onecard.errors import CHECKPOINT, UNSAFE, UserError
+from onecard.errors import CHECKPOINT, UNSAFE, UserError, first_line
 from onecard.hub import addresses
 
 CONNECT, SILENCE = 10.0, 30.0  # seconds until a connection, and between two pieces of a file, at most
@@ -300,13 +300,13 @@ def _get(
         if not patient_connection:
             host = urlsplit(url).hostname
             raise UnreachableError(
-                f"{what}: {host} cannot be reached ({_first_line(error)}).", "Check the network."
+                f"{what}: {host} cannot be reached ({first_line(error)}).", "Check the network."
             ) from None
-        raise TransientError(f"{what}: {_first_line(error)}") from None
+        raise TransientError(f"{what}: {first_line(error)}") from None
     except httpx2.TransportError as error:
-        raise TransientError(f"{what}: {_first_line(error)}") from None
+        raise TransientError(f"{what}: {first_line(error)}") from None
     except (httpx2.TooManyRedirects, httpx2.InvalidURL) as error:
-        raise UserError(f"{what}: {_first_line(error)}.", "Check the address.") from None
+        raise UserError(f"{what}: {first_line(error)}.", "Check the address.") from None
 
 
 def check_status(status: int, headers: Mapping[str, str], what: str, url: str) -> None:
@@ -333,7 +333,3 @@ def _asked(text: str | None) -> float | None:
 
 def _say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)  # above the bars
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from onecard.errors import CHECKPOINT, UserError
+from onecard.errors import CHECKPOINT, UserError, first_line
 from onecard.inference import gguf_check
 from onecard.inference.gguf_check import ERROR_LEVEL
 from onecard.system import commands
@@ -29,8 +29,7 @@ def tokenizer_of(gguf: Path) -> Any:
         try:
             return AutoTokenizer.from_pretrained(folder, gguf_file=link.name, trust_remote_code=False)
         except Exception as error:  # a reader's many ways to fail on a damaged file
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            problem = f"{gguf}: its tokenizer cannot be read ({reason})."
+            problem = f"{gguf}: its tokenizer cannot be read ({first_line(error)})."
             raise UserError(problem, "Use the model's folder instead.", CHECKPOINT) from None
 
 

@@ -30,7 +30,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 
 from onecard.config.training import FinetuneConfig
-from onecard.errors import CHECKPOINT, UserError, is_out_of_memory
+from onecard.errors import CHECKPOINT, UserError, first_line, is_out_of_memory
 from onecard.models import quantized
 from onecard.models.dropout import CheapDropout
 from onecard.system import build_lock
@@ -294,8 +294,7 @@ def attach(model: torch.nn.Module, folder: Path, name: str) -> PeftModel:
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, AttributeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise _unfit(folder, reason) from None
+        raise _unfit(folder, first_line(error)) from None
     missing = [one.replace(f".{key}", "") for one in result.missing_keys if key in one.split(".")]
     unknown = [one.replace(f".{key}", "") for one in result.unexpected_keys]
     # tensors of the base itself: they would stay changed while the adapter is switched off
@@ -318,7 +317,7 @@ def expected_shapes(bare: torch.nn.Module, folder: Path) -> dict[str, tuple[int,
             model = get_peft_model(bare, LoraConfig.from_pretrained(str(folder)))
             tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, re.error, OSError) as error:
-        raise _unfit(folder, str(error).strip().splitlines()[0][:200]) from None
+        raise _unfit(folder, first_line(error)) from None
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 

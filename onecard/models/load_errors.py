@@ -7,7 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from onecard.errors import CHECKPOINT, MEMORY, USAGE, UserError
+from onecard.errors import CHECKPOINT, MEMORY, USAGE, UserError, first_line
 from onecard.hub import remote_code
 
 # what transformers raises for folders that hold no model, or a damaged one
@@ -24,11 +24,10 @@ def cannot_load(path: str, what: str, error: Exception) -> UserError:
     if remote_code.NO_ROOM in str(error):
         problem = f"--model_path {path}: does not fit on the cards."
         return UserError(problem, "Use fewer --bits, or raise --card_memory.", MEMORY)
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     fix, code = "Give a model folder, a hub name, or demo.", USAGE
     if _should_load(path):
         fix, code = "Download or convert it again.", CHECKPOINT
-    return UserError(f"--model_path {path}: cannot load {what}: {reason[:200]}", fix, code)
+    return UserError(f"--model_path {path}: cannot load {what}: {first_line(error)}", fix, code)
 
 
 def _should_load(path: str) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from onecard.errors import CHECKPOINT, DISK, MEMORY, UNSAFE, UserError, is_out_of_memory
+from onecard.errors import CHECKPOINT, DISK, MEMORY, UNSAFE, UserError, is_out_of_memory, last_line
 from onecard.system.files import ROOT
 
 UTF8, SURROGATES = "utf-8", "surrogatepass"  # whatever the locale says; rows may hold half of a character
@@ -113,7 +113,7 @@ def convert(module: str, source: Path, output: Path, seconds: int, damaged: int,
     except subprocess.TimeoutExpired:
         raise UserError(f"{source}: not read within {seconds} s.", "It was not loaded.", late) from None
     if ended.returncode:
-        reason = (ended.stderr.strip().splitlines() or ["it needs too much memory or time"])[-1][:300]
+        reason = last_line(ended.stderr, "it needs too much memory or time")
         code = UNSAFE if ended.returncode == UNSAFE else damaged
         what = "would run code" if code == UNSAFE else "cannot be read"
         raise UserError(f"{source}: {what}: {reason}.", "It was not loaded.", code)
@@ -133,8 +133,8 @@ def lines(module: str, source: Path) -> Iterator[str]:
             process.wait()
         if code:
             complaints.seek(0)
-            said = complaints.read().strip().splitlines()
-            raise ChildError(said[-1][:300] if said and code > 0 else "its reader crashed")
+            crashed = "its reader crashed"
+            raise ChildError(last_line(complaints.read(), crashed) if code > 0 else crashed)
 
 
 def work(module: str, request: dict[str, Any], told: Callable[[dict[str, Any]], None], keep: int) -> None:
@@ -166,7 +166,7 @@ def work(module: str, request: dict[str, Any], told: Callable[[dict[str, Any]], 
         if code:
             complaints.seek(0)
             said = complaints.read()
-            last = (said.strip().splitlines() or ["it said nothing"])[-1][:300]
+            last = last_line(said, "it said nothing")
             if code == -signal.SIGKILL or any(phrase in said.lower() for phrase in NO_MEMORY):
                 raise UserError(f"Out of memory: {last}.", "Give it more memory.", MEMORY)
             raise UserError(f"The process that reads the files ended with {code}: {last}.", "", CHECKPOINT)
