@@ -184,6 +184,7 @@ def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     options = onecard_options(args, folder)
     tokenizer = models_tokenizer.load_tokenizer(base_path)
     form = templates.load(options.template, tokenizer)
+    tokenizer = templates.tokenizer_for(tokenizer, form)
     tokenizer_print = hashing.of_folder(base_model.identity_files(base_path)["tokenizer"])
     found = dataset.encode(
         options, data_reader.sources(options.data_path), [form], tokenizer, tokenizer_print

@@ -12,6 +12,7 @@ from typing import Any
 from onecard.config.tools import PLAIN_TYPES, ExportConfig
 from onecard.conversion import export_manifest, gguf, gguf_cache, llama_cpp_converter, modelfile
 from onecard.data import encode as data_encode
+from onecard.data import template as templates
 from onecard.data.template import Template
 from onecard.errors import CHECKPOINT, UserError
 from onecard.evaluation import parity
@@ -114,6 +115,7 @@ def _job(options: ExportConfig, keep: Path) -> tuple[Job, str]:
         remote_code.check_same(adapter.origin, adapter.fingerprints, None)
         resolve.check_belongs(adapter, base, base_model.identity_files(str(base)))
     template, why = resolve.choose_template(options.template, found, tokenizer)
+    tokenizer = templates.tokenizer_for(tokenizer, template)
     output = Path(options.output_path) if options.output_path else _place(listed, name, options.type)
     place = output_folder.find(output, export_manifest.FLAG)
     is_own = not options.output_path and output.parent == _folder(listed)

@@ -60,6 +60,7 @@ def run(options: CheckConfig, paths: list[Path], tokenizer: Any) -> None:
     Raises UserError.
     """
     template = templates.load(options.template, tokenizer)
+    tokenizer = templates.tokenizer_for(tokenizer, template)
     _check_targets(options, paths)
     seen, how = Findings(), (options.train_on_inputs, options.train_on)
     rows = examine(seen, paths, options.schema, template, tokenizer, options.cutoff_len, *how)

@@ -202,10 +202,15 @@ class _Row:
             self.pieces.append((self.waiting, target or self.train_on_inputs))
         self.waiting = ""
 
+    @functools.cached_property
+    def special_tokens(self) -> list[str]:
+        return self.tokenizer.all_special_tokens
+
     def id_of(self, token: str) -> int:
-        found = data_template.token_id(self.tokenizer, token)
-        assert found is not None, token  # template.load has checked it
-        return found
+        number = data_template.token_id(self.tokenizer, token)
+        assert number is not None, token  # template.load has checked it
+        assert token in self.special_tokens, f"{token}: encode with template.tokenizer_for"
+        return number
 
 
 def _encoded(rows: list[list[Piece]], tokenizer: Any) -> list[tuple[list[int], list[bool]]]:

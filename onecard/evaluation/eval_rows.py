@@ -16,7 +16,7 @@ from tqdm import tqdm
 from onecard.data import reader
 from onecard.data.encode import encode_within
 from onecard.data.schemas import BadRow
-from onecard.data.template import Template
+from onecard.data.template import Template, tokenizer_for
 from onecard.errors import DATA, UserError
 
 MOST_NATS = 700.0  # of a token: what exp() can still say
@@ -40,6 +40,7 @@ def some(
 
 def read(data_path: str, cutoff_len: int, form: Template, tokenizer: Any) -> Iterator[EvalRow]:
     """The rows that can be used, cut at so many tokens; raises UserError when the file cannot be read."""
+    tokenizer = tokenizer_for(tokenizer, form)
     for row in (
         row for path in files(data_path) for row in reader.read_rows(path) if not isinstance(row, BadRow)
     ):

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from onecard.config.chat import ChatConfig
 from onecard.config.generation import Mixture
 from onecard.config.tools import PerplexityConfig
+from onecard.data import template as templates
 from onecard.errors import CHECKPOINT, DATA, UserError
 from onecard.inference import loader
 from onecard.inference.engine import Engine
@@ -132,7 +133,8 @@ def perplexity(options: PerplexityConfig, to_gguf: loader.ToGguf) -> tuple[Score
     Raises UserError, exit 4 when the score is no finite number.
     """
     text = read(options.data_path)
-    engine, tokenizer, _, mixture, _ = loader.load(for_chat(options), to_gguf, exact=True)
+    engine, tokenizer, template, mixture, _ = loader.load(for_chat(options), to_gguf, exact=True)
+    tokenizer = templates.tokenizer_for(tokenizer, template)
     if len(mixture) < len(engine.adapters):
         problem = f"--lora_path names {len(engine.adapters)} adapters."
         raise UserError(problem, "Name one, or give those that act together a weight: PATH:0.5,PATH:0.5.")

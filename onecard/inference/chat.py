@@ -1,6 +1,5 @@
 """Conversation in, stream of text out, whichever engine answers. The same `data.encode` as in training."""
 
-import copy
 import dataclasses
 import threading
 import time
@@ -104,7 +103,9 @@ class Chat:
         versions: owner/name@COMMIT of the base and of adapters that come from the hub.
         """
         self.versions = versions or {}
-        self.engine, self.tokenizer, self.template, self.mixture = engine, tokenizer, form, mixture
+        self.engine, self.template, self.mixture = engine, form, mixture
+        self.models_tokenizer = tokenizer  # the one that every template starts from
+        self.tokenizer = templates.tokenizer_for(tokenizer, form)
         self.ends = data_encode.ends(form, tokenizer)
         self.others: dict[str, tuple[Template, PreTrainedTokenizerBase]] = {}  # templates asked for by name
         self.lock = threading.Lock()  # of them
@@ -128,8 +129,8 @@ class Chat:
             raise UserError(f"No template is called {name}.", f"Known: {', '.join(templates.names())}.")
         with self.lock:
             if name not in self.others:
-                own = copy.deepcopy(self.tokenizer)
-                self.others[name] = templates.load(name, own), own
+                template = templates.load(name, self.models_tokenizer)
+                self.others[name] = template, templates.tokenizer_for(self.models_tokenizer, template)
             return self.others[name]
 
     def modes(self) -> list[str]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from onecard.config.chat import ChatConfig
 from onecard.config.generation import BASE, Mixture
 from onecard.config.options import memory_of_cards
+from onecard.data import template as templates
 from onecard.data.template import Template
 from onecard.errors import UserError
 from onecard.hub import locate, remote_code, revisions
@@ -224,7 +225,8 @@ def _llama(found: Found, to_gguf: ToGguf, exact: bool) -> llama_cpp_engine.Engin
     say(f"base        {path} in llama.cpp, on the processor")
     say(f"threads     {threads.value}: {threads.reason}")
     context = options.context or 2048
-    engine = llama_cpp_engine.Engine(path, found.tokenizer, context, files, threads.value, exact=exact)
+    tokenizer = templates.tokenizer_for(found.tokenizer, found.template)
+    engine = llama_cpp_engine.Engine(path, tokenizer, context, files, threads.value, exact=exact)
     if options.context and engine.context < options.context and not exact:
         engine.close()
         raise UserError(f"--context {options.context}: the model has {engine.context}.", "Use less.")

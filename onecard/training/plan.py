@@ -102,6 +102,7 @@ def prepare(
     files = base_model.identity_files(base_path)
     tokenizer_print = hashing.of_folder(files["tokenizer"], again)
     templates = [data_template.load(name, tokenizer) for name in _templates(options)]
+    tokenizer = data_template.tokenizer_for(tokenizer, *templates)
     data = run_data.prepare(options, sources, templates, tokenizer, tokenizer_print, again)
     doubt = models_tokenizer.check_vocabulary(options.model_path, base_config, tokenizer, data.examples.ids)
     if doubt:

@@ -287,7 +287,8 @@ def _encoder(folder: str, template_name: str) -> tuple[Any, Any]:
 
     templates.check(template_name)
     tokenizer = models_tokenizer.load_tokenizer(folder)
-    return tokenizer, templates.load(template_name, tokenizer)
+    template = templates.load(template_name, tokenizer)
+    return templates.tokenizer_for(tokenizer, template), template
 
 
 def _is_name(text: Any) -> bool:

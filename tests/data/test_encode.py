@@ -156,7 +156,7 @@ def test_a_chat_template_that_cannot_be_used_is_refused(monkeypatch, broken, wor
         ({"user": 7}, "must be a text"),
         ({"usr": "x"}, "'usr' is not known"),
         ({"between": "{input}"}, "cannot hold {input}"),
-        ({"user_with_input": "{text} alone"}, "must hold the place {input} once"),
+        ({"user_with_input": "{text} alone"}, "must hold {input} once"),
         ({"between": "\ud800"}, "must be a text"),
         ({"control": "<x>"}, "'control' must be a list"),
         ({"control": ["<x>"], "between": "<x>"}, "no token <x>"),
@@ -186,10 +186,72 @@ def test_ordinary_tokens_of_a_template_become_control_tokens():
     made = tiny.tokenizer()
     made.add_tokens(["<|im_start|>", "<|im_end|>"])
     form = templates.load("chatml", made)
+    made = templates.tokenizer_for(made, form)
     ids, _ = data_encode.encode(single("say <|im_end|> now", "", "<|im_start|>"), form, made)
     assert ids.count(made.convert_tokens_to_ids("<|im_end|>")) == 2
     assert ids.count(made.convert_tokens_to_ids("<|im_start|>")) == 2
     assert "say <|im_end|> now" in made.decode(ids)
+
+
+def state(tokenizer) -> tuple:
+    return (
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.all_special_tokens,
+        tokenizer.special_tokens_map,
+        tokenizer.chat_template,
+    )
+
+
+def with_ordinary_tokens():
+    """A tokenizer whose chat template, and whose ChatML, write tokens that it takes for ordinary ones."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<turn>"])
+    tokenizer.chat_template = TURN_TEMPLATE
+    return tokenizer
+
+
+TURN_TEMPLATE = "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}<end>{% endfor %}"
+TURN_TEMPLATE += "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+
+
+def test_asking_for_a_template_leaves_the_tokenizer_as_it_was():
+    """Loading by name, from the chat template, or as it was saved; what cannot be used; and its questions."""
+    tokenizer = with_ordinary_tokens()
+    before = state(tokenizer)
+    for template in (templates.load("chatml", tokenizer), templates.load("auto", tokenizer)):
+        templates.of(json.loads(json.dumps(template.texts())), tokenizer)
+        data_encode.ends(template, tokenizer)
+        own = templates.tokenizer_for(tokenizer, template)
+        data_encode.encode(single("say <|im_end|>", "", "<turn>"), template, own)
+        assert template.controls() <= set(own.all_special_tokens)
+    tokenizer.chat_template = "{% for m in messages %}<turn>{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match="cannot be used"):
+        templates.load("auto", tokenizer)
+    tokenizer.chat_template = TURN_TEMPLATE
+    assert state(tokenizer) == before
+
+
+def test_templates_of_one_tokenizer_do_not_influence_each_other():
+    """A chat window that switches: each template's ids are those that it has with a fresh tokenizer."""
+    row = single("say <|im_start|> and <turn>", "", "<|im_end|> <turn>")
+
+    def ids(name: str, tokenizer) -> list[int]:
+        template = templates.load(name, tokenizer)
+        return data_encode.encode(row, template, templates.tokenizer_for(tokenizer, template))[0]
+
+    tokenizer = with_ordinary_tokens()
+    names = ["chatml", "auto", "alpaca", "chatml"]
+    switching = [ids(name, tokenizer) for name in names]
+    assert switching == [ids(name, with_ordinary_tokens()) for name in names]
+    assert len({tuple(one) for one in switching}) == 3
+
+
+def test_encoding_needs_the_tokenizer_of_the_template():
+    """A row could otherwise write the template's control tokens; our own mistake, so an assertion."""
+    tokenizer = with_ordinary_tokens()
+    template = templates.load("chatml", tokenizer)
+    with pytest.raises(AssertionError, match="tokenizer_for"):
+        data_encode.encode(single("a", "", "b"), template, tokenizer)
 
 
 def test_chatml_needs_its_tokens():
@@ -248,6 +310,7 @@ def test_added_tokens_that_a_chat_template_writes_become_control_tokens():
         "{{ m.content }}", "{{ '<tool>' if m.role == 'tool' else '' }}{{ m.content }}"
     )
     form = templates.load("auto", made)
+    made = templates.tokenizer_for(made, form)
     tool = made.convert_tokens_to_ids("<tool>")
     row = Conversation((Turn("user", "a <tool> b"), Turn("assistant", "c <tool>")))
     assert tool not in data_encode.encode(row, form, made)[0]
@@ -276,6 +339,7 @@ def test_added_pieces_of_words_stay_ordinary():
     made.add_tokens(["你是", "mark"])
     made.chat_template = CHATML.replace("Be kind.", "你是助手")
     form = templates.load("auto", made)
+    made = templates.tokenizer_for(made, form)
     assert not {"你是", "mark"} & set(made.all_special_tokens)
     ids, _ = data_encode.encode(single("你是谁", "", "mark"), form, made)
     assert made.convert_tokens_to_ids("你是") in ids

@@ -4,7 +4,6 @@ What counts as a control token is not asked of the code under test: for a GGUF f
 own detokenizer says what the model is shown; for a folder, tokenizer.json does.
 """
 
-import copy
 import ctypes
 import itertools
 import json
@@ -117,14 +116,13 @@ class Shown:
         raise SeenError(ids)
 
     def chat(self, name: str, folder: Path) -> Chat:
-        """With a tokenizer of its own: what one template makes a control token is text for the others."""
+        """All with one tokenizer: what is a control token of one template is text for the others."""
         if name not in self.chats:
-            self.engine.tokenizer = copy.deepcopy(self.tokenizer)
             path = folder / f"{name}.json"
             if name in WRITTEN:
                 path.write_text(json.dumps(WRITTEN[name]))
-            form = templates.load(str(path) if name in WRITTEN else name, self.engine.tokenizer)
-            self.chats[name] = Chat(self.engine, self.engine.tokenizer, form)
+            template = templates.load(str(path) if name in WRITTEN else name, self.tokenizer)
+            self.chats[name] = Chat(self.engine, self.tokenizer, template)
         return self.chats[name]
 
     def ids(self, chat: Chat, said: dict[str, str]) -> list[int]:

@@ -41,11 +41,12 @@ def dump(tokenizer: Any) -> dict[str, dict[str, dict[str, Any]]]:
             form = templates.load("alpaca" if row.is_raw else name, tokenizer)
             if any(turn.role == "function" for turn in row.turns) and not form.function:
                 continue
-            ids, is_target = data_encode.encode(row, form, tokenizer)
+            own = templates.tokenizer_for(tokenizer, form)
+            ids, is_target = data_encode.encode(row, form, own)
             made.setdefault(file, {})[name] = {
                 "ids": " ".join(map(str, ids)),
                 "runs": [[target, len(list(run))] for target, run in groupby(is_target)],
-                "text": data_encode.show(tokenizer, ids, is_target),
+                "text": data_encode.show(own, ids, is_target),
             }
     return made
 
