@@ -36,4 +36,4 @@ def main(arguments: list[str]) -> None:
     guard.check_exposure(options)
     talk = chat.start(options, gguf_cache.for_llama)
     options = chat.with_its_mode(talk, options, given)
-    page.launch(single_window.single(talk, options), options)
+    page.launch(single_window.build_page(talk, options), options)

@@ -42,4 +42,4 @@ def main(arguments: list[str]) -> None:
         talk = chat.later(options, gguf_cache.for_llama, beside)
     else:
         talk = chat.start(options, gguf_cache.for_llama)
-    page.launch(chat_window.turns(talk, options, training), options)
+    page.launch(chat_window.build_page(talk, options, training), options)

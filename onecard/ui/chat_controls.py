@@ -1,4 +1,7 @@
-"""The inputs beside a chat: how it answers, with which adapters; those that do nothing now say so."""
+"""What all chat windows share: the inputs of an answer's options, and the swap of Send and Stop.
+
+An input that has no effect now is disabled and says why.
+"""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -6,9 +9,9 @@ from typing import Any
 
 import gradio as gr
 
-from onecard.config.chat import IN_CHINESE, ChatConfig
-from onecard.config.generation import BASE, MIX, TRAINED, Mixture
-from onecard.data import template
+from onecard.config.chat import ChatConfig
+from onecard.config.generation import TRAINED
+from onecard.data import template as templates
 from onecard.inference.chat import Chat
 from onecard.ui import forms, page
 from onecard.ui import sessions as ui_sessions
@@ -24,97 +27,32 @@ ANSWER = [
     "max_new_tokens",
 ]
 MORE = ["min_new_tokens", "no_repeat_ngram_size", "stop", "banned", "seed"]
-PLACES = "answers"  # all buttons that ask share them
-LOWEST, HIGHEST = 0.0, 2.0  # weights that the sliders of adapters go to
+QUEUE = "answers"  # all buttons that ask share this queue and its limit
 MEMORY = ["max_memory", "last_turns"]
 
 
 def answer(chat: Chat, options: ChatConfig, memory: Sequence[str] = ()) -> dict[str, gr.Component]:
-    """The inputs of an answer's options: the usual ones open, the others folded."""
-    modes, lang = {"mode": chat.modes()}, options.lang
-    made = forms.inputs(options, ANSWER, lang, modes)
-    with gr.Accordion(forms.text(lang, "More", "更多"), open=False, elem_id="more"):
-        made |= forms.inputs(options, [*MORE, *memory], lang, modes)
-    return made
+    """The inputs of an answer's options: the usual ones are open, the others are folded.
 
-
-def picker(chat: Chat, lang: str) -> list[gr.Component]:
-    """Which adapter answers, and one weight for each that is loaded."""
-    names = chat.engine.adapters
-    several = [MIX] if len(names) > 1 else []
-    given = dict(chat.mixture)
-    choice = gr.Dropdown(
-        [(shown(name, lang), name) for name in (BASE, *names, *several)],
-        value=choice_of(chat.mixture),
-        label=forms.text(lang, "Adapter", "适配器"),
-        elem_id="adapter",
-        interactive=bool(names),
-        info=None if names else forms.text(lang, "none is loaded: --lora_path", "未加载：--lora_path"),
-    )
-    weights = []
-    if names:
-        title = forms.text(lang, "Weights of the adapters", "适配器权重")
-        can = weighing(chat, [choice.value], lang)
-        with gr.Accordion(title, open=False, elem_id="weights"):
-            weights = [_weight(name, given.get(name, 1.0), can[name]) for name in names]
-    return [choice, *weights]
-
-
-def shown(choice: str, lang: str) -> str:
-    """What a reader sees of a picker's choice."""
-    return forms.text(lang, choice, IN_CHINESE.get(choice, choice))
-
-
-def weighing(chat: Chat, choices: Sequence[str], lang: str) -> dict[str, dict[str, Any]]:
-    """Whether each adapter's weight has an effect when these are chosen, and why not."""
-    found = {}
-    for name in chat.engine.adapters:
-        can = name in choices or MIX in choices
-        why = "" if can else forms.text(lang, "this adapter is not chosen", "未选择此适配器")
-        found[name] = {"interactive": can, "info": why}
-    return found
-
-
-def restored(
-    chat: Chat, mixtures: dict[str, Mixture], now: list[float]
-) -> tuple[dict[str, str], list[float], list[tuple[str, str]]]:
-    """What the pickers show for these mixtures: the choice of each side, the weights, what they cannot show.
-
-    now: the weights that the sliders have.
+    memory: options about earlier turns, where there are any.
     """
-    names, given, notes = chat.engine.adapters, dict(chat.mixture), []
-    weights = dict(zip(names, now, strict=True))
-    choices = {side: choice_of(mixture) for side, mixture in mixtures.items()}
-    for side, mixture in mixtures.items():
-        if choices[side] == MIX:
-            weights |= dict.fromkeys(names, 0.0)
-        weights |= {name: _on_slider(weight, given.get(name, 1.0)) for name, weight in mixture}
-    for side, mixture in mixtures.items():
-        if dict(mixture_of(choices[side], weights, names)) != dict(mixture):
-            told = " + ".join(f"{name}:{weight:g}" for name, weight in mixture)
-            notes.append((f"the weights {told} are more than the sliders can show",
-                          f"滑块无法表示权重 {told}"))  # fmt: skip
-    return choices, [weights[name] for name in names], notes
+    modes, lang = {"mode": chat.modes()}, options.lang
+    inputs = forms.inputs(options, ANSWER, lang, modes)
+    with gr.Accordion(forms.text(lang, "More", "更多"), open=False, elem_id="more"):
+        inputs |= forms.inputs(options, [*MORE, *memory], lang, modes)
+    return inputs
 
 
-def templates(chat: Chat, lang: str) -> gr.Dropdown:
-    """Which prompt template the next answers have."""
-    trained = forms.text(lang, f"as trained ({chat.template.name})", f"训练时的模板（{chat.template.name}）")
+def template_picker(chat: Chat, lang: str) -> gr.Dropdown:
+    """The choice of the prompt template for the next answers."""
+    name = chat.template.name
+    trained = forms.text(lang, f"as trained ({name})", f"训练时的模板（{name}）")
     return gr.Dropdown(
-        [(trained, TRAINED), *template.names()],
+        [(trained, TRAINED), *templates.names()],
         value=TRAINED,
         label=forms.text(lang, "Prompt template", "提示模板"),
         elem_id="template",
     )
-
-
-def _on_slider(weight: float, start: float) -> float:
-    """The weight, or the slider's end that is next to it."""
-    return min(max(weight, min(LOWEST, start)), max(HIGHEST, start))
-
-
-def _weight(name: str, value: float, can: dict[str, Any]) -> gr.Slider:
-    return gr.Slider(min(LOWEST, value), max(HIGHEST, value), value, step=0.05, label=name, **can)
 
 
 def answering(
@@ -130,26 +68,26 @@ def answering(
     lang: str,
     focus: str | None = None,
 ) -> None:
-    """Work that shows Stop instead of Send while it goes on, and leaves alone what would disturb it.
+    """Let the triggers start `work`; while it runs, Stop stands in the place of Send.
 
-    others: what cannot be used meanwhile; status: where it is told that too many wait already; focus:
-    JavaScript at the end.
+    work: yields values of `outputs`; others: disabled meanwhile, since they would disturb it; status: says so
+    when too many questions wait already; focus: JavaScript that runs at the end.
     """
     busy = forms.text(
         lang,
-        "Too many questions are waiting: yours was not taken. Ask again in a moment.",
+        "Too many questions are waiting, so yours was not accepted. Ask again in a moment.",
         "等待回答的问题太多，您的问题未被接受，请稍后再试。",
     )
 
-    def swap(on: bool) -> list[Any]:
-        shown = [gr.update(visible=not on), gr.update(visible=on)]
-        return [*shown, *(gr.update(interactive=not on) for _ in others)]
+    def swap(is_running: bool) -> list[Any]:
+        buttons = [gr.update(visible=not is_running), gr.update(visible=is_running)]
+        return [*buttons, *(gr.update(interactive=not is_running) for _ in others)]
 
     def begin(request: gr.Request) -> list[Any]:
         sessions.begin(request.session_hash)
         return swap(True)
 
-    @functools.wraps(work)  # gradio looks what it takes
+    @functools.wraps(work)  # gradio reads the parameters of the function
     def turn(request: gr.Request, *values: Any) -> Iterator[Any]:
         sessions.start(request.session_hash)
         yield from ui_sessions.STEPS.each(work(request, *values))
@@ -159,14 +97,14 @@ def answering(
         return swap(False)
 
     def fail(request: gr.Request) -> list[Any]:
-        refused = sessions.is_waiting(request.session_hash)  # the queue was full: its turn never came
-        return [*end(request), ui_status.status(busy, True) if refused else gr.skip()]
+        is_refused = sessions.is_waiting(request.session_hash)  # the queue was full: its turn never came
+        return [*end(request), ui_status.line(busy, True) if is_refused else gr.skip()]
 
     changed = [send, stop, *others]
-    taken = gr.on(triggers, begin, None, changed, **page.QUICK)
-    done = taken.then(turn, inputs, outputs, concurrency_id=PLACES, **page.LONG)
-    ended = done.then(end, None, changed, **page.QUICK)
-    done.failure(fail, None, [*changed, status], **page.QUICK)  # then() is not for those
+    began = gr.on(triggers, begin, None, changed, **page.QUICK)
+    answered = began.then(turn, inputs, outputs, concurrency_id=QUEUE, **page.LONG)
+    ended = answered.then(end, None, changed, **page.QUICK)
+    answered.failure(fail, None, [*changed, status], **page.QUICK)  # then() does not run after a failure
     if focus:
         ended.then(None, js=focus)
 
@@ -174,19 +112,19 @@ def answering(
 def halting(
     stop: gr.Button, window: gr.Blocks, sessions: ui_sessions.Sessions, status: gr.HTML, lang: str
 ) -> None:
-    """Stop, and a page that is closed, end the answer that this page asked for.
+    """Let Stop, and the closing of the page, end the answer that this page asked for.
 
-    One that waits behind others is given back when its turn comes; the status line says so.
+    A question that still waits behind others ends only when its turn comes; the status line says so.
     """
-    waits = forms.text(lang, "stopped; waiting for others to finish", "已停止，等待其他回答结束")
+    waits = forms.text(lang, "stopped; waiting for other answers to finish", "已停止，等待其他回答结束")
 
     def leave(request: gr.Request) -> None:
         sessions.stop(request.session_hash)
 
     def halt(request: gr.Request) -> Any:
-        waiting = sessions.is_waiting(request.session_hash)
+        is_waiting = sessions.is_waiting(request.session_hash)
         leave(request)
-        return ui_status.status(waits) if waiting else gr.skip()
+        return ui_status.line(waits) if is_waiting else gr.skip()
 
     stop.click(halt, None, status, **page.QUICK)
     window.unload(leave)
@@ -195,7 +133,7 @@ def halting(
 def wire(
     window: gr.Blocks, chat: Chat, options: ChatConfig, inputs: dict[str, gr.Component], reset: gr.Button
 ) -> None:
-    """Controls that do nothing in a mode are disabled and say why; one button puts all back."""
+    """Disable the inputs that have no effect in a mode, and let the button set all inputs back."""
     names = list(inputs)
     others = [name for name in names if name != "mode"]
 
@@ -213,27 +151,16 @@ def wire(
     )
 
 
-def system_for(chat: Chat, shape: str, system: str, lang: str) -> tuple[str, str]:
-    """The system prompt as far as a template holds one, and what to say when it does not; raises UserError.
+def usable_system(chat: Chat, template_name: str, system: str, lang: str) -> tuple[str, str]:
+    """The system prompt, '' where the template has no place for one, and a note that says so.
 
-    shape: name of the template.
+    Raises UserError when the template cannot be used with this model.
     """
-    form = chat.template_of(shape)
-    if not system or form.system is not None:
+    template = chat.template_of(template_name)
+    if not system or template.system is not None:
         return system, ""
-    if lang == "zh":
-        return "", f"模板 {form.name} 没有系统提示，已略去"
-    return "", f"the system prompt is left out: template {form.name} has none"
-
-
-def mixture_of(choice: str, weights: dict[str, float], names: Sequence[str]) -> tuple[tuple[str, float], ...]:
-    """Adapters of a picker: the base alone, one of them, or all with a weight."""
-    if choice in names:
-        return ((choice, weights.get(choice, 1.0)),)
-    if choice == MIX:
-        return tuple((name, weights.get(name, 1.0)) for name in names if weights.get(name, 1.0))
-    return ()
-
-
-def choice_of(mixture: tuple[tuple[str, float], ...]) -> str:
-    return BASE if not mixture else mixture[0][0] if len(mixture) == 1 else MIX
+    return "", forms.text(
+        lang,
+        f"the system prompt is left out: template {template.name} has no place for it",
+        f"模板 {template.name} 没有系统提示，已略去",
+    )

@@ -1,4 +1,4 @@
-"""The components of the many-turn window and where they stand; what they do is ui/chat_window.py's."""
+"""The components of the chat window and where they stand; ui/chat_window.py says what they do."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from onecard.config.chat import ChatConfig
 from onecard.config.generation import BASE, TRAINED
 from onecard.errors import UserError
 from onecard.inference.chat import Chat
-from onecard.ui import chat_controls, forms, page
+from onecard.ui import adapter_picker, chat_controls, forms, page
 from onecard.ui import status as ui_status
 
 MATH = [
@@ -19,19 +19,19 @@ MATH = [
 
 
 class ChatLayout:
-    """The chat's components, made where gradio stands now."""
+    """The components, created inside the gr.Blocks or gr.Tab that is open."""
 
     def __init__(self, chat: Chat, options: ChatConfig):
         self.chat, self.options, self.lang = chat, options, options.lang
         self.state = gr.State([])
-        self.kept = gr.Textbox(visible="hidden", elem_id="kept")  # the chat as JSON, for this tab's storage
+        self.stored = gr.Textbox(visible="hidden", elem_id="kept")  # the chat as JSON, for the tab's storage
         page.head(self.text("chat", "对话"), self.lang)
         with gr.Row():
             with gr.Column(scale=3):
-                self.lay_out_chat()
+                self._lay_out_chat()
             with gr.Column(scale=2, min_width=280):
-                self.lay_out_side()
-        self.line = gr.Textbox(visible="hidden")
+                self._lay_out_side()
+        self.download = gr.Textbox(visible="hidden")  # the line that Save chat hands to the browser
 
     def text(self, english: str, chinese: str) -> str:
         return forms.text(self.lang, english, chinese)
@@ -51,12 +51,12 @@ class ChatLayout:
             **more,
         )
 
-    def lay_out_chat(self) -> None:
+    def _lay_out_chat(self) -> None:
         with gr.Row():
             self.left = self.chatbot("left", show_label=False)
-            self.right = self.chatbot("right", visible=False, label=chat_controls.shown(BASE, self.lang))
-        self.status = gr.HTML(ui_status.status(""), elem_id="status")
-        self.unkept = gr.HTML("", elem_id="unkept")
+            self.right = self.chatbot("right", visible=False, label=adapter_picker.shown(BASE, self.lang))
+        self.status = gr.HTML(ui_status.line(""), elem_id="status")
+        self.storage_warning = gr.HTML("", elem_id="unkept")
         self.box = gr.Textbox(
             show_label=False,
             placeholder=self.text("Your message (Shift-Enter: new line)", "输入消息（Shift-Enter 换行）"),
@@ -83,15 +83,15 @@ class ChatLayout:
         with gr.Accordion(self.text("All beams", "所有束"), open=False):
             self.beams = gr.HTML(elem_id="beams")
 
-    def lay_out_side(self) -> None:
+    def _lay_out_side(self) -> None:
         names = self.chat.engine.adapters
-        self.adapter, *self.weights = chat_controls.picker(self.chat, self.lang)
-        self.form = chat_controls.templates(self.chat, self.lang)
+        self.adapter, *self.weights = adapter_picker.picker(self.chat, self.lang)
+        self.template = chat_controls.template_picker(self.chat, self.lang)
         self.compare = gr.Checkbox(
             False, label=self.text("Compare two adapters", "对比两个适配器"), elem_id="compare"
         )
         self.against = gr.Dropdown(
-            [(chat_controls.shown(name, self.lang), name) for name in (BASE, *names)],
+            [(adapter_picker.shown(name, self.lang), name) for name in (BASE, *names)],
             value=BASE,
             visible=False,
             label=self.text("Compare with", "对比对象"),
@@ -100,37 +100,39 @@ class ChatLayout:
         self.system = gr.Textbox(
             value=self.options.system,
             label=self.text("System prompt", "系统提示"),
-            **self.usable_system(TRAINED),
+            **self.system_prompt_state(TRAINED),
             lines=2,
             elem_id="system",
         )
         self.context = gr.Textbox(
-            label=self.text("Context (goes with your next questions)", "背景（随后续提问一起给出）"),
+            label=self.text("Context (sent with your next questions)", "背景（随后续提问一起给出）"),
             lines=2,
             elem_id="context",
         )
         self.inputs = chat_controls.answer(self.chat, self.options, chat_controls.MEMORY)
         self.reset = self.button("reset", "Reset parameters", "重置参数")
 
-    def usable_system(self, name: str) -> dict[str, Any]:
-        """Whether the box can be used with a template, and why not."""
+    def system_prompt_state(self, template_name: str) -> dict[str, Any]:
+        """Whether the box for the system prompt can be used with a template, and why not."""
         try:
-            form = self.chat.template_of(name)
-        except UserError as error:  # told again when something is asked
+            template = self.chat.template_of(template_name)
+        except UserError as error:  # it is shown again when a question is asked
             return {"interactive": True, "info": str(error)}
-        without = f"template {form.name} has none", f"模板 {form.name} 没有系统提示"
-        can = form.system is not None
-        # None would leave what stands there
-        return {"interactive": can, "info": "" if can else self.text(*without)}
+        is_usable = template.system is not None
+        reason = self.text(
+            f"template {template.name} has no place for it", f"模板 {template.name} 没有系统提示"
+        )
+        return {"interactive": is_usable, "info": "" if is_usable else reason}  # None would change nothing
 
     def side(self) -> list[gr.Component]:
-        """What goes with every question, in the order that ChatWindow.wish reads."""
+        """What goes with every question, in the order that chat_inputs.read expects."""
         return [self.system, self.context, *self.pickers(), *self.inputs.values(), *self.weights]
 
     def pickers(self) -> list[gr.Component]:
-        return [self.form, self.adapter, self.compare, self.against]
+        """Template, adapter, whether two are compared, and the second one."""
+        return [self.template, self.adapter, self.compare, self.against]
 
-    def others(self) -> list[gr.Component]:
+    def disturbing(self) -> list[gr.Component]:
         """What would disturb an answer that is growing."""
         changing = [self.box, self.retry, self.edit, self.delete, self.clear, self.new]
         return [*changing, self.go_on, self.summarise, self.load]

@@ -1,4 +1,4 @@
-"""Whether others may reach a window: not without a password, and no public link that nobody confirmed."""
+"""Who may reach a window: others only with a password, and a public link only after it was confirmed."""
 
 import sys
 
@@ -20,7 +20,7 @@ def check_exposure(options: ChatConfig) -> None:
 
 
 def confirm_share(options: ChatConfig) -> None:
-    """A public link is only made after its owner typed so."""
+    """Ask in the terminal before a public link is made; raises UserError when it is not confirmed."""
     if not options.share:
         return
     warning = "--share sends everything through gradio's servers, and the whole internet can reach the link."

@@ -1,11 +1,12 @@
-"""What all windows share: theme, style sheet, scripts of the browser, the head of a page, the server.
+"""What all windows share: theme, style sheet, scripts for the browser, the head of a page, the server.
 
-The server listens on this machine alone unless told otherwise (guard.py, system/http_guard.py).
+The server can be reached from this machine alone unless the options say otherwise (guard.py,
+system/http_guard.py).
 """
 
 import os
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: it looks then
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import of gradio, which reads it
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -16,7 +17,7 @@ from onecard.system import http_guard
 from onecard.ui import forms, guard
 from onecard.ui import sessions as ui_sessions
 
-# browsers give navigator.clipboard to https and to this machine alone
+# browsers offer navigator.clipboard only to https pages and to pages of this machine
 COPY = """() => {
   const text = document.querySelector('#output .answer')?.innerText ?? '';
   if (navigator.clipboard) { navigator.clipboard.writeText(text); return; }
@@ -37,11 +38,11 @@ DOWNLOAD = """(line) => {
   link.download = 'chat-' + new Date().toISOString().slice(0, 19).replace(/[:T]/g, '-') + '.jsonl';
   link.click();
 }"""
-# chat: JSON; gives what is to be shown: nothing, or that it was too much (%s)
+# chat: JSON; returns what is shown: nothing, or that the chat is too long (%s)
 KEEP_CHAT = """(chat) => {
   try { sessionStorage.setItem('onecard-chat', chat); return ''; } catch (full) { return %s; }
 }"""
-# not before what was kept is shown, or a new page would keep its own empty boxes
+# not before the stored texts are shown, or a new page would store its empty boxes over them
 KEEP_TEXTS = """(...texts) => {
   if (!window.onecardKept) return;
   try { sessionStorage.setItem('onecard-texts', JSON.stringify(texts)); } catch (full) { }
@@ -71,12 +72,12 @@ CSS = """
 .status { font-size: .85em; opacity: .85; min-height: 1.4em; }
 .status .wrong { color: #c2410c; font-weight: 600; }
 .dark .status .wrong { color: #fdba74; }
-/* above the chat: its label and its button would lie over what is written */
+/* room above the chat: its label and its button would cover the messages */
 .bubble-wrap { margin-top: 2.5em; height: calc(100% - 2.5em) !important; }
 .narrow button { min-width: 0 !important; white-space: nowrap; }
 /* examples on a phone */
 thead th { white-space: normal !important; }
-/* a path in it would make the page wider than a phone */
+/* a long path would make the page wider than a phone */
 .info-text { overflow-wrap: anywhere; }
 .head { align-items: center; justify-content: space-between; flex-wrap: nowrap !important; }
 .head > button { flex: 0 0 auto !important; padding: .3em .9em !important; }
@@ -87,7 +88,7 @@ thead th { white-space: normal !important; }
   .narrow button { padding: .4em .5em !important; font-size: .85em !important; }
 }
 """
-# of every event: no spinner over the text, and not in the list of endpoints, which gradio shows to anyone
+# for every event: no spinner over the text, and not in the list of endpoints, which gradio shows to anyone
 LONG = {"show_progress": "hidden", "api_visibility": "private"}
 QUICK = {**LONG, "queue": False}
 
@@ -102,7 +103,7 @@ def head(title: str, lang: str) -> None:
 
 
 def launch(window: gr.Blocks, options: ChatConfig, wait: bool = True) -> str:
-    """Serve the window; returns its address when it does not wait for Ctrl-C. Raises UserError."""
+    """Serve the window until Ctrl-C; without `wait`, return its address at once. Raises UserError."""
     guard.check_exposure(options)
     guard.confirm_share(options)
     local = http_guard.is_local(options.server_name)
@@ -135,7 +136,7 @@ def launch(window: gr.Blocks, options: ChatConfig, wait: bool = True) -> str:
             if "port" not in str(error).lower() and "address" not in str(error).lower():
                 raise
             continue
-        print(f"Open {url} in a browser. Ctrl-C ends.", flush=True)
+        print(f"Open {url} in a browser. Press Ctrl-C to end.", flush=True)
         if wait:
             window.block_thread()
             ui_sessions.STEPS.end()

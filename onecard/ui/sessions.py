@@ -1,6 +1,6 @@
-"""An answer for a window: started, shown as it grows, and stopped by the page that asked for it.
+"""An answer for a window: started, passed on as it grows, and stopped by the page that asked for it.
 
-It knows no component of a window; sessions are gradio's, one for each open page.
+It knows no component of a window. Sessions are gradio's: each open page has one.
 """
 
 import contextlib
@@ -19,62 +19,68 @@ from onecard.inference.decoding import NO_MEMORY
 from onecard.inference.detokenizer import Text
 from onecard.system.console import say
 from onecard.ui import status as ui_status
-from onecard.ui.status import Said
+from onecard.ui.status import AnswerUpdate
 
-PATIENCE = 30  # seconds: a piece is a token, some hundred of a prompt, or the loading of a model that waits
-UNTOLD = 1  # second of it that needs no word
-SHOWN_EVERY = 0.05  # seconds: a browser gains nothing from more
+PATIENCE = 30  # seconds; a piece is a token, some hundred tokens of a prompt, or the loading of a model
+SILENCE = 1  # second that is waited before anything is printed
+SHOWN_EVERY = 0.05  # seconds; a browser gains nothing from more updates
 
 
 class Sessions:
-    """Who wants their answer stopped; each open page has a name of its own and one answer at a time."""
+    """The answers that open pages wait for, and which of them shall stop; a page has one at a time.
+
+    session: gradio's name of the page.
+    """
 
     def __init__(self) -> None:
-        self.asking: dict[str, threading.Event] = {}
-        self.waiting: set[str] = set()
+        self.stops: dict[str, threading.Event] = {}  # set to stop the session's answer
+        self.waiting: set[str] = set()  # sessions whose turn in the queue has not come
 
     def begin(self, session: str) -> None:
-        """A button was pressed; the answer may still have to wait for its turn."""
-        self.asking[session] = threading.Event()
+        """A button was pressed; the answer may have to wait for its turn in the queue."""
+        self.stops[session] = threading.Event()
         self.waiting.add(session)
 
     def start(self, session: str) -> None:
-        """Its turn has come."""
+        """The turn of this session has come."""
         self.waiting.discard(session)
 
     def end(self, session: str) -> None:
-        self.asking.pop(session, None)
+        self.stops.pop(session, None)
         self.waiting.discard(session)
 
     def is_waiting(self, session: str) -> bool:
         return session in self.waiting
 
     def stop(self, session: str) -> None:
-        """Stop what this page asked for; others go on."""
-        if session in self.asking:
-            self.asking[session].set()
+        """Stop the answer of this page; those of other pages go on."""
+        if session in self.stops:
+            self.stops[session].set()
 
     def is_stopped(self, session: str) -> bool:
-        event = self.asking.get(session)
+        event = self.stops.get(session)
         return event is not None and event.is_set()
 
 
 class Steps:
-    """Pieces of answers that are being made now; a program that ends in the middle of one is aborted."""
+    """The pieces of answers that are computed now, so that the program does not end in the middle of one.
+
+    A thread inside torch would abort the process.
+    """
 
     def __init__(self) -> None:
         self.changed, self.count, self.is_over = threading.Condition(), 0, False
 
     def allow(self) -> None:
-        """A window is opened, perhaps after another one was ended."""
+        """Allow pieces again, after an earlier window has ended them."""
         self.is_over = False
 
-    def each(self, made: Generator) -> Iterator[Any]:
-        """What is made, piece by piece, until the program ends."""
-        with contextlib.closing(made):
+    def each(self, pieces: Generator) -> Iterator[Any]:
+        """Yield the pieces one by one until the program ends."""
+        with contextlib.closing(pieces):
             while self._begin():
                 try:
-                    piece = next(made, self)
+                    piece = next(pieces, self)
                 finally:
                     with self.changed:
                         self.count -= 1
@@ -89,11 +95,11 @@ class Steps:
             return not self.is_over
 
     def end(self) -> None:
-        """Begin no further piece, wait for those that are being made."""
+        """Allow no further piece, and wait for those that are computed now."""
         with self.changed:
             self.is_over = True
-            if not self.changed.wait_for(lambda: not self.count, UNTOLD):
-                say(f"Waiting for a part of an answer to end, {PATIENCE} s at most.")
+            if not self.changed.wait_for(lambda: not self.count, SILENCE):
+                say(f"Waiting up to {PATIENCE} s until the current step of an answer has ended.")
                 self.changed.wait_for(lambda: not self.count, PATIENCE)
 
 
@@ -104,28 +110,31 @@ def answers(
     sessions: Sessions,
     session: str,
     chat: Chat,
-    asked: Conversation,
+    conversation: Conversation,
     settings: Generation,
-    mixture: Mixture | None,
+    adapters: Mixture | None,
     lang: str,
-    shape: str = TRAINED,
-) -> Iterator[Said]:
-    """What is there as the answer grows; no exception comes through.
+    template_name: str = TRAINED,
+) -> Iterator[AnswerUpdate]:
+    """The answer as it grows. It raises nothing: an exception becomes the last update.
 
-    shape: name of the prompt template.
+    adapters: the active ones; None means those that the chat was started with.
     """
-    shown, text = 0.0, Text("")
+    last_shown, text = 0.0, Text("")
     try:
-        stream = chat.stream(asked, settings, mixture, lambda: sessions.is_stopped(session), shape)
+        stream = chat.stream(
+            conversation, settings, adapters, lambda: sessions.is_stopped(session), template_name
+        )
         for reply in stream:
             text = reply.text
             now = time.monotonic()
-            if reply.finished or now - shown >= SHOWN_EVERY:
-                shown = now
-                yield text, ui_status.describe(reply, chat, lang), reply.finished == NO_MEMORY
+            if reply.finished or now - last_shown >= SHOWN_EVERY:
+                last_shown = now
+                message = ui_status.describe(reply, chat, lang)
+                yield AnswerUpdate(text, message, reply.finished == NO_MEMORY)
     except UserError as error:
-        yield text, str(error), True
+        yield AnswerUpdate(text, str(error), True)
     except Exception as error:
         if os.environ.get("ONECARD_DEBUG"):
             traceback.print_exc()
-        yield text, f"{type(error).__name__}: {str(error)[:300]}", True
+        yield AnswerUpdate(text, f"{type(error).__name__}: {str(error)[:300]}", True)

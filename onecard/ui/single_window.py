@@ -1,4 +1,6 @@
-"""The single-turn window: an instruction with an optional input, the answer as it grows, all beams."""
+"""The window for single instructions: one with an optional input, the answer as it grows, all beams."""
+
+from typing import Any
 
 import gradio as gr
 
@@ -6,7 +8,7 @@ from onecard.config.chat import ChatConfig
 from onecard.errors import UserError
 from onecard.inference import detokenizer, transcript
 from onecard.inference.chat import Chat
-from onecard.ui import chat_controls, forms, page
+from onecard.ui import adapter_picker, chat_controls, forms, page
 from onecard.ui import html as ui_html
 from onecard.ui import sessions as ui_sessions
 from onecard.ui import status as ui_status
@@ -22,7 +24,7 @@ EXAMPLES = [
 ]
 
 
-def single(chat: Chat, options: ChatConfig) -> gr.Blocks:
+def build_page(chat: Chat, options: ChatConfig) -> gr.Blocks:
     """The page of generate.py."""
     lang, sessions = options.lang, ui_sessions.Sessions()
 
@@ -41,7 +43,7 @@ def single(chat: Chat, options: ChatConfig) -> gr.Blocks:
                     elem_id="instruction",
                     autofocus=True,
                 )
-                about = gr.Textbox(
+                context = gr.Textbox(
                     label=text("Input (may be empty)", "输入（可为空）"),
                     lines=2,
                     max_lines=12,
@@ -54,41 +56,46 @@ def single(chat: Chat, options: ChatConfig) -> gr.Blocks:
                     copy = gr.Button(text("Copy", "复制"), elem_id="copy")
                 gr.Markdown(f"**{text('Answer', '回答')}**")
                 output = gr.HTML('<div class="answer"></div>', elem_id="output")
-                status = gr.HTML(ui_status.status(""), elem_id="status")
+                status = gr.HTML(ui_status.line(""), elem_id="status")
                 with gr.Accordion(text("All beams", "所有束"), open=False, elem_id="beams-box"):
                     beams = gr.HTML(elem_id="beams")
                 gr.Examples(
-                    EXAMPLES, [instruction, about], label=text("Examples", "示例"), api_visibility="private"
+                    EXAMPLES, [instruction, context], label=text("Examples", "示例"), api_visibility="private"
                 )
             with gr.Column(scale=2, min_width=280):
-                adapters = chat_controls.picker(chat, lang)
-                shape = chat_controls.templates(chat, lang)
+                adapter, *weights = adapter_picker.picker(chat, lang)
+                template = chat_controls.template_picker(chat, lang)
                 inputs = chat_controls.answer(chat, options)
                 reset = gr.Button(text("Reset parameters", "重置参数"), size="sm", elem_id="reset")
 
-        def answer(request: gr.Request, question: str, subject: str, choice: str, shape: str, *values):
-            weights = dict(zip(chat.engine.adapters, values[len(inputs) :], strict=True))
+        def answer(
+            request: gr.Request, question: str, subject: str, choice: str, template_name: str, *values
+        ):
+            option_values, slider_values = values[: len(inputs)], values[len(inputs) :]
             try:
-                settings = forms.read(inputs, values[: len(inputs)])
+                settings = forms.read(inputs, option_values)
                 if not question.strip():
                     raise UserError(text("Write an instruction first.", "请先写指令。"))
-                system, note = chat_controls.system_for(chat, shape, options.system, lang)
+                system, note = chat_controls.usable_system(chat, template_name, options.system, lang)
             except UserError as error:
-                yield gr.skip(), gr.skip(), ui_status.status(str(error), True)
+                yield gr.skip(), gr.skip(), ui_status.line(str(error), True)
                 return
-            asked = transcript.conversation([{"question": question, "input": subject}], system)
-            mixture = chat_controls.mixture_of(choice, weights, chat.engine.adapters)
-            growing = ui_sessions.answers(
-                sessions, request.session_hash, chat, asked, settings, mixture, lang, shape
+            conversation = transcript.conversation([{"question": question, "input": subject}], system)
+            names = chat.engine.adapters
+            active = adapter_picker.active_adapters(
+                choice, dict(zip(names, slider_values, strict=True)), names
             )
-            for reply, told, wrong in growing:
-                told, wrong = ui_status.together({"": (reply, told, wrong)}, {}, note)
-                yield ui_html.growing(reply), ui_html.beams(reply), ui_status.status(told, wrong)
+            updates = ui_sessions.answers(
+                sessions, request.session_hash, chat, conversation, settings, active, lang, template_name
+            )
+            for update in updates:
+                message = ui_status.line(*ui_status.combined({"": update}, {}, note))
+                yield ui_html.growing(update.text), ui_html.beams(update.text), message
 
         chat_controls.answering(
             [send.click, instruction.submit],
             answer,
-            [instruction, about, adapters[0], shape, *inputs.values(), *adapters[1:]],
+            [instruction, context, adapter, template, *inputs.values(), *weights],
             [output, beams, status],
             sessions,
             send,
@@ -99,19 +106,17 @@ def single(chat: Chat, options: ChatConfig) -> gr.Blocks:
         )
         chat_controls.halting(stop, window, sessions, status, lang)
         clear.click(
-            lambda: ("", "", ui_html.growing(detokenizer.Text("")), "", ui_status.status("")),
+            lambda: ("", "", ui_html.growing(detokenizer.Text("")), "", ui_status.line("")),
             None,
-            [instruction, about, output, beams, status],
+            [instruction, context, output, beams, status],
             **page.QUICK,
         )
         copy.click(None, js=page.COPY)
-        adapters[0].change(
-            lambda choice: [
-                gr.update(**can) for can in chat_controls.weighing(chat, [choice], lang).values()
-            ],
-            adapters[0],
-            adapters[1:],
-            **page.QUICK,
-        )
+
+        def enable_weights(choice: str) -> list[Any]:
+            states = adapter_picker.usable_weights(chat, [choice], lang)
+            return [gr.update(**state) for state in states.values()]
+
+        adapter.change(enable_weights, adapter, weights, **page.QUICK)
         chat_controls.wire(window, chat, options, inputs, reset)
     return window

@@ -41,20 +41,21 @@ def load(window, chat: Toy, tmp_path: Path, values: dict, weights=(1.0, 1.0)) ->
     made = window(chat)
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps(values), encoding="utf-8")
-    updates = made.loaded(str(path), *weights)
+    updates, layout = made.saved_chats.load(str(path), *weights), made.layout
     assert not path.exists(), "the server keeps no chat"
-    components = [*made.outputs(), *made.side()]
+    components = [*made.view.outputs(), *layout.side()]
     assert len(updates) == len(components)
-    named = {made.adapter: "adapter", made.compare: "compare", made.against: "against", made.form: "form"}
-    named |= {made.system: "system", made.context: "context", made.state: "turns"}
-    named |= {component: name for name, component in made.inputs.items()}
-    named |= {slider: slider.label for slider in made.weights}
+    named = {layout.adapter: "adapter", layout.compare: "compare", layout.against: "against"}
+    named |= {layout.template: "form", layout.system: "system", layout.context: "context"}
+    named |= {layout.state: "turns"}
+    named |= {component: name for name, component in layout.inputs.items()}
+    named |= {slider: slider.label for slider in layout.weights}
     shown = {
         named[one]: value
         for one, value in zip(components, updates, strict=True)
         if one in named and not (isinstance(value, dict) and value.get("__type__") == "update")
     }
-    return shown, updates[made.outputs().index(made.status)]
+    return shown, updates[made.view.outputs().index(layout.status)]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_what_cannot_be_restored_is_named(window, tmp_path, change, words, kept)
     chat = Toy(Capabilities(interleaves=False, lacks={"beam": ONE_SEQUENCE}))
     shown, status = load(window, chat, tmp_path, {**saved(chat, {LEFT: ()}), **change})
     assert words in status
-    assert "not as saved" in status
+    assert "with differences from the saved chat" in status
     assert shown["turns"] == [TURN]
     for name, value in kept.items():
         assert shown.get(name) == value
@@ -113,7 +114,7 @@ def test_another_commit_than_the_chat_was_saved_with_is_named(window, tmp_path):
     chat.versions = {"base": "someone/model@" + "a" * 40, "one": "someone/lora@" + "c" * 40}
     values = saved(chat, {LEFT: ()})
     assert values["versions"] == chat.versions
-    assert "not as saved" not in load(window, chat, tmp_path, values)[1]
+    assert "differences" not in load(window, chat, tmp_path, values)[1]
     chat.versions = {**chat.versions, "base": "someone/model@" + "b" * 40}
     status = load(window, chat, tmp_path, values)[1]
     assert all(f"someone/model@{letter * 40}" in status for letter in "ab")
@@ -183,26 +184,28 @@ def test_turns_keep_what_made_them():
 def test_a_new_session_is_as_the_program_was_started(window):
     """Template, adapter, comparison, weights, options and texts; no turns."""
     made = window(Toy(mixture=(("one", 0.25), ("two", 1.0))))
-    updates = dict(zip([*made.outputs(), *made.side()], made.fresh(), strict=True))
-    assert updates[made.state] == []
-    assert [updates[one] for one in made.pickers()] == [TRAINED, MIX, False, BASE]
-    assert [updates[one] for one in made.weights] == [0.25, 1.0]
-    assert (updates[made.system], updates[made.context]) == ("Be kind.", "")
-    assert updates[made.inputs["temperature"]] == 0.5
+    layout = made.layout
+    components = [*made.view.outputs(), *layout.side()]
+    updates = dict(zip(components, made.new_session(), strict=True))
+    assert updates[layout.state] == []
+    assert [updates[one] for one in layout.pickers()] == [TRAINED, MIX, False, BASE]
+    assert [updates[one] for one in layout.weights] == [0.25, 1.0]
+    assert (updates[layout.system], updates[layout.context]) == ("Be kind.", "")
+    assert updates[layout.inputs["temperature"]] == 0.5
 
 
 def test_what_a_tab_kept_is_checked(window):
     """A tab's storage may hold anything: turns come back, the rest is no chat."""
-    made = window(Toy())
-    assert made.reopened(json.dumps([TURN]))[0] == [TURN]
+    made = window(Toy()).saved_chats
+    assert made.reopen(json.dumps([TURN]))[0] == [TURN]
     for kept in (None, "", "{", "7", '{"a": 1}', '[{"question": "q"}]', "[[]]", "[" * 100_000):
-        assert made.reopened(kept)[0] == []
+        assert made.reopen(kept)[0] == []
 
 
 def test_a_template_without_a_system_turn_closes_its_box(window):
     """With the reason; the other way round it is open again."""
-    made = window(Toy())
-    assert made.usable_system(TRAINED) == {"interactive": True, "info": ""}
+    made = window(Toy()).layout
+    assert made.system_prompt_state(TRAINED) == {"interactive": True, "info": ""}
     made.chat.template = dataclasses.replace(PLAIN_TEMPLATE, system=None)
-    closed = made.usable_system("alpaca")
-    assert closed == {"interactive": False, "info": "template alpaca has none"}
+    closed = made.system_prompt_state("alpaca")
+    assert closed == {"interactive": False, "info": "template alpaca has no place for it"}

@@ -56,7 +56,7 @@ class Program:
                 start_new_session=True,
             )
         self.log = log
-        eventually(lambda: self.process.poll() is not None or "Ctrl-C ends." in self.said(), 180)
+        eventually(lambda: self.process.poll() is not None or "Ctrl-C to end." in self.said(), 180)
         told = re.search(r"Open (http://127\.0\.0\.1:(\d+))/ in a browser", self.said())
         assert told, self.said()
         self.address, self.port = told[1], int(told[2])
@@ -127,7 +127,7 @@ def answered(page: Page, single: bool) -> None:
         page.wait_for_function("document.querySelector('#output .answer').innerText.length > 0")
     else:
         ask(page, "Say red")
-    expect(page.locator("#status")).to_contain_text(re.compile(r"tokens/s.*cut at the most new tokens"))
+    expect(page.locator("#status")).to_contain_text(re.compile(r"tokens/s.*ended at the limit of new tokens"))
     finished(page)
     lengths = page.evaluate("window.lengths")
     assert len(lengths) >= 3, "it came at once"

@@ -575,19 +575,19 @@ def test_a_model_that_waits_for_its_first_question(run, tiny_model):
     assert not made.engine.is_loaded
     assert any("not loaded" in line for line in said)
     sides = ui_sessions.answers(ui_sessions.Sessions(), "page", made, QUESTION, QUICK, None, "en")
-    assert next(sides)[1].startswith("loading the model ...")
+    assert next(sides).message.startswith("loading the model ...")
     sides.close()
     assert not made.engine.is_loaded
     first, *_, last = made.stream(QUESTION, QUICK)
     assert first.loading
     told = ui_status.describe(first, made, "en"), ui_status.describe(first, made, "zh")
-    assert told[0] == "loading the model ... (run-7 is trained on the same device)"
+    assert told[0] == "loading the model ... (run-7 trains on the same device)"
     assert "run-7" in told[1]
     *_, wanted = load(run)[0].stream(QUESTION, QUICK)
     assert last.text == wanted.text
     assert not any(reply.loading for reply in made.stream(QUESTION, QUICK))
     assert ui_status.describe(last, made, "en").endswith(
-        "cpu, beside the training run-7 · cut at the most new tokens"
+        "cpu, beside the training run-7 · ended at the limit of new tokens"
     )
     assert set(asked) == {"cpu"}
 

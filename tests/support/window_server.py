@@ -21,7 +21,7 @@ from onecard.data import template as templates
 from onecard.inference import chat, transformers_engine
 from onecard.inference.detokenizer import Text
 from onecard.models import adapter as models_adapter
-from onecard.ui import chat_window, page, single_window, training_window
+from onecard.ui import chat_inputs, chat_window, page, single_window, training_window
 from tests.support import tiny
 
 PAUSE = 0.03  # seconds a token
@@ -80,13 +80,13 @@ def make_chat(folder: Path) -> chat.Chat:
 
 def break_once() -> None:
     """The first question meets an exception that no code foresees."""
-    whole = chat_window.ChatWindow.wish
+    whole = chat_inputs.read
 
-    def wish(self, values):
-        chat_window.ChatWindow.wish = whole
+    def read(layout, values):
+        chat_inputs.read = whole
         raise ArithmeticError("planted")
 
-    chat_window.ChatWindow.wish = wish
+    chat_inputs.read = read
 
 
 def main() -> None:
@@ -107,8 +107,8 @@ def main() -> None:
     if texts is not None:
         talk = Recorded(talk.engine, talk.tokenizer, talk.template, talk.mixture)
         talk.texts = texts
-    window = single_window.single(talk, options) if kind == "single" else chat_window.turns(talk, options)
-    page.launch(window, options)
+    window = single_window if kind == "single" else chat_window
+    page.launch(window.build_page(talk, options), options)
 
 
 if __name__ == "__main__":

@@ -45,14 +45,16 @@ def answered(
     made: chat_window.ChatWindow, what: str, turns: list, compare: bool = False, **side
 ) -> list[dict]:
     """What the page shows at each step, from what the button gives."""
-    given = {component: component.value for component in made.side()}
-    given |= {made.compare: compare, made.against: BASE, made.form: side.get("form", TRAINED)}
-    steps = getattr(made, what)(PAGE, "new" if what == "ask" else "in the box", turns, *given.values())
+    layout = made.layout
+    values = {component: component.value for component in layout.side()}
+    values |= {layout.compare: compare, layout.against: BASE, layout.template: side.get("form", TRAINED)}
+    box = "new" if what == "ask" else "in the box"
+    steps = getattr(made.answers, what)(PAGE, box, turns, *values.values())
     names = ("turns", "kept", "left", "right", "status", "box", "beams")
     return [dict(zip(names, step, strict=True)) for step in steps]
 
 
-@pytest.mark.parametrize(("what", "box"), [("ask", "new"), ("again", "in the box")])
+@pytest.mark.parametrize(("what", "box"), [("ask", "new"), ("retry", "in the box")])
 def test_an_answer_stopped_before_its_first_token_changes_nothing(what, box):
     """The turns are as they were, in the browser's storage too; the question is in the box again."""
     made = window(Sides([Text(""), Text("", finished=CANCELLED)], []))
@@ -92,14 +94,14 @@ def test_an_error_of_one_side_stays_and_the_other_answers(engine, failing):
 def test_an_answer_that_cannot_go_on_stays():
     """Continue with two sides: one fails, its earlier text is there."""
     made = window(Sides(BROKEN, WHOLE))
-    *_, last = answered(made, "further", [OLD], compare=True)
+    *_, last = answered(made, "go_on", [OLD], compare=True)
     assert (last["turns"][-1][LEFT], last["turns"][-1][RIGHT]) == ("old", "a b c")
     assert last["left"][-1]["content"] == "old"
 
 
 def test_errors_of_both_sides_change_nothing():
     made = window(Sides(BROKEN, BROKEN))
-    *_, last = answered(made, "again", [OLD], compare=True)
+    *_, last = answered(made, "retry", [OLD], compare=True)
     assert (last["turns"], last["box"]) == ([OLD], "in the box")
     assert last["status"].count("No memory for this side") == 1
 
@@ -114,12 +116,12 @@ def test_a_system_prompt_that_the_template_cannot_hold_is_left_out():
     *_, last = answered(made, "ask", [], form="alpaca")
     assert chat.questions[1:] == [["new"]]
     assert last["turns"][-1][LEFT] == "NEW"
-    assert "the system prompt is left out: template alpaca has none" in last["status"]
+    assert "the system prompt is left out: template alpaca has no place for it" in last["status"]
 
 
 def test_the_single_turn_window_leaves_it_out_too():
     chat = Scripted(echo)
-    page = single_window.single(chat, ChatConfig(mode="greedy", system="Be kind."))
+    page = single_window.build_page(chat, ChatConfig(mode="greedy", system="Be kind."))
     [work] = [made.fn for made in page.fns.values() if getattr(made.fn, "__name__", "") == "answer"]
     [given] = [made.inputs for made in page.fns.values() if made.fn is work]
     values = [component.value for component in given]
@@ -133,10 +135,10 @@ def test_a_side_that_does_not_go_on_keeps_what_made_it():
     """Continue without the comparison: the other answer stays, and what made it."""
     made = window(Sides(WHOLE, []))
     turn = {**OLD, "adapters": {LEFT: {"one": 1.0}, RIGHT: {"two": 0.5}}}
-    *_, last = answered(made, "further", [turn])
+    *_, last = answered(made, "go_on", [turn])
     assert last["turns"][-1][RIGHT] == "old too"
     assert last["turns"][-1]["adapters"] == {LEFT: {"one": 1.0}, RIGHT: {"two": 0.5}}
-    *_, last = answered(made, "again", [turn])
+    *_, last = answered(made, "retry", [turn])
     assert RIGHT not in last["turns"][-1]
     assert last["turns"][-1]["adapters"] == {LEFT: {"one": 1.0}}
 
@@ -147,18 +149,19 @@ def test_a_side_that_does_not_go_on_keeps_what_made_it():
 def test_a_summary_keeps_what_it_does_not_know(context, asked, kept):
     """Text in the context that no turn was asked with stays before the summary."""
     made = window(Sides(WHOLE, []))
-    values = {component: component.value for component in made.side()} | {made.context: context}
-    *_, last = made.summed_up(PAGE, [{**OLD, "input": asked}], *values.values())
+    layout = made.layout
+    values = {component: component.value for component in layout.side()} | {layout.context: context}
+    *_, last = made.answers.summarise(PAGE, [{**OLD, "input": asked}], *values.values())
     assert (last[0], last[-1]) == ([], f"{kept}a b c")
 
 
 def test_edit_last_does_not_overwrite_a_message():
     made = window(Scripted(echo))
-    turns, _, _, _, status, box, _, context = made.take_back("half a thought", "", [OLD])
+    turns, _, _, _, status, box, _, context = made.edit_last("half a thought", "", [OLD])
     assert turns == [OLD]
     assert "not sent yet" in status
     assert box == context == gr.skip()
-    turns, _, _, _, _, box, _, context = made.take_back(" ", "typed", [OLD])
+    turns, _, _, _, _, box, _, context = made.edit_last(" ", "typed", [OLD])
     assert (turns, box, context) == ([], "q", gr.skip())
 
 
@@ -167,21 +170,21 @@ def test_edit_last_gives_the_context_back(context, wanted):
     """Into an empty box; what else was typed there is not overwritten."""
     made = window(Scripted(echo))
     asked = {**OLD, "input": "facts"}
-    turns, _, _, _, status, _, _, given = made.take_back("", context, [asked])
+    turns, _, _, _, status, _, _, given = made.edit_last("", context, [asked])
     if wanted:
         assert (turns, given) == ([], wanted)
     else:
         assert (turns, given) == ([asked], gr.skip())
-        assert "another now" in status
+        assert "has changed" in status
 
 
 def test_all_buttons_that_ask_share_the_places():
     """Or a visitor would be answered beside the limit by Retry, Continue and Summarise."""
-    for made, buttons in ((chat_window.turns, 4), (single_window.single, 1)):
-        events = made(Scripted(echo), ChatConfig(mode="greedy")).fns.values()
+    for made, buttons in ((chat_window, 4), (single_window, 1)):
+        events = made.build_page(Scripted(echo), ChatConfig(mode="greedy")).fns.values()
         queued = [event for event in events if event.queue and event.inputs]
         assert len(queued) == buttons
-        assert {event.concurrency_id for event in queued} == {chat_controls.PLACES}
+        assert {event.concurrency_id for event in queued} == {chat_controls.QUEUE}
 
 
 def test_a_program_ends_between_two_pieces_of_an_answer(monkeypatch):

@@ -12,7 +12,7 @@ from onecard.config.generation import MODES, Generation
 from onecard.data.template import Template
 from onecard.inference.engine import Placement
 from onecard.inference.llama_cpp_engine import Engine as Llama
-from onecard.ui import chat_controls, chat_window, forms, single_window, training_window
+from onecard.ui import adapter_picker, chat_controls, chat_window, forms, single_window, training_window
 from onecard.ui import status as ui_status
 from tests.support.chat_fakes import PLAIN_TEMPLATE, Toy
 
@@ -31,21 +31,21 @@ def chat(names: list[str], form: Template = PLAIN_TEMPLATE) -> Toy:
 
 
 def single(lang: str, tmp_path) -> gr.Blocks:
-    return single_window.single(chat(["one", "two"]), SingleConfig(lang=lang))
+    return single_window.build_page(chat(["one", "two"]), SingleConfig(lang=lang))
 
 
 def turns(lang: str, tmp_path) -> gr.Blocks:
-    return chat_window.turns(chat(["one", "two"]), ChatConfig(lang=lang))
+    return chat_window.build_page(chat(["one", "two"]), ChatConfig(lang=lang))
 
 
 def bare(lang: str, tmp_path) -> gr.Blocks:
     """No adapter, and a template without a place for a system prompt."""
-    return chat_window.turns(chat([], WITHOUT), ChatConfig(lang=lang))
+    return chat_window.build_page(chat([], WITHOUT), ChatConfig(lang=lang))
 
 
 def both(lang: str, tmp_path) -> gr.Blocks:
     """interaction.py --studio."""
-    return chat_window.turns(
+    return chat_window.build_page(
         chat(["one", "two"]), ChatConfig(lang=lang), lambda lang: training_window.build(lang, tmp_path)
     )
 
@@ -110,7 +110,7 @@ def test_help_comes_back_in_the_language_of_the_page(lang):
 def test_the_choices_of_a_picker_have_names(lang):
     """What stands for no adapter and for several; an adapter keeps its own name."""
     with gr.Blocks():
-        shown = dict(chat_controls.picker(chat(["one", "two"]), lang)[0].choices)
+        shown = dict(adapter_picker.picker(chat(["one", "two"]), lang)[0].choices)
     assert list(shown.values()) == ["base", "one", "two", "mix"]
     assert [bool(CHINESE.search(name)) for name in shown] == [lang == "zh", False, False, lang == "zh"]
 
@@ -122,4 +122,4 @@ def test_where_an_engine_runs(layers):
     assert "2 threads" in english
     assert "2 线程" in chinese
     assert not CHINESE.search(english)
-    assert ("card" in english, "显卡" in chinese) == (layers != 0,) * 2
+    assert ("GPU" in english, "GPU" in chinese) == (layers != 0,) * 2

@@ -73,7 +73,7 @@ def test_single_streams_four_beams_and_shows_them_all(browser, single):
         assert page.evaluate("window.apart") >= 1
         assert page.locator("#output .may-change").count() == 0
         assert "tokens/s" in status(page)
-        assert "tokens of the context" in status(page)
+        assert "context tokens" in status(page)
         page.click("#beams-box button")
         expect(page.locator("#beams .beam")).to_have_count(4)
         first = page.locator("#beams .beam").first.inner_text().removeprefix("1").strip()
@@ -212,7 +212,7 @@ def test_chat_with_all_its_buttons(browser, turns, tmp_path):
         page.wait_for_selector("#stop:visible")
         finished(page)
         assert bubbles(page) == longer, "a summary that was cut replaces nothing"
-        expect(page.locator("#status [role=alert]")).to_contain_text("not whole")
+        expect(page.locator("#status [role=alert]")).to_contain_text("incomplete")
         page.fill("#context textarea", "about colours")
         choose(page, "adapter", "adapter2")
         choose(page, "template", "cutegpt")
