@@ -10,7 +10,7 @@ GREEDY, SAMPLE, BEAM, BEAM_SAMPLE = "greedy", "sample", "beam", "beam_sample"
 MODES = (GREEDY, SAMPLE, BEAM, BEAM_SAMPLE)
 SEEDS = 2**32  # that are drawn from: short enough to be typed again
 LONGEST_PHRASE = 200  # characters of a stop word or banned phrase
-Mixture = tuple[tuple[str, float], ...]  # active adapters and their weights; () is the base alone
+ActiveAdapters = tuple[tuple[str, float], ...]  # active adapters and their weights; () is the base alone
 TRAINED = ""  # name of the template that was saved with the adapter, or is usual without one
 BASE, MIX = "base", "mix"  # what a picker offers besides adapters
 

@@ -33,7 +33,7 @@ CONTEXT = 64  # tokens of the context that shows whether llama.cpp can load the 
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class ExportJob:
     """What is exported, and where to."""
 
     base: Path
@@ -90,7 +90,7 @@ def run(options: ExportConfig) -> Path:
     return job.output
 
 
-def _job(options: ExportConfig, keep: Path) -> tuple[Job, str]:
+def _job(options: ExportConfig, keep: Path) -> tuple[ExportJob, str]:
     """What to export, and why in this template; keep: a folder for an adapter in peft's form."""
     listed = run_adapters.read_list(options.lora_path)
     if len(listed) > 1:
@@ -121,7 +121,9 @@ def _job(options: ExportConfig, keep: Path) -> tuple[Job, str]:
     is_own = not options.output_path and output.parent == _folder(listed)
     ends = list(dict.fromkeys([*data_encode.ends(template, tokenizer), *named]))
     kind = options.type
-    return Job(base, adapter and adapter.folder, template, tokenizer, kind, output, place, is_own, ends), why
+    return ExportJob(
+        base, adapter and adapter.folder, template, tokenizer, kind, output, place, is_own, ends
+    ), why
 
 
 def _place(listed: list[tuple[str, str, float | None]], base: str, kind: str) -> Path:
@@ -164,7 +166,7 @@ def _check_tokenizer(base: Path, tokenizer: Any) -> list[int]:
     return named
 
 
-def _named(job: Job) -> str:
+def _named(job: ExportJob) -> str:
     """The end tokens, and what the file says of each."""
     names = job.tokenizer.convert_ids_to_tokens(job.ends)
     places = [f"as {key}" for key in llama_cpp_converter.END_KEYS] + ["not in the file"] * len(names)
@@ -173,7 +175,7 @@ def _named(job: Job) -> str:
     return f"{told[0]}: the tokenizer's{''.join(f', {one}' for one in told[1:])}{more}"
 
 
-def _made_from(job: Job) -> dict[str, Any]:
+def _made_from(job: ExportJob) -> dict[str, Any]:
     """What decides how the files come out."""
     of_base, of_adapter = gguf_cache.keys(job.base, job.adapter)
     return {
@@ -185,7 +187,7 @@ def _made_from(job: Job) -> dict[str, Any]:
     }
 
 
-def _check_room(job: Job, options: ExportConfig) -> None:
+def _check_room(job: ExportJob, options: ExportConfig) -> None:
     """Raise UserError before any work: of memory for the comparison, of disk for all files at once."""
     if options.check:
         parity.check_memory(job.base)
@@ -195,7 +197,7 @@ def _check_room(job: Job, options: ExportConfig) -> None:
     system_files.check_room(job.place, int(needed * 1.05) + (64 << 20))
 
 
-def _make(job: Job, folder: Path) -> None:
+def _make(job: ExportJob, folder: Path) -> None:
     if job.kind in PLAIN_TYPES:
         gguf.base(job.base, folder / job.base_name, kind=job.kind, ends=job.ends)
     else:
@@ -208,7 +210,7 @@ def _make(job: Job, folder: Path) -> None:
     system_files.replace(folder / MODELFILE, text.encode())
 
 
-def _check(job: Job, folder: Path, options: ExportConfig) -> str | None:
+def _check(job: ExportJob, folder: Path, options: ExportConfig) -> str | None:
     """The table of the comparison, None without; raises UserError (exit 4) when a row failed."""
     threads = hardware.choose_threads(options.threads).value
     path, adapter = folder / job.base_name, folder / ADAPTER if job.adapter else None
@@ -232,7 +234,7 @@ def _check(job: Job, folder: Path, options: ExportConfig) -> str | None:
     return text
 
 
-def _describe(job: Job, folder: Path, made_from: dict[str, Any], checked: str | None) -> None:
+def _describe(job: ExportJob, folder: Path, made_from: dict[str, Any], checked: str | None) -> None:
     """export.json, written last."""
     files = {path.name: hashing.sha256(path) for path in sorted(folder.iterdir())}
     given = {"model_path": job.base, "lora_path": job.adapter}

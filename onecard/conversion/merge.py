@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from onecard.config import options as config_options
 from onecard.config.tools import MergeConfig
 from onecard.conversion import lora_delta, side_files
-from onecard.conversion.lora_delta import Adapter, Change
+from onecard.conversion.lora_delta import Change
 from onecard.errors import CHECKPOINT, UserError
 from onecard.evaluation import eval_rows, merge_fidelity
 from onecard.evaluation.eval_rows import EvalRow
@@ -30,7 +30,7 @@ from onecard.models import base_model, tensor_files
 from onecard.models import tokenizer as models_tokenizer
 from onecard.models.tensor_files import Behind, Files, StoredTensor
 from onecard.runs import adapters as run_adapters
-from onecard.runs.adapters import Source
+from onecard.runs.adapters import Adapter
 from onecard.system import files as system_files
 from onecard.system import output_folder
 from onecard.system.console import Progress, say
@@ -64,7 +64,7 @@ class Base:
 
 
 @dataclasses.dataclass
-class Plan:
+class MergePlan:
     """What is written. origin: name in the files -> the tensor it comes from."""
 
     files: dict[str, list[StoredTensor]]
@@ -107,14 +107,14 @@ def run(options: MergeConfig, progress: Progress) -> None:
             merge_fidelity.run(options, rows, folder, found, target)
 
 
-def _rows(options: MergeConfig, folder: Path, found: Source) -> list[EvalRow]:
+def _rows(options: MergeConfig, folder: Path, found: Adapter) -> list[EvalRow]:
     """Rows for the report; raises UserError (exit 3) without any."""
     tokenizer = models_tokenizer.load_tokenizer(str(side_files.tokenizer_of(found.origin) or folder))
     form, _ = resolve.choose_template(None, [found], tokenizer)
     return eval_rows.some(options.data_path, options.cutoff_len, form, tokenizer, options.report_rows)
 
 
-def _make(folder: Path, found: Source, target: Path, progress: Progress) -> None:
+def _make(folder: Path, found: Adapter, target: Path, progress: Progress) -> None:
     tokenizer = side_files.tokenizer_of(found.origin)
     copied = side_files.rest(folder, skip=side_files.TOKENIZER if tokenizer else ())
     copied += side_files.rest(tokenizer, only=side_files.TOKENIZER) if tokenizer else []
@@ -183,7 +183,7 @@ def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
         )
 
 
-def _plan(base: Base, given: Adapter, folder: Path) -> Plan:
+def _plan(base: Base, given: lora_delta.Adapter, folder: Path) -> MergePlan:
     """What becomes of each tensor; raises UserError (exit 4) with the list of keys that do not fit."""
     bad = _misfits(base, given)
     origin = dict(base.tensors)
@@ -224,10 +224,10 @@ def _plan(base: Base, given: Adapter, folder: Path) -> Plan:
     config = {**base.config, **({"tie_word_embeddings": False} if untied else {})}
     if "vocab_size" in config:
         config["vocab_size"] = rows.pop()
-    return Plan(_files(base, origin), origin, changes, biases, config)
+    return MergePlan(_files(base, origin), origin, changes, biases, config)
 
 
-def _misfits(base: Base, given: Adapter) -> list[str]:
+def _misfits(base: Base, given: lora_delta.Adapter) -> list[str]:
     """Tensors that the adapter should have on this base and has not, and the other way round."""
     extra = {lora_delta.PREFIX + name for name in (base.embedding, base.head)}
     held = {tensor.name: tensor.shape for change in given.changes.values() for tensor in change.tensors()}
@@ -243,7 +243,7 @@ def _misfits(base: Base, given: Adapter) -> list[str]:
     return bad
 
 
-def _unties(base: Base, given: Adapter) -> bool:
+def _unties(base: Base, given: lora_delta.Adapter) -> bool:
     """Whether embedding and head were one tensor and are two from now on."""
     if not base.tied:
         return False
@@ -278,7 +278,7 @@ def _files(base: Base, origin: dict[str, StoredTensor]) -> dict[str, list[Stored
     return files
 
 
-def _check_tokenizer(place: Path, plan: Plan, own: Path | None) -> None:
+def _check_tokenizer(place: Path, plan: MergePlan, own: Path | None) -> None:
     """Raise UserError (exit 4) when the tokenizer has ids that the merged embedding has not."""
     if own is None:
         return
@@ -291,7 +291,7 @@ def _check_tokenizer(place: Path, plan: Plan, own: Path | None) -> None:
         raise UserError(problem, "It was trained on a base with more rows: give that one.", CHECKPOINT)
 
 
-def _write(plan: Plan, place: Path, folder: Path, progress: Progress) -> int:
+def _write(plan: MergePlan, place: Path, folder: Path, progress: Progress) -> int:
     placed = tensor_files.create(place, plan.files)
     total, done = sum(tensor.size for tensor in placed.values()), 0
     threads = min(MOST_THREADS, torch.get_num_threads())

@@ -15,14 +15,14 @@ from onecard.evaluation import eval_rows
 from onecard.evaluation.eval_rows import EvalRow
 from onecard.models import adapter as models_adapter
 from onecard.models import base_model
-from onecard.runs.adapters import Source
+from onecard.runs.adapters import Adapter
 from onecard.system import hardware
 from onecard.system.console import say
 
 UNMERGED = "base + adapter (peft)"
 
 
-def run(options: MergeConfig, rows: list[EvalRow], base: Path, found: Source, merged: Path) -> None:
+def run(options: MergeConfig, rows: list[EvalRow], base: Path, found: Adapter, merged: Path) -> None:
     """Say logit differences and perplexities on these rows; raises UserError, exit 4 for no numbers."""
     device = hardware.choose_device("auto").value
     dtype = hardware.choose_dtype("auto", device).value

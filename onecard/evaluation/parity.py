@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from onecard.config.generation import Mixture
+from onecard.config.generation import ActiveAdapters
 from onecard.data import conversation as data_conversation
 from onecard.data import encode as data_encode
 from onecard.data.template import Template
@@ -65,17 +65,17 @@ def reference(folder: Path, adapter_folder: Path | None, template: Template, tok
     if adapter_folder:
         made = models_adapter.attach(made, adapter_folder, NAME)
     engine = transformers_engine.Engine(made, tokenizer, CONTEXT, [NAME] if adapter_folder else [])
-    mixture = _mixture(adapter_folder)
+    active_adapters = _active_adapters(adapter_folder)
     ends = data_encode.ends(template, tokenizer)
     answers = []
     for text in tqdm(probe_texts.PROMPTS, "answers by transformers", unit="answer", disable=None):
         asked = data_encode.encode(data_conversation.single(text), template, tokenizer)[0]
-        ids = _greedy(engine, asked, mixture, ends)
-        answers.append(Answer(asked, ids, _scores(engine, asked, ids, mixture)))
+        ids = _greedy(engine, asked, active_adapters, ends)
+        answers.append(Answer(asked, ids, _scores(engine, asked, ids, active_adapters)))
     own = getattr(base_model.load_config(str(folder)).get_text_config(), "max_position_embeddings", None)
     length = min(CONTEXT, own or CONTEXT)
     text = perplexity.encode(tokenizer, probe_texts.TEXT)
-    score = perplexity.score(engine, text, length, mixture, "a text by transformers")
+    score = perplexity.score(engine, text, length, active_adapters, "a text by transformers")
     del made, engine
     gc.collect()
     return Numbers(answers, score, length)
@@ -106,10 +106,12 @@ def compare(
     engine = llama_cpp_engine.Engine(gguf, tokenizer, CONTEXT, adapters, threads, exact=True)
     try:
         rows = [_ids(engine, tokenizer), *_metadata(engine, template, tokenizer)]
-        mixture = _mixture(gguf_adapter)
-        rows += _answers(engine, expected.answers, kind, mixture, data_encode.ends(template, tokenizer))
+        active_adapters = _active_adapters(gguf_adapter)
+        rows += _answers(
+            engine, expected.answers, kind, active_adapters, data_encode.ends(template, tokenizer)
+        )
         text = perplexity.encode(tokenizer, probe_texts.TEXT)
-        found = perplexity.score(engine, text, expected.length, mixture, "a text by llama.cpp")
+        found = perplexity.score(engine, text, expected.length, active_adapters, "a text by llama.cpp")
         return [*rows, _perplexity(expected.score, found)]
     finally:
         engine.close()
@@ -155,17 +157,17 @@ def _metadata(engine: Any, template: Template, tokenizer: Any) -> list[ParityRow
 
 
 def _answers(
-    engine: Any, answers: list[Answer], kind: str, mixture: Mixture, ends: list[int]
+    engine: Any, answers: list[Answer], kind: str, active_adapters: ActiveAdapters, ends: list[int]
 ) -> list[ParityRow]:
     same = total = whole = 0
     gaps = []
     for answer in tqdm(answers, "answers by llama.cpp", unit="answer", disable=None):
-        ids = _greedy(engine, answer.prompt, mixture, ends)
+        ids = _greedy(engine, answer.prompt, active_adapters, ends)
         equal = [mine == its for mine, its in zip(answer.ids, ids, strict=False)]
         common = equal.index(False) if False in equal else len(equal)
         same, total = same + common, total + len(answer.ids)
         whole += ids == answer.ids
-        difference = _scores(engine, answer.prompt, answer.ids, mixture) - answer.scores
+        difference = _scores(engine, answer.prompt, answer.ids, active_adapters) - answer.scores
         gaps.append(difference.abs().max())
     greedy = f"{same} of {total} tokens before they part, {whole} of {len(answers)} answers whole"
     gap = torch.stack(gaps).max().item()  # Python's own max() passes NaN over
@@ -183,13 +185,13 @@ def _perplexity(expected: perplexity.Score, found: perplexity.Score) -> ParityRo
     return ParityRow("perplexity", numbers, f"at most {MOST_RATIO}", not ratio <= MOST_RATIO)
 
 
-def _mixture(adapter: Path | None) -> Mixture:
+def _active_adapters(adapter: Path | None) -> ActiveAdapters:
     return ((NAME, 1.0),) if adapter else ()
 
 
-def _greedy(engine: Any, asked: list[int], mixture: Mixture, ends: list[int]) -> list[int]:
+def _greedy(engine: Any, asked: list[int], active_adapters: ActiveAdapters, ends: list[int]) -> list[int]:
     """At most TOKENS tokens, with the end token if it comes; always the most probable."""
-    stream = engine.open(asked, mixture)
+    stream = engine.open(asked, active_adapters)
     try:
         for _ in stream.read():
             pass
@@ -204,7 +206,7 @@ def _greedy(engine: Any, asked: list[int], mixture: Mixture, ends: list[int]) ->
         stream.close()
 
 
-def _scores(engine: Any, asked: list[int], ids: list[int], mixture: Mixture) -> torch.Tensor:
+def _scores(engine: Any, asked: list[int], ids: list[int], active_adapters: ActiveAdapters) -> torch.Tensor:
     """[T, V] before each token of an answer was chosen."""
-    rows = torch.cat(list(engine.each(asked + ids, mixture)))
+    rows = torch.cat(list(engine.each(asked + ids, active_adapters)))
     return rows[len(asked) - 1 : -1].float()

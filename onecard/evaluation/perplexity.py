@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from onecard.config.chat import ChatConfig
-from onecard.config.generation import Mixture
+from onecard.config.generation import ActiveAdapters
 from onecard.config.tools import PerplexityConfig
 from onecard.data import template as templates
 from onecard.errors import CHECKPOINT, DATA, UserError
@@ -99,7 +99,9 @@ def windows(count: int, length: int, unscored: int = 1) -> list[Window]:
     return made
 
 
-def score(engine: Engine, text: ScoredText, length: int, mixture: Mixture = (), title: str = "") -> Score:
+def score(
+    engine: Engine, text: ScoredText, length: int, active_adapters: ActiveAdapters = (), title: str = ""
+) -> Score:
     """Score a text in windows of `length` tokens; title: of the bar, none without."""
     nats = 0.0
     cut = windows(len(text.ids), length - len(text.beginning), text.unscored)
@@ -108,7 +110,7 @@ def score(engine: Engine, text: ScoredText, length: int, mixture: Mixture = (), 
         for window in cut:
             ids = text.beginning + text.ids[window.start : window.end]
             skip = window.scored - window.start + len(text.beginning)
-            nats += sum(_log_probabilities(engine.each(ids, mixture), ids, skip))
+            nats += sum(_log_probabilities(engine.each(ids, active_adapters), ids, skip))
             bar.update(window.end - window.scored)
     left_out = text.ends[text.unscored - 1] if text.unscored else 0
     scored = text.text[left_out : text.ends[-1]]
@@ -133,9 +135,9 @@ def perplexity(options: PerplexityConfig, to_gguf: loader.ToGguf) -> tuple[Score
     Raises UserError, exit 4 when the score is no finite number.
     """
     text = read(options.data_path)
-    engine, tokenizer, template, mixture, _ = loader.load(for_chat(options), to_gguf, exact=True)
+    engine, tokenizer, template, active_adapters, _ = loader.load(for_chat(options), to_gguf, exact=True)
     tokenizer = templates.tokenizer_for(tokenizer, template)
-    if len(mixture) < len(engine.adapters):
+    if len(active_adapters) < len(engine.adapters):
         problem = f"--lora_path names {len(engine.adapters)} adapters."
         raise UserError(problem, "Name one, or give those that act together a weight: PATH:0.5,PATH:0.5.")
     encoded = encode(tokenizer, text, options.max_tokens)
@@ -145,7 +147,7 @@ def perplexity(options: PerplexityConfig, to_gguf: loader.ToGguf) -> tuple[Score
     if length < LEAST_CONTEXT:
         problem = f"A context of {length} tokens is too short to measure with."
         raise UserError(problem, f"Name a model that reads at least {LEAST_CONTEXT}.")
-    found = score(engine, encoded, length, mixture, "scoring")
+    found = score(engine, encoded, length, active_adapters, "scoring")
     if not math.isfinite(found.nats):
         named = options.model_path or options.lora_path or "The demo model"
         problem = f"{named}: the probability that it gives {options.data_path} is no finite number."

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from onecard.config import chat as chat_config
 from onecard.config import generation
 from onecard.config.chat import ChatConfig
-from onecard.config.generation import TRAINED, Generation, Mixture
+from onecard.config.generation import TRAINED, ActiveAdapters, Generation
 from onecard.data import encode as data_encode
 from onecard.data import template as templates
 from onecard.data.conversation import Conversation
@@ -40,7 +40,7 @@ def reply(
 class Reply:
     """A growing answer and what it took so far."""
 
-    text: detokenizer.Text
+    text: detokenizer.PartialText
     prompt_tokens: int
     read: int  # of them; fewer than prompt_tokens while the prompt is still being read
     reused: int  # of them, from the turn before
@@ -84,7 +84,7 @@ def later(options: ChatConfig, to_gguf: loader.ToGguf, beside: Callable[[str], l
 
     engine = lazy_engine.Engine(found, make, beside)
     say("model       not loaded: the first question does that")
-    return Chat(engine, found.tokenizer, found.template, found.mixture, found.versions)
+    return Chat(engine, found.tokenizer, found.template, found.active_adapters, found.versions)
 
 
 class Chat:
@@ -95,15 +95,15 @@ class Chat:
         engine: engines.Engine,
         tokenizer: PreTrainedTokenizerBase,
         form: Template,
-        mixture: Mixture = (),
+        active_adapters: ActiveAdapters = (),
         versions: dict[str, str] | None = None,
     ):
-        """form: the template; mixture: adapters and weights that answer unless a question says otherwise.
+        """form: the template; active_adapters: those that answer unless a question names others.
 
         versions: owner/name@COMMIT of the base and of adapters that come from the hub.
         """
         self.versions = versions or {}
-        self.engine, self.template, self.mixture = engine, form, mixture
+        self.engine, self.template, self.active_adapters = engine, form, active_adapters
         self.models_tokenizer = tokenizer  # the one that every template starts from
         self.tokenizer = templates.tokenizer_for(tokenizer, form)
         self.ends = data_encode.ends(form, tokenizer)
@@ -146,7 +146,7 @@ class Chat:
         self,
         conversation: Conversation,
         settings: Generation,
-        mixture: Mixture | None = None,
+        active_adapters: ActiveAdapters | None = None,
         cancelled: Callable[[], bool] = lambda: False,
         form: str = TRAINED,
     ) -> Iterator[Reply]:
@@ -159,12 +159,12 @@ class Chat:
         started = time.monotonic()
         settings = generation.seeded(settings)
         if not self.engine.is_loaded:
-            yield Reply(detokenizer.Text(""), 0, 0, 0, 0, 0.0, None, loading=True)
+            yield Reply(detokenizer.PartialText(""), 0, 0, 0, 0, 0.0, None, loading=True)
             self.engine.load()
             started = time.monotonic()
-        mixture = self.mixture if mixture is None else mixture
+        active_adapters = self.active_adapters if active_adapters is None else active_adapters
         self.check_mode(settings.mode)
-        self.engine.check_mixture(mixture)
+        self.engine.check_active_adapters(active_adapters)
         shape, tokenizer = self._form(form)
         ends = self.ends if form == TRAINED else data_encode.ends(shape, tokenizer)
         room = self.engine.context - min(settings.max_new_tokens, self.engine.context // 2)
@@ -174,12 +174,12 @@ class Chat:
         first, seed = None, settings.seed if settings.samples else None
         read = 0
 
-        def so_far(text: detokenizer.Text, finished: str = "") -> Reply:
+        def so_far(text: detokenizer.PartialText, finished: str = "") -> Reply:
             text = dataclasses.replace(text, finished=finished) if finished else text
             taken = time.monotonic() - started
             return Reply(text, len(fitted.ids), read, sequence.reused, fitted.left_out, taken, first, seed)
 
-        sequence = self.engine.open(fitted.ids, mixture)
+        sequence = self.engine.open(fitted.ids, active_adapters)
         try:
             for read in sequence.read():
                 if cancelled():
@@ -208,6 +208,6 @@ class Chat:
             sequence.close()
 
 
-def _settled(text: detokenizer.Text) -> detokenizer.Text:
+def _settled(text: detokenizer.PartialText) -> detokenizer.PartialText:
     """What is shown when nothing more comes: what was held back, too."""
     return dataclasses.replace(text, stable=text.beams[0], open="")

@@ -18,7 +18,7 @@ LONGEST = 3  # tokens behind the one a character begins in; a character has four
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class PartialText:
     """A growing answer: `stable` is never taken back, `open` may still change."""
 
     stable: str
@@ -34,7 +34,7 @@ class Text:
 
 def grow(
     tokenizer: Any, steps: Iterable[Step], stops: list[str], before: list[int] | None = None
-) -> Iterator[Text]:
+) -> Iterator[PartialText]:
     """A text for each step. before: tokens of the answer's beginning, when one is continued."""
     before = before or []
     window = Detokenizer(tokenizer)
@@ -46,7 +46,7 @@ def grow(
         if step.finished:
             # what is stable all beams share
             texts = [_ended(window.copy(), ids[read:], stops, known) for ids in step.beams]
-            yield Text(texts[0], "", tuple(texts), len(best), step.finished)
+            yield PartialText(texts[0], "", tuple(texts), len(best), step.finished)
             return
         window.push(best[read : step.stable])
         read = step.stable
@@ -55,14 +55,14 @@ def grow(
         whole = tuple(one.with_tail([]).strip() for one in windows)
         unsettled = len(step.beams) > 1 or read < len(best)
         opened = whole[0][len(stable) :] if unsettled else ""
-        yield Text(stable, opened, whole, len(best))
+        yield PartialText(stable, opened, whole, len(best))
 
 
-def beginning(tokenizer: Any, before: list[int], stops: list[str]) -> Text:
+def beginning(tokenizer: Any, before: list[int], stops: list[str]) -> PartialText:
     """The text of an answer that is to be continued, before it goes on."""
     whole = final(tokenizer, before, [])
     stable = _held_back(whole, stops).strip()
-    return Text(stable, whole[len(stable) :], (whole,))
+    return PartialText(stable, whole[len(stable) :], (whole,))
 
 
 def final(tokenizer: Any, ids: list[int], stops: list[str], before: list[int] | None = None) -> str:

@@ -21,7 +21,7 @@ from typing import Protocol
 
 import torch
 
-from onecard.config.generation import Mixture
+from onecard.config.generation import ActiveAdapters
 from onecard.errors import UserError
 
 
@@ -51,7 +51,7 @@ def check_adapter(name: str, loaded: abc.Sequence[str]) -> None:
 
 
 class Sequence(Protocol):
-    """One prompt and what is written behind it, by one mixture of active adapters from open to close.
+    """One prompt and what is written behind it, by the same active adapters from open to close.
 
     It is read whole first, then advanced step by step. It can be given up at any time: `cancel` may be called
     from any thread, all else by one thread at a time. `close` has to be called in the end, and may be again.
@@ -126,15 +126,15 @@ class Engine(Protocol):
         """Tokens of prompt and answer together; RuntimeError before the weights are loaded."""
         ...
 
-    def check_mixture(self, mixture: Mixture) -> None:
+    def check_active_adapters(self, active_adapters: ActiveAdapters) -> None:
         """Raise UserError when these adapters cannot be active with these weights."""
         ...
 
-    def open(self, prompt: list[int], mixture: Mixture = ()) -> Sequence:
+    def open(self, prompt: list[int], active_adapters: ActiveAdapters = ()) -> Sequence:
         """A sequence that begins with these token ids; loads the weights if they are not there."""
         ...
 
-    def each(self, ids: list[int], mixture: Mixture = ()) -> abc.Iterator[torch.Tensor]:
+    def each(self, ids: list[int], active_adapters: ActiveAdapters = ()) -> abc.Iterator[torch.Tensor]:
         """Scores [t, V] of what follows each of `ids`, some tokens at a time; nothing comes before the first.
 
         An engine that does not interleave waits until no sequence is open.

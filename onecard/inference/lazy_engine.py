@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from onecard.config.generation import Mixture
+from onecard.config.generation import ActiveAdapters
 from onecard.errors import MEMORY, UserError, is_out_of_memory
 from onecard.inference import engine as engines
 from onecard.inference.loader import Found
@@ -80,18 +80,18 @@ class Engine:
             raise RuntimeError("The context is not known before the weights are loaded.")
         return self.engine.context
 
-    def check_mixture(self, mixture: Mixture) -> None:
+    def check_active_adapters(self, active_adapters: ActiveAdapters) -> None:
         """Raise UserError when these adapters cannot be used so; of a model that waits, the names alone."""
         if self.engine is not None:
-            self.engine.check_mixture(mixture)
-        for name, _ in mixture:
+            self.engine.check_active_adapters(active_adapters)
+        for name, _ in active_adapters:
             engines.check_adapter(name, self.adapters)
 
-    def open(self, prompt: list[int], mixture: Mixture = ()) -> engines.Sequence:
-        return self._loaded().open(prompt, mixture)
+    def open(self, prompt: list[int], active_adapters: ActiveAdapters = ()) -> engines.Sequence:
+        return self._loaded().open(prompt, active_adapters)
 
-    def each(self, ids: list[int], mixture: Mixture = ()) -> Iterator[torch.Tensor]:
-        return self._loaded().each(ids, mixture)
+    def each(self, ids: list[int], active_adapters: ActiveAdapters = ()) -> Iterator[torch.Tensor]:
+        return self._loaded().each(ids, active_adapters)
 
     def forget(self) -> None:
         if self.engine is not None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from onecard.config.chat import ONE_SEQUENCE
-from onecard.config.generation import BEAM, BEAM_SAMPLE, Mixture
+from onecard.config.generation import BEAM, BEAM_SAMPLE, ActiveAdapters
 from onecard.errors import CHECKPOINT, MEMORY, UserError
 from onecard.inference import engine as engines
 from onecard.inference import gguf_check
@@ -116,14 +116,14 @@ class Engine:
     def load(self) -> None:
         """It is there from the beginning."""
 
-    def check_mixture(self, mixture: Mixture) -> None:
+    def check_active_adapters(self, active_adapters: ActiveAdapters) -> None:
         """Raise UserError when these adapters cannot be used so."""
-        for name, _ in mixture:
+        for name, _ in active_adapters:
             engines.check_adapter(name, self.adapters)
 
-    def open(self, prompt: list[int], mixture: Mixture = ()) -> "Sequence":
+    def open(self, prompt: list[int], active_adapters: ActiveAdapters = ()) -> "Sequence":
         self._check_open()
-        return Sequence(self, prompt, mixture)
+        return Sequence(self, prompt, active_adapters)
 
     def _check_open(self) -> None:
         if self.state is None:
@@ -133,10 +133,10 @@ class Engine:
         """Begin the next answer from nothing. Takes no lock: the answer that failed still holds it."""
         self.stale = True
 
-    def begin(self, prompt: list[int], mixture: Mixture) -> int:
+    def begin(self, prompt: list[int], active_adapters: ActiveAdapters) -> int:
         """Keep what the context has of this prompt, all but one token at most; returns how many that are."""
         self._check_open()
-        active = {name: weight for name, weight in mixture if weight}
+        active = {name: weight for name, weight in active_adapters if weight}
         memory = self.library.llama_get_memory(self.state)
         keep = 0
         if active == self.active and not self.stale:
@@ -160,10 +160,10 @@ class Engine:
         assert code == 0, code
         self.active = active
 
-    def each(self, ids: list[int], mixture: Mixture = ()) -> Iterator[torch.Tensor]:
+    def each(self, ids: list[int], active_adapters: ActiveAdapters = ()) -> Iterator[torch.Tensor]:
         """[t, V] of what follows each of `ids`, some tokens at a time; nothing comes before the first."""
         with self.lock:
-            self.begin([], mixture)
+            self.begin([], active_adapters)
             for start in range(0, len(ids), CHUNK):
                 yield self.scores(ids[start : start + CHUNK], each=True)
 
@@ -228,8 +228,8 @@ class Engine:
 class Sequence:
     """One answer's use of the engine: an engine.Sequence."""
 
-    def __init__(self, engine: Engine, prompt: list[int], mixture: Mixture):
-        self.engine, self.prompt, self.mixture = engine, prompt, mixture
+    def __init__(self, engine: Engine, prompt: list[int], active_adapters: ActiveAdapters):
+        self.engine, self.prompt, self.active_adapters = engine, prompt, active_adapters
         self.reused = 0
         self.has_lock = self.cancelled = False
         self.scores: torch.Tensor | None = None
@@ -241,7 +241,7 @@ class Sequence:
                 return
             yield 0
         self.has_lock = True
-        self.reused = self.engine.begin(self.prompt, self.mixture)
+        self.reused = self.engine.begin(self.prompt, self.active_adapters)
         for start in range(self.reused, len(self.prompt), CHUNK):
             if self.cancelled:
                 return

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from onecard.config.chat import ChatConfig
-from onecard.config.generation import BASE, Mixture
+from onecard.config.generation import BASE, ActiveAdapters
 from onecard.config.options import memory_of_cards
 from onecard.data import template as templates
 from onecard.data.template import Template
@@ -27,7 +27,7 @@ from onecard.models import base_model, quantized
 from onecard.models import memory as model_memory
 from onecard.models import tokenizer as models_tokenizer
 from onecard.runs import adapters as run_adapters
-from onecard.runs.adapters import GGUF, Source
+from onecard.runs.adapters import GGUF, Adapter
 from onecard.system import commands, hardware
 from onecard.system.console import say
 from onecard.system.hardware import Choice
@@ -51,10 +51,10 @@ class Found:
     kind: type[transformers_engine.Engine] | type[llama_cpp_engine.Engine]
     base: str
     device: Choice
-    adapters: list[Source]
+    adapters: list[Adapter]
     tokenizer: PreTrainedTokenizerBase
     template: Template
-    mixture: Mixture  # adapters that answer unless told otherwise
+    active_adapters: ActiveAdapters  # those that answer unless a question names others
     keep: tempfile.TemporaryDirectory[str]  # of adapters that were written in peft's form
     code: remote_code.Consent | None = None  # to run Python code of the base's own
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  # of base and adapters of the hub
@@ -66,7 +66,7 @@ class Loaded(NamedTuple):
     engine: engines.Engine
     tokenizer: PreTrainedTokenizerBase
     template: Template
-    mixture: Mixture  # adapters that answer unless told otherwise
+    active_adapters: ActiveAdapters  # those that answer unless a question names others
     versions: dict[str, str]  # owner/name@COMMIT of the base and of adapters that come from the hub
 
 
@@ -78,7 +78,7 @@ def load(options: ChatConfig, to_gguf: ToGguf, exact: bool = False) -> Loaded:
     """
     found = look(options)
     engine = engine_of(found, to_gguf, exact)
-    return Loaded(engine, found.tokenizer, found.template, found.mixture, found.versions)
+    return Loaded(engine, found.tokenizer, found.template, found.active_adapters, found.versions)
 
 
 def look(options: ChatConfig) -> Found:
@@ -107,13 +107,15 @@ def look(options: ChatConfig) -> Found:
     template, why = resolve.choose_template(options.template, found, tokenizer)
     say(f"template    {template.name}: {why}")
     weighed = tuple((name, 1.0 if weight is None else weight) for name, _, weight in listed)
-    mixture = weighed if adapters else ()
+    active_adapters = weighed if adapters else ()
     # several are there to choose from; weights that are given say that they answer together
     together = any(weight is not None for _, _, weight in listed)
-    mixture = mixture if together else mixture[:1]
+    active_adapters = active_adapters if together else active_adapters[:1]
     places = {BASE: Path(base), **{source.name: source.origin for source in adapters}}
     versions = {name: str(version) for name, path in places.items() if (version := revisions.of(path))}
-    return Found(options, kind, base, device, adapters, tokenizer, template, mixture, keep, code, versions)
+    return Found(
+        options, kind, base, device, adapters, tokenizer, template, active_adapters, keep, code, versions
+    )
 
 
 def engine_of(found: Found, to_gguf: ToGguf, exact: bool = False) -> engines.Engine:
@@ -124,7 +126,7 @@ def engine_of(found: Found, to_gguf: ToGguf, exact: bool = False) -> engines.Eng
     return engine
 
 
-def _check(options: ChatConfig, base: str, adapters: list[Source], is_llama: bool) -> None:
+def _check(options: ChatConfig, base: str, adapters: list[Adapter], is_llama: bool) -> None:
     """Raise UserError for options that this engine or file cannot have."""
     for path in (base, *(str(source.folder) for source in adapters)):
         if not is_llama and path.endswith(GGUF):
@@ -156,7 +158,7 @@ def _check(options: ChatConfig, base: str, adapters: list[Source], is_llama: boo
         raise UserError(f"--model_path {base}: no such file.", "Name a .gguf file.")
 
 
-def _base(options: ChatConfig, found: list[Source]) -> str:
+def _base(options: ChatConfig, found: list[Adapter]) -> str:
     """The base model: asked for, trained whole, or what an adapter was trained on."""
     whole = [source for source in found if source.whole]
     if whole and (len(found) > 1 or options.model_path):

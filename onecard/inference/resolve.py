@@ -7,7 +7,7 @@ from onecard.data import template as templates
 from onecard.data.template import Template
 from onecard.errors import CHECKPOINT, UserError
 from onecard.hub import manifest, revisions
-from onecard.runs.adapters import Source
+from onecard.runs.adapters import Adapter
 from onecard.system import hashing
 from onecard.system.console import say
 
@@ -24,7 +24,7 @@ def is_here(base: str) -> bool:
     return Path(base).exists() or revisions.at_hand(base) is not None
 
 
-def base_of(found: Source | None, asked: str | None) -> str | None:
+def base_of(found: Adapter | None, asked: str | None) -> str | None:
     """The base: asked for, or what the adapter names; raises UserError when that would have to be fetched.
 
     A hub's name without a revision is meant at the commit that was trained on, where that is written. The hub
@@ -56,7 +56,7 @@ def base_of(found: Source | None, asked: str | None) -> str | None:
     return here or found.base
 
 
-def check_belongs(found: Source, base: Path, files: dict[str, list[Path]]) -> None:
+def check_belongs(found: Adapter, base: Path, files: dict[str, list[Path]]) -> None:
     """Raise UserError (exit 4) when the run that made the adapter had another base or tokenizer.
 
     files: those of base_model.identity_files that have to be the same.
@@ -72,7 +72,7 @@ def check_belongs(found: Source, base: Path, files: dict[str, list[Path]]) -> No
             raise UserError(f"{problem} ({sums}).", fix, CHECKPOINT)
 
 
-def choose_template(asked: str | None, found: list[Source], tokenizer: Any) -> tuple[Template, str]:
+def choose_template(asked: str | None, found: list[Adapter], tokenizer: Any) -> tuple[Template, str]:
     """The template, and why it is this one: asked for, saved with the adapter, or what is usual."""
     saved = [source for source in found if source.template]
     if asked:

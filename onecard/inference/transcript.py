@@ -12,7 +12,7 @@ from typing import Any
 
 from onecard.config import options as config_options
 from onecard.config.chat import IN_CHINESE, ChatConfig
-from onecard.config.generation import BEAM_SAMPLE, GREEDY, SAMPLE, TRAINED, Generation, Mixture
+from onecard.config.generation import BEAM_SAMPLE, GREEDY, SAMPLE, TRAINED, ActiveAdapters, Generation
 from onecard.data import template as templates
 from onecard.data.conversation import Conversation, Turn
 from onecard.errors import DATA, UserError
@@ -26,11 +26,13 @@ Turns = list[dict[str, Any]]  # question, input, answer, other; options, adapter
 Note = tuple[str, str]  # English, Chinese
 
 
-def made_by(chat: Chat, settings: Generation, mixtures: dict[str, Mixture], form: str) -> dict[str, Any]:
+def made_by(
+    chat: Chat, settings: Generation, adapters_by_side: dict[str, ActiveAdapters], form: str
+) -> dict[str, Any]:
     """What made an answer, for its turn. form: name of a template."""
     options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Generation)}
     name = chat.template_of(form).name
-    return {"options": options, "adapters": _plain(mixtures), "template": name}
+    return {"options": options, "adapters": _plain(adapters_by_side), "template": name}
 
 
 def record(
@@ -38,14 +40,14 @@ def record(
     settings: Generation,
     chat: Chat,
     program: ChatConfig,
-    mixtures: dict[str, Mixture],
+    adapters_by_side: dict[str, ActiveAdapters],
     form: str = TRAINED,
     **texts: str,
 ) -> str:
     """One line: the turns, and all that the next answer would be made with.
 
-    program: the options it was started with; mixtures: of LEFT, and RIGHT when two are compared; texts:
-    system, context.
+    program: the options it was started with; adapters_by_side: the active adapters of LEFT, and of RIGHT when
+    two are compared; texts: system, context.
     """
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     about = {
@@ -55,14 +57,14 @@ def record(
         "versions": chat.versions,
         "engine": chat.engine.name,
         **texts,
-        **made_by(chat, settings, mixtures, form),
+        **made_by(chat, settings, adapters_by_side, form),
         "turns": turns,
     }
     return json.dumps(about, ensure_ascii=False) + "\n"
 
 
-def _plain(mixtures: dict[str, Mixture]) -> dict[str, dict[str, float]]:
-    return {side: dict(mixture) for side, mixture in mixtures.items()}
+def _plain(adapters_by_side: dict[str, ActiveAdapters]) -> dict[str, dict[str, float]]:
+    return {side: dict(active_adapters) for side, active_adapters in adapters_by_side.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Saved:
 
     turns: Turns
     options: Generation
-    mixtures: dict[str, Mixture]  # {} in a chat of an older version
+    adapters_by_side: dict[str, ActiveAdapters]  # {} in a chat of an older version
     template: str | None
     texts: dict[str, str]  # system, context
     versions: dict[str, str]  # of base and adapters that came from the hub
@@ -98,7 +100,7 @@ def read(text: str) -> Saved:
         return Saved(
             turns_of(saved["turns"]),
             config_options.build(Generation, saved["options"]),
-            _mixtures(saved.get("adapters") or {}),
+            _adapters_by_side(saved.get("adapters") or {}),
             form if isinstance(form, str) else None,
             {name: str(saved.get(name) or "") for name in ("system", "context")},
             {str(name): str(text) for name, text in (saved.get("versions") or {}).items()},
@@ -120,11 +122,11 @@ def _turn(value: dict[str, Any]) -> dict[str, Any]:
     if "options" in value:
         made["options"] = dataclasses.asdict(config_options.build(Generation, value["options"]))
     if "adapters" in value:
-        made["adapters"] = _plain(_mixtures(value["adapters"]))
+        made["adapters"] = _plain(_adapters_by_side(value["adapters"]))
     return made
 
 
-def _mixtures(value: dict[str, dict[str, float]]) -> dict[str, Mixture]:
+def _adapters_by_side(value: dict[str, dict[str, float]]) -> dict[str, ActiveAdapters]:
     found = {}
     for side in (LEFT, RIGHT):
         if side in value:
@@ -135,7 +137,7 @@ def _mixtures(value: dict[str, dict[str, float]]) -> dict[str, Mixture]:
 
 
 def fitted(saved: Saved, chat: Chat) -> tuple[Saved, list[Note]]:
-    """The chat with what of it can be had here, and what cannot: a mixture that is left out, a template None.
+    """The chat with what of it can be had here, and notes on what cannot.
 
     A mode that the engine lacks becomes the nearest that it has.
     """
@@ -151,14 +153,14 @@ def fitted(saved: Saved, chat: Chat) -> tuple[Saved, list[Note]]:
         if now not in (None, before):
             chinese = f"{IN_CHINESE.get(name, name)}当时是 {before}，现在是 {now}"
             notes.append((f"{name} was {before}, now it is {now}", chinese))
-    mixtures = {}
-    for side, mixture in saved.mixtures.items():
+    adapters_by_side = {}
+    for side, active_adapters in saved.adapters_by_side.items():
         try:
-            chat.engine.check_mixture(mixture)
+            chat.engine.check_active_adapters(active_adapters)
         except UserError as error:
             notes.append((f"{error.problem} The choice stays as it is", f"{error.problem} 适配器选择不变"))
         else:
-            mixtures[side] = mixture
+            adapters_by_side[side] = active_adapters
     form = saved.template
     if form in (None, chat.template.name):
         form = TRAINED
@@ -173,7 +175,9 @@ def fitted(saved: Saved, chat: Chat) -> tuple[Saved, list[Note]]:
             notes.append((f"{error.problem} {chat.template.name} stays",
                           f"{error.problem} 仍用 {chat.template.name}"))  # fmt: skip
             form = None
-    return dataclasses.replace(saved, options=options, mixtures=mixtures, template=form), notes
+    return dataclasses.replace(
+        saved, options=options, adapters_by_side=adapters_by_side, template=form
+    ), notes
 
 
 def conversation(

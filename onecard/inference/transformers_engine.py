@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from onecard.config.generation import Mixture
+from onecard.config.generation import ActiveAdapters
 from onecard.errors import UserError
 from onecard.inference import engine as engines
 from onecard.inference.decoding import shared_beginning
@@ -83,8 +83,8 @@ class Engine:
         self.model, self.tokenizer, self.context, self.adapters = model, tokenizer, context, list(adapters)
         self.device = next(model.parameters()).device
         self.lock = threading.Lock()
-        self.active: Mixture | None = None
-        self.kept: list[tuple[Mixture, list[int], DynamicCache]] = []
+        self.active: ActiveAdapters | None = None
+        self.kept: list[tuple[ActiveAdapters, list[int], DynamicCache]] = []
 
     @property
     def placement(self) -> engines.Placement:
@@ -93,16 +93,18 @@ class Engine:
     def load(self) -> None:
         """It is there from the beginning."""
 
-    def check_mixture(self, mixture: Mixture) -> None:
+    def check_active_adapters(self, active_adapters: ActiveAdapters) -> None:
         """Raise UserError when these adapters cannot be used so."""
-        for name, weight in mixture:
+        for name, weight in active_adapters:
             engines.check_adapter(name, self.adapters)
-            if models_adapter.has_whole_modules(self.model, name) and (weight != 1 or len(mixture) > 1):
+            if models_adapter.has_whole_modules(self.model, name) and (
+                weight != 1 or len(active_adapters) > 1
+            ):
                 problem = f"Adapter {name} holds trained embeddings, which cannot be weighted or mixed."
                 raise UserError(problem, "Use it alone, with weight 1.")
 
-    def open(self, prompt: list[int], mixture: Mixture = ()) -> "Sequence":
-        return Sequence(self, prompt, mixture)
+    def open(self, prompt: list[int], active_adapters: ActiveAdapters = ()) -> "Sequence":
+        return Sequence(self, prompt, active_adapters)
 
     def forget(self) -> None:
         """Let go of all kept keys and values, after running out of memory."""
@@ -120,37 +122,41 @@ class Engine:
             raise RuntimeError("The engine is closed.")
         return DynamicCache(config=trainable.base_of(self.model).config)
 
-    def each(self, ids: list[int], mixture: Mixture = ()) -> Iterator[torch.Tensor]:
+    def each(self, ids: list[int], active_adapters: ActiveAdapters = ()) -> Iterator[torch.Tensor]:
         """[t, V] of what follows each of `ids`, some tokens at a time; nothing comes before the first."""
         cache = self.new_cache()
         for start in range(0, len(ids), CHUNK):
-            yield self._logits([ids[start : start + CHUNK]], cache, mixture, 0)[0]
+            yield self._logits([ids[start : start + CHUNK]], cache, active_adapters, 0)[0]
 
-    def scores(self, ids: list[list[int]], cache: DynamicCache, mixture: Mixture) -> torch.Tensor:
+    def scores(
+        self, ids: list[list[int]], cache: DynamicCache, active_adapters: ActiveAdapters
+    ) -> torch.Tensor:
         """[B, V] after ids [B, T]; the cache holds what came before, and then also them."""
-        return self._logits(ids, cache, mixture, 1)[:, -1]
+        return self._logits(ids, cache, active_adapters, 1)[:, -1]
 
     @torch.inference_mode()
-    def _logits(self, ids: list[list[int]], cache: DynamicCache, mixture: Mixture, keep: int) -> torch.Tensor:
+    def _logits(
+        self, ids: list[list[int]], cache: DynamicCache, active_adapters: ActiveAdapters, keep: int
+    ) -> torch.Tensor:
         """[B, keep, V], or [B, T, V] with 0, the last positions' of ids [B, T]."""
         with self.lock:
             if self.model is None:
                 raise RuntimeError("The engine is closed.")
-            if self.adapters and mixture != self.active:
+            if self.adapters and active_adapters != self.active:
                 self.active = None  # until it is whole
-                models_adapter.mix(self.model, dict(mixture))
-                self.active = mixture
+                models_adapter.mix(self.model, dict(active_adapters))
+                self.active = active_adapters
             given = torch.tensor(ids, device=self.device)
             made = self.model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=keep)
             logits: torch.Tensor = made.logits
             return logits
 
-    def take(self, prompt: list[int], mixture: Mixture) -> tuple[DynamicCache, int]:
+    def take(self, prompt: list[int], active_adapters: ActiveAdapters) -> tuple[DynamicCache, int]:
         """A cache that holds the beginning of the prompt, and how much of it; all but one token at most."""
         with self.lock:
             best, length = None, 0
             for entry in self.kept:
-                common = shared_beginning(entry[1], prompt[:-1]) if entry[0] == mixture else 0
+                common = shared_beginning(entry[1], prompt[:-1]) if entry[0] == active_adapters else 0
                 if common > length:
                     best, length = entry, common
             if best is None:
@@ -161,7 +167,7 @@ class Engine:
             cache.crop(length - len(ids))
         return cache, length
 
-    def keep(self, ids: list[int], cache: DynamicCache, mixture: Mixture) -> None:
+    def keep(self, ids: list[int], cache: DynamicCache, active_adapters: ActiveAdapters) -> None:
         """Keep what a conversation's next turn will begin with, if the cache can go back to a part of it."""
         if not all(_can_be_cut(layer) for layer in cache.layers):
             return
@@ -169,15 +175,15 @@ class Engine:
         if ids:
             with self.lock:
                 if self.model is not None:  # nobody asks a closed engine again
-                    self.kept = [*self.kept, (mixture, ids, cache)][-KEPT:]
+                    self.kept = [*self.kept, (active_adapters, ids, cache)][-KEPT:]
 
 
 class Sequence:
     """One answer's use of the engine: an engine.Sequence."""
 
-    def __init__(self, engine: Engine, prompt: list[int], mixture: Mixture):
-        self.engine, self.prompt, self.mixture = engine, prompt, mixture
-        self.cache, self.reused = engine.take(prompt, mixture)
+    def __init__(self, engine: Engine, prompt: list[int], active_adapters: ActiveAdapters):
+        self.engine, self.prompt, self.active_adapters = engine, prompt, active_adapters
+        self.cache, self.reused = engine.take(prompt, active_adapters)
         self.rows: list[list[int]] = [[]]  # tokens behind the prompt, of each sequence
         self.scores: torch.Tensor | None = None
         self.cancelled = self.closed = False
@@ -189,7 +195,7 @@ class Sequence:
                 return
             part = self.prompt[start : start + CHUNK]
             self.whole = False
-            self.scores = self.engine.scores([part], self.cache, self.mixture)
+            self.scores = self.engine.scores([part], self.cache, self.active_adapters)
             self.whole = True
             yield start + len(part)
 
@@ -204,7 +210,7 @@ class Sequence:
         if list(parents) != list(range(len(self.rows))):
             self.cache.batch_select_indices(torch.tensor(parents, device=self.engine.device))
         self.rows = [[*self.rows[p], token] for p, token in zip(parents, tokens, strict=True)]
-        scores = self.engine.scores([[token] for token in tokens], self.cache, self.mixture)
+        scores = self.engine.scores([[token] for token in tokens], self.cache, self.active_adapters)
         self.whole = True
         return scores
 
@@ -221,7 +227,7 @@ class Sequence:
         if self.whole and not closed:
             if len(self.rows) > 1:
                 self.cache.batch_select_indices(torch.tensor([0], device=self.engine.device))
-            self.engine.keep([*self.prompt, *self.rows[0]], self.cache, self.mixture)
+            self.engine.keep([*self.prompt, *self.rows[0]], self.cache, self.active_adapters)
 
 
 def _can_be_cut(layer: Any) -> bool:

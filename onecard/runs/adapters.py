@@ -28,7 +28,7 @@ GGUF = ".gguf"
 
 
 @dataclasses.dataclass
-class Source:
+class Adapter:
     """An adapter, or a whole model that was trained."""
 
     name: str  # in windows and /adapter
@@ -83,7 +83,7 @@ def _short(path: str) -> str:
     return re.sub(r"[^\w.-]+", "-", last) or "adapter"
 
 
-def find(path: str, name: str, which: str, keep: Path) -> Source:
+def find(path: str, name: str, which: str, keep: Path) -> Adapter:
     """What lies there, or on the hub by that name; raises UserError when it is no adapter and no run.
 
     which: of an unfinished run its "best" or "newest" checkpoint; keep: a folder for adapters that have to be
@@ -109,7 +109,7 @@ def find(path: str, name: str, which: str, keep: Path) -> Source:
     return made
 
 
-def _exported(folder: Path, file: Path | None, name: str) -> Source:
+def _exported(folder: Path, file: Path | None, name: str) -> Adapter:
     """A GGUF adapter, its base and template where export.json says them; file None: the one it names."""
     values = _object(folder / run_folder.EXPORT)
     names = {key: values.get(key) for key in ("base", "adapter")}
@@ -119,10 +119,10 @@ def _exported(folder: Path, file: Path | None, name: str) -> Source:
         raise UserError(f"{folder / run_folder.EXPORT}: damaged.", "Export the model again.", CHECKPOINT)
     base = str((folder / names["base"]).resolve()) if names["base"] else None
     if file is None and not names["adapter"]:
-        return Source(name, Path(base or folder), whole=True)
+        return Adapter(name, Path(base or folder), whole=True)
     if file is not None and file.name != names["adapter"]:
-        return Source(name, file)
-    return Source(name, folder / names["adapter"], base=base, template=values.get("template"))
+        return Adapter(name, file)
+    return Adapter(name, folder / names["adapter"], base=base, template=values.get("template"))
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -133,12 +133,12 @@ def _object(path: Path) -> dict[str, Any]:
     return values or {}
 
 
-def _find(folder: Path, name: str, which: str, keep: Path) -> Source:
+def _find(folder: Path, name: str, which: str, keep: Path) -> Adapter:
     has_config = (folder / model_files.ADAPTER_CONFIG).is_file()
     if has_config and (folder / model_files.ADAPTER_WEIGHTS).is_file():
         return _as_it_is(folder, name)
     if (folder / run_folder.MODEL / model_files.MODEL_CONFIG).is_file():
-        return Source(name, folder / run_folder.MODEL, whole=True)
+        return Adapter(name, folder / run_folder.MODEL, whole=True)
     if (folder / run_folder.CONFIG).is_file():
         chosen, note = _of_run(folder, which)
         found = _as_it_is(chosen, name)
@@ -152,16 +152,16 @@ def _find(folder: Path, name: str, which: str, keep: Path) -> Source:
     raise UserError(problem, "Name an adapter folder, a run folder or a hub name.", CHECKPOINT)
 
 
-def _as_it_is(folder: Path, name: str) -> Source:
+def _as_it_is(folder: Path, name: str) -> Adapter:
     if (folder / runs_checkpoint.MANIFEST).is_file():
         runs_checkpoint.verify(folder)
     if not (folder / model_files.ADAPTER_CONFIG).is_file():  # a checkpoint of all weights
-        return Source(name, folder, whole=True)
+        return Adapter(name, folder, whole=True)
     values = _object(folder / model_files.ADAPTER_CONFIG)
     if values.get("peft_type", "LORA") != "LORA":
         problem = f"{folder / model_files.ADAPTER_CONFIG}: not a LoRA adapter's."
         raise UserError(problem, "OneCard talks with LoRA adapters.", CHECKPOINT)
-    return Source(name, folder, base=revisions.of_settings(values))
+    return Adapter(name, folder, base=revisions.of_settings(values))
 
 
 def _of_run(folder: Path, which: str) -> tuple[Path, str]:
@@ -178,7 +178,7 @@ def _of_run(folder: Path, which: str) -> tuple[Path, str]:
     raise UserError(problem, "Wait for its first save, or name another adapter.", CHECKPOINT)
 
 
-def _from_older(folder: Path, name: str, keep: Path) -> Source:
+def _from_older(folder: Path, name: str, keep: Path) -> Adapter:
     """An older adapter in peft's form, in a folder of our own."""
     old = legacy.read(folder)
     place = Path(tempfile.mkdtemp(dir=keep))
@@ -203,7 +203,7 @@ def _from_older(folder: Path, name: str, keep: Path) -> Source:
         "inference_mode": True,
     }
     (place / model_files.ADAPTER_CONFIG).write_text(json.dumps(values), encoding="utf-8")
-    return Source(name, place, base=given.get("base_model_name_or_path"), notes=notes, given=folder)
+    return Adapter(name, place, base=given.get("base_model_name_or_path"), notes=notes, given=folder)
 
 
 def _first(names: Any) -> str | None:

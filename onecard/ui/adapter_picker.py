@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from onecard.config.chat import IN_CHINESE
-from onecard.config.generation import BASE, MIX, Mixture
+from onecard.config.generation import BASE, MIX, ActiveAdapters
 from onecard.inference.chat import Chat
 from onecard.ui import forms
 
@@ -17,10 +17,10 @@ def picker(chat: Chat, lang: str) -> list[gr.Component]:
     """The choice of the adapter that answers, then a weight for each one that is loaded."""
     names = chat.engine.adapters
     several = [MIX] if len(names) > 1 else []
-    start = dict(chat.mixture)
+    start = dict(chat.active_adapters)
     choice = gr.Dropdown(
         [(shown(name, lang), name) for name in (BASE, *names, *several)],
-        value=choice_of(chat.mixture),
+        value=choice_of(chat.active_adapters),
         label=forms.text(lang, "Adapter", "适配器"),
         elem_id="adapter",
         interactive=bool(names),
@@ -40,12 +40,12 @@ def shown(choice: str, lang: str) -> str:
     return forms.text(lang, choice, IN_CHINESE.get(choice, choice))
 
 
-def choice_of(adapters: Mixture) -> str:
+def choice_of(adapters: ActiveAdapters) -> str:
     """The choice that stands for these active adapters."""
     return BASE if not adapters else adapters[0][0] if len(adapters) == 1 else MIX
 
 
-def active_adapters(choice: str, weights: dict[str, float], names: Sequence[str]) -> Mixture:
+def active_adapters(choice: str, weights: dict[str, float], names: Sequence[str]) -> ActiveAdapters:
     """What a choice means: the base model alone, one adapter, or all whose weight is not 0."""
     if choice in names:
         return ((choice, weights.get(choice, 1.0)),)
@@ -65,13 +65,13 @@ def usable_weights(chat: Chat, choices: Sequence[str], lang: str) -> dict[str, d
 
 
 def restored(
-    chat: Chat, sides: dict[str, Mixture], now: list[float]
+    chat: Chat, sides: dict[str, ActiveAdapters], now: list[float]
 ) -> tuple[dict[str, str], list[float], list[tuple[str, str]]]:
     """The choice of each side and the weights that show these active adapters, and what cannot be shown.
 
     now: the weights of the sliders.
     """
-    names, start, notes = chat.engine.adapters, dict(chat.mixture), []
+    names, start, notes = chat.engine.adapters, dict(chat.active_adapters), []
     weights = dict(zip(names, now, strict=True))
     choices = {side: choice_of(adapters) for side, adapters in sides.items()}
     for side, adapters in sides.items():

@@ -13,7 +13,7 @@ import gradio as gr
 from onecard.config.generation import seeded
 from onecard.errors import UserError
 from onecard.inference import decoding, transcript
-from onecard.inference.detokenizer import Text
+from onecard.inference.detokenizer import PartialText
 from onecard.inference.transcript import LEFT, Turns
 from onecard.ui import adapter_picker, chat_inputs
 from onecard.ui import sessions as ui_sessions
@@ -83,7 +83,7 @@ class ChatAnswers:
                 turn.setdefault("input", inputs.context)
         turns = [*turns[:-1], turn]
         waiting, is_new = self.text("waiting ...", "等待中 ..."), len(turns) > len(before)
-        yield self.view.update(turns, waiting, texts={LEFT: Text("")}, box=box_meanwhile, store=is_new)
+        yield self.view.update(turns, waiting, texts={LEFT: PartialText("")}, box=box_meanwhile, store=is_new)
         earlier = turn.get("adapters", {}) if goes_on else {}  # a side that does not go on keeps its own
         adapters = {**earlier, **inputs.adapters}
         turn |= transcript.made_by(self.chat, inputs.options, adapters, inputs.template_name)
@@ -148,7 +148,7 @@ class ChatAnswers:
             return
         inputs = dataclasses.replace(inputs, adapters={LEFT: inputs.adapters[LEFT]})
         request_turn = {"question": self.text(*SUMMARISE)}
-        update = AnswerUpdate(Text(""), "", False)
+        update = AnswerUpdate(PartialText(""), "", False)
         for _, update in self._grow(request, [*turns, request_turn], inputs, False):
             shown = self.view.update(turns, update.message, update.is_error, store=False)
             yield [*shown, gr.skip()]
@@ -164,7 +164,7 @@ class ChatAnswers:
         elif not update.is_error:
             yield [*self.view.update(turns, self._why_not_summarised(text), True), gr.skip()]
 
-    def _why_not_summarised(self, text: Text) -> str:
+    def _why_not_summarised(self, text: PartialText) -> str:
         reason = ui_status.WHY[text.finished] if text.whole else ("it is empty", "内容为空")
         if text.finished == decoding.LENGTH:
             label = self.layout.inputs["max_new_tokens"].label

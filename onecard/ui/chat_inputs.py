@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from onecard.config.generation import Generation, Mixture
+from onecard.config.generation import ActiveAdapters, Generation
 from onecard.inference.transcript import LEFT, RIGHT
 from onecard.ui import adapter_picker, chat_controls, forms
 from onecard.ui.chat_layout import ChatLayout
@@ -17,7 +17,9 @@ class ChatInputs:
     template_name: str
     system: str
     context: str
-    adapters: dict[str, Mixture]  # the active adapters of LEFT, and of RIGHT when two answers are compared
+    adapters: dict[
+        str, ActiveAdapters
+    ]  # the active adapters of LEFT, and of RIGHT when two answers are compared
     note: str = ""  # names what could not be used
 
 

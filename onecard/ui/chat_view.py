@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from onecard.inference.detokenizer import Text
+from onecard.inference.detokenizer import PartialText
 from onecard.inference.transcript import LEFT, RIGHT, Turns
 from onecard.ui import html as ui_html
 from onecard.ui import status as ui_status
@@ -28,7 +28,7 @@ class ChatView:
         turns: Turns,
         message: str = "",
         is_error: bool = False,
-        texts: dict[str, Text] | None = None,
+        texts: dict[str, PartialText] | None = None,
         box: str | None = None,
         store: bool = True,
         clear_beams: bool = False,
@@ -50,15 +50,15 @@ class ChatView:
         """Values of self.outputs() that show why nothing was done."""
         return self.update(turns, self.layout.text(english, chinese), True, box=box)
 
-    def _messages(self, turns: Turns, side: str, text: Text | None) -> list[dict[str, str]]:
+    def _messages(self, turns: Turns, side: str, text: PartialText | None) -> list[dict[str, str]]:
         """The messages of one side for gr.Chatbot; text: the last answer while it grows."""
         messages = []
         for number, turn in enumerate(turns):
             is_last = number == len(turns) - 1
             question = turn["question"] + (f"\n\n{turn['input']}" if turn.get("input") else "")
-            messages.append({"role": "user", "content": ui_html.as_markdown(Text(question))})
+            messages.append({"role": "user", "content": ui_html.as_markdown(PartialText(question))})
             finished = str(turn.get(side) or ("" if is_last else turn.get(LEFT, "")))
-            answer = text if is_last and text is not None else Text(finished)
+            answer = text if is_last and text is not None else PartialText(finished)
             if answer.whole:
                 messages.append({"role": "assistant", "content": ui_html.as_markdown(answer)})
         return messages

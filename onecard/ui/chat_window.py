@@ -46,10 +46,10 @@ class ChatWindow:
     def new_session(self) -> list[Any]:
         """No turns, and everything beside them as the program was started."""
         layout = self.layout
-        chat, start = layout.chat, dict(layout.chat.mixture)
+        chat, start = layout.chat, dict(layout.chat.active_adapters)
         options = [getattr(layout.options, name) for name in layout.inputs]
         weights = [start.get(name, 1.0) for name in chat.engine.adapters]
-        pickers = [TRAINED, adapter_picker.choice_of(chat.mixture), False, BASE]
+        pickers = [TRAINED, adapter_picker.choice_of(chat.active_adapters), False, BASE]
         shown = self.view.update([], box="", clear_beams=True)
         return [*shown, layout.options.system, "", *pickers, *options, *weights]
 

@@ -7,7 +7,7 @@ them, as far as lists, quotes and fences go.
 import html
 import re
 
-from onecard.inference.detokenizer import Text
+from onecard.inference.detokenizer import PartialText
 
 LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 QUOTE = re.compile(r" {0,3}> ?")
@@ -95,20 +95,20 @@ def escaped(text: str) -> str:
     return html.escape(text, quote=False)
 
 
-def growing(text: Text) -> str:
+def growing(text: PartialText) -> str:
     """An answer as HTML; what may still change stands apart."""
     tail = f'<span class="may-change">{escaped(text.open)}</span>' if text.open else ""
     return f'<div class="answer" data-testid="answer">{escaped(text.stable)}{tail}</div>'
 
 
-def beams(text: Text) -> str:
+def beams(text: PartialText) -> str:
     """All beams, the best first."""
     if len(text.beams) < 2:
         return ""
     return "".join(f'<div class="beam"><b>{n}</b> {escaped(b)}</div>' for n, b in enumerate(text.beams, 1))
 
 
-def as_markdown(text: Text) -> str:
+def as_markdown(text: PartialText) -> str:
     """An answer for a chat's Markdown: none of its own HTML is taken for HTML, outside of code or in it."""
     if not text.open:
         return without_html(text.stable)

@@ -51,7 +51,9 @@ class SavedChats:
         finally:
             file.unlink(missing_ok=True)
         options, beyond_sliders = forms.clamped(saved.options, list(layout.inputs), layout.options)
-        choices, sliders, inexact = adapter_picker.restored(layout.chat, saved.mixtures, list(weights))
+        choices, sliders, inexact = adapter_picker.restored(
+            layout.chat, saved.adapters_by_side, list(weights)
+        )
         notes = [*notes, *beyond_sliders, *inexact]
         pickers = [gr.skip() if saved.template is None else saved.template, choices.get(LEFT, gr.skip())]
         pickers += [RIGHT in choices, choices.get(RIGHT, gr.skip())] if choices else [gr.skip()] * 2

@@ -11,12 +11,12 @@ import traceback
 from collections.abc import Generator, Iterator
 from typing import Any
 
-from onecard.config.generation import TRAINED, Generation, Mixture
+from onecard.config.generation import TRAINED, ActiveAdapters, Generation
 from onecard.data.conversation import Conversation
 from onecard.errors import UserError
 from onecard.inference.chat import Chat
 from onecard.inference.decoding import NO_MEMORY
-from onecard.inference.detokenizer import Text
+from onecard.inference.detokenizer import PartialText
 from onecard.system.console import say
 from onecard.ui import status as ui_status
 from onecard.ui.status import AnswerUpdate
@@ -112,7 +112,7 @@ def answers(
     chat: Chat,
     conversation: Conversation,
     settings: Generation,
-    adapters: Mixture | None,
+    adapters: ActiveAdapters | None,
     lang: str,
     template_name: str = TRAINED,
 ) -> Iterator[AnswerUpdate]:
@@ -120,7 +120,7 @@ def answers(
 
     adapters: the active ones; None means those that the chat was started with.
     """
-    last_shown, text = 0.0, Text("")
+    last_shown, text = 0.0, PartialText("")
     try:
         stream = chat.stream(
             conversation, settings, adapters, lambda: sessions.is_stopped(session), template_name

@@ -106,7 +106,7 @@ def build_page(chat: Chat, options: ChatConfig) -> gr.Blocks:
         )
         chat_controls.halting(stop, window, sessions, status, lang)
         clear.click(
-            lambda: ("", "", ui_html.growing(detokenizer.Text("")), "", ui_status.line("")),
+            lambda: ("", "", ui_html.growing(detokenizer.PartialText("")), "", ui_status.line("")),
             None,
             [instruction, context, output, beams, status],
             **page.QUICK,

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from onecard.inference.chat import Chat, Reply
 from onecard.inference.decoding import CANCELLED, END, LENGTH, NO_MEMORY, STOP
-from onecard.inference.detokenizer import Text
+from onecard.inference.detokenizer import PartialText
 from onecard.inference.engine import Placement
 from onecard.ui import html as ui_html
 
@@ -12,7 +12,7 @@ from onecard.ui import html as ui_html
 class AnswerUpdate(NamedTuple):
     """An answer as far as it has grown, and what the status line says about it."""
 
-    text: Text
+    text: PartialText
     message: str
     is_error: bool
 

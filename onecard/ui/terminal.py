@@ -18,7 +18,7 @@ from typing import Any
 
 from onecard.config import options as config_options
 from onecard.config.chat import TURNS_ONLY, ChatConfig
-from onecard.config.generation import BASE, TRAINED, Generation, Mixture
+from onecard.config.generation import BASE, TRAINED, ActiveAdapters, Generation
 from onecard.data import template as templates
 from onecard.data.conversation import Conversation
 from onecard.errors import UserError
@@ -78,7 +78,7 @@ class Session:
         self.chat, self.settings, self.single_turn = chat, settings, single_turn
         self.live = in_terminal()
         self.screen = Screen(self.live and os.environ.get("TERM", "dumb") != "dumb")
-        self.mixture: Mixture = chat.mixture
+        self.active_adapters: ActiveAdapters = chat.active_adapters
         self.form = TRAINED  # name of the template
         self.turns: Turns = []
         self.before: Turns = []  # turns before the last question, which /retry asks again
@@ -132,7 +132,7 @@ class Session:
                 if reply.seed is not None
                 else self.settings
             )
-            how = transcript.made_by(self.chat, settings, {LEFT: self.mixture}, self.form)
+            how = transcript.made_by(self.chat, settings, {LEFT: self.active_adapters}, self.form)
             self.turns = [*before, {**turn, LEFT: reply.text.stable, **how}]
         told = f"{reply.text.tokens} tokens · {ui_status.describe(reply, self.chat, 'en')}"
         if self.live:
@@ -143,7 +143,7 @@ class Session:
     def _replies(self, asked: Conversation, cancelled: Callable[[], bool]) -> Iterator[Reply]:
         """The answer as it grows; whatever goes wrong is a UserError."""
         try:
-            yield from self.chat.stream(asked, self.settings, self.mixture, cancelled, self.form)
+            yield from self.chat.stream(asked, self.settings, self.active_adapters, cancelled, self.form)
         except Exception as error:  # of any library; the conversation is worth more than the program's end
             self.screen.end(always=False)
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -169,7 +169,7 @@ class Session:
         path = at_home(name or time.strftime("chat-%Y%m%d-%H%M%S.jsonl"))
         if path.suffix != ".jsonl":
             raise UserError(f"/save {name}: a line of JSON would be added to it.", "Name a .jsonl file.")
-        how = (self.settings, {LEFT: self.mixture}, self.form)
+        how = (self.settings, {LEFT: self.active_adapters}, self.form)
         line = transcript.record(
             self.turns, self.settings, self.chat, *how, system=self.settings.system, context=""
         )
@@ -189,7 +189,7 @@ class Session:
             raise UserError(f"/load {name}: {reason}.", "Name a saved chat.") from None
         saved, notes = transcript.fitted(read, self.chat)
         options = dataclasses.asdict(saved.options)
-        self.mixture = saved.mixtures.get(LEFT, self.mixture)
+        self.active_adapters = saved.adapters_by_side.get(LEFT, self.active_adapters)
         self.form = self.form if saved.template is None else saved.template
         system = saved.texts["system"]
         if system and not self._has_system():
@@ -197,7 +197,7 @@ class Session:
             system = ""
         if saved.texts["context"]:
             notes.append(("the context box is left out: a terminal has none", ""))
-        if RIGHT in saved.mixtures:
+        if RIGHT in saved.adapters_by_side:
             notes.append(("a terminal compares nothing: the first of two adapters answers", ""))
         self.settings = dataclasses.replace(self.settings, **options, system=system)
         self.turns, self.before, self.question = saved.turns, saved.turns[:-1], ""
@@ -223,13 +223,15 @@ class Session:
     def adapter(self, rest: str) -> None:
         names = self.chat.engine.adapters
         if rest:
-            mixture = () if rest == BASE else tuple(weighted(word) for word in rest.split())
-            twice = {name for name, _ in mixture if [other for other, _ in mixture].count(name) > 1}
+            active_adapters = () if rest == BASE else tuple(weighted(word) for word in rest.split())
+            twice = {
+                name for name, _ in active_adapters if [other for other, _ in active_adapters].count(name) > 1
+            }
             if twice:
                 raise UserError(f"/adapter {rest}: {', '.join(sorted(twice))} is there twice.")
-            self.chat.engine.check_mixture(mixture)
-            self.mixture = mixture
-        active = " + ".join(f"{name} (weight {weight:g})" for name, weight in self.mixture)
+            self.chat.engine.check_active_adapters(active_adapters)
+            self.active_adapters = active_adapters
+        active = " + ".join(f"{name} (weight {weight:g})" for name, weight in self.active_adapters)
         tell(f"answers: {active or 'the base model'}; loaded: {', '.join([BASE, *names])}")
 
     def params(self, rest: str) -> None:

@@ -274,7 +274,7 @@ def no_work(*_: object) -> None:
 def quick(monkeypatch) -> None:
     """Exports of a few bytes, which hold what decides: the base's type and the adapter."""
 
-    def make(job: export_gguf.Job, folder: Path) -> None:
+    def make(job: export_gguf.ExportJob, folder: Path) -> None:
         (folder / job.base_name).write_text(job.kind)
         (folder / "Modelfile").write_text("FROM it")
         if job.adapter:
@@ -377,25 +377,25 @@ def test_swapping_adapters_keeps_the_base(exported, base, adapter, tmp_path):
     paths = {"one": exported[0] / "adapter.gguf", "two": two}
     tokenizer, path = models_tokenizer.load_tokenizer(str(base)), exported[0] / "base-f16.gguf"
     ids = tokenizer("red green blue").input_ids
-    mixtures = [(), (("one", 1.0),), (("two", 1.0),), (("one", 0.5), ("two", -0.25))]
+    choices = [(), (("one", 1.0),), (("two", 1.0),), (("one", 0.5), ("two", -0.25))]
 
-    def scores(engine, mixture) -> torch.Tensor:
-        stream = engine.open(ids, mixture)
+    def scores(engine, active_adapters) -> torch.Tensor:
+        stream = engine.open(ids, active_adapters)
         assert list(stream.read())
         made = stream.first().clone()  # they lie in llama.cpp's memory
         stream.close()
         return made
 
     alone = []
-    for mixture in mixtures:
+    for active in choices:
         engine = llama_cpp_engine.Engine(path, tokenizer, 64, paths, threads=1)
-        alone.append(scores(engine, mixture))
+        alone.append(scores(engine, active))
         engine.close()
     assert all(not torch.equal(alone[0], other) for other in alone[1:])
     engine = llama_cpp_engine.Engine(path, tokenizer, 64, paths, threads=1)
     handles = {name: getattr(engine, name) for name in ("model", "state")}
     for number in range(20):
-        assert torch.equal(scores(engine, mixtures[number % 4]), alone[number % 4])
+        assert torch.equal(scores(engine, choices[number % 4]), alone[number % 4])
     assert {name: getattr(engine, name) for name in handles} == handles
     engine.close()
 

@@ -514,5 +514,5 @@ def test_a_difference_that_is_no_number_is_told(tmp_path, monkeypatch):
     base = tiny.save_model(tmp_path / "base")
     options = MergeConfig(output_path=str(base))
     with pytest.raises(UserError, match="no numbers") as caught:
-        merge_fidelity.run(options, [], base, run_adapters.Source("a", tmp_path), base)
+        merge_fidelity.run(options, [], base, run_adapters.Adapter("a", tmp_path), base)
     assert caught.value.code == CHECKPOINT

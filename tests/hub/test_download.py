@@ -774,7 +774,7 @@ def test_what_an_adapter_names_is_not_followed(tmp_path, base, monkeypatch):
     (tmp_path / "outside").mkdir()
     (tmp_path / "in" / "a").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "in")
-    found = run_adapters.Source("adapter", tmp_path / "in" / "a", base=base)
+    found = run_adapters.Adapter("adapter", tmp_path / "in" / "a", base=base)
     located: list[str] = []
     monkeypatch.setattr(locate, "locate", lambda name: located.append(name) or name)
     with pytest.raises(UserError, match="not on this machine") as caught:

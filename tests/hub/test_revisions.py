@@ -226,14 +226,14 @@ def test_a_folder_says_its_version(cached, said, tmp_path, monkeypatch):
     ],
 )
 def test_which_base_an_adapter_gets(cached, recorded, asked, base):
-    found = run_adapters.Source("adapter", Path("a"), base=recorded)
+    found = run_adapters.Adapter("adapter", Path("a"), base=recorded)
     assert resolve.base_of(found, asked) == (str(cached / "snapshots" / base) if base in (OLD, NEW) else base)
 
 
 def test_a_recorded_commit_that_is_not_here_is_fetched_when_its_name_is_typed(cached, capsys):
     """That commit, no other, and it is said."""
     shutil.rmtree(cached / "snapshots" / OLD)
-    found = run_adapters.Source("adapter", Path("a"), base=f"{NAME}@{OLD}")
+    found = run_adapters.Adapter("adapter", Path("a"), base=f"{NAME}@{OLD}")
     assert resolve.base_of(found, NAME) == f"{NAME}@{OLD}"
     line = f"hub         {NAME}: commit {OLD}, which was trained on, is not here and is fetched"
     assert capsys.readouterr().out.splitlines() == [line]
@@ -242,7 +242,7 @@ def test_a_recorded_commit_that_is_not_here_is_fetched_when_its_name_is_typed(ca
 def test_a_recorded_commit_that_is_not_here_is_not_replaced(cached):
     """Both commits are named, and both ways on."""
     shutil.rmtree(cached / "snapshots" / OLD)
-    found = run_adapters.Source("adapter", Path("a"), base=f"{NAME}@{OLD}")
+    found = run_adapters.Adapter("adapter", Path("a"), base=f"{NAME}@{OLD}")
     with pytest.raises(UserError, match=f"{OLD}, which is not on this machine; here is {NEW}") as caught:
         resolve.base_of(found, None)
     assert f"--model_path {NAME}@{OLD}" in str(caught.value)

@@ -413,10 +413,12 @@ def test_an_answer_goes_on(talk):
 # keys and values
 
 
-def fresh(chat: Chat, conversation: Conversation, settings: Generation, mixture=()) -> str:
+def fresh(chat: Chat, conversation: Conversation, settings: Generation, active_adapters=()) -> str:
     """The answer of an engine that has seen nothing."""
     engine = Engine(chat.engine.model, chat.tokenizer, chat.engine.context, chat.engine.adapters)
-    return last(Chat(engine, chat.tokenizer, chat.template, mixture), conversation, settings).text.whole
+    return last(
+        Chat(engine, chat.tokenizer, chat.template, active_adapters), conversation, settings
+    ).text.whole
 
 
 @pytest.mark.parametrize(
@@ -597,8 +599,8 @@ def logits(made: torch.nn.Module) -> torch.Tensor:
     return made(torch.tensor([IDS])).logits[0, -1]
 
 
-def scores(engine: Engine, mixture: generation.Mixture) -> torch.Tensor:
-    stream = engine.open(IDS, mixture)
+def scores(engine: Engine, active_adapters: generation.ActiveAdapters) -> torch.Tensor:
+    stream = engine.open(IDS, active_adapters)
     list(stream.read())
     return stream.first()[0]
 
@@ -678,24 +680,24 @@ def test_weights_scale_and_add(tiny_model, adapters):
     a, b = folders["a"], folders["b"]
     for weight in (0.5, -1.0, 2.0):
         assert torch.allclose(scores(engine, (("a", weight),)), merged(tiny_model, (a, weight)), atol=1e-3)
-    mixture = (("a", 0.7), ("b", 0.4))
-    assert torch.allclose(scores(engine, mixture), merged(tiny_model, (a, 0.7), (b, 0.4)), atol=1e-3)
+    active_adapters = (("a", 0.7), ("b", 0.4))
+    assert torch.allclose(scores(engine, active_adapters), merged(tiny_model, (a, 0.7), (b, 0.4)), atol=1e-3)
     for name in ("a", "rs", "ranks"):  # no weight stays
         assert torch.allclose(scores(engine, ((name, 1.0),)), wanted[name], atol=1e-4)
 
 
-def test_mixtures_that_cannot_be_are_refused(tiny_model, adapters):
+def test_active_adapters_that_cannot_be_are_refused(tiny_model, adapters):
     """An unknown name, and trained embeddings with a weight or beside another; before any token."""
     folders, _ = adapters
     engine = engine_with(tiny_model, {name: folders[name] for name in ("a", "both")})
     talk = Chat(engine, engine.tokenizer, templates.load("alpaca", engine.tokenizer))
-    for mixture, word in (
+    for active_adapters, word in (
         ((("x", 1.0),), "No adapter is called x. Loaded: a, both"),
         ((("both", 0.5),), "cannot be weighted or mixed"),
         ((("both", 1.0), ("a", 1.0)), "cannot be weighted or mixed"),
     ):
         with pytest.raises(UserError, match=word):
-            last(talk, asked("x"), QUICK, mixture)
+            last(talk, asked("x"), QUICK, active_adapters)
     assert last(talk, asked("x"), QUICK, (("both", 1.0),)).finished
 
 
@@ -715,25 +717,25 @@ def test_kept_keys_and_values_are_those_of_the_adapter(tiny_model, adapters):
     folders, _ = adapters
     engine = engine_with(tiny_model, {name: folders[name] for name in ("a", "b")})
     talk = Chat(engine, engine.tokenizer, templates.load("alpaca", engine.tokenizer))
-    mixtures = ((), (("a", 1.0),), (("a", 0.5), ("b", 0.5)))
-    texts = {mixture: fresh(talk, asked("Say red"), QUICK, mixture) for mixture in mixtures}
-    for mixture in (*mixtures, *mixtures):
-        assert last(talk, asked("Say red"), QUICK, mixture).text.whole == texts[mixture]
+    choices = ((), (("a", 1.0),), (("a", 0.5), ("b", 0.5)))
+    texts = {active: fresh(talk, asked("Say red"), QUICK, active) for active in choices}
+    for active in (*choices, *choices):
+        assert last(talk, asked("Say red"), QUICK, active).text.whole == texts[active]
     assert len(set(texts.values())) == 3
-    assert last(talk, asked("Say red"), QUICK, mixture).reused > 0
+    assert last(talk, asked("Say red"), QUICK, active).reused > 0
 
 
 def test_four_answers_at_once_keep_to_their_adapters(tiny_model, adapters):
-    """I10: four threads, four mixtures, four questions each, beams among them: each its own answer."""
+    """I10: four threads, each with other adapters and four questions, beams too: each its own answer."""
     folders, _ = adapters
     engine = engine_with(tiny_model, {name: folders[name] for name in ("a", "b", "both")})
     talk = Chat(engine, engine.tokenizer, templates.load("alpaca", engine.tokenizer))
-    mixtures = [(), (("a", 1.0),), (("a", 0.5), ("b", 0.5)), (("both", 1.0),)]
+    choices = [(), (("a", 1.0),), (("a", 0.5), ("b", 0.5)), (("both", 1.0),)]
     jobs = [
-        [(asked(f"Say {word}"), changed(mode=mode, num_beams=2), mixture) for word, mode in zip(
+        [(asked(f"Say {word}"), changed(mode=mode, num_beams=2), active) for word, mode in zip(
             tiny.WORDS, [GREEDY, BEAM, GREEDY, "sample"], strict=False
         )]
-        for mixture in mixtures
+        for active in choices
     ]  # fmt: skip
     alone = [[last(talk, *job).text for job in several] for several in jobs]
     assert len({texts[0].whole for texts in alone}) == 4

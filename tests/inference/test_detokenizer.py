@@ -319,7 +319,7 @@ def test_banned_phrases_are_never_said(tokenizer, mode):
         wanted = written(tokenizer, chance, 8)[:20]
         settings = Generation(mode, 1.0, 1.0, 0, 3, 1.0, 0, 0, len(wanted), seed=number)
 
-        def write(banned, wanted=wanted, settings=settings, number=number) -> list[detokenizer.Text]:
+        def write(banned, wanted=wanted, settings=settings, number=number) -> list[detokenizer.PartialText]:
             stream = Writer(wanted, len(tokenizer), number)
             watch = detokenizer.watch(tokenizer, [], banned)
             ends = [tokenizer.eos_token_id]

@@ -89,8 +89,8 @@ def growing(sequence: Sequence) -> Iterator[int]:
         scores = sequence.advance([0], [token])
 
 
-def answer(engine: Engine, prompt: list[int], mixture) -> list[int]:
-    sequence = engine.open(prompt, mixture)
+def answer(engine: Engine, prompt: list[int], active_adapters) -> list[int]:
+    sequence = engine.open(prompt, active_adapters)
     tokens = list(itertools.islice(growing(sequence), COUNT))
     sequence.close()
     return tokens
@@ -126,9 +126,9 @@ def test_beams_are_advanced_together(engine):
     if "beam" in engine.capabilities.lacks:
         assert engine.capabilities.lacks["beam"] in chat_config.LACKS
         return
-    prompt, mixture = JOBS[1]
-    wanted = [answer(engine, [*prompt, token], mixture)[0] for token in (30, 31)]
-    sequence = engine.open(prompt, mixture)
+    prompt, active_adapters = JOBS[1]
+    wanted = [answer(engine, [*prompt, token], active_adapters)[0] for token in (30, 31)]
+    sequence = engine.open(prompt, active_adapters)
     assert list(sequence.read())[-1] == len(prompt)
     scores = sequence.advance([0, 0], [30, 31])
     assert scores.argmax(-1).tolist() == wanted
@@ -138,10 +138,10 @@ def test_beams_are_advanced_together(engine):
 
 
 def test_what_was_read_is_kept_for_the_next_turn(engine):
-    prompt, mixture = JOBS[0]
+    prompt, active_adapters = JOBS[0]
     engine.forget()
-    answer(engine, prompt, mixture)
-    sequence = engine.open([*prompt, 40, 41], mixture)
+    answer(engine, prompt, active_adapters)
+    sequence = engine.open([*prompt, 40, 41], active_adapters)
     list(sequence.read())
     assert sequence.reused == len(prompt)
     sequence.close()
@@ -176,9 +176,9 @@ def test_a_cancelled_sequence_is_free_for_others(engine):
 
 
 def test_adapters_that_are_not_there_are_refused(engine):
-    engine.check_mixture((("a", 0.5), ("b", 0.7)))
+    engine.check_active_adapters((("a", 0.5), ("b", 0.7)))
     with pytest.raises(UserError, match=r"No adapter is called c\. Loaded: a, b"):
-        engine.check_mixture((("a", 1.0), ("c", 1.0)))
+        engine.check_active_adapters((("a", 1.0), ("c", 1.0)))
 
 
 def test_asking_reads_no_weights(make):
@@ -188,7 +188,7 @@ def test_asking_reads_no_weights(make):
     assert (made.name, list(made.adapters)) == (made.name, ["a", "b"])
     assert made.capabilities.interleaves == ("beam" not in made.capabilities.lacks)
     assert made.placement.device == "cpu"
-    made.check_mixture((("a", 1.0),))
+    made.check_active_adapters((("a", 1.0),))
     made.forget()
     assert made.is_loaded == loaded
     if not loaded:
@@ -206,7 +206,7 @@ def test_asking_reads_no_weights(make):
 
 
 def test_scores_of_each_token_are_those_of_the_steps(engine):
-    prompt, mixture = JOBS[3]
-    rows = [row for part in engine.each(prompt, mixture) for row in part]
+    prompt, active_adapters = JOBS[3]
+    rows = [row for part in engine.each(prompt, active_adapters) for row in part]
     assert len(rows) == len(prompt)
-    assert int(rows[-1].argmax()) == answer(engine, prompt, mixture)[0]
+    assert int(rows[-1].argmax()) == answer(engine, prompt, active_adapters)[0]

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = Generation(GREEDY, repetition_penalty=1.0, min_new_tokens=0, max_new_tokens=24, seed=1)
 DRAWN = dataclasses.replace(QUICK, mode=SAMPLE, temperature=1.5, top_p=1.0, seed=12)
-MIXTURES = ((), (("a", 1.0),), (("b", 1.0),), (("a", 0.5), ("b", 0.7)))
+CHOICES = ((), (("a", 1.0),), (("b", 1.0),), (("a", 0.5), ("b", 0.7)))
 ADAPTERS = {"a": ["q_proj", "v_proj"], "b": ["down_proj"]}
 
 
@@ -45,8 +45,8 @@ def talk(tiny_model, tmp_path_factory) -> Iterator[Chat]:
     engine.close()
 
 
-def answer(talk: Chat, word: str, settings: Generation, mixture=()) -> str:
-    *_, reply = talk.stream(data_conversation.single(f"Say {word}"), settings, mixture)
+def answer(talk: Chat, word: str, settings: Generation, active=()) -> str:
+    *_, reply = talk.stream(data_conversation.single(f"Say {word}"), settings, active)
     return reply.text.whole
 
 
@@ -55,21 +55,21 @@ def test_four_answers_at_once_keep_to_their_adapters(talk, monkeypatch):
     from answer to answer, and each is the one that is given alone."""
     words = tiny.WORDS[:4]
 
-    def said(word: str, mixture) -> tuple[str, ...]:
-        return tuple(answer(talk, word, settings, mixture) for settings in (QUICK, DRAWN))
+    def said(word: str, active) -> tuple[str, ...]:
+        return tuple(answer(talk, word, settings, active) for settings in (QUICK, DRAWN))
 
-    alone = {(word, mixture): said(word, mixture) for word, mixture in itertools.product(words, MIXTURES)}
-    assert all(len({alone[word, mixture] for mixture in MIXTURES}) == 4 for word in words)
+    alone = {(word, active): said(word, active) for word, active in itertools.product(words, CHOICES)}
+    assert all(len({alone[word, active] for active in CHOICES}) == 4 for word in words)
     together, changes, activate = {}, [], talk.engine._activate
     monkeypatch.setattr(talk.engine, "_activate", lambda active: changes.append(active) or activate(active))
     starts = threading.Barrier(4)
 
-    def work(mixture) -> None:
+    def work(active) -> None:
         for word in words:
             starts.wait(60)
-            together[word, mixture] = said(word, mixture)
+            together[word, active] = said(word, active)
 
-    threads = [threading.Thread(target=work, args=(mixture,)) for mixture in MIXTURES]
+    threads = [threading.Thread(target=work, args=(active,)) for active in CHOICES]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -30,9 +30,11 @@ def window():
     return make
 
 
-def saved(chat: Toy, mixtures: dict, form: str = TRAINED, **options) -> dict:
+def saved(chat: Toy, adapters_by_side: dict, form: str = TRAINED, **options) -> dict:
     settings = Generation(**{"top_k": 7, **options})
-    line = transcript.record([TURN], settings, chat, START, mixtures, form, system="Be brief.", context="c")
+    line = transcript.record(
+        [TURN], settings, chat, START, adapters_by_side, form, system="Be brief.", context="c"
+    )
     return json.loads(line)
 
 
@@ -59,7 +61,7 @@ def load(window, chat: Toy, tmp_path: Path, values: dict, weights=(1.0, 1.0)) ->
 
 
 @pytest.mark.parametrize(
-    ("mixtures", "pickers"),
+    ("adapters_by_side", "pickers"),
     [
         ({LEFT: (("two", 0.5),)}, ("two", False, 1.0, 0.5)),
         ({LEFT: ()}, (BASE, False, 1.0, 1.0)),
@@ -68,13 +70,13 @@ def load(window, chat: Toy, tmp_path: Path, values: dict, weights=(1.0, 1.0)) ->
         ({LEFT: (("one", 1.0),), RIGHT: ()}, ("one", True, 1.0, 1.0)),
     ],
 )
-def test_a_loaded_chat_is_as_it_was_saved(window, tmp_path, mixtures, pickers):
+def test_a_loaded_chat_is_as_it_was_saved(window, tmp_path, adapters_by_side, pickers):
     """Turns, texts, options, template, adapters, weights and the comparison."""
     chat = Toy()
-    shown, status = load(window, chat, tmp_path, saved(chat, mixtures, "alpaca", seed=5))
+    shown, status = load(window, chat, tmp_path, saved(chat, adapters_by_side, "alpaca", seed=5))
     assert (shown["adapter"], shown["compare"], shown["one"], shown["two"]) == pickers
-    if RIGHT in mixtures:
-        assert shown["against"] == (mixtures[RIGHT][0][0] if mixtures[RIGHT] else BASE)
+    if RIGHT in adapters_by_side:
+        assert shown["against"] == (adapters_by_side[RIGHT][0][0] if adapters_by_side[RIGHT] else BASE)
     assert (shown["system"], shown["context"], shown["form"]) == ("Be brief.", "c", "alpaca")
     assert (shown["top_k"], shown["seed"], shown["temperature"]) == (7, 5, 0.7)
     assert shown["turns"] == [TURN]
@@ -183,7 +185,7 @@ def test_turns_keep_what_made_them():
 
 def test_a_new_session_is_as_the_program_was_started(window):
     """Template, adapter, comparison, weights, options and texts; no turns."""
-    made = window(Toy(mixture=(("one", 0.25), ("two", 1.0))))
+    made = window(Toy(active_adapters=(("one", 0.25), ("two", 1.0))))
     layout = made.layout
     components = [*made.view.outputs(), *layout.side()]
     updates = dict(zip(components, made.new_session(), strict=True))

@@ -104,8 +104,10 @@ def load(lora_path=None, **changes) -> tuple[Chat, list[str]]:
     return Chat(*made), said.getvalue().splitlines()
 
 
-def scores(chat: Chat, mixture=None) -> torch.Tensor:
-    stream = chat.engine.open(list(range(2, 14)), chat.mixture if mixture is None else mixture)
+def scores(chat: Chat, active_adapters=None) -> torch.Tensor:
+    stream = chat.engine.open(
+        list(range(2, 14)), chat.active_adapters if active_adapters is None else active_adapters
+    )
     list(stream.read())
     return stream.first()[0]
 
@@ -217,7 +219,7 @@ def test_runs_that_train_more_than_an_adapter(tiny_model, tmp_path, what):
             chat, _ = load(path)
             assert torch.allclose(scores(chat), plain(folder / "model"), atol=1e-5)
             assert chat.template.name == "vicuna-chat"
-            assert (chat.mixture, chat.engine.adapters) == ((), [])
+            assert (chat.active_adapters, chat.engine.adapters) == ((), [])
         assert not torch.allclose(scores(chat), plain(tiny_model), atol=1e-3)
         early = stopped_at(folder, 2, tmp_path / "early")
         assert torch.allclose(scores(load(early)[0]), plain(folder / "model"), atol=1e-5)
@@ -313,13 +315,13 @@ def test_several_adapters_with_names_and_weights(run, tiny_model):
     best, third = run / "checkpoint-2", run / "checkpoint-3"
     chat, _ = load(f"one={best}, {third}")
     assert chat.engine.adapters == ["one", "run-checkpoint-3"]
-    assert chat.mixture == (("one", 1.0),)
+    assert chat.active_adapters == (("one", 1.0),)
     assert is_checkpoint(chat, tiny_model, best)
     assert Chat.stream
     chat, _ = load(f"one={best}:0.25,two={third}:-0.5")
-    assert chat.mixture == (("one", 0.25), ("two", -0.5))
+    assert chat.active_adapters == (("one", 0.25), ("two", -0.5))
     chat, _ = load(f"one={best}:1,two={third}:1")
-    assert chat.mixture == (("one", 1.0), ("two", 1.0))
+    assert chat.active_adapters == (("one", 1.0), ("two", 1.0))
     chat, _ = load(f"one={best}:0.25,two={third}:-0.5")
     both = [load_file(path / "adapter_model.safetensors") for path in (best, third)]
     scaled = {
@@ -340,7 +342,7 @@ def test_the_usual_template_says_why(run, tiny_model):
     """Without an adapter nothing is said of one."""
     own = models_tokenizer.load_tokenizer(str(tiny_model))
     assert "adapter" not in resolve.choose_template(None, [], own)[1]
-    alone = run_adapters.Source("mine", run)
+    alone = run_adapters.Adapter("mine", run)
     assert "none is written with the adapter" in resolve.choose_template(None, [alone], own)[1]
 
 
@@ -569,9 +571,9 @@ def test_a_model_that_waits_for_its_first_question(run, tiny_model):
     made, said = later(lambda device: asked.append(device) or ["run-7"], lora_path=str(run))
     assert (made.engine.name, made.engine.adapters, made.template.name) == ("transformers", ["run"], "mine")
     assert made.modes()
-    assert made.mixture == (("run", 1.0),)
+    assert made.active_adapters == (("run", 1.0),)
     with pytest.raises(UserError, match="No adapter is called x"):
-        made.engine.check_mixture((("x", 1.0),))
+        made.engine.check_active_adapters((("x", 1.0),))
     assert not made.engine.is_loaded
     assert any("not loaded" in line for line in said)
     sides = ui_sessions.answers(ui_sessions.Sessions(), "page", made, QUESTION, QUICK, None, "en")

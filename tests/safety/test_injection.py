@@ -112,7 +112,7 @@ class Shown:
         engine.open = self.open
         self.chats: dict[str, Chat] = {}
 
-    def open(self, ids, mixture):
+    def open(self, ids, active_adapters):
         raise SeenError(ids)
 
     def chat(self, name: str, folder: Path) -> Chat:

@@ -10,7 +10,7 @@ from onecard.data.conversation import Conversation
 from onecard.data.template import Template
 from onecard.errors import UserError
 from onecard.inference import chat, decoding
-from onecard.inference.detokenizer import Text
+from onecard.inference.detokenizer import PartialText
 from onecard.inference.engine import Capabilities, Placement
 
 PLAIN_TEMPLATE = Template(
@@ -30,8 +30,8 @@ class Engine:
         self.adapters, self.placement = ["one", "two"], Placement("cpu")
         self.capabilities = Capabilities(interleaves=False, lacks={"beam": ONE_SEQUENCE})
 
-    def check_mixture(self, mixture: generation.Mixture) -> None:
-        for name, _ in mixture:
+    def check_active_adapters(self, active_adapters: generation.ActiveAdapters) -> None:
+        for name, _ in active_adapters:
             if name not in self.adapters:
                 raise UserError(f"No adapter is called {name}.", "Loaded: one, two.")
 
@@ -39,11 +39,13 @@ class Engine:
 class Scripted:
     """A Chat whose answers are made by a function of the conversation; it remembers what it was asked."""
 
-    def __init__(self, write: Callable[[Conversation], Iterator[Text]], form: Template = PLAIN_TEMPLATE):
+    def __init__(
+        self, write: Callable[[Conversation], Iterator[PartialText]], form: Template = PLAIN_TEMPLATE
+    ):
         self.write, self.template, self.engine = write, form, Engine()
-        self.mixture: generation.Mixture = (("one", 1.0),)
+        self.active_adapters: generation.ActiveAdapters = (("one", 1.0),)
         self.versions: dict[str, str] = {}
-        self.asked: list[tuple[list[str], Generation, generation.Mixture]] = []
+        self.asked: list[tuple[list[str], Generation, generation.ActiveAdapters]] = []
         self.forms: list[str] = []
 
     unused, modes, check_mode = chat.Chat.unused, chat.Chat.modes, chat.Chat.check_mode
@@ -52,10 +54,10 @@ class Scripted:
     def template_of(self, name: str = "") -> Template:
         return {"": self.template, "alpaca": dataclasses.replace(NO_SYSTEM, name="alpaca")}[name]
 
-    def stream(self, conversation, settings, mixture=None, cancelled=lambda: False, form=""):
-        self.asked.append(([turn.text for turn in conversation.turns], settings, mixture))
+    def stream(self, conversation, settings, active_adapters=None, cancelled=lambda: False, form=""):
+        self.asked.append(([turn.text for turn in conversation.turns], settings, active_adapters))
         self.forms.append(form)
-        self.engine.check_mixture(mixture)
+        self.engine.check_active_adapters(active_adapters)
         for text in self.write(conversation):
             if cancelled() and not text.finished:
                 yield reply(
@@ -69,16 +71,16 @@ class Scripted:
         return [texts for texts, _, _ in self.asked]
 
 
-def reply(text: Text, read: int = 7) -> chat.Reply:
+def reply(text: PartialText, read: int = 7) -> chat.Reply:
     return chat.Reply(text, 7, read, 0, 0, 1.5, 0.5 if text.tokens else None, 11)
 
 
-def echo(conversation: Conversation) -> Iterator[Text]:
+def echo(conversation: Conversation) -> Iterator[PartialText]:
     """Answers with the question in capitals, a word at a time."""
     whole = conversation.turns[-1].text.upper()
     for end in [place for place, letter in enumerate(whole) if letter == " "]:
-        yield Text(whole[:end], tokens=end)
-    yield Text(whole, tokens=len(whole), finished="end")
+        yield PartialText(whole[:end], tokens=end)
+    yield PartialText(whole, tokens=len(whole), finished="end")
 
 
 class Toy:
@@ -87,10 +89,10 @@ class Toy:
     def __init__(
         self,
         capabilities: Capabilities = EVERYTHING,
-        mixture=(("one", 1.0),),
+        active_adapters=(("one", 1.0),),
         form: Template = PLAIN_TEMPLATE,
     ):
-        self.engine, self.template, self.mixture = Engine(), form, mixture
+        self.engine, self.template, self.active_adapters = Engine(), form, active_adapters
         self.engine.capabilities = capabilities
         self.versions: dict[str, str] = {}
 

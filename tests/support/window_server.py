@@ -19,7 +19,7 @@ from onecard.config import options as config_options
 from onecard.config.chat import ChatConfig, SingleConfig
 from onecard.data import template as templates
 from onecard.inference import chat, transformers_engine
-from onecard.inference.detokenizer import Text
+from onecard.inference.detokenizer import PartialText
 from onecard.models import adapter as models_adapter
 from onecard.ui import chat_inputs, chat_window, page, single_window, training_window
 from tests.support import tiny
@@ -48,12 +48,12 @@ class Recorded(chat.Chat):
 
     texts: list[str]
 
-    def stream(self, conversation, settings, mixture=None, cancelled=lambda: False, form=""):
+    def stream(self, conversation, settings, active_adapters=None, cancelled=lambda: False, form=""):
         text = self.texts.pop(0)
         for end in range(1, len(text) + 1, 7):
-            yield chat.Reply(Text(text[:end], tokens=end), 5, 5, 0, 0, 0.1, 0.1)
+            yield chat.Reply(PartialText(text[:end], tokens=end), 5, 5, 0, 0, 0.1, 0.1)
             time.sleep(0.01)
-        yield chat.Reply(Text(text, "", (text,), len(text), "end"), 5, 5, 0, 0, 0.1, 0.1)
+        yield chat.Reply(PartialText(text, "", (text,), len(text), "end"), 5, 5, 0, 0, 0.1, 0.1)
 
 
 def make_chat(folder: Path) -> chat.Chat:
@@ -105,7 +105,7 @@ def main() -> None:
         return
     talk = make_chat(Path(folder))
     if texts is not None:
-        talk = Recorded(talk.engine, talk.tokenizer, talk.template, talk.mixture)
+        talk = Recorded(talk.engine, talk.tokenizer, talk.template, talk.active_adapters)
         talk.texts = texts
     window = single_window if kind == "single" else chat_window
     page.launch(window.build_page(talk, options), options)

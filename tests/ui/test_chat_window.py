@@ -11,7 +11,7 @@ from onecard.config.chat import ChatConfig
 from onecard.config.generation import BASE, TRAINED
 from onecard.errors import UserError
 from onecard.inference.decoding import CANCELLED, END
-from onecard.inference.detokenizer import Text
+from onecard.inference.detokenizer import PartialText
 from onecard.inference.transcript import LEFT, RIGHT
 from onecard.ui import chat_controls, chat_window, single_window
 from onecard.ui import sessions as ui_sessions
@@ -23,14 +23,16 @@ OLD = {"question": "q", LEFT: "old", RIGHT: "old too"}
 
 
 class Sides(Scripted):
-    """Each side, known by its mixture, has a script of its own: texts, and an error if it is to fail."""
+    """Each side, known by its active adapters, has its own script: texts, and an error if it is to fail."""
 
     def __init__(self, left: list, right: list, name: str = "toy"):
         super().__init__(echo)
         self.scripts, self.engine.name = {(("one", 1.0),): left, (): right}, name
 
-    def stream(self, conversation, settings, mixture=None, cancelled=lambda: False, form="") -> Iterator:
-        for made in self.scripts[mixture]:
+    def stream(
+        self, conversation, settings, active_adapters=None, cancelled=lambda: False, form=""
+    ) -> Iterator:
+        for made in self.scripts[active_adapters]:
             if isinstance(made, Exception):
                 raise made
             yield reply(made)
@@ -57,7 +59,7 @@ def answered(
 @pytest.mark.parametrize(("what", "box"), [("ask", "new"), ("retry", "in the box")])
 def test_an_answer_stopped_before_its_first_token_changes_nothing(what, box):
     """The turns are as they were, in the browser's storage too; the question is in the box again."""
-    made = window(Sides([Text(""), Text("", finished=CANCELLED)], []))
+    made = window(Sides([PartialText(""), PartialText("", finished=CANCELLED)], []))
     *_, last = answered(made, what, [OLD])
     assert (last["turns"], last["box"]) == ([OLD], box)
     assert "old" in last["kept"]
@@ -67,13 +69,13 @@ def test_an_answer_stopped_before_its_first_token_changes_nothing(what, box):
 
 
 def test_an_answer_that_ends_empty_is_a_turn():
-    made = window(Sides([Text("", finished=END)], []))
+    made = window(Sides([PartialText("", finished=END)], []))
     *_, last = answered(made, "ask", [OLD])
     assert [turn["question"] for turn in last["turns"]] == ["q", "new"]
     assert "new" in last["kept"]
 
 
-WHOLE = [Text("a"), Text("a b"), Text("a b c", finished=END)]
+WHOLE = [PartialText("a"), PartialText("a b"), PartialText("a b c", finished=END)]
 BROKEN = [UserError("No memory for this side.", "Wait.")]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from onecard.inference.detokenizer import Text
+from onecard.inference.detokenizer import PartialText
 from onecard.ui import html as ui_html
 
 BAD = "<img src=x>"
@@ -30,9 +30,9 @@ ESCAPED = "&lt;img src=x>"
 def test_code_keeps_its_signs(text):
     """Spans, fences of both kinds and longer ones, in lists and quotes; what comes behind is none."""
     code = text.replace("{}", BAD + " & x")
-    assert ui_html.as_markdown(Text(code)) == code
+    assert ui_html.as_markdown(PartialText(code)) == code
     if text.count("```") != 1:
-        assert ui_html.as_markdown(Text(f"{code}\n\n{BAD}")) == f"{code}\n\n{ESCAPED}"
+        assert ui_html.as_markdown(PartialText(f"{code}\n\n{BAD}")) == f"{code}\n\n{ESCAPED}"
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_code_keeps_its_signs(text):
 )
 def test_html_outside_of_code_is_escaped(text):
     """Runs of backticks that do not match, fences of another kind, shorter ones and those that are over."""
-    shown = ui_html.as_markdown(Text(text.replace("{}", BAD)))
+    shown = ui_html.as_markdown(PartialText(text.replace("{}", BAD)))
     assert BAD not in shown
     assert ESCAPED in shown
 
@@ -64,7 +64,10 @@ def test_html_outside_of_code_is_escaped(text):
 @pytest.mark.parametrize("before", ["```\na\n", "~~~\na\n", "- a\n  ```\n  b\n", "````\n```\n", "~~~\n```\n"])
 def test_what_may_change_is_not_marked_in_code(before):
     """Inside of a fence there is no tag, and behind it there is one."""
-    assert ui_html.as_markdown(Text(before, "  a < b")) == f"{before}  a < b"
+    assert ui_html.as_markdown(PartialText(before, "  a < b")) == f"{before}  a < b"
     closing = "  ```" if before.startswith("-") else before.split("\n")[0]
     closed = f"{before}{closing}\n"
-    assert ui_html.as_markdown(Text(closed, "a < b")) == f'{closed}<span class="may-change">a &lt; b</span>'
+    assert (
+        ui_html.as_markdown(PartialText(closed, "a < b"))
+        == f'{closed}<span class="may-change">a &lt; b</span>'
+    )

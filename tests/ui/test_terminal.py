@@ -31,7 +31,7 @@ from onecard.data import template as templates
 from onecard.data.conversation import Conversation, Turn
 from onecard.errors import UserError
 from onecard.inference import chat, decoding, transcript, transformers_engine
-from onecard.inference.detokenizer import Text
+from onecard.inference.detokenizer import PartialText
 from onecard.models import base_model
 from onecard.models import tokenizer as models_tokenizer
 from onecard.ui import line_editor, terminal
@@ -109,15 +109,15 @@ def test_clear_and_retry(piped):
 def test_failed_questions_are_left_out(piped, monkeypatch):
     """A UserError or any other error is one line; the conversation goes on without the question."""
 
-    def fails_at(conversation: Conversation) -> Iterator[Text]:
-        yield Text("half", tokens=1)
+    def fails_at(conversation: Conversation) -> Iterator[PartialText]:
+        yield PartialText("half", tokens=1)
         if conversation.turns[-1].text == "long":
             raise UserError("Your message has 9 tokens, 8 fit.", "Shorten it.")
         if conversation.turns[-1].text == "bad":
             raise ValueError("broken\nin two lines")
         yield from echo(Conversation((Turn("user", f"half {conversation.turns[-1].text}"),)))
 
-    def answer(conversation: Conversation) -> Iterator[Text]:
+    def answer(conversation: Conversation) -> Iterator[PartialText]:
         return (
             dataclasses.replace(text, stable=text.stable.replace("HALF", "half"))
             for text in fails_at(conversation)
@@ -140,7 +140,7 @@ def test_failed_retry_keeps_the_answer_that_was_there(piped):
     """A second try that fails changes nothing."""
     answers = iter([True, False, True])
 
-    def sometimes(conversation: Conversation) -> Iterator[Text]:
+    def sometimes(conversation: Conversation) -> Iterator[PartialText]:
         if not next(answers):
             raise RuntimeError("no")
         return echo(conversation)
@@ -154,8 +154,8 @@ def test_failed_retry_keeps_the_answer_that_was_there(piped):
 def test_out_of_memory_keeps_what_is_there(piped, text, kept):
     """The partial answer stays in the conversation, the user is told; without one the question goes."""
 
-    def runs_out(conversation: Conversation) -> Iterator[Text]:
-        yield Text(text, tokens=len(text), finished=decoding.NO_MEMORY)
+    def runs_out(conversation: Conversation) -> Iterator[PartialText]:
+        yield PartialText(text, tokens=len(text), finished=decoding.NO_MEMORY)
 
     made = Scripted(runs_out)
     answers, notes, problem = piped(made, "a\nb\n")
@@ -166,14 +166,14 @@ def test_out_of_memory_keeps_what_is_there(piped, text, kept):
 
 
 def test_adapters(piped):
-    """One, the base, a mixture; what is not there or no weight changes nothing."""
+    """One, the base, several with weights; what is not there or no weight changes nothing."""
     made = Scripted(echo)
     lines = ["/adapter", "/adapter two", "/adapter base", "/adapter one:0.5 two:-0.25", "/adapter three"]
     lines += ["/adapter one:x", "/adapter one:nan", "/adapter one one:2"]
     _, notes, problem = piped(made, "".join(f"{line}\n{number}\n" for number, line in enumerate(lines)))
     half = (("one", 0.5), ("two", -0.25))
-    mixtures = [mixture for _, _, mixture in made.asked]
-    assert mixtures == [(("one", 1.0),), (("two", 1.0),), (), *[half] * 5]
+    choices = [active_adapters for _, _, active_adapters in made.asked]
+    assert choices == [(("one", 1.0),), (("two", 1.0),), (), *[half] * 5]
     shown = notes.splitlines()
     assert shown[0] == "answers: one (weight 1); loaded: base, one, two"
     assert shown[2] == "answers: the base model; loaded: base, one, two"
@@ -288,7 +288,9 @@ def test_help_exit_and_unknown_commands(piped):
 def test_saved_chat_has_all_that_made_it(piped, tmp_path, monkeypatch):
     """One line of JSON: turns, every option, adapters, system prompt; readable where chats are read."""
     monkeypatch.chdir(tmp_path)
-    made = Scripted(lambda _: iter([Text("odd \u2028 “text” \x85 \x1b[31m\n漢", tokens=3, finished="end")]))
+    made = Scripted(
+        lambda _: iter([PartialText("odd \u2028 “text” \x85 \x1b[31m\n漢", tokens=3, finished="end")])
+    )
     settings = dataclasses.replace(SETTINGS, system="Be kind.", lora_path="x", auth="me:secret")
     lines = "first\n/params top_k 3\n/adapter one:0.5\nsecond\n/save my chat.jsonl\n/save\n"
     _, notes, problem = piped(made, lines, settings)
@@ -335,8 +337,8 @@ def test_a_saved_chat_is_taken_up_again(piped, tmp_path):
     _, notes, problem = piped(made, f"/load {path}\n/retry\nc\n")
     assert (notes, problem) == ("Loaded: 2 turns, options, adapters and template.\n", "")
     assert made.questions == [["Be kind.", "a", "A", "b"], ["Be kind.", "a", "A", "b", "B", "c"]]
-    for _, asked, mixture in made.asked:
-        assert (asked.top_k, asked.max_new_tokens, mixture) == (3, 20, (("two", 0.5),))
+    for _, asked, active_adapters in made.asked:
+        assert (asked.top_k, asked.max_new_tokens, active_adapters) == (3, 20, (("two", 0.5),))
     piped(Scripted(echo), f"/template alpaca\na\n/save {path}\n")
     made = Scripted(echo)
     piped(made, f"/load {path}\nb\n")
@@ -377,9 +379,9 @@ def test_what_cannot_be_taken_up_is_named(piped, tmp_path, change, words):
     _, notes, problem = piped(made, f"/load {path}\nb\n")
     assert (problem, len(notes.splitlines())) == ("", 2)
     assert words in notes.splitlines()[1]
-    [(texts, asked, mixture)] = made.asked
+    [(texts, asked, active_adapters)] = made.asked
     assert (texts, asked.top_k) == (["a", "A", "b"], 3)
-    assert mixture == ((("two" if "two" in str(change) else "one"), 1.0),)
+    assert active_adapters == ((("two" if "two" in str(change) else "one"), 1.0),)
 
 
 def test_files_that_hold_no_chat(piped, tmp_path):
@@ -447,7 +449,7 @@ ALPHABET = [
 ]
 
 
-def growing(chance: random.Random) -> list[Text]:
+def growing(chance: random.Random) -> list[PartialText]:
     """A random answer as Chat.stream may tell it: what was open may become another text, or none."""
     whole = "".join(chance.choices(ALPHABET, k=chance.randint(0, 90)))
     texts, place = [], 0
@@ -455,12 +457,12 @@ def growing(chance: random.Random) -> list[Text]:
         place = min(len(whole), place + chance.choice([0, 0, 1, 1, 2, 9]))
         rest = whole[place:] if chance.random() < 0.5 else "".join(chance.choices(ALPHABET, k=60))
         opened = rest[: chance.randint(0, 60)] if chance.random() < 0.8 else ""
-        texts.append(Text(whole[:place], opened, tokens=place + 1))
+        texts.append(PartialText(whole[:place], opened, tokens=place + 1))
     why = chance.choice(["end", "stop", "length", decoding.CANCELLED, decoding.NO_MEMORY])
     final = texts[-1].stable if texts else ""
     if texts and chance.random() < 0.3:  # held back until the end
         final = whole + "tail"
-    return [*texts, Text(final, tokens=len(final), finished=why)]
+    return [*texts, PartialText(final, tokens=len(final), finished=why)]
 
 
 class Glass:
@@ -660,24 +662,24 @@ def shell(tmp_path):
             os.waitpid(each.pid, 0)
 
 
-def slowly(conversation: Conversation) -> Iterator[Text | chat.Reply]:
+def slowly(conversation: Conversation) -> Iterator[PartialText | chat.Reply]:
     """`read` shows how a prompt is read, `beams` an open part, `long` writes for minutes."""
     question = conversation.turns[-1].text
     if question == "read":
-        yield reply(Text(""), read=3)
+        yield reply(PartialText(""), read=3)
         time.sleep(0.2)
     if question == "beams":
-        yield Text("BE", " maybe", tokens=2)
+        yield PartialText("BE", " maybe", tokens=2)
         time.sleep(0.3)
     if question == "long":
         for count in range(1, 6000):
-            yield Text("la " * count, tokens=count)
+            yield PartialText("la " * count, tokens=count)
             time.sleep(0.02)
     if question == "fail":
-        yield Text("begun", " perhaps", tokens=2)
+        yield PartialText("begun", " perhaps", tokens=2)
         raise ValueError("no luck")
     if question == "wild":
-        yield Text("red\x1b[31m\x1b]0;title\x07\x9b2J.", "\x1b[1mopen", tokens=3)
+        yield PartialText("red\x1b[31m\x1b]0;title\x07\x9b2J.", "\x1b[1mopen", tokens=3)
     yield from echo(conversation)
 
 
@@ -850,8 +852,8 @@ def test_a_pipe_to_a_real_model(piped, tiny_model, mode):
 def test_ctrl_c_ends_a_pipe(piped):
     """In a script Ctrl-C is for the whole program."""
 
-    def interrupted(_: Conversation) -> Iterator[Text]:
-        yield Text("a", tokens=1)
+    def interrupted(_: Conversation) -> Iterator[PartialText]:
+        yield PartialText("a", tokens=1)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
