@@ -34,7 +34,7 @@ PARTS = {  # part of the set-up -> modules that it installs; what is not listed 
         "torch transformers peft bitsandbytes accelerate safetensors gguf sentencepiece google.protobuf "
         "numpy matplotlib pyarrow ftfy wcwidth tqdm huggingface_hub httpx2 tenacity filelock"
     ),
-    "chat": "gradio prompt_toolkit",
+    "chat": "gradio markdown_it prompt_toolkit",
     "cpu": "llama_cpp",
     "gptq": "gptqmodel optimum",
 }

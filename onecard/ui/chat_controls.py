@@ -14,8 +14,8 @@ from onecard.config.generation import TRAINED
 from onecard.data import template as templates
 from onecard.inference.chat import Chat
 from onecard.ui import forms, page
+from onecard.ui import html as ui_html
 from onecard.ui import sessions as ui_sessions
-from onecard.ui import status as ui_status
 
 ANSWER = [
     "mode",
@@ -98,7 +98,7 @@ def answering(
 
     def fail(request: gr.Request) -> list[Any]:
         is_refused = sessions.is_waiting(request.session_hash)  # the queue was full: its turn never came
-        return [*end(request), ui_status.line(busy, True) if is_refused else gr.skip()]
+        return [*end(request), ui_html.status_line(busy, True) if is_refused else gr.skip()]
 
     changed = [send, stop, *others]
     began = gr.on(triggers, begin, None, changed, **page.QUICK)
@@ -124,7 +124,7 @@ def halting(
     def halt(request: gr.Request) -> Any:
         is_waiting = sessions.is_waiting(request.session_hash)
         leave(request)
-        return ui_status.line(waits) if is_waiting else gr.skip()
+        return ui_html.status_line(waits) if is_waiting else gr.skip()
 
     stop.click(halt, None, status, **page.QUICK)
     window.unload(leave)

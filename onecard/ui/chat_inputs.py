@@ -17,9 +17,7 @@ class ChatInputs:
     template_name: str
     system: str
     context: str
-    adapters: dict[
-        str, ActiveAdapters
-    ]  # the active adapters of LEFT, and of RIGHT when two answers are compared
+    adapters: dict[str, ActiveAdapters]  # of LEFT, and of RIGHT when two answers are compared
     note: str = ""  # names what could not be used
 
 

@@ -9,7 +9,7 @@ from onecard.config.generation import BASE, TRAINED
 from onecard.errors import UserError
 from onecard.inference.chat import Chat
 from onecard.ui import adapter_picker, chat_controls, forms, page
-from onecard.ui import status as ui_status
+from onecard.ui import html as ui_html
 
 MATH = [
     {"left": "$$", "right": "$$", "display": True},
@@ -55,7 +55,7 @@ class ChatLayout:
         with gr.Row():
             self.left = self.chatbot("left", show_label=False)
             self.right = self.chatbot("right", visible=False, label=adapter_picker.shown(BASE, self.lang))
-        self.status = gr.HTML(ui_status.line(""), elem_id="status")
+        self.status = gr.HTML(ui_html.status_line(""), elem_id="status")
         self.storage_warning = gr.HTML("", elem_id="unkept")
         self.box = gr.Textbox(
             show_label=False,

@@ -8,7 +8,6 @@ import gradio as gr
 from onecard.inference.detokenizer import PartialText
 from onecard.inference.transcript import LEFT, RIGHT, Turns
 from onecard.ui import html as ui_html
-from onecard.ui import status as ui_status
 from onecard.ui.chat_layout import ChatLayout
 
 
@@ -43,7 +42,7 @@ class ChatView:
         sides = [self._messages(turns, side, texts.get(side)) for side in (LEFT, RIGHT)]
         beams = ui_html.beams(texts[LEFT]) if LEFT in texts else "" if clear_beams else gr.skip()
         stored = json.dumps(turns, ensure_ascii=False) if store else gr.skip()
-        status = ui_status.line(message, is_error)
+        status = ui_html.status_line(message, is_error)
         return [turns, stored, *sides, status, gr.skip() if box is None else box, beams]
 
     def refusal(self, turns: Turns, english: str, chinese: str, box: str | None = None) -> list[Any]:

@@ -14,7 +14,7 @@ from onecard.config.generation import BASE, TRAINED
 from onecard.inference.chat import Chat
 from onecard.inference.transcript import Turns
 from onecard.ui import adapter_picker, chat_controls, forms, page
-from onecard.ui import status as ui_status
+from onecard.ui import html as ui_html
 from onecard.ui.chat_answers import ChatAnswers
 from onecard.ui.chat_layout import ChatLayout
 from onecard.ui.chat_view import ChatView
@@ -142,7 +142,7 @@ class ChatWindow:
         saving.then(None, layout.download, None, js=page.DOWNLOAD)
         loaded = [*outputs, *layout.side()]
         layout.load.upload(saved_chats.load, [layout.load, *layout.weights], loaded, **page.QUICK)
-        warning = json.dumps(ui_status.line(layout.text(*TOO_LONG), True))
+        warning = json.dumps(ui_html.status_line(layout.text(*TOO_LONG), True))
         layout.stored.change(None, layout.stored, layout.storage_warning, js=page.KEEP_CHAT % warning)
         texts = [layout.context, layout.system]
         for text in texts:

@@ -1,6 +1,6 @@
-"""A message edited in a terminal, with questions of earlier days; the only file that needs prompt_toolkit.
+"""A message that is edited in a terminal, with a history; the only file that needs prompt_toolkit.
 
-Import it where a terminal is read and nowhere else: pipes work without the package.
+Import it only where a terminal is read: a pipe works without the package.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from onecard.system.files import cache_folder
 
 
-class Remembered(FileHistory):
-    """Questions of earlier days; one that cannot be written is no reason to stop."""
+class LenientHistory(FileHistory):
+    """The questions of earlier sessions; the chat goes on when one cannot be written."""
 
     def store_string(self, string: str) -> None:
         with contextlib.suppress(OSError, UnicodeError):
@@ -26,18 +26,22 @@ class Remembered(FileHistory):
 
 
 def history() -> History:
+    """The history in the cache folder, or one in memory where no file can be written."""
     path = cache_folder() / "chat-history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
-        path.chmod(0o600)  # questions are nobody else's business
+        path.chmod(0o600)  # only its owner may read the questions
     except OSError:
         return InMemoryHistory()
-    return Remembered(str(path))
+    return LenientHistory(str(path))
 
 
 def editor(commands: Iterable[str]) -> Callable[[], str]:
-    """Reads a message of one or more lines from the terminal; raises EOFError and KeyboardInterrupt."""
+    """A function that reads a message of one or more lines; it raises EOFError and KeyboardInterrupt.
+
+    commands: names that Tab completes after a /.
+    """
     keys, here = KeyBindings(), has_focus(DEFAULT_BUFFER)
 
     @keys.add("enter", filter=here)

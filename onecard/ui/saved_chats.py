@@ -10,7 +10,7 @@ from onecard.errors import UserError
 from onecard.inference import transcript
 from onecard.inference.transcript import LEFT, RIGHT, Turns
 from onecard.ui import adapter_picker, chat_inputs, forms
-from onecard.ui import status as ui_status
+from onecard.ui import html as ui_html
 from onecard.ui.chat_layout import ChatLayout
 from onecard.ui.chat_view import ChatView
 
@@ -28,11 +28,11 @@ class SavedChats:
             if not turns:
                 raise UserError(self.text("There is nothing to save yet.", "还没有可保存的内容。"))
         except UserError as error:
-            return "", ui_status.line(str(error), True)
+            return "", ui_html.status_line(str(error), True)
         layout = self.layout
         made_by = (inputs.options, layout.chat, layout.options, inputs.adapters, inputs.template_name)
         line = transcript.record(turns, *made_by, system=inputs.system, context=inputs.context)
-        return line, ui_status.line(self.text("Saved by your browser.", "已由浏览器保存。"))
+        return line, ui_html.status_line(self.text("Saved by your browser.", "已由浏览器保存。"))
 
     def load(self, path: str, *weights: float) -> list[Any]:
         """Values of the view's outputs and of layout.side() that show a saved chat.
@@ -46,7 +46,7 @@ class SavedChats:
             saved, notes = transcript.fitted(transcript.load(file), layout.chat)
         except (UserError, OSError) as error:
             unchanged = [gr.skip()] * (len(outputs) + len(layout.side()))
-            unchanged[outputs.index(layout.status)] = ui_status.line(str(error), True)
+            unchanged[outputs.index(layout.status)] = ui_html.status_line(str(error), True)
             return unchanged
         finally:
             file.unlink(missing_ok=True)

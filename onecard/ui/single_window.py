@@ -56,7 +56,7 @@ def build_page(chat: Chat, options: ChatConfig) -> gr.Blocks:
                     copy = gr.Button(text("Copy", "复制"), elem_id="copy")
                 gr.Markdown(f"**{text('Answer', '回答')}**")
                 output = gr.HTML('<div class="answer"></div>', elem_id="output")
-                status = gr.HTML(ui_status.line(""), elem_id="status")
+                status = gr.HTML(ui_html.status_line(""), elem_id="status")
                 with gr.Accordion(text("All beams", "所有束"), open=False, elem_id="beams-box"):
                     beams = gr.HTML(elem_id="beams")
                 gr.Examples(
@@ -78,7 +78,7 @@ def build_page(chat: Chat, options: ChatConfig) -> gr.Blocks:
                     raise UserError(text("Write an instruction first.", "请先写指令。"))
                 system, note = chat_controls.usable_system(chat, template_name, options.system, lang)
             except UserError as error:
-                yield gr.skip(), gr.skip(), ui_status.line(str(error), True)
+                yield gr.skip(), gr.skip(), ui_html.status_line(str(error), True)
                 return
             conversation = transcript.conversation([{"question": question, "input": subject}], system)
             names = chat.engine.adapters
@@ -89,7 +89,7 @@ def build_page(chat: Chat, options: ChatConfig) -> gr.Blocks:
                 sessions, request.session_hash, chat, conversation, settings, active, lang, template_name
             )
             for update in updates:
-                message = ui_status.line(*ui_status.combined({"": update}, {}, note))
+                message = ui_html.status_line(*ui_status.combined({"": update}, {}, note))
                 yield ui_html.growing(update.text), ui_html.beams(update.text), message
 
         chat_controls.answering(
@@ -106,7 +106,7 @@ def build_page(chat: Chat, options: ChatConfig) -> gr.Blocks:
         )
         chat_controls.halting(stop, window, sessions, status, lang)
         clear.click(
-            lambda: ("", "", ui_html.growing(detokenizer.PartialText("")), "", ui_status.line("")),
+            lambda: ("", "", ui_html.growing(detokenizer.PartialText("")), "", ui_html.status_line("")),
             None,
             [instruction, context, output, beams, status],
             **page.QUICK,

@@ -6,7 +6,6 @@ from onecard.inference.chat import Chat, Reply
 from onecard.inference.decoding import CANCELLED, END, LENGTH, NO_MEMORY, STOP
 from onecard.inference.detokenizer import PartialText
 from onecard.inference.engine import Placement
-from onecard.ui import html as ui_html
 
 
 class AnswerUpdate(NamedTuple):
@@ -28,12 +27,6 @@ WHY = {
         "内存不足，以上为已生成部分；可减少束宽、缩短对话或降低位数",
     ),
 }
-
-
-def line(message: str, is_error: bool = False) -> str:
-    """The status line as HTML."""
-    kind = ' class="wrong" role="alert"' if is_error else ""
-    return f'<div class="status" data-testid="status"><span{kind}>{ui_html.escaped(message)}</span></div>'
 
 
 def describe(reply: Reply, chat: Chat, lang: str) -> str:

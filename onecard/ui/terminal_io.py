@@ -1,7 +1,7 @@
 """Screen and keyboard of a terminal, or a pipe: answers as they grow, lines that are read, Ctrl-C.
 
-Text that is certain is printed for good, the rest until it is certain. Nothing of an answer steers the
-terminal. It does not know models, conversations or commands.
+Stable text is printed once and for all; text that may still change is drawn behind it and erased again. No
+control character of an answer reaches the terminal. This file knows no models, conversations or commands.
 """
 
 import contextlib
@@ -16,22 +16,22 @@ from wcwidth import wcwidth
 
 from onecard.system import commands
 
-MARK, BACK = "\x1b7", "\x1b8\x1b[J"  # remember this place; go back to it and erase what is behind it
+MARK, BACK = "\x1b7", "\x1b8\x1b[J"  # save the cursor's position; restore it and erase everything behind it
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and new line: they steer a terminal
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # except tab and new line: a terminal would obey them
 
 
 def check_editor(part: str) -> None:
-    """Raise UserError when a terminal is to be read and prompt_toolkit is not installed; pipes need it not.
+    """Raise UserError when a terminal will be read and prompt_toolkit is not installed; a pipe needs none.
 
-    part: of the set-up that installs it. To be asked before anything that takes time.
+    part: of the set-up that installs it. Call it before anything that takes time.
     """
     if in_terminal():
         commands.require("prompt_toolkit", part)
 
 
 def tell(text: str) -> None:
-    """What is no answer: into the terminal, or beside the pipe that answers go into."""
+    """Print what is not an answer: on stdout in a terminal, else on stderr, as a pipe takes answers only."""
     print(visible(text), file=sys.stdout if in_terminal() else sys.stderr, flush=True)
 
 
@@ -40,7 +40,7 @@ def in_terminal() -> bool:
 
 
 def visible(text: str) -> str:
-    """Without what a terminal would obey."""
+    """The text without the control characters that a terminal would obey."""
     return CONTROLS.sub("", text)
 
 
@@ -49,7 +49,7 @@ def emit(text: str) -> None:
 
 
 def column_after(text: str, column: int, width: int) -> int:
-    """Where the cursor of a terminal is behind a text; `width` itself: the next letter wraps."""
+    """The column of the cursor after a text; `width`: the line is full and the next letter wraps."""
     for letter in text:
         if letter == "\n":
             column = 0
@@ -62,17 +62,17 @@ def column_after(text: str, column: int, width: int) -> int:
 
 
 class Screen:
-    """One answer after the other: stable text for good; behind it, dim, what may still change."""
+    """Shows one answer after the other: stable text, and behind it, dim, what may still change."""
 
     def __init__(self, live: bool):
-        """live: the terminal can erase; otherwise only stable text is printed."""
+        """live: the terminal can erase text; otherwise only stable text is printed."""
         self.live = live
         self.shown, self.column, self.drawn = "", 0, False
 
     def show(self, stable: str, behind: str = "") -> None:
-        """Print what is new of the stable text, and as much behind it as fits into the line."""
+        """Print what is new in the stable text, and as much of `behind` as fits into the line."""
         text, new = visible(stable), ""
-        if not text.startswith(self.shown):  # a tokenizer that decodes the whole differently: once more
+        if not text.startswith(self.shown):  # a tokenizer decoded the whole differently: print it once more
             self.shown, new = "", "\n"
         new += text[len(self.shown) :]
         width = shutil.get_terminal_size().columns
@@ -83,7 +83,7 @@ class Screen:
         self.drawn = bool(rest)
 
     def end(self, always: bool = True) -> None:
-        """Leave the answer behind; always: with a line of its own even when it is empty."""
+        """Finish the answer and begin a new line; always: also when the answer is empty."""
         emit((BACK if self.drawn else "") + ("\n" if always or self.shown else ""))
         self.shown, self.column, self.drawn = "", 0, False
 
@@ -91,9 +91,9 @@ class Screen:
         emit(f"{DIM}{text}{PLAIN}\n" if self.live else f"{text}\n")
 
     def _fitting(self, text: str, last: int) -> str:
-        """The beginning that leaves the line's last column free, where terminals differ."""
+        """As much as fits before the last column of the line, in which terminals behave differently."""
         column, text = self.column, text.split("\n")[0].replace("\t", " ")
-        while text and wcwidth(text[0]) <= 0:  # it would join the stable letter before it
+        while text and wcwidth(text[0]) <= 0:  # it would combine with the stable letter before it
             text = text[1:]
         for place, letter in enumerate(text):
             column += max(wcwidth(letter), 0)
@@ -103,7 +103,7 @@ class Screen:
 
 
 def plain_line() -> str:
-    """The next line of stdin with those that a backslash adds to it; raises EOFError behind the last."""
+    """The next line of stdin, with the following ones while a line ends in \\; raises EOFError at the end."""
     lines = []
     while line := sys.stdin.readline():
         line = line.rstrip("\r\n")
@@ -117,7 +117,10 @@ def plain_line() -> str:
 
 @contextlib.contextmanager
 def stoppable(live: bool) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C asks the answer to end; other keys wait for the prompt, unseen so that nothing is drawn over."""
+    """Let Ctrl-C end the answer instead of the program; it yields a function that says if it was pressed.
+
+    Other keys wait for the prompt and are not echoed, since they would appear in the middle of the answer.
+    """
     if not live:
         yield lambda: False
         return

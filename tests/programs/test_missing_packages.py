@@ -133,7 +133,11 @@ def test_the_closure_leaves_out_what_is_another_parts(made):
 
 def test_every_package_of_the_set_up_is_known():
     """commands.PARTS names the module of each requirement under the part that brings it first."""
-    modules = {"protobuf": "google.protobuf", "llama-cpp-python": "llama_cpp"}
+    modules = {
+        "protobuf": "google.protobuf",
+        "llama-cpp-python": "llama_cpp",
+        "markdown-it-py": "markdown_it",
+    }
     for part in ("train", "chat", "cpu", "gptq"):
         for line in fresh.PYPROJECT["optional-dependencies"][part]:
             name = Requirement(line).name

@@ -25,10 +25,12 @@ ESCAPED = "&lt;img src=x>"
         "> ```\n> {}\n> ```",
         "  ```\n{}\n  ```",
         "```\n{}\n  - {}\n```",
+        "a\n\n    {}\n\n    {}",
+        "- a\n\n      {}",
     ],
 )
 def test_code_keeps_its_signs(text):
-    """Spans, fences of both kinds and longer ones, in lists and quotes; what comes behind is none."""
+    """Spans, indented code, fences of both kinds and longer ones, in lists and quotes; none comes behind."""
     code = text.replace("{}", BAD + " & x")
     assert ui_html.as_markdown(PartialText(code)) == code
     if text.count("```") != 1:
@@ -52,10 +54,12 @@ def test_code_keeps_its_signs(text):
         "- a\n  ```\n  b\n{}",
         "> ```\n> a\n{}",
         "```a`b\n{}",
+        "| a | b |\n|---|---|\n| `x | {} ` |",
+        "a\n    {}",
     ],
 )
 def test_html_outside_of_code_is_escaped(text):
-    """Runs of backticks that do not match, fences of another kind, shorter ones and those that are over."""
+    """Runs of backticks that do not match or that a cell parts, other, shorter and closed fences."""
     shown = ui_html.as_markdown(PartialText(text.replace("{}", BAD)))
     assert BAD not in shown
     assert ESCAPED in shown

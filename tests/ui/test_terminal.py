@@ -34,7 +34,7 @@ from onecard.inference import chat, decoding, transcript, transformers_engine
 from onecard.inference.detokenizer import PartialText
 from onecard.models import base_model
 from onecard.models import tokenizer as models_tokenizer
-from onecard.ui import line_editor, terminal
+from onecard.ui import line_editor, terminal, terminal_commands
 from onecard.ui.terminal_io import Screen, visible
 from tests.support.chat_fakes import NO_SYSTEM, Scripted, echo, reply
 from tests.support.paths import ROOT
@@ -175,14 +175,14 @@ def test_adapters(piped):
     choices = [active_adapters for _, _, active_adapters in made.asked]
     assert choices == [(("one", 1.0),), (("two", 1.0),), (), *[half] * 5]
     shown = notes.splitlines()
-    assert shown[0] == "answers: one (weight 1); loaded: base, one, two"
-    assert shown[2] == "answers: the base model; loaded: base, one, two"
-    assert shown[3] == "answers: one (weight 0.5) + two (weight -0.25); loaded: base, one, two"
+    assert shown[0] == "active: one (weight 1); loaded: base, one, two"
+    assert shown[2] == "active: the base model alone; loaded: base, one, two"
+    assert shown[3] == "active: one (weight 0.5) + two (weight -0.25); loaded: base, one, two"
     assert [line.split(".")[0] for line in shown[4:]] == [
         "error: No adapter is called three",
-        "error: /adapter one:x: 'x' is no weight",
-        "error: /adapter one:nan: 'nan' is no weight",
-        "error: /adapter one one:2: one is there twice",
+        "error: /adapter one:x: 'x' is not a weight",
+        "error: /adapter one:nan: 'nan' is not a weight",
+        "error: /adapter one one:2: one is named twice",
     ]
     assert problem == "4 of 16 lines failed."
 
@@ -240,11 +240,11 @@ def test_params_are_listed_with_what_does_nothing(piped):
     names = [field.name for field in dataclasses.fields(Generation)]
     assert [line.split()[0] for line in lines] == [*names, "top_p", "mode", "top_p"]
     assert (
-        lines[names.index("num_beams")].split(maxsplit=1)[1] == "4  (does nothing now: only for beam search)"
+        lines[names.index("num_beams")].split(maxsplit=1)[1] == "4  (has no effect now: only for beam search)"
     )
     assert lines[names.index("seed")].split() == ["seed", "none"]
     assert lines[-3].split() == ["top_p", "0.9"]
-    assert "0.5  (does nothing now: only for sampling)" in lines[-1]
+    assert "0.5  (has no effect now: only for sampling)" in lines[-1]
     _, notes, _ = piped(Scripted(echo), "/params\n", single_turn=True)
     idle = [line.split()[0] for line in notes.splitlines() if "conversation of its own" in line]
     assert idle == ["max_memory", "last_turns"]
@@ -275,13 +275,13 @@ def test_help_exit_and_unknown_commands(piped):
     made = Scripted(echo)
     _, notes, problem = piped(made, "/help\n/stop\n/\n/exit\nq\n")
     *helped, unknown, empty = notes.splitlines()
-    names = [*terminal.COMMANDS, "exit"]
+    names = [*terminal_commands.COMMANDS, "exit"]
     assert [line.split()[0] for line in helped] == [f"/{name}" for name in names]
-    assert unknown.startswith("error: /stop is no command.")
+    assert unknown.startswith("error: There is no command /stop.")
     assert all(f"/{name}" in unknown for name in names)
-    told = [what for _, _, what in terminal.COMMANDS.values()]
+    told = [what for _, _, what in terminal_commands.COMMANDS.values()]
     assert len({line.index(what) for line, what in zip(helped, told, strict=False)}) == 1, "one column"
-    assert empty.startswith("error: / is no command.")
+    assert empty.startswith("error: There is no command /.")
     assert (made.asked, problem) == ([], "2 of 3 lines failed.")
 
 
@@ -407,8 +407,8 @@ def test_templates(piped):
     assert made.questions[1] == ["a", "A", "b"]
     lines = notes.splitlines()
     assert "no place for a system prompt" in lines[0]
-    assert lines[1].startswith("template: alpaca; known: trained, auto, alpaca")
-    assert lines[3].startswith("template: plain (trained); known: ")
+    assert lines[1].startswith("template: alpaca; available: trained, auto, alpaca")
+    assert lines[3].startswith("template: plain (trained); available: ")
 
 
 @pytest.mark.parametrize(
