@@ -57,7 +57,9 @@ def main() -> None:
 
             def start(options: FinetuneConfig = options, found: list = found) -> None:
                 found.append(
-                    dataset.encode(options, data_reader.sources(options.data_path), [form], tokenizer, "demo")
+                    dataset.encode(
+                        options, data_reader.locate_files(options.data_path), [form], tokenizer, "demo"
+                    )
                 )
 
             started = time.monotonic()

@@ -187,7 +187,7 @@ def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     tokenizer = templates.tokenizer_for(tokenizer, form)
     tokenizer_print = hashing.of_folder(base_model.identity_files(base_path)["tokenizer"])
     found = dataset.encode(
-        options, data_reader.sources(options.data_path), [form], tokenizer, tokenizer_print
+        options, data_reader.locate_files(options.data_path), [form], tokenizer, tokenizer_print
     )
     examples = found.encoding.examples
     order = [

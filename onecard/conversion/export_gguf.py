@@ -119,7 +119,7 @@ def _job(options: ExportConfig, keep: Path) -> tuple[ExportJob, str]:
     output = Path(options.output_path) if options.output_path else _place(listed, name, options.type)
     place = output_folder.find(output, export_manifest.FLAG)
     is_own = not options.output_path and output.parent == _folder(listed)
-    ends = list(dict.fromkeys([*data_encode.ends(template, tokenizer), *named]))
+    ends = list(dict.fromkeys([*data_encode.eos_ids(template, tokenizer), *named]))
     kind = options.type
     return ExportJob(
         base, adapter and adapter.folder, template, tokenizer, kind, output, place, is_own, ends

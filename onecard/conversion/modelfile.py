@@ -30,7 +30,7 @@ def modelfile(template: Template, tokenizer: Any, base: str, adapter: str | None
 
 def stops(template: Template, tokenizer: Any) -> list[str]:
     """The tokens that end an answer, as text."""
-    return [str(tokenizer.convert_ids_to_tokens(token)) for token in data_encode.ends(template, tokenizer)]
+    return [str(tokenizer.convert_ids_to_tokens(token)) for token in data_encode.eos_ids(template, tokenizer)]
 
 
 def go_template(template: Template, tokenizer: Any) -> str:

@@ -1,7 +1,7 @@
-"""Looking at rows before they are trained on: what is in a file, what it costs, what should not be in it.
+"""Checks rows before they are trained on: what a file holds, what it costs, and what should not be in it.
 
-Every row is read once; nothing is changed. `Cleaner` writes what is worth keeping to another file, and beside
-it what was left out and why: rows in = rows kept + rows left out.
+Every row is read once, and the file is not changed. `Cleaner` writes the usable rows to another file, and the
+others with the reason to a second one: rows in = rows kept + rows left out.
 """
 
 import hashlib
@@ -16,13 +16,12 @@ from typing import Any
 from tqdm import tqdm
 
 from onecard.config.tools import CheckConfig
-from onecard.data import conversation as data_conversation
 from onecard.data import encode as data_encode
-from onecard.data import findings, reader
+from onecard.data import reader
 from onecard.data import schemas as data_schemas
 from onecard.data import template as templates
-from onecard.data.conversation import ASSISTANT, Conversation
-from onecard.data.findings import Findings, Row
+from onecard.data.conversation import ASSISTANT, TARGETS, Conversation
+from onecard.data.findings import Findings, RowReport, plot_lengths, report, write_html
 from onecard.data.schemas import BadRow
 from onecard.data.template import Template
 from onecard.errors import UserError
@@ -32,13 +31,13 @@ PLACEHOLDERS = re.compile(
     r"<一段文[本字]>|<文本>|\[图[画片]\]|<no ?(in|out)put>|<image>|\[image\]|\[insert [^\]]*\]",
     re.IGNORECASE,
 )
-# not the joiners U+200C and U+200D, which words and emoji need
+# without the joiners U+200C and U+200D, which words and emoji need
 INVISIBLE = re.compile(
     "[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
 )
 CONTROL = re.compile(r"<\|[a-z_]{2,20}\|>|</?s>|\[/?INST\]|<<SYS>>")  # of the models people train most
-SHOWN = 20  # rows of the HTML report
-UNUSABLE = {  # what `clean` leaves out
+SHOWN = 20  # rows in the HTML report
+UNUSABLE = {  # problem for which --clean leaves a row out -> the reason it gives
     "unreadable": "cannot be used",
     "duplicates": "the same as an earlier row",
     "empty outputs": "an answer is empty",
@@ -55,32 +54,33 @@ def check_options(options: CheckConfig) -> None:
 
 
 def run(options: CheckConfig, paths: list[Path], tokenizer: Any) -> None:
-    """Look at all rows of these files, say what there is, and write what the options ask for.
+    """Check all rows of these files, print the report, and write the files that the options name.
 
-    Raises UserError.
+    Raises UserError when a file cannot be read or written, or the template does not fit the tokenizer.
     """
     template = templates.load(options.template, tokenizer)
     tokenizer = templates.tokenizer_for(tokenizer, template)
     _check_targets(options, paths)
-    seen, how = Findings(), (options.train_on_inputs, options.train_on)
-    rows = examine(seen, paths, options.schema, template, tokenizer, options.cutoff_len, *how)
+    findings, targets = Findings(), (options.train_on_inputs, options.train_on)
+    rows = examine(findings, paths, options.schema, template, tokenizer, options.cutoff_len, *targets)
     cleaner = Cleaner(Path(options.clean), options.repair) if options.clean else None
-    all_rows(rows, cleaner)
-    text = findings.report(seen, options.cutoff_len)
+    read_all(rows, cleaner)
+    text = report(findings, options.cutoff_len)
     say(text)
     if cleaner:
-        kept, dropped = cleaner.targets
-        say(f"\n{cleaner.kept} rows are in {kept}, {cleaner.left_out} with the reason in {dropped}.")
-    if options.png and seen.lengths:
-        findings.lengths(seen.lengths, options.cutoff_len, Path(options.png))
+        clean_file, dropped_file = cleaner.targets
+        say(f"\n{cleaner.kept} rows were written to {clean_file}.")
+        say(f"{cleaner.left_out} rows were left out; they are in {dropped_file} with the reasons.")
+    if options.png and findings.lengths:
+        plot_lengths(findings.lengths, options.cutoff_len, Path(options.png))
         say(f"The histogram is in {options.png}.")
     if options.html:
-        findings.write_html(seen, f"Rows of {options.data_path}", text, Path(options.html))
+        write_html(findings, f"Rows of {options.data_path}", text, Path(options.html))
         say(f"The report is in {options.html}; open it in a browser.")
 
 
 def _check_targets(options: CheckConfig, paths: list[Path]) -> None:
-    """Raise UserError when a file to write is one that is read, another of them, or in no folder."""
+    """Raise UserError when a file to write is also read or written for something else, or has no folder."""
     taken = {path.resolve() for path in paths}
     targets = [("clean", target) for target in outputs(Path(options.clean))] if options.clean else []
     targets += [(name, Path(getattr(options, name))) for name in ("html", "png") if getattr(options, name)]
@@ -94,93 +94,108 @@ def _check_targets(options: CheckConfig, paths: list[Path]) -> None:
 
 
 def examine(
-    found: Findings,
+    findings: Findings,
     paths: list[Path],
     schema: str | None,
     template: Template,
     tokenizer: Any,
     cutoff_len: int,
-    *how: Any,
-) -> Iterator[Row]:
-    """Look at every row, one at a time, and note in `found` what there is."""
-    seen: set[bytes] = set()
+    *targets: Any,
+) -> Iterator[RowReport]:
+    """Check every row, one at a time, and count in `findings` what is in it.
+
+    tokenizer: from template.tokenizer_for; targets: train_on_inputs and train_on, as encode takes them.
+    """
+    digests: set[bytes] = set()  # of the rows before
     control = re.compile("|".join([CONTROL.pattern, *map(re.escape, tokenizer.all_special_tokens)]))
     for path in paths:
         for line, column, value, text in reader.values(path):
-            found.read += 1
-            row = Row(data_schemas.place(path, line, column), value, [])
-            made = reader.conversation(line, column, value, text, schema)
-            if isinstance(made, BadRow):
-                row.value, row.reason = made.text.strip(), made.reason
+            findings.read += 1
+            row = RowReport(data_schemas.location(path, line, column), value, [])
+            conversation = reader.conversation(line, column, value, text, schema)
+            if isinstance(conversation, BadRow):
+                row.value, row.reason = conversation.text.strip(), conversation.reason
                 row.problems.append("unreadable")
             else:
-                _look(made, row, control, seen)
-                _measure(made, found, row, template, tokenizer, cutoff_len, how)
-                found.schemas[schema or data_schemas.recognise(value)] += 1
-                found.turns[sum(turn.role == ASSISTANT for turn in made.turns)] += 1
+                _find_problems(conversation, row, control, digests)
+                _measure(conversation, findings, row, template, tokenizer, cutoff_len, targets)
+                findings.schemas[schema or data_schemas.recognise(value)] += 1
+                findings.turns[sum(turn.role == ASSISTANT for turn in conversation.turns)] += 1
             for problem in row.problems:
-                found.problems[problem] += 1
-                found.examples.setdefault(problem, row.place + (f" ({row.reason})" if row.reason else ""))
+                findings.problems[problem] += 1
+                findings.examples.setdefault(
+                    problem, row.location + (f" ({row.reason})" if row.reason else "")
+                )
             yield row
 
 
-def _look(made: Conversation, row: Row, control: re.Pattern, seen: set[bytes]) -> None:
+def _find_problems(
+    conversation: Conversation, row: RowReport, control: re.Pattern, digests: set[bytes]
+) -> None:
+    """Note the problems that the texts of a conversation show, and add its digest."""
     from ftfy import badness
 
-    texts = [text for turn in made.turns for text in (turn.text, turn.input) if text]
-    fields = [INVISIBLE.sub("", field) for turn in made.turns for field in turn]
+    texts = [text for turn in conversation.turns for text in (turn.text, turn.input) if text]
+    fields = [INVISIBLE.sub("", field) for turn in conversation.turns for field in turn]
     whole = "\0".join(fields)
     digest = hashlib.blake2b(whole.encode(), digest_size=16).digest()
-    asked = [turn for turn in made.turns if turn.role == "user"]
-    pairs = zip(made.turns, made.turns[1:], strict=False)
+    questions = [turn for turn in conversation.turns if turn.role == "user"]
+    pairs = zip(conversation.turns, conversation.turns[1:], strict=False)
     checks = {
-        "duplicates": digest in seen,
+        "duplicates": digest in digests,
         "empty outputs": any(
-            not INVISIBLE.sub("", t.text).strip() for t in made.turns if t.role in data_conversation.TARGETS
+            not INVISIBLE.sub("", turn.text).strip() for turn in conversation.turns if turn.role in TARGETS
         ),
-        "instruction equal to input": any(t.input and t.text.strip() == t.input.strip() for t in asked),
+        "instruction equal to input": any(
+            turn.input and turn.text.strip() == turn.input.strip() for turn in questions
+        ),
         "answer equal to question": any(
-            b.role == ASSISTANT and a.text.strip() == b.text.strip() for a, b in pairs
+            turn.role == ASSISTANT and before.text.strip() == turn.text.strip() for before, turn in pairs
         ),
         "placeholders": any(PLACEHOLDERS.search(text) for text in texts),
         "invisible characters": any(INVISIBLE.search(text) for text in texts),
         "mojibake": any(badness.is_bad(text) for text in texts),
         "control tokens": any(control.search(text) for text in texts),
     }
-    seen.add(digest)
-    row.problems += [name for name, is_so in checks.items() if is_so]
+    digests.add(digest)
+    row.problems += [name for name, has_problem in checks.items() if has_problem]
 
 
 def _measure(
-    made: Conversation,
-    found: Findings,
-    row: Row,
+    conversation: Conversation,
+    findings: Findings,
+    row: RowReport,
     template: Template,
     tokenizer: Any,
     cutoff_len: int,
-    how: tuple,
+    targets: tuple,
 ) -> None:
+    """Count the tokens of a row; note when the template cannot write it or no target is left."""
     try:
-        encoded = data_encode.encode(made, template, tokenizer, *how)
-        limit = sys.maxsize if made.turns[-1].role == "text" else cutoff_len  # raw text is cut into blocks
-        cut, is_target, was_cut = data_encode.shortened(made, encoded, limit, template, tokenizer, *how)
+        encoded = data_encode.encode(conversation, template, tokenizer, *targets)
+        limit = (
+            sys.maxsize if conversation.turns[-1].role == "text" else cutoff_len
+        )  # raw text is cut into blocks
+        cut, is_target, was_cut = data_encode.shortened(
+            conversation, encoded, limit, template, tokenizer, *targets
+        )
     except ValueError as error:
         row.problems.append("unreadable")
         row.reason = str(error)
         return
-    found.lengths.append(len(encoded[0]))
-    found.cut += was_cut
+    findings.lengths.append(len(encoded[0]))
+    findings.cut += was_cut
     if not any(is_target):
         row.problems.append("without targets")
         return
-    found.cut_lengths.append(len(cut))
-    found.targets += sum(is_target)
-    if len(found.shown) < SHOWN:
-        found.shown.append((row.place, data_encode.runs(tokenizer, cut, is_target)))
+    findings.cut_lengths.append(len(cut))
+    findings.targets += sum(is_target)
+    if len(findings.shown) < SHOWN:
+        findings.shown.append((row.location, data_encode.runs(tokenizer, cut, is_target)))
 
 
 def clean(value: Any, repair: bool) -> Any:
-    """A row's value with every text freed of invisible characters and, if asked, of mojibake."""
+    """A row's value without invisible characters in any text; repair: also without mojibake."""
     if isinstance(value, str):
         if repair:
             import ftfy
@@ -188,7 +203,7 @@ def clean(value: Any, repair: bool) -> Any:
             value = ftfy.fix_encoding(value)
         return INVISIBLE.sub("", value)
     if isinstance(value, float) and not math.isfinite(value):
-        return None  # JSON has no word for it
+        return None  # JSON cannot write it
     if isinstance(value, list):
         return [clean(item, repair) for item in value]
     if isinstance(value, dict):
@@ -197,20 +212,21 @@ def clean(value: Any, repair: bool) -> Any:
 
 
 def outputs(path: Path) -> tuple[Path, Path]:
-    """The files that a Cleaner writes: kept rows, and those left out."""
+    """The two files that a Cleaner writes: the rows that are kept, and those that are left out."""
     return path, path.with_name(f"{path.stem}.dropped.jsonl")
 
 
 class Cleaner:
-    """Writes kept rows to `path` and the others, with the reason, to `<path>.dropped.jsonl`."""
+    """Writes usable rows to `path`, and the others with the reason to `<path>.dropped.jsonl`."""
 
     def __init__(self, path: Path, repair: bool):
         self.repair, self.kept, self.left_out = repair, 0, 0
         self.targets = outputs(path)
         self.temporary = [target.with_name(f".{target.name}.tmp") for target in self.targets]
-        self.files = [open(place, "w", encoding="utf-8") for place in self.temporary]  # noqa: SIM115
+        self.files = [open(path, "w", encoding="utf-8") for path in self.temporary]  # noqa: SIM115
 
-    def add(self, row: Row) -> None:
+    def add(self, row: RowReport) -> None:
+        """Write a row to the file that it belongs to."""
         reasons = [UNUSABLE[name] for name in row.problems if name in UNUSABLE]
         try:
             cleaned = clean(row.value, self.repair)
@@ -218,29 +234,29 @@ class Cleaner:
             reasons.append("nested too deeply")
         if reasons:
             self.left_out += 1
-            record = {"where": row.place, "why": [row.reason] if row.reason else reasons, "row": row.value}
+            record = {"where": row.location, "why": [row.reason] if row.reason else reasons, "row": row.value}
         else:
             self.kept += 1
             record = cleaned
         text = json.dumps(record, ensure_ascii=False, default=str) + "\n"
         self.files[bool(reasons)].write(text.encode("utf-8", "backslashreplace").decode())
 
-    def done(self, complete: bool) -> None:
-        """Put both files in their places, or delete them when not all rows were seen."""
+    def close(self, complete: bool) -> None:
+        """Move both files to their places, or delete them when not all rows were read."""
         for file in self.files:
             file.close()
         for temporary, target in zip(self.temporary, self.targets, strict=True):
             temporary.replace(target) if complete else temporary.unlink()
 
 
-def all_rows(rows: Iterator[Row], cleaner: Cleaner | None) -> None:
-    """Go through all rows with a progress bar."""
+def read_all(rows: Iterator[RowReport], cleaner: Cleaner | None) -> None:
+    """Read all rows with a progress bar, and let the cleaner write them."""
     complete = False
     try:
-        for row in tqdm(rows, desc="looking at rows", unit="row", disable=None):
+        for row in tqdm(rows, desc="checking rows", unit="row", disable=None):
             if cleaner:
                 cleaner.add(row)
         complete = True
     finally:
         if cleaner:
-            cleaner.done(complete)
+            cleaner.close(complete)

@@ -1,8 +1,8 @@
-"""Conversation -> token ids, and which of them are targets. What training and chat share.
+"""A conversation becomes token ids and is_target flags. Training and chat share this encoder.
 
-The turns of the model are encoded apart from everything else, so the ids of a prompt in chat are always the
-first ids of the row that was trained. Control tokens come from the template alone: written inside a row they
-are text. Where templates come from: template.py.
+The model's turns are encoded apart from everything else, so the ids of a prompt in chat are always the first
+ids of the row that was trained. Only the template writes control tokens: inside a row their names are plain
+text. The tokenizer of every function is the one of template.tokenizer_for.
 """
 
 import functools
@@ -15,7 +15,7 @@ from onecard.data import template as data_template
 from onecard.data.conversation import ALL, ASSISTANT, RAW, TARGETS, Conversation, Turn
 from onecard.data.template import Part, Template
 
-Piece = tuple[str | int, bool]  # a text or a control token, and whether it is a target
+Piece = tuple[str | int, bool]  # a text or the id of a control token, and whether it is a target
 
 
 def encode(
@@ -25,12 +25,15 @@ def encode(
     train_on_inputs: bool = False,
     train_on: str = ALL,
 ) -> tuple[list[int], list[bool]]:
-    """Token ids and is_target flags, both of length T, uncut.
+    """Token ids [T] and is_target flags [T] of a whole conversation.
 
-    Targets are the assistant's turns (the last one alone with train_on "last") with their end tokens; with
-    train_on_inputs all but the first token. Raises ValueError when the template has no such turn.
+    Targets are the assistant's turns and their end tokens; only the last turn with train_on "last", and all
+    tokens but the first with train_on_inputs. Raises ValueError when the template cannot write one of the
+    turns.
     """
-    return _encoded([pieces(conversation, template, tokenizer, train_on_inputs, train_on)], tokenizer)[0]
+    return _encode_pieces([pieces(conversation, template, tokenizer, train_on_inputs, train_on)], tokenizer)[
+        0
+    ]
 
 
 def encode_many(
@@ -38,25 +41,25 @@ def encode_many(
     limit: int,
     templates: Sequence[Template],
     tokenizer: Any,
-    *how: Any,
+    *targets: Any,
 ) -> list[tuple[list[int], list[bool], bool] | ValueError]:
-    """encode_within for many rows, each with its template; what one of them raised stands in its place.
+    """The result of encode_within for each conversation and its template, or the ValueError that it raises.
 
-    All texts go to the tokenizer at once, which is several times as fast.
+    targets: train_on_inputs and train_on, as encode takes them. All texts go to the tokenizer at once, which
+    is several times as fast as one by one.
     """
-    made: list[Any] = []
+    rows: list[Any] = []  # pieces, later ids; or an error
     for conversation, template in zip(conversations, templates, strict=True):
         try:
-            made.append(pieces(conversation, template, tokenizer, *how))
+            rows.append(pieces(conversation, template, tokenizer, *targets))
         except ValueError as error:
-            made.append(error)
-    fitting = iter(_encoded([row for row in made if not isinstance(row, ValueError)], tokenizer))
-    for place, row in enumerate(made):
+            rows.append(error)
+    encoded = iter(_encode_pieces([row for row in rows if not isinstance(row, ValueError)], tokenizer))
+    for index, row in enumerate(rows):
         if not isinstance(row, ValueError):
-            made[place] = shortened(
-                conversations[place], next(fitting), limit, templates[place], tokenizer, *how
-            )
-    return made
+            conversation, template = conversations[index], templates[index]
+            rows[index] = shortened(conversation, next(encoded), limit, template, tokenizer, *targets)
+    return rows
 
 
 def pieces(
@@ -66,8 +69,11 @@ def pieces(
     train_on_inputs: bool = False,
     train_on: str = ALL,
 ) -> list[Piece]:
-    """What a row is made of: texts and control tokens in their order, each with whether it is a target."""
-    row = _Row(tokenizer, train_on_inputs)
+    """The texts and control tokens of a row in their order, each with whether it is a target.
+
+    Raises ValueError when the template cannot write one of the turns.
+    """
+    row = _PieceBuilder(tokenizer, train_on_inputs)
     turns = conversation.turns
     last = max((i for i, turn in enumerate(turns) if turn.role == ASSISTANT), default=-1)
     if not conversation.is_raw and turns[0].role != "system":
@@ -83,21 +89,21 @@ def pieces(
         elif turn.role == ASSISTANT:
             row.write(template.assistant, turn, train_on == ALL or number == last)
         else:
-            row.write(_form(template, turn), turn)
+            row.write(_parts_of(template, turn), turn)
     row.flush()
     return row.pieces
 
 
 def encode_within(
-    conversation: Conversation, limit: int, template: Template, tokenizer: Any, *how: Any
+    conversation: Conversation, limit: int, template: Template, tokenizer: Any, *targets: Any
 ) -> tuple[list[int], list[bool], bool]:
-    """Like encode, at most `limit` tokens, and whether something was left out.
+    """Token ids and is_target flags of at most `limit` tokens, and whether something was left out.
 
-    Whole oldest turns go first, a question with its answer, never the system's; what is still too long is cut
-    at the right.
+    The oldest questions are left out first, each with its answer; the system's turn stays. If the last
+    question is still too long, its end is cut off. Raises ValueError as encode does.
     """
-    encoded = encode(conversation, template, tokenizer, *how)
-    return shortened(conversation, encoded, limit, template, tokenizer, *how)
+    encoded = encode(conversation, template, tokenizer, *targets)
+    return shortened(conversation, encoded, limit, template, tokenizer, *targets)
 
 
 def shortened(
@@ -106,81 +112,80 @@ def shortened(
     limit: int,
     template: Template,
     tokenizer: Any,
-    *how: Any,
+    *targets: Any,
 ) -> tuple[list[int], list[bool], bool]:
-    """encode_within of a conversation that is encoded already."""
+    """The result of encode_within for a conversation that encode has encoded already."""
     ids, is_target = encoded
     if len(ids) <= limit:
         return ids, is_target, False
     system = conversation.turns[:1] if conversation.turns[0].role == "system" else ()
     starts = [number for number, turn in enumerate(conversation.turns) if turn.role == "user"]
-    low, high = 1, len(starts) - 1  # how many of the oldest to leave out
+    low, high = 1, len(starts) - 1  # how many of the oldest questions to leave out
     while low <= high:
         middle = (low + high) // 2
         shorter = Conversation(system + conversation.turns[starts[middle] :])
-        tried = encode(shorter, template, tokenizer, *how)
-        if len(tried[0]) <= limit or middle == len(starts) - 1:
-            ids, is_target = tried
-        if len(tried[0]) <= limit:
+        shorter_ids, shorter_targets = encode(shorter, template, tokenizer, *targets)
+        if len(shorter_ids) <= limit or middle == len(starts) - 1:
+            ids, is_target = shorter_ids, shorter_targets
+        if len(shorter_ids) <= limit:
             high = middle - 1
         else:
             low = middle + 1
     return ids[:limit], is_target[:limit], True
 
 
-def ends(template: Template, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: the tokenizer's own, and the template's control token there."""
-    found = [tokenizer.eos_token_id]
+def eos_ids(template: Template, tokenizer: Any) -> list[int]:
+    """Ids of the tokens that end an answer: the tokenizer's EOS, then the template's own end token if any."""
+    ids = [tokenizer.eos_token_id]
     for (before, _), (what, text) in pairwise(template.assistant):
         if before == "{text}" and what == "control":
-            found.append(data_template.token_id(tokenizer, text))
-    return list(dict.fromkeys(found))
+            ids.append(data_template.token_id(tokenizer, text))
+    return list(dict.fromkeys(ids))
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text alone, as an answer's are in a row; control tokens in it are text."""
+    """Ids of one text, as an answer has them in a row; names of control tokens in it are plain text."""
     return _encode_texts(tokenizer, [text])[0]
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:
-    """Generated ids -> text; the end token is not shown."""
+    """The text of generated ids, without control tokens."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
 
 def show(
     tokenizer: Any, ids: list[int], is_target: list[bool], opening: str = "«", closing: str = "»"
 ) -> str:
-    """A row as text, runs of target tokens between the two marks, control tokens visible."""
+    """A row as text with its control tokens; each run of target tokens stands between the two marks."""
     return "".join(
         f"{opening}{piece}{closing}" if target else piece for piece, target in runs(tokenizer, ids, is_target)
     )
 
 
 def runs(tokenizer: Any, ids: list[int], is_target: list[bool]) -> list[tuple[str, bool]]:
-    """A row as (text, is it trained), one for each run of tokens of one kind."""
-    found, position = [], 0
+    """A row as texts with whether they are targets: one for each run of tokens that are alike in that."""
+    texts, position = [], 0
     while position < len(ids):
         end = position
         while end < len(ids) and is_target[end] == is_target[position]:
             end += 1
-        piece = tokenizer.decode(
-            ids[position:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        found.append((piece, is_target[position]))
+        part = ids[position:end]
+        text = tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        texts.append((text, is_target[position]))
         position = end
-    return found
+    return texts
 
 
-class _Row:
-    """Pieces in the making; texts that follow one another become one."""
+class _PieceBuilder:
+    """Collects the pieces of a row; joins texts that follow each other, unless a target begins or ends."""
 
     def __init__(self, tokenizer: Any, train_on_inputs: bool):
         self.tokenizer, self.train_on_inputs = tokenizer, train_on_inputs
-        self.pieces: list[Piece] = [(token, False) for token in _beginning(tokenizer)]
+        self.pieces: list[Piece] = [(token, False) for token in _bos_ids(tokenizer)]
         self.waiting = ""
 
     def write(self, parts: tuple[Part, ...] | None, turn: Turn | None = None, target: bool = False) -> None:
-        """Add the parts of a turn; a target's texts stand apart from what comes before and behind."""
+        """Add the parts of a turn. A target's text is joined with nothing before or after it."""
         if target or (turn is not None and turn.role in (ASSISTANT, *RAW)):
             self.flush()
         for what, text in parts or ():
@@ -193,8 +198,8 @@ class _Row:
             self.flush(target)
 
     def control(self, token: int, target: bool) -> None:
-        doubled = self.pieces and self.pieces[-1][0] == token
-        if not doubled or token not in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+        is_repeated = self.pieces and self.pieces[-1][0] == token  # by the tokenizer and by the template
+        if not is_repeated or token not in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             self.pieces.append((token, target or self.train_on_inputs))
 
     def flush(self, target: bool = False) -> None:
@@ -213,38 +218,38 @@ class _Row:
         return number
 
 
-def _encoded(rows: list[list[Piece]], tokenizer: Any) -> list[tuple[list[int], list[bool]]]:
-    """Ids and flags of rows of pieces."""
+def _encode_pieces(rows: list[list[Piece]], tokenizer: Any) -> list[tuple[list[int], list[bool]]]:
+    """Token ids and is_target flags of each row of pieces."""
     texts = [piece for row in rows for piece, _ in row if isinstance(piece, str)]
-    encoded, made = iter(_encode_texts(tokenizer, texts)), []
+    text_ids, encoded = iter(_encode_texts(tokenizer, texts)), []
     for row in rows:
         ids: list[int] = []
         is_target: list[bool] = []
         for piece, target in row:
-            tokens = next(encoded) if isinstance(piece, str) else [piece]
+            tokens = next(text_ids) if isinstance(piece, str) else [piece]
             ids += tokens
             is_target += [target] * len(tokens)
         if is_target:
             is_target[0] = False  # nothing comes before the first token, so nothing can predict it
-        made.append((ids, is_target))
-    return made
+        encoded.append((ids, is_target))
+    return encoded
 
 
-def _form(template: Template, turn: Turn) -> tuple[Part, ...]:
-    """How a turn that is not the assistant's is written."""
+def _parts_of(template: Template, turn: Turn) -> tuple[Part, ...]:
+    """The parts that a turn other than the assistant's is written in; raises ValueError without any."""
     if turn.role == "user" and turn.input:
         beside = (("{text}", ""), ("literal", "\n"), ("{input}", ""))
         return template.user_with_input or tuple(
             inner for part in template.user for inner in (beside if part[0] == "{text}" else (part,))
         )
-    form = getattr(template, turn.role)
-    if form is None:
-        raise ValueError(f"template {template.name} has no {turn.role} turn")
-    return form
+    parts = getattr(template, turn.role)
+    if parts is None:
+        raise ValueError(f"the template {template.name} cannot write a turn of the {turn.role}")
+    return parts
 
 
 def _encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Ids of texts in which no control token can appear, whatever they say."""
+    """Ids of texts. No control token is among them, whatever the texts say."""
     if not texts:
         return []
     encoded = _plain_ids(tokenizer, texts)
@@ -260,11 +265,11 @@ def _plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _control_tokens(tokenizer: Any) -> dict[int, str]:
-    """Ids and names: those the tokenizer lists, a template's among them, and what was added as special."""
+    """Ids and names of the tokens that the tokenizer lists as special, and of those added as special."""
     listed = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
-    found = {**_added_as_special(tokenizer), **dict(listed)}
-    found.pop(tokenizer.unk_token_id, None)
-    return found
+    control = {**_added_as_special(tokenizer), **dict(listed)}
+    control.pop(tokenizer.unk_token_id, None)
+    return control
 
 
 @functools.lru_cache(maxsize=4)
@@ -274,15 +279,18 @@ def _added_as_special(tokenizer: Any) -> dict[int, str]:
 
 
 def _without_control(tokenizer: Any, text: str, control: dict[int, str]) -> list[int]:
-    """Some vocabularies hold control tokens beside their pieces: cut the text inside each of their names, and
-    what is normalised to a name in halves."""
+    """Ids of a text for a vocabulary that has control tokens among its ordinary pieces.
+
+    The text is cut inside each of their names. A part that is only normalised to such a name is cut in half,
+    until no part gives a control token.
+    """
     names = "|".join(re.escape(name) for name in sorted(control.values(), key=len, reverse=True))
-    cuts = [0, *(found.start() + 1 for found in re.finditer(names, text)), len(text)]
+    cuts = [0, *(match.start() + 1 for match in re.finditer(names, text)), len(text)]
     parts = [text[start:end] for start, end in pairwise(cuts)]
     while True:
         encoded = list(zip(parts, _plain_ids(tokenizer, parts), strict=True))
         wrong = [len(part) > 1 and not control.keys().isdisjoint(ids) for part, ids in encoded]
-        if not any(wrong):  # a single letter that is one has no other spelling
+        if not any(wrong):  # a single letter that gives one cannot be written otherwise
             return [token for _, ids in encoded for token in ids if token not in control]
         middles = [len(part) // 2 if cut else 0 for part, cut in zip(parts, wrong, strict=True)]
         halves = [(part[:at], part[at:]) for part, at in zip(parts, middles, strict=True)]
@@ -290,7 +298,7 @@ def _without_control(tokenizer: Any, text: str, control: dict[int, str]) -> list
 
 
 @functools.lru_cache(maxsize=4)
-def _beginning(tokenizer: Any) -> list[int]:
-    """[bos] for tokenizers that put it before every text of their own accord, else []."""
+def _bos_ids(tokenizer: Any) -> list[int]:
+    """[BOS] for a tokenizer that puts it before every text, otherwise []."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []

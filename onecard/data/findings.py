@@ -1,4 +1,4 @@
-"""What looking at rows has brought to light, and how it is told: as text, as a page, as a plot."""
+"""What a check of rows counted, and its reports: as text, as an HTML page and as a plot."""
 
 import dataclasses
 import html
@@ -12,60 +12,63 @@ from onecard.data import preview
 from onecard.system import files as system_files
 
 BUCKETS = 12  # of the histogram
-PADDED = 4  # rows of a padded micro-batch, the usual recipe's
+PADDED = 4  # rows of the padded micro-batches that packing is compared with
 
 
 @dataclasses.dataclass
 class Findings:
-    """What was found in all rows; lengths are tokens of each usable row, before the cut."""
+    """Counts over all rows that were checked."""
 
-    read: int = 0
-    schemas: Counter = dataclasses.field(default_factory=Counter)
-    turns: Counter = dataclasses.field(default_factory=Counter)
-    problems: Counter = dataclasses.field(default_factory=Counter)
-    examples: dict[str, str] = dataclasses.field(default_factory=dict)  # problem -> where it was first
-    lengths: list[int] = dataclasses.field(default_factory=list)
-    cut_lengths: list[int] = dataclasses.field(default_factory=list)
-    targets: int = 0
-    cut: int = 0
+    read: int = 0  # rows, usable or not
+    schemas: Counter = dataclasses.field(default_factory=Counter)  # name of a schema -> rows
+    turns: Counter = dataclasses.field(default_factory=Counter)  # number of answers in a row -> rows
+    problems: Counter = dataclasses.field(default_factory=Counter)  # name of a problem -> rows
+    examples: dict[str, str] = dataclasses.field(default_factory=dict)  # problem -> the first row with it
+    lengths: list[int] = dataclasses.field(default_factory=list)  # tokens of each usable row before the cut
+    cut_lengths: list[int] = dataclasses.field(default_factory=list)  # after it, of rows with a target left
+    targets: int = 0  # tokens
+    cut: int = 0  # rows that are longer than --cutoff_len
+    # where a row is, and its texts with whether they are learned
     shown: list[tuple[str, list[tuple[str, bool]]]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
-class Row:
+class RowReport:
     """One row as it stands in its file, and what is wrong with it."""
 
-    place: str
+    location: str
     value: Any
     problems: list[str]
-    reason: str = ""  # of an unreadable one
+    reason: str = ""  # why it is unreadable, if it is
 
 
-def report(found: Findings, cutoff_len: int, width: int = 40) -> str:
-    """The findings as text: counts, a histogram of lengths, problems, what training on it costs."""
-    names = ", ".join(f"{name} {count}" for name, count in found.schemas.most_common()) or "none"
-    lines = [f"rows        {found.read}", f"schema      {names}"]
-    if found.turns:
-        lengths = np.array(found.lengths or [0])
-        answers = ", ".join(f"{turns}: {count}" for turns, count in sorted(found.turns.items())[:8])
-        if set(found.turns) != {0}:
-            lines.append(f"answers     {answers} (answers in a row: rows)")
+def report(findings: Findings, cutoff_len: int, width: int = 40) -> str:
+    """The findings as text: counts, a histogram of lengths, the problems, and the cost of an epoch."""
+    names = ", ".join(f"{name} {count}" for name, count in findings.schemas.most_common()) or "none"
+    lines = [f"rows        {findings.read}", f"schema      {names}"]
+    if findings.turns:
+        lengths = np.array(findings.lengths or [0])
+        answers = ", ".join(f"{turns}: {count}" for turns, count in sorted(findings.turns.items())[:8])
+        if set(findings.turns) != {0}:
+            lines.append(f"answers     {answers} (number of answers in a row: number of rows)")
         lines.append(
-            f"tokens      {int(lengths.sum())}; median row {int(np.median(lengths))}, "
-            f"longest {int(lengths.max())}; {found.targets} are trained"
+            f"tokens      {int(lengths.sum())}; the median row has {int(np.median(lengths))}, "
+            f"the longest {int(lengths.max())}; {findings.targets} are targets"
         )
-        lines.append(f"cut         {found.cut} rows are longer than {cutoff_len} tokens")
+        lines.append(f"cut         {findings.cut} rows are longer than {cutoff_len} tokens")
         lines += ["", *histogram(lengths, cutoff_len, width), ""]
-    for problem in sorted(found.problems, key=lambda name: -found.problems[name]):
-        lines.append(f"{found.problems[problem]:>7}  {problem}; the first: {found.examples[problem]}")
-    if not found.problems:
-        lines.append("Nothing that looks wrong.")
-    lines += ["", *cost(found)]
+    for problem in sorted(findings.problems, key=lambda name: -findings.problems[name]):
+        lines.append(
+            f"{findings.problems[problem]:>7}  {problem}; the first row: {findings.examples[problem]}"
+        )
+    if not findings.problems:
+        lines.append("No problem was found.")
+    lines += ["", *cost(findings)]
     return "\n".join(lines)
 
 
 def histogram(lengths: np.ndarray, cutoff_len: int, width: int) -> list[str]:
-    """Lines of a bar chart of row lengths in tokens, with the cut marked."""
+    """Lines of a bar chart of row lengths in tokens; the bar that holds cutoff_len is marked."""
     edges = _edges(lengths)
     counts, _ = np.histogram(lengths, edges)
     lines = []
@@ -77,7 +80,7 @@ def histogram(lengths: np.ndarray, cutoff_len: int, width: int) -> list[str]:
 
 
 def _edges(lengths: np.ndarray) -> np.ndarray:
-    """Borders of equal whole steps up to the 99th percentile; the last one reaches the longest."""
+    """Edges of buckets of equal width up to the 99th percentile; the last bucket reaches the longest row."""
     start = int(lengths.min())
     step = max(1, -(-int(np.percentile(lengths, 99) + 1 - start) // BUCKETS))
     edges = start + np.arange(0, BUCKETS + 1) * step
@@ -85,9 +88,9 @@ def _edges(lengths: np.ndarray) -> np.ndarray:
     return edges
 
 
-def cost(found: Findings) -> list[str]:
-    """Tokens an epoch computes, packed and padded."""
-    lengths = found.cut_lengths
+def cost(findings: Findings) -> list[str]:
+    """Lines that say how many tokens an epoch computes, packed and padded."""
+    lengths = findings.cut_lengths
     if not lengths:
         return ["No row can be trained on."]
     padded = sum(
@@ -96,16 +99,17 @@ def cost(found: Findings) -> list[str]:
     )
     saved = 100 * (1 - sum(lengths) / padded)
     return [
-        f"An epoch computes {sum(lengths)} tokens: rows are packed, nothing is padded. Padded to the longest",
-        f"of every {PADDED} rows it would be {padded} tokens; packing saves {saved:.0f} %.",
+        f"An epoch computes {sum(lengths)} tokens: rows are packed, and nothing is padded. If every",
+        f"{PADDED} rows were padded to the longest of them, it would compute {padded} tokens: packing saves",
+        f"{saved:.0f} %.",
     ]
 
 
-def write_html(found: Findings, title: str, text: str, path: Path) -> None:
-    """One file for a browser: the report, and rows with their trained tokens coloured."""
+def write_html(findings: Findings, title: str, text: str, path: Path) -> None:
+    """Write one HTML file: the report, and the first rows with their target tokens coloured."""
     rows = []
-    for place, runs in found.shown:
-        rows.append(f"<h2>{html.escape(place)}</h2><pre>{preview.marked(runs)}</pre>")
+    for location, runs in findings.shown:
+        rows.append(f"<h2>{html.escape(location)}</h2><pre>{preview.marked(runs)}</pre>")
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
 <meta name="viewport" content="width=device-width"><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
@@ -113,14 +117,14 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #8881; paddin
 mark {{ background: #ffd54a; color: #000; }} h2 {{ font-size: .9rem; margin: 1.5rem 0 .3rem; color: #888; }}
 :root {{ color-scheme: light dark; }}</style>
 <h1>{html.escape(title)}</h1><pre>{html.escape(text)}</pre>
-<p>The first {len(rows)} rows as the model sees them. <mark>Marked text</mark> is what it learns to say, end
-tokens included; the rest is only read.</p>{"".join(rows)}</html>
+<p>The first {len(rows)} rows as the model sees them. The model learns to write the <mark>marked text</mark>,
+end tokens included; it only reads the rest.</p>{"".join(rows)}</html>
 """
     system_files.replace(path, page.encode("utf-8", errors="replace"))
 
 
-def lengths(tokens: list[int], cutoff_len: int, path: Path) -> None:
-    """Draw how long rows are, in tokens, and where they are cut."""
+def plot_lengths(tokens: list[int], cutoff_len: int, path: Path) -> None:
+    """Save a histogram of row lengths in tokens, with a line at cutoff_len."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
-"""A stranger's chat template -> what it writes, in a child process with limits on time and memory.
+"""Renders a stranger's chat template in a child process with limits on time and memory.
 
-A chat template is a program. transformers runs it in a sandbox without files and calls, but loops and texts
-in it may be endless.
+A chat template is a program. transformers runs it in a sandbox without files and calls, but its loops and
+texts may be endless.
 """
 
 import functools
@@ -14,32 +14,33 @@ from typing import Any
 from onecard.errors import DATA, UserError
 from onecard.system import sandbox
 
-SECONDS, MEMORY = 20, 2 << 30  # of the child
-LARGEST = 100_000  # characters of one conversation
+SECONDS, MEMORY = 20, 2 << 30  # limits of the child: seconds, bytes
+LARGEST = 100_000  # characters of one rendered conversation
 
 
 def render(tokenizer: Any, conversations: list[tuple[list[dict[str, str]], bool]]) -> list[str | None]:
-    """The text of each conversation (messages, whether an answer is to follow); None where it refuses.
+    """The text of each conversation, or None where the template refuses it or writes too much.
 
-    Raises UserError when the template takes too long or too much memory.
+    A conversation is its messages, and whether its text ends where an answer begins. Raises UserError when
+    the template takes too long or too much memory.
     """
     try:
         template = tokenizer.get_chat_template()
-    except ValueError as error:  # several, none of them the usual one
+    except ValueError as error:  # the tokenizer has several templates, and none is its default
         raise UserError(f"chat template: {error}.") from None
-    asked = {
+    job = {
         "template": template,
         "tokens": tokenizer.special_tokens_map,
         "conversations": conversations,
     }
-    return _written(json.dumps(asked, default=str))
+    return _render(json.dumps(job, default=str))
 
 
 @functools.lru_cache(maxsize=16)
-def _written(asked: str) -> list[str | None]:
+def _render(job: str) -> list[str | None]:
     with tempfile.TemporaryDirectory(prefix="onecard-template-") as folder:
-        source, output = Path(folder) / "asked.json", Path(folder) / "written.json"
-        source.write_text(asked, encoding="utf-8")
+        source, output = Path(folder) / "job.json", Path(folder) / "texts.json"
+        source.write_text(job, encoding="utf-8")
         sandbox.convert(__name__, source, output, SECONDS, damaged=DATA, late=DATA)
         return json.loads(output.read_text(encoding="utf-8"))
 
@@ -51,23 +52,23 @@ def _child(source: str, output: str) -> int:
 
     sandbox.limit(resource.RLIMIT_AS, MEMORY)
     sandbox.limit(resource.RLIMIT_CPU, SECONDS)
-    asked = json.loads(Path(source).read_text(encoding="utf-8"))
-    written = []
-    for messages, asking in asked["conversations"]:
+    job = json.loads(Path(source).read_text(encoding="utf-8"))
+    texts = []
+    for messages, is_prompt in job["conversations"]:
         try:
             (text,), _ = render_jinja_template(
                 conversations=[messages],
-                chat_template=asked["template"],
-                add_generation_prompt=asking,
-                **asked["tokens"],
+                chat_template=job["template"],
+                add_generation_prompt=is_prompt,
+                **job["tokens"],
             )
-            written.append(text if len(text) <= LARGEST else None)
+            texts.append(text if len(text) <= LARGEST else None)
         except MemoryError:
             print("it needs too much memory", file=sys.stderr)
             return DATA
-        except Exception:  # whatever a template of a stranger raises: it refuses this conversation
-            written.append(None)
-    Path(output).write_text(json.dumps(written), encoding="utf-8")
+        except Exception:  # a stranger's template may raise anything: it refuses this conversation
+            texts.append(None)
+    Path(output).write_text(json.dumps(texts), encoding="utf-8")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""JSON arrays and JSONL -> values, one at a time, with the place of whatever is wrong.
+"""Reads JSON arrays and JSONL files one row at a time, with the location of whatever is wrong.
 
-A file is read through a window that moves forward, so neither its text nor its rows are held as a whole, and
-reading can go on behind a broken row.
+A window moves forward over the text, so neither the text nor the rows are in memory as a whole, and reading
+can continue after a broken row.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from onecard.errors import DATA, UserError
 
 CHUNK = 1 << 20  # characters read at a time
 LONGEST_ROW = 32 << 20  # characters; anything longer is a mistake in the file
-GLANCE = 1 << 16  # characters in which the start of a row is looked at
-KEPT = 100_000  # characters of a bad row
+GLANCE = 1 << 16  # characters that are parsed to see whether a row starts here
+KEPT = 100_000  # characters of a bad row that are reported
 
 
 def values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
     """(line, column, value or BadRow, text) of each row of a JSON array or JSONL file.
 
-    Raises UserError (exit 3) when the file is empty or holds something else.
+    Raises UserError (exit 3) when the file is empty, is UTF-16, or does not hold rows.
     """
     refuse_utf16(path)
     # bytes that are not UTF-8 become lone surrogates, which schemas.check names
@@ -36,17 +36,17 @@ def values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
 
 
 def refuse_utf16(path: Path) -> None:
-    """Raise UserError (exit 3) for a text that begins with UTF-16's mark."""
+    """Raise UserError (exit 3) for a file that begins with the byte order mark of UTF-16."""
     with path.open("rb") as raw:
         if raw.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            raise UserError(f"{path}: UTF-16 text.", "Save it as UTF-8.", DATA)
+            raise UserError(f"{path}: the text is UTF-16.", "Save the file as UTF-8.", DATA)
 
 
 def _is_lines_of_lists(file: io.TextIOBase) -> bool:
-    """Whether each line is a list of its own (dialogues), not the file one array of rows."""
+    """Whether each line is a list (a dialogue), so that the file is not one array of rows."""
     first, second = file.readline(LONGEST_ROW), file.readline(CHUNK)
     file.seek(0)
-    if not second.lstrip().startswith("["):  # a single line is one array, whatever the file is called
+    if not second.lstrip().startswith("["):  # a single line is one array of rows, even in a .jsonl file
         return False
     try:
         return isinstance(_DECODER.decode(first.strip()), list)
@@ -59,10 +59,10 @@ def _first_character(file: io.TextIOBase, path: Path) -> str:
     file.seek(0)
     if not head:
         raise UserError(
-            f"{path}: the file is empty.", "It should hold rows of {instruction, input, output}.", DATA
+            f"{path}: the file is empty.", "It should hold rows like {instruction, input, output}.", DATA
         )
     if head[0] not in "[{":
-        problem = f"{path}:1:1: neither a JSON array nor JSONL; it begins with {head[:20]!r}."
+        problem = f"{path}:1:1: this is neither a JSON array nor JSONL; it begins with {head[:20]!r}."
         raise UserError(
             problem, 'A row looks like {"instruction": "...", "input": "", "output": "..."}.', DATA
         )
@@ -90,11 +90,11 @@ def _line_values(file: io.TextIOBase) -> Iterator[tuple[int, int, Any, str]]:
 
 
 def _array_values(file: io.TextIOBase) -> Iterator[tuple[int, int, Any, str]]:
-    """(line, column, value or BadRow, text) of each element of a JSON array, read in pieces."""
+    """(line, column, value or BadRow, text) of each element of a JSON array."""
     window = _Window(file)
     window.skip(_BLANK)
     window.advance(1)  # the opening bracket
-    first, known = True, None  # known: keys of the last whole row
+    is_first, last_keys = True, None  # last_keys: of the last whole row
     while True:
         above = window.line
         window.skip(_BLANK)
@@ -102,46 +102,51 @@ def _array_values(file: io.TextIOBase) -> Iterator[tuple[int, int, Any, str]]:
             window.advance(1)
             window.skip(_BLANK)
             if window.peek():
-                yield *window.place(), window.bad("text after the closing bracket", window.position), ""
+                yield *window.location(), window.bad("text after the closing bracket", window.position), ""
             return
         if not window.peek():
-            yield *window.place(), window.bad("the file ends before the closing bracket", window.position), ""
+            yield (
+                *window.location(),
+                window.bad("the file ends before the closing bracket", window.position),
+                "",
+            )
             return
-        lost = None  # what is wrong with the row that follows, before it is read
-        if not first and window.peek() != ",":
-            lost = window.bad("a comma is missing between two rows", window.position)
-        elif not first:
+        bad_comma = None  # set when the comma before the row is missing
+        if not is_first and window.peek() != ",":
+            bad_comma = window.bad("a comma is missing between two rows", window.position)
+        elif not is_first:
             window.advance(1)
             window.skip(_BLANK)
-        first = False
-        line, column = window.place()
+        is_first = False
+        line, column = window.location()
         opening, starts_line = window.peek(), line > above or window.at_line
         window.at_line = False
         try:
             value, end = window.decode()
         except ValueError as error:
-            bad = lost or window.bad(_reason(error), getattr(error, "pos", window.position))
-            skipped = window.to_next_row(opening, column - 1 if starts_line else None, known)
+            bad = bad_comma or window.bad(_reason(error), getattr(error, "pos", window.position))
+            skipped = window.skip_to_next_row(opening, column - 1 if starts_line else None, last_keys)
             yield line, column, dataclasses.replace(bad, text=skipped), ""
-            first = True  # to_next_row has already passed the comma
+            is_first = True  # skip_to_next_row has already passed the comma
             if not window.peek():
                 return
             continue
-        known = frozenset(value) if isinstance(value, dict) else None
+        last_keys = frozenset(value) if isinstance(value, dict) else None
         text = window.text[window.position : end]
         window.advance(end - window.position)
-        yield line, column, dataclasses.replace(lost, text=text) if lost else value, text
+        yield line, column, dataclasses.replace(bad_comma, text=text) if bad_comma else value, text
 
 
 class _Window:
-    """A part of a text file that moves forward: `position` is where the next value is looked for."""
+    """A part of a text file that moves forward. `position` is where the next value is expected."""
 
     def __init__(self, file: io.TextIOBase):
         self.file, self.text, self.position, self.ended = file, "", 0, False
         self.line, self.column = 1, 1  # of `position`
-        self.at_line = False  # whether to_next_row has just come to the start of a line
+        self.at_line = False  # whether skip_to_next_row has just reached the start of a line
 
     def more(self, any_length: bool = False) -> bool:
+        """Read on; returns whether there was more. Raises ValueError when a row gets too long."""
         if len(self.text) - self.position > LONGEST_ROW and not any_length:
             raise ValueError(too_long())
         self._forget()
@@ -151,9 +156,11 @@ class _Window:
         return not self.ended
 
     def _forget(self) -> None:
+        """Drop the text before `position`."""
         self.text, self.position = self.text[self.position :], 0
 
     def peek(self) -> str:
+        """The character at `position`; "" at the end of the file."""
         while self.position >= len(self.text) and self.more():
             pass
         return self.text[self.position : self.position + 1]
@@ -163,24 +170,24 @@ class _Window:
             self.advance(1)
 
     def advance(self, count: int) -> None:
-        self.line, self.column = self.place(self.position + count)
+        self.line, self.column = self.location(self.position + count)
         self.position += count
         if self.position > CHUNK:
             self._forget()
 
-    def place(self, position: int | None = None) -> tuple[int, int]:
-        """(line, column), both counted from 1, of a position that is not behind `self.position`."""
+    def location(self, position: int | None = None) -> tuple[int, int]:
+        """Line and column, both counted from 1, of `self.position` or of a position after it."""
         ahead = self.text[self.position : position] if position is not None else ""
         newlines = ahead.count("\n")
         return self.line + newlines, len(ahead) - ahead.rfind("\n") if newlines else self.column + len(ahead)
 
     def decode(self) -> tuple[Any, int]:
-        """The JSON value at `position` and where it ends; reads on while the value may be incomplete."""
+        """The JSON value at `position`, and its end. Reads on while the value may be incomplete."""
         while True:
             try:
                 before = self.position
                 value, end = _DECODER.raw_decode(self.text, before)
-                # a number at the border may go on behind it
+                # a number at the end of the window may continue after it
                 if end < len(self.text) - 2 or not isinstance(value, int | float) or not self.more():
                     return value, end - before + self.position
             except json.JSONDecodeError as error:
@@ -193,46 +200,47 @@ class _Window:
                 raise ValueError("nested too deeply") from None
 
     def bad(self, reason: str, position: int) -> BadRow:
+        """A bad row that is wrong at this position."""
         position = min(position, len(self.text))
         near = self.text[max(self.position, position - 40) : position + 80]
-        return BadRow(*self.place(position), reason, near, near)
+        return BadRow(*self.location(position), reason, near, near)
 
-    def to_next_row(self, opening: str, indent: int | None, known: frozenset[str] | None) -> str:
-        """Move to what looks like the next row, or to the end; returns the text that was passed over.
+    def skip_to_next_row(self, opening: str, indent: int | None, last_keys: frozenset[str] | None) -> str:
+        """Move from a broken row to what looks like the next row, or to the end; returns the skipped text.
 
-        opening: the first character of the broken row; indent: of its line, if it starts one. The next row
-        is the next line with that indent and character (a text holds no line break), or stands behind a
-        closing bracket and a comma: what can be read as a row there, or cannot be read and follows even
-        brackets. Nothing that is a turn of a conversation is a row.
+        opening: the first character of the broken row; indent: of its line, if the row starts a line. A next
+        row starts in a line with the same indent and character (JSON texts hold no line breaks), or after a
+        closing bracket and a comma. There it can be read as a row; or it cannot be read, and all brackets
+        before it are closed. A turn of a conversation is never a row.
         """
         bracket = re.escape(opening if opening in ("{", "[") else "{")
         border = rf"\n[ \t]{{{indent or 0}}}(?={bracket})|[}}\]]\s*,\s*(?={bracket})"
-        passed = ""
+        skipped = ""
         while True:
-            found = self._border(re.compile(border), known)
-            if found is None and not self.ended and len(self.text) - self.position > LONGEST_ROW:
-                keep = len(self.text) - CHUNK  # a row without end: only its beginning is kept
-                passed = (passed + self.text[self.position : keep])[:KEPT]
-                self.advance(keep - self.position)
-            if found is not None or not self.more(any_length=True):
+            start = self._next_start(re.compile(border), last_keys)
+            if start is None and not self.ended and len(self.text) - self.position > LONGEST_ROW:
+                end = len(self.text) - CHUNK  # a row without end: only its beginning is reported
+                skipped = (skipped + self.text[self.position : end])[:KEPT]
+                self.advance(end - self.position)
+            if start is not None or not self.more(any_length=True):
                 break
-        end = len(self.text) if found is None else found
-        passed = passed or self.text[self.position : end]
-        self.at_line = not passed.rpartition("\n")[2].strip() and "\n" in passed
+        end = len(self.text) if start is None else start
+        skipped = skipped or self.text[self.position : end]
+        self.at_line = not skipped.rpartition("\n")[2].strip() and "\n" in skipped
         self.advance(end - self.position)
-        return passed.rstrip().rstrip(",")
+        return skipped.rstrip().rstrip(",")
 
-    def _border(self, border: re.Pattern, known: frozenset[str] | None) -> int | None:
-        """Where the next row starts, as far as the text is known."""
+    def _next_start(self, border: re.Pattern, last_keys: frozenset[str] | None) -> int | None:
+        """Where the next row starts; None when it does not start in the window."""
         depth = _Depth(self.text, self.position)
-        for found in border.finditer(self.text, self.position):
-            fits = found[0][0] == "\n" or depth.at(found.start() + 1) == 0
-            if self._is_row(found.end(), known, fits):
-                return found.end()
+        for match in border.finditer(self.text, self.position):
+            fits = match[0][0] == "\n" or depth.advance_to(match.start() + 1) == 0
+            if self._is_row(match.end(), last_keys, fits):
+                return match.end()
         return None
 
-    def _is_row(self, position: int, known: frozenset[str] | None, fits: bool) -> bool:
-        """fits: whether it stands where a row would; else only what is like a row is one."""
+    def _is_row(self, position: int, last_keys: frozenset[str] | None, fits: bool) -> bool:
+        """Whether a row starts here. fits: whether a row may stand here; if not, it must look like one."""
         try:
             value, _ = _DECODER.raw_decode(self.text[position : position + GLANCE])
         except (ValueError, RecursionError):
@@ -240,20 +248,21 @@ class _Window:
         if isinstance(value, list):
             return bool(value) and all(isinstance(turn, dict) for turn in value)
         schema = _schema_of(value)
-        if value.keys() & {"role", "from"}:  # {role, content} of a conversation is no row of raw text
+        if value.keys() & {"role", "from"}:  # a turn {role, content} is no row of raw text
             return schema not in (None, "content", "text")
-        return fits or value.keys() == known or schema is not None
+        return fits or value.keys() == last_keys or schema is not None
 
 
 class _Depth:
-    """How many brackets are open at a position that only moves forward; brackets in texts do not count."""
+    """Counts the open brackets at a position that only moves forward; those inside texts do not count."""
 
     def __init__(self, text: str, position: int):
         self.text, self.position, self.depth, self.quoted = text, position, 0, False
 
-    def at(self, position: int) -> int:
-        for found in _MARKS.finditer(self.text, self.position, position):
-            mark = found[0]
+    def advance_to(self, position: int) -> int:
+        """Move to this position; returns how many brackets are open there."""
+        for match in _MARKS.finditer(self.text, self.position, position):
+            mark = match[0]
             if mark == '"':
                 self.quoted = not self.quoted
             elif not self.quoted and len(mark) == 1:
@@ -274,6 +283,7 @@ def _reason(error: ValueError) -> str:
 
 
 def too_long() -> str:
+    """The reason of a bad row that is longer than LONGEST_ROW."""
     return f"a row of more than {LONGEST_ROW >> 20} million characters"
 
 
@@ -288,12 +298,12 @@ def _finite(text: str) -> float:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    value = dict(pairs)
+    if len(value) != len(pairs):
         seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the key {twice[:40]!r} is there twice")
-    return made
+        repeated = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"the key {repeated[:40]!r} is there twice")
+    return value
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)

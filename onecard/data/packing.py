@@ -1,4 +1,4 @@
-"""Examples of one optimizer step -> packed micro-batches under a token budget.
+"""The examples of one optimizer step, packed into micro-batches of at most so many tokens.
 
 How rows are packed does not change the gradient (docs/decisions.md, "The optimizer step is the unit").
 """
@@ -14,38 +14,39 @@ from onecard.data.examples import Examples
 
 @dataclasses.dataclass(frozen=True)
 class PackedBatch:
-    """Several rows one after the other as a single sequence of T tokens, N of them targets."""
+    """Several rows as one sequence of T tokens, N of which are targets."""
 
     input_ids: torch.Tensor  # int64 [1, T]
-    position_ids: torch.Tensor  # int64 [1, T], from 0 in every document
-    document_lengths: tuple[int, ...]  # adds up to T
-    predicts: torch.Tensor  # int64 [N], places whose hidden state predicts a target: the token before it
+    position_ids: torch.Tensor  # int64 [1, T], starting at 0 in each document
+    document_lengths: tuple[int, ...]  # in tokens; their sum is T
+    predicts: torch.Tensor  # int64 [N], the position before each target: its hidden state predicts it
     targets: torch.Tensor  # int64 [N]
-    row_numbers: tuple[int, ...]  # of the rows in their file, for messages
+    row_numbers: tuple[int, ...]  # numbers of the rows in their file, for messages
 
     def to(self, device: torch.device) -> "PackedBatch":
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS}
-        return dataclasses.replace(self, **moved)
+        """The same batch on another device."""
+        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS}
+        return dataclasses.replace(self, **tensors)
 
 
 _TENSORS = ("input_ids", "position_ids", "predicts", "targets")
 
 
 def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Places of rows grouped so that no group holds more than `budget` tokens; a longer row stands alone.
+    """Indices of rows in groups of at most `budget` tokens; a row that is longer is a group of its own.
 
-    First-fit decreasing: longest row first, each into the first group with room.
+    First-fit decreasing: the longest row comes first, and each row goes into the first group with room.
     """
     groups: list[list[int]] = []
     room: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = int(lengths[place])
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = int(lengths[index])
         group = next((g for g, free in enumerate(room) if free >= length), None)
         if group is None:
             groups.append([])
             room.append(budget)
             group = len(groups) - 1
-        groups[group].append(place)
+        groups[group].append(index)
         room[group] -= length
     return groups
 
@@ -55,15 +56,14 @@ def pack(examples: Examples, rows: Sequence[int]) -> PackedBatch:
     parts = [examples[row] for row in rows]
     lengths = tuple(len(ids) for ids, _ in parts)
     ids = np.concatenate([ids for ids, _ in parts]).astype(np.int64)
-    places = np.flatnonzero(
-        np.concatenate([flags for _, flags in parts])
-    )  # [N], a first token is never a target
+    is_target = np.concatenate([flags for _, flags in parts])
+    positions = np.flatnonzero(is_target)  # [N]; none is 0, because a row's first token is never a target
     return PackedBatch(
         input_ids=torch.from_numpy(ids)[None],
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
         document_lengths=lengths,
-        predicts=torch.from_numpy(places - 1),
-        targets=torch.from_numpy(ids[places]),
+        predicts=torch.from_numpy(positions - 1),
+        targets=torch.from_numpy(ids[positions]),
         row_numbers=tuple(int(examples.numbers[row]) for row in rows),
     )
 
@@ -71,9 +71,14 @@ def pack(examples: Examples, rows: Sequence[int]) -> PackedBatch:
 def micro_batches(
     examples: Examples, rows: Sequence[int], budget: int, rank: int = 0, world: int = 1
 ) -> list[PackedBatch]:
-    """This process's share of the rows of one optimizer step, packed; empty when there are too few rows."""
+    """This process's share of the rows of one optimizer step, packed under a budget of tokens.
+
+    rows: indices in `examples`, the same in all `world` processes; rank: number of this process. The list is
+    empty when there are fewer rows than processes.
+    """
     lengths = examples.lengths
-    share = sorted(rows, key=lambda row: (-lengths[row], row))[rank::world]  # similar work for every process
+    # every process gets long and short rows, so that all have about the same work
+    share = sorted(rows, key=lambda row: (-lengths[row], row))[rank::world]
     return [
         pack(examples, [share[i] for i in group]) for group in plan([lengths[row] for row in share], budget)
     ]

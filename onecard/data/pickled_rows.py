@@ -1,7 +1,7 @@
-"""Pickled lists of rows (CuteGPT's) -> a JSONL file in the cache, converted once.
+"""Converts a pickled list of rows (CuteGPT's format) to a JSONL file in the cache, once.
 
-A pickle is a program. This one is run by a child process with limits, in an unpickler that knows no class and
-no function at all: lists, dictionaries, texts and numbers come through, anything else is refused.
+A pickle is a program. A child process with limits runs it, in an unpickler that knows no class and no
+function: it gives lists, dictionaries, texts and numbers, and refuses everything else.
 """
 
 import json
@@ -15,17 +15,20 @@ from onecard.errors import DATA, UNSAFE
 from onecard.system import files as system_files
 from onecard.system import hashing, sandbox
 
-SECONDS, MEMORY = 300, 4 << 30  # of the child
+SECONDS, MEMORY = 300, 4 << 30  # limits of the child: seconds, bytes
 
 
-def as_jsonl(path: Path) -> Path:
-    """The rows of a pickle as JSONL, kept under the file's hash; raises UserError (exit 8 or 3)."""
+def convert_to_jsonl(path: Path) -> Path:
+    """The JSONL file with a pickle's rows; its name in the cache is the hash of the pickle.
+
+    Raises UserError: exit 8 when the pickle is not plain, exit 3 when it is damaged or too large.
+    """
     target = system_files.cache_folder() / "pickles" / f"{hashing.of_file(path)}.jsonl"
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    print(f"Converting {path} to JSONL, once ...", flush=True)
+    print(f"Converting {path} to JSONL; this happens once ...", flush=True)
     try:
         sandbox.convert(__name__, path, temporary, SECONDS, damaged=DATA, late=DATA)
         temporary.replace(target)
@@ -35,7 +38,7 @@ def as_jsonl(path: Path) -> Path:
 
 
 class _Plain(pickle.Unpickler):
-    """Builtin containers need no name to be looked up, so every look-up is refused."""
+    """Refuses every look-up of a name: lists, dictionaries, texts and numbers need none."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")

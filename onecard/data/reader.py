@@ -1,7 +1,7 @@
-"""What --data_path names -> conversations, one at a time: files of any format, folders, several with weights.
+"""Finds the files that --data_path names, and reads their rows as conversations, one at a time.
 
-Which format: by the file's ending; which schema: by looking at each row (schemas.py). This file does not know
-templates, tokens or models.
+--data_path names files, folders, or several of them with weights. The ending of a file tells its format, and
+the keys of each row its schema (schemas.py). This file knows no templates, tokens or models.
 """
 
 import dataclasses
@@ -20,49 +20,52 @@ from onecard.errors import DATA, UserError
 from onecard.system.files import or_sample
 
 EVALUATION = "--eval_data_path"
-LEFT_OUT = ".dropped.jsonl"  # what check_data.py leaves out of a clean file
-METADATA = ("dataset_infos.json", "dataset_dict.json", "state.json")  # of datasets on the hub
+LEFT_OUT = ".dropped.jsonl"  # ending of the file in which check_data.py lists rows that it left out
+METADATA = ("dataset_infos.json", "dataset_dict.json", "state.json")  # files of hub datasets without rows
 TRAIN = re.compile(r"(^|[^a-z])train([^a-z]|$)")
-HEAVIEST = 1000  # weight of a file
+HEAVIEST = 1000  # the largest weight of a file
 WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>\d+(\.\d+)?)")
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")  # with a revision
-Fetch = Callable[[str], str]  # name of a dataset on the hub -> local folder
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")  # perhaps with a revision
+Fetch = Callable[[str], str]  # downloads a dataset of the hub by its name and returns its local folder
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """A file of rows; `weight` is how often each of its rows comes up in an epoch."""
+class RowFile:
+    """A file of rows; `weight` says how often each of its rows comes up in an epoch."""
 
     path: Path
     weight: float = 1.0
     validation: bool = False
 
 
-def sources(data_path: str, eval_data_path: str | None = None, fetch: Fetch | None = None) -> list[Source]:
-    """The files behind --data_path, then those behind --eval_data_path.
+def locate_files(
+    data_path: str, eval_data_path: str | None = None, fetch: Fetch | None = None
+) -> list[RowFile]:
+    """The files that --data_path names, then those that --eval_data_path names.
 
-    Raises UserError (exit 3) when one does not exist or a folder holds none.
+    With `fetch`, a name that is no path may be a dataset on the hub. Raises UserError (exit 3) when a file
+    does not exist or a folder holds no file of rows.
     """
-    wanted = [("--data_path", data_path, False), (EVALUATION, eval_data_path or "", True)]
+    paths = [("--data_path", data_path, False), (EVALUATION, eval_data_path or "", True)]
     if not _parts(data_path):
         raise UserError("--data_path is empty.", "Name a file of rows, a folder or a hub dataset.", DATA)
     return [
-        dataclasses.replace(source, validation=validation)
-        for flag, text, validation in wanted
+        dataclasses.replace(file, validation=validation)
+        for flag, text, validation in paths
         for part in _parts(text)
-        for source in _source(part, flag, fetch)
+        for file in _locate(part, flag, fetch)
     ]
 
 
 def _parts(text: str) -> list[str]:
-    """Commas separate files, unless a file is called so."""
-    return (
-        [text] if text and Path(text).exists() else [part.strip() for part in text.split(",") if part.strip()]
-    )
+    """The paths that commas separate, unless a file has this whole name."""
+    if text and Path(text).exists():
+        return [text]
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _source(text: str, flag: str, fetch: Fetch | None) -> list[Source]:
-    path, weight, fetched = Path(text), 1.0, False
+def _locate(text: str, flag: str, fetch: Fetch | None) -> list[RowFile]:
+    path, weight, is_hub_dataset = Path(text), 1.0, False
     weighted = WEIGHTED.fullmatch(text)
     if not path.exists() and weighted:
         path, weight = Path(weighted["path"]), float(weighted["weight"])
@@ -74,34 +77,40 @@ def _source(text: str, flag: str, fetch: Fetch | None) -> list[Source]:
         raise UserError(problem, "Leave the number out: every row counts once.", DATA)
     path = or_sample(path)
     if not path.exists() and fetch and HUB_NAME.fullmatch(str(path)) and _ending(path) not in FORMATS:
-        path, fetched = Path(fetch(str(path))), True
+        path, is_hub_dataset = Path(fetch(str(path))), True
     if path.is_dir():
-        inside = (p for p in path.rglob("*") if _ending(p) in FORMATS and p.is_file())
-        files = sorted(p for p in inside if _is_ours(p.relative_to(path)))
-        if fetched:  # of a dataset with named splits only the one to train on
+        candidates = (p for p in path.rglob("*") if _ending(p) in FORMATS and p.is_file())
+        files = sorted(p for p in candidates if _holds_rows(p.relative_to(path)))
+        if is_hub_dataset:  # where its splits have names, only the one to train on
             files = [p for p in files if TRAIN.search(str(p.relative_to(path)).lower())] or files
         if not files:
             problem = f"{flag} {path}: the folder holds no file of rows."
             raise UserError(problem, f"Name a file, or a folder of {', '.join(FORMATS)}.", DATA)
-        return [Source(file, weight) for file in files]
+        return [RowFile(file, weight) for file in files]
     if not path.is_file():
         problem = f"{flag} {path}: " + ("this is not a regular file." if path.exists() else "no such file.")
         raise UserError(problem, "Name a file of rows (JSON, JSONL, CSV, Parquet) or a folder of them.", DATA)
-    return [Source(path, weight)]
+    return [RowFile(path, weight)]
 
 
 def _ending(path: Path) -> str:
     return path.suffix.lower()
 
 
-def _is_ours(inside: Path) -> bool:
-    """Whether a file in a folder holds rows: not hidden, not what check_data left out of a clean file."""
-    hidden = any(part.startswith(".") for part in inside.parts)
-    return not hidden and not inside.name.endswith(LEFT_OUT) and inside.name not in METADATA
+def _holds_rows(path: Path) -> bool:
+    """Whether a file holds rows to read: not a hidden file, not metadata, not the rows that a check left out.
+
+    path: relative to the folder that was named.
+    """
+    is_hidden = any(part.startswith(".") for part in path.parts)
+    return not is_hidden and not path.name.endswith(LEFT_OUT) and path.name not in METADATA
 
 
 def read_rows(path: str | Path, schema: str | None = None) -> Iterator[Conversation | BadRow]:
-    """Stream the rows of one file; raises UserError (exit 3) when it is empty or holds something else."""
+    """The rows of one file, one at a time; schema: the name of one, or None to tell it by each row's keys.
+
+    Raises UserError (exit 3) when the file is empty or does not hold rows.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"--data_path {path}: no such file.", "Name a file of rows.", DATA)
@@ -110,14 +119,16 @@ def read_rows(path: str | Path, schema: str | None = None) -> Iterator[Conversat
             yield conversation(*item, schema)
     except OSError as error:
         raise UserError(
-            f"{path}: {error.strerror or error}.", "Check the file and its rights.", DATA
+            f"{path}: cannot be read: {error.strerror or error}.",
+            "Check the file and who may read it.",
+            DATA,
         ) from None
 
 
 def conversation(
     line: int, column: int, value: Any, text: str, schema: str | None = None
 ) -> Conversation | BadRow:
-    """What one of values() is as a conversation."""
+    """One item of values() as a conversation, or as a bad row with the reason."""
     if isinstance(value, BadRow):
         return value
     if len(text) > json_rows.LONGEST_ROW:
@@ -129,14 +140,18 @@ def conversation(
 
 
 def values(path: Path) -> Iterator[tuple[int, int, object, str]]:
-    """(line, column, value or BadRow, text) of each row, whatever the format."""
+    """(line, column, value or BadRow, text) of each row of a file in any format.
+
+    Where the format has no lines, `line` is the number of the row and `column` is 0. Raises UserError when
+    the file cannot be read as its ending says: exit 3, or exit 8 for a pickle that is not plain.
+    """
     ending = _ending(path)
     if ending in (".csv", ".tsv"):
         return tables.csv_values(path)
     if ending == ".parquet":
         return tables.parquet_values(path)
     if ending == ".pkl":
-        return map(_unwrapped, json_rows.values(pickled_rows.as_jsonl(path)))
+        return map(_unwrapped, json_rows.values(pickled_rows.convert_to_jsonl(path)))
     return json_rows.values(path)
 
 
@@ -146,9 +161,9 @@ def _unwrapped(item: tuple[int, int, Any, str]) -> tuple[int, int, object, str]:
 
 
 def pick_rows(files: list[Path], numbers: list[int], schema: str | None = None) -> list[Conversation]:
-    """The rows with these numbers (counted from 1 over all files), read again, in the order of `numbers`."""
-    wanted = set(numbers)
+    """Read the rows with these numbers, counted from 1 over all files; returns them in this order."""
+    chosen = set(numbers)
     rows = (row for path in files for row in read_rows(path, schema))
-    rows = islice(rows, max(wanted, default=0))
-    found = {number: row for number, row in enumerate(rows, start=1) if number in wanted}
-    return [found[number] for number in numbers if isinstance(found.get(number), Conversation)]
+    rows = islice(rows, max(chosen, default=0))
+    by_number = {number: row for number, row in enumerate(rows, start=1) if number in chosen}
+    return [by_number[number] for number in numbers if isinstance(by_number.get(number), Conversation)]

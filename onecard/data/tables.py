@@ -1,4 +1,4 @@
-"""CSV and Parquet files -> values, one row at a time, with the place of what is wrong; rows -> Parquet."""
+"""Reads CSV and Parquet files one row at a time, with the location of what is wrong; writes Parquet."""
 
 import csv
 import json
@@ -16,15 +16,15 @@ from onecard.data.schemas import BadRow
 from onecard.errors import DATA, DISK, UserError, first_line
 from onecard.system import sandbox
 
-ROWS = 1000  # of a Parquet file, held at a time
-MEMORY = 8 << 30  # bytes of address space for the child that reads one
+ROWS = 1000  # rows of a Parquet file that are in memory at a time
+MEMORY = 8 << 30  # bytes of address space of the child that reads a Parquet file
 
 
 def csv_values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
-    """(line, column, value or BadRow, text) of each row of a CSV file (TSV by its name) with a header.
+    """(line, column, value or BadRow, text) of each row of a CSV or TSV file with a header.
 
-    Where a row is broken, as by a quote that is never closed, its first line is the bad row, and what follows
-    is read anew. Raises UserError (exit 3) when there is no header.
+    Of a broken row, such as one whose quote is never closed, the first line is the bad row; reading goes on
+    with the next line. Raises UserError (exit 3) when there is no header or the text is UTF-16.
     """
     csv.field_size_limit(LONGEST_ROW)
     refuse_utf16(path)
@@ -53,7 +53,7 @@ def csv_values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
 
 
 class _Lines:
-    """The lines of a file, of which those of the row that is read can be given again."""
+    """The lines of a file; those of the row that is being read can be read again."""
 
     def __init__(self, file: Iterable[str]):
         self.file, self.row, self.again, self.read = iter(file), [], deque(), 0
@@ -67,13 +67,13 @@ class _Lines:
         return line
 
     def begin(self) -> int:
-        """A new row begins; returns the number of its line."""
+        """Start a new row; returns the number of its first line."""
         self.read += len(self.row)
         self.row.clear()
         return self.read + 1
 
     def back_to_second(self) -> str:
-        """Give all lines of this row but the first again; returns the first."""
+        """Return the first line of this row; the others will be read again."""
         first, *others = self.row
         self.again.extendleft(reversed(others))
         self.row[:] = [first]
@@ -84,7 +84,11 @@ def _header(rows: Any, path: Path) -> list[str]:
     try:
         header = next(rows, [])
     except csv.Error as error:
-        raise UserError(f"{path}:1:1: broken CSV, {error}.", "Is it a text file?", DATA) from None
+        raise UserError(
+            f"{path}:1:1: broken CSV, {error}.",
+            "Check that this is a CSV file: its first line must name the columns.",
+            DATA,
+        ) from None
     twice = sorted({name for name in header if header.count(name) > 1})
     if not header or twice:
         problem = f"two columns are called {twice[0]!r}" if twice else "the file is empty"
@@ -93,10 +97,10 @@ def _header(rows: Any, path: Path) -> list[str]:
 
 
 def parquet_values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
-    """(number, 0, value, text) of each row of a Parquet file; columns that are null in a row are left out.
+    """(number, 0, value, text) of each row of a Parquet file, without the columns that are null in it.
 
-    A child process reads the file, whose library a broken one may crash. Raises UserError (exit 3) when the
-    file is damaged.
+    A child process reads the file, because a damaged file may crash the library. Raises UserError (exit 3)
+    when the file is damaged.
     """
     number = 0
     try:
@@ -104,8 +108,8 @@ def parquet_values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
             number += 1
             yield number, 0, json.loads(line), line.rstrip("\n")
     except sandbox.ChildError as error:
-        problem = f"{path}: not a whole Parquet file, after row {number}: {error}."
-        raise UserError(problem, "Write or fetch it again.", DATA) from None
+        problem = f"{path}: the Parquet file is damaged after row {number}: {error}."
+        raise UserError(problem, "Write or download the file again.", DATA) from None
 
 
 def _child(source: str) -> int:
@@ -124,44 +128,45 @@ def _child(source: str) -> int:
                     number += 1
                     value = {name: field for name, field in row.items() if field is not None}
                     sys.stdout.write(json.dumps(value, ensure_ascii=False, default=_as_json) + "\n")
-            promised = file.metadata.num_rows
+            row_count = file.metadata.num_rows
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
         print(first_line(error), file=sys.stderr)
         return DATA
-    if number != promised:
-        print(f"it holds {number} rows and promises {promised}", file=sys.stderr)
+    if number != row_count:
+        print(f"it holds {number} rows, but its metadata says {row_count}", file=sys.stderr)
         return DATA
     return 0
 
 
 def _as_json(value: Any) -> Any:
-    """Times and the like as text; bytes are no text."""
+    """Times and the like as text; bytes as their number, since they are no text."""
     return {"bytes": len(value)} if isinstance(value, bytes) else str(value)
 
 
 def write_parquet(
     paths: list[Path], values: Callable[[Path], Iterator[Any]], target: Path
 ) -> tuple[int, list[str]]:
-    """All rows in one Parquet file whose columns are those of any row; returns (rows, columns).
+    """Write all rows to one Parquet file with the columns of all rows; returns their number and the columns.
 
-    Reads twice, once for the columns. Raises UserError (exit 3) at a bad row or where a column's types do not
-    agree; the target is whole or as it was.
+    values: reads the rows of a file, as reader.values does. Every file is read twice, first for the columns.
+    Raises UserError: exit 3 at a bad row or when the types of a column differ, exit 7 when the target cannot
+    be written. The target is complete, or as it was before.
     """
     import pyarrow
     from pyarrow import parquet
 
-    def pieces(what: str) -> Iterator[list[dict[str, Any]]]:
+    def pieces(action: str) -> Iterator[list[dict[str, Any]]]:
         rows = (row for path in paths for row in _objects(path, values(path)))
-        bar = tqdm(rows, desc=what, unit="row", disable=None)
+        bar = tqdm(rows, desc=action, unit="row", disable=None)
         while piece := list(islice(bar, 10 * ROWS)):
             yield piece
 
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         schema = pyarrow.schema([])
-        for piece in pieces("looking at columns"):
-            found = pyarrow.Table.from_pylist(_filled(piece)).schema
-            schema = pyarrow.unify_schemas([schema, found], promote_options="permissive")
+        for piece in pieces("reading columns"):
+            columns = pyarrow.Table.from_pylist(_filled(piece)).schema
+            schema = pyarrow.unify_schemas([schema, columns], promote_options="permissive")
         count = 0
         with parquet.ParquetWriter(temporary, schema) as writer:
             for piece in pieces("writing"):
@@ -170,10 +175,10 @@ def write_parquet(
         temporary.replace(target)
     except (pyarrow.ArrowException, UnicodeError, OverflowError) as error:
         problem = f"{', '.join(map(str, paths))}: a column holds values of different types: {error}."
-        raise UserError(problem, "Make each column of one type.", DATA) from None
+        raise UserError(problem, "Give all values of a column the same type.", DATA) from None
     except OSError as error:
-        problem = f"{target}: could not be written: {error.strerror or error}."
-        raise UserError(problem, "Make room or choose another place.", DISK) from None
+        problem = f"{target}: cannot be written: {error.strerror or error}."
+        raise UserError(problem, "Free some space, or choose another path.", DISK) from None
     finally:
         temporary.unlink(missing_ok=True)
     return count, schema.names
@@ -185,12 +190,12 @@ def _objects(path: Path, values: Iterator[Any]) -> Iterator[dict[str, Any]]:
         if bad is None and not isinstance(value, dict):
             bad = BadRow(line, column, "a row of a table must be an object", str(value)[:200])
         if bad:
-            raise UserError(f"{bad.describe(path)}.", "Mend the row.", DATA)
+            raise UserError(f"{bad.describe(path)}.", "Correct the row, or remove it.", DATA)
         yield value
 
 
 def _filled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same rows with every key in the first, which alone names the columns."""
+    """The same rows, with every key in the first one: pyarrow takes the columns from it alone."""
     return [{**dict.fromkeys(key for row in rows for key in row), **rows[0]}, *rows[1:]]
 
 

@@ -25,7 +25,7 @@ EvalRow = tuple[list[int], list[bool]]  # token ids, whether each is a target
 
 def files(data_path: str) -> list[Path]:
     """The files of rows; raises UserError (exit 3) when one does not exist."""
-    return [source.path for source in reader.sources(data_path)]
+    return [source.path for source in reader.locate_files(data_path)]
 
 
 def some(

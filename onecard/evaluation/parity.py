@@ -66,7 +66,7 @@ def reference(folder: Path, adapter_folder: Path | None, template: Template, tok
         made = models_adapter.attach(made, adapter_folder, NAME)
     engine = transformers_engine.Engine(made, tokenizer, CONTEXT, [NAME] if adapter_folder else [])
     active_adapters = _active_adapters(adapter_folder)
-    ends = data_encode.ends(template, tokenizer)
+    ends = data_encode.eos_ids(template, tokenizer)
     answers = []
     for text in tqdm(probe_texts.PROMPTS, "answers by transformers", unit="answer", disable=None):
         asked = data_encode.encode(data_conversation.single(text), template, tokenizer)[0]
@@ -108,7 +108,7 @@ def compare(
         rows = [_ids(engine, tokenizer), *_metadata(engine, template, tokenizer)]
         active_adapters = _active_adapters(gguf_adapter)
         rows += _answers(
-            engine, expected.answers, kind, active_adapters, data_encode.ends(template, tokenizer)
+            engine, expected.answers, kind, active_adapters, data_encode.eos_ids(template, tokenizer)
         )
         text = perplexity.encode(tokenizer, probe_texts.TEXT)
         found = perplexity.score(engine, text, expected.length, active_adapters, "a text by llama.cpp")
@@ -147,7 +147,7 @@ def _metadata(engine: Any, template: Template, tokenizer: Any) -> list[ParityRow
     rows.append(
         ParityRow("end token", f"{end} {name if right else ''}", f"{tokenizer.eos_token_id}", not right)
     )
-    unknown = [token for token in data_encode.ends(template, tokenizer) if not engine.ends_with(token)]
+    unknown = [token for token in data_encode.eos_ids(template, tokenizer) if not engine.ends_with(token)]
     if unknown:
         names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(unknown)))
         rows.append(

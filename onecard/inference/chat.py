@@ -32,7 +32,7 @@ def reply(
 ) -> list[str]:
     """One greedy answer for each conversation; an answer it may end with is not looked at."""
     prompts = [data_encode.encode(c.question, form, tokenizer)[0] for c in conversations]
-    answers = transformers_engine.greedy(model, prompts, max_new_tokens, data_encode.ends(form, tokenizer))
+    answers = transformers_engine.greedy(model, prompts, max_new_tokens, data_encode.eos_ids(form, tokenizer))
     return [data_encode.decode(tokenizer, ids) for ids in answers]
 
 
@@ -106,7 +106,7 @@ class Chat:
         self.engine, self.template, self.active_adapters = engine, form, active_adapters
         self.models_tokenizer = tokenizer  # the one that every template starts from
         self.tokenizer = templates.tokenizer_for(tokenizer, form)
-        self.ends = data_encode.ends(form, tokenizer)
+        self.ends = data_encode.eos_ids(form, tokenizer)
         self.others: dict[str, tuple[Template, PreTrainedTokenizerBase]] = {}  # templates asked for by name
         self.lock = threading.Lock()  # of them
 
@@ -166,7 +166,7 @@ class Chat:
         self.check_mode(settings.mode)
         self.engine.check_active_adapters(active_adapters)
         shape, tokenizer = self._form(form)
-        ends = self.ends if form == TRAINED else data_encode.ends(shape, tokenizer)
+        ends = self.ends if form == TRAINED else data_encode.eos_ids(shape, tokenizer)
         room = self.engine.context - min(settings.max_new_tokens, self.engine.context // 2)
         fitted = history.fit(conversation, shape, tokenizer, room, settings.max_memory, settings.last_turns)
         stops, banned = generation.phrases(settings.stop), generation.phrases(settings.banned)

@@ -18,5 +18,5 @@ def main(arguments: list[str]) -> None:
     from onecard.models import tokenizer as models_tokenizer
 
     check.check_options(options)
-    paths = [source.path for source in reader.sources(options.data_path, fetch=locate.fetch_dataset)]
+    paths = [source.path for source in reader.locate_files(options.data_path, fetch=locate.fetch_dataset)]
     check.run(options, paths, models_tokenizer.load_tokenizer(locate.locate(options.model_path)))

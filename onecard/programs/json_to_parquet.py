@@ -16,6 +16,6 @@ def main(arguments: list[str]) -> None:
     from onecard.data import reader, tables
     from onecard.system.console import say
 
-    paths = [source.path for source in reader.sources(options.data_path)]
+    paths = [source.path for source in reader.locate_files(options.data_path)]
     count, columns = tables.write_parquet(paths, reader.values, Path(options.output_path))
     say(f"{count} rows with the columns {', '.join(columns)} are in {options.output_path}.")

@@ -90,7 +90,7 @@ def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:
         save(trainer)  # before anything that takes time: from here on the run can be killed
         before = None
         if progress.answers is None:
-            before = progress.answers = answers(trainer, sample, plan.data.held_out)
+            before = progress.answers = answers(trainer, sample, plan.data.validation_prompts)
         if samples_are_due(trainer):
             note_answers(trainer, sample, before)
         if evaluation_is_due(trainer):
@@ -108,7 +108,7 @@ def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:
             trainer.strategy.stop_together()
         journal.end()
         if system_processes.is_main():
-            after = answers(trainer, sample, plan.data.held_out)
+            after = answers(trainer, sample, plan.data.validation_prompts)
             if samples_are_due(trainer):
                 note_answers(trainer, sample, after)
             finish(trainer, after, draw)

@@ -83,7 +83,7 @@ def prepare(
     as it was; again: read all of rows and base anew.
     """
     _check_options(options)
-    sources = reader.sources(options.data_path, options.eval_data_path, hub_names.rows)
+    sources = reader.locate_files(options.data_path, options.eval_data_path, hub_names.rows)
     if options.wandb:
         check_wandb()
     device, dtype, checkpointing = _choices(options, resolved or {})
@@ -247,10 +247,10 @@ def describe(plan: Plan) -> None:
     say(f"base        {_describe_base(plan)}")
     recompute = "on" if plan.checkpointing else "off"
     say(f"recompute   {recompute} (gradient checkpointing): {reasons['recompute']}")
-    used = [source for source in data.sources if not source.validation]
-    if len(data.sources) > 1:
+    used = [source for source in data.files if not source.validation]
+    if len(data.files) > 1:
         more = "".join(f", {s.path.name} x {s.weight:g}" for s in used if s.weight != 1)
-        say(f"files       {len(used)} to train on, {len(data.sources) - len(used)} for validation{more}")
+        say(f"files       {len(used)} to train on, {len(data.files) - len(used)} for validation{more}")
     what = "blocks of raw text" if data.task == dataset.PRETRAIN else "rows"
     say(
         f"{what:<11} {len(data.train_rows)} to train on, {len(data.validation_rows)} for validation; "

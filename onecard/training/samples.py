@@ -47,7 +47,7 @@ def can_answer(trainer: Trainer) -> bool:
 def samples_are_due(trainer: Trainer) -> bool:
     """At the start, every sample_steps and at the end, once per step; only where answers() gives some."""
     plan, step, every = trainer.plan, trainer.progress.step, trainer.plan.options.sample_steps
-    asked = plan.data.held_out or plan.options.sample_prompts
+    asked = plan.data.validation_prompts or plan.options.sample_prompts
     if not every or not asked or not can_answer(trainer) or trainer.sampled == step:
         return False
     return trainer.sampled < 0 or step % every == 0 or step == plan.total_steps
@@ -60,8 +60,8 @@ def note_answers(trainer: Trainer, sample: Sample, held_out: list[str] | None = 
     texts = [text.strip() for text in (plan.options.sample_prompts or "").split("|")]
     own = [data_conversation.Conversation((data_conversation.Turn(role, text),)) for text in texts if text]
     try:
-        given = answers(trainer, sample, plan.data.held_out) if held_out is None else held_out
-        pairs = [*zip(plan.data.held_out, given, strict=False)]
+        given = answers(trainer, sample, plan.data.validation_prompts) if held_out is None else held_out
+        pairs = [*zip(plan.data.validation_prompts, given, strict=False)]
         pairs += zip(own, answers(trainer, sample, own), strict=False)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -95,7 +95,7 @@ def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
         json.loads(line) for line in (folder / run_folder.LOG).read_text(encoding="utf-8").splitlines()
     ]
     draw(records, folder / run_folder.PICTURE)
-    questions = [conversation.question.turns[-1] for conversation in plan.data.held_out]
+    questions = [conversation.question.turns[-1] for conversation in plan.data.validation_prompts]
     losses = {record["step"]: record["eval_loss"] for record in records if "eval_loss" in record}
     first, last = next(iter(losses.values()), None), losses.get(best)
     system_files.write_json(

@@ -137,7 +137,7 @@ def finished_before(options: FinetuneConfig, folder: Path, weights_print: str | 
 def _rows_now(options: FinetuneConfig, before: str) -> str:
     """The fingerprint of the rows as they are; rows that are gone have not changed."""
     try:
-        return dataset.fingerprint_of(reader.sources(options.data_path, options.eval_data_path))
+        return dataset.fingerprint_of(reader.locate_files(options.data_path, options.eval_data_path))
     except UserError:
         return before
 

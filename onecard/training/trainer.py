@@ -155,7 +155,7 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: Start | No
             "total_steps": plan.total_steps,
             "warmup_steps": plan.warmup_steps,
         }
-        versions_of_rows = {revisions.of(source.path) for source in plan.data.sources}
+        versions_of_rows = {revisions.of(source.path) for source in plan.data.files}
         rows = {
             "versions": sorted(str(version) for version in versions_of_rows if version),
             "train_rows": len(plan.data.train_rows),

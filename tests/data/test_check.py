@@ -27,7 +27,7 @@ def look(path: Path, cutoff_len: int = 400, cleaner: check.Cleaner | None = None
     tokenizer = tiny.tokenizer()
     found = findings.Findings()
     rows = check.examine(found, [path], None, templates.load("alpaca", tokenizer), tokenizer, cutoff_len)
-    check.all_rows(rows, cleaner)
+    check.read_all(rows, cleaner)
     return found
 
 

@@ -252,7 +252,7 @@ def test_folders_several_files_and_weights(tmp_path):
     assert weighted.fingerprint != together.fingerprint
     odd = place / "x,y:3.json"
     odd.write_text(first.read_text())
-    assert [source.path for source in reader.sources(str(odd))] == [odd]
+    assert [source.path for source in reader.locate_files(str(odd))] == [odd]
 
 
 @pytest.mark.parametrize("path", ["none.json", "a.json,none.json", "a.json:0", "empty", "nobody/nothing"])
@@ -261,7 +261,7 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch, path):
     tiny.save_rows(tmp_path / "a.json", 3)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=path.rpartition(",")[2].partition(":")[0]) as caught:
-        reader.sources(path)
+        reader.locate_files(path)
     assert caught.value.code == DATA
 
 
@@ -270,7 +270,7 @@ def test_validation_rows_of_their_own(tmp_path):
     tiny.save_rows(tmp_path / "train.json", 12)
     (tmp_path / "eval.jsonl").write_text('{"input": ["q"], "output": ["a"]}\n' * 3)
     found = encode(tmp_path / "train.json", eval_data_path=str(tmp_path / "eval.jsonl"))
-    assert found.for_validation.tolist() == [False] * 12 + [True] * 3
+    assert found.is_validation.tolist() == [False] * 12 + [True] * 3
 
 
 def test_mixed_tasks_need_a_word(tmp_path):
@@ -327,12 +327,12 @@ def test_blocks_do_not_cross_into_validation(tmp_path):
     sides = [
         "".join(
             tokenizer.decode(found.encoding.examples[place][0], skip_special_tokens=True)
-            for place in np.flatnonzero(found.for_validation == side)
+            for place in np.flatnonzero(found.is_validation == side)
         )
         for side in (False, True)
     ]
     assert sides == ["training text" * 5, "other" * 5]
-    borders = [np.flatnonzero(~found.for_validation)[-1], len(lengths) - 1]
+    borders = [np.flatnonzero(~found.is_validation)[-1], len(lengths) - 1]
     assert all(length == 8 for place, length in enumerate(lengths) if place not in borders)
 
 
@@ -372,7 +372,9 @@ def test_a_row_that_only_its_template_refuses_is_named_in_its_file(tmp_path):
     first = tiny.save_rows(tmp_path / "a.json", 3)
     call = {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant", "tool", "assistant")]}
     (tmp_path / "b.jsonl").write_text(json.dumps(call) + "\n")
-    with pytest.raises(UserError, match=r"b\.jsonl: row 1: template alpaca has no function turn"):
+    with pytest.raises(
+        UserError, match=r"b\.jsonl: row 1: the template alpaca cannot write a turn of the function"
+    ):
         encode(f"{first},{tmp_path / 'b.jsonl'}")
 
 
@@ -382,12 +384,12 @@ def test_folders_with_odd_things_in_them(tmp_path):
     (place / "folder.json").mkdir(parents=True)
     os.mkfifo(place / "pipe.jsonl")
     tiny.save_rows(place / "a.json", 3)
-    assert [source.path.name for source in reader.sources(str(place))] == ["a.json"]
+    assert [source.path.name for source in reader.locate_files(str(place))] == ["a.json"]
     with pytest.raises(UserError, match="validation rows have no weight") as caught:
-        reader.sources(str(place), f"{place / 'a.json'}:2")
+        reader.locate_files(str(place), f"{place / 'a.json'}:2")
     assert caught.value.code == DATA
     with pytest.raises(UserError, match="at most 1000"):
-        reader.sources(f"{place / 'a.json'}:5000")
+        reader.locate_files(f"{place / 'a.json'}:5000")
 
 
 def test_templates_are_chosen_by_seed_and_row(tmp_path):
@@ -446,7 +448,11 @@ def test_nothing_stale_is_used(tmp_path, change, cache):
         os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # D13: its times are set back
     if change.pop("tokenizer", None):
         dataset.encode(
-            options(path), reader.sources(str(path)), [templates.load("alpaca", None)], tiny.tokenizer(), "2"
+            options(path),
+            reader.locate_files(str(path)),
+            [templates.load("alpaca", None)],
+            tiny.tokenizer(),
+            "2",
         )
     else:
         encode(path, **change)
@@ -599,7 +605,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path, content):
 def test_an_empty_name_is_exit_3():
     for text in ("", ",", " "):
         with pytest.raises(UserError, match="--data_path is empty") as caught:
-            reader.sources(text)
+            reader.locate_files(text)
         assert caught.value.code == DATA
 
 
@@ -642,9 +648,9 @@ def test_rejected_rows_name_their_file(tmp_path):
 def test_held_out_rows_are_read_once(tmp_path, monkeypatch):
     """Kept beside the encoded rows: the next start reads no file for them."""
     path = tiny.save_rows(tmp_path / "rows.json", 20)
-    first = run_data.picked(encode(path), np.array([3, 11]), None)
+    first = run_data.read_conversations(encode(path), np.array([3, 11]), None)
     monkeypatch.setattr(reader, "pick_rows", None)
-    assert run_data.picked(encode(path), np.array([3, 11]), None) == first
+    assert run_data.read_conversations(encode(path), np.array([3, 11]), None) == first
     assert first[0].turns[0].text == tiny.rows(20)[3]["instruction"]
 
 
@@ -658,7 +664,7 @@ def test_a_flipped_bit_of_kept_rows_is_found_when_asked(tmp_path, cache):
     kept.write_bytes(bytes(raw))
     given = options(path)
     forms = [templates.load(given.template, tiny.tokenizer())]
-    arguments = (given, reader.sources(str(path)), forms, tiny.tokenizer(), "tokenizer 1")
+    arguments = (given, reader.locate_files(str(path)), forms, tiny.tokenizer(), "tokenizer 1")
     assert dataset.encode(*arguments, again=True).encoding.examples.ids.tolist() == whole
 
 

@@ -7,7 +7,6 @@ import unicodedata
 import pytest
 from tokenizers import normalizers
 
-from onecard.data import conversation as data_conversation
 from onecard.data import encode as data_encode
 from onecard.data import jinja_sandbox
 from onecard.data import template as templates
@@ -76,7 +75,7 @@ def test_the_last_answer_alone(tokenizer, name):
     """--train_on last: the same ids, the targets of the last turn."""
     form, conversation = load(name, tokenizer), Conversation(tuple(TURNS[1:3] + TURNS[5:]))
     ids, all_targets = data_encode.encode(conversation, form, tokenizer)
-    again, targets = data_encode.encode(conversation, form, tokenizer, False, data_conversation.LAST)
+    again, targets = data_encode.encode(conversation, form, tokenizer, False, "last")
     asked, _ = data_encode.encode(conversation.question, form, tokenizer)
     assert again == ids
     assert targets == [False] * len(asked) + all_targets[len(asked) :]
@@ -220,7 +219,7 @@ def test_asking_for_a_template_leaves_the_tokenizer_as_it_was():
     before = state(tokenizer)
     for template in (templates.load("chatml", tokenizer), templates.load("auto", tokenizer)):
         templates.of(json.loads(json.dumps(template.texts())), tokenizer)
-        data_encode.ends(template, tokenizer)
+        data_encode.eos_ids(template, tokenizer)
         own = templates.tokenizer_for(tokenizer, template)
         data_encode.encode(single("say <|im_end|>", "", "<turn>"), template, own)
         assert template.controls() <= set(own.all_special_tokens)
@@ -398,14 +397,10 @@ def test_many_at_once_are_as_one_by_one(tokenizer, name):
     """The fast way and the plain one: the same ids, targets, cuts and refusals."""
     form = load(name, tokenizer)
     several = [*CONVERSATIONS, Conversation((Turn("text", "raw <end>"),)), *CONVERSATIONS[:2]]
-    made = data_encode.encode_many(
-        several, 60, [form] * len(several), tokenizer, False, data_conversation.LAST
-    )
+    made = data_encode.encode_many(several, 60, [form] * len(several), tokenizer, False, "last")
     for conversation, got in zip(several, made, strict=True):
         if isinstance(got, ValueError):
             with pytest.raises(ValueError, match=re.escape(str(got))):
                 data_encode.encode(conversation, form, tokenizer)
         else:
-            assert got == data_encode.encode_within(
-                conversation, 60, form, tokenizer, False, data_conversation.LAST
-            )
+            assert got == data_encode.encode_within(conversation, 60, form, tokenizer, False, "last")

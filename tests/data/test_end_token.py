@@ -49,7 +49,7 @@ def test_the_end_is_learned(harness, tmp_path, name):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     which = "auto" if tokenizer.chat_template else "tigerbot"
     form = templates.load(which, tokenizer)
-    ends = data_encode.ends(form, tokenizer)
+    ends = data_encode.eos_ids(form, tokenizer)
     for row in rows:
         ids, is_target = data_encode.encode(
             data_conversation.single(row["instruction"], "", row["output"]), form, tokenizer

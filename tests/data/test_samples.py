@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from onecard.data import reader
-from onecard.data.reader import Source
+from onecard.data.reader import RowFile
 from onecard.errors import UserError
 from onecard.hub import locate
 from onecard.models import tokenizer as models_tokenizer
@@ -78,10 +78,10 @@ def test_what_the_model_sees_is_written_down():
 def test_the_samples_are_found_from_any_folder(tmp_path, monkeypatch):
     """By the name that the documentation has for them, with a weight too; the user's own files go before."""
     monkeypatch.chdir(tmp_path)
-    assert reader.sources("sample/chat.jsonl:2") == [Source(ROOT / "sample" / "chat.jsonl", 2.0)]
+    assert reader.locate_files("sample/chat.jsonl:2") == [RowFile(ROOT / "sample" / "chat.jsonl", 2.0)]
     (tmp_path / "sample").mkdir()
     (tmp_path / "sample" / "chat.jsonl").write_text("{}\n", encoding="utf-8")
-    assert reader.sources("sample/chat.jsonl") == [Source(Path("sample/chat.jsonl"))]
+    assert reader.locate_files("sample/chat.jsonl") == [RowFile(Path("sample/chat.jsonl"))]
     for name in ("sample/nothing.jsonl", "sample/../pyproject.json", "docs/chat.jsonl", "chat.jsonl"):
         with pytest.raises(UserError, match="no such file"):
-            reader.sources(name)
+            reader.locate_files(name)

@@ -44,7 +44,7 @@ def read_parquet(folder: Path) -> None:
 
 def read_pickled_rows(folder: Path) -> None:
     (folder / "rows.pkl").write_bytes(pickle.dumps([["one", "two"]]))
-    assert pickled_rows.as_jsonl(folder / "rows.pkl").is_file()
+    assert pickled_rows.convert_to_jsonl(folder / "rows.pkl").is_file()
 
 
 def render_a_template(folder: Path) -> None:
