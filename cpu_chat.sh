@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Talk in this terminal, on the processor alone, through llama.cpp. Without arguments: the demo model with the
-# adapter that finetune.sh trained, if there is one. Both are exported to GGUF when that has not been done.
+# Chat in this terminal, on the CPU alone, through llama.cpp. Without arguments it takes the demo model with the
+# adapter that finetune.sh trained, if there is one. Both are exported to GGUF first if necessary.
 #
 #   BASE_MODEL=huggyllama/llama-7b LORA_PATH=lora-checkpoints/mine bash cpu_chat.sh --temperature 0.3
 #
-# BASE_MODEL or MODEL_PATH: the base model (unset: the one the adapter was trained on); LORA_PATH: adapter, run
-# or hub name; USE_LOCAL=1: fetch nothing from the hub. Everything after the name goes to tools/cpu_chat.py.
+# BASE_MODEL or MODEL_PATH: the base model (default: the one the adapter was trained on). LORA_PATH: an adapter, a
+# run or a hub name. USE_LOCAL=1: download nothing from the hub. All other arguments go to tools/cpu_chat.py.
 set -euo pipefail
 cd "$(dirname "$0")"
 bash tools/setup.sh cpu

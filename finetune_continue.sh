@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Go on with a run exactly where it stopped.
+# Continue a run exactly where it stopped.
 #
 #   OUTPUT_PATH=lora-checkpoints/mine bash finetune_continue.sh
 #   LORA_CHECKPOINT=lora-checkpoints/mine/checkpoint-400 FROM_DATA_BEGINNING=true bash finetune_continue.sh
 #
-# OUTPUT_PATH: the run (default: the demo's); its newest whole checkpoint is taken. LORA_CHECKPOINT: another
-# one. FROM_DATA_BEGINNING=true: the rows start anew. TOT_CUDA and PORT: as in finetune.sh. Everything after
-# the name goes to finetune_continue.py; see finetune_continue.py --help.
+# OUTPUT_PATH: the run (default: that of the demo), which continues from its newest intact checkpoint.
+# LORA_CHECKPOINT: another checkpoint. FROM_DATA_BEGINNING=true: start at the first row again. TOT_CUDA and PORT: as in
+# finetune.sh. All other arguments go to finetune_continue.py; see finetune_continue.py --help.
 set -euo pipefail
 cd "$(dirname "$0")"
 bash tools/setup.sh train

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Train further on other rows: adapter, optimizer and rate go on, the new rows start from their beginning.
+# Train further on other rows: adapter, optimizer and learning rate continue, the new rows start at their beginning.
 #
 #   LORA_CHECKPOINT=lora-checkpoints/mine DATA_PATH=other.json OUTPUT_PATH=lora-checkpoints/both \
 #   bash finetune_others_continue.sh
 #
-# LORA_CHECKPOINT: a run, one of its checkpoints, or an adapter folder (then only its weights are taken);
-# LORA_REMOTE_CHECKPOINT: an adapter's name on the hub, MODEL_PATH its base. OUTPUT_PATH: a new folder. TOT_CUDA and PORT: as in
-# finetune.sh. Everything after the name goes to finetune_continue.py; see finetune_continue.py --help.
+# LORA_CHECKPOINT: a run, one of its checkpoints, or the folder of an adapter (then only its weights are used).
+# LORA_REMOTE_CHECKPOINT: the hub name of an adapter, and MODEL_PATH: its base model. OUTPUT_PATH: a new folder.
+# TOT_CUDA and PORT: as in finetune.sh. All other arguments go to finetune_continue.py; see
+# finetune_continue.py --help.
 set -euo pipefail
 cd "$(dirname "$0")"
 bash tools/setup.sh train

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One instruction, one answer, in a browser. Without arguments: the demo model with the adapter that finetune.sh
-# trained, if there is one.
+# One instruction, one answer, in a browser. Without arguments it takes the demo model with the adapter that
+# finetune.sh trained, if there is one.
 #
 #   BASE_MODEL=huggyllama/llama-7b LORA_PATH=lora-checkpoints/mine bash generate.sh --load_8bit
 #
-# BASE_MODEL or MODEL_PATH: the base model (unset: the one the adapter was trained on); LORA_PATH: adapter, run
-# or hub name; USE_LOCAL=1: fetch nothing from the hub. Everything after the name goes to generate.py.
+# BASE_MODEL or MODEL_PATH: the base model (default: the one the adapter was trained on). LORA_PATH: an adapter, a
+# run or a hub name. USE_LOCAL=1: download nothing from the hub. All other arguments go to generate.py.
 set -euo pipefail
 cd "$(dirname "$0")"
 bash tools/setup.sh chat

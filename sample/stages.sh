@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# A model learns new words in stages: vocabulary -> its embeddings -> raw text -> answers. Every stage goes on
-# with the weights of the one before; run it again after a stop, what is finished is not done twice.
+# A model learns new words in stages: vocabulary -> its embeddings -> raw text -> answers. Every stage starts from the
+# weights of the one before. Run it again after a stop: finished stages are not repeated.
 #
 #   MODEL_PATH=demo OUTPUT_PATH=lora-checkpoints/stages bash sample/stages.sh --max_steps 40
 #
-# Everything after the name goes to all three trainings (see finetune.py --help); a stage that goes on keeps
-# the options it began with.
+# All arguments go to all three trainings (see finetune.py --help). A stage that continues keeps the options that it
+# began with.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/setup.sh train
 model=${MODEL_PATH:-demo} folder=${OUTPUT_PATH:-lora-checkpoints/stages}
 
-# stage NAME OPTIONS...: a training in a folder of its own; one that was stopped goes on
+# stage NAME OPTIONS...: a training in a folder of its own; if it was stopped, it continues
 stage() {
-  local run=$folder/$1 fresh=true # a run that was killed before its first save is started anew
+  local run=$folder/$1 fresh=true # a run that was killed before its first save starts again
   shift
   [ -e "$run/finished.json" ] && fresh=false
   if compgen -G "$run/checkpoint-*" >/dev/null && [ ! -e "$run/finished.json" ]; then

@@ -1,14 +1,14 @@
-# Sourced by the entries, which are options from the environment and one program.
-# TOT_CUDA: the cards to use (several: torchrun, one process each, PORT for their meeting).
+# The shell scripts at the root source this file: it turns environment variables into options and starts a program.
+# TOT_CUDA: the GPUs to use. With several, torchrun starts one process per GPU, and PORT is where they meet.
 
 arguments=()
 
-# option --name VALUE: one more argument of the program, unless the value is empty
+# option --name VALUE: add an argument for the program, unless the value is empty
 option() {
   if [ -n "$2" ]; then arguments+=("$1" "$2"); fi
 }
 
-# launch PROGRAM ARGUMENTS...: replaces the shell by the program, so that signals arrive
+# launch PROGRAM ARGUMENTS...: replace the shell with the program, so that signals reach it
 launch() {
   local program=$1 processes=1 cards
   shift
@@ -24,7 +24,7 @@ launch() {
   exec .venv/bin/python "$program" ${arguments[@]+"${arguments[@]}"} "$@"
 }
 
-# chat_options ARGUMENTS...: base model and adapter from the environment; without either, what finetune.sh made
+# chat_options ARGUMENTS...: base model and adapter from the environment; without both, the adapter of finetune.sh
 chat_options() {
   if [ "${USE_LOCAL:-0}" = 1 ]; then export HF_HUB_OFFLINE=1; fi
   case "${LORA_PATH:+set}${MODEL_PATH:+set}${BASE_MODEL:+set} $* " in

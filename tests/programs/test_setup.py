@@ -22,7 +22,7 @@ from tests.support.paths import ROOT
 
 PYTHON = Path(os.path.realpath(sys.executable))
 NO_INDEX = {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
-NETWORK = "If that is the network"
+NETWORK = "Check the network if that is the reason."
 PACKAGES = Path(sysconfig.get_path("purelib", "posix_prefix", {"base": ".venv"}))
 
 
@@ -200,7 +200,7 @@ def test_a_half_made_environment_beside_it_is_made_again(project):
     apart.symlink_to("/nowhere/python3")
     ended = set_up(project, part="test", PATH=f"{project / 'bin'}:{os.environ['PATH']}")
     assert ended.returncode == 0, ended.stderr
-    assert "left out" not in ended.stdout
+    assert "skipped" not in ended.stdout
     subprocess.run([apart, "-c", "import pip"], check=True)
 
 
@@ -262,7 +262,7 @@ def test_ctrl_c_ends_it_with_one_line(project, moment):
     os.killpg(process.pid, signal.SIGINT)
     _, words = process.communicate(timeout=30)
     assert process.returncode == 130, words
-    assert words == "stopped by Ctrl-C. Run the same command again to go on.\n"
+    assert words == "stopped by Ctrl-C. Run the same command again to continue.\n"
     if moment == "venv":
         assert NETWORK in set_up(project).stderr
         assert pip_runs(project)
