@@ -23,7 +23,7 @@ from onecard.models import base_model
 from onecard.models import tokenizer as models_tokenizer
 from onecard.runs import adapters as run_adapters
 from onecard.runs import folder as run_folder
-from onecard.system import commands, hardware, hashing, output_folder
+from onecard.system import commands, hardware, hashing, output_folder, whole_folder
 from onecard.system import files as system_files
 from onecard.system.console import say
 
@@ -84,9 +84,7 @@ def run(options: ExportConfig) -> Path:
             known = export_manifest.find(job.output)  # once more: what is there may have changed meanwhile
             if known is not None:
                 export_manifest.replaced(job.output, known, made_from, job.is_own)
-                job.place.rename(place / "before")
-            folder.rename(job.place)
-            system_files.sync_folder(job.place.parent)
+            whole_folder.put(folder, job.place, replaced=None if known is None else place / "before")
     return job.output
 
 

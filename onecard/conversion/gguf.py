@@ -16,6 +16,7 @@ from onecard.errors import CHECKPOINT, USAGE, UserError
 from onecard.hub import model_files
 from onecard.inference import gguf_check
 from onecard.runs import folder as run_folder
+from onecard.system import files as system_files
 from onecard.system import output_folder
 from onecard.system import safetensors as safetensors_file
 
@@ -52,7 +53,7 @@ def base(
         options += [f"{llama_cpp_converter.ENDS}{json.dumps(list(ends))}"] if ends else []
         options += [script, model, "--outtype", kind, "--outfile", place / output.name]
         llama_cpp_converter.run(options, folder, handle)
-        output_folder.finish_file(place / output.name, output)
+        system_files.put_file(place / output.name, output)
     return output
 
 
@@ -72,7 +73,7 @@ def adapter(folder: Path, base: Path, output: Path) -> Path:
         llama_cpp_converter.run(
             [script, "--base", model, "--outfile", place / output.name, given], folder, handle
         )
-        output_folder.finish_file(place / output.name, output)
+        system_files.put_file(place / output.name, output)
     return output
 
 
@@ -83,7 +84,7 @@ def quantize(source: Path, output: Path, kind: str) -> Path:
         llama_cpp_converter.run(
             [source, made, kind], source, handle, "Quantising", llama_cpp_quantizer.__name__
         )
-        output_folder.finish_file(made, output)
+        system_files.put_file(made, output)
     return output
 
 

@@ -10,7 +10,6 @@ import runpy
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,9 +20,8 @@ from onecard.errors import CHECKPOINT, DISK, UserError
 from onecard.inference import gguf_check
 from onecard.inference.gguf_check import ENGINE, PACKAGE
 from onecard.system import files as system_files
-from onecard.system import sandbox
+from onecard.system import sandbox, whole_folder
 from onecard.system.console import say
-from onecard.system.output_folder import UNFINISHED
 
 BASE_SCRIPT, ADAPTER_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 PARTS = (BASE_SCRIPT, ADAPTER_SCRIPT, "conversion/", "gguf-py/", "LICENSE")  # of the archive's llama.cpp
@@ -37,16 +35,12 @@ def home() -> Path:
     folder = system_files.cache_folder() / f"llama.cpp-{gguf_check.version()}"
     if folder.is_dir():
         return folder
-    say(f"Fetching llama.cpp's converter (77 MB, once) into {folder} ...")
+    waiting = f"waiting for another program that fetches llama.cpp's converter into {folder} ..."
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=UNFINISHED) as temporary:
-            made = _unpack(_download(Path(temporary)), Path(temporary) / "made")
-            try:
-                made.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # otherwise another process was faster
-                    raise
+        with whole_folder.stage(folder, before_waiting=lambda: say(waiting)) as (place, _):
+            if not folder.is_dir():  # another program may have fetched it while this one waited
+                say(f"Fetching llama.cpp's converter (77 MB, once) into {folder} ...")
+                whole_folder.put(_unpack(_download(place), place / "converter"), folder)
     except (OSError, tarfile.TarError) as error:
         problem = f"llama.cpp's converter could not be stored in {folder}: {error}."
         raise UserError(problem, "Set ONECARD_CACHE to a folder with 200 MB free.", DISK) from None

@@ -7,7 +7,6 @@ shard. Weights in other formats and sub-folders are left out.
 import contextlib
 import json
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from onecard.hub import locate, model_files
 from onecard.hub.model_files import INDEX
 from onecard.models import base_model, tensor_files
 from onecard.models import tokenizer as models_tokenizer
-from onecard.system import commands
+from onecard.system import commands, whole_folder
 from onecard.system import files as system_files
 from onecard.system.console import say
 
@@ -98,16 +97,10 @@ def _pieces(options: VocabConfig) -> list[str]:
 def _whole(target: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `target` when the block ends well; UserError (exit 7) of the disk."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-            place = Path(temporary) / "made"
-            place.mkdir()
+        with whole_folder.stage(target) as (place, _):
+            _check_new(target)  # another program may have made it while this one waited
             yield place
-            for path in place.rglob("*"):
-                system_files.sync_folder(path) if path.is_dir() else system_files.sync_file(path)
-            system_files.sync_folder(place)
-            place.rename(target)
-            system_files.sync_folder(target.parent)
+            whole_folder.put(place, target)
     except OSError as error:
         problem = f"{target}: could not be written: {error.strerror or error}."
         raise UserError(problem, "Make room.", DISK) from None

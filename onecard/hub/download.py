@@ -1,8 +1,10 @@
 """A model's name or a list of addresses -> a folder of verified files, and a receipt that names the version.
 
 Everything is fetched into .part files first; when all are whole they get their names, and the receipt is
-written last. What is cut leaves .part files, which the same command continues. Files that this program has
-not fetched are never overwritten.
+written last. What is cut leaves .part files, which the same command continues. The folder does not appear by
+one rename as others do (system/whole_folder.py): it may exist before, with files of the user, and a new
+version replaces only the files that differ. So it is whole when its receipt says so. Files that this program
+has not fetched are never overwritten.
 """
 
 import contextlib

@@ -1,8 +1,9 @@
 """Atomic checkpoints: save, verify, restore, prune, and the finished adapter.
 
-A checkpoint folder is a plain PEFT adapter plus what the trainer needs to go on. It is written beside its
-place under another name, every file is synced, the manifest comes last, then the folder is renamed: a
-checkpoint-<step> is whole or not there. No pickle anywhere.
+A checkpoint folder is a plain PEFT adapter plus what the trainer needs to go on. It appears whole
+(system/whole_folder.py): a checkpoint-<step> is complete or not there. It is written into a folder called
+.saving-<step>-<pid> and not into whole_folder.stage: the run folder has a lock already, and every version of
+OneCard deletes what is left under that name. No pickle anywhere.
 """
 
 import dataclasses
@@ -22,7 +23,8 @@ from onecard.errors import CHECKPOINT, UserError
 from onecard.hub.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, MODEL_WEIGHTS
 from onecard.runs.folder import MODEL, checkpoint_steps, delete
 from onecard.system import safetensors as safetensors_file
-from onecard.system.files import check_room, disk_error, sync_file, sync_folder, write_json
+from onecard.system import whole_folder
+from onecard.system.files import check_room, disk_error, put_file, write_json
 from onecard.system.hashing import sha256
 
 REPLACED = ".replaced-"
@@ -88,13 +90,8 @@ def save(
         save_file(tensors, temporary / OPTIMIZER)
         values = {"progress": state, "optimizer": scalars, "scaler": scaler.state_dict()}
         write_json(temporary / PROGRESS, values)
-        write_json(temporary / MANIFEST, _manifest(temporary, progress.step))
-        sync_folder(temporary)
         replaced = folder / f"{REPLACED}{progress.step}"
-        if target.exists():
-            target.rename(replaced)
-        temporary.rename(target)
-        sync_folder(folder)
+        whole_folder.put(temporary, target, lambda: _write_manifest(temporary, progress.step), replaced)
         delete([replaced] if replaced.exists() else [])
     except (OSError, SafetensorError) as error:
         raise disk_error(target, error) from None
@@ -223,9 +220,7 @@ def publish(checkpoint: Path, folder: Path) -> str:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         temporary = folder / f".{name}.tmp"
         shutil.copyfile(checkpoint / name, temporary)
-        sync_file(temporary)
-        temporary.replace(folder / name)
-    sync_folder(folder)
+        put_file(temporary, folder / name)
     return sha256(folder / ADAPTER_WEIGHTS)
 
 
@@ -235,11 +230,8 @@ def _publish_model(checkpoint: Path, folder: Path) -> str:
     try:
         check_room(folder, (checkpoint / MODEL_WEIGHTS).stat().st_size)
         shutil.copytree(checkpoint, temporary, ignore=own)
-        for path in temporary.iterdir():
-            sync_file(path)
         delete([target] if target.exists() else [])
-        temporary.rename(target)
-        sync_folder(folder)
+        whole_folder.put(temporary, target)
     except OSError as error:
         raise disk_error(target, error) from None
     finally:
@@ -270,9 +262,7 @@ def flattened(nested: dict[Any, Any], path: str = "") -> Iterator[tuple[str, Any
             yield f"{path}{key}", value
 
 
-def _manifest(folder: Path, step: int) -> dict[str, Any]:
-    files = {}
-    for path in sorted(folder.iterdir()):
-        sync_file(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    return {"format": FORMAT, "step": step, "files": files}
+def _write_manifest(folder: Path, step: int) -> None:
+    paths = sorted(folder.iterdir())
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+    write_json(folder / MANIFEST, {"format": FORMAT, "step": step, "files": files})

@@ -64,7 +64,9 @@ def go_back(folder: Path, step: int) -> list[str]:
     """Make a run folder look as it did after `step`; returns what was moved, in words.
 
     Later and damaged checkpoints are set aside first: until they are gone, they and not the log say where the
-    run stands. What log and samples hold of later steps goes to log.dropped.jsonl. finished.json goes.
+    run stands. The folder they go to need not appear whole: each of them is renamed as it is, and a kill in
+    between leaves the others for the next time. What log and samples hold of later steps goes to
+    log.dropped.jsonl. finished.json is deleted.
     """
     delete([path for path in (*leftovers(folder), folder / FINISHED) if path.exists() or path.is_symlink()])
     said = []
@@ -75,6 +77,7 @@ def go_back(folder: Path, step: int) -> list[str]:
         place.mkdir()
         for path in sorted(later):
             path.rename(place / path.name)
+        system_files.sync_folder(place)
         system_files.sync_folder(folder)
         said.append(f"{len(later)} later or damaged checkpoints are now in {place}")
     dropped = cut_log(folder, step) + cut_log(folder, step, SAMPLES)

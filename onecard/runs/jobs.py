@@ -116,7 +116,7 @@ def keep_upload(source: Path, workspace: Path) -> Path:
     if not target.exists():
         temporary = target.with_name(f".{os.getpid()}.{target.name}")
         shutil.copyfile(source, temporary)
-        temporary.replace(target)
+        system_files.put_file(temporary, target)
     return target
 
 

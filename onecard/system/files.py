@@ -65,10 +65,18 @@ def replace(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def put_file(temporary: Path, path: Path) -> None:
+    """Sync a file that is written, and rename it to `path`, on the same file system: whole, or as it was."""
+    sync_file(temporary)
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
 def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as PNG, whole or as it was."""
     temporary = path.with_name(f".{path.name}.tmp.png")
     figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    put_file(temporary, path)
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
@@ -96,11 +104,13 @@ def disk_error(path: Path, error: Exception) -> UserError:
 
 
 def sync_file(path: Path) -> None:
+    """Return when the content of a file is on the disk, where a power failure leaves it."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
+    """The same of the names in a folder: what was created, renamed or deleted there stays so."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

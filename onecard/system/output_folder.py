@@ -1,10 +1,10 @@
-"""A folder that appears whole: made beside its place, synced, and put there by one rename.
+"""The folder that a tool makes: where it can be, what it was made of, and whether it is there already.
 
-What a killed run left is removed by the next. A record inside says what the folder was made of, so that the
-same command once more finds that there is nothing to do. The folder's files are known by size and time:
-a SHA-256 would take another reading of a model that no longer is in memory.
+It appears whole (whole_folder.py). A record inside says what it was made of, so that the same command once
+more finds that there is nothing to do. The folder's files are known by size and time: a SHA-256 would take
+another reading of a model that no longer is in memory.
 
-unfinished and finish_file do the same for one GGUF file: a folder beside its place, a lock, one rename.
+A GGUF file is made in a folder beside it too, and put there by one rename (`unfinished`, files.put_file).
 """
 
 import contextlib
@@ -12,17 +12,13 @@ import json
 import os
 import re
 import shutil
-import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from onecard.errors import CHECKPOINT, DISK, UserError, listed
 from onecard.system import files as system_files
-from onecard.system import lock
-
-UNFINISHED = ".onecard-gguf-"
+from onecard.system import whole_folder
 
 RECORD, VERSIONS = "onecard.json", "versions"  # the latter: told, not compared, as the files are
 PATIENCE = 5.0  # seconds: the child of a killed run needs a moment to see it
@@ -120,60 +116,32 @@ def _is_mount(place: Path) -> bool:
 
 @contextlib.contextmanager
 def making(target: Path, needed: int, made_of: dict[str, Any], flag: str) -> Iterator[tuple[Path, int]]:
-    """(A new folder to fill, the handle of its lock); it becomes `target` when the block ends well.
+    """(A new folder to fill, the descriptor of its lock); it becomes `target` when the block ends well.
 
     needed: bytes. Raises UserError: exit 7 when they are not free, 2 when another process makes it.
     """
     end = find(target, flag)
-    parent, place = end.parent, end.parent / f".{end.name}.making"
-    handle = _own(place, target, flag)
-    try:
-        _empty(place)
-        _check_room(place, needed, target, flag)
-        yield place, handle
-        for path in place.rglob("*"):
-            system_files.sync_folder(path) if path.is_dir() else system_files.sync_file(path)
-        content = {**made_of, "files": _stamps(place)}  # after the sync, which may set times on a server
-        (place / RECORD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        system_files.sync_file(place / RECORD)
-        system_files.sync_folder(place)
-        place.rename(end)
-        system_files.sync_folder(parent)
-    except BaseException as error:
-        shutil.rmtree(place, ignore_errors=True)
-        if isinstance(error, OSError):
+    with contextlib.ExitStack() as stack:
+        try:
+            place, descriptor = stack.enter_context(whole_folder.stage(end, PATIENCE))
+        except TimeoutError:
+            raise UserError(f"{flag} {target}: another process is making it.", "Wait for it.") from None
+        except OSError as error:
+            problem = f"{flag} {target}: cannot write in {end.parent}: {error.strerror}."
+            raise UserError(problem, "Choose another.", DISK) from None
+        try:
+            _check_room(place, needed, target, flag)
+            yield place, descriptor
+            whole_folder.put(place, end, lambda: _write_record(place, made_of))
+        except OSError as error:
             problem = f"{flag} {target}: could not be made: {error.strerror or error}."
             raise UserError(problem, "Make room or check the rights.", DISK) from None
-        raise
-    finally:
-        os.close(handle)
 
 
-def _own(place: Path, target: Path, flag: str) -> int:
-    """Lock the unfinished folder; a lock ends with its process, so a killed run's folder can be taken."""
-    until = time.monotonic() + PATIENCE
-    while True:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.mkdir(exist_ok=True)
-            handle = os.open(place, os.O_RDONLY)
-        except OSError as error:
-            problem = f"{flag} {target}: cannot write in {place.parent}: {error.strerror}."
-            raise UserError(problem, "Choose another.", DISK) from None
-        if lock.take(handle):
-            if place.exists() and os.path.samestat(os.fstat(handle), place.stat()):
-                return handle
-        elif time.monotonic() > until:
-            os.close(handle)
-            raise UserError(f"{flag} {target}: another process is making it.", "Wait for it.")
-        else:
-            time.sleep(0.1)
-        os.close(handle)
-
-
-def _empty(place: Path) -> None:
-    for path in place.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+def _write_record(place: Path, made_of: dict[str, Any]) -> None:
+    """After the sync, which may set the times of files on a server."""
+    content = json.dumps({**made_of, "files": _stamps(place)}, indent=2) + "\n"
+    system_files.replace(place / RECORD, content.encode())
 
 
 def _check_room(place: Path, needed: int, target: Path, flag: str) -> None:
@@ -192,28 +160,14 @@ def _stamps(folder: Path) -> dict[str, list[int]]:
 
 @contextlib.contextmanager
 def unfinished(output: Path, source: Path) -> Iterator[tuple[Path, int]]:
-    """A folder beside the output, and a handle that locks that place: one conversion at a time.
+    """(A folder beside the output to work in, the descriptor of its lock), for one conversion at a time.
 
-    What a killed one left there goes first.
+    source: what is converted. Raises UserError (exit 7) when the disk is full or cannot be written.
     """
-    parent = output.parent.resolve()  # the child has a working folder of its own
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(parent, os.O_RDONLY)
-        try:
-            lock.take(handle, wait=True)
-            for left in parent.glob(f"{UNFINISHED}*"):
-                shutil.rmtree(left)
-            with tempfile.TemporaryDirectory(dir=parent, prefix=UNFINISHED) as place:
-                yield Path(place), handle
-        finally:
-            os.close(handle)
+        # its absolute path, as the child has a working folder of its own
+        with whole_folder.stage(output.parent.resolve() / output.name) as (place, descriptor):
+            yield place, descriptor
     except OSError as error:
         problem = f"{source}: its GGUF file could not be stored in {output.parent}: {error.strerror}."
         raise UserError(problem, "Make room or check the rights.", DISK) from None
-
-
-def finish_file(made: Path, output: Path) -> None:
-    system_files.sync_file(made)
-    made.replace(output)
-    system_files.sync_folder(output.parent)

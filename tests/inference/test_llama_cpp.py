@@ -128,7 +128,7 @@ def tiny_files(tmp_path_factory) -> tuple[Path, Path]:
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    assert [path.name[:14] for path in output.parent.iterdir()] == [".onecard-gguf-"]
+    assert [path.name for path in output.parent.iterdir()] == [".tiny.gguf.making"]
     return folder, gguf.base(folder, output, any_tokenizer=True)
 
 
