@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""What OneCard's own attention backward pass and its dropout bring on this CPU.
+"""How much faster OneCard's own attention backward pass and its dropout are on this CPU.
 
     .venv/bin/python benchmarks/attention_speed.py [--tokens 2048] [--repeats 15]
 
-For documents of one length, packed to about 2048 tokens in the shapes of the demo model (9 heads, 3 key/value
-heads of 64, bf16): the backward pass through one torch call per document (packed_attention.each_document)
-against the batched one for short documents (packed_attention, forced for every length, so that the table
-shows where packed_attention.SHORT should lie). Then CheapDropout against torch.nn.Dropout.
-Both ways take turns; the best time of each counts. On a busy machine the figures mean nothing.
+The first table is for documents of one length, packed to about 2048 tokens in the shapes of the demo
+model (9 heads, 3 key/value heads of 64, bf16). It compares the backward pass with one torch call per
+document (packed_attention.each_document) with the batched one for short documents (packed_attention). The
+batched pass is used for every length here, so that the table shows where packed_attention.SHORT should
+be. The second table compares CheapDropout with torch.nn.Dropout. Both sides take turns, and the best time
+of each counts. On a busy machine the figures mean nothing.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a packed row, at most")
-    parser.add_argument("--repeats", type=int, default=15, help="times of which the best counts")
+    parser.add_argument("--repeats", type=int, default=15, help="repetitions, of which the best counts")
     args = parser.parse_args()
     if args.tokens < max(LENGTHS) or args.repeats < 1:
         parser.error(f"--tokens must be {max(LENGTHS)} or more, --repeats 1 or more")
@@ -68,13 +69,11 @@ def main() -> None:
 
 
 def attention_line(length: int, documents: int, repeats: int) -> str:
-    """One row of the table: `documents` documents of `length` tokens."""
+    """One row of the table, for `documents` documents of `length` tokens each."""
     lengths, tokens = (length,) * documents, length * documents
     query, key, value = inputs = [random_heads(heads, tokens) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     each = packed_attention.each_document(query, key, value, lengths, SIZE**-0.5).transpose(1, 2)
-    with mock.patch.object(
-        packed_attention, "SHORT", length
-    ):  # the batched pass, however long the documents are
+    with mock.patch.object(packed_attention, "SHORT", length):  # the batched pass for documents of any length
         packed, _ = packed_attention.packed_attention(
             torch.nn.Module(), query, key, value, None, document_lengths=lengths
         )
@@ -97,7 +96,7 @@ def random_heads(heads: int, tokens: int) -> torch.Tensor:
 
 
 def best(ways: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Best time of each way in milliseconds; they take turns, so that a busy moment meets all of them."""
+    """Best time of each way in milliseconds. They take turns, so a busy moment slows down all of them."""
     times: list[list[float]] = [[] for _ in ways]
     for _ in range(repeats + 2):  # two rounds to warm up
         for way, taken in zip(ways, times, strict=True):

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What the chat engine costs: time to first token and tokens/s against transformers called directly.
+"""What the chat engine costs: time to the first token and tokens/s, compared with transformers alone.
 
     .venv/bin/python benchmarks/chat_speed.py [--pairs 5] [--tokens 256] [--model_path demo] [--device auto]
 
-Each pair runs one after the other in this process, in changing order, on the same prompt: OneCard's
-stream, every snapshot taken as a window would, and model.generate with the same settings. Both write exactly
-as many tokens, and the texts must be equal, but for sampling, where each draws its own numbers; in fp32, as
-16 bits round another way when four beams read the prompt instead of one. The engine of the processor,
-llama.cpp, is measured by tools.py.
+A pair is OneCard's stream, with every snapshot taken as a window does, and model.generate with the same
+settings and prompt. The two run one after the other in this process, in alternating order. Both write the
+same number of tokens, and their texts must be equal, except for sampling, where each side draws its own
+random numbers. The dtype is fp32, because in 16 bits four beams that read the prompt are rounded
+differently from one. tools.py measures the llama.cpp engine.
 """
 
 import argparse
@@ -40,14 +40,14 @@ Run = tuple[float, float, str]  # seconds to the first token, seconds in all, te
 
 
 class First(BaseStreamer):
-    """When the first new token came."""
+    """Records when the first new token came."""
 
     def __init__(self) -> None:
         self.calls, self.at = 0, 0.0
 
     def put(self, value: torch.Tensor) -> None:
         self.calls += 1
-        if self.calls == 2:  # the first call holds the prompt
+        if self.calls == 2:  # the first call brings the prompt
             self.at = time.perf_counter()
 
     def end(self) -> None:
@@ -55,11 +55,11 @@ class First(BaseStreamer):
 
 
 def our_tokens(talk: chat.Chat, settings: Generation) -> Iterator[str]:
-    """An empty text for each token of OneCard's answer, and its text in the end."""
+    """Yields an empty text for each token of OneCard's answer, and the whole text at the end."""
     for reply in talk.stream(conversation(), settings):
         if reply.text.tokens:
             yield ""
-    talk.engine.forget()  # the next run begins as cold as the other side's
+    talk.engine.forget()  # the next run starts without a cache, like the other side
     yield reply.text.stable
 
 
@@ -101,16 +101,16 @@ def conversation() -> data_conversation.Conversation:
 
 @dataclasses.dataclass
 class Compared:
-    """Two ways to the same answer, run in pairs; what has two parts is ours and then the other's."""
+    """Two ways to the same answer, run in pairs. Of two values the first is ours."""
 
     speeds: tuple[float, float]  # tokens/s, medians
     firsts: tuple[float, float]  # seconds to the first token, medians
-    takes: list[float]  # our seconds over the other's, of each pair
+    takes: list[float]  # our seconds divided by the other side's, for each pair
     same: bool  # all texts are equal
 
 
 def compared(mine: Callable[[], Run], other: Callable[[], Run], tokens: int, pairs: int) -> Compared:
-    """tokens: that each writes."""
+    """Run both sides in pairs, after one run each to warm up; tokens: how many each of them writes."""
     sides, runs = (mine, other), ([], [])
     for side in sides:  # once to warm up
         side()

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices of a model's shapes; a part of train_speed.py."""
+"""How fast this machine multiplies matrices in the shapes of a model. train_speed.py uses it."""
 
 import time
 from statistics import median
@@ -10,7 +10,7 @@ TOKENS, SQUARE, SECONDS = 2048, 4096, 1.5
 
 
 def measure(dtype: Any, hidden: int, inner: int) -> dict[str, float]:
-    """Shape -> FLOP per second, median of several: the model's own products, and a large square one."""
+    """Shape -> FLOP per second (a median): two products of the model and a large square one."""
     square = SQUARE
     shapes = [(TOKENS, hidden, inner), (TOKENS, inner, hidden), (square, square, square)]
     speeds = {}

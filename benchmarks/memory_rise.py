@@ -1,17 +1,17 @@
-"""What a piece of work holds at its peak (Linux); for the programs beside this file, and for tests."""
+"""How much memory a piece of work needs at its peak (Linux). Benchmarks and tests use it."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 
 def memory_rise(work: Callable[[], object]) -> int:
-    """Bytes by which the process's peak memory within work() lies above what it held before (Linux)."""
+    """Bytes by which the peak memory of this process during work() exceeds its memory before."""
 
     def held(name: str) -> int:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return 1024 * int(status.split(f"{name}:")[1].split()[0])
 
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     before = held("VmRSS")
     work()
     return held("VmHWM") - before

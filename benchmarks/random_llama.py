@@ -1,4 +1,4 @@
-"""Models of LLaMA's shapes with random weights, and adapters for them: what tools.py works on."""
+"""Models in LLaMA's shapes with random weights, and adapters for them. tools.py works on these."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ RANK = 16
 
 
 def shape_of(width: int, layers: int) -> meta_layout.Shape:
-    """LLaMA 7B's at a width of 4096 and 32 layers."""
+    """The shape of a LLaMA model; a width of 4096 and 32 layers are those of LLaMA 7B."""
     return meta_layout.Shape(
         width, layers, 32, 32, meta_layout.feed_forward(width, 256, None), VOCAB, 1e-5, length=4096
     )
@@ -57,7 +57,7 @@ def make_hf(folder: Path, shape: meta_layout.Shape) -> None:
 
 
 def make_adapter(folder: Path, shape: meta_layout.Shape) -> None:
-    """On all linear layers."""
+    """A random adapter on all linear layers."""
     from peft import LoraConfig
 
     folder.mkdir()

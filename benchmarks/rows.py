@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What many rows cost: reading and encoding them once, finding them again, and memory.
+"""What many rows cost: the time to read and encode them once, the time to find them again, and memory.
 
     .venv/bin/python benchmarks/rows.py [--rows 1000000]
 
-The sample rows, numbered so that all are different, as JSONL; the demo model's tokenizer; one process. Peak
-memory is the whole process's, with the tokenizer in it.
+It writes the sample rows, numbered so that all are different, into a JSONL file and encodes them with the
+demo model's tokenizer in one process. Peak memory is that of the whole process, including the tokenizer.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What a checkpoint costs: milliseconds, bytes and memory of a save, for adapters of several sizes.
+"""What a checkpoint costs: time, disk space and memory of a save, for adapters of several sizes.
 
     .venv/bin/python benchmarks/save_cost.py
 
-Each size is saved 20 times with AdamW's moments in a process of its own: written, synced, hashed, renamed,
-read back. The rise is that of the process's peak memory over what it held before the first save.
+Each size is saved 20 times, together with AdamW's moments, in a process of its own. A save writes, syncs,
+hashes, renames and reads back. The last column is the peak memory minus the memory before the first save.
 """
 
 import multiprocessing

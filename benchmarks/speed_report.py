@@ -1,4 +1,4 @@
-"""What train_speed.py measured, as a Markdown text: table, verdicts, loss curves."""
+"""The report of train_speed.py in Markdown: table, verdicts, loss curves."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ CURVE_LINES = 20  # steps shown of the loss curves
 def report(args: argparse.Namespace, prepared: dict, sides: dict[str, dict], load: float) -> str:
     """The Markdown text.
 
-    sides: name -> what was measured, the last one plain; load: other work when this began.
+    sides: name -> what was measured; the last one is the plain side. load: load average at the start.
     """
     auto, small, plain = sides.values()
     work = 4 * (
@@ -69,7 +69,7 @@ def report(args: argparse.Namespace, prepared: dict, sides: dict[str, dict], loa
 
 
 def curves(auto: dict, small: dict, plain: dict) -> str:
-    """The loss of every step, and how far the sides lie apart."""
+    """The losses of the steps as a table, and the differences between the sides."""
     losses = list(zip(auto["losses"], small["losses"], plain["losses"], strict=True))
     every = -(-len(losses) // CURVE_LINES)
     lines = ["| step | OneCard, auto | OneCard, small | plain |", "|---:|---:|---:|---:|"]

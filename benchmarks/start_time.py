@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""How long each sub-command takes to answer --help: what everybody waits for before a mistake is told.
+"""How long each sub-command takes to answer --help. A mistake in the options is reported no sooner than
+that.
 
     .venv/bin/python benchmarks/start_time.py [--times 5]
 
-Each is started as `python -m onecard NAME --help`, one after the other, in a process of its own. One start
-before the first is not counted: it compiles the modules and reads the files from the disk.
+Each sub-command is started as `python -m onecard NAME --help`, one after the other. A first start does
+not count, because it compiles the modules and reads the files from the disk.
 """
 
 import argparse

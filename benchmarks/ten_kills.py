@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Kill -9 a training run of the demo model ten times in a row, continue each time, compare with a whole run.
+"""Kill a training run of the demo model ten times (SIGKILL), continue it each time, and compare it with a
+run that was never killed.
 
     .venv/bin/python benchmarks/ten_kills.py [--kills 10] [--seed 11]
 
-The first kill comes before the first save, the others at random moments after a step. At the end the adapter,
-the last optimizer state and the log without its clocks must equal those of the run that was never touched;
-the exit code is 1 when they do not. Takes some minutes.
+The first kill comes before the first save, the others at random moments after a step. At the end the
+adapter, the last optimizer state and the log (without its times) must equal those of the other run;
+otherwise the exit code is 1. This takes some minutes.
 """
 
 import argparse
@@ -28,14 +29,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--kills", type=int, default=10, help="SIGKILLs in a row")
-    parser.add_argument("--seed", type=int, default=11, help="of the random moments")
+    parser.add_argument("--seed", type=int, default=11, help="seed of the random moments")
     args = parser.parse_args()
     moments = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="onecard-kills-") as name:
         whole, killed = Path(name) / "whole", Path(name) / "killed"
         with start("finetune.py", *OPTIONS, "--output_path", str(whole)) as process:
             if process.wait():
-                sys.exit("error: the run that nobody touched failed; try: .venv/bin/python finetune.py")
+                sys.exit("error: the run without kills failed. To see why: .venv/bin/python finetune.py")
         print(f"whole run: {STEPS} steps", flush=True)
         for number in range(1, args.kills + 1):
             begin = ("finetune.py", *OPTIONS) if number == 1 else ("finetune_continue.py",)
@@ -65,7 +66,7 @@ def start(*command: str) -> subprocess.Popen:
 
 
 def wait_for_progress(run: Path, process: subprocess.Popen, first: bool) -> None:
-    """Until the run folder is there (first), or one more step is in the log, or the process ends."""
+    """Wait until the run folder exists (first), or the log has one more step, or the process ends."""
     before = last_step(run)
     while process.poll() is None:
         if (run / "finetune_config.json").exists() if first else last_step(run) > before:
@@ -78,7 +79,7 @@ def last_step(run: Path) -> int:
 
 
 def log(run: Path) -> list[dict]:
-    """The records of a run's log, without clocks and without a line that is not whole."""
+    """The records of a run's log, without their times and without an incomplete last line."""
     path = run / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]

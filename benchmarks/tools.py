@@ -1,22 +1,25 @@
 #!/usr/bin/env python3
-"""What the model tools cost: GB/s beside a plain copy, peak memory, and the processor engine's tokens/s.
+"""What the tools cost: GB/s compared with a plain copy, peak memory, and tokens/s of the llama.cpp
+engine.
 
     .venv/bin/python benchmarks/tools.py weights [FOLDER] [--layers 32]
     .venv/bin/python benchmarks/tools.py engine [--pairs 5] [--tokens 256]
 
-weights: a model of LLaMA 7B's shape in files of 500 MiB is converted both ways and merged with an adapter on
-all linear layers, in turns with a plain copy of the same bytes to the same disk, both synced; the best of
-some tries, start-up included. Start-up alone is the same work on a model with the same tokenizer and as many
-layers, but hardly any weights; some of it goes on beside the work. Peak memory is that of the largest
-process. FOLDER lies on the disk that is measured and needs room for two such models, 28 GB (18 layers: 16).
+weights: a model in LLaMA 7B's shape, in files of 500 MiB, is converted in both directions and merged with
+an adapter on all linear layers. Each tool takes turns with a plain copy of the same bytes to the same
+disk; both are synced, start-up is included, and the best try counts. "Start-up alone" is the same work on
+a model with the same tokenizer and the same number of layers, but hardly any weights; a part of start-up
+overlaps with the work. Peak memory is that of the largest process. FOLDER is on the disk that is measured
+and needs room for two such models: 28 GB, or 16 GB with 18 layers.
 
-engine: the demo model in GGUF files of several types, with and without an adapter. OneCard's stream, every
-snapshot taken as the terminal does, against llama.cpp's own C interface in the shortest loop there is:
-decode, take the largest logit, again. Same file, context, batch, threads, prompt and number of tokens. Both
-write in this process at the same time, each a token and then the other one, in changing order, so that a
-machine that slows down does so for both; the texts must be equal.
+engine: the demo model in GGUF files of several types, with and without an adapter. OneCard's stream, with
+every snapshot taken as the terminal does, is compared with llama.cpp's own C interface in the shortest
+possible loop: decode, take the largest logit, repeat. File, context, batch, threads, prompt and number of
+tokens are the same. Both sides write in this process at the same time, one token each in alternating
+order, so that a slow moment meets both. The texts must be equal.
 
-Each section prints the date, the machine and a Markdown table. On a busy machine the figures mean nothing.
+Each section prints the date, the machine and a Markdown table. On a busy machine the figures mean
+nothing.
 """
 
 import argparse
@@ -53,23 +56,21 @@ from onecard.system import hardware
 from onecard.training import plan
 
 ROOT = Path(__file__).resolve().parent.parent
-NARROW = 128  # width of the model whose conversion is start-up alone
+NARROW = 128  # width of the model that measures start-up alone
 BYTES = 2  # of a weight
-SPEED, MEMORY, ENGINE = (
-    0.5,
-    0.25,
-    0.97,
-)  # goals: of a copy's speed at least, of the model's size at most, of bare
+# goals: at least this share of a copy's speed, at most this share of the model's size, at least this share
+# of the speed of llama.cpp alone
+SPEED, MEMORY, ENGINE = 0.5, 0.25, 0.97
 CONTEXT, BATCH = 1024, 256  # tokens
-# runs a program and writes the peak memory of its largest process (KiB) into a file; its own start counts, so
-# it imports nothing large
+# runs a program and writes the peak memory of its largest process (KiB) into a file; it imports nothing
+# large, because its own memory counts too
 WITH_PEAK = """import resource, subprocess, sys
 ended = subprocess.run(sys.argv[2:])
 open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
 sys.exit(ended.returncode)"""
 MAKE = {"original": random_llama.make_meta, "transformers": random_llama.make_hf}
 MERGE = "merge, r 16 on all linear layers"
-WORK = {  # by the layout it begins with: name -> options of convert_llama
+WORK = {  # layout of the source -> {name: options of convert_llama}
     "original": {"original -> transformers": []},
     "transformers": {
         "transformers -> original, 2 shards": ["--to", "meta", "--num_shards", "2"],
@@ -84,20 +85,26 @@ def main() -> None:
     )
     sections = parser.add_subparsers(required=True, metavar="weights|engine")
     one = sections.add_parser("weights", help="GB/s and peak memory of converting and merging")
-    one.add_argument("folder", nargs="?", type=Path, default=Path(), help="on the disk that is measured")
-    one.add_argument("--layers", type=int, default=32, help="0.4 GB each, and 0.5 GB")
-    one.add_argument("--width", type=int, default=4096, help="another one is for a trial of this program")
-    one.add_argument("--repeats", type=int, default=3, help="tries of which the best counts")
+    one.add_argument(
+        "folder", nargs="?", type=Path, default=Path(), help="a folder on the disk that is measured"
+    )
+    one.add_argument(
+        "--layers", type=int, default=32, help="layers of the model, 0.4 GB each; the rest of it has 0.5 GB"
+    )
+    one.add_argument(
+        "--width", type=int, default=4096, help="width of the model; change it only to try this program"
+    )
+    one.add_argument("--repeats", type=int, default=3, help="tries, of which the best counts")
     one.set_defaults(section=weights)
-    two = sections.add_parser("engine", help="tokens/s beside llama.cpp alone")
+    two = sections.add_parser("engine", help="tokens/s compared with llama.cpp alone")
     two.add_argument("--pairs", type=int, default=5)
-    two.add_argument("--tokens", type=int, default=256, help="of an answer")
-    two.add_argument("--types", default="f16,q8_0", help="of the base's weights")
+    two.add_argument("--tokens", type=int, default=256, help="tokens of an answer")
+    two.add_argument("--types", default="f16,q8_0", help="types of the weights of the base model")
     two.set_defaults(section=engine)
     args = parser.parse_args()
     found = plan.versions()
     if args.section is engine:
-        llama_cpp_library.library()  # without it: the line that installs it
+        llama_cpp_library.library()  # raises UserError with the command that installs it
         found["llama-cpp-python"] = importlib.metadata.version("llama-cpp-python")
     versions = ", ".join(f"{name} {version}" for name, version in found.items())
     load = os.getloadavg()[0]
@@ -106,12 +113,13 @@ def main() -> None:
 
 
 def weights(args: argparse.Namespace) -> None:
-    """Conversion and merge beside a plain copy."""
+    """Compare conversion and merge with a plain copy."""
     whole = random_llama.shape_of(args.width, args.layers)
     parameters = sum(np.prod(weight.shape, dtype=int) for weight in meta_layout.weights(whole, 1))
     free = shutil.disk_usage(args.folder).free
     if 2.1 * BYTES * parameters > free:
-        sys.exit(f"error: {args.folder} has {free / 1e9:.0f} GB free; give another folder or fewer --layers")
+        problem = f"{args.folder} has {free / 1e9:.0f} GB free, which is not enough."
+        sys.exit(f"error: {problem} Name another folder, or use fewer --layers.")
     print(f"{args.layers} layers of width {args.width}, best of {args.repeats}.\n")
     print("| work | size | plain copy | tool | ratio | peak memory | of the size | start-up alone |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
@@ -165,7 +173,7 @@ def measure(work: str, place: Path, options: list[str], repeats: int) -> tuple[i
     source = place / "source"
     size = sum(path.stat().st_size for path in source.iterdir())
     plain, tool, peaks = [], [], []
-    for _ in range(repeats):  # in turns, so that both meet the same disk
+    for _ in range(repeats):  # in turns, so that the state of the disk is the same for both
         plain.append(copied(source, place / "out"))
         seconds, peak = ran(command(work, place, options), place)
         tool.append(seconds)
@@ -187,7 +195,7 @@ def copied(source: Path, target: Path) -> float:
 
 
 def ran(command: list[str | Path], place: Path) -> tuple[float, int]:
-    """(seconds, peak bytes of the largest process) of a tool; start-up is counted too."""
+    """(seconds, peak bytes of the largest process) of a tool, including start-up."""
     started = time.monotonic()
     asked = [sys.executable, "-c", WITH_PEAK, place / "peak", sys.executable, *command]
     subprocess.run(list(map(str, asked)), check=True, stdout=subprocess.DEVNULL)
@@ -197,13 +205,13 @@ def ran(command: list[str | Path], place: Path) -> tuple[float, int]:
 
 
 def engine(args: argparse.Namespace) -> None:
-    """Tokens a second of the processor's engine beside llama.cpp alone."""
+    """Compare the tokens/s of the llama.cpp engine with llama.cpp alone."""
     base, ratios = Path(locate.locate("demo")), []
     with tempfile.TemporaryDirectory(prefix="onecard-tools-") as name:
         place = Path(name)
         shape = meta_layout.from_config(json.loads((base / "config.json").read_text()), base)
         random_llama.make_adapter(place / "adapter", shape)
-        with contextlib.redirect_stdout(sys.stderr):  # what converts them tells how far it is
+        with contextlib.redirect_stdout(sys.stderr):  # the converter prints its progress
             adapter = gguf.adapter(place / "adapter", base, place / "adapter.gguf")
             files = {
                 kind: gguf.base(base, place / f"{kind}.gguf", any_tokenizer=True, kind=kind)
@@ -223,13 +231,13 @@ def engine(args: argparse.Namespace) -> None:
                     f"| {min(pairs):.3f} to {max(pairs):.3f} | {'yes' if found.same else 'NO'} |",
                     flush=True,
                 )
-    print(f"\n- the least ratio is {min(ratios):.3f}, {goal(min(ratios), ENGINE)}")
+    print(f"\n- the smallest ratio is {min(ratios):.3f}, {goal(min(ratios), ENGINE)}")
 
 
 def beside_bare(
     file: Path, adapter: Path | None, lora_path: str, args: argparse.Namespace
 ) -> chat_speed.Compared:
-    """One GGUF file, with an adapter or without, in OneCard's chat and alone."""
+    """Run one GGUF file, with or without an adapter, in OneCard's chat and in llama.cpp alone."""
     options = ChatConfig(engine="llama.cpp", model_path="demo", lora_path=lora_path, context=CONTEXT)
 
     def to_gguf(_: Path, folders: dict[str, Path]) -> tuple[Path, dict[str, Path]]:
@@ -237,7 +245,7 @@ def beside_bare(
 
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
         talk = chat.start(options, to_gguf)
-    talk.ends = []  # so that both write as many tokens, whatever they are
+    talk.ends = []  # so that no token ends the answer, and both write the same number
     settings = Generation(mode=GREEDY, repetition_penalty=1.0, max_new_tokens=args.tokens)
     bare = Bare(file, adapter, talk.engine.threads)
     ids = data_encode.encode(chat_speed.conversation(), talk.template, talk.tokenizer)[0]
@@ -255,10 +263,10 @@ def beside_bare(
 
 
 class Bare:
-    """llama.cpp by its C interface: what any program that uses it has to call, and nothing else."""
+    """llama.cpp through its C interface, with only the calls that every program needs."""
 
     def __init__(self, file: Path, adapter: Path | None, threads: int):
-        self.api = api = llama_cpp_library.library()  # the package's own module, its log turned off
+        self.api = api = llama_cpp_library.library()  # the package's own module with its log turned off
         self.model = api.llama_model_load_from_file(os.fsencode(file), api.llama_model_default_params())
         settings = api.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = CONTEXT, BATCH, BATCH
@@ -272,7 +280,7 @@ class Bare:
             )
 
     def tokens(self, given: list[int], count: int, decode: Callable[[list[int]], str]) -> Iterator[str]:
-        """The most probable token, `count` times: an empty text for each, and the text in the end."""
+        """Yields an empty text for each of `count` most probable tokens, and the whole text at the end."""
         api, made = self.api, []
         api.llama_memory_clear(api.llama_get_memory(self.state), False)
         while len(made) < count:

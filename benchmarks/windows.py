@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""What the chat window does when too many ask at once, and when a page is closed while it is answered.
+"""What the chat window does when too many questions come at once, and when a page is closed during its
+answer.
 
     .venv/bin/python benchmarks/windows.py [--clicks 200] [--closed 20] [--queue 16] [--model_path demo]
 
-Starts interaction.py as a user does, and sends it what as many open pages would send, over plain HTTP: first
-that many clicks on Send within the same moment; then, with every place taken and one question waiting, a page
-that is answered goes away, and the clock stops when the waiting one is begun. Prints a Markdown table; exit
-code 1 when more questions waited than --queue allows, or a click was neither taken nor told that all is full.
+It starts interaction.py as a user does and sends it over plain HTTP what many open pages would send.
+First, that many clicks on Send come at the same moment. Then all places are taken and one question waits:
+a page is closed during its answer, and the time is measured until the answer to the waiting question
+begins. The result is a Markdown table. The exit code is 1 if more questions waited than --queue allows,
+or if a click was neither taken nor refused.
 """
 
 import argparse
@@ -32,13 +34,13 @@ from onecard.system import hardware
 from onecard.training import plan
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT, LONG = 16, 1000  # tokens of an answer in the flood; of one whose page is closed
+SHORT, LONG = 16, 1000  # tokens of an answer to many clicks; of an answer whose page is closed
 PATIENCE = 600  # seconds; only a hang takes as long
 API = "/gradio_api/"
 
 
 class Site:
-    """A window that is open at a port, and what its page knows of it."""
+    """An open window at a port, and what its page knows about it."""
 
     def __init__(self, port: int):
         self.port = port
@@ -69,7 +71,7 @@ class Site:
 
 
 class Page:
-    """One open page: it asks, listens, and may be closed at any time."""
+    """One open page, which asks, listens, and can be closed at any time."""
 
     def __init__(self, site: Site):
         self.site, self.session = site, uuid.uuid4().hex
@@ -85,7 +87,7 @@ class Page:
         return self.site.request("POST", f"{API}{path}", body)
 
     def click(self, tokens: int) -> tuple[int, float]:
-        """(status, seconds until the page knows it) of one question; 503 when the queue is full."""
+        """(status, seconds until the page knows it) of one question; 503 means that the queue is full."""
         site, started = self.site, time.monotonic()
         values = {
             **site.values,
@@ -99,7 +101,7 @@ class Page:
         return status, time.monotonic() - started
 
     def follow(self) -> None:
-        """Listen until the answer is whole or the page is closed."""
+        """Listen until the answer is complete or the page is closed."""
         self.stream = self.site.listen(f"queue/data?session_hash={self.session}")
         with contextlib.suppress(OSError, ValueError, AttributeError, http.client.HTTPException):
             for line in self.stream[1]:
@@ -117,7 +119,7 @@ class Page:
         return self
 
     def close(self) -> None:
-        """As a browser does whose tab is closed: nothing is said, the connections end."""
+        """Do what a browser does when its tab is closed: the connections end without a message."""
         for connection, _ in filter(None, (self.alive, self.stream)):
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(2)
@@ -126,7 +128,7 @@ class Page:
 
 @contextlib.contextmanager
 def window(model_path: str, queue: int, device: str) -> Iterator[Site]:
-    """interaction.py in a process of its own."""
+    """Run interaction.py in a process of its own."""
     options = [f"--model_path={model_path}", f"--queue={queue}", f"--device={device}", "--mode=greedy"]
     options += [f"--min_new_tokens={LONG}", f"--max_new_tokens={LONG}"]
     command = [sys.executable, str(ROOT / "interaction.py"), *options]
@@ -136,7 +138,7 @@ def window(model_path: str, queue: int, device: str) -> Iterator[Site]:
             filter(None, (re.search(r"http://127\.0\.0\.1:(\d+)", line) for line in process.stdout)), None
         )
         if told is None:
-            sys.exit("error: interaction.py did not open a window; what it says is above.")
+            sys.exit("error: interaction.py did not open a window; the reason is above.")
         yield Site(int(told[1]))
     finally:
         process.kill()
@@ -144,7 +146,7 @@ def window(model_path: str, queue: int, device: str) -> Iterator[Site]:
 
 
 def flood(site: Site, clicks: int) -> dict[str, float]:
-    """As many pages click at the same moment; those that are taken are answered to the end."""
+    """Let this many pages click at the same moment; the questions that are taken are answered to the end."""
     together = threading.Barrier(clicks)
     with ThreadPoolExecutor(clicks) as pool:
         pages = list(pool.map(lambda _: Page(site), range(clicks)))
@@ -172,7 +174,7 @@ def flood(site: Site, clicks: int) -> dict[str, float]:
 
 
 def closed(site: Site, count: int) -> list[float]:
-    """Seconds from the end of a page that was being answered to the beginning of the one that waits."""
+    """Seconds from closing a page during its answer until the answer to the waiting question begins."""
     answered = []
     while True:  # until all places are taken
         waiting = Page(site)
@@ -201,13 +203,13 @@ def closed(site: Site, count: int) -> list[float]:
 
 
 def still_growing(pages: list[Page]) -> None:
-    """Exit unless all of them are being answered."""
+    """Exit unless the answers of all these pages are still growing."""
     if any("process_completed" in page.events for page in pages):
         sys.exit("error: an answer ended by itself, so nothing was measured. Choose a slower model.")
 
 
 def share(percent: int, values: list[float]) -> float:
-    """The value that so many percent do not exceed."""
+    """The value that this many percent of the values do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
 
@@ -216,8 +218,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--clicks", type=int, default=200, help="on Send, in the same moment")
-    parser.add_argument("--closed", type=int, default=20, help="pages closed while they are answered")
+    parser.add_argument("--clicks", type=int, default=200, help="clicks on Send at the same moment")
+    parser.add_argument("--closed", type=int, default=20, help="pages that are closed during their answers")
     parser.add_argument("--queue", type=int, default=16, help="questions that may wait")
     parser.add_argument("--model_path", default="demo")
     parser.add_argument("--device", default="auto")

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Take the pictures of the windows that the texts here show: the programs themselves, in a headless Chromium.
+"""Take the screenshots of the windows that docs/chat.md shows, in a headless Chromium.
 
     bash finetune.sh && bash tools/setup.sh test
     .venv/bin/python docs/pictures.py [FOLDER]
 
-The adapter is the one that finetune.sh leaves; the training window trains a short run beside it in a
-temporary folder. About five minutes on two cores. Look at what comes out before you commit it.
+They show the adapter that finetune.sh trained; the training window trains a short run beside it in a
+temporary folder. This takes about five minutes on two cores. Look at the screenshots before you commit
+them.
 """
 
 import os
@@ -34,7 +35,7 @@ GROWING = """places => places.every(place => {
 
 @contextmanager
 def program(*command: str, folder: Path = ROOT) -> Iterator[str]:
-    """The address at which a program of ours answers; it ends with the block."""
+    """Start a program of ours and yield its address; the program ends with the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -58,7 +59,7 @@ def opened(browser: Browser, address: str, height: int) -> Page:
 
 
 def one_answer(browser: Browser, to: Path) -> None:
-    """Four beams that grow, all of them open."""
+    """Four growing beams, all of them opened."""
     with program("generate.py", "--lora_path", str(ADAPTER), "--mode", "beam") as address:
         page = opened(browser, address, 860)
         page.fill("#instruction textarea", QUESTIONS[0])
@@ -84,7 +85,7 @@ def chat(browser: Browser, to: Path) -> None:
 
 
 def training(browser: Browser, to: Path) -> None:
-    """A run beside an earlier one, with the rows that it learns, and what it answered on the way."""
+    """A run beside an earlier one, the rows that it learns, and its answers to the fixed prompts."""
     with tempfile.TemporaryDirectory(prefix="onecard-pictures-") as place:
         folder = Path(place)
         (folder / "sample").mkdir()

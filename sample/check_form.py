@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Does an answer have the form that sample/instruct.json teaches? Three labelled lines, nothing else.
+"""Count the answers that have the form of sample/instruct.json: three labelled lines and nothing else.
 
-python sample/check_form.py lora-checkpoints/demo      counts the held-out answers of a finished run
+python sample/check_form.py lora-checkpoints/demo      # the folder of a finished run
 """
 
 import json
@@ -30,7 +30,7 @@ def main() -> None:
     answers = json.loads((Path(sys.argv[1]) / "finished.json").read_text(encoding="utf-8"))["answers"]
     for when in ("before", "after"):
         right = sum(follows(answer[when]) for answer in answers)
-        print(f"{when} training: {right} of {len(answers)} held-out answers have the form")
+        print(f"{when} training: {right} of {len(answers)} answers have the form")
 
 
 if __name__ == "__main__":
