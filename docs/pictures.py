@@ -99,7 +99,7 @@ def training(browser: Browser, to: Path) -> None:
             for field, value in fields.items():
                 field_of(page, field).fill(str(value))
             page.click("#train-start")
-            page.get_by_text("rate-1e-3 was started.").wait_for()
+            page.get_by_text("rate-1e-3 has started.").wait_for()
             page.click("#train-others input")
             page.get_by_role("option", name="demo").click()
             page.keyboard.press("Escape")

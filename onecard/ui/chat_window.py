@@ -96,10 +96,10 @@ class ChatWindow:
             parts = [layout.send, layout.stop, [*buttons, *written], layout.status, layout.lang, page.FOCUS]
             chat_controls.answering(triggers, work, inputs, outputs, self.sessions, *parts)
 
-        given = [layout.box, layout.state, *layout.side()]
-        wire([layout.send.click, layout.box.submit], answers.ask, given, outputs)
-        wire([layout.retry.click], answers.retry, given, outputs)
-        wire([layout.go_on.click], answers.go_on, given, outputs)
+        inputs = [layout.box, layout.state, *layout.side()]
+        wire([layout.send.click, layout.box.submit], answers.ask, inputs, outputs)
+        wire([layout.retry.click], answers.retry, inputs, outputs)
+        wire([layout.go_on.click], answers.go_on, inputs, outputs)
         summarised = [layout.state, *layout.side()], [*outputs, layout.context]
         wire([layout.summarise.click], answers.summarise, *summarised, layout.context)
         chat_controls.halting(layout.stop, window, self.sessions, layout.status, layout.lang)

@@ -28,4 +28,6 @@ def confirm_share(options: ChatConfig) -> None:
         raise UserError(warning, "It has to be confirmed in a terminal.")
     print(f"{warning} Type share to go on: ", end="", flush=True)
     if sys.stdin.readline().strip() != "share":
-        raise UserError("No link was made.", "Leave --share out for a window of this machine alone.")
+        raise UserError(
+            "No link was made.", "Leave out --share for a window that only this machine can reach."
+        )

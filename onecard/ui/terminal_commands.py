@@ -43,10 +43,8 @@ def save(session: Session, name: str) -> None:
     if path.suffix != ".jsonl":
         raise UserError(f"/save {name}: a chat is saved as a line of JSON.", "Name a .jsonl file.")
     settings = session.settings
-    line = transcript.record(
-        session.turns, settings, session.chat, settings, {LEFT: session.active_adapters}, session.template_name,
-        system=settings.system, context="",
-    )  # fmt: skip
+    made_by = (settings, session.chat, settings, {LEFT: session.active_adapters}, session.template_name)
+    line = transcript.record(session.turns, *made_by, system=settings.system, context="")
     try:
         _append(path, line)
     except OSError as error:

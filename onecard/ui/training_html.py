@@ -1,6 +1,7 @@
-"""Parts of the training window as HTML: how a run stands, rows with their targets, answers side by side.
+"""Parts of the training window as HTML: the state of a run, rows with their targets, answers side by side.
 
-Text in, HTML out; whatever comes from rows, models and files is escaped. It knows no component and no file.
+Text goes in and HTML comes out; everything from rows, models and files is escaped. This file knows no
+component and no file of a run.
 """
 
 import html
@@ -54,13 +55,13 @@ KINDS = {
 }
 
 
-def note(text: str, wrong: bool = False) -> str:
-    """A message, '' when there is none."""
-    kind = ' oc-wrong" role="alert' if wrong else '" role="status'
+def note(text: str, is_error: bool = False) -> str:
+    """A message; '' when there is none."""
+    kind = ' oc-wrong" role="alert' if is_error else '" role="status'
     return f'<div class="oc-note{kind}">{html.escape(text)}</div>' if text else ""
 
 
-PARTS = {  # what memory is for
+PARTS = {  # what the memory is needed for
     "weights": ("weights", "权重"),
     "adapter": ("adapter", "适配器"),
     "gradient": ("gradient", "梯度"),
@@ -70,7 +71,10 @@ PARTS = {  # what memory is for
 
 
 def memory(parts: dict[str, float], free: int | None, device: str, lang: str) -> str:
-    """Predicted memory in GiB by its parts, beside the bytes that are free; in red when they are fewer."""
+    """Predicted memory beside what is free; it is shown as an error when it is more.
+
+    parts: GiB by name; free: bytes.
+    """
     total = sum(parts.values())
     named = forms.text(lang, ", ", "，").join(
         f"{forms.text(lang, *PARTS[n])} {_gib(size)}" for n, size in parts.items()
@@ -79,23 +83,24 @@ def memory(parts: dict[str, float], free: int | None, device: str, lang: str) ->
     if free is not None:
         there = f"{free / 2**30:.1f} GiB"
         text += forms.text(lang, f" of {there} free on {device}", f"，{device} 空闲 {there}")
-    own = forms.text(lang, "The program itself comes on top.", "程序本身另计。")
+    own = forms.text(lang, "The program itself needs a little more.", "程序本身另计。")
     text = forms.text(lang, f"{text} ({named}). {own}", f"{text}（{named}）。{own}")
     return note(text, free is not None and total * 2**30 > free)
 
 
 def unpredicted(reason: str, lang: str) -> str:
+    """Why no memory is predicted."""
     reason = reason.rstrip(".")
     return note(forms.text(lang, f"Memory is not predicted: {reason}.", f"无法预计内存：{reason}。"))
 
 
 def _gib(size: float) -> str:
-    """Two digits that count."""
+    """With two significant digits."""
     return f"{size:.2f}" if size < 10 else f"{size:.0f}"
 
 
 def card(name: str, state: State, latest: dict[str, float], lang: str) -> str:
-    """How a run stands. latest: last values of its curves and `seconds` a step takes."""
+    """The state of a run; latest: the last values of its curves, and the `seconds` that a step takes."""
     kind = forms.text(lang, *KINDS[state.kind])
     of = forms.text(
         lang, f"step {state.step} of {state.total or '?'}", f"第 {state.step} / {state.total or '?'} 步"
@@ -114,16 +119,16 @@ def card(name: str, state: State, latest: dict[str, float], lang: str) -> str:
         facts.append(forms.text(lang, f"about {left} left", f"大约还需 {left}"))
     share = 100 * min(1.0, state.step / state.total) if state.total and state.kind != STARTING else 0
     bar = f'<div class="oc-bar"><div style="width:{share:.1f}%"></div></div>'
-    said = f'<p class="oc-said">{html.escape(state.said)}</p>' if state.said else ""
+    last_line = f'<p class="oc-said">{html.escape(state.said)}</p>' if state.said else ""
     return (
         f'<div class="oc-card oc-{state.kind}" data-testid="state" data-kind="{state.kind}" '
         f'data-step="{state.step}"><b>{html.escape(name)} · {kind}</b> '
-        f'<span class="oc-facts">{" · ".join(facts)}</span>{bar}{said}</div>'
+        f'<span class="oc-facts">{" · ".join(facts)}</span>{bar}{last_line}</div>'
     )
 
 
 def duration(seconds: float, lang: str) -> str:
-    """Seconds, minutes or hours, whichever fits."""
+    """In seconds, minutes or hours, whichever is readable."""
     for size, english, chinese in ((3600, "h", "小时"), (60, "min", "分钟")):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.{1 if size == 3600 else 0}f} {forms.text(lang, english, chinese)}"
@@ -131,33 +136,34 @@ def duration(seconds: float, lang: str) -> str:
 
 
 def rows(shown: list[tuple[str, list[tuple[str, bool]]]], lang: str) -> str:
-    """Rows as the model sees them: (where, runs of text, each with whether it is learned)."""
+    """Rows as the model sees them: (where a row is, its pieces of text, each with whether it is learned)."""
     marked = forms.text(lang, "Marked text", "标出的文字")
-    rest = forms.text(
-        lang, "is what it learns to say; the rest is only read.", "是模型要学会说的；其余只是读入。"
-    )
-    made = [f'<p class="oc-head oc-legend"><mark>{marked}</mark> {rest}</p>']
-    for place, runs in shown:
-        made.append(_box(_line("oc-place", html.escape(place)) + _line("oc-text", preview.marked(runs))))
-    return "".join(made)
+    english = "is what the model learns to write; the rest is only read."
+    rest = forms.text(lang, english, "是模型要学习生成的内容；其余部分只供读取。")
+    boxes = [f'<p class="oc-head oc-legend"><mark>{marked}</mark> {rest}</p>']
+    for place, pieces in shown:
+        text = _line("oc-text", preview.marked(pieces))
+        boxes.append(_box(_line("oc-place", html.escape(place)) + text))
+    return "".join(boxes)
 
 
 def answers(
     before: list[dict[str, str]], after: list[dict[str, str]], titles: tuple[str, ...], lang: str
 ) -> str:
-    """The same prompts answered twice, side by side; titles: of the two sides, or of the first alone."""
-    old = {(a["instruction"], a["input"]): a["answer"] for a in before}
-    made = []
-    for given in after:
-        asked = (given["instruction"], given["input"])
-        texts = (old.get(asked, forms.text(lang, "(not asked then)", "（当时没有问）")), given["answer"])
+    """The same prompts answered twice, side by side; titles: of both sides, or of the first one alone."""
+    old = {(answer["instruction"], answer["input"]): answer["answer"] for answer in before}
+    missing = forms.text(lang, "(this prompt was not asked then)", "（当时没有这个问题）")
+    boxes = []
+    for answer in after:
+        prompt = (answer["instruction"], answer["input"])
+        texts = (old.get(prompt, missing), answer["answer"])
         sides = "".join(
             f"<div>{_line('oc-head', html.escape(title))}{_line('oc-text', html.escape(text))}</div>"
             for title, text in zip(titles, texts, strict=False)
         )
-        question = html.escape(" | ".join(filter(None, asked)))
-        made.append(_box(_line("oc-text", f"<b>{question}</b>") + f'<div class="oc-pair">{sides}</div>'))
-    return "".join(made)
+        question = html.escape(" | ".join(filter(None, prompt)))
+        boxes.append(_box(_line("oc-text", f"<b>{question}</b>") + f'<div class="oc-pair">{sides}</div>'))
+    return "".join(boxes)
 
 
 def _box(content: str) -> str:

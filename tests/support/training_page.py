@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from onecard.config.chat import ChatConfig
 from onecard.ui import page, training_window
-page.launch(training_window.page(), ChatConfig(server_port=int(sys.argv[1])))
+page.launch(training_window.build_page(), ChatConfig(server_port=int(sys.argv[1])))
 """
 Begin = Callable[[], tuple[subprocess.Popen, str]]
 

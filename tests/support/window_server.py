@@ -101,7 +101,7 @@ def main() -> None:
     torch.set_num_threads(1)
     options = config_options.parse(SingleConfig if kind == "single" else ChatConfig, argv)
     if kind == "training":
-        page.launch(training_window.page(options.lang, Path(folder) / "runs"), options)
+        page.launch(training_window.build_page(options.lang, Path(folder) / "runs"), options)
         return
     talk = make_chat(Path(folder))
     if texts is not None:

@@ -51,7 +51,7 @@ def both(lang: str, tmp_path) -> gr.Blocks:
 
 
 def alone(lang: str, tmp_path) -> gr.Blocks:
-    return training_window.page(lang, tmp_path)
+    return training_window.build_page(lang, tmp_path)
 
 
 PAGES = {made.__name__: made for made in (single, turns, bare, both, alone)}

@@ -214,7 +214,7 @@ def test_stop_while_a_question_waits_for_its_turn(browser, server):
         page.wait_for_selector("#stop:visible")
         assert bubbles(page) == []
         page.click("#stop")
-        expect(page.locator("#status")).to_contain_text("waiting for others to finish")
+        expect(page.locator("#status")).to_contain_text("waiting for other answers to finish")
         page.wait_for_timeout(500)
         for other in others:
             other.close()

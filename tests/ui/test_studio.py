@@ -341,11 +341,13 @@ def test_memory_is_predicted_from_the_form(workspace, tiny_model, tmp_path):
     """With the form's options, for a model that is here; what cannot be predicted says why."""
     shutil.copytree(tiny_model, tmp_path / "tiny")
     with gr.Blocks():
-        made = training_window.Studio("en", workspace)
+        made = training_window.TrainingWindow("en", workspace)
 
     def shown(**changes) -> str:
-        values = {name: training_layout.FIELDS[name].default for name in made.inputs}
-        return made.predict(*{**values, "model_path": "tiny", "device": "cpu", **changes}.values())
+        values = {name: training_layout.FIELDS[name].default for name in made.layout.inputs}
+        return made.form.predict_memory(
+            *{**values, "model_path": "tiny", "device": "cpu", **changes}.values()
+        )
 
     assert "Predicted peak memory: " in shown()
     assert "weights 0.00" in shown()
@@ -475,7 +477,7 @@ def test_a_training_in_the_browser(window, browser, tiny_model, tmp_path):
         page.fill(batch_size=4, num_epochs=20, device="cpu", test_size=2, eval_steps=30)
         page.fill(data_path="rows.json", sample_steps=40, sample_prompts="Say red", name="mine")
         page.press("start")
-        page.page.get_by_text("mine was started.").wait_for()
+        page.page.get_by_text("mine has started.").wait_for()
         page.fill(data_path="sample/instruct.json")
         page.press("preview")
         learned = page.page.locator("#train-rows .oc-row mark").first
@@ -501,7 +503,7 @@ def test_a_training_in_the_browser(window, browser, tiny_model, tmp_path):
         os.kill(pid, signal.SIGSTOP)
         seen = page.wait("running", seen + 1)
         page.press("stop")
-        page.page.get_by_text("It saves, then stops.").wait_for()
+        page.page.get_by_text("The training saves a checkpoint, then stops.").wait_for()
         os.kill(pid, signal.SIGCONT)
         saved = page.wait("stopped", seen)
         assert (folder / f"checkpoint-{saved}").is_dir()

@@ -156,7 +156,7 @@ def test_no_text_of_others_runs_as_script(browser, address):
         page.press("preview")
         harmless("rows", BAD)
         page.press("start")
-        harmless("started", "run-1 was started.")
+        harmless("started", "run-1 has started.")
         page.wait("failed")  # a trainer that was given all of this
         harmless("card", "error: ")
         harmless("card")
