@@ -241,7 +241,7 @@ def full(server: Server, places: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("kind", "lang", "told"),
     [
-        ("turns", "en", "Too many questions are waiting: yours was not taken. Ask again in a moment."),
+        ("turns", "en", "Too many questions are waiting, so yours was not accepted. Ask again in a moment."),
         ("single", "zh", "等待回答的问题太多，您的问题未被接受，请稍后再试。"),
     ],
 )
