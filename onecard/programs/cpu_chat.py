@@ -10,6 +10,7 @@ import sys
 from onecard.config import chat as chat_config
 from onecard.config import options as config_options
 from onecard.system import commands
+from onecard.ui import packages
 
 LESS_MEMORY = "--context"  # options that need less memory with less
 
@@ -17,9 +18,7 @@ LESS_MEMORY = "--context"  # options that need less memory with less
 def main(arguments: list[str]) -> None:
     options = config_options.parse(chat_config.CpuConfig, arguments, description=__doc__)
     chat_config.check_used(options)
-    from onecard.ui import terminal_io
-
-    terminal_io.check_editor("cpu")
+    packages.check(in_terminal=True, part="cpu")
     commands.require("llama_cpp", "cpu")
     from onecard.conversion import gguf_cache
     from onecard.inference import chat

@@ -9,7 +9,7 @@ import sys
 
 from onecard.config import chat as chat_config
 from onecard.config import options as config_options
-from onecard.system import commands
+from onecard.ui import packages
 
 LESS_MEMORY = "--bits or --context"  # options that need less memory with less
 
@@ -17,12 +17,7 @@ LESS_MEMORY = "--bits or --context"  # options that need less memory with less
 def main(arguments: list[str]) -> None:
     options = config_options.parse(chat_config.ChatConfig, arguments, __doc__)
     chat_config.check_used(options)
-    if options.terminal:
-        from onecard.ui import terminal_io
-
-        terminal_io.check_editor("chat")
-    else:
-        commands.require("gradio", "chat")
+    packages.check(options.terminal)
     from onecard.conversion import gguf_cache
     from onecard.inference import chat
     from onecard.ui import terminal  # after the options: --help needs no torch

@@ -14,20 +14,9 @@ from collections.abc import Callable, Iterator
 
 from wcwidth import wcwidth
 
-from onecard.system import commands
-
 MARK, BACK = "\x1b7", "\x1b8\x1b[J"  # save the cursor's position; restore it and erase everything behind it
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # except tab and new line: a terminal would obey them
-
-
-def check_editor(part: str) -> None:
-    """Raise UserError when a terminal will be read and prompt_toolkit is not installed; a pipe needs none.
-
-    part: of the set-up that installs it. Call it before anything that takes time.
-    """
-    if in_terminal():
-        commands.require("prompt_toolkit", part)
 
 
 def tell(text: str) -> None:
