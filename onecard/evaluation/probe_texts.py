@@ -1,6 +1,6 @@
-"""Texts that try a tokenizer, prompts that try a model, and a small text to measure one on.
+"""Texts that test a tokenizer, prompts that test a model, and a small text for measuring perplexity.
 
-Always the same: a table that was printed yesterday can be compared with today's. Nothing here knows a model.
+They never change, so that the tables of two days can be compared. Nothing here knows a model.
 """
 
 import random
@@ -79,7 +79,7 @@ CODE = (
     "git commit -m 'x' && echo \"$HOME\"",
     'if __name__ == "__main__":\n\tmain()',
 )
-SCRIPTS = (  # first and last code point; the rare ones need byte fallback
+SCRIPTS = (  # first and last code point; tokenizers split the rare ones into bytes
     (0x21, 0x7E), (0xA1, 0x17F), (0x250, 0x2AF), (0x300, 0x36F), (0x370, 0x3FF),
     (0x400, 0x4FF), (0x5D0, 0x5EA), (0x620, 0x669), (0x905, 0x939), (0xE01, 0xE3A),
     (0x1100, 0x11FF), (0x2010, 0x2044), (0x2070, 0x209C), (0x2150, 0x218B), (0x2190, 0x22FF),
@@ -90,41 +90,41 @@ SCRIPTS = (  # first and last code point; the rare ones need byte fallback
 
 
 def texts(added: Sequence[str] = (), count: int = COUNT, seed: int = SEED) -> list[str]:
-    """Different texts, as many as asked: words, code, digits, emoji, runs of spaces, scripts, added tokens.
+    """`count` different texts of words, code, digits, emoji, runs of spaces, many scripts and added tokens.
 
-    added: tokens of the tokenizer that stand apart from its pieces; some texts hold them. All are in the
-    usual composed form (NFC): llama.cpp composes nothing, where some tokenizers do.
+    added: the tokens that were added to the tokenizer; some texts hold them. All texts are in the composed
+    form (NFC), because some tokenizers compose characters and llama.cpp does not.
     """
-    chance = random.Random(seed)
+    rng = random.Random(seed)
 
     def letters() -> str:
-        first, last = chance.choice(SCRIPTS)
-        return "".join(chr(chance.randint(first, last)) for _ in range(chance.randint(1, 8)))
+        first, last = rng.choice(SCRIPTS)
+        return "".join(chr(rng.randint(first, last)) for _ in range(rng.randint(1, 8)))
 
     def digits() -> str:
-        return "".join(chance.choice("0123456789") for _ in range(chance.randint(1, 12)))
+        return "".join(rng.choice("0123456789") for _ in range(rng.randint(1, 12)))
 
     kinds: list[Callable[[], str]] = [
-        lambda: chance.choice(WORDS),
-        lambda: chance.choice(EMOJI),
-        lambda: chance.choice(SPACES),
-        lambda: chance.choice(CODE),
+        lambda: rng.choice(WORDS),
+        lambda: rng.choice(EMOJI),
+        lambda: rng.choice(SPACES),
+        lambda: rng.choice(CODE),
         letters,
         digits,
-        lambda: chance.choice("!?.,;:'\"()[]{}<>|/\\@#$%^&*-_=+~`") * chance.randint(1, 5),
-        lambda: chance.choice(TEXT.split()),
+        lambda: rng.choice("!?.,;:'\"()[]{}<>|/\\@#$%^&*-_=+~`") * rng.randint(1, 5),
+        lambda: rng.choice(TEXT.split()),
     ]
     if added:
-        kinds.append(lambda: chance.choice(added))
-    found = dict.fromkeys([*kinds_alone(added), TEXT])
-    while len(found) < count:
-        joint = chance.choice(["", " ", " ", "\n"])
-        text = joint.join(chance.choice(kinds)() for _ in range(chance.randint(1, 12)))
-        found[unicodedata.normalize("NFC", text)] = None
-    return list(found)[:count]
+        kinds.append(lambda: rng.choice(added))
+    distinct = dict.fromkeys([*kinds_alone(added), TEXT])
+    while len(distinct) < count:
+        separator = rng.choice(["", " ", " ", "\n"])
+        text = separator.join(rng.choice(kinds)() for _ in range(rng.randint(1, 12)))
+        distinct[unicodedata.normalize("NFC", text)] = None
+    return list(distinct)[:count]
 
 
 def kinds_alone(added: Sequence[str]) -> list[str]:
-    """Every word, emoji, run of spaces, line of code and added token by itself, and between two words."""
+    """Every word, emoji, run of spaces, piece of code and added token alone, and some between two words."""
     alone = [*WORDS, *EMOJI, *SPACES, *CODE, *added[:100]]
     return [*alone, *(f"one{text}two" for text in (*SPACES, *added[:50]))]

@@ -91,7 +91,7 @@ def test_what_is_exported(exported, adapter):
     assert sorted(path.name for path in folder.iterdir()) == EXPORTED
     assert not list(adapter.glob(".*"))
     assert "0 of 1000 texts differ" in said[-1]
-    assert "5 of 5 answers whole" in said[-1]
+    assert "5 of 5 answers are equal" in said[-1]
     assert "FAILED" not in said[-1]
 
 

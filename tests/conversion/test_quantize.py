@@ -21,7 +21,7 @@ from onecard.config.tools import QuantizeConfig
 from onecard.conversion import quantize
 from onecard.data import template as templates
 from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, UserError
-from onecard.evaluation import eval_rows
+from onecard.evaluation import eval_rows, likelihood
 from onecard.models import base_model, quantized
 from onecard.models import tokenizer as models_tokenizer
 from tests.support import kill_points, tiny
@@ -131,16 +131,16 @@ def test_a_gptq_folder_is_what_others_load(source, by_gptq, rows, tmp_path):
     names = set(load_file(target / "model.safetensors"))
     layer = "model.layers.0.self_attn.q_proj"
     assert {f"{layer}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")} <= names
-    assert "rows        56 of" in said
+    assert "rows        56 calibration rows of" in said
     assert "size        " in said
     told = re.findall(r"^layer (\d+) +squared error (\S+), (\S+) in \S+_proj$", said, re.MULTILINE)
     assert [int(number) for number, *_ in told] == list(range(tiny.config().num_hidden_layers))
     assert all(0 < float(most) <= float(both) < 1 for _, both, most in told)
-    assert f"of 4 rows not looked at, of {rows}" in said
+    assert f"on 4 rows of {rows} that were not calibration rows" in said
     error, plain = errors(source, rows, target, rounded(source, tmp_path / "rounded", 4, 32))
     assert error < plain < 0.5
     again = quantise(source, rows, target, "--report_rows", 4, "--group_size", 32)
-    assert "is there already, made of the same" in again
+    assert "exists already and was made from the same files" in again
     assert told_of(again) == told_of(said) != []
     assert not {"logs", ".waiting"} & {path.name for path in (*target.iterdir(), *target.parent.iterdir())}
 
@@ -193,7 +193,7 @@ def test_a_bitsandbytes_folder_is_the_model_in_these_bits(source, rows, tmp_path
 def test_every_kind_loads_with_finite_logits(source, rows, tmp_path, flags):
     """X6: few bits, one row, hardly any damping, a dead input: finite, and no worse than rounding.
 
-    At the logits, on rows of the kind that were looked at; beyond them no method promises less than rounding.
+    At the logits, on rows like the calibration rows; on others no method promises less error than rounding.
     """
     whole = load_file(source / "model.safetensors")
     whole["model.embed_tokens.weight"][:, 5] = 0  # this input of the first layer is always zero
@@ -213,7 +213,7 @@ def test_every_kind_loads_with_finite_logits(source, rows, tmp_path, flags):
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_error_is_at_most_that_of_rounding(source, rows, tmp_path, bits):
-    """X6: at the logits, on rows of the kind that were looked at, with the same bits and groups."""
+    """X6: at the logits, on rows like the calibration rows, with the same bits and groups."""
     quantise(source, rows, tmp_path / "made", "--bits", bits, "--group_size", 32, "--report_rows", 0)
     error, plain = errors(source, rows, tmp_path / "made", rounded(source, tmp_path / "rounded", bits, 32))
     assert error <= plain
@@ -223,11 +223,11 @@ def test_the_error_is_at_most_that_of_rounding(source, rows, tmp_path, bits):
 @needs_library
 @pytest.mark.slow
 def test_the_demo_with_the_tool(tmp_path):
-    """GPTQ with 4 bits: the perplexity of rows not looked at is told, and hardly more than before."""
+    """GPTQ with 4 bits: the perplexity of other rows is printed, and hardly larger than before."""
     sample = ROOT / "sample" / "instruct.json"
     said = quantise("demo", sample, tmp_path / "made", "--rows", 64)
     before, after, ratio = map(
-        float, re.search(r"perplexity  ([\d.]+) -> ([\d.]+) \(ratio ([\d.]+)\) of 16 rows", said).groups()
+        float, re.search(r"perplexity  ([\d.]+) -> ([\d.]+) \(ratio ([\d.]+)\) on 16 rows", said).groups()
     )
     assert 1 < before < 100
     assert ratio == pytest.approx(after / before, abs=1e-3)
@@ -237,7 +237,7 @@ def test_the_demo_with_the_tool(tmp_path):
 def test_each_layers_error_is_told(capsys):
     """The sum of a layer's modules and the largest; a module that no row reached, in the library's words."""
     noted = [("q", 0, "0.25"), ("up", 0, "0.5"), ("q", 1, "0.125"), ("up", 1, "rtn fallback")]
-    quantize._tell_errors([{"module": m, "layer": n, "loss": loss} for m, n, loss in noted])
+    quantize._print_errors([{"module": m, "layer": n, "loss": loss} for m, n, loss in noted])
     assert capsys.readouterr().out.splitlines() == [
         "layer 1     up: rtn fallback",
         "layer 0     squared error 7.50e-01, 5.00e-01 in up",
@@ -313,8 +313,8 @@ def test_options_are_checked_before_the_weights_are_read(source, rows, tmp_path,
     assert (caught.value.code, list(tmp_path.iterdir())) == (code, [])
 
 
-def test_rows_are_needed_only_to_be_looked_at(source, tmp_path, monkeypatch):
-    """bitsandbytes without a report needs none; the sample's are found from any folder."""
+def test_rows_are_needed_only_for_calibration_and_report(source, tmp_path, monkeypatch):
+    """bitsandbytes without a report needs none; the sample file is found from any working directory."""
     monkeypatch.chdir(tmp_path)
     assert quantize._rows(bnb(source, "none.json", tmp_path / "out", report_rows=0), source) == (
         [],
@@ -345,7 +345,7 @@ def test_a_perplexity_that_is_no_number_is_refused(source, rows, tmp_path, monke
 
 @pytest.mark.parametrize(("nats", "found"), [(0.0, 1.0), (1e9, math.exp(700)), (float("inf"), float("inf"))])
 def test_perplexity_of_a_token(nats, found):
-    assert eval_rows.per_token(nats, 1) == found
+    assert likelihood.perplexity(nats, 1) == found
 
 
 def test_what_can_be_seen_has_been_measured(source, rows, tmp_path, monkeypatch, capsys):
@@ -373,7 +373,7 @@ def test_what_can_be_seen_has_been_measured(source, rows, tmp_path, monkeypatch,
 
 
 def test_a_full_disk_is_told_before_anything_is_read(source, rows, tmp_path, monkeypatch, capsys):
-    """Exit 7 with the size, before the weights are looked at and the perplexity is measured."""
+    """Exit 7 with the size, before the weights are checked and the perplexity is measured."""
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     given = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
@@ -389,8 +389,8 @@ def test_killed_at_every_operation(source, rows, tmp_path):
 
 
 def test_a_terminal_sees_how_far_it_is(source, rows, tmp_path, capsys, monkeypatch):
-    """A bar for the look at the weights and for each perplexity; a pipe gets none."""
-    titles = ("looking at weights:", "perplexity before:", "perplexity after:")
+    """A progress bar for the check of the weights and for each perplexity; a pipe gets none."""
+    titles = ("checking the weights:", "perplexity before:", "perplexity after:")
     given = {"model_path": str(source), "data_path": str(rows), "method": "bnb", "report_rows": 2}
     given |= {"device": "cpu"}
     quantize.run(build(QuantizeConfig, {**given, "output_path": str(tmp_path / "one")}))

@@ -11,7 +11,7 @@ import torch
 from onecard.config.tools import PerplexityConfig
 from onecard.conversion import gguf, gguf_cache
 from onecard.errors import DATA, UserError
-from onecard.evaluation import perplexity, probe_texts
+from onecard.evaluation import eval_rows, likelihood, merge_fidelity, perplexity, probe_texts
 from onecard.inference import transformers_engine
 from onecard.models import base_model
 from onecard.models import tokenizer as models_tokenizer
@@ -84,6 +84,25 @@ def test_score_is_the_plain_sum(base):
     shown = text.text[text.ends[0] : text.ends[-1]]
     assert (found.characters, found.bytes) == (len(shown), len(shown.encode()))
     assert found.perplexity == pytest.approx(math.exp(nats / 149), rel=1e-6)
+
+
+def test_rows_and_texts_have_the_same_perplexity(base):
+    """A text in one window and a row with the same tokens as targets: one figure, to the last digit."""
+    tokenizer = models_tokenizer.load_tokenizer(str(base))
+    model = base_model.load_base(str(base), 16, "fp32", "cpu").eval()
+    text = perplexity.encode(tokenizer, "red green été 🙂 " * 20, most=60)
+    score = perplexity.score(transformers_engine.Engine(model, tokenizer, 64), text, 64)
+    rows = [(text.ids, [False] + [True] * 59)]
+    assert eval_rows.perplexity(model, rows, "cpu", "") == score.perplexity
+    assert merge_fidelity.outcome(model, rows, "cpu")[0] == score.perplexity
+
+
+@pytest.mark.parametrize("nats", [0.0, 3.5, 1e9, math.inf, math.nan])
+def test_a_score_and_rows_agree_on_extreme_figures(nats):
+    """An infinite loss is an infinite perplexity, and not the largest finite one."""
+    figures = [perplexity.Score(nats, 2, 5, 7).perplexity, likelihood.perplexity(nats, 2)]
+    assert figures[0] == figures[1] or all(map(math.isnan, figures))
+    assert math.isfinite(figures[0]) == math.isfinite(nats)
 
 
 def test_perplexity_is_the_same_in_both_engines(files, base, adapter, tmp_path):
