@@ -1,8 +1,10 @@
 """LLaMA's two layouts: the original one (consolidated.NN.pth, params.json) and that of transformers.
 
-Names, shapes, how a tensor is cut into shards, the order of the rotary rows, and the settings of both. It
-opens no weights, and tells which layout a folder has and which files hold its weights. V tokens, D width, F
-width of the feed-forward part, d = D / heads, K = d * KV heads.
+This file knows the names and shapes of the tensors, how they are cut into shards, the order of their rotary
+rows, and the settings of both layouts. It says which layout a folder has and which files hold its weights. It
+opens no file of weights.
+
+Shapes: V tokens, D width of the model, F width of the feed-forward part, d = D / heads, K = d * KV heads.
 """
 
 import dataclasses
@@ -18,9 +20,9 @@ from onecard.hub.model_files import MODEL_CONFIG
 PARAMS = "params.json"
 TO_HF, TO_META = "hf", "meta"
 
-COMPUTED = "rope.freqs"  # a table that both layouts compute; old files carry it
+COMPUTED = "rope.freqs"  # a table of rotary frequencies in old files, which are computed today
 NEEDED = ("dim", "n_layers", "n_heads", "norm_eps")
-KNOWN = {
+SETTINGS = {
     *NEEDED,
     "n_kv_heads",
     "vocab_size",
@@ -32,12 +34,13 @@ KNOWN = {
     "max_seq_len",
     "max_batch_size",
 }
-PLAIN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}  # what the original layout has
+# settings of transformers that the original layout cannot express, and the values that it implies
+PLAIN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A LLaMA model: sizes, and what its rotary embedding looks like."""
+    """The sizes of a LLaMA model and the settings of its rotary embedding."""
 
     dim: int
     layers: int
@@ -47,17 +50,22 @@ class Shape:
     vocab: int
     norm_eps: float
     theta: float = 10000.0
-    scaling: dict[str, Any] | None = None  # LLaMA 3.1's, in transformers' words
-    length: int = 2048  # tokens
+    scaling: dict[str, Any] | None = None  # of LLaMA 3.1, in the terms of transformers
+    length: int = 2048  # tokens of the longest context
 
     @property
     def head_dim(self) -> int:
+        """The size d of a head."""
         return self.dim // self.heads
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A tensor of the model: its names, its whole shape, the dimension shards cut it along, rotary rows."""
+    """A tensor of the model: its name in both layouts, and its whole shape.
+
+    cut: the dimension along which shards cut it, None when each shard has all of it. rotary: whether the two
+    layouts order its rows differently, as the rotary embedding needs them.
+    """
 
     hf: str
     meta: str
@@ -67,12 +75,15 @@ class Weight:
 
 
 def weights(shape: Shape, embedding_cut: int) -> list[Weight]:
-    """Every tensor of an untied model, in the order of its layers; the head is the last."""
+    """Every tensor of an untied model, in the order of its layers; the head is the last.
+
+    embedding_cut: the dimension along which shards cut the embedding, 0 or 1.
+    """
     d, kv, f = shape.dim, shape.kv_heads * shape.head_dim, shape.hidden
-    made = [Weight("model.embed_tokens.weight", "tok_embeddings.weight", (shape.vocab, d), embedding_cut)]
+    tensors = [Weight("model.embed_tokens.weight", "tok_embeddings.weight", (shape.vocab, d), embedding_cut)]
     for n in range(shape.layers):
         hf, meta = f"model.layers.{n}.", f"layers.{n}."
-        made += [
+        tensors += [
             Weight(f"{hf}self_attn.q_proj.weight", f"{meta}attention.wq.weight", (d, d), 0, rotary=True),
             Weight(f"{hf}self_attn.k_proj.weight", f"{meta}attention.wk.weight", (kv, d), 0, rotary=True),
             Weight(f"{hf}self_attn.v_proj.weight", f"{meta}attention.wv.weight", (kv, d), 0),
@@ -83,13 +94,13 @@ def weights(shape: Shape, embedding_cut: int) -> list[Weight]:
             Weight(f"{hf}input_layernorm.weight", f"{meta}attention_norm.weight", (d,)),
             Weight(f"{hf}post_attention_layernorm.weight", f"{meta}ffn_norm.weight", (d,)),
         ]
-    made.append(Weight("model.norm.weight", "norm.weight", (d,)))
-    made.append(Weight("lm_head.weight", "output.weight", (shape.vocab, d), 0))
-    return made
+    tensors.append(Weight("model.norm.weight", "norm.weight", (d,)))
+    tensors.append(Weight("lm_head.weight", "output.weight", (shape.vocab, d), 0))
+    return tensors
 
 
 def part(weight: Weight, shards: int) -> tuple[int, ...]:
-    """Shape of one of `shards` equal pieces; raises UserError when it cannot be cut so."""
+    """The shape of one of `shards` equal pieces; raises UserError when the tensor cannot be cut like that."""
     if weight.cut is None:
         return weight.shape
     if weight.shape[weight.cut] % shards:
@@ -99,7 +110,7 @@ def part(weight: Weight, shards: int) -> tuple[int, ...]:
 
 
 def check_shards(shape: Shape, shards: int) -> None:
-    """Raise UserError unless each shard gets whole heads, and all tensors can be cut."""
+    """Raise UserError unless every shard gets whole heads and all tensors can be cut into equal pieces."""
     if shape.heads % shards or shape.kv_heads % shards:
         problem = f"{shape.heads} heads and {shape.kv_heads} KV heads cannot be divided among {shards}."
         raise UserError(f"--num_shards {shards}: {problem}", "Use fewer shards.")
@@ -108,56 +119,61 @@ def check_shards(shape: Shape, shards: int) -> None:
 
 
 def to_halves(rows: Any, head_dim: int) -> Any:
-    """Rows [n * d, D] of q or k from pairs (x0 y0 x1 y1 ...) to halves (x0 x1 ... y0 y1 ...)."""
+    """Reorder the rows [n * d, D] of q or k of n heads from pairs to halves.
+
+    The original layout has pairs (x0 y0 x1 y1 ...), transformers has halves (x0 x1 ... y0 y1 ...).
+    """
     pairs = rows.view(-1, head_dim // 2, 2, rows.shape[1])
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
 def to_pairs(rows: Any, head_dim: int) -> Any:
-    """The way back."""
+    """Reorder the rows [n * d, D] of q or k of n heads from halves to pairs, the inverse of to_halves."""
     halves = rows.view(-1, 2, head_dim // 2, rows.shape[1])
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
 def feed_forward(dim: int, multiple_of: int, multiplier: float | None) -> int:
-    """F as the original code computes it: two thirds of 4 D, times a factor, up to a multiple."""
+    """F as the original code computes it: two thirds of 4 D, times a factor, rounded up to a multiple."""
     wide = int(2 * (4 * dim) / 3)
     wide = int(multiplier * wide) if multiplier is not None else wide
     return multiple_of * math.ceil(wide / multiple_of)
 
 
 def from_params(params: dict[str, Any], path: Path, vocab: int) -> Shape:
-    """params.json -> Shape; vocab: rows of the embedding, which -1 in old files stands for.
+    """The shape that params.json describes.
 
-    Raises UserError (exit 4) for what is missing, unknown or does not fit together.
+    path: of the file, for messages; vocab: rows of the embedding, because old files have the size -1. Raises
+    UserError (exit 4) for settings that are missing, unknown or do not fit together.
     """
 
-    def wrong(problem: str, fix: str = "Fetch it again.") -> UserError:
+    def wrong(problem: str, fix: str = "Download it again.") -> UserError:
         return UserError(f"{path}: {problem}.", fix, CHECKPOINT)
 
-    missing, unknown = [name for name in NEEDED if name not in params], sorted(params.keys() - KNOWN)
+    missing, unknown = [name for name in NEEDED if name not in params], sorted(params.keys() - SETTINGS)
     if missing or unknown:
-        raise wrong(f"{missing[0]} is missing" if missing else f"{unknown[0]} is not an option of LLaMA's")
+        name = (missing or unknown)[0]
+        raise wrong(f"{name} is missing" if missing else f"{name} is not a setting of LLaMA models")
     try:
         dim, layers, heads = (_whole(params, name) for name in ("dim", "n_layers", "n_heads"))
         kv_heads = _whole(params, "n_kv_heads") if params.get("n_kv_heads") is not None else heads
         multiple, multiplier = int(params.get("multiple_of", 256)), params.get("ffn_dim_multiplier")
         theta, eps = float(params.get("rope_theta", 10000.0)), float(params["norm_eps"])
         hidden = feed_forward(dim, multiple, None if multiplier is None else float(multiplier))
-        named = int(params.get("vocab_size", -1))
+        vocab_size = int(params.get("vocab_size", -1))
         factor = float(params.get("rope_scaling_factor") or 0)
         length = int(params.get("max_seq_len") or 0)
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
-        raise wrong(f"has a setting that is no number, or of the wrong size ({error})") from None
+        raise wrong(f"a setting is not a number or has a wrong size ({error})") from None
     if heads % kv_heads or dim % heads or dim // heads % 2 or hidden < 1 or theta <= 0:
         raise wrong(f"dim {dim}, n_heads {heads}, n_kv_heads {kv_heads} do not fit together")
-    if named not in (-1, vocab):
-        raise wrong(f"vocab_size {named}, but the embedding has {vocab} rows")
+    if vocab_size not in (-1, vocab):
+        raise wrong(f"vocab_size is {vocab_size}, but the embedding has {vocab} rows")
     scaling = None
     if params.get("use_scaled_rope"):
         if not factor:
             fix = 'Add "rope_scaling_factor": 8 for LLaMA 3.1 and 3.3, or 32 for 3.2.'
-            raise wrong("use_scaled_rope without rope_scaling_factor", fix)
+            raise wrong("it has use_scaled_rope, but no rope_scaling_factor", fix)
         scaling = {
             "rope_type": "llama3",
             "factor": factor,
@@ -177,7 +193,7 @@ def _whole(params: dict[str, Any], name: str) -> int:
 
 
 def _length(theta: float, eps: float, is_scaled: bool) -> int:
-    """Longest context, which params.json does not say: by what tells the generations apart."""
+    """The longest context in tokens, which params.json lacks; other settings show the generation."""
     if is_scaled:
         return 131072  # LLaMA 3.1 and later
     if theta > 10000.0:
@@ -186,7 +202,7 @@ def _length(theta: float, eps: float, is_scaled: bool) -> int:
 
 
 def to_params(shape: Shape) -> dict[str, Any]:
-    """Shape -> params.json, with only the settings that the model's generation knows."""
+    """The content of params.json for a shape, with only the settings that this generation of models has."""
     multiple, multiplier = _multiples(shape)
     params: dict[str, Any] = {"dim": shape.dim}
     params |= {} if multiplier is None else {"ffn_dim_multiplier": multiplier}
@@ -200,7 +216,7 @@ def to_params(shape: Shape) -> dict[str, Any]:
 
 
 def _multiples(shape: Shape) -> tuple[int, float | None]:
-    """multiple_of and ffn_dim_multiplier that give F."""
+    """(multiple_of, ffn_dim_multiplier) from which feed_forward computes F."""
     candidates = [
         m for m in (256, 4096, 2048, 1024, 512, 128, 64, 32, 16, 8, 4, 2, 1) if not shape.hidden % m
     ]
@@ -217,10 +233,13 @@ def _multiples(shape: Shape) -> tuple[int, float | None]:
 
 
 def from_config(config: dict[str, Any], path: Path) -> Shape:
-    """config.json of transformers -> Shape; raises UserError (exit 2) for what the other layout has not."""
+    """The shape that config.json of transformers describes; path: of the file, for messages.
+
+    Raises UserError: exit 2 for settings that the original layout cannot express, 4 for a damaged file.
+    """
     if config.get("architectures") != ["LlamaForCausalLM"] and config.get("model_type") != "llama":
-        problem = f"{path}: a {config.get('model_type')} model."
-        raise UserError(problem, "Only LLaMA models have an original layout.")
+        problem = f"{path}: a model of the type {config.get('model_type')} has no original layout."
+        raise UserError(problem, "Only LLaMA models have one.")
     other = [name for name, plain in PLAIN.items() if config.get(name, plain) != plain]
     other += ["quantization_config"] if config.get("quantization_config") else []
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
@@ -232,14 +251,15 @@ def from_config(config: dict[str, Any], path: Path) -> Shape:
         if kind not in ("default", "llama3"):
             other.append(f"rope_type {kind}")
         if other:
-            problem = f"{path}: has {', '.join(other)}, which the original layout has not."
-            raise UserError(problem, "It cannot be written there.")
+            problem = f"{path}: the original layout cannot express {', '.join(other)}."
+            raise UserError(problem, "Keep this model in the layout of transformers.")
         scaling = None
         if kind == "llama3":
             names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
             scaling = {"rope_type": "llama3", **{name: rope[name] for name in names}}
             if [scaling[name] for name in names[1:]] != [1, 4, 8192]:
-                raise UserError(f"{path}: a rope scaling of its own.", "It cannot be written there.")
+                problem = f"{path}: the original layout cannot express the factors of its rope scaling."
+                raise UserError(problem, "Keep this model in the layout of transformers.")
         return Shape(
             dim,
             config["num_hidden_layers"],
@@ -253,13 +273,15 @@ def from_config(config: dict[str, Any], path: Path) -> Shape:
             config.get("max_position_embeddings", 2048),
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{path}: damaged or incomplete ({error!r}).", "Fetch it again.", CHECKPOINT
-        ) from None
+        problem = f"{path} is damaged or incomplete ({error!r})."
+        raise UserError(problem, "Download it again.", CHECKPOINT) from None
 
 
 def to_config(shape: Shape, dtype: str, tied: bool, ids: dict[str, Any]) -> dict[str, Any]:
-    """Shape -> config.json of transformers; dtype: as in float16; ids: of the special tokens."""
+    """The content of transformers' config.json for a shape.
+
+    dtype: a name like float16; tied: whether the head is the embedding; ids: bos_token_id and the like.
+    """
     rope = {"rope_theta": shape.theta, **(shape.scaling or {"rope_type": "default"})}
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -279,7 +301,7 @@ def to_config(shape: Shape, dtype: str, tied: bool, ids: dict[str, Any]) -> dict
         "num_key_value_heads": shape.kv_heads,
         "rms_norm_eps": shape.norm_eps,
         "rope_parameters": rope,
-        "rope_theta": shape.theta,  # where older versions look
+        "rope_theta": shape.theta,  # older versions of transformers look here
         **({"rope_scaling": shape.scaling} if shape.scaling else {}),
         "tie_word_embeddings": tied,
         "use_cache": True,
@@ -289,7 +311,7 @@ def to_config(shape: Shape, dtype: str, tied: bool, ids: dict[str, Any]) -> dict
 
 
 def layout_of(folder: Path) -> str:
-    """Which layout a folder has; raises UserError (exit 2) when it has neither."""
+    """Which layout a folder has, TO_HF or TO_META; raises UserError (exit 2) when it has neither."""
     if any(folder.glob("consolidated*.pth")) or (folder / PARAMS).is_file():
         return TO_META
     if (folder / MODEL_CONFIG).is_file():
@@ -299,33 +321,39 @@ def layout_of(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights, none of them opened; raises UserError when one is missing or too many."""
+    """The files with the weights; it opens none of them.
+
+    Raises UserError (exit 4) when a file is missing, or when there is one too many.
+    """
     if layout_of(folder) == TO_HF:
         files = model_files.files_of(folder)
         strange = sorted(set(folder.glob("model*.safetensors")) - set(files))
         if strange:
-            problem = f"{strange[0]}: is not one of the model's files."
-            raise UserError(problem, "Two downloads in one folder? Move it away.", CHECKPOINT)
+            problem = f"{strange[0]} does not belong to the model in its folder."
+            raise UserError(problem, "Move the file away; it may come from another download.", CHECKPOINT)
         return files
-    found = sorted(folder.glob("consolidated*"))
-    wanted = [folder / f"consolidated.{number:02d}.pth" for number in range(len(found))]
-    if not found:
-        raise UserError(f"{folder}: consolidated.00.pth is missing.", "Fetch it again.", CHECKPOINT)
-    if found != wanted:
-        odd = next(path for path in found if path not in wanted)
-        missing = next(path.name for path in wanted if path not in found)
-        problem = f"{folder}: {missing} is missing, and {odd.name} is there."
-        raise UserError(problem, "Shards are numbered from 00, without gaps.", CHECKPOINT)
+    present = sorted(folder.glob("consolidated*"))
+    expected = [folder / f"consolidated.{number:02d}.pth" for number in range(len(present))]
+    if not present:
+        raise UserError(f"{folder}: consolidated.00.pth is missing.", "Download it again.", CHECKPOINT)
+    if present != expected:
+        odd = next(path for path in present if path not in expected)
+        missing = next(path.name for path in expected if path not in present)
+        problem = f"{folder}: there is {odd.name}, but {missing} is missing."
+        fix = "The files of a model are numbered from 00 without gaps; download the missing ones."
+        raise UserError(problem, fix, CHECKPOINT)
     if not (folder / PARAMS).is_file():
-        raise UserError(f"{folder}: {PARAMS} is missing.", "Fetch it again.", CHECKPOINT)
-    return found
+        raise UserError(f"{folder}: {PARAMS} is missing.", "Download it again.", CHECKPOINT)
+    return present
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises UserError (exit 4) when there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}).", "Fetch it again.", CHECKPOINT) from None
+        problem = f"{path} cannot be read ({error})."
+        raise UserError(problem, "Download it again.", CHECKPOINT) from None
     return content

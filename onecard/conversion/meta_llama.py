@@ -1,7 +1,7 @@
-"""LLaMA folders from the original layout to transformers', back, and into other numbers of shards.
+"""Converts LLaMA folders between the original layout and that of transformers, and between numbers of files.
 
-The files are read by a child process with limits, in blocks: hostile ones run nothing, and memory is a few
-blocks whatever the size of the model. This process checks what came out and makes it visible, as a whole.
+A child process with limits reads the files in blocks. So a hostile file cannot run code, and the memory is a
+few blocks for a model of any size. This process checks the result and then makes the folder visible at once.
 """
 
 from collections.abc import Callable
@@ -22,21 +22,25 @@ from onecard.system.console import Progress, say
 
 FLAG = "--output_dir"
 WEIGHTS, TOKENIZER = "weights", "tokenizer"
-# each a process; the first is not imported here, as it brings torch
+# modules of the child processes; the first is not imported here, because it imports torch
 MODULES = {WEIGHTS: "onecard.conversion.meta_weights", TOKENIZER: meta_tokenizer.__name__}
 SMALL = 64 << 20  # bytes for tokenizer and settings
 Work = Callable[[dict[str, Any], Callable[[dict[str, Any]], None], int], None]
 
 
-def in_child(request: dict[str, Any], told: Callable[[dict[str, Any]], None], keep: int) -> None:
-    sandbox.work(MODULES[request["step"]], request, told, keep)
+def in_child(request: dict[str, Any], report: Callable[[dict[str, Any]], None], keep: int) -> None:
+    """Do one step, WEIGHTS or TOKENIZER, in a child process; report(message) takes what it says on the way.
+
+    keep: a file descriptor that stays open in the child.
+    """
+    sandbox.work(MODULES[request["step"]], request, report, keep)
 
 
 def run(options: ConvertConfig, progress: Progress, work: Work = in_child) -> None:
-    """Convert a folder; progress(done, all) in bytes; work: how the files are read.
+    """Convert a folder. progress(done, total) gets bytes; work: does one step, as in_child does.
 
-    Raises UserError: exit 2 for options and folders, 4 for files that are damaged, missing or do not fit, 6
-    without memory, 7 without room, 8 for a file that would run code.
+    Raises UserError: exit 2 for wrong options and folders, 4 for files that are damaged, missing or do not
+    fit, 6 when the memory does not suffice, 7 when the disk does not, 8 for a file that could run code.
     """
     if options.tokenizer_only:
         config_options.refuse_idle(options, {"num_shards": "for weights, not for --tokenizer_only"})
@@ -55,9 +59,9 @@ def run(options: ConvertConfig, progress: Progress, work: Work = in_child) -> No
     beside = [path for path in map(source.joinpath, [*small, "../tokenizer.model"]) if path.is_file()]
     made_of = output_folder.record("convert_llama", settings, [*files, *beside])
     if output_folder.is_made(target, made_of, FLAG):
-        say(f"{target} is there already, made of the same files, by sizes and times: nothing to do.")
+        say(f"{target} exists already and was made from the same files (same sizes and times).")
         return
-    # a tied head is written once more in the original layout; twice the embedding would be far too much
+    # the original layout holds a tied head once more; a quarter of the weights is more than enough for it
     needed = sum(path.stat().st_size for path in files) * 5 // 4 + SMALL
     with output_folder.making(target, needed, made_of, FLAG) as (place, lock):
         request = {
@@ -65,11 +69,11 @@ def run(options: ConvertConfig, progress: Progress, work: Work = in_child) -> No
             "folder": str(place),
             "to": options.to,
             "num_shards": shards,
-            # of address space: the largest file is mapped to read its table of contents, or to write it
+            # bytes of address space: the largest file is mapped when its table of contents is read or written
             "limit": max([path.stat().st_size for path in files] + [needed // (shards or needed)]),
         }
         _fill(request, place, options.tokenizer_only, lock, progress, work)
-    say(f"{target} is whole.")
+    say(f"The converted model is in {target}.")
 
 
 def _fill(
@@ -80,58 +84,63 @@ def _fill(
     progress: Progress,
     work: Work,
 ) -> None:
-    to, told, tokens = request["to"], {}, {}
+    to, state, tokenizer_report = request["to"], {}, {}
     if tokenizer_only:
         source = Path(request["source"])
         path = meta_tokenizer.find(source, beside=not (source / model_files.MODEL_CONFIG).is_file())
         say(f"tokenizer   {path} ({meta_tokenizer.kind(path)})")
-        alone = {"step": TOKENIZER, "tokenizer": str(path), "length": None, "later": False}
-        work({**request, **alone}, tokens.update, lock)
+        step = {"step": TOKENIZER, "tokenizer": str(path), "length": None, "later": False}
+        work({**request, **step}, tokenizer_report.update, lock)
         return
 
-    def report(news: dict[str, Any]) -> None:
-        told.update(news)
-        if "done" in news:
-            progress(news["done"], told["size"])
-        if "shape" in news:
-            _say_found(news, to)
-            length, later = news["shape"]["length"], bool(news["shape"]["scaling"])
-            more = {"step": TOKENIZER, "tokenizer": news["tokenizer"], "length": length, "later": later}
-            told["waiting"] = beside.submit(work, {**request, **more}, tokens.update, lock)
+    def report(message: dict[str, Any]) -> None:
+        state.update(message)
+        if "done" in message:
+            progress(message["done"], state["size"])
+        if "shape" in message:
+            _say_found(message, to)
+            length, later = message["shape"]["length"], bool(message["shape"]["scaling"])
+            step = {"step": TOKENIZER, "tokenizer": message["tokenizer"], "length": length, "later": later}
+            state["waiting"] = beside.submit(work, {**request, **step}, tokenizer_report.update, lock)
 
-    with ThreadPoolExecutor(1) as beside:  # the tokenizer's process, while the weights go by
+    with ThreadPoolExecutor(1) as beside:  # for the tokenizer's process, while the weights are written
         work({**request, "step": WEIGHTS}, report, lock)
-        told["waiting"].result()
-    shape = meta_layout.Shape(**told["shape"])
+        state["waiting"].result()
+    shape = meta_layout.Shape(**state["shape"])
     if to == TO_HF:
-        _check_headers(place, shape, told["tied"])
-        settings = meta_layout.to_config(shape, told["dtype"], told["tied"], tokens["ids"])
+        _check_headers(place, shape, state["tied"])
+        settings = meta_layout.to_config(shape, state["dtype"], state["tied"], tokenizer_report["ids"])
         system_files.write_json(place / model_files.MODEL_CONFIG, settings)
-        ids = {name: tokens["ids"][name] for name in ("bos_token_id", "eos_token_id")}
+        ids = {name: tokenizer_report["ids"][name] for name in ("bos_token_id", "eos_token_id")}
         system_files.write_json(place / "generation_config.json", {"_from_model_config": True, **ids})
     else:
         system_files.write_json(place / meta_layout.PARAMS, meta_layout.to_params(shape))
-    say(f"written     {told['written'] / 2**30:.2f} GiB of weights")
+    say(f"written     {state['written'] / 2**30:.2f} GiB of weights")
 
 
-def _say_found(news: dict[str, Any], to: str) -> None:
-    say(f"tokenizer   {news['tokenizer']} ({news['kind']})")
-    for line in news["said"]:
-        say(f"found       {line}")
-    if to == TO_HF and not news["length_is_said"]:
-        length = news["shape"]["length"]
-        say(f"context     {length} tokens: by its other settings, {meta_layout.PARAMS} does not say it")
+def _say_found(message: dict[str, Any], to: str) -> None:
+    say(f"tokenizer   {message['tokenizer']} ({message['kind']})")
+    for line in message["notes"]:
+        say(f"note        {line}")
+    if to == TO_HF and not message["length_is_said"]:
+        length = message["shape"]["length"]
+        reason = f"derived from other settings, because {meta_layout.PARAMS} does not say it"
+        say(f"context     {length} tokens ({reason})")
     if to != TO_HF:
-        say(f"embedding   cut along its {'tokens, as LLaMA 3 has it' if news['cut'] == 0 else 'width'}")
+        say(f"embedding   cut along its {'tokens, as in LLaMA 3' if message['cut'] == 0 else 'width'}")
 
 
 def _check_headers(place: Path, shape: meta_layout.Shape, tied: bool) -> None:
-    """Whether the child wrote the tensors that config.json promises; this process trusts only the headers."""
-    wanted = {weight.hf: list(weight.shape) for weight in meta_layout.weights(shape, 0)}
+    """Raise UserError (exit 4) unless the files hold the tensors that config.json promises.
+
+    The child process may have read a hostile file, so its word is not trusted.
+    """
+    expected = {weight.hf: list(weight.shape) for weight in meta_layout.weights(shape, 0)}
     if tied:
-        del wanted["lm_head.weight"]
-    found = {}
+        del expected["lm_head.weight"]
+    written = {}
     for path in model_files.files_of(place):
-        found |= {name: entry["shape"] for name, entry in safetensors_file.read(path)[1].items()}
-    if found != wanted:
-        raise UserError(f"{place}: other tensors were written than planned.", "Check the disk.", CHECKPOINT)
+        written |= {name: entry["shape"] for name, entry in safetensors_file.read(path)[1].items()}
+    if written != expected:
+        problem = f"{place}: the files do not hold the tensors that were planned."
+        raise UserError(problem, "Check the disk, and the model's files.", CHECKPOINT)

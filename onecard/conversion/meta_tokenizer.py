@@ -1,6 +1,7 @@
-"""LLaMA's tokenizer.model -> the files transformers reads. Runs in a child process.
+"""Converts LLaMA's tokenizer.model into the files that transformers reads. It runs in a child process.
 
-LLaMA 1 and 2 have a SentencePiece model, LLaMA 3 a list of byte strings with their ranks (tiktoken's format).
+The tokenizer of LLaMA 1 and 2 is a SentencePiece model; that of LLaMA 3 is a list of byte strings with their
+ranks, in the format of tiktoken.
 """
 
 import base64
@@ -17,8 +18,8 @@ from onecard.system import sandbox
 
 NAME, ORIGINAL = "tokenizer.model", "original"
 SENTENCEPIECE, RANKS = "sentencepiece", "tiktoken"
-SPECIAL = 256  # tokens of LLaMA 3 behind its ranks
-SPLIT = (  # LLaMA 3's, as published with its code
+SPECIAL = 256  # number of special tokens of LLaMA 3, whose ids follow the ranks
+SPLIT = (  # how LLaMA 3 splits a text into words, as published with its code
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -34,17 +35,21 @@ SAMPLES = (
 
 
 def find(folder: Path, beside: bool) -> Path:
-    """tokenizer.model of a model folder; beside: also next to it, where LLaMA 1 keeps it for all sizes."""
-    places = [folder / NAME, folder / ORIGINAL / NAME, *([folder.parent / NAME] if beside else [])]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        problem = f"{folder}: has no {NAME}."
-        raise UserError(problem, "Put the model's own there; another one's would not fit.", CHECKPOINT)
-    return found
+    """The path of tokenizer.model for a model folder.
+
+    beside: look next to the folder too, where LLaMA 1 has one file for all sizes. Raises UserError (exit 4)
+    when there is none.
+    """
+    candidates = [folder / NAME, folder / ORIGINAL / NAME, *([folder.parent / NAME] if beside else [])]
+    path = next((place for place in candidates if place.is_file()), None)
+    if path is None:
+        problem = f"{folder}: the folder has no {NAME}."
+        raise UserError(problem, f"Put the {NAME} of this model into the folder.", CHECKPOINT)
+    return path
 
 
 def kind(path: Path) -> str:
-    """SentencePiece's, or tiktoken's lines of text."""
+    """The format of the file, SENTENCEPIECE or RANKS."""
     with open(path, "rb") as file:
         fields = file.readline(1 << 12).split()
     try:
@@ -60,31 +65,32 @@ def check_size(path: Path, vocab: int) -> None:
     """Raise UserError (exit 4) unless the tokenizer has as many tokens as the embedding has rows."""
     count = len(_ranks(path)) + SPECIAL if kind(path) == RANKS else _pieces(path).get_piece_size()
     if count != vocab:
-        problem = f"{path}: has {count} tokens, the embedding {vocab} rows."
-        raise UserError(problem, "Put the model's own tokenizer there.", CHECKPOINT)
+        problem = f"{path}: the tokenizer has {count} tokens, but the embedding has {vocab} rows."
+        raise UserError(problem, "Replace it by the tokenizer of this model.", CHECKPOINT)
 
 
 def write(path: Path, folder: Path, length: int | None, later: bool) -> dict[str, Any]:
     """Write the tokenizer into a folder; returns the ids of its special tokens for config.json.
 
-    later: LLaMA 3.1 and later, which named some of the reserved tokens. Raises UserError (exit 4) when what
-    was written does not give SentencePiece's own tokens.
+    length: tokens of the longest context, None when it is not known; later: the model is LLaMA 3.1 or later,
+    where some of the reserved tokens have names. Raises UserError (exit 4) when the file is damaged, or when
+    the written tokenizer gives other tokens than SentencePiece.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     is_ranks = kind(path) == RANKS
     core, names = _from_ranks(path, later) if is_ranks else _from_pieces(path)
     longest = {} if length is None else {"model_max_length": length}
-    made = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, clean_up_tokenization_spaces=False, **names, **longest
     )
-    made.save_pretrained(folder)
-    place = folder / ORIGINAL if is_ranks else folder  # where the models' own repositories have them
-    place.mkdir(exist_ok=True)
-    shutil.copyfile(path, place / NAME)
+    tokenizer.save_pretrained(folder)
+    original_folder = folder / ORIGINAL if is_ranks else folder  # as in the models' repositories
+    original_folder.mkdir(exist_ok=True)
+    shutil.copyfile(path, original_folder / NAME)
     if not is_ranks:
-        own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        _check_same(_pieces(path), own, path)
+        written = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        _check_same(_pieces(path), written, path)
     ids = {f"{name}_id": core.token_to_id(token) for name, token in names.items()}
     return {name: number for name, number in ids.items() if name != "unk_token_id"}
 
@@ -96,9 +102,8 @@ def _pieces(path: Path) -> Any:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError, TypeError) as error:
         reason = str(error).replace("\n", " ")[:100]
-        raise UserError(
-            f"{path}: no SentencePiece model ({reason}).", "Fetch it again.", CHECKPOINT
-        ) from None
+        problem = f"{path} is no SentencePiece model ({reason})."
+        raise UserError(problem, "Download it again.", CHECKPOINT) from None
 
 
 def _from_pieces(path: Path) -> tuple[Any, dict[str, str]]:
@@ -109,15 +114,17 @@ def _from_pieces(path: Path) -> tuple[Any, dict[str, str]]:
     numbers = {"unk": pieces.unk_id(), "bos": pieces.bos_id(), "eos": pieces.eos_id(), "pad": pieces.pad_id()}
     names = {f"{name}_token": pieces.id_to_piece(n) for name, n in numbers.items() if n >= 0}
     if not {"unk_token", "bos_token", "eos_token"} <= names.keys():
-        raise UserError(f"{path}: has no begin, end or unknown token.", "It is no LLaMA's.", CHECKPOINT)
+        problem = f"{path}: the tokenizer has no BOS, EOS or unknown token, so it is not one of LLaMA."
+        raise UserError(problem, "Replace it by the tokenizer of this model.", CHECKPOINT)
     try:
-        with tempfile.TemporaryDirectory() as place:
-            shutil.copyfile(path, Path(place) / NAME)
-            core = LlamaTokenizer.from_pretrained(place, **names).backend_tokenizer
-    except Exception as error:  # whatever its converter stumbles over
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copyfile(path, Path(folder) / NAME)
+            core = LlamaTokenizer.from_pretrained(folder, **names).backend_tokenizer
+    except Exception as error:  # its converter may raise anything for a file of another kind
         reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
-        raise UserError(f"{path}: cannot be converted ({reason}).", "It is no LLaMA's.", CHECKPOINT) from None
-    # SentencePiece puts its mark before every text; transformers leaves it out where there is a space already
+        problem = f"{path} cannot be converted, so it is not a tokenizer of LLaMA ({reason})."
+        raise UserError(problem, "Replace it by the tokenizer of this model.", CHECKPOINT) from None
+    # SentencePiece puts its mark before every text, transformers only before texts without a space in front
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     core.pre_tokenizer = None
     bos = names["bos_token"]
@@ -127,12 +134,13 @@ def _from_pieces(path: Path) -> tuple[Any, dict[str, str]]:
     return core, names
 
 
-def _check_same(pieces: Any, made: Any, path: Path) -> None:
+def _check_same(pieces: Any, tokenizer: Any, path: Path) -> None:
     for text in SAMPLES:
-        wanted, given = pieces.encode(text), made(text, add_special_tokens=False).input_ids
-        if wanted != given:
-            problem = f"{path}: {text!r} would be {given} in transformers, and is {wanted}."
-            raise UserError(problem, "It is not of the kind LLaMA has; it was not converted.", CHECKPOINT)
+        expected, actual = pieces.encode(text), tokenizer(text, add_special_tokens=False).input_ids
+        if expected != actual:
+            ids = f"SentencePiece encodes {text!r} as {expected}, transformers would encode it as {actual}"
+            problem = f"{path} was not converted, because it is no tokenizer of LLaMA's kind: {ids}."
+            raise UserError(problem, "Replace it by the tokenizer of this model.", CHECKPOINT)
 
 
 def _ranks(path: Path) -> dict[bytes, int]:
@@ -140,25 +148,25 @@ def _ranks(path: Path) -> dict[bytes, int]:
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except (ValueError, binascii.Error) as error:
-        raise UserError(f"{path}: damaged ({error}).", "Fetch it again.", CHECKPOINT) from None
+        raise UserError(f"{path} is damaged ({error}).", "Download it again.", CHECKPOINT) from None
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([n]) not in ranks for n in range(256)):
-        raise UserError(f"{path}: damaged (ranks are missing).", "Fetch it again.", CHECKPOINT)
+        raise UserError(f"{path} is damaged (ranks are missing).", "Download it again.", CHECKPOINT)
     return ranks
 
 
 def specials(later: bool) -> list[str]:
-    """LLaMA 3's special tokens in the order of their ids."""
+    """The special tokens of LLaMA 3 in the order of their ids; later: as in `write`."""
     named = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
     if later:
         named |= {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
-    made, reserved = [], 0
+    names, reserved = [], 0
     for number in range(SPECIAL):
         if number in named:
-            made.append(f"<|{named[number]}|>")
+            names.append(f"<|{named[number]}|>")
         else:
-            made.append(f"<|reserved_special_token_{reserved}|>")
+            names.append(f"<|reserved_special_token_{reserved}|>")
             reserved += 1
-    return made
+    return names
 
 
 def _from_ranks(path: Path, later: bool) -> tuple[Any, dict[str, str]]:
@@ -170,11 +178,11 @@ def _from_ranks(path: Path, later: bool) -> tuple[Any, dict[str, str]]:
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
         halves = [(token[:at], token[at:]) for at in range(1, len(token))]
-        known = [(one, two) for one, two in halves if one in ranks and two in ranks]
-        known.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [(written[one], written[two]) for one, two in known]
+        mergeable = [(one, two) for one, two in halves if one in ranks and two in ranks]
+        mergeable.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(written[one], written[two]) for one, two in mergeable]
     vocab = {written[token]: rank for token, rank in ranks.items()}
-    # a piece that is a token is that token, whether or not merges lead to it: as tiktoken does
+    # like tiktoken, a piece that is a token becomes this token even if no merges lead to it
     core = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -195,7 +203,7 @@ def _from_ranks(path: Path, later: bool) -> tuple[Any, dict[str, str]]:
 
 
 def work(request: dict[str, Any], tell: Callable[..., None]) -> None:
-    """What the child does: the tokenizer into the new folder."""
+    """The work of the child process: write the tokenizer into the new folder, and report its ids."""
     path, target = Path(request["tokenizer"]), Path(request["folder"])
     if request["to"] == TO_HF:
         tell(ids=write(path, target, request["length"], request["later"]))

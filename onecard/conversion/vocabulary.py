@@ -1,7 +1,7 @@
-"""A base model's vocabulary: pieces added to the tokenizer, and embedding rows that fit it.
+"""The vocabulary of a base model: adds pieces to its tokenizer, and rows for them to its embedding.
 
-Only the shards with embeddings are rewritten; other shards and files beside them are copied, so memory is one
-shard. Weights in other formats and sub-folders are left out.
+Only the files that hold embeddings are rewritten, and all others are copied, so that no more than one file of
+weights is in memory. Weights in other formats and sub-folders are not copied.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ from onecard.system.console import say
 
 TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
 WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
-LONGEST_PIECE = 16  # characters; longer ones are no pieces of a vocabulary
+LONGEST_PIECE = 16  # characters; a longer line is running text by mistake
 
 
 def extend_vocab(options: VocabConfig) -> None:
-    """Write a tokenizer with the pieces of --pieces or the characters of --characters, and say what it saves.
+    """Write a tokenizer with the pieces of --pieces or the characters of --characters, and print the saving.
 
-    Raises UserError.
+    Raises UserError: exit 2 for wrong options, 3 for files that cannot be used, 7 when the disk is full.
     """
     target = Path(options.output_path)
     _check_new(target)
@@ -53,14 +53,17 @@ def extend_vocab(options: VocabConfig) -> None:
     say(f"{len(pieces)} pieces, {len(added)} added; the others are single tokens already.")
     say(f"vocabulary  {size} -> {len(tokenizer)} tokens")
     of, fewer = options.sample_text or "the pieces themselves", 100 * (1 - after / before)
-    say(f"on {of}: {before:.3f} -> {after:.3f} tokens a character ({fewer:.1f} % fewer)")
+    say(f"on {of}: {before:.3f} -> {after:.3f} tokens per character ({fewer:.1f} % fewer)")
     with _whole(target) as place:
         tokenizer.save_pretrained(place)
     say(f"The tokenizer is in {target}. Next: {commands.name('prepare-base')} --tokenizer_path {target}")
 
 
 def prepare_base_model(options: PrepareConfig) -> None:
-    """Write a model with special tokens and rows for all tokens, and say how many; raises UserError."""
+    """Write a model that has the special tokens and an embedding row for every token, and print the numbers.
+
+    Raises UserError as `prepare` does, and when the output folder exists already.
+    """
     target = Path(options.output_path)
     _check_new(target)
     source = Path(locate.fetch_model(options.model_path))
@@ -81,7 +84,7 @@ def _check_new(target: Path) -> None:
 
 
 def _pieces(options: VocabConfig) -> list[str]:
-    """What is to be added; raises UserError (exit 3) when it is nothing."""
+    """The pieces to add; raises UserError (exit 3) when there are none."""
     if options.pieces:
         pieces = pieces_of(Path(options.pieces))
         source, fix = f"--pieces {options.pieces}", "Give one piece a line."
@@ -95,7 +98,10 @@ def _pieces(options: VocabConfig) -> list[str]:
 
 @contextlib.contextmanager
 def _whole(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` when the block ends well; UserError (exit 7) of the disk."""
+    """A folder to fill, which is renamed to `target` when the block ends without an error.
+
+    Raises UserError (exit 7) when the disk refuses something.
+    """
     try:
         with whole_folder.stage(target) as (place, _):
             _check_new(target)  # another program may have made it while this one waited
@@ -116,20 +122,24 @@ def text_of(flag: str, path: str) -> str:
 
 
 def pieces_of(path: Path) -> list[str]:
-    """Pieces from a text file, one a line, or from a SentencePiece model: its texts without the word mark."""
+    """The pieces of a text file with one per line, or of a SentencePiece model.
+
+    Of a SentencePiece model, pieces that begin a word (with its mark ▁) are left out. Raises UserError
+    (exit 3) when the file cannot be used.
+    """
     if not path.is_file():
         raise UserError(f"--pieces {path}: no such file.", "Name a text file or a SentencePiece model.", DATA)
     if path.suffix == ".model":
         import sentencepiece
 
         try:
-            pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             problem = f"--pieces {path}: no SentencePiece model ({str(error)[:100]})."
             raise UserError(problem, "Name a text file or a SentencePiece model.", DATA) from None
-        numbers = range(pieces.get_piece_size())
-        found = [pieces.id_to_piece(i) for i in numbers if not (pieces.is_control(i) or pieces.is_byte(i))]
-        return [piece for piece in found if "▁" not in piece and piece != "<unk>"]
+        numbers = range(model.get_piece_size())
+        texts = [model.id_to_piece(i) for i in numbers if not (model.is_control(i) or model.is_byte(i))]
+        return [piece for piece in texts if "▁" not in piece and piece != "<unk>"]
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -143,45 +153,49 @@ def pieces_of(path: Path) -> list[str]:
 
 
 def characters_of(text: str, least: int) -> list[str]:
-    """Characters beyond ASCII that a text holds at least `least` times, most frequent first."""
+    """The characters outside of ASCII that a text holds at least `least` times, the most frequent first."""
     counts = Counter(c for c in text if not c.isascii() and not c.isspace())
     return [character for character, count in counts.most_common() if count >= least]
 
 
 def extend(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[str]) -> list[str]:
-    """Add the pieces that take more than one token so far; returns those that were added."""
-    known = tokenizer.get_vocab()
-    new = [
+    """Add the pieces that need more than one token so far to the tokenizer; returns them."""
+    vocabulary = tokenizer.get_vocab()
+    added = [
         piece
         for piece in dict.fromkeys(pieces)
-        if piece not in known and len(tokenizer(piece, add_special_tokens=False).input_ids) > 1
+        if piece not in vocabulary and len(tokenizer(piece, add_special_tokens=False).input_ids) > 1
     ]
-    tokenizer.add_tokens(new)
-    return new
+    tokenizer.add_tokens(added)
+    return added
 
 
 def check_spaces(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, pieces: list[str]) -> None:
-    """Raise UserError when a piece inside a word comes back with a space that was not there."""
+    """Raise UserError when the new tokenizer puts a space before a piece in the middle of a word.
+
+    old, new: the tokenizer without and with the pieces.
+    """
     text = "".join(f"a{piece}" for piece in pieces if " " not in piece) + "a"
-    read = [one.decode(one(text, add_special_tokens=False).input_ids).strip() for one in (old, new)]
-    if " " in read[1] and " " not in read[0]:
+    decoded = [one.decode(one(text, add_special_tokens=False).input_ids).strip() for one in (old, new)]
+    if " " in decoded[1] and " " not in decoded[0]:
         problem = "This tokenizer puts a space before every added piece, in the middle of words too."
         fix = 'Write "prepend_scheme": "first" instead of "always" into its tokenizer.json.'
         raise UserError(problem, fix)
 
 
 def add_special(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
-    """Add special tokens that are not there; `<pad>` also becomes the padding token."""
-    known = tokenizer.get_vocab()
-    new = [token for token in tokens if token not in known]
-    tokenizer.add_tokens(new, special_tokens=True)  # their ids in the order given
+    """Add the special tokens that the tokenizer lacks; a new `<pad>` also becomes the padding token."""
+    vocabulary = tokenizer.get_vocab()
+    new = [token for token in tokens if token not in vocabulary]
+    tokenizer.add_tokens(new, special_tokens=True)  # their ids follow this order
     if "<pad>" in new:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    others = [token for token in tokens if token != "<pad>"]  # known ones too, which may be ordinary so far
+    others = [token for token in tokens if token != "<pad>"]  # also those that are ordinary tokens so far
     tokenizer.add_special_tokens({"extra_special_tokens": others}, replace_extra_special_tokens=False)
 
 
 def tokens_per_character(tokenizer: PreTrainedTokenizerBase, text: str) -> float:
+    """How many tokens the text needs, divided by its length in characters."""
     return len(tokenizer(text, add_special_tokens=False).input_ids) / max(1, len(text))
 
 
@@ -192,27 +206,34 @@ def prepare(
     target: Path,
     multiple: int,
 ) -> tuple[int, int, int]:
-    """Write the model of `source` for the tokenizer `new`; returns (rows before, new rows, rows after).
+    """Write the model in `source` for the tokenizer `new`; returns (rows before, new rows, rows after).
 
-    The rows of tokens that `new` has beyond `old` are the mean of old's rows, in the input embedding and in
-    an untied head; rows beyond len(new), up to a multiple, are zero. Everything else is copied byte for byte.
-    The target appears when it is whole. Raises UserError.
+    In the input embedding and in an untied head, the row of a token that `old` lacks is the mean of all rows
+    of old's tokens. Further rows, up to a multiple of `multiple`, are zero. All other data is copied byte for
+    byte. The target appears only when it is complete. Raises UserError: exit 2 when an old token has another
+    id in `new`, 4 when the model is damaged or does not fit the tokenizer `old`, 7 when the disk is full.
     """
-    known, wanted = old.get_vocab(), new.get_vocab()
-    moved = next((token for token, number in known.items() if wanted.get(token) != number), None)
+    old_ids, new_ids = old.get_vocab(), new.get_vocab()
+    moved = next((token for token, number in old_ids.items() if new_ids.get(token) != number), None)
     if moved is not None:
-        problem = f"The tokenizers do not belong together: {moved!r} has another id, or none, in the new one."
+        problem = (
+            f"The new tokenizer does not extend the model's own: {moved!r} has another id, or none, in it."
+        )
         raise UserError(problem, f"Extend this model's own tokenizer with {commands.name('extend-vocab')}.")
-    ids, added = sorted(known.values()), sorted(set(wanted.values()) - set(known.values()))
+    ids, added = (
+        sorted(old_ids.values()),
+        sorted(set(new_ids.values()) - set(old_ids.values())),
+    )
     bare = base_model.skeleton(str(source), base_model.load_config(str(source)))
     tensor_files.check_whole(source, tensor_files.of_folder(source), bare)
     names = _embedding_names(bare)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     files = _shards(source)
-    held = {name for shard in files.values() for name in shard}
-    missing = sorted(set(names) - held)
+    tensor_names = {name for shard in files.values() for name in shard}
+    missing = sorted(set(names) - tensor_names)
     if missing:
-        raise UserError(f"{source}: its weights lack {missing[0]}.", "Fetch the model again.", CHECKPOINT)
+        problem = f"{source}: the tensor {missing[0]} is missing in its weights."
+        raise UserError(problem, "Download the model again.", CHECKPOINT)
     with _whole(target) as place:
         rows = after = 0
         for file, shard in tqdm(files.items(), desc="writing shards", unit="shard", disable=None):
@@ -223,46 +244,51 @@ def prepare(
             for name in set(names) & set(shard):
                 rows = len(tensors[name])
                 if rows <= max(ids):
-                    problem = f"{source}: its embedding has {rows} rows, its tokenizer ids up to {max(ids)}."
-                    raise UserError(problem, "Model and tokenizer do not belong together.", CHECKPOINT)
+                    problem = (
+                        f"{source}: its tokenizer has ids up to {max(ids)}, its embedding only {rows} rows."
+                    )
+                    raise UserError(problem, "Put the model's own tokenizer into the folder.", CHECKPOINT)
                 tensors[name] = resized(tensors[name], ids, added, multiple)
                 after = len(tensors[name])
             save_file(tensors, place / file, metadata=metadata)
-        for path in source.iterdir():  # the tokenizer's own files are written anew below
-            kept = path.suffix not in WEIGHT_FILES and not path.name.startswith(TOKENIZER)
-            if path.is_file() and path.name not in files and kept:
+        for path in source.iterdir():  # the files of the tokenizer are written below
+            belongs = path.suffix not in WEIGHT_FILES and not path.name.startswith(TOKENIZER)
+            if path.is_file() and path.name not in files and belongs:
                 shutil.copyfile(path, place / path.name)
         new.save_pretrained(place)
         system_files.write_json(place / "config.json", {**config, **_ids(new, config), "vocab_size": after})
         generation = place / "generation_config.json"
         if generation.is_file():
-            known = json.loads(generation.read_text(encoding="utf-8"))
-            system_files.write_json(generation, {**known, **_ids(new, known)})
+            settings = json.loads(generation.read_text(encoding="utf-8"))
+            system_files.write_json(generation, {**settings, **_ids(new, settings)})
         if (source / INDEX).is_file():
             _index(source / INDEX, place, files)
     return rows, len(added), after
 
 
 def resized(weight: torch.Tensor, old: list[int], new: list[int], multiple: int) -> torch.Tensor:
-    """Embedding [rows, H]: rows of the old ids kept, of the new ones their mean, all others zero."""
+    """The embedding [rows, H] with the rows of the old ids, their mean for each new id, and zeros elsewhere.
+
+    old, new: ids; the number of rows is a multiple of `multiple`, and never smaller than before.
+    """
     needed = max(len(weight), *(number + 1 for number in (0, *new)))
     rows = -(-needed // multiple) * multiple
-    made = weight.new_zeros(rows, weight.shape[1])
-    made[old] = weight[old]
-    made[new] = weight[old].float().mean(dim=0).to(weight.dtype)
-    return made
+    result = weight.new_zeros(rows, weight.shape[1])
+    result[old] = weight[old]
+    result[new] = weight[old].float().mean(dim=0).to(weight.dtype)
+    return result
 
 
 def _embedding_names(bare: torch.nn.Module) -> list[str]:
-    """Names of the input embedding and, where it is not the same tensor, of the head."""
-    wanted = [bare.get_input_embeddings().weight]
+    """The names of the input embedding and, unless it is tied to it, of the head."""
+    weights = [bare.get_input_embeddings().weight]
     if not bare.config.tie_word_embeddings:
-        wanted.append(bare.get_output_embeddings().weight)
-    return [name for name, p in bare.named_parameters() if any(p is weight for weight in wanted)]
+        weights.append(bare.get_output_embeddings().weight)
+    return [name for name, p in bare.named_parameters() if any(p is weight for weight in weights)]
 
 
 def _shards(source: Path) -> dict[str, list[str]]:
-    """File -> names of its tensors, of a model in safetensors."""
+    """File name -> names of its tensors, for the safetensors files of a model."""
     return {path.name: list(tensor_files.of_file(path)) for path in model_files.files_of(source)}
 
 
@@ -271,16 +297,18 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, known: dict[str, Any]) -> dict[str, int]:
-    """The ids of special tokens that the configuration names, or that the tokenizer alone has."""
+def _ids(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) -> dict[str, int]:
+    """The ids of the tokenizer's special tokens for a config, except where the config has a list of ids."""
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return {
-        key: value for key, value in ids.items() if value is not None and not isinstance(known.get(key), list)
+        key: value
+        for key, value in ids.items()
+        if value is not None and not isinstance(config.get(key), list)
     }
 
 
 def _index(source: Path, folder: Path, files: dict[str, list[str]]) -> None:
-    """The index with the size that the shards now have."""
+    """Write the index of `source` into the folder, with the total size that its files have now."""
     index = json.loads(source.read_text(encoding="utf-8"))
     total = sum(tensor.size for file in files for tensor in tensor_files.of_file(folder / file).values())
     index.setdefault("metadata", {})["total_size"] = total

@@ -1,6 +1,6 @@
-"""Base model in 16, 8 or 4 bits, through transformers and bitsandbytes.
+"""The base model in 16, 8 or 4 bits, loaded with transformers and bitsandbytes.
 
-It does not know rows, steps or run folders.
+This file knows no rows, no optimizer steps and no run folders.
 """
 
 import copy
@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    PretrainedConfig,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -27,7 +28,7 @@ from onecard.system import build_lock
 from onecard.system import safetensors as safetensors_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# settings that change logits or attention, and their values that do not
+# settings that change the logits or the attention, and the values with which they change nothing
 PLAIN = {
     "logits_scaling": 1,
     "logit_scale": 1,
@@ -37,13 +38,15 @@ PLAIN = {
 SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 
 
-MIXED = 0.1  # of a hidden state's norm; rounding moves it by a hundredth at most, another document by a half
+# share of a hidden state's norm: rounding changes at most a hundredth of it, another document about a half
+MIXED = 0.1
 
 
 def identity_files(path: str) -> dict[str, list[Path]]:
-    """The files that make a base what it is, as `tokenizer` and `weights`.
+    """The files that determine what a base model does, under the keys `tokenizer` and `weights`.
 
-    Weights that a snapshot in the hub's cache lacks are fetched.
+    When the path is a snapshot in the hub's cache that lacks weights, they are downloaded first. Raises
+    UserError when that fails.
     """
     folder, names = Path(path), (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
     try:
@@ -58,8 +61,12 @@ def identity_files(path: str) -> dict[str, list[Path]]:
     }
 
 
-def load_config(path: str, code: Consent | None = None) -> Any:
-    """transformers config of a base model; raises UserError when there is none."""
+def load_config(path: str, code: Consent | None = None) -> PretrainedConfig:
+    """The transformers config of a base model; raises UserError when there is none.
+
+    code, here and below: the user's consent to run Python code of the model; without it, a model that needs
+    its own code is refused (exit 8).
+    """
     try:
         if code:
             return code.read(AutoConfig)
@@ -68,11 +75,12 @@ def load_config(path: str, code: Consent | None = None) -> Any:
         raise cannot_load(path, "its config.json", error) from None
 
 
-def skeleton(path: str, config: Any, code: Consent | None = None) -> torch.nn.Module:
-    """The model without its weights, on the meta device; raises UserError when its config gives none.
+def skeleton(path: str, config: PretrainedConfig, code: Consent | None = None) -> torch.nn.Module:
+    """The model without its weights, on the meta device; raises UserError when the config describes no model.
 
-    Its dtype is torch's default, whatever the config says: transformers would make the config's the default
-    of the whole process meanwhile, and another thread may compute. The config stays as it is.
+    Its dtype is torch's default dtype, whatever the config says: for the config's dtype, transformers would
+    change the default of the whole process for a moment, in which another thread may compute. The config is
+    not changed.
     """
     try:
         with build_lock.alone(), torch.device("meta"):
@@ -84,11 +92,13 @@ def skeleton(path: str, config: Any, code: Consent | None = None) -> torch.nn.Mo
         raise cannot_load(path, "a causal language model from its config.json", error) from None
 
 
-def check_architecture(path: str, config: Any, shape: LoraShape, code: Consent | None = None) -> int:
-    """Number of parameters that will be trained; no weight is read.
+def check_architecture(
+    path: str, config: PretrainedConfig, shape: LoraShape, code: Consent | None = None
+) -> int:
+    """The number of parameters that will be trained; no weights are read.
 
-    Raises UserError when a target module is not in the model, or when the model is of a kind whose logits or
-    attention are not the plain ones that models/loss.py and models/packed_attention.py compute.
+    Raises UserError when a target module is not in the model, or when the model scales or caps its logits or
+    its attention in a way that models/loss.py and models/packed_attention.py do not compute.
     """
     strange = [name for name, plain in PLAIN.items() if getattr(config, name, plain) not in (plain, None)]
     if strange:
@@ -100,12 +110,12 @@ def check_architecture(path: str, config: Any, shape: LoraShape, code: Consent |
     if shape.what != models_adapter.EMBEDDINGS:
         _check_targets(bare, shape)
     with torch.device("meta"):
-        made = models_adapter.add_adapter(bare, shape, seed=0)
-    return sum(p.numel() for p in trainable.trainable(made))
+        adapted = models_adapter.add_adapter(bare, shape, seed=0)
+    return sum(p.numel() for p in trainable.trainable(adapted))
 
 
 def _check_targets(bare: torch.nn.Module, shape: LoraShape) -> None:
-    """Raise UserError naming the target modules that are not there, and those that are."""
+    """Raise UserError that names the target modules that the model lacks, and the ones that it has."""
     head = bare.get_output_embeddings()
     linear = {
         name: module
@@ -116,14 +126,14 @@ def _check_targets(bare: torch.nn.Module, shape: LoraShape) -> None:
     everything = targets == models_adapter.ALL_LINEAR
     missing = [t for t in targets if not everything and not models_adapter.matches(t, linear)]
     if missing or not targets:
-        wrong = ", ".join(missing) or "no name given"
-        found = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+        absent = ", ".join(missing) or "no name given"
+        available = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
         raise UserError(
-            f"--lora_target_modules: {wrong}: not in this model.", f"Found: {found}; or all-linear."
+            f"--lora_target_modules: {absent}: not in this model.", f"Found: {available}; or all-linear."
         )
 
 
-def check_window(path: str, config: Any, longest: int) -> None:
+def check_window(path: str, config: PretrainedConfig, longest: int) -> None:
     """Raise UserError when the model's attention window is shorter than the longest row (tokens)."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window and window < longest:
@@ -138,21 +148,26 @@ def load_base(
     bits: int,
     dtype: str,
     device: str,
-    config: Any = None,
+    config: PretrainedConfig | None = None,
     cards: dict[int | str, str] | None = None,
     to_train: bool = False,
     code: Consent | None = None,
 ) -> torch.nn.Module:
-    """Frozen causal language model with per-document attention and frozen products.
+    """A frozen causal language model whose 8-bit and 4-bit layers keep no activations.
 
-    bits 8: LLM.int8 row-wise weights; bits 4: NF4 with double quantisation (QLoRA, arXiv 2305.14314); weights
-    that are already quantised (GPTQ, AWQ) stay as they are. config: changed from the folder's; device "all":
-    spread over all cards, at most as much on each as `cards` says. to_train: an adapter on top of it.
+    bits: 16; 8 means weights in int8 row by row (LLM.int8, arXiv 2208.07339); 4 means NF4 with double
+    quantisation (QLoRA, arXiv 2305.14314). Weights that are quantised already (GPTQ, AWQ) stay as they are.
+    dtype: a key of DTYPES. config: used in place of the folder's own. device: as torch names it, or "all" for
+    all GPUs; cards: the most memory of each of them, as accelerate's max_memory. to_train: an adapter on top
+    of the model will be trained.
+
+    Raises UserError: exit 2 when there is no model, 4 when it is damaged or lacks weights, 6 when it does not
+    fit on the GPUs, 8 when its weights or its own code could run code.
     """
     torch_dtype = DTYPES[dtype]
-    given = config or load_config(path, code)
-    quantisation = quantized.how_to_read(path, given, to_train)
-    plain = not quantized.method(given)
+    model_config = config or load_config(path, code)
+    quantisation = quantized.how_to_read(path, model_config, to_train)
+    plain = not quantized.method(model_config)
     if plain and bits == 8:
         quantisation = BitsAndBytesConfig(load_in_8bit=True)
     elif plain and bits == 4:
@@ -162,25 +177,25 @@ def load_base(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch_dtype,
         )
-    settings = {
+    arguments = {
         "output_loading_info": True,
         "dtype": torch_dtype,
         "device_map": "auto" if device == "all" else {"": device},
     }
-    if quantisation is not None:  # None would be written over what the folder's config says
-        settings["quantization_config"] = quantisation
+    if quantisation is not None:  # None would replace the setting of the folder's config
+        arguments["quantization_config"] = quantisation
     if config is not None:
-        settings["config"] = config
+        arguments["config"] = config
     if cards:
-        settings["max_memory"] = cards
+        arguments["max_memory"] = cards
     _refuse_pickles(path)
     safetensors_file.check(_weight_files(path))
     try:
-        base, found = _with_attention(path, "sdpa", settings, code)
+        base, loading_info = _with_attention(path, "sdpa", arguments, code)
     except NOT_A_MODEL as error:
         raise cannot_load(path, "its weights", error) from None
-    missing = sorted(found["missing_keys"])
-    if missing:  # transformers would draw them at random
+    missing = sorted(loading_info["missing_keys"])
+    if missing:  # transformers would initialise them at random
         problem = f"--model_path {path}: {len(missing)} of its weights are missing, {missing[0]} first."
         raise UserError(problem, "Download or convert it again.", CHECKPOINT)
     base.requires_grad_(False)
@@ -189,16 +204,19 @@ def load_base(
 
 
 def _weight_files(path: str) -> list[Path]:
-    """The safetensors files that transformers will read; raises UserError for an index that leads away."""
-    found = identity_files(path)["weights"]
-    folder = found[0].parent if found else Path(path)
+    """The safetensors files that transformers will read.
+
+    Raises UserError for an index that names files outside of the folder.
+    """
+    weights = identity_files(path)["weights"]
+    folder = weights[0].parent if weights else Path(path)
     if (folder / model_files.INDEX).is_file():
         return model_files.files_of(folder)
-    return [file for file in found if file.suffix == ".safetensors"]
+    return [file for file in weights if file.suffix == ".safetensors"]
 
 
 def _refuse_pickles(path: str) -> None:
-    """Raise UserError (exit 8) for a folder whose weights are pickled only."""
+    """Raise UserError (exit 8) for a folder that holds its weights only as pickles."""
     folder = Path(path)
     names = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(folder.glob(pattern))]
     if folder.is_dir() and names and not any(folder.glob("*.safetensors")):
@@ -206,11 +224,12 @@ def _refuse_pickles(path: str) -> None:
         raise UserError(problem, "Take the model in safetensors, or have it converted.", UNSAFE)
 
 
-def stretched(path: str, config: Any, how: str, factor: float) -> Any:
-    """The config for contexts `factor` times longer: "yarn" (arXiv 2309.00071) or "dynamic" (NTK-aware).
+def stretched(path: str, config: PretrainedConfig, how: str, factor: float) -> PretrainedConfig:
+    """The config, changed in place for contexts that are `factor` times longer.
 
-    The rotation is the longest context's from the first token on, so that no answer crosses from one rotation
-    to another while its keys are kept. Raises UserError for models without rotary embeddings.
+    how: "yarn" (arXiv 2309.00071) or "dynamic" (NTK-aware scaling). From the first token on, the rotation is
+    that of the longest context: an answer never changes to another rotation while the cache holds keys with
+    the first one. Raises UserError for models without rotary embeddings, or with scaled ones.
     """
     inner = config.get_text_config()
     rope = getattr(inner, "rope_parameters", None)
@@ -237,7 +256,10 @@ def stretched(path: str, config: Any, how: str, factor: float) -> Any:
 def _with_attention(
     path: str, name: str, settings: dict[str, Any], code: Consent | None
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The base with this attention, or with its only one (BLOOM's)."""
+    """The base with this attention (or "eager" where it has no other, like BLOOM), and the loading info.
+
+    settings: further arguments of from_pretrained.
+    """
     settings = {**settings, "use_safetensors": True, "attn_implementation": name}
     try:
         with build_lock.alone():
@@ -251,9 +273,10 @@ def _with_attention(
 
 
 def prepare_for_packed_training(model: Any, checkpointing: bool) -> bool:
-    """Packed attention, and recomputation of each layer's activations when `checkpointing`.
+    """Switch the model to packed attention, and to gradient checkpointing when `checkpointing` is set.
 
-    Returns False for a model whose attention cannot be packed: it keeps its own, and its rows stand alone.
+    model: with or without an adapter. Returns False for a model whose attention cannot be packed: it keeps
+    its own attention, and its rows must be given to it one by one.
     """
     base = trainable.base_of(model)
     own = base.config._attn_implementation
@@ -270,23 +293,26 @@ def prepare_for_packed_training(model: Any, checkpointing: bool) -> bool:
 
 @torch.no_grad()
 def _documents_are_apart(model: Any) -> bool:
-    """Whether the second of two packed documents comes out as it does alone: seen, not believed."""
+    """Whether the second of two packed documents gives the same hidden states as it does alone.
+
+    This is measured, because a model may accept the documents' lengths and ignore them.
+    """
     decoder = trainable.base_of(model).get_decoder()
     device, lengths = next(model.parameters()).device, (7, 6)
     ids = torch.arange(2, 2 + sum(lengths), device=device)[None] % model.get_input_embeddings().num_embeddings
-    places = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
     model.eval()
     try:
-        both, alone = (
+        packed, alone = (
             decoder(
                 input_ids=ids[:, first:],
-                position_ids=places[:, first:],
+                position_ids=positions[:, first:],
                 document_lengths=documents,
                 use_cache=False,
             ).last_hidden_state.float()
             for first, documents in ((0, lengths), (lengths[0], lengths[1:]))
         )
-    except (TypeError, ValueError):  # it does not hand the documents' lengths through
+    except (TypeError, ValueError):  # the model does not pass the documents' lengths on to its attention
         return False
-    apart = (both[:, lengths[0] :] - alone).norm() / alone.norm()
-    return apart.item() < MIXED
+    difference = (packed[:, lengths[0] :] - alone).norm() / alone.norm()
+    return difference.item() < MIXED

@@ -1,4 +1,4 @@
-"""Why a base model cannot be loaded, from what transformers raises: the message and the exit code."""
+"""Turns what transformers raises for a base model that cannot be loaded into a message and an exit code."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from onecard.errors import CHECKPOINT, MEMORY, USAGE, UserError, first_line
 from onecard.hub import remote_code
 
-# what transformers raises for folders that hold no model, or a damaged one
+# what transformers raises for a folder that holds no model or a damaged one
 NOT_A_MODEL = (
     *(OSError, ValueError, KeyError, TypeError, RecursionError),
     *(SafetensorError, StrictDataclassError),
@@ -18,7 +18,11 @@ NOT_A_MODEL = (
 
 
 def cannot_load(path: str, what: str, error: Exception) -> UserError:
-    """The refusal, for an error of NOT_A_MODEL: exit 8 for code, 6 without room, 4 for damage, else 2."""
+    """The error for the user. path: the model; what: the part of it that cannot be loaded.
+
+    error: one of NOT_A_MODEL. The exit code is 8 for a model that needs its own code, 6 for one that does not
+    fit into memory, 4 for a damaged one, and 2 otherwise.
+    """
     if "trust_remote_code" in str(error):
         return remote_code.needs_consent(path, what)
     if remote_code.NO_ROOM in str(error):
@@ -31,7 +35,7 @@ def cannot_load(path: str, what: str, error: Exception) -> UserError:
 
 
 def _should_load(path: str) -> bool:
-    """Whether a folder has settings and weights of a kind that transformers has: they are damaged."""
+    """Whether a folder has settings and weights of a kind that transformers knows, which must be damaged."""
     folder = Path(path)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors*")):
         return False

@@ -1,9 +1,10 @@
-"""Tensors in torch's zip files (.pth), read and written a few rows at a time. Runs in a child process.
+"""Tensors in the zip files that torch writes (.pth), read and written a few rows at a time.
 
-torch itself reads the table of contents, with its restricted unpickler (tensors and plain values only), and
-writes it, with skip_data, which leaves room for the tensors. The data in between lies uncompressed, so only
-its place is needed: records of the zip and storages of the tensors come in the same order, and that they
-have the same sizes and distances is checked.
+It runs in a child process. torch itself reads the table of contents with its restricted unpickler, which
+allows tensors and plain values only. torch also writes the table, with skip_data, which leaves room for the
+tensors. The data is not compressed, so reading a tensor needs only its offset in the file: the records of the
+zip file and the storages of the tensors come in the same order, and this file checks that their sizes and
+distances agree.
 """
 
 import dataclasses
@@ -20,104 +21,111 @@ from torch.serialization import skip_data
 from onecard.errors import CHECKPOINT, UNSAFE, UserError, is_out_of_memory
 from onecard.models.tensor_files import StoredTensor
 
-LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's record: mark, ..., length of the name, of what follows
-MARK = b"PK\x03\x04"
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a record: signature, ..., lengths of name and extra field
+SIGNATURE = b"PK\x03\x04"
 
 
 def of_file(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a .pth file and where each lies.
+    """The tensors of a .pth file, and where each lies in it.
 
-    Raises UserError: exit 8 when the file is no zip or asks for more than tensors, 4 when it is damaged.
+    Raises UserError: exit 8 when the file is no zip file or could run code, exit 4 when it is damaged or
+    holds something other than contiguous tensors with names.
     """
     if not _is_zip(path):
-        problem = f"{path}: not in torch's zip format; older formats can run code when they are read."
-        fix = "Have somebody who trusts it save it again with torch.save."
+        problem = f"{path} is not in torch's zip format, and a file in an older format can run code."
+        fix = "Ask somebody who trusts the file to save it again with torch.save."
         raise UserError(problem, fix, UNSAFE)
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         reason = str(error).replace("\n", " ")[:200]
-        raise UserError(f"{path}: would run code: {reason}.", "It was not loaded.", UNSAFE) from None
+        problem = f"{path} was not loaded, because it could run code: {reason}."
+        raise UserError(problem, "Take the model in safetensors.", UNSAFE) from None
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, OSError):
             raise
         reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
-        raise UserError(f"{path}: damaged ({reason}).", "Fetch it again.", CHECKPOINT) from None
-    plain = isinstance(held, dict) and all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in held.items()
+        raise _damaged(path, reason) from None
+    plain = isinstance(tensors, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     )
     if not plain:
-        raise UserError(f"{path}: holds something else than tensors by name.", "", CHECKPOINT)
-    scattered = next((name for name, tensor in held.items() if not tensor.is_contiguous()), None)
+        problem = f"{path} holds something other than tensors with names."
+        raise UserError(problem, "Save only the model's state_dict with torch.save.", CHECKPOINT)
+    scattered = next((name for name, tensor in tensors.items() if not tensor.is_contiguous()), None)
     if scattered:
-        problem = f"{path}: {scattered} is a view into a larger tensor."
+        problem = f"{path}: {scattered} is not contiguous, it is a view of a larger tensor."
         raise UserError(problem, "Save each tensor with .contiguous().clone().", CHECKPOINT)
-    places = _places(path, held)
+    offsets = _offsets(path, tensors)
     return {
         name: StoredTensor(
             name,
             tensor.dtype,
             tuple(tensor.shape),
             path,
-            places[tensor.untyped_storage().data_ptr()] + tensor.storage_offset() * tensor.dtype.itemsize,
+            offsets[tensor.untyped_storage().data_ptr()] + tensor.storage_offset() * tensor.dtype.itemsize,
         )
-        for name, tensor in held.items()
+        for name, tensor in tensors.items()
     }
+
+
+def _damaged(path: Path, reason: object) -> UserError:
+    return UserError(f"{path} is damaged ({reason}).", "Download it again.", CHECKPOINT)
 
 
 def _is_zip(path: Path) -> bool:
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
-        return True  # one that says odd things of itself: damaged
+        return True  # a zip file that is damaged
 
 
-def _places(path: Path, held: dict[str, torch.Tensor]) -> dict[int, int]:
-    """Address of each mapped storage -> where its bytes lie in the file."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held.values()}
+def _offsets(path: Path, tensors: dict[str, torch.Tensor]) -> dict[int, int]:
+    """Memory address of each mapped storage -> offset of its bytes in the file."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
     addresses = sorted(address for address, size in storages.items() if size)
     records = [record for record in _records(path) if record[1]]
-    same = len(addresses) == len(records) and all(
-        storages[address] == size and address - addresses[0] == place - records[0][0]
-        for address, (place, size) in zip(addresses, records, strict=True)
+    fits = len(addresses) == len(records) and all(
+        storages[address] == size and address - addresses[0] == offset - records[0][0]
+        for address, (offset, size) in zip(addresses, records, strict=True)
     )
-    if not same:
-        raise UserError(f"{path}: its tensors do not lie where they should.", "Fetch it again.", CHECKPOINT)
-    found = {address: place for address, (place, _) in zip(addresses, records, strict=True)}
-    return {**dict.fromkeys(storages, 0), **found}  # of an empty storage any place will do
+    if not fits:
+        raise _damaged(path, "its tensors do not lie where its table of contents says")
+    offsets = {address: offset for address, (offset, _) in zip(addresses, records, strict=True)}
+    return {**dict.fromkeys(storages, 0), **offsets}  # an empty storage needs no offset
 
 
 def _records(path: Path) -> list[tuple[int, int]]:
-    """(place, size) of the data of each storage in the file, in the file's order."""
-    found = []
+    """(offset, size) of the data of each storage, in the order of the file."""
+    records = []
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
             entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
             for entry in (entry for entry in entries if "/data/" in entry.filename):
                 if entry.compress_type != zipfile.ZIP_STORED:
-                    raise UserError(f"{path}: is compressed.", "Save it with torch.save.", CHECKPOINT)
+                    raise UserError(f"{path} is compressed.", "Save it with torch.save.", CHECKPOINT)
                 file.seek(entry.header_offset)
-                mark, name, extra = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
-                if mark != MARK:
+                signature, name, extra = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+                if signature != SIGNATURE:
                     raise zipfile.BadZipFile("a record is not where it should be")
-                found.append((entry.header_offset + LOCAL_HEADER.size + name + extra, entry.file_size))
+                records.append((entry.header_offset + LOCAL_HEADER.size + name + extra, entry.file_size))
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}).", "Fetch it again.", CHECKPOINT) from None
-    return found
+        raise _damaged(path, error) from None
+    return records
 
 
 def create_file(path: Path, tensors: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
-    """Make a .pth file with room for these tensors; returns where each lies.
+    """Create a .pth file that has room for these tensors; returns where each lies.
 
-    Address space for all of them is taken for a moment; memory is not, since nothing is written there.
+    For a moment this takes address space for all of them, but no memory, because nothing is written there.
     """
-    wanted = {tensor.name: tensor for tensor in tensors}
-    assert all(math.prod(tensor.shape) for tensor in wanted.values())
-    hollow = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in wanted.items()}
+    by_name = {tensor.name: tensor for tensor in tensors}
+    assert all(math.prod(tensor.shape) for tensor in by_name.values())
+    hollow = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in by_name.items()}
     with skip_data():
         torch.save(hollow, path)
     del hollow
-    made = of_file(path)
-    same = [(t.name, t.dtype, t.shape) for t in made.values()]
-    assert same == [(t.name, t.dtype, t.shape) for t in wanted.values()], "torch.save wrote something else"
-    return {name: dataclasses.replace(tensor) for name, tensor in made.items()}
+    written = of_file(path)
+    same = [(t.name, t.dtype, t.shape) for t in written.values()]
+    assert same == [(t.name, t.dtype, t.shape) for t in by_name.values()], "torch.save wrote something else"
+    return {name: dataclasses.replace(tensor) for name, tensor in written.items()}

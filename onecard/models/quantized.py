@@ -1,49 +1,49 @@
-"""Models whose weights are quantised already: GPTQ and AWQ folders, as transformers reads them.
+"""Models whose weights are quantised already: folders with GPTQ or AWQ weights, as transformers reads them.
 
-The packages that read them are an extra of their own (bash tools/setup.sh gptq). This file knows no options.
+They need the packages in PACKAGES, which `bash tools/setup.sh gptq` installs. This file knows no options.
 """
 
 import importlib.util
 import os
 from typing import Any
 
+import torch
+from transformers import PretrainedConfig
+
 from onecard.errors import UserError
 from onecard.system import commands
 
 GPTQ, AWQ = "gptq", "awq"
 PACKAGES = ("gptqmodel", "optimum")
-# gptqmodel's import, which peft does too, ends with an error on fewer cores than it expects
+# without this, importing gptqmodel (as peft does) fails on machines with fewer cores than it expects
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, (os.cpu_count() or 1) // 2)))
 
 
-def method(config: Any) -> str:
-    """How a model's weights are quantised: gptq, awq, bitsandbytes, ...; "" for plain ones.
-
-    config: transformers' of the model.
-    """
+def method(config: PretrainedConfig) -> str:
+    """How the weights of a model are quantised: "gptq", "awq", "bitsandbytes", ...; "" when they are not."""
     settings = _settings(config)
     name = settings.get("quant_method")
     return str(getattr(name, "value", name) or "quantised") if settings else ""
 
 
-def bits(config: Any) -> int | None:
-    """Bits of a quantised weight, or None where the model does not say."""
+def bits(config: PretrainedConfig) -> int | None:
+    """Bits of a quantised weight; None when the config does not say it."""
     settings = _settings(config)
     of_bitsandbytes = {"load_in_4bit": 4, "load_in_8bit": 8}
     named = [count for name, count in of_bitsandbytes.items() if settings.get(name)]
     return settings.get("bits") or (named[0] if named else None)
 
 
-def _settings(config: Any) -> dict[str, Any]:
-    found = getattr(config, "quantization_config", None) or {}
-    return found if isinstance(found, dict) else found.to_dict()
+def _settings(config: PretrainedConfig) -> dict[str, Any]:
+    settings = getattr(config, "quantization_config", None) or {}
+    return settings if isinstance(settings, dict) else settings.to_dict()
 
 
-def how_to_read(path: str, config: Any, to_train: bool) -> Any:
+def how_to_read(path: str, config: PretrainedConfig, to_train: bool) -> Any:
     """The quantization_config for from_pretrained, or None when the model's own is enough.
 
-    to_train: products that can be differentiated, in plain torch; else the fastest the device has. Raises
-    UserError when packages are missing.
+    path: the model, for messages. to_train: use layers in plain torch, which can be differentiated, and not
+    the fastest ones of the device. Raises UserError when a package is missing.
     """
     kind = method(config)
     if kind not in (GPTQ, AWQ):
@@ -60,24 +60,24 @@ def how_to_read(path: str, config: Any, to_train: bool) -> Any:
     return GPTQConfig(bits=own["bits"], backend="gptq_torch")
 
 
-def linear_names(model: Any) -> list[str]:
-    """Last names of the layers whose weights are packed by GPTQ or AWQ."""
+def linear_names(model: torch.nn.Module) -> list[str]:
+    """The last parts of the names of all layers whose weights GPTQ or AWQ has packed, without duplicates."""
     return sorted(
         {name.rpartition(".")[2] for name, layer in model.named_modules() if hasattr(layer, "qweight")}
     )
 
 
 def require(what: str) -> None:
-    """Raise UserError, beginning with `what`, when the packages are not installed."""
+    """Raise UserError when packages are not installed; what: the begin of the message, "... need"."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{what} {' and '.join(missing)}.", f"Run: {commands.set_up('gptq')}")
 
 
 def library() -> Any:
-    """The package gptqmodel, made quiet. Import it by this alone."""
+    """Import the package gptqmodel and silence its logger. No other place imports it."""
     import gptqmodel
     from logbar import LogBar
 
-    LogBar.shared().setLevel("ERROR")  # its tables are for its developers
+    LogBar.shared().setLevel("ERROR")  # it prints tables that are of use to its developers only
     return gptqmodel

@@ -1,9 +1,9 @@
-"""Tensors of a model folder in safetensors, read and written a few rows at a time.
+"""Tensors in the safetensors files of a model folder, read and written a few rows at a time.
 
-safetensors' own save_file takes all tensors of a file at once. Its format is simple (8 bytes with the length
-of a JSON header, the header, the data), and all sizes are known beforehand: so a file is made with its header
-first and filled in place, and no more than a block of rows is in memory. Its safe_open checks every header
-that is read here, and the tests read what is written here with it.
+The library's own save_file needs all tensors of a file in memory. The format is simple (8 bytes with the
+length of a JSON header, the header, the data) and all sizes are known beforehand. So this file writes the
+header first and fills in the data afterwards, with no more than a block of rows in memory. The library's
+safe_open checks every header that is read here, and the tests read with it what is written here.
 Format: https://huggingface.co/docs/safetensors/index#format
 """
 
@@ -41,13 +41,13 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-BLOCK = 8 << 20  # bytes that are read, changed and written at a time
-SHARD = 5 << 30  # bytes of a file, unless one tensor is larger
+BLOCK = 8 << 20  # bytes that are read, changed and written at one time
+SHARD = 5 << 30  # largest size of a file in bytes, unless a single tensor is larger
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: row by row from `offset` (bytes) of a file on."""
+    """A tensor in a file: its rows lie one after the other, from byte `offset` on."""
 
     name: str
     dtype: torch.dtype
@@ -57,26 +57,31 @@ class StoredTensor:
 
     @property
     def rows(self) -> int:
+        """The size of the first dimension; a scalar has one row."""
         return self.shape[0] if self.shape else 1
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of one row."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes of the whole tensor."""
         return self.rows * self.row_bytes
 
     def blocks(self, multiple: int = 1) -> Iterator[tuple[int, int]]:
-        """Its rows in pieces of about BLOCK bytes and a multiple of rows: (first, behind the last)."""
+        """The rows in blocks of about BLOCK bytes: (first, last), where last is exclusive.
+
+        Each block but the last has a multiple of `multiple` rows.
+        """
         step = max(1, BLOCK // max(1, self.row_bytes * multiple)) * multiple
         for first in range(0, self.rows, step):
             yield first, min(self.rows, first + step)
 
 
 class Files:
-    """Open files, by their paths: read and written at any place, by any thread."""
+    """Open files. Any thread may read and write rows of their tensors, in any order."""
 
     def __init__(self) -> None:
         self.handles: dict[tuple[Path, int], int] = {}
@@ -91,35 +96,39 @@ class Files:
         self.handles.clear()
 
     def read(self, tensor: StoredTensor, first: int, last: int) -> torch.Tensor:
-        """Rows first..last of a tensor; raises UserError (exit 4) when the file is too short."""
+        """Rows first..last (exclusive) of a tensor; raises UserError (exit 4) when the file is too short."""
         shape = (last - first, *tensor.shape[1:]) if tensor.shape else ()
-        held = torch.empty(shape, dtype=tensor.dtype)
-        self.read_into(tensor, first, held)
-        return held
+        rows = torch.empty(shape, dtype=tensor.dtype)
+        self.read_into(tensor, first, rows)
+        return rows
 
     def read_into(self, tensor: StoredTensor, first: int, rows: torch.Tensor) -> None:
-        """Fill contiguous rows of memory with those of a tensor, from row `first` on."""
-        view, place = _bytes(rows), tensor.offset + first * tensor.row_bytes
+        """Fill `rows`, which are contiguous in memory, with rows of a tensor, from row `first` on.
+
+        Raises UserError (exit 4) when the file is too short.
+        """
+        view, position = _bytes(rows), tensor.offset + first * tensor.row_bytes
         handle = self._open(tensor.file, os.O_RDONLY)
         while view:
-            count = os.preadv(handle, [view], place)
+            count = os.preadv(handle, [view], position)
             if not count:
-                raise UserError(f"{tensor.file}: ends within {tensor.name}.", "Fetch it again.", CHECKPOINT)
-            view, place = view[count:], place + count
+                problem = f"{tensor.file}: the file ends within the tensor {tensor.name}."
+                raise UserError(problem, "Download the file again.", CHECKPOINT)
+            view, position = view[count:], position + count
 
     def write(self, tensor: StoredTensor, first: int, rows: torch.Tensor) -> None:
-        """Put rows at their place, from row `first` on."""
+        """Write rows of a tensor, from row `first` on; they must have its dtype and its other dimensions."""
         assert rows.dtype == tensor.dtype
         assert rows.shape[1:] == tensor.shape[1:]
         view = _bytes(rows.contiguous())
-        place = tensor.offset + first * tensor.row_bytes
+        position = tensor.offset + first * tensor.row_bytes
         handle = self._open(tensor.file, os.O_RDWR)
         while view:
-            count = os.pwrite(handle, view, place)
-            view, place = view[count:], place + count
+            count = os.pwrite(handle, view, position)
+            view, position = view[count:], position + count
 
     def sync(self) -> None:
-        """Wait until all that was written is on the disk."""
+        """Wait until everything that was written is on the disk."""
         for (_, how), handle in self.handles.items():
             if how == os.O_RDWR:
                 os.fsync(handle)
@@ -132,16 +141,19 @@ class Files:
 
 
 class Behind:
-    """Work on blocks in threads of its own, a few blocks behind: whoever asks goes on meanwhile."""
+    """Threads that process blocks in the background, at most a few blocks behind their caller.
+
+    An error in a thread is raised by a later call. Raises MemoryError when the threads cannot be started.
+    """
 
     def __init__(self, files: Files, threads: int = 1):
         self.files, self.waiting, self.most = files, deque(), threads + 1
         self.pool, started = ThreadPoolExecutor(threads), threading.Event()
-        try:  # all of them now, before a limit forbids that
+        try:  # start all threads now, because a limit on the process may forbid it later
             for _ in range(threads):
                 self.pool.submit(started.wait)
         except RuntimeError as error:
-            raise MemoryError(f"{error}: {threads} are needed") from None
+            raise MemoryError(f"{error}: {threads} threads are needed") from None
         finally:
             started.set()
 
@@ -151,18 +163,18 @@ class Behind:
     def __exit__(self, *_: Any) -> None:
         self.pool.shutdown(cancel_futures=True)
 
-    def do(self, work: Callable[..., None], *given: Any) -> None:
-        """Have it done; what it is given must not change any more. An error comes with a later call."""
-        self.waiting.append(self.pool.submit(work, *given))
+    def do(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Call work(*arguments) in a thread; the caller must not change the arguments afterwards."""
+        self.waiting.append(self.pool.submit(work, *arguments))
         while len(self.waiting) > self.most:
             self.waiting.popleft().result()
 
     def write(self, tensor: StoredTensor, first: int, rows: torch.Tensor) -> None:
-        """Like Files.write, in the order of the calls when there is one thread."""
+        """Write rows as Files.write does; a single thread keeps the order of the calls."""
         self.do(self.files.write, tensor, first, rows)
 
     def sync(self) -> None:
-        """Wait until all is done, and on the disk."""
+        """Wait until all work is done and everything is on the disk."""
         while self.waiting:
             self.waiting.popleft().result()
         self.files.sync()
@@ -173,16 +185,18 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def of_file(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, from its header alone; raises UserError (exit 4)."""
+    """The tensors of a safetensors file, in the order of the file; only its header is read.
+
+    Raises UserError (exit 4) for a damaged file and for dtypes that torch does not have.
+    """
     start, header = safetensors_file.read(path)
     try:
-        with safe_open(path, "pt"):  # refuses a header that is not what it should be
+        with safe_open(path, "pt"):  # raises for a malformed header
             pass
         unknown = sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys())
         if unknown:
-            raise UserError(
-                f"{path}: holds tensors of type {unknown[0]}.", "These cannot be read here.", CHECKPOINT
-            )
+            problem = f"{path}: tensors of the type {unknown[0]} cannot be read."
+            raise UserError(problem, "Take the model in 16 or 32 bits.", CHECKPOINT)
         return {
             name: StoredTensor(
                 name,
@@ -196,32 +210,36 @@ def of_file(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         if error.errno == errno.ENOMEM:
             raise
-        raise UserError(
-            f"{path}: {error.strerror or 'cannot be read'}.", "Fetch it again.", CHECKPOINT
-        ) from None
+        problem = f"{path}: the file cannot be read ({error.strerror or error})."
+        raise UserError(problem, "Download it again.", CHECKPOINT) from None
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({str(error)[:200]}).", "Fetch it again.", CHECKPOINT) from None
+        problem = f"{path}: the file is damaged ({str(error)[:200]})."
+        raise UserError(problem, "Download it again.", CHECKPOINT) from None
 
 
 def of_folder(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a model folder, file by file; raises UserError like files_of and of_file."""
-    found: dict[str, StoredTensor] = {}
+    """The tensors of a model folder, file by file.
+
+    Raises UserError as files_of and of_file do, and (exit 4) for a name that is in two files.
+    """
+    tensors: dict[str, StoredTensor] = {}
     for path in files_of(folder):
         for name, tensor in of_file(path).items():
-            if name in found:
-                problem = f"{name} is in {found[name].file.name} and in {path.name}."
-                raise UserError(f"{folder}: {problem}", "Fetch it again.", CHECKPOINT)
-            found[name] = tensor
-    return found
+            if name in tensors:
+                files = f"{tensors[name].file.name} and {path.name}"
+                problem = f"{folder}: {name} is in two files, {files}."
+                raise UserError(problem, "Download the model again.", CHECKPOINT)
+            tensors[name] = tensor
+    return tensors
 
 
 def check_whole(folder: Path, tensors: Mapping[str, StoredTensor], bare: torch.nn.Module) -> None:
-    """Raise UserError (exit 4) with the list of weights of the model that its folder lacks.
+    """Raise UserError (exit 4) with a list when the folder lacks weights of the model.
 
-    tensors: the folder's; bare: the model without weights. Not where there are tensors that the model does
-    not know: transformers renames those of some kinds of model.
+    tensors: those of the folder; bare: the model without its weights. A folder with tensors that the model
+    does not know is accepted, because transformers renames the tensors of some kinds of models.
     """
-    names: dict[int, set[str]] = {}  # of one parameter: several when it is tied, with or without the prefix
+    names: dict[int, set[str]] = {}  # of each parameter: of a tied one several, with and without the prefix
     for name, parameter in bare.named_parameters(remove_duplicate=False):
         both = {name, name.removeprefix(f"{bare.base_model_prefix}.")}
         names[id(parameter)] = names.get(id(parameter), set()) | both
@@ -232,7 +250,7 @@ def check_whole(folder: Path, tensors: Mapping[str, StoredTensor], bare: torch.n
 
 
 def divide(tensors: Iterable[StoredTensor], most: int = SHARD) -> list[list[StoredTensor]]:
-    """The tensors, in their order, in files of at most `most` bytes."""
+    """The tensors, in their order, divided into files of at most `most` bytes."""
     files: list[list[StoredTensor]] = [[]]
     for tensor in tensors:
         if files[-1] and sum(other.size for other in files[-1]) + tensor.size > most:
@@ -242,14 +260,17 @@ def divide(tensors: Iterable[StoredTensor], most: int = SHARD) -> list[list[Stor
 
 
 def names_of(count: int) -> list[str]:
-    """Names of that many files of weights, as transformers writes them."""
+    """The names that transformers gives to `count` files of weights."""
     if count == 1:
         return [MODEL_WEIGHTS]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def create(folder: Path, files: dict[str, list[StoredTensor]]) -> dict[str, StoredTensor]:
-    """Make files with headers and room for these tensors, and an index when it takes one; where each lies."""
+    """Create files that have their headers and room for these tensors, and an index for more than one file.
+
+    files: file name -> its tensors, of which names, dtypes and shapes count. Returns where each tensor lies.
+    """
     placed: dict[str, StoredTensor] = {}
     for file, tensors in files.items():
         placed |= create_file(folder / file, tensors)
@@ -263,7 +284,7 @@ def create(folder: Path, files: dict[str, list[StoredTensor]]) -> dict[str, Stor
 
 
 def create_file(path: Path, tensors: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
-    """Make a safetensors file with room for these tensors; returns where each lies."""
+    """Create a safetensors file that has its header and room for these tensors; returns where each lies."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     tensors = list(tensors)

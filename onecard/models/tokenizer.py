@@ -1,10 +1,9 @@
-"""A model folder's tokenizer, loaded, and compared with the model's embedding."""
+"""Loads the tokenizer of a model folder, and compares it with the embedding of the model."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from onecard.errors import UserError
 from onecard.hub.remote_code import Consent
@@ -16,9 +15,10 @@ TOKENIZER_EXTRAS = ("merges.txt", "added_tokens.json", "special_tokens_map.json"
 
 
 def load_tokenizer(path: str, code: Consent | None = None) -> PreTrainedTokenizerBase:
-    """Tokenizer of a base model; raises UserError when there is none or it has no end token.
+    """The tokenizer of a base model.
 
-    code, here and below: to run Python code of the model's own; without it such a model is refused (exit 8).
+    code: the user's consent to run Python code of the model; without it, a model that needs its own code is
+    refused (exit 8). Raises UserError when there is no tokenizer or when it has no end token.
     """
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -40,10 +40,13 @@ def load_tokenizer(path: str, code: Consent | None = None) -> PreTrainedTokenize
     return tokenizer
 
 
-def check_vocabulary(path: str, config: Any, tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> str:
-    """What is doubtful about the tokenizer, or ""; raises UserError when rows have ids the model has not.
+def check_vocabulary(
+    path: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, ids: np.ndarray
+) -> str:
+    """A warning about the tokenizer, or "".
 
-    ids: of all rows.
+    ids: the token ids of all rows. Raises UserError when the embedding of the model has no row for one of
+    them.
     """
     config = config.get_text_config()
     rows = config.vocab_size
@@ -52,5 +55,5 @@ def check_vocabulary(path: str, config: Any, tokenizer: PreTrainedTokenizerBase,
         raise UserError(problem, f"Use {commands.name('prepare-base')}, or the tokenizer that belongs to it.")
     named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if named != [None] and tokenizer.eos_token_id not in named:
-        return f"the tokenizer's end token is {tokenizer.eos_token_id}, config.json says {named}"
+        return f"the end token of the tokenizer is {tokenizer.eos_token_id}, but config.json says {named}"
     return ""

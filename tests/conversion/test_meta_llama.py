@@ -359,14 +359,23 @@ def edit(start: Path, number: int, how: Any) -> None:
 FAULTS = {
     "no shard 0": (lambda p: (p / "consolidated.00.pth").unlink(), "consolidated.00.pth"),
     "no shard 2": (lambda p: (p / "consolidated.02.pth").unlink(), "consolidated.02.pth"),
-    "no last shard": (lambda p: (p / "consolidated.03.pth").unlink(), "[392, 64] cannot lie in 3 shards"),
-    "one too many": (lambda p: shutil.copy(p / "consolidated.03.pth", p / "consolidated.04.pth"), "5 shards"),
+    "no last shard": (
+        lambda p: (p / "consolidated.03.pth").unlink(),
+        "[392, 64] cannot lie in 3 equal pieces",
+    ),
+    "one too many": (
+        lambda p: shutil.copy(p / "consolidated.03.pth", p / "consolidated.04.pth"),
+        "5 equal pieces",
+    ),
     "renamed": (lambda p: shift(p, "consolidated.01.pth", "consolidated.1.pth"), "consolidated.1.pth"),
     "a copy": (lambda p: shutil.copy(p / "consolidated.03.pth", p / "consolidated.03.pth.bak"), ".bak"),
     "no params": (lambda p: (p / "params.json").unlink(), "params.json"),
     "params are no JSON": (lambda p: (p / "params.json").write_text("{"), "params.json"),
     "params are a list": (lambda p: (p / "params.json").write_text("[]"), "params.json"),
-    "wrong dim": (lambda p: change(p, dim=128), "consolidated.00.pth: tok_embeddings.weight is [392, 16]"),
+    "wrong dim": (
+        lambda p: change(p, dim=128),
+        "consolidated.00.pth: tok_embeddings.weight has the shape [392, 16]",
+    ),
     "wrong heads": (lambda p: change(p, n_heads=7), "n_heads 7"),
     "wrong KV heads": (lambda p: change(p, n_kv_heads=4), "[16, 64]"),
     "too few layers": (lambda p: change(p, n_layers=1), "layers.1"),
@@ -392,7 +401,7 @@ FAULTS = {
     ),
     "another shape": (
         lambda p: edit(p, 2, lambda h: h.update({"norm.weight": torch.ones(9, dtype=BF16)})),
-        "consolidated.02.pth: norm.weight is [9]",
+        "consolidated.02.pth: norm.weight has the shape [9]",
     ),
     "cut short": (lambda p: os.truncate(p / "consolidated.02.pth", 9000), "consolidated.02.pth"),
 }
@@ -429,8 +438,12 @@ HF_FAULTS = {
         "model-00001",
     ),
     "a name less": (lambda p: edit_hf(p, lambda h: h.pop("lm_head.weight")), CHECKPOINT, "lm_head.weight"),
-    "a name more": (lambda p: edit_hf(p, lambda h: h.update(x=torch.ones(1))), CHECKPOINT, "1 unknown (x)"),
-    "another shape": (lambda p: change_config(p, intermediate_size=96), CHECKPOINT, "should be [96, 64]"),
+    "a name more": (
+        lambda p: edit_hf(p, lambda h: h.update(x=torch.ones(1))),
+        CHECKPOINT,
+        "unknown tensors: 1 (x)",
+    ),
+    "another shape": (lambda p: change_config(p, intermediate_size=96), CHECKPOINT, "instead of [96, 64]"),
     "biases": (lambda p: change_config(p, attention_bias=True), USAGE, "attention_bias"),
     "another model": (
         lambda p: change_config(p, model_type="gpt2", architectures=["GPT2LMHeadModel"]),
@@ -475,7 +488,7 @@ def test_code_in_a_shard_is_not_run(tmp_path, pieces):
     model(start, pieces)
     torch.save({"tok_embeddings.weight": faults.Touch(canary)}, start / "consolidated.00.pth")
     work = meta_llama.in_child
-    refused(UNSAFE, "would run code", source=start, target=tmp_path / "made", to="hf", work=work)
+    refused(UNSAFE, "could run code", source=start, target=tmp_path / "made", to="hf", work=work)
     old = {"tok_embeddings.weight": torch.ones(4, 4)}
     torch.save(old, start / "consolidated.00.pth", _use_new_zipfile_serialization=False)
     refused(UNSAFE, "zip", source=start, target=tmp_path / "made", to="hf", work=work)

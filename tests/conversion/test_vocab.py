@@ -106,7 +106,7 @@ def test_another_familys_tokenizer_is_refused(base, tmp_path):
     shuffled = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(core)), eos_token="<end>"
     )
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="does not extend the model's own"):
         conversion_vocabulary.prepare(base, other, shuffled, tmp_path / "new", 128)
     assert not (tmp_path / "new").exists()
 
@@ -186,7 +186,7 @@ def test_the_tools_and_a_training_on_their_result(base, tmp_path, harness):
     ended = run("extend_vocab", *given, "--output_path", tmp_path / "tokenizer")
     assert ended.returncode == 0, ended.stderr
     assert "5 pieces, 5 added" in ended.stdout
-    assert "3.000 -> 1.000 tokens a character" in ended.stdout
+    assert "3.000 -> 1.000 tokens per character" in ended.stdout
     given = (
         "--model_path",
         base,
@@ -275,7 +275,7 @@ def test_a_tokenizer_that_does_not_belong_to_the_model_is_seen(harness, tmp_path
     (base / "config.json").write_text(json.dumps({**settings, "eos_token_id": 7}))
     answer = harness.run("finetune", {**flags, "device": "cpu", "test_size": 0})
     assert answer["code"] == 0, answer["said"]
-    assert "the tokenizer's end token is 1, config.json says [7]" in answer["said"]
+    assert "the end token of the tokenizer is 1, but config.json says [7]" in answer["said"]
     larger = tiny.tokenizer()
     conversion_vocabulary.extend(larger, ["月亮"])
     larger.save_pretrained(base)

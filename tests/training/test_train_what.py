@@ -316,10 +316,12 @@ def test_what_lora_path_cannot_start_from(harness, tiny_model, tmp_path):
 def test_tied_embeddings_of_another_tool(tied_model):
     """One name is enough; two that differ cannot be one tensor."""
     made = prepared(tied_model, "embeddings").model
-    given = {name: tensor + 1 for name, tensor in trainable.tensors(made).items() if "embed_tokens" in name}
+    given = {
+        name: tensor + 1 for name, tensor in trainable.file_tensors(made).items() if "embed_tokens" in name
+    }
     trainable.assign(made, given, "an adapter", start=True)
     assert torch.equal(made.get_input_embeddings().weight, next(iter(given.values())))
-    both = {name: tensor + len(name) for name, tensor in trainable.tensors(made).items()}
+    both = {name: tensor + len(name) for name, tensor in trainable.file_tensors(made).items()}
     with pytest.raises(UserError, match="differ"):
         trainable.assign(made, both, "an adapter")
 
