@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fine-tune a language model on your own rows with a LoRA adapter, or all its weights.
+"""Fine-tune a language model on your own rows: train a LoRA adapter, or all weights.
 
 python finetune.py --help
 """

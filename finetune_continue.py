@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Go on with a run exactly where it stopped, or train further on other rows.
+"""Continue a run exactly where it stopped, or train its result further on other rows.
 
 python finetune_continue.py --help
 """

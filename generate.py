@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One instruction, one answer, in a browser or, with --terminal, here.
+"""Answer single instructions in a browser or, with --terminal, in the terminal.
 
 python generate.py --help
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Chat in a browser or, with --terminal, here; --studio adds a tab for training.
+"""Chat in a browser or, with --terminal, in the terminal. The option --studio adds a tab for training.
 
 python interaction.py --help
 """

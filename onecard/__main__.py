@@ -1,4 +1,4 @@
-"""The command `onecard`: each sub-command is one file of onecard/programs/, with the options it always had.
+"""The command `onecard`. Each of its sub-commands is one file of onecard/programs/.
 
 onecard finetune --data_path rows.json --output_path lora-checkpoints/mine
 python -m onecard finetune --help
@@ -13,33 +13,36 @@ from onecard.errors import UserError, run_program
 from onecard.system import commands
 
 PROGRAMS = {  # sub-command: (file of onecard/programs/, what it does)
-    "finetune": ("finetune", "fine-tune a model on your rows"),
-    "continue": ("continue_training", "go on with a run, or train further on other rows"),
-    "generate": ("generate", "one instruction, one answer, in a browser or the terminal"),
+    "finetune": ("finetune", "fine-tune a model on your own rows"),
+    "continue": ("continue_training", "continue a run, or train its result further on other rows"),
+    "generate": ("generate", "answer single instructions in a browser or the terminal"),
     "interaction": ("interaction", "chat in a browser or the terminal; --studio adds a tab for training"),
-    "chat": ("cpu_chat", "chat in the terminal on the CPU, through llama.cpp"),
-    "check-data": ("check_data", "look at rows before training on them"),
-    "download": ("download", "fetch a model and verify it"),
-    "convert": ("convert_llama", "convert a LLaMA model between its original layout and transformers'"),
+    "chat": ("cpu_chat", "chat in the terminal on the CPU, with llama.cpp"),
+    "check-data": ("check_data", "check rows before training on them"),
+    "download": ("download", "download a model and verify it"),
+    "convert": ("convert_llama", "convert a LLaMA model to the layout of transformers, and back"),
     "merge": ("merge_lora", "merge an adapter into its base model"),
-    "quantize": ("quantize", "make a model smaller: GPTQ, AWQ or bitsandbytes"),
-    "export-gguf": ("export_gguf", "write base and adapter as GGUF files for llama.cpp and Ollama"),
+    "quantize": ("quantize", "quantise a model with GPTQ, AWQ or bitsandbytes"),
+    "export-gguf": ("export_gguf", "export base model and adapter as GGUF files for llama.cpp and Ollama"),
     "perplexity": ("perplexity", "measure the perplexity of a model on a text"),
     "extend-vocab": ("extend_vocab", "add pieces to a tokenizer"),
-    "prepare-base": ("prepare_base_model", "give a base model the embedding rows that its tokenizer needs"),
+    "prepare-base": ("prepare_base_model", "add to a base model the embedding rows that its tokenizer needs"),
     "json-to-parquet": ("json_to_parquet", "write rows as one Parquet file"),
 }
 
 
 def start(command: str, arguments: list[str] | None = None) -> None:
-    """Run a sub-command with these arguments, else with this process's, and end with its exit code."""
+    """Run a sub-command, then end the process with its exit code.
+
+    arguments: those of the command line by default.
+    """
     program = importlib.import_module(f"onecard.programs.{PROGRAMS[command][0]}")
     arguments = sys.argv[1:] if arguments is None else arguments
     run_program(functools.partial(run, program.main, arguments), program.LESS_MEMORY)
 
 
 def run(program: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """The program; a package that it lacks is a problem that the user can solve."""
+    """Run the program. Raises UserError with the remedy when a package is missing."""
     try:
         program(arguments)
     except ModuleNotFoundError as error:
@@ -50,7 +53,7 @@ def run(program: Callable[[list[str]], None], arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """The sub-command that the command line names; without one, the list of them."""
+    """Run the sub-command that the command line names; without one, print the list of sub-commands."""
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("--help", "-h", "help"):
         width = max(map(len, PROGRAMS))

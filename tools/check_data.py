@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Look at rows before training on them: schema, lengths, what is cut, what looks wrong, what it costs.
+"""Check rows before training on them: schema, lengths, cut rows, suspicious rows, and the cost of training.
 
 python tools/check_data.py --help
 """

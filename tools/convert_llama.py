@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Convert a LLaMA model between its original layout and transformers', or into another number of shards.
+"""Convert a LLaMA model from its original layout to that of transformers, back, or to other numbers of files.
 
 python tools/convert_llama.py --help
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Talk in this terminal with a model and its adapters in llama.cpp; they are exported to GGUF when needed.
+"""Chat in the terminal on the CPU, with llama.cpp. Model and adapters are exported to GGUF when needed.
 
 python tools/cpu_chat.py --help
 """

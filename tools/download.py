@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fetch a model, verified: resumed after a cut, every checksum compared, its commit written down.
+"""Download a model. Interrupted downloads resume, checksums are compared, and the commit is recorded.
 
 python tools/download.py --help
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A model and its adapter as GGUF files for llama.cpp and Ollama, compared with the model they are made from.
+"""Export a model and its adapter as GGUF files for llama.cpp and Ollama, and compare them with the model.
 
 python tools/export_gguf.py --help
 """

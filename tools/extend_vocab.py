@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Add characters or pieces to a tokenizer, and say what that saves.
+"""Add characters or pieces to a tokenizer, and print how many tokens this saves.
 
 python tools/extend_vocab.py --help
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""JSON, JSONL or CSV rows -> one Parquet file, in pieces, so that the file may be larger than memory.
+"""Convert JSON, JSONL or CSV rows to one Parquet file, piece by piece: files may be larger than the memory.
 
 python tools/json_to_parquet.py --help
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Merge a LoRA adapter into its 16-bit base model, shard by shard: the model is never loaded.
+"""Merge a LoRA adapter into its 16-bit base model file by file, without loading the model.
 
 python tools/merge_lora.py --help
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Perplexity of a model, with adapters or without, on a text file; comparable between engines.
+"""Measure the perplexity of a model, with or without adapters, on a text. Figures of all engines compare.
 
 python tools/perplexity.py --help
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Give a base model special tokens and an embedding whose rows fit its tokenizer.
+"""Add special tokens to a base model, and an embedding row for every token of its tokenizer.
 
 python tools/prepare_base_model.py --help
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make a model smaller: GPTQ, AWQ or bitsandbytes, in the folder that transformers and vLLM load.
+"""Quantise a model with GPTQ, AWQ or bitsandbytes, into a folder that transformers and vLLM can load.
 
 python tools/quantize.py --help
 """

@@ -1,1 +1,1 @@
-"""One file a sub-command: parse the options, then hand rooms to each other; nobody imports it."""
+"""One file per sub-command: it parses the options and connects the rooms. No other room imports it."""

@@ -1,4 +1,4 @@
-"""Look at rows before training on them: schema, lengths, what is cut, what looks wrong, what it costs.
+"""Check rows before training on them: schema, lengths, cut rows, suspicious rows, and the cost of training.
 
 python tools/check_data.py --data_path rows.json
 python tools/check_data.py --data_path rows.json --html report.html --png lengths.png
@@ -8,12 +8,12 @@ python tools/check_data.py --data_path rows.json --clean clean.jsonl --repair
 from onecard.config import options as config_options
 from onecard.config import tools as tool_config
 
-LESS_MEMORY = ""  # options that need less memory with less
+LESS_MEMORY = ""  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
     options = config_options.parse(tool_config.CheckConfig, arguments, description=__doc__)
-    from onecard.data import check, reader  # after the options: --help needs no package
+    from onecard.data import check, reader  # imported late, because --help needs no package
     from onecard.hub import locate
     from onecard.models import tokenizer as models_tokenizer
 

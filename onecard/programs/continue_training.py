@@ -1,4 +1,4 @@
-"""Go on with a run exactly where it stopped, or train further on other rows.
+"""Continue a run exactly where it stopped, or train its result further on other rows.
 
 python finetune_continue.py --output_path lora-checkpoints/mine
 python finetune_continue.py --resume_from_checkpoint lora-checkpoints/mine/checkpoint-400
@@ -8,12 +8,14 @@ python finetune_continue.py --resume_from_checkpoint DIR --data_path other.json 
 from onecard.config import options as config_options
 from onecard.config import training as training_config
 
-LESS_MEMORY = "--micro_batch_tokens"  # options that need less memory with less
+LESS_MEMORY = "--micro_batch_tokens"  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
-    wish, given = config_options.parse_given(training_config.ContinueConfig, arguments, description=__doc__)
-    from onecard.inference import chat  # after the options, so that --help needs no torch
+    options, explicit = config_options.parse_given(
+        training_config.ContinueConfig, arguments, description=__doc__
+    )
+    from onecard.inference import chat  # imported late, because --help needs no torch
     from onecard.training import loop, metrics
 
-    loop.go_on(wish, given, chat.reply, metrics.loss_curve)
+    loop.go_on(options, explicit, chat.reply, metrics.loss_curve)

@@ -1,4 +1,4 @@
-"""Convert a LLaMA model between its original layout and transformers', or into another number of shards.
+"""Convert a LLaMA model from its original layout to that of transformers, back, or to other numbers of files.
 
 python tools/convert_llama.py --input_dir LLAMA/7B --output_dir llama-7b-hf
 python tools/convert_llama.py --input_dir llama-7b-hf --output_dir llama-7b --to meta --num_shards 2
@@ -9,14 +9,14 @@ from onecard.config import options as config_options
 from onecard.config.tools import ConvertConfig
 from onecard.errors import UserError
 
-LESS_MEMORY = ""  # options that need less memory with less
+LESS_MEMORY = ""  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
     options = config_options.parse(ConvertConfig, arguments, description=__doc__)
     if not options.input_dir or not options.output_dir:
         raise UserError("--input_dir and --output_dir are needed.", "See --help.")
-    from onecard.conversion import meta_llama  # after the options: --help needs no package
+    from onecard.conversion import meta_llama  # imported late, because --help needs no package
     from onecard.system import console
 
     with console.over_bytes("converting") as progress:

@@ -1,4 +1,4 @@
-"""Fetch a model, verified: resumed after a cut, every checksum compared, its commit written down.
+"""Download a model. Interrupted downloads resume, checksums are compared, and the commit is recorded.
 
 python tools/download.py demo
 python tools/download.py owner/model --to models/mine
@@ -8,14 +8,15 @@ python tools/download.py --url_list addresses.txt --to llama/7B
 from onecard.config import options as config_options
 from onecard.config import tools as tool_config
 
-LESS_MEMORY = ""  # options that need less memory with less
+LESS_MEMORY = ""  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
     options = config_options.parse(tool_config.DownloadConfig, arguments, description=__doc__)
-    from onecard.hub import download  # after the options: --help needs no network library
+    from onecard.hub import download  # imported late, because --help needs no network library
     from onecard.system.console import say
 
     folder = download.run(options)
-    named = options.model_path if options.model_path and not options.to else folder
-    say(f"It is in {folder}." + ("" if options.url_list else f" Use it with --model_path {named}"))
+    name = options.model_path if options.model_path and not options.to else folder
+    use = "" if options.url_list else f" Use it with --model_path {name}"
+    say(f"The download is in {folder}.{use}")

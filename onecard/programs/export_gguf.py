@@ -1,4 +1,4 @@
-"""A model and its adapter as GGUF files for llama.cpp and Ollama, compared with the model they are made from.
+"""Export a model and its adapter as GGUF files for llama.cpp and Ollama, and compare them with the model.
 
 python tools/export_gguf.py --lora_path lora-checkpoints/demo
 python tools/export_gguf.py --lora_path lora-checkpoints/demo --type q4_k_m --output_path my-model
@@ -9,14 +9,14 @@ from onecard.config import options as config_options
 from onecard.config.tools import ExportConfig
 from onecard.system import commands
 
-LESS_MEMORY = ""  # options that need less memory with less
+LESS_MEMORY = ""  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
     options = config_options.parse(ExportConfig, arguments, description=__doc__)
-    from onecard.conversion import export_gguf  # after the options: --help needs no torch
+    from onecard.conversion import export_gguf  # imported late, because --help needs no torch
     from onecard.system.console import say
 
     folder = export_gguf.run(options)
-    talk = commands.script("cpu_chat.sh", "chat")
-    say(f"The files are in {folder}. Talk to them: {talk} --lora_path {folder}")
+    chat = commands.script("cpu_chat.sh", "chat")
+    say(f"The files are in {folder}. Chat with them: {chat} --lora_path {folder}")

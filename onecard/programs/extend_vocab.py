@@ -1,21 +1,21 @@
-"""Add characters or pieces to a tokenizer, and say what that saves.
+"""Add characters or pieces to a tokenizer, and print how many tokens this saves.
 
 python tools/extend_vocab.py --model_path MODEL --pieces pieces.txt --sample_text text.txt --output_path NEW
 
-Afterwards the model needs rows for them: prepare_base_model.py (prepare-base) with --tokenizer_path NEW.
+Then give the model rows for them: run prepare_base_model.py (prepare-base) with --tokenizer_path NEW.
 """
 
 from onecard.config import options as config_options
 from onecard.config import tools as tool_config
 from onecard.errors import UserError
 
-LESS_MEMORY = ""  # options that need less memory with less
+LESS_MEMORY = ""  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
     options = config_options.parse(tool_config.VocabConfig, arguments, description=__doc__)
     if bool(options.pieces) == bool(options.characters):
         raise UserError("Give either --pieces or --characters.", "See --help.")
-    from onecard.conversion import vocabulary  # after the options, so that --help needs no torch
+    from onecard.conversion import vocabulary  # imported late, because --help needs no torch
 
     vocabulary.extend_vocab(options)

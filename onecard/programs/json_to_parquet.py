@@ -1,4 +1,4 @@
-"""JSON, JSONL or CSV rows -> one Parquet file, in pieces, so that the file may be larger than memory.
+"""Convert JSON, JSONL or CSV rows to one Parquet file, piece by piece: files may be larger than the memory.
 
 python tools/json_to_parquet.py --data_path rows.jsonl --output_path rows.parquet
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 from onecard.config import options as config_options
 from onecard.config import tools as tool_config
 
-LESS_MEMORY = ""  # options that need less memory with less
+LESS_MEMORY = ""  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
@@ -18,4 +18,4 @@ def main(arguments: list[str]) -> None:
 
     paths = [source.path for source in reader.locate_files(options.data_path)]
     count, columns = tables.write_parquet(paths, reader.values, Path(options.output_path))
-    say(f"{count} rows with the columns {', '.join(columns)} are in {options.output_path}.")
+    say(f"{count} rows with the columns {', '.join(columns)} were written to {options.output_path}.")

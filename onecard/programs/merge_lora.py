@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into its 16-bit base model, shard by shard: the model is never loaded.
+"""Merge a LoRA adapter into its 16-bit base model file by file, without loading the model.
 
 python tools/merge_lora.py --lora_path lora-checkpoints/demo --output_path demo-merged
 python tools/merge_lora.py --model_path MODEL --lora_path ADAPTER --output_path NEW --report
@@ -8,14 +8,14 @@ from onecard.config import options as config_options
 from onecard.config.tools import MergeConfig
 from onecard.errors import UserError
 
-LESS_MEMORY = ""  # options that need less memory with less
+LESS_MEMORY = ""  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
     options = config_options.parse(MergeConfig, arguments, description=__doc__)
     if not options.lora_path or not options.output_path:
         raise UserError("--lora_path and --output_path are needed.", "See --help.")
-    from onecard.conversion import merge  # after the options, so that --help needs no torch
+    from onecard.conversion import merge  # imported late, because --help needs no torch
     from onecard.system import console
 
     with console.over_bytes("merging") as progress:

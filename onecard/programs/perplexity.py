@@ -1,4 +1,4 @@
-"""Perplexity of a model, with adapters or without, on a text file; comparable between engines.
+"""Measure the perplexity of a model, with or without adapters, on a text. Figures of all engines compare.
 
 python tools/perplexity.py text.txt --model_path demo
 python tools/perplexity.py text.txt --lora_path lora-checkpoints/demo --engine llama.cpp
@@ -8,12 +8,12 @@ python tools/perplexity.py text.txt --model_path model-q4_k_m.gguf --lora_path a
 from onecard.config import options as config_options
 from onecard.config.tools import PerplexityConfig
 
-LESS_MEMORY = "--bits or --context"  # options that need less memory with less
+LESS_MEMORY = "--bits or --context"  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
     options = config_options.parse(PerplexityConfig, arguments, description=__doc__)
-    from onecard.conversion import gguf_cache  # after the options: --help needs no torch
+    from onecard.conversion import gguf_cache  # imported late, because --help needs no torch
     from onecard.evaluation import perplexity
 
     print(perplexity.describe(*perplexity.perplexity(options, gguf_cache.for_llama)))

@@ -1,4 +1,4 @@
-"""Give a base model special tokens and an embedding whose rows fit its tokenizer.
+"""Add special tokens to a base model, and an embedding row for every token of its tokenizer.
 
 python tools/prepare_base_model.py --model_path MODEL --output_path NEW
 python tools/prepare_base_model.py --model_path MODEL --tokenizer_path EXTENDED --output_path NEW
@@ -7,11 +7,11 @@ python tools/prepare_base_model.py --model_path MODEL --tokenizer_path EXTENDED 
 from onecard.config import options as config_options
 from onecard.config import tools as tool_config
 
-LESS_MEMORY = ""  # options that need less memory with less
+LESS_MEMORY = ""  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
     options = config_options.parse(tool_config.PrepareConfig, arguments, description=__doc__)
-    from onecard.conversion import vocabulary  # after the options, so that --help needs no torch
+    from onecard.conversion import vocabulary  # imported late, because --help needs no torch
 
     vocabulary.prepare_base_model(options)

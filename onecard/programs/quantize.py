@@ -1,4 +1,4 @@
-"""Make a model smaller: GPTQ, AWQ or bitsandbytes, in the folder that transformers and vLLM load.
+"""Quantise a model with GPTQ, AWQ or bitsandbytes, into a folder that transformers and vLLM can load.
 
 python tools/quantize.py --model_path demo
 python tools/quantize.py --model_path MODEL --bits 3 --group_size 64 --act_order --data_path rows.json
@@ -8,13 +8,13 @@ python tools/quantize.py --model_path MODEL --method bnb --bits 8
 from onecard.config import options as config_options
 from onecard.config.tools import QuantizeConfig
 
-LESS_MEMORY = "--cutoff_len"  # options that need less memory with less
+LESS_MEMORY = "--cutoff_len"  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
     options = config_options.parse(QuantizeConfig, arguments, description=__doc__)
-    from onecard.conversion import quantize  # after the options, so that --help needs no torch
+    from onecard.conversion import quantize  # imported late, because --help needs no torch
     from onecard.system.console import say
 
     folder = quantize.run(options)
-    say(f"The model is in {folder}; talk to it or train on it with --model_path {folder}")
+    say(f"The model is in {folder}. Chat with it or train on it with --model_path {folder}")
