@@ -11,7 +11,10 @@ SMALL = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
 
 
 def save_adapter(base: Path, folder: Path, seed: int = 0, std: float = 0.05, **settings) -> Path:
-    """An adapter of these settings, by default SMALL; its weights are large enough that answers differ."""
+    """Save an adapter with these settings, by default SMALL; returns its folder.
+
+    Its weights are so large that it changes answers.
+    """
     torch.manual_seed(seed)
     loaded = base_model.load_base(str(base), 16, "fp32", "cpu")
     adapted = get_peft_model(loaded, LoraConfig(**(settings or SMALL)))

@@ -1,7 +1,7 @@
-"""A model hub on the loopback address that goes wrong on demand: cuts, stalls, lies, redirects, refuses.
+"""A model hub on the loopback address that fails on demand: it cuts, stalls, lies, redirects or refuses.
 
-It speaks what onecard/hub/listing.py asks of the hub and of ModelScope, serves ranges, and keeps what it was
-asked. The same server under another name (localhost) stands for another host.
+It answers the requests that onecard/hub/listing.py sends to the hub and to ModelScope, serves ranges, and
+records all requests. The same server under the name localhost stands for another host.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ NAME = "someone/model"
 
 @dataclasses.dataclass
 class Hub:
-    """What is served, how it goes wrong, and what was asked."""
+    """The files of the hub, its faults, and the requests that it got."""
 
     commits: dict[str, dict[str, bytes]]  # commit -> name -> content
     branch: str  # the commit that main is at
@@ -42,7 +42,7 @@ class Hub:
 
 
 def download(served: Hub, folder: Path | None, **options: Any) -> list[str]:
-    """What is said while the model is fetched from this hub."""
+    """Download the model from this hub; returns what was said meanwhile."""
     settings = {"model_path": NAME, "to": folder and str(folder), "endpoint": served.address, **options}
     with console.heard() as said:
         hub_download.run(DownloadConfig(**settings))

@@ -1,4 +1,4 @@
-"""A chat window in a process of its own (window_server.py), and what a person does with its page."""
+"""A chat window in a process of its own (window_server.py), and the actions of a person on its page."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ WAIT = 60_000  # milliseconds; only a hang takes as long
 
 
 class Server:
-    """The process of a window, made when its port answers."""
+    """The process of a window. The constructor returns when its port answers."""
 
     def __init__(self, kind: str, folder: Path, *options: str):
         with socket.socket() as free:
@@ -44,7 +44,7 @@ class Server:
         raise AssertionError((folder / "log").read_text(encoding="utf-8"))
 
     def tokens(self) -> int:
-        """Tokens that the model has made so far, whoever asked."""
+        """How many tokens the model has generated so far, for all pages together."""
         path = self.folder / "tokens"
         return path.read_text(encoding="utf-8").count("\n") if path.exists() else 0
 
@@ -66,12 +66,12 @@ def serving(kind: str, folder: Path, *options: str) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def opened(browser: Browser, server: Server, ready: str, **context) -> Iterator[Page]:
-    """A page in a browser profile of its own; whatever leaves this machine fails the test."""
+    """A page in a browser profile of its own. A request to another address fails the test."""
     profile = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
-    asked: list[str] = []
+    requested: list[str] = []
     page = profile.new_page()
     page.set_default_timeout(WAIT)
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda request: requested.append(request.url))
     page.goto(server.address)
     page.wait_for_selector(ready)
     page.wait_for_timeout(300)
@@ -80,19 +80,21 @@ def opened(browser: Browser, server: Server, ready: str, **context) -> Iterator[
     finally:
         profile.close()
     outside = [
-        url for url in asked if not re.match(rf"(https?|ws)://127\.0\.0\.1:{server.port}|data:|blob:", url)
+        url
+        for url in requested
+        if not re.match(rf"(https?|ws)://127\.0\.0\.1:{server.port}|data:|blob:", url)
     ]
-    assert outside == [], "the window asked somebody else"
+    assert outside == [], "the window sent a request to another address"
 
 
 def finished(page: Page) -> None:
-    """The answer is there: Send is back."""
+    """Wait until the answer is complete and the button Send is back."""
     page.wait_for_selector("#stop", state="hidden")
     page.wait_for_selector("#send:visible")
 
 
 def ask(page: Page, question: str) -> None:
-    """Until the question is shown, or refused: the answer may be there as soon."""
+    """Send a question, and wait until the page shows it or refuses it; the answer may be there as well."""
     before = page.locator("#left [data-testid=user]").count()
     page.fill("#box textarea", question)
     page.press("#box textarea", "Enter")
@@ -100,9 +102,9 @@ def ask(page: Page, question: str) -> None:
 
 
 def bubbles(page: Page, side: str = "left") -> list[str]:
-    """Questions and answers that are shown, in their order."""
-    found = page.locator(MESSAGES.replace("left", side)).all_inner_texts()
-    return [text.strip() for text in found]
+    """The questions and answers on the page, in their order."""
+    texts = page.locator(MESSAGES.replace("left", side)).all_inner_texts()
+    return [text.strip() for text in texts]
 
 
 def status(page: Page) -> str:

@@ -1,4 +1,4 @@
-"""What a piece of work says to its user, text by text."""
+"""Collects the texts that a program prints for its user."""
 
 import contextlib
 import io
@@ -10,14 +10,14 @@ class _Heard(io.TextIOBase):
         self.texts: list[str] = []
 
     def write(self, text: str) -> int:
-        if text != "\n":  # print() and tqdm.write() write the end of the line apart
+        if text != "\n":  # print() and tqdm.write() write the end of a line separately
             self.texts.append(text)
         return len(text)
 
 
 @contextlib.contextmanager
 def heard() -> Iterator[list[str]]:
-    """The texts that are said or printed in the block, as many as there are so far."""
+    """A list that grows by every text that is printed in the block."""
     stream = _Heard()
     with contextlib.redirect_stdout(stream):
         yield stream.texts

@@ -1,4 +1,4 @@
-"""Rows of a file, encoded as a training does it before its first step."""
+"""The rows of a file, encoded as before the first step of a training."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ def options(path: Path | str, **changes) -> training_config.FinetuneConfig:
 
 
 def encode(path: Path | str, tokenizer=None, fetch=None, **changes) -> dataset.Dataset:
-    """The rows of a file, by default with the tiny tokenizer; changes: of a training's options."""
-    given, tokenizer = options(path, **changes), tokenizer or tiny.tokenizer()
-    forms = [templates.load(name, tokenizer) for name in given.template.split(",")]
-    sources = reader.locate_files(given.data_path, given.eval_data_path, fetch)
-    return dataset.encode(given, sources, forms, tokenizer, "tokenizer 1")
+    """The encoded rows of a file, by default with the tiny tokenizer; changes: options of the training."""
+    settings, tokenizer = options(path, **changes), tokenizer or tiny.tokenizer()
+    row_templates = [templates.load(name, tokenizer) for name in settings.template.split(",")]
+    files = reader.locate_files(settings.data_path, settings.eval_data_path, fetch)
+    return dataset.encode(settings, files, row_templates, tokenizer, "tokenizer 1")

@@ -1,7 +1,7 @@
-"""A stand-in for the model hub on the loopback address: one repository, the folder it is given, or several
-commits of it, between which its branch moves.
+"""A stand-in for the model hub on the loopback address, with one repository.
 
-It speaks what huggingface_hub's snapshot_download asks for: the revision, the list of files, the files.
+The repository is a folder, or several commits between which its branch moves. The server answers the requests
+of huggingface_hub's snapshot_download: the revision, the list of files, and the files.
 """
 
 import contextlib
@@ -23,19 +23,19 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclasses.dataclass
 class Repository:
-    """Commits with their files, and the one that main is at; how it fails, and what it was asked."""
+    """Commits with their files, the commit of the branch main, the faults, and the requested paths."""
 
     commits: dict[str, Path]
     branch: str
     fails: dict[str, int] = dataclasses.field(default_factory=dict)  # a word of a path -> status
     asked: list[str] = dataclasses.field(default_factory=list)
-    silent: bool = False  # takes connections and says nothing
+    silent: bool = False  # accepts connections and never answers
 
 
 @contextlib.contextmanager
 def serving(name: str, folder: Path | Repository, kind: str = "models") -> Iterator[str]:
     """The address of a hub that holds `folder` under `name` (owner/repository) while the block runs."""
-    held = folder if isinstance(folder, Repository) else Repository({COMMIT: folder}, COMMIT)
+    repository = folder if isinstance(folder, Repository) else Repository({COMMIT: folder}, COMMIT)
     prefix = "" if kind == "models" else f"/{kind}"
     stopped = threading.Event()
 
@@ -46,29 +46,29 @@ def serving(name: str, folder: Path | Repository, kind: str = "models") -> Itera
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
             if name in path:
-                held.asked.append(path)
-            if held.silent:
+                repository.asked.append(path)
+            if repository.silent:
                 stopped.wait()
                 return
-            status = next((status for word, status in held.fails.items() if word in path), None)
+            status = next((status for word, status in repository.fails.items() if word in path), None)
             if status:
                 self.answer(b'{"error": "not now"}', status)
                 return
-            named = re.search(r"/(?:resolve|tree|revision)/([^/]+)", path)
-            commit = named[1] if named and named[1] != "main" else held.branch
-            if commit not in held.commits:
+            requested = re.search(r"/(?:resolve|tree|revision)/([^/]+)", path)
+            commit = requested[1] if requested and requested[1] != "main" else repository.branch
+            if commit not in repository.commits:
                 unknown = {"X-Error-Code": "RevisionNotFound"}
                 self.answer(b'{"error": "Invalid rev id"}', 404, **unknown)
                 return
-            folder = held.commits[commit]
+            folder = repository.commits[commit]
             file = folder / path.removeprefix(f"{prefix}/{name}/resolve/{commit}/")
             files = [item for item in sorted(folder.iterdir()) if item.is_file()]
             if path.startswith(f"/api/{kind}/{name}/tree/"):
-                listed = [
+                entries = [
                     {"type": "file", "path": item.name, "size": item.stat().st_size, "oid": digest(item)}
                     for item in files
                 ]
-                self.answer(json.dumps(listed).encode())
+                self.answer(json.dumps(entries).encode())
             elif path.startswith(f"/api/{kind}/{name}"):
                 siblings = [{"rfilename": item.name} for item in files]
                 self.answer(json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode())
@@ -98,7 +98,7 @@ def serving(name: str, folder: Path | Repository, kind: str = "models") -> Itera
 
 
 def fetch(address: str, home: Path, function: str, name: str) -> str:
-    """What onecard.hub's function says for a name, in a process whose hub is at this address."""
+    """The result or the error of a function of onecard.hub.locate, with the hub at this address."""
     code = (
         "import sys; from onecard import errors; from onecard.hub import locate\n"
         f"try: print(locate.{function}(sys.argv[1]))\n"

@@ -1,6 +1,6 @@
-"""Faults planted into a training: kills at a chosen place, no memory, and mutants of our own code.
+"""Faults for trainings of the tests: kills at a chosen point, lack of memory, and mutants of our own code.
 
-A mutant breaks one thing that a promise rests on; the tests show that it is noticed.
+A mutant breaks one property that the code must have; the tests show that they notice it.
 """
 
 import builtins
@@ -18,7 +18,7 @@ import torch
 
 
 class Touch:
-    """A pickle that makes a file when it is loaded."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, canary: Path):
         self.canary = canary
@@ -29,32 +29,32 @@ class Touch:
 
 @contextlib.contextmanager
 def planted(fault: dict[str, Any]) -> Iterator[None]:
-    """The faults that a request names, for one child process; nothing is undone."""
+    """Plant the faults that a request names in this child process; nothing is undone."""
     for name, value in fault.items():
         PLANT[name](value)
     yield
 
 
 def kill_in_step(where: list[int]) -> None:
-    """SIGKILL in gradient `where[0]` (the dry run's is number 1) after `where[1]` of its micro-batches."""
+    """SIGKILL in gradient number where[0] (the dry run has number 1) after where[1] of its micro-batches."""
     from onecard.training import step as training_step
 
-    plain, place = training_step.gradient, {"step": 0, "micro_batch": 0}
+    original, position = training_step.gradient, {"step": 0, "micro_batch": 0}
 
     def gradient(step_model: Any, micro_batches: Any, *rest: Any) -> Any:
-        place["step"] += 1
-        place["micro_batch"] = 0
+        position["step"] += 1
+        position["micro_batch"] = 0
         forward = step_model.forward
 
         def counted(packed: Any) -> Any:
-            if [place["step"], place["micro_batch"]] == where:
+            if [position["step"], position["micro_batch"]] == where:
                 os.kill(os.getpid(), signal.SIGKILL)
-            place["micro_batch"] += 1
+            position["micro_batch"] += 1
             return forward(packed)
 
         step_model.forward = counted
         try:
-            return plain(step_model, micro_batches, *rest)
+            return original(step_model, micro_batches, *rest)
         finally:
             step_model.forward = forward
 
@@ -62,7 +62,7 @@ def kill_in_step(where: list[int]) -> None:
 
 
 def kill_at_operation(number: int) -> None:
-    """SIGKILL right before the process's file operation `number`, counted from 1."""
+    """SIGKILL right before file operation `number` of this process, counted from 1."""
     done = {"count": 0}
 
     def before() -> None:
@@ -74,7 +74,7 @@ def kill_at_operation(number: int) -> None:
 
 
 def watch_operations(before: Callable[[], None]) -> None:
-    """Call `before` ahead of every open for writing, sync, rename, mkdir, delete."""
+    """Call `before` ahead of every file operation: open for writing, sync, rename, mkdir, delete."""
     for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
         plain = getattr(os, name)
 
@@ -97,10 +97,10 @@ def no_memory_above(tokens: int) -> None:
     """Every micro-batch of more than `tokens` tokens runs out of memory in its backward pass."""
     from onecard.training import step as training_step
 
-    plain = training_step.StepModel.forward
+    original = training_step.StepModel.forward
 
     def forward(self: Any, packed: Any) -> Any:
-        loss_sum, targets, correct = plain(self, packed)
+        loss_sum, targets, correct = original(self, packed)
         if packed.input_ids.numel() > tokens and loss_sum.requires_grad:
             loss_sum.register_hook(_no_memory)
         return loss_sum, targets, correct
@@ -113,34 +113,35 @@ def no_memory_at(calls: list[int]) -> None:
     from onecard.training import out_of_memory
     from onecard.training import step as training_step
 
-    plain, made, dry_run = training_step.StepModel.forward, {"count": 0, "dry": False}, out_of_memory.dry_run
+    original, dry_run = training_step.StepModel.forward, out_of_memory.dry_run
+    state = {"count": 0, "dry": False}
 
     def forward(self: Any, packed: Any) -> Any:
-        if not made["dry"] and self.training:
-            made["count"] += 1
-            if made["count"] in calls:
+        if not state["dry"] and self.training:
+            state["count"] += 1
+            if state["count"] in calls:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return plain(self, packed)
+        return original(self, packed)
 
     def dry(trainer: Any) -> bool:
-        made["dry"] = True
+        state["dry"] = True
         fits = dry_run(trainer)
-        made["dry"] = False
+        state["dry"] = False
         return fits
 
     training_step.StepModel.forward, out_of_memory.dry_run = forward, dry
 
 
 def signal_in_update(number: int) -> None:
-    """SIGTERM arrives when update `number` has changed the adapter, before the run has noted it."""
+    """SIGTERM arrives when update `number` has changed the adapter, before the run has recorded it."""
     from onecard.training import step as training_step
 
-    plain, made = training_step.update, {"count": 0}
+    original, calls = training_step.update, {"count": 0}
 
     def update(*arguments: Any) -> Any:
-        result = plain(*arguments)
-        made["count"] += 1
-        if made["count"] == number:
+        result = original(*arguments)
+        calls["count"] += 1
+        if calls["count"] == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
@@ -148,18 +149,18 @@ def signal_in_update(number: int) -> None:
 
 
 def address_space(more: int) -> None:
-    """From the first dry run on the process may hold `more` bytes beyond what it holds (RLIMIT_AS)."""
+    """From the first dry run on, limit the address space to `more` bytes beyond those in use (RLIMIT_AS)."""
     import resource
 
     from onecard.training import out_of_memory
 
-    plain = out_of_memory.dry_run
+    original = out_of_memory.dry_run
 
     def dry_run(trainer: Any) -> bool:
         with open("/proc/self/statm", encoding="utf-8") as file:
-            held = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + more, held + more))
-        return plain(trainer)
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + more, used + more))
+        return original(trainer)
 
     out_of_memory.dry_run = dry_run
 
@@ -172,36 +173,36 @@ def torn_updates(_: Any) -> None:
 
 
 def partial_gradients(_: Any) -> None:
-    """A mutant: what was added before memory ran out is kept when the step is done again."""
+    """A mutant: the gradient from before the lack of memory is kept when the step is repeated."""
     from onecard.training import distributed
     from onecard.training import step as training_step
 
-    plain, drop, keep = distributed.all_processes, training_step._drop_gradient, {"times": 0}
+    original, original_drop, skipped = distributed.all_processes, training_step._drop_gradient, {"times": 0}
 
     def all_processes(flag: bool) -> bool:
-        keep["times"] = 0 if flag else 2  # at the end of this try and at the beginning of the next
-        return plain(flag)
+        skipped["times"] = 0 if flag else 2  # at the end of this try and at the beginning of the next
+        return original(flag)
 
     def drop_gradient(parameters: Any) -> None:
-        keep["times"] -= 1
-        if keep["times"] < 0:
-            drop(parameters)
+        skipped["times"] -= 1
+        if skipped["times"] < 0:
+            original_drop(parameters)
 
     distributed.all_processes, training_step._drop_gradient = all_processes, drop_gradient
 
 
 def slow_save(seconds: float) -> None:
-    """Saving takes this much longer once the first checkpoint is there."""
+    """From the second checkpoint on, saving takes this many seconds longer."""
     from onecard.models import trainable
 
-    plain, saves = trainable.save, []
+    original, saves = trainable.save, []
 
     def slow(*arguments: Any) -> None:
         saves.append(1)
         if len(saves) > 1:
             print("saving slowly", flush=True)
             time.sleep(seconds)
-        plain(*arguments)
+        original(*arguments)
 
     trainable.save = slow
 
@@ -211,12 +212,12 @@ def _no_memory(_: Any) -> None:
 
 
 def mutate(name: str) -> None:
-    """Break one promise of the code under test."""
+    """Apply the mutant of this name."""
     MUTANTS[name]()
 
 
 def _mutant_no_seed() -> None:
-    """Dropout follows whatever the generator holds, as where random states are not restored."""
+    """Dropout depends on the current state of the random generator, as if the state were not restored."""
     from onecard.training import loop
 
     class Deaf:
@@ -227,30 +228,30 @@ def _mutant_no_seed() -> None:
 
 
 def _mutant_no_moments() -> None:
-    """The optimizer starts fresh."""
+    """The optimizer starts without its saved state."""
     from onecard.runs import checkpoint as runs_checkpoint
 
     runs_checkpoint.restore_optimizer = lambda *_: None
 
 
 def _mutant_fresh_rows() -> None:
-    """The rows start from their beginning."""
+    """A resumed run starts again with the first row."""
     _change_progress(rows_seen=0)
 
 
 def _mutant_rate_restarts() -> None:
-    """The schedule starts from its beginning."""
+    """A resumed run starts the learning rate schedule again."""
     _change_progress(updates=0)
 
 
 def _mutant_off_by_one() -> None:
-    """A step is counted twice."""
+    """A resumed run counts one step twice."""
     from onecard.runs import checkpoint as runs_checkpoint
 
-    plain = runs_checkpoint.read_progress
+    original = runs_checkpoint.read_progress
 
     def read(path: Any) -> Any:
-        progress = plain(path)
+        progress = original(path)
         progress.step += 1
         return progress
 
@@ -259,14 +260,14 @@ def _mutant_off_by_one() -> None:
 
 
 def _mutant_no_adapter() -> None:
-    """The adapter starts from the seed."""
+    """A resumed run starts with a new adapter."""
     from onecard.models import trainable
 
     trainable.load = lambda *_: None
 
 
 def _mutant_log_kept() -> None:
-    """The log keeps what came after the checkpoint."""
+    """The log keeps the lines that were written after the checkpoint."""
     from onecard.runs import folder as run_folder
 
     run_folder.cut_log = lambda *_: 0
@@ -275,8 +276,8 @@ def _mutant_log_kept() -> None:
 def _change_progress(**changes: Any) -> None:
     from onecard.runs import checkpoint as runs_checkpoint
 
-    plain = runs_checkpoint.read_progress
-    runs_checkpoint.read_progress = lambda path: dataclasses.replace(plain(path), **changes)
+    original = runs_checkpoint.read_progress
+    runs_checkpoint.read_progress = lambda path: dataclasses.replace(original(path), **changes)
 
 
 MUTANTS = {

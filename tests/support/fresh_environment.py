@@ -1,7 +1,8 @@
-"""Environments of a newcomer: what some parts of tools/setup.sh install, and no other packages.
+"""Environments as a newcomer has them: the packages that parts of tools/setup.sh install, and no others.
 
-Packages are links into the environment that runs the tests, chosen by what their metadata says they need, so
-that one is made in a second. A folder that several distributions share (google) is linked as a whole.
+The packages are links into the environment that runs the tests, so that an environment is made in a second.
+Their metadata says which further packages they need. A folder that several distributions share (google) is
+linked as a whole.
 """
 
 import importlib.metadata
@@ -22,8 +23,8 @@ from tests.support.paths import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SETS_UP = re.compile(r"bash tools/setup\.sh (\w+)")
-ALWAYS = ("pip",)  # which set-up itself puts there
-WITH = {"train": ["train"], "chat": ["chat", "train"], "cpu": ["cpu", "train"]}  # stamps that a part leaves
+ALWAYS = ("pip",)  # which tools/setup.sh installs itself
+WITH = {"train": ["train"], "chat": ["chat", "train"], "cpu": ["cpu", "train"]}  # stamp files of each part
 
 
 def copy_project(folder: Path) -> Path:
@@ -38,11 +39,11 @@ def copy_project(folder: Path) -> Path:
 
 
 def closure(extras: Iterable[str]) -> set[str]:
-    """Names of all distributions that these extras of pyproject.toml bring with them."""
-    wanted = [Requirement(f"onecard[{','.join(extras)}]")]
+    """The names of all distributions that these extras of pyproject.toml need."""
+    pending = [Requirement(f"onecard[{','.join(extras)}]")]
     seen: set[tuple[str, str]] = set()
-    while wanted:
-        requirement = wanted.pop()
+    while pending:
+        requirement = pending.pop()
         name = canonicalize_name(requirement.name)
         for extra in ("", *requirement.extras):
             if (name, extra) in seen:
@@ -51,7 +52,7 @@ def closure(extras: Iterable[str]) -> set[str]:
             for line in _needs(name, extra):
                 need = Requirement(line)
                 if need.marker is None or need.marker.evaluate({"extra": extra}):
-                    wanted.append(need)
+                    pending.append(need)
     return {name for name, _ in seen} - {"onecard"}
 
 
@@ -63,7 +64,7 @@ def _needs(name: str, extra: str) -> list[str]:
 
 
 def of_a_newcomer() -> dict[str, str]:
-    """This process's environment without what it says to Python, pip's own settings apart, and to a hub."""
+    """The environment variables of this process without those for Python, for a hub and for wandb."""
     hidden = ("HF_", "WANDB", "PYTHON", "VIRTUAL_ENV")
     return {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
 
@@ -74,18 +75,18 @@ class Environment:
     def __init__(self, folder: Path):
         self.bin = folder / "bin"
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-        places = {"base": str(folder), "platbase": str(folder)}
-        self.packages = Path(sysconfig.get_path("purelib", "posix_prefix", places))
+        prefixes = {"base": str(folder), "platbase": str(folder)}
+        self.packages = Path(sysconfig.get_path("purelib", "posix_prefix", prefixes))
         self.link(ALWAYS)
 
     def link(self, names: Iterable[str]) -> None:
-        """Put these distributions there, as links to their files in the environment that runs the tests."""
+        """Add these distributions, as links to their files in the environment that runs the tests."""
         for name in names:
-            found = importlib.metadata.distribution(name)
-            source = Path(found.locate_file(""))
-            tops = {path.parts[0] for path in found.files or [] if ".." not in path.parts}
+            distribution = importlib.metadata.distribution(name)
+            source = Path(distribution.locate_file(""))
+            tops = {path.parts[0] for path in distribution.files or [] if ".." not in path.parts}
             for top in tops - {"__pycache__"}:
-                if not top.endswith(".pth"):  # nothing of the other environment's start
+                if not top.endswith(".pth"):  # these would change how Python starts
                     self._link(source / top, self.packages / top)
 
     def _link(self, source: Path, target: Path) -> None:
@@ -94,14 +95,14 @@ class Environment:
 
 
 class Newcomer(Environment):
-    """A copy of the project whose .venv grows by what the commands set up."""
+    """A copy of the project to whose .venv the commands add packages."""
 
     def __init__(self, folder: Path):
         self.folder = copy_project(folder)
         super().__init__(self.folder / ".venv")
 
     def set_up(self, part: str) -> None:
-        """As `bash tools/setup.sh PART` leaves it."""
+        """Add the packages and stamp files of `bash tools/setup.sh PART`."""
         self.link(closure([part]))
         script = 'cat requirements.txt pyproject.toml | cksum | cut -d" " -f1'
         summed = subprocess.run(
@@ -111,14 +112,14 @@ class Newcomer(Environment):
             (self.folder / ".venv" / f"onecard-{each}-{summed.stdout.strip()}").touch()
 
     def parts_of(self, command: str) -> list[str]:
-        """The parts that a command of README.md sets up, itself or through its script."""
-        found = SETS_UP.findall(command)
+        """The parts that a command of README.md sets up, directly or in its script."""
+        parts = SETS_UP.findall(command)
         for name in re.findall(r"bash (\w+\.sh)", command):
-            found += SETS_UP.findall((self.folder / name).read_text(encoding="utf-8"))
-        return found
+            parts += SETS_UP.findall((self.folder / name).read_text(encoding="utf-8"))
+        return parts
 
     def run(self, command: str, timeout: float = 1200) -> subprocess.CompletedProcess:
-        """A command as a newcomer types it; what it sets up is there, and what earlier ones did."""
+        """Run a command as a newcomer types it, after adding the packages that it sets up."""
         for part in self.parts_of(command):
             self.set_up(part)
         return subprocess.run(

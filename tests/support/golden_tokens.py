@@ -1,7 +1,7 @@
-"""The token dump of the first row of every sample file in every template, with the demo model's tokenizer.
+"""The tokens of the first row of every sample file in every template, with the demo model's tokenizer.
 
-python -m tests.support.golden_tokens writes golden_tokens.json beside this file anew; look at what changed
-before committing it.
+`python -m tests.support.golden_tokens` writes golden_tokens.json beside this file again. Check what has
+changed before you commit it.
 """
 
 import json
@@ -33,30 +33,30 @@ EVERY_ROLE = Conversation(
 
 
 def dump(tokenizer: Any) -> dict[str, dict[str, dict[str, Any]]]:
-    """File -> template (raw rows: none) -> ids, lengths of runs that are and are not targets, text."""
-    made: dict[str, dict[str, dict[str, Any]]] = {}
+    """File -> template ("none" for raw rows) -> ids, runs of targets and other tokens, text."""
+    result: dict[str, dict[str, dict[str, Any]]] = {}
     firsts = {path.name: next(iter(reader.read_rows(path))) for path in SAMPLES}
     for file, row in {**firsts, "every role": EVERY_ROLE}.items():
         for name in ["none"] if row.is_raw else templates.names():
-            form = templates.load("alpaca" if row.is_raw else name, tokenizer)
-            if any(turn.role == "function" for turn in row.turns) and not form.function:
+            template = templates.load("alpaca" if row.is_raw else name, tokenizer)
+            if any(turn.role == "function" for turn in row.turns) and not template.function:
                 continue
-            own = templates.tokenizer_for(tokenizer, form)
-            ids, is_target = data_encode.encode(row, form, own)
-            made.setdefault(file, {})[name] = {
+            own_tokenizer = templates.tokenizer_for(tokenizer, template)
+            ids, is_target = data_encode.encode(row, template, own_tokenizer)
+            result.setdefault(file, {})[name] = {
                 "ids": " ".join(map(str, ids)),
                 "runs": [[target, len(list(run))] for target, run in groupby(is_target)],
-                "text": data_encode.show(own, ids, is_target),
+                "text": data_encode.show(own_tokenizer, ids, is_target),
             }
-    return made
+    return result
 
 
 def main() -> None:
     from onecard.hub import locate
     from onecard.models import tokenizer as models_tokenizer
 
-    made = dump(models_tokenizer.load_tokenizer(locate.locate("demo")))
-    FILE.write_text(json.dumps(made, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    tokens = dump(models_tokenizer.load_tokenizer(locate.locate("demo")))
+    FILE.write_text(json.dumps(tokens, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

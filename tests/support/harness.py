@@ -1,8 +1,8 @@
-"""Trainings in forked children of one process that imported torch once and never started a thread pool.
+"""Trainings in forked children of a process that imported torch once and never started a thread pool.
 
-A child takes a second instead of ten, can be killed at any moment, and cannot disturb the tests'
-own process. `Harness` is the client; `python -m tests.support.harness` the server: one JSON request a line,
-one JSON answer a line. Each child runs on one thread.
+A child starts in one second instead of ten, can be killed at any moment, and cannot disturb the process of
+the tests. `Harness` is the client and `python -m tests.support.harness` the server; a request is one line of
+JSON, and so is an answer. Each child runs on one thread.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from tests.support.paths import ROOT
 
 
 class Harness:
-    """Two servers, one for each core; map() spreads requests over them."""
+    """Two servers, one for each core; map() distributes requests over them."""
 
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -34,7 +34,10 @@ class Harness:
         self.free = list(self.servers)
 
     def run(self, program: str, flags: dict[str, Any], **fault: Any) -> dict[str, Any]:
-        """Run finetune or finetune_continue; returns code (negative: a signal), seconds, what it said."""
+        """Run finetune or finetune_continue with options.
+
+        Returns its exit code (negative for a signal), the seconds it took, and what it said.
+        """
         arguments = [f"--{name}={value}" for name, value in flags.items()]
         return self.ask({"program": program, "argv": arguments, "fault": fault})
 
@@ -48,7 +51,7 @@ class Harness:
             self.free.append(server)
 
     def map(self, cell: Any, items: Any) -> list[Any]:
-        """cell(item) for all items, two at a time; the first exception is raised."""
+        """The results of cell(item) for all items, two at a time; raises the first exception."""
         with ThreadPoolExecutor(len(self.servers)) as pool:
             return list(pool.map(cell, items))
 
@@ -93,7 +96,7 @@ def attend(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def child(request: dict[str, Any]) -> None:
-    """Plant the fault, run the program, leave with its exit code."""
+    """Plant the fault, run the program, and exit with its exit code."""
     from onecard import errors
     from tests.support import faults
 
@@ -115,17 +118,17 @@ def child(request: dict[str, Any]) -> None:
 
 
 def program(name: str, argv: list[str]) -> None:
-    """What finetune.py and finetune_continue.py do, without fetching, answers and pictures."""
+    """Do what finetune.py and finetune_continue.py do, without downloads, sample answers and plots."""
     from onecard.config import options as config_options
     from onecard.config import training as training_config
     from onecard.training import loop
 
     if name == "finetune":
-        options, given = config_options.parse_given(training_config.FinetuneConfig, argv)
-        loop.run(options, given=given, sample=lambda *_: [], draw=lambda *_: None)
+        options, explicit = config_options.parse_given(training_config.FinetuneConfig, argv)
+        loop.run(options, given=explicit, sample=lambda *_: [], draw=lambda *_: None)
     else:
-        wish, given = config_options.parse_given(training_config.ContinueConfig, argv)
-        loop.go_on(wish, given, sample=lambda *_: [], draw=lambda *_: None)
+        options, explicit = config_options.parse_given(training_config.ContinueConfig, argv)
+        loop.go_on(options, explicit, sample=lambda *_: [], draw=lambda *_: None)
 
 
 @contextlib.contextmanager

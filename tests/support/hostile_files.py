@@ -1,14 +1,15 @@
-"""Damaged and hostile model files, and what becomes of the process that opens them.
+"""Damaged and hostile model files, and what happens to the process that opens them.
 
 `python -m tests.support.hostile_files KIND COUNT SEED` prints what happened to COUNT mutants, and where and
 when, as JSON.
 
-Mutants are read one after the other in a forked process that plays OneCard's own; when it dies, the next one
-goes on behind the mutant that killed it. What OneCard reads in a child is read in such a process too, and may
-die there.
+A forked process stands for OneCard's own and reads the mutants one after the other. When it dies, another one
+continues behind the mutant that killed it. Files that OneCard reads in a child process are read in such a
+process too, which may die.
 
-Outcomes: loaded; refused (a UserError); memory (exit 6); escaped (another exception: a traceback for the
-user); crash, hang (of OneCard's own process); child crash, child hang (told by OneCard). SHOW=1 tells more.
+Outcomes: loaded; refused (a UserError); memory (exit 6); escaped (another exception, which would be a
+traceback for the user); crash and hang (of OneCard's own process); child crash and child hang (which OneCard
+reports). SHOW=1 prints more.
 """
 
 import collections
@@ -48,32 +49,33 @@ BAD = ("escaped", "crash", "hang")  # what must not happen
 
 
 def mutate(data: bytes, header: int, seed: int) -> bytes:
-    """One to three changes within the first `header` bytes, now and then a file that ends too early."""
-    luck, made = random.Random(seed), bytearray(data)
-    for _ in range(luck.choice((1, 1, 2, 3))):
-        place, kind = luck.randrange(min(header, len(made))), luck.randrange(8)
+    """The data with one to three changes within its first `header` bytes; some of them cut the file short."""
+    rng, mutant = random.Random(seed), bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        position, kind = rng.randrange(min(header, len(mutant))), rng.randrange(8)
         if kind <= 2:
-            made[place] ^= 1 << luck.randrange(8)
+            mutant[position] ^= 1 << rng.randrange(8)
         elif kind == 3:
-            made[place] = luck.choice((0, 0x20, 0x7F, 0x80, 0xFF, luck.randrange(256)))
+            mutant[position] = rng.choice((0, 0x20, 0x7F, 0x80, 0xFF, rng.randrange(256)))
         elif kind == 4:
-            width, code = luck.choice(((4, "<I"), (8, "<Q")))
-            made[place : place + width] = struct.pack(code, luck.choice(NUMBERS) % (1 << 8 * width))
+            width, code = rng.choice(((4, "<I"), (8, "<Q")))
+            mutant[position : position + width] = struct.pack(code, rng.choice(NUMBERS) % (1 << 8 * width))
         elif kind == 5:
-            del made[place : place + luck.choice((1, 4, 8, 100))]
+            del mutant[position : position + rng.choice((1, 4, 8, 100))]
         elif kind == 6:
-            made[place:place] = luck.choice((b"\0", b"\xff" * 8, bytes(made[place : place + 40])))
+            piece = bytes(mutant[position : position + 40])
+            mutant[position:position] = rng.choice((b"\0", b"\xff" * 8, piece))
         else:
-            del made[luck.choice((place, len(made) - 1 - place % 1000)) :]
-        if not made:
+            del mutant[rng.choice((position, len(mutant) - 1 - position % 1000)) :]
+        if not mutant:
             break
-    return bytes(made)
+    return bytes(mutant)
 
 
 def survey(
     count: int, write: Callable[[int], Any], read: Callable[[int], None], names: dict[str, str]
 ) -> dict[int, str]:
-    """Outcome of each mutant; `names` of crash and hang say whose process it was."""
+    """The outcome of each mutant; names: other words for crash and hang, when the process is a child."""
     outcomes: dict[int, str] = {}
     while len(outcomes) < count:
         reader, writer = os.pipe()
@@ -124,7 +126,7 @@ def _work(numbers: range, write: Callable[[int], Any], read: Callable[[int], Non
 
 
 class Gguf:
-    """A stranger's .gguf file as --model_path: the trial, and then the engine and the tokenizer."""
+    """A stranger's .gguf file as --model_path: its trial in a child, then the engine and the tokenizer."""
 
     def __init__(self, place: Path):
         from gguf import GGUFReader
@@ -182,7 +184,7 @@ class Gguf:
         engine.close()
 
     def targeted(self) -> Iterator[tuple[int, str, bytes]]:
-        """Lies about counts, lengths, types, alignment and offsets."""
+        """Files with wrong counts, lengths, types, alignments and offsets."""
         whole = self.whole[0]
         for value in NUMBERS:
             number = struct.pack("<Q", value)

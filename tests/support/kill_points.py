@@ -1,10 +1,10 @@
-"""A tool that makes a folder, killed before each of its file operations. Run as a program of its own:
+"""Kills a tool that writes a folder before each of its file operations. It runs as a program of its own:
 
     python -m tests.support.kill_points convert|merge|export|quantize TARGET OPTION=VALUE ...
 
-Each try is a fork of this process, which has used nothing yet that a fork does not survive. Prints how many
-operations there were; fails when a target is seen that is not whole. The last try runs to its end. With
-over=FILE each try finds the whole folder there, with that file damaged.
+Each try is a fork of this process, which has not used anything yet that a fork does not survive. The last try
+runs to its end. The program prints the number of operations, and fails when it finds an incomplete target.
+With over=FILE, each try starts with the complete folder in which that file is damaged.
 """
 
 import importlib
@@ -25,7 +25,7 @@ MOST = 300
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Name -> content; the record's is left out, as it names the files' times."""
+    """Name -> content of all files; that of the record is left out, because it holds times of files."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return {
         str(p.relative_to(folder)): b"" if p.name == output_folder.RECORD else p.read_bytes() for p in paths
@@ -37,12 +37,12 @@ def convert(target: Path, options: dict[str, str]) -> None:
     from onecard.config.tools import ConvertConfig
     from onecard.conversion import meta_llama, meta_tokenizer, meta_weights
 
-    def work(request: dict[str, Any], told: Any, keep: int) -> None:
+    def work(request: dict[str, Any], report: Any, keep: int) -> None:
         module = meta_weights if request["step"] == meta_llama.WEIGHTS else meta_tokenizer
-        module.work({**request, "limit": 0}, lambda **report: told(report))
+        module.work({**request, "limit": 0}, lambda **message: report(message))
 
-    made = config_options.build(ConvertConfig, {**options, "output_dir": str(target)})
-    meta_llama.run(made, lambda done, total: None, work)
+    settings = config_options.build(ConvertConfig, {**options, "output_dir": str(target)})
+    meta_llama.run(settings, lambda done, total: None, work)
 
 
 def merge(target: Path, options: dict[str, str]) -> None:
@@ -50,12 +50,12 @@ def merge(target: Path, options: dict[str, str]) -> None:
     from onecard.config.tools import MergeConfig
     from onecard.conversion import merge as conversion_merge
 
-    made = config_options.build(MergeConfig, {**options, "output_path": str(target)})
-    conversion_merge.run(made, lambda done, total: None)
+    settings = config_options.build(MergeConfig, {**options, "output_path": str(target)})
+    conversion_merge.run(settings, lambda done, total: None)
 
 
 def export(target: Path, options: dict[str, str]) -> None:
-    """With a converter that writes a few bytes, which nothing reads."""
+    """Export with a converter that only writes a few bytes, which nothing reads."""
     from onecard.config import options as config_options
     from onecard.config.tools import ExportConfig
     from onecard.conversion import export_gguf, llama_cpp_converter
@@ -69,8 +69,8 @@ def export(target: Path, options: dict[str, str]) -> None:
             self.close = lambda: None
 
     llama_cpp_converter.run, llama_cpp_converter.home, llama_cpp_engine.Engine = work, Path, Engine
-    made = config_options.build(ExportConfig, {**options, "output_path": str(target), "check": "false"})
-    export_gguf.run(made)
+    settings = config_options.build(ExportConfig, {**options, "output_path": str(target), "check": "false"})
+    export_gguf.run(settings)
 
 
 def quantize(target: Path, options: dict[str, str]) -> None:
@@ -78,8 +78,8 @@ def quantize(target: Path, options: dict[str, str]) -> None:
     from onecard.config.tools import QuantizeConfig
     from onecard.conversion import quantize as conversion_quantize
 
-    given = {"method": "bnb", "device": "cpu", "output_path": str(target)}
-    conversion_quantize.run(config_options.build(QuantizeConfig, {**options, **given}))
+    fixed = {"method": "bnb", "device": "cpu", "output_path": str(target)}
+    conversion_quantize.run(config_options.build(QuantizeConfig, {**options, **fixed}))
 
 
 TOOLS = {"convert": convert, "merge": merge, "export": export, "quantize": quantize}
@@ -92,7 +92,7 @@ USED = {  # imported once, before all forks
 
 
 def check(name: str, target: Path, **options: Any) -> None:
-    """Run this file as a program of its own; fails as that does, or when hardly anything was killed."""
+    """Run this file as a program of its own. It fails when the program does, or after fewer than 11 kills."""
     command = [sys.executable, "-m", "tests.support.kill_points", name, str(target)]
     ended = subprocess.run(
         [*command, *(f"{key}={value}" for key, value in options.items())],
@@ -108,7 +108,7 @@ def check(name: str, target: Path, **options: Any) -> None:
 
 
 def fork(tool: Any, target: Path, options: dict[str, str], number: int) -> int:
-    """Exit code of a try that is killed before operation `number`."""
+    """The exit code of a try that is killed before operation `number`."""
     child = os.fork()
     if not child:
         code = 1
@@ -123,7 +123,7 @@ def fork(tool: Any, target: Path, options: dict[str, str], number: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main(name: str, place: str, *pairs: str) -> None:
+def main(name: str, folder: str, *pairs: str) -> None:
     from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
     del AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
@@ -131,10 +131,10 @@ def main(name: str, place: str, *pairs: str) -> None:
         importlib.import_module(each)
     options = dict(pair.split("=", 1) for pair in pairs)
     over = options.pop("over", None)
-    target, whole = Path(place) / "made", Path(place + "-whole") / "made"
+    target, whole = Path(folder) / "made", Path(folder + "-whole") / "made"
     assert fork(TOOLS[name], whole, options, MOST) == 0
-    wanted, around = contents(whole), {Path(place), *Path(place).parent.iterdir()}
-    allowed = [wanted, *([{**wanted, over: b"damaged"}] if over else [])]
+    expected, neighbours = contents(whole), {Path(folder), *Path(folder).parent.iterdir()}
+    allowed = [expected, *([{**expected, over: b"damaged"}] if over else [])]
     for number in range(1, MOST):
         if over:
             shutil.copytree(whole, target)
@@ -147,9 +147,9 @@ def main(name: str, place: str, *pairs: str) -> None:
             assert contents(target) in allowed
             shutil.rmtree(target)
     assert number < MOST - 1
-    assert contents(target) == wanted
+    assert contents(target) == expected
     assert [path.name for path in target.parent.iterdir()] == ["made"], "something is left beside it"
-    assert set(Path(place).parent.iterdir()) == around
+    assert set(Path(folder).parent.iterdir()) == neighbours
     print(number)
 
 

@@ -1,4 +1,4 @@
-"""A folder made as the tools make theirs, and one that is refused; in a test's process or in another one."""
+"""Writes a folder in the same way as the tools, in the process of a test or in another one."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ MADE_OF = {"program": "test", output_folder.VERSIONS: {}}
 
 
 def make(target: Path) -> None:
-    """A folder of two files, made as the tools make theirs."""
+    """Write a folder of two files in the same way as the tools."""
     if not output_folder.is_made(target, MADE_OF, FLAG):
         with output_folder.making(target, 0, MADE_OF, FLAG) as (place, _):
             (place / "model.safetensors").write_bytes(bytes(64))

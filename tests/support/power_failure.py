@@ -1,4 +1,4 @@
-"""Small checkpoints, and every state of the disk that a power failure may leave after saving one."""
+"""Small checkpoints, and every state of the disk that a power failure may leave while one is saved."""
 
 import itertools
 import json
@@ -17,10 +17,10 @@ from onecard.runs.checkpoint import Progress
 def optimizer(step: int, rows: int = 3) -> torch.optim.Optimizer:
     """AdamW over one parameter [rows, 5] whose state depends on `step`."""
     parameter = torch.nn.Parameter(torch.full((rows, 5), float(step)))
-    made = torch.optim.AdamW([parameter], lr=0.1)
+    adamw = torch.optim.AdamW([parameter], lr=0.1)
     parameter.grad = torch.full_like(parameter, step + 1.0)
-    made.step()
-    return made
+    adamw.step()
+    return adamw
 
 
 def save(folder: Path, step: int, keep: int | None = None, budget: int = 0) -> Path:
@@ -88,7 +88,7 @@ class Disk:
         return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
     def notice(self) -> None:
-        """Log what changed on the disk since the last look."""
+        """Log what has changed on the disk since the last call."""
         now = self.tree(self.folder)
         for path in sorted(now.keys() - self.seen.keys()):
             self.log.append(("mkdir", path) if now[path] is None else ("create", path))
@@ -101,17 +101,17 @@ class Disk:
         self.seen = now
 
     def states(self, before: dict[Path, bytes | None], most: int = 3):
-        """(operations done, disk) for every prefix of the log minus up to `most` unsafe operations."""
+        """(number of operations, disk) for every prefix of the log without up to `most` unsafe operations."""
         for length in range(len(self.log) + 1):
-            done = self.log[:length]
-            unsafe = [place for place, operation in enumerate(done) if not self.is_safe(place, done)]
+            operations = self.log[:length]
+            unsafe = [number for number in range(length) if not self.is_safe(number, operations)]
             for count in range(min(most, len(unsafe)) + 1):
                 for lost in itertools.combinations(unsafe, count):
-                    yield length, self.replay(before, [done[i] for i in range(length) if i not in lost])
+                    yield length, self.replay(before, [operations[i] for i in range(length) if i not in lost])
 
     @staticmethod
-    def is_safe(place: int, done: list) -> bool:
-        operation, later = done[place], done[place + 1 :]
+    def is_safe(number: int, operations: list) -> bool:
+        operation, later = operations[number], operations[number + 1 :]
         if operation[0] == "sync":
             return True
         if operation[0] == "write":
@@ -144,7 +144,10 @@ class Disk:
 
 
 def survivors(states, folder: Path, after: int, place: Path) -> tuple[int, int]:
-    """(states with a whole old or new checkpoint, states in all); acknowledged ones must have the new one."""
+    """(states with a whole old or new checkpoint, all states).
+
+    From operation `after` on the save is acknowledged, and the state must have the new checkpoint.
+    """
     good = total = 0
     checked: dict[frozenset, str | None] = {}
     for length, disk in states:

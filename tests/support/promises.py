@@ -1,4 +1,4 @@
-"""What must not be lost, as checks: tests make them on the code as it is, test_mutation.py on broken code."""
+"""Checks that nothing is lost. The tests run them on the code as it is, test_mutation.py on broken code."""
 
 import itertools
 import json
@@ -29,10 +29,10 @@ from tests.support.resume_cases import differences, flags, outcome
 
 
 def in_child(work: Callable[[], object]) -> int:
-    """Exit code of work() in a forked child, negative for a signal."""
+    """The exit code of work() in a forked child; it is negative for a signal."""
     pid = os.fork()
     if pid == 0:
-        torch.set_num_threads(1)  # the parent's pool of threads was not forked
+        torch.set_num_threads(1)  # a fork has no pool of threads
         try:
             work()
         except BaseException:
@@ -42,9 +42,9 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 def until_untouched(place: Path, before, attempt):
-    """(folder, exit code) of attempt(folder, number) for number 1, 2, ... until one is not killed any more.
+    """(folder, exit code) of attempt(folder, number) for number 1, 2, ... until an attempt is not killed.
 
-    before(folder) makes the checkpoints that are there already.
+    before(folder) writes the checkpoints that exist before each attempt.
     """
     for number in itertools.count(1):
         folder = place / str(number)
@@ -58,7 +58,7 @@ def until_untouched(place: Path, before, attempt):
 
 
 def killed_at_operation(work):
-    """An attempt: work(folder) in a child that dies before its file operation `number`."""
+    """A function attempt(folder, number): work(folder) in a child that dies before operation `number`."""
 
     def attempt(folder: Path, number: int) -> int:
         def dying() -> None:
@@ -71,7 +71,7 @@ def killed_at_operation(work):
 
 
 def check_old_or_new(folder: Path) -> str:
-    """The name of the newest checkpoint, which is whole, after a save of step 3 over step 2."""
+    """The name of the newest checkpoint after a save of step 3 on top of step 2; it must be complete."""
     newest, problems = runs_checkpoint.newest(folder)
     assert newest is not None
     assert newest.name in ("checkpoint-2", "checkpoint-3")
@@ -80,7 +80,7 @@ def check_old_or_new(folder: Path) -> str:
 
 
 def a_kill_at_any_file_operation_leaves_a_whole_checkpoint(place: Path, keep: int) -> None:
-    """The old or the new one, never neither, never mixed; the next save cleans up."""
+    """It is the old one or the new one, never a mixture, and never none. The next save cleans up."""
 
     def before(folder: Path) -> None:
         save(folder, 1)
@@ -100,27 +100,27 @@ def a_kill_at_any_file_operation_leaves_a_whole_checkpoint(place: Path, keep: in
 
 
 def every_flipped_bit_is_found(run: Path) -> None:
-    """At 300 random places over all files; the checkpoint before is used."""
+    """Flip a bit at 300 random positions over all files: the checkpoint before is used each time."""
     files = [path for path in sorted((run / "checkpoint-10").iterdir()) if path.is_file()]
     generator = random.Random(3)
     missed = []
     for _ in range(300):
         path = generator.choice(files)
-        raw = bytearray(path.read_bytes())
-        place, bit = generator.randrange(len(raw)), generator.randrange(8)
-        raw[place] ^= 1 << bit
-        good = path.read_bytes()
-        path.write_bytes(raw)
+        damaged = bytearray(path.read_bytes())
+        position, bit = generator.randrange(len(damaged)), generator.randrange(8)
+        damaged[position] ^= 1 << bit
+        original = path.read_bytes()
+        path.write_bytes(damaged)
         newest, problems = runs_checkpoint.newest(run)
         if newest.name != "checkpoint-5" or "checkpoint-10" not in problems[0]:
-            missed.append((path.name, place, bit))
-        path.write_bytes(good)
+            missed.append((path.name, position, bit))
+        path.write_bytes(original)
     assert missed == []
     assert runs_checkpoint.newest(run) == (run / "checkpoint-10", [])
 
 
 def cut_missing_and_mixed_files_are_found(run: Path) -> None:
-    """The checkpoint before is used."""
+    """The checkpoint before is used each time."""
     last = run / "checkpoint-10"
     for path in sorted(last.iterdir()):
         content = path.read_bytes()
@@ -135,7 +135,7 @@ def cut_missing_and_mixed_files_are_found(run: Path) -> None:
 
 
 def saving_needs_no_memory_for_the_base(place: Path, gather: Callable | None = None) -> None:
-    """A base of 130 MB is not gathered, nor are adapter and moments copied; gather(model): a fault."""
+    """Saving copies neither the base of 130 MB nor the adapter and its moments; gather(model): a fault."""
 
     def work() -> None:
         base = LlamaForCausalLM(
@@ -150,19 +150,19 @@ def saving_needs_no_memory_for_the_base(place: Path, gather: Callable | None = N
         adapted = models_adapter.add_adapter(
             base, models_adapter.LoraShape(64, 16, 0.0, "q_proj,v_proj"), seed=1
         )
-        made = torch.optim.AdamW(trainable.trainable(adapted))
+        optimizer = torch.optim.AdamW(trainable.trainable(adapted))
         scaler = torch.amp.GradScaler("cpu", enabled=False)
 
         def saved() -> None:
-            held = gather and gather(adapted)
+            gathered = gather and gather(adapted)
             runs_checkpoint.save(
                 place,
                 Progress(step=1),
                 lambda target: trainable.save(adapted, None, target, False),
-                made,
+                optimizer,
                 scaler,
             )
-            del held
+            del gathered
 
         saved()  # imports, buffers
         shutil.rmtree(place / "checkpoint-1")
@@ -201,7 +201,7 @@ def a_lock_dies_with_its_owner(place: Path) -> None:
 def a_signal_within_an_update_waits_for_its_end(
     harness: Harness, whole: Path, model: Path, rows: Path, place: Path, **fault: object
 ) -> None:
-    """Nothing stops between an adapter's change and its record; the run goes on to the bytes of `whole`."""
+    """A run stops only after an update is recorded, and then continues to the same bytes as `whole`."""
     run = place / "run"
     settings = flags(model, rows, run, save_steps=100)
     assert harness.run("finetune", settings, signal_in_update=3, **fault)["code"] == 143
@@ -230,7 +230,7 @@ def records(run: Path) -> list[dict]:
 
 
 def untroubled_run(harness: Harness, model: Path, place: Path) -> tuple[dict, Path]:
-    """(options, run folder) of a training that always had memory enough."""
+    """(options, run folder) of a training that never ran out of memory."""
     settings = {**SMALL_STEPS, "model_path": model, "data_path": tiny.save_rows(place / "rows.json", 24)}
     answer = harness.run("finetune", {**settings, "output_path": place / "run"})
     assert answer["code"] == 0, answer["said"]
@@ -240,7 +240,7 @@ def untroubled_run(harness: Harness, model: Path, place: Path) -> tuple[dict, Pa
 def the_step_is_redone_with_the_same_gradient(
     harness: Harness, untroubled: tuple[dict, Path], place: Path, fault: dict
 ) -> None:
-    """Losses, norms and adapter of a run that meets `fault` agree with the untroubled ones to 1e-6."""
+    """Losses, gradient norms and adapter of a run with `fault` agree with the untroubled run to 1e-6."""
     settings, whole = untroubled
     run = place / "run"
     answer = harness.run("finetune", {**settings, "output_path": run}, **fault)

@@ -1,4 +1,4 @@
-"""What tests of resuming and resilience.py compare: a small run, stopped in many ways, and whole."""
+"""A small run that is stopped in many ways, and what must be equal to a run that was never stopped."""
 
 import json
 import shutil
@@ -39,22 +39,25 @@ def flags(model: Path, rows: Path, output: Path, **changes) -> dict:
 
 
 def straight_runs(harness: Harness, model: Path, rows: Path, place: Path) -> Callable[[str], Path]:
-    """Name of a variant -> the folder of a run that was never stopped; each is made once."""
-    made: dict[str, Path] = {}
+    """A function from the name of a variant to the folder of a run that was never stopped.
+
+    Each run is made once.
+    """
+    folders: dict[str, Path] = {}
 
     def run(variant: str) -> Path:
-        if variant not in made:
-            folder = place / f"run-{len(made)}"
+        if variant not in folders:
+            folder = place / f"run-{len(folders)}"
             answer = harness.run("finetune", flags(model, rows, folder, **VARIANTS[variant]))
             assert answer["code"] == 0, answer["said"]
-            made[variant] = folder
-        return made[variant]
+            folders[variant] = folder
+        return folders[variant]
 
     return run
 
 
 def outcome(run: Path) -> dict:
-    """All that must be equal: adapters, last optimizer state and position, log without its clocks."""
+    """Everything that must be equal: adapters, last optimizer state, progress, and the log without times."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     for record in records:
         record.pop("seconds", None)
@@ -62,9 +65,10 @@ def outcome(run: Path) -> dict:
     last = max(run_folder.checkpoint_steps(run))
     state = json.loads((run / f"checkpoint-{last}" / "progress.json").read_text())
     state["progress"].pop("seconds")
-    whole = (run / "model").is_dir()  # all weights were trained
-    kept, published = ("model.safetensors", "model/") if whole else ("adapter_model.safetensors", "")
-    names = [f"{published}{kept}", f"checkpoint-{last}/{kept}", f"checkpoint-{last}/optimizer.safetensors"]
+    is_whole_model = (run / "model").is_dir()  # all weights were trained
+    file = "model.safetensors" if is_whole_model else "adapter_model.safetensors"
+    published = "model/" if is_whole_model else ""
+    names = [f"{published}{file}", f"checkpoint-{last}/{file}", f"checkpoint-{last}/optimizer.safetensors"]
     return {"log": records, "state": state, **{name: (run / name).read_bytes() for name in names}}
 
 
@@ -73,7 +77,7 @@ def differences(one: dict, other: dict) -> list[str]:
 
 
 def stopped_at(source: Path, step: int, target: Path) -> Path:
-    """A copy of a run folder as it was when it had just saved `step`, with what a kill may leave behind."""
+    """A copy of a run folder as it was right after saving `step`, with remains that a kill may leave."""
     target.mkdir()
     for name in ("finetune_config.json", "log.jsonl"):
         shutil.copy(source / name, target / name)

@@ -1,4 +1,4 @@
-"""Trainings in this process that take a moment, and run folders as a trainer leaves them."""
+"""Short trainings in this process, and run folders like those of a training."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ QUICK = {
 
 
 def options(model_path, data_path, output_path, **changes) -> FinetuneConfig:
-    """Options of a run on 24 rows of tiny.save_rows; changes: further ones."""
+    """The options of a run on the 24 rows of tiny.save_rows; changes: further options."""
     paths = {"model_path": str(model_path), "data_path": str(data_path), "output_path": str(output_path)}
     return build(
         FinetuneConfig, {**QUICK, "warmup_steps": 0, "test_size": 5, "eval_steps": 3, **paths, **changes}
@@ -30,7 +30,7 @@ def options(model_path, data_path, output_path, **changes) -> FinetuneConfig:
 
 
 def fall(folder: Path) -> float:
-    """Mean of the last five losses of a run over the mean of the first five."""
+    """The mean of the last five losses of a run, divided by the mean of the first five."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]
     return sum(losses[-5:]) / sum(losses[:5])
@@ -42,7 +42,7 @@ def short_reply(*arguments) -> list[str]:
 
 
 def trained(model, rows, folder, sample=short_reply, **changes) -> Path:
-    """The folder of a finished run: that of resume_cases, 6 steps long; changes: of its options."""
+    """Train the run of resume_cases for 6 steps; returns its folder. changes: further options."""
     flags = resume_cases.flags(model, rows, folder, **{"max_steps": 6, **changes})
     settings = build(FinetuneConfig, {name: str(value) for name, value in flags.items()})
     loop.run(settings, sample=sample, draw=metrics.loss_curve)
@@ -50,7 +50,7 @@ def trained(model, rows, folder, sample=short_reply, **changes) -> Path:
 
 
 def planted(workspace: Path, name: str, steps: int = 3, **more) -> Path:
-    """A run folder with a log, as a trainer leaves it."""
+    """Write a run folder with a log and an empty checkpoint, like that of a training."""
     folder = workspace / name
     folder.mkdir(parents=True)
     stored = {"options": dataclasses.asdict(FinetuneConfig()), "resolved": {"total_steps": 5}, **more}

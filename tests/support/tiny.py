@@ -38,7 +38,7 @@ WORDS = [
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE: every text has ids, <end> is the end token."""
+    """A byte-level BPE tokenizer, which can encode every text; its end token is <end>."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -68,7 +68,7 @@ def config() -> LlamaConfig:
 def save_model(
     folder: Path, own: PreTrainedTokenizerFast | None = None, shard: str = "1GB", **changes
 ) -> Path:
-    """The model, with a tokenizer of its own or the usual one; changes: of its configuration."""
+    """Save the model with the given tokenizer, or with the usual one; changes: of its configuration."""
     settings = config()
     settings.update(changes)
     torch.manual_seed(0)
@@ -78,39 +78,39 @@ def save_model(
 
 
 def rows(count: int) -> list[dict[str, str]]:
-    """Different rows of different lengths, some with an input."""
-    made = []
+    """Different rows of different lengths; every third one has an input."""
+    result = []
     for number in range(count):
         word, other = WORDS[number % len(WORDS)], WORDS[(number * 7 + 3) % len(WORDS)]
-        made.append(
+        result.append(
             {
                 "instruction": f"Say {word} {number}",
                 "input": other if number % 3 == 0 else "",
                 "output": " ".join([word, other] * (1 + number % 5)),
             }
         )
-    return made
+    return result
 
 
 def encoded(
     conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerFast
 ) -> data_examples.Examples:
-    """Conversations in the alpaca template, at most 256 tokens each."""
-    form = templates.load("alpaca", tokenizer)
+    """Conversations encoded in the alpaca template, at most 256 tokens each."""
+    template = templates.load("alpaca", tokenizer)
     folder = Path(tempfile.mkdtemp(prefix="onecard-encoded-"))
-    encode = one_by_one(lambda row, _: data_encode.encode_within(row, 256, form, tokenizer))
-    made = data_examples.encode_rows(conversations, encode, folder)
+    encode = one_by_one(lambda row, _: data_encode.encode_within(row, 256, template, tokenizer))
+    encoded_rows = data_examples.encode_rows(conversations, encode, folder)
     shutil.rmtree(folder)  # what is mapped stays readable
-    return made.examples
+    return encoded_rows.examples
 
 
 def one_by_one(encode: Callable[[Conversation, int], data_examples.Encoded]) -> data_examples.Encode:
-    """An encoding of single rows as one of many."""
+    """A function that encodes many rows with one that encodes a single row."""
     return lambda rows, numbers: [encode(row, number) for row, number in zip(rows, numbers, strict=True)]
 
 
 class Screen(io.StringIO):
-    """What a terminal gets to see."""
+    """A stream that claims to be a terminal, and keeps what is written to it."""
 
     def isatty(self) -> bool:
         return True

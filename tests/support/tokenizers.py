@@ -21,7 +21,7 @@ TEXTS = [*tiny.WORDS, "Below is an instruction", "答案：水在一百度沸腾
 
 
 def sentencepiece_tokenizer(control: tuple[str, ...] = ()):
-    """control: further control pieces of the vocabulary."""
+    """A Unigram tokenizer made from a SentencePiece model; control: further control pieces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=320, byte_fallback=True,
@@ -61,14 +61,14 @@ TOKENIZERS = {"bpe": tiny.tokenizer, "sentencepiece": sentencepiece_tokenizer, "
 
 
 def load(name: str, tokenizer) -> Template:
-    """The template; control tokens that this tokenizer lacks become its own."""
+    """The template of this name, with the tokenizer's own control tokens in place of those that it lacks."""
     start, end = tokenizer.bos_token, tokenizer.eos_token
     if name == "chatml":
         text = (templates.FOLDER / "chatml.json").read_text()
-        made = json.loads(text.replace("<|im_start|>", start).replace("<|im_end|>", end))
-        control = made.pop("control")
-        made.pop("description")
-        return Template(name, **{key: templates.parts(text, control) for key, text in made.items()})
+        content = json.loads(text.replace("<|im_start|>", start).replace("<|im_end|>", end))
+        control = content.pop("control")
+        content.pop("description")
+        return Template(name, **{key: templates.parts(text, control) for key, text in content.items()})
     tokenizer.chat_template = CHATML.replace("<start>", start).replace("<end>", end)
     return templates.load(name, tokenizer)
 
@@ -78,8 +78,8 @@ TURNS += "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
 
 
 def chatty():
-    """The tiny tokenizer with a chat template and tokens of it."""
-    made = tiny.tokenizer()
-    made.add_special_tokens({"extra_special_tokens": ["<turn>"]})
-    made.chat_template = TURNS
-    return made
+    """The tiny tokenizer with a chat template and the tokens that it needs."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = TURNS
+    return tokenizer

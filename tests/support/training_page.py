@@ -1,4 +1,4 @@
-"""The training window in a browser: its page, the processes that serve it, what is left of its trainings."""
+"""The training window in a browser: its page, the processes that serve it, and the end of its trainings."""
 
 import contextlib
 import os
@@ -47,9 +47,9 @@ def kill_trainings(workspace: Path) -> None:
 
 @contextlib.contextmanager
 def windows(folder: Path) -> Iterator[Begin]:
-    """Opens training windows in processes of their own, at work in a folder; returns each with its address.
+    """A function that opens a training window in a process of its own, and returns process and address.
 
-    What is left of them at the end is killed, trainings too.
+    folder: its working directory. At the end, all processes and trainings that still run are killed.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     opened = []
@@ -72,7 +72,7 @@ def windows(folder: Path) -> Iterator[Begin]:
 
 
 class TrainingPage:
-    """What a user does with the training window."""
+    """The actions of a user on the training window."""
 
     def __init__(self, page: Page):
         self.page = page
@@ -92,7 +92,7 @@ class TrainingPage:
         self.page.click(f"#train-{name}")
 
     def wait(self, kind: str, step: int = 0) -> int:
-        """Until the run stands so, `step` steps done; returns how many are."""
+        """Wait until the run is in this state and has done `step` steps; returns how many it has done."""
         state = self.page.locator(f"[data-testid=state][data-kind={kind}]")
         state.wait_for()
         eventually(lambda: int(state.get_attribute("data-step")) >= step, 90)
@@ -101,7 +101,7 @@ class TrainingPage:
 
 @contextlib.contextmanager
 def visited(browser, url: str) -> Iterator[TrainingPage]:
-    """The window in a new page; whatever it asks from elsewhere fails the test."""
+    """The window in a new page. A request to another address fails the test."""
     page, elsewhere = browser.new_page(), []
 
     def note(request) -> None:
@@ -114,4 +114,4 @@ def visited(browser, url: str) -> Iterator[TrainingPage]:
         yield TrainingPage(page)
     finally:
         page.close()
-    assert elsewhere == [], "the window asked somebody else"
+    assert elsewhere == [], "the window sent a request to another address"

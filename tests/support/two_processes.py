@@ -1,4 +1,4 @@
-"""One optimizer step over five rows. Arguments: MODEL OUTPUT.json [no-memory]"""
+"""A program: one optimizer step over five rows. Arguments: MODEL OUTPUT.json [no-memory]"""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def tiny_step_model(folder: Path, bits: int = 16, checkpointing: bool = False) -
 
 
 def one_step(folder: Path) -> dict[str, Any]:
-    """Loss, gradient and adapter after one step of five rows; run alone or by each of several processes."""
+    """Loss, gradient and adapter after one step of five rows, in one process or in each of several."""
     examples, step_model = encode_tiny(5), tiny_step_model(folder)
     optimizer = optimizer_of(trainable.trainable(step_model))
     share = micro_batches(examples, np.arange(5), 150, system_processes.rank(), system_processes.world_size())
@@ -54,7 +54,7 @@ def one_step(folder: Path) -> dict[str, Any]:
 
 
 def one_step_without_memory(folder: Path) -> dict[str, Any]:
-    """The last process runs out of memory at its first try; what each try gave in this process."""
+    """The results of two tries in this process; the last process runs out of memory at its first try."""
     examples, step_model = encode_tiny(5), tiny_step_model(folder)
     parameters, targets = trainable.trainable(step_model), int(examples.target_counts.sum())
     scaler, forward = torch.amp.GradScaler("cpu", enabled=False), step_model.forward

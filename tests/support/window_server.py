@@ -1,9 +1,9 @@
-"""A window on a tiny model, slow enough to be watched, in its own process.
+"""A window on a tiny model that answers slowly enough to be watched, in a process of its own.
 
-Arguments of python -m tests.support.window_server: single, turns, broken or training, a folder for what it
-makes, then options of the window. Answers are those of a random Llama with two adapters; --answers FILE takes
-texts from a JSON list instead, one a question.
-Every token is one line in FOLDER/tokens, so that a test sees whether somebody is still being answered.
+Arguments of python -m tests.support.window_server: the kind of window (single, turns, broken or training), a
+folder for the files that it writes, then options of the window. A random Llama with two adapters answers.
+With --answers FILE, the answers are taken from a JSON list instead, one for each question. For every token
+there is one line in FOLDER/tokens, so that a test can see whether an answer is still being generated.
 """
 
 import json
@@ -24,11 +24,14 @@ from onecard.models import adapter as models_adapter
 from onecard.ui import chat_inputs, chat_window, page, single_window, training_window
 from tests.support import tiny
 
-PAUSE = 0.03  # seconds a token
+PAUSE = 0.03  # seconds per token
 
 
 class SlowEngine(transformers_engine.Engine):
-    """Takes its time, counts, and writes letters only: a random model's bytes are seldom characters."""
+    """An engine that is slow, counts its tokens, and writes letters only.
+
+    The bytes that a random model writes are seldom characters.
+    """
 
     folder: Path
     unreadable: list[int]
@@ -44,7 +47,7 @@ class SlowEngine(transformers_engine.Engine):
 
 
 class Recorded(chat.Chat):
-    """Says what it was told to say, whatever the question."""
+    """A chat that gives recorded answers, whatever the question is."""
 
     texts: list[str]
 
@@ -79,11 +82,11 @@ def make_chat(folder: Path) -> chat.Chat:
 
 
 def break_once() -> None:
-    """The first question meets an exception that no code foresees."""
-    whole = chat_inputs.read
+    """Let the first question raise an exception that no code expects."""
+    original = chat_inputs.read
 
     def read(layout, values):
-        chat_inputs.read = whole
+        chat_inputs.read = original
         raise ArithmeticError("planted")
 
     chat_inputs.read = read
@@ -95,20 +98,20 @@ def main() -> None:
     if kind == "broken":
         break_once()
     if "--answers" in argv:
-        place = argv.index("--answers")
-        texts = json.loads(Path(argv[place + 1]).read_text(encoding="utf-8"))
-        argv = argv[:place] + argv[place + 2 :]
+        index = argv.index("--answers")
+        texts = json.loads(Path(argv[index + 1]).read_text(encoding="utf-8"))
+        argv = argv[:index] + argv[index + 2 :]
     torch.set_num_threads(1)
     options = config_options.parse(SingleConfig if kind == "single" else ChatConfig, argv)
     if kind == "training":
         page.launch(training_window.build_page(options.lang, Path(folder) / "runs"), options)
         return
-    talk = make_chat(Path(folder))
+    session = make_chat(Path(folder))
     if texts is not None:
-        talk = Recorded(talk.engine, talk.tokenizer, talk.template, talk.active_adapters)
-        talk.texts = texts
+        session = Recorded(session.engine, session.tokenizer, session.template, session.active_adapters)
+        session.texts = texts
     window = single_window if kind == "single" else chat_window
-    page.launch(window.build_page(talk, options), options)
+    page.launch(window.build_page(session, options), options)
 
 
 if __name__ == "__main__":
