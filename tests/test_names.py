@@ -74,6 +74,7 @@ def test_the_docs_name_what_exists(path):
     page = path.read_text(encoding="utf-8")
     names = doc_names.of_project()
     assert names.missing(page, strict=path.name == "decisions.md") == []
+    assert doc_names.wrong_options(page) == []
     assert doc_names.dead_links(path.relative_to(ROOT).as_posix(), page) == []
 
 
@@ -129,6 +130,21 @@ def test_names_that_exist_are_let_through():
         "`bash tools/setup.sh gptq`, `pip-compile --generate-hashes mine.txt`"
     )
     assert doc_names.of_project().missing(page, strict=True) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        (".venv/bin/python finetune.py --rows 3", "finetune --rows"),
+        ("TEST_SIZE=0 bash finetune.sh --max_steps 1 --rows 3", "finetune --rows"),
+        ("onecard merge --seed 3", "merge --seed"),
+        ('echo "a --b" | .venv/bin/python generate.py --terminal --overwrite', "generate --overwrite"),
+    ],
+)
+def test_an_option_of_another_program_is_found(line, wrong):
+    """In backticks and in a block of code, whose lines may go on."""
+    assert doc_names.wrong_options(f"`{line}`") == [wrong]
+    assert doc_names.wrong_options("```text\n" + line.replace(" --", " \\\n--") + "\n```\n") == [wrong]
 
 
 def test_a_dead_link_is_found():

@@ -1,15 +1,20 @@
 """Names in the docs -> whether they exist: files, code, options, commands, variables, keys.
 
-Everything is read from the source, nothing is imported. A piece of code is written `room.file.name`
-(`training.loop.one_step`), a name of a library as our code imports it (`torch.amp.GradScaler`).
+Everything is read from the source, and only what needs no torch is imported. A piece of code is written with
+its room and file (`training.loop.one_step`), a name of a library as our code imports it
+(`torch.amp.GradScaler`).
 """
 
 import ast
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterator
 
+from onecard.__main__ import PROGRAMS as COMMANDS
+from onecard.config import chat, tools, training
+from onecard.system.commands import FILES
 from tests.support.paths import ROOT
 
 FOLDERS = ("benchmarks", "docs", "notebooks", "onecard", "sample", "tests", "tools")
@@ -19,6 +24,15 @@ OF_OTHERS = {
     *("--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint", "--config_file"),  # of launchers
     *("https_proxy", "http_proxy", "all_proxy"),  # which Python itself reads
     "modeling_x.py",  # of a model that brings code
+}
+SCRIPTS = {  # shell script -> sub-command that gets its arguments
+    "finetune.sh": "finetune",
+    "finetune_continue.sh": "continue",
+    "finetune_others_continue.sh": "continue",
+    "generate.sh": "generate",
+    "interaction.sh": "interaction",
+    "alpaca-serve.sh": "interaction",
+    "cpu_chat.sh": "chat",
 }
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`]+)`")
@@ -230,3 +244,34 @@ def dead_links(path: str, page: str) -> list[str]:
         if not target.exists() or (heading and heading not in map(anchor, headings)):
             dead.append(link)
     return dead
+
+
+def options_of(command: str) -> set[str]:
+    """The options of a sub-command, by the class of settings that its program names."""
+    source = (ROOT / "onecard/programs" / f"{COMMANDS[command][0]}.py").read_text(encoding="utf-8")
+    name = re.findall(r"\w+Config\b", source)[0]
+    settings = next(getattr(module, name) for module in (chat, tools, training) if hasattr(module, name))
+    return {f"--{field.name}" for field in dataclasses.fields(settings)} | {"--help", "--config"}
+
+
+def command_of(word: str, before: str) -> str | None:
+    """The sub-command that a word of a command line starts: a file, a script, or a name after `onecard`."""
+    files = {file: command for command, file in FILES.items()} | SCRIPTS
+    ends = [command for file, command in files.items() if f"/{word}".endswith(f"/{file}")]
+    return ends[0] if ends else word if before == "onecard" and word in COMMANDS else None
+
+
+def wrong_options(page: str) -> list[str]:
+    """`program --option` for each option in a command line of a page that its program does not have."""
+    blocks = [line for block in FENCE.findall(page) for line in block.replace("\\\n", " ").splitlines()[1:-1]]
+    wrong = []
+    for line in (*SPAN.findall(FENCE.sub("", page)), *blocks):
+        words, command = line.split("  #")[0].split(), None
+        for before, word in itertools.pairwise(["", *words]):
+            command = command_of(word.strip("\"'"), before) or command
+            option = word.split("=")[0]
+            if word in ("|", "&&", ";"):
+                command = None
+            elif command and option.startswith("--") and option not in options_of(command):
+                wrong.append(f"{command} {option}")
+    return wrong
