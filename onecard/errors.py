@@ -8,6 +8,8 @@ that knows the options adds the rest, with `remedy` around the call or as an arg
 
     with errors.remedy("Use --device cpu."):
         device = hardware.choose_device(options.device)
+
+tests/test_remedies.py finds every option that a message names and its program lacks.
 """
 
 import contextlib
@@ -64,8 +66,10 @@ def remedy(fix: str, beside: bool = False) -> Iterator[None]:
     except UserError as error:
         if not error.fix:
             error.fix = fix
-        elif beside:
+        elif beside and error.fix.endswith(ENDS):
             error.fix += f" Or {fix[0].lower()}{fix[1:]}"
+        elif beside:  # a command to type, whose end has to be seen
+            error.fix += f" (or {fix[0].lower()}{fix[1:].rstrip('.')})"
         raise
 
 

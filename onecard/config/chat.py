@@ -21,6 +21,7 @@ from onecard.config.options import (
     option,
     refuse_idle,
 )
+from onecard.errors import UserError
 
 
 def _is_bits(value: Any) -> str | None:
@@ -156,4 +157,8 @@ def check_used(options: ChatConfig) -> None:
         idle |= dict.fromkeys(WINDOW_ONLY, "for a window, not for a terminal")
     if options.rope_scaling == "none":
         idle["rope_factor"] = "for --rope_scaling yarn or dynamic"
+    if options.device != "all":
+        idle["card_memory"] = "for --device all"
     refuse_idle(options, idle)
+    if options.load_8bit and options.bits not in ("auto", 8):
+        raise UserError(f"--load_8bit and --bits {options.bits} contradict each other.", "Give one of them.")

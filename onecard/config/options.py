@@ -196,6 +196,18 @@ def refuse_idle(options: Any, idle: Mapping[str, str]) -> None:
         raise UserError("; ".join(f"--{name} is {idle[name]}" for name in given) + ".", "Leave it out.")
 
 
+def flag(settings: Options | type[Options], name: str) -> str:
+    """How a message names an option of these settings; a name that they lack is a fault of the program."""
+    assert name in settings.__dataclass_fields__, name
+    return f"--{name}"
+
+
+def command_line(values: Mapping[str, Any]) -> list[str]:
+    """Values of options as what a child process parses: `--bits=4`, `--overwrite=true`."""
+    texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in values.items()}
+    return [f"--{name}={text}" for name, text in texts.items()]
+
+
 def roles(settings: type) -> dict[str, str]:
     """Option name -> `learned` or `execution`."""
     return {field.name: field.metadata["role"] for field in dataclasses.fields(settings)}

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from onecard import errors
 from onecard.config.tools import PLAIN_TYPES, ExportConfig
 from onecard.conversion import export_manifest, gguf, gguf_cache, llama_cpp_converter, modelfile
 from onecard.data import encode as data_encode
@@ -29,6 +30,7 @@ from onecard.system.console import say
 
 MODELFILE, ADAPTER = "Modelfile", "adapter.gguf"
 BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.1}  # of a weight; the others need less
+TALK = f"{commands.name('interaction')} can talk with it without llama.cpp."
 CONTEXT = 64  # tokens of the context that shows whether llama.cpp can load the files
 
 
@@ -78,8 +80,10 @@ def run(options: ExportConfig) -> Path:
         with output_folder.unfinished(job.place, job.base) as (place, _):
             folder = place / "made"
             folder.mkdir()
-            _make(job, folder)
-            checked = _check(job, folder, options)
+            with errors.remedy(TALK):
+                _make(job, folder)
+            with errors.remedy("Choose a --type of fewer bits, or end other programs."):
+                checked = _check(job, folder, options)
             _describe(job, folder, made_from, checked)
             known = export_manifest.find(job.output)  # once more: what is there may have changed meanwhile
             if known is not None:
@@ -110,7 +114,8 @@ def _job(options: ExportConfig, keep: Path) -> tuple[ExportJob, str]:
     tokenizer = models_tokenizer.load_tokenizer(str(base))
     named = _check_tokenizer(base, tokenizer)
     if adapter:
-        remote_code.check_same(adapter.origin, adapter.fingerprints, None)
+        with errors.remedy("Exporting runs no code of a model; training, chat and perplexity can."):
+            remote_code.check_same(adapter.origin, adapter.fingerprints, None)
         resolve.check_belongs(adapter, base, base_model.identity_files(str(base)))
     template, why = resolve.choose_template(options.template, found, tokenizer)
     tokenizer = templates.tokenizer_for(tokenizer, template)
@@ -146,7 +151,7 @@ def _check_tokenizer(base: Path, tokenizer: Any) -> list[int]:
     """
     config = base_model.load_config(str(base)).get_text_config()
     ids = set(tokenizer.get_vocab().values())
-    generation = system_files.read_json(base / "generation_config.json")
+    generation = system_files.read_json(base / "generation_config.json", "Fetch or convert the model again.")
     written = [generation.get("eos_token_id")] if isinstance(generation, dict) else []
     named = [
         end for ends in [config.eos_token_id, *written] for end in (ends if type(ends) is list else [ends])

@@ -14,7 +14,6 @@ from typing import Any
 from onecard.conversion import llama_cpp_converter, llama_cpp_quantizer
 from onecard.errors import CHECKPOINT, USAGE, UserError
 from onecard.hub import model_files
-from onecard.inference import gguf_check
 from onecard.runs import folder as run_folder
 from onecard.system import files as system_files
 from onecard.system import output_folder
@@ -111,7 +110,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     """adapter_config.json of an adapter that can become a GGUF file; raises UserError (exit 4) for others."""
     from safetensors import SafetensorError, safe_open
 
-    def refuse(problem: str, fix: str = gguf_check.ENGINE) -> UserError:
+    def refuse(problem: str, fix: str = "") -> UserError:
         return UserError(f"{folder}: {problem}", fix, CHECKPOINT)
 
     safetensors_file.check(folder.glob(model_files.ADAPTER_WEIGHTS))

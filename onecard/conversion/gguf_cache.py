@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from onecard import errors
 from onecard.conversion import gguf
 from onecard.conversion.gguf import ADAPTER_FILES, FOLDER
 from onecard.errors import UserError
@@ -14,6 +15,7 @@ from onecard.runs import folder as run_folder
 from onecard.system import files as system_files
 from onecard.system import hashing
 
+ENGINE = "Use --engine transformers."
 WAY = "2"  # changes when files that are kept should be made again
 
 
@@ -26,14 +28,17 @@ def for_llama(model: Path, adapters: Mapping[str, Path]) -> tuple[Path, dict[str
     place = system_files.cache_folder() / "gguf"
     path = place / of_base / "base.gguf"  # an adapter's folder may be anybody's: no base is taken from there
     if not path.is_file():
-        gguf.base(model, path, any_tokenizer=True)
+        with errors.remedy(ENGINE, beside=True):
+            gguf.base(model, path, any_tokenizer=True)
     made = {}
     for name, folder in adapters.items():
-        gguf.check_adapter(folder)
+        with errors.remedy(ENGINE):
+            gguf.check_adapter(folder)
         key = keys(model, folder)[1]
         made[name] = _exported(folder, of_base, key) or place / key / "adapter.gguf"
         if not made[name].is_file():
-            gguf.adapter(folder, model, made[name])
+            with errors.remedy(ENGINE, beside=True):
+                gguf.adapter(folder, model, made[name])
     return path, made
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from onecard.errors import CHECKPOINT, DISK, UserError
 from onecard.inference import gguf_check
-from onecard.inference.gguf_check import ENGINE, PACKAGE
+from onecard.inference.gguf_check import PACKAGE
 from onecard.system import files as system_files
 from onecard.system import sandbox, whole_folder
 from onecard.system.console import say
@@ -61,7 +61,7 @@ def _download(folder: Path) -> Path:
     archives = list(folder.glob("*.tar.gz"))
     if ended.returncode or not archives:
         problem = f"llama.cpp's converter could not be fetched: {last_words(ended.stderr)}"
-        raise UserError(problem, "Check the network, or use --engine transformers.")
+        raise UserError(problem, "Check the network.")
     return archives[0]
 
 
@@ -102,7 +102,7 @@ def run(
     if process.returncode:
         reason = last_words(said) if process.returncode > 0 else "killed, perhaps for want of memory"
         full = "No space left" in said
-        fix = "Make room, or set ONECARD_CACHE." if full else ENGINE
+        fix = "Make room, or set ONECARD_CACHE." if full else ""
         problem = f"{source}: cannot be converted to GGUF: {reason.rstrip('.')}."
         raise UserError(problem, fix, DISK if full else CHECKPOINT)
 

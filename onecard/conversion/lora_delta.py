@@ -89,7 +89,8 @@ def read(folder: Path) -> Adapter:
     Raises UserError (exit 4) for another kind of adapter, for a damaged file, and with a list of the tensors
     that are missing, unknown or of a wrong shape.
     """
-    config = system_files.read_json(folder / model_files.ADAPTER_CONFIG) or {}
+    fix = "Take another copy of the adapter."
+    config = system_files.read_json(folder / model_files.ADAPTER_CONFIG, fix) or {}
     if not isinstance(config, dict):
         raise _damaged(folder, "it is no JSON object")
     other = [name for name, plain in PLAIN_VALUES.items() if config.get(name, plain[0]) not in plain]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from onecard import errors
 from onecard.config import options as config_options
 from onecard.config.tools import MergeConfig
 from onecard.conversion import lora_delta, side_files
@@ -124,7 +125,8 @@ def _make(folder: Path, found: Adapter, target: Path, progress: Progress) -> Non
     if output_folder.is_made(target, made_of, FLAG):
         say(f"{target} is there already, made of the same files, by sizes and times: nothing to do.")
         return
-    remote_code.check_same(found.origin, found.fingerprints, None)
+    with errors.remedy("Merging runs no code of a model; training, chat and perplexity can."):
+        remote_code.check_same(found.origin, found.fingerprints, None)
     weights = base_model.identity_files(str(folder))["weights"]
     resolve.check_belongs(found, folder, {"weights": weights})  # the tokenizer may be the adapter's
     given = lora_delta.read(found.folder)
@@ -146,7 +148,8 @@ def _make(folder: Path, found: Adapter, target: Path, progress: Progress) -> Non
 
 
 def _base(folder: Path, adapter_folder: Path) -> Base:
-    config = system_files.read_json(folder / model_files.MODEL_CONFIG) or {}
+    fix = "Fetch or convert the model again."
+    config = system_files.read_json(folder / model_files.MODEL_CONFIG, fix) or {}
     if config.get("quantization_config"):
         problem = f"--model_path {folder}: its weights are quantised."
         raise UserError(problem, "Give the 16-bit model that they were made of.")

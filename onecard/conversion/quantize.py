@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from onecard import errors
 from onecard.config import options as config_options
 from onecard.config.tools import QuantizeConfig
 from onecard.errors import CHECKPOINT, UserError, is_out_of_memory
@@ -65,14 +66,16 @@ def run(options: QuantizeConfig) -> Path:
     made_of = output_folder.record("quantize", _settings(options, group), files, versions)
     if output_folder.is_made(target, made_of, FLAG):
         say(f"{target} exists already and was made from the same files with the same options.")
-        _print_figures(system_files.read_json(target / FIGURES), options.report_rows)
+        fix = "Name a new folder, or delete this one to make it again."
+        _print_figures(system_files.read_json(target / FIGURES, fix), options.report_rows)
         return target
     size = _weight_bytes(source)
     # gptqmodel keeps the waiting layers beside the finished ones
     needed = size if options.method == BNB else 2 * size
     with output_folder.making(target, needed, made_of, FLAG) as (folder, _):
         calibration_rows, report_rows = _rows(options, source)
-        device = hardware.choose_device(options.device).value
+        with errors.remedy(hardware.ON_CPU, beside=True):
+            device = hardware.choose_device(options.device).value
         _check_weights(source)
         before = _perplexity(source, report_rows, device, "perplexity before")
         if options.method == BNB:
@@ -263,9 +266,11 @@ def _print_errors(log: list[dict[str, Any]]) -> None:
             say(f"layer {entry['layer']:<5} {entry['module']}: {entry['loss']}")
             continue
         layers.setdefault(entry["layer"], []).append((error, entry["module"]))
-    for number, errors in sorted(layers.items()):
-        largest, name = max(errors)
-        say(f"layer {number:<5} squared error {sum(each for each, _ in errors):.2e}, {largest:.2e} in {name}")
+    for number, modules in sorted(layers.items()):
+        largest, name = max(modules)
+        say(
+            f"layer {number:<5} squared error {sum(each for each, _ in modules):.2e}, {largest:.2e} in {name}"
+        )
 
 
 def _by_bitsandbytes(source: Path, folder: Path, bits: int, device: str) -> None:

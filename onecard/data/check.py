@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from onecard.config.options import flag
 from onecard.config.tools import CheckConfig
 from onecard.data import encode as data_encode
 from onecard.data import reader
@@ -86,10 +87,12 @@ def _check_targets(options: CheckConfig, paths: list[Path]) -> None:
     targets += [(name, Path(getattr(options, name))) for name in ("html", "png") if getattr(options, name)]
     for name, target in targets:
         if target.resolve() in taken:
-            problem = f"--{name}: {target} is the file that is looked at, or written already."
+            problem = f"{flag(options, name)} {target} is a file that is read, or written already."
             raise UserError(problem, "Name another file.")
         if not target.absolute().parent.is_dir():
-            raise UserError(f"--{name} {target}: its folder does not exist.", "Make it, or name another.")
+            raise UserError(
+                f"{flag(options, name)} {target}: its folder does not exist.", "Make it, or name another."
+            )
         taken.add(target.resolve())
 
 

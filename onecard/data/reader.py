@@ -19,7 +19,6 @@ from onecard.data.schemas import BadRow
 from onecard.errors import DATA, UserError
 from onecard.system.files import or_sample
 
-EVALUATION = "--eval_data_path"
 LEFT_OUT = ".dropped.jsonl"  # ending of the file in which check_data.py lists rows that it left out
 METADATA = ("dataset_infos.json", "dataset_dict.json", "state.json")  # files of hub datasets without rows
 TRAIN = re.compile(r"(^|[^a-z])train([^a-z]|$)")
@@ -38,23 +37,27 @@ class RowFile:
     validation: bool = False
 
 
-def locate_files(
-    data_path: str, eval_data_path: str | None = None, fetch: Fetch | None = None
-) -> list[RowFile]:
-    """The files that --data_path names, then those that --eval_data_path names.
+def locate_files(data_path: str, fetch: Fetch | None = None) -> list[RowFile]:
+    """The files that --data_path names.
 
     With `fetch`, a name that is no path may be a dataset on the hub. Raises UserError (exit 3) when a file
     does not exist or a folder holds no file of rows.
     """
-    paths = [("--data_path", data_path, False), (EVALUATION, eval_data_path or "", True)]
     if not _parts(data_path):
         raise UserError("--data_path is empty.", "Name a file of rows, a folder or a hub dataset.", DATA)
-    return [
-        dataclasses.replace(file, validation=validation)
-        for flag, text, validation in paths
-        for part in _parts(text)
-        for file in _locate(part, flag, fetch)
-    ]
+    return [file for part in _parts(data_path) for file in _locate(part, "--data_path", fetch)]
+
+
+def locate_validation_files(eval_data_path: str | None, fetch: Fetch | None = None) -> list[RowFile]:
+    """The files that --eval_data_path names, which have no weights; otherwise like locate_files."""
+    flag, files = "--eval_data_path", []
+    for part in _parts(eval_data_path or ""):
+        for file in _locate(part, flag, fetch):
+            if file.weight != 1:
+                problem = f"{flag} {part}: validation rows have no weight."
+                raise UserError(problem, "Leave the number out: every row counts once.", DATA)
+            files.append(dataclasses.replace(file, validation=True))
+    return files
 
 
 def _parts(text: str) -> list[str]:
@@ -72,9 +75,6 @@ def _locate(text: str, flag: str, fetch: Fetch | None) -> list[RowFile]:
     if not 0 < weight <= HEAVIEST:
         problem = f"{flag} {text}: a weight must be above 0 and at most {HEAVIEST}."
         raise UserError(problem, "It says how often a row comes up in an epoch.", DATA)
-    if flag == EVALUATION and weight != 1:
-        problem = f"{flag} {text}: validation rows have no weight."
-        raise UserError(problem, "Leave the number out: every row counts once.", DATA)
     path = or_sample(path)
     if not path.exists() and fetch and HUB_NAME.fullmatch(str(path)) and _ending(path) not in FORMATS:
         path, is_hub_dataset = Path(fetch(str(path))), True

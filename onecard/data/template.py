@@ -83,7 +83,7 @@ def of(texts: dict[str, Any], tokenizer: Any) -> Template:
         template = Template(**values)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"The template saved with the adapter is damaged ({error}).", "Use --template."
+            f"The template saved with the adapter is damaged ({error}).", "Take another copy of the adapter."
         ) from None
     return _checked(template, tokenizer, template.name)
 
@@ -109,7 +109,7 @@ def _checked(template: Template, tokenizer: Any, name: str) -> Template:
     missing = sorted(token for token in template.controls() if token_id(tokenizer, token) is None)
     if missing:
         raise UserError(
-            f"--template {name}: the tokenizer has no token {', '.join(missing)}.",
+            f"Template {name}: the tokenizer has no token {', '.join(missing)}.",
             f"Choose a template without control tokens, or add them with {commands.name('prepare-base')}.",
         )
     return template
@@ -118,7 +118,7 @@ def _checked(template: Template, tokenizer: Any, name: str) -> Template:
 def _path(name: str) -> Path:
     path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
     if not path.is_file():
-        raise UserError(f"--template {name}: no such template.", f"Choose from: {', '.join(names())}.")
+        raise UserError(f"There is no template called {name!r}.", f"Choose from: {', '.join(names())}.")
     return path
 
 
@@ -126,7 +126,7 @@ def read(path: Path) -> Template:
     """The template in a file. Raises UserError (exit 2) that names the file and the key that is wrong."""
 
     def wrong(problem: str) -> UserError:
-        return UserError(f"template {path}: {problem}.", f"See {FOLDER / 'alpaca.json'} for an example.")
+        return UserError(f"Template {path}: {problem}.", f"See {FOLDER / 'alpaca.json'} for an example.")
 
     try:
         if path.stat().st_size > LARGEST:
@@ -183,13 +183,13 @@ def from_tokenizer(tokenizer: Any) -> Template:
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            "--template auto: the tokenizer has no chat template.", f"Choose from: {', '.join(names()[1:])}."
+            "Template auto: the tokenizer has no chat template.", f"Choose from: {', '.join(names()[1:])}."
         )
     try:
         return _inferred(tokenizer)
     except _UnfitError as error:
         raise UserError(
-            f"--template auto: the tokenizer's chat template cannot be used: {error}.",
+            f"Template auto: the tokenizer's chat template cannot be used: {error}.",
             f"Choose from: {', '.join(names()[1:])}.",
         ) from None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from onecard import errors
 from onecard.config.tools import MergeConfig
 from onecard.errors import CHECKPOINT, UserError
 from onecard.evaluation import eval_rows, likelihood
@@ -28,7 +29,8 @@ def run(options: MergeConfig, rows: list[EvalRow], base: Path, adapter: Adapter,
 
     base, merged: model folders. Raises UserError (exit 4) when a logit is not a number.
     """
-    device = hardware.choose_device("auto").value
+    with errors.remedy("Leave --report out.", beside=True):
+        device = hardware.choose_device("auto").value
     dtype = hardware.choose_dtype("auto", device).value
     targets = sum(sum(is_target) for _, is_target in rows)
     say(f"report      {len(rows)} rows of {options.data_path}, {targets} target tokens, {dtype} on {device}")

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,21 @@ def run(options: DownloadConfig) -> Path:
     if options.model_path == DEMO:
         return _demo(Path(locate.locate(DEMO)), folder, options.verify)
     lines = _lines(options.url_list)
+    with _owned(folder):
+        _bring(options, folder, lines)
+    return folder
+
+
+@contextlib.contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Hold the lock of the folder; raises UserError when another download has it."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(lock.owned(folder))
         except UserError:
             problem = f"{folder}: another download is at work there."
             raise UserError(problem, "Wait for it, or choose another --to.") from None
-        _bring(options, folder, lines)
-    return folder
+        yield
 
 
 def _pinned(options: DownloadConfig) -> DownloadConfig:
@@ -292,7 +300,7 @@ def _demo(source: Path, folder: Path | None, again: bool) -> Path:
     digests = hashing.of_files(paths)
     files = [Remote(path.name, "", path.stat().st_size, SHA256, digests[path]) for path in paths]
     listing = Listing(**values, files=files)
-    with lock.owned(folder):
+    with _owned(folder):
         missing = [file for file in files if not _is_there(folder, file, {}, again)]
         foreign = [file.name for file in missing if os.path.lexists(folder / file.name)]
         if foreign:

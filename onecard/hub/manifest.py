@@ -31,16 +31,19 @@ def kept(name: str) -> Path | None:
     return folder if (folder / NAME).is_file() else None
 
 
+ANEW = "Delete it and run the same line again."
+
+
 def read(folder: Path) -> dict[str, Any] | None:
     """The receipt of a folder, None without one; raises UserError (exit 4) when it is damaged."""
     path = folder / NAME
-    values = system_files.read_json(path) if path.is_file() else None
+    values = system_files.read_json(path, ANEW) if path.is_file() else None
     if values is None:
         return None
     files = values.get("files") if isinstance(values, dict) else None
     whole = isinstance(files, dict) and all(isinstance(values.get(key), str) for key in TEXTS)
     if not whole or not all(_is_entry(entry) for entry in files.values()):
-        raise UserError(f"{path}: damaged.", "Delete it and run the same line again.", CHECKPOINT)
+        raise UserError(f"{path}: damaged.", ANEW, CHECKPOINT)
     for name in files:
         transfer.check_name(name, str(path))
     return values

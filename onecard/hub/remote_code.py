@@ -27,6 +27,7 @@ SETTINGS = "*config*.json"  # which transformers may read an auto_map from
 CLASS = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")  # module.Class, the module beside the settings
 GENERATE = "custom_generate"  # a folder whose code transformers would run too
 KINDS = {40: transfer.GIT, 64: transfer.SHA256}  # length of a blob's name in the hub's cache: its checksum
+READ_FIRST = "Read that code, then ask for it with --remote_code and that commit (llama.cpp runs none)."
 FETCH = f"{commands.name('download')} OWNER/MODEL --remote_code COMMIT"
 LOCK = "remote_code.lock"
 SHOWN = 12  # names
@@ -118,8 +119,7 @@ def check_same(what: str, fingerprints: dict[str, Any], commit: str | None) -> N
     before = fingerprints.get(PRINT)
     if before and commit != before:
         problem = f"{what}: its base was loaded with code of its own, at commit {str(before)[:40]}."
-        fix = "Read that code, then ask for it again with --remote_code and that commit"
-        raise UserError(problem, f"{fix} (merging, exporting and llama.cpp run none).", UNSAFE)
+        raise UserError(problem, code=UNSAFE)
 
 
 def named(folder: Path) -> list[str]:
@@ -152,8 +152,8 @@ def needs_consent(path: str, what: str) -> UserError:
     """For a model that cannot be read without code of its own, which was not asked for."""
     classes = listed(named(Path(path)))
     problem = f"--model_path {path}: {what} needs code that comes with the model"
-    fix = "Read that code first. Training, chat and perplexity run it with --remote_code COMMIT"
-    fix = f"{fix} (docs/safety.md), the other programs never do."
+    fix = "Read that code first (docs/safety.md). Training, chat and perplexity then run it with its commit"
+    fix = f"{fix} ({commands.name('interaction')} --remote_code COMMIT), the other programs never do."
     return UserError(problem + (f": {classes}." if classes else "."), fix, UNSAFE)
 
 

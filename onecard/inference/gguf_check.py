@@ -21,7 +21,6 @@ from onecard.system import commands, hashing, sandbox
 from onecard.system import files as system_files
 
 PACKAGE = "llama-cpp-python"
-ENGINE = "Use --engine transformers."
 
 WAY = "1"  # changes when files that passed should be tried again
 SECONDS, SPEED = 120, 50 << 20  # of the child: that long, and a second for so many bytes of slow disks
@@ -79,9 +78,12 @@ def _number(word: str, files: list[str]) -> int:
 
 
 def unusable(path: Path, problem: str, fix: str, code: int = CHECKPOINT) -> UserError:
-    """The error for a file that llama.cpp refuses; its reason is in the problem."""
+    """The error for a file that llama.cpp refuses; its reason is in the problem.
+
+    Where that is a want of memory, the caller knows what needs less.
+    """
     if is_allocation(problem):
-        code, fix = MEMORY, "It needs more memory than there is free: use a smaller model or --context."
+        problem, fix, code = f"{problem}. It needs more memory than is free", "", MEMORY
     return UserError(f"{path}: {problem}.", fix, code)
 
 

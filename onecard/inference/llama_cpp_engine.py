@@ -99,7 +99,7 @@ class Engine:
             state = self.library.llama_init_from_model(self.model, settings)
         if not state:
             problem = because(f"llama.cpp has no room for {self.context} tokens", said)
-            raise unusable(gguf, problem, "Try a smaller --context.", MEMORY)
+            raise unusable(gguf, problem, "", MEMORY)
         return state
 
     def _load_adapter(self, path: Path) -> Any:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from onecard import errors
 from onecard.config.chat import ChatConfig
 from onecard.config.generation import BASE, ActiveAdapters
-from onecard.config.options import memory_of_cards
+from onecard.config.options import flag, memory_of_cards
 from onecard.data import template as templates
 from onecard.data.template import Template
 from onecard.errors import UserError
@@ -131,24 +132,21 @@ def _check(options: ChatConfig, base: str, adapters: list[Adapter], is_llama: bo
     for path in (base, *(str(source.folder) for source in adapters)):
         if not is_llama and path.endswith(GGUF):
             raise UserError(f"--engine transformers: {path} is for llama.cpp.", "Use --engine llama.cpp.")
-    if not is_llama and options.card_memory and options.device != "all":
-        raise UserError("--card_memory is for --device all.", "Add --device all.")
     if is_llama and options.rope_scaling != "none":
-        problem = "--rope_scaling is for the transformers engine."
-        raise UserError(problem, "A GGUF file carries its own scaling; --context makes use of it.")
+        problem = "llama.cpp has no rope scaling of its own."
+        raise UserError(problem, "Leave it out: a GGUF file carries its own, and --context makes use of it.")
     if is_llama and options.remote_code:
         problem = "--remote_code is for the transformers engine: llama.cpp runs no code of a model."
         raise UserError(problem, "Leave it out.")
     for name, plain in UNUSED_BY_LLAMA.items():
         if is_llama and getattr(options, name) not in plain:
-            problem = f"--{name}: llama.cpp takes the file as it is, on the processor."
+            problem = f"{flag(options, name)}: llama.cpp takes the file as it is, on the processor."
             raise UserError(
                 problem, f"Leave it out; {commands.name('export-gguf')} --type makes files of fewer bits."
             )
-    if options.load_8bit and options.bits not in ("auto", 8):
-        raise UserError(f"--load_8bit and --bits {options.bits} contradict each other.", "Give one of them.")
     for source in adapters:
-        remote_code.check_same(str(source.origin), source.fingerprints, options.remote_code)
+        with errors.remedy(remote_code.READ_FIRST):
+            remote_code.check_same(str(source.origin), source.fingerprints, options.remote_code)
     folders = [source.folder for source in adapters if not source.is_gguf]
     if base.endswith(GGUF) and folders:
         problem = f"{base}: the adapter {folders[0]} is no .gguf file."
@@ -202,14 +200,15 @@ def _transformers(found: Found, exact: bool) -> transformers_engine.Engine:
         config = base_model.stretched(base, config, options.rope_scaling, options.rope_factor)
     own = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
     if options.context and options.context > own and not exact:
-        problem = f"--context {options.context}: the model has {own}."
-        raise UserError(problem, "Use less, or --rope_scaling yarn.")
+        problem = f"--context {options.context}: the model's context has {own} tokens."
+        raise UserError(problem, "Use fewer, or stretch the context by rope scaling.")
     if options.threads:
         torch.set_num_threads(options.threads)
     cards = memory_of_cards(options.card_memory)
-    made = base_model.load_base(
-        base, bits.value, dtype.value, device.value, config, cards, code=found.code
-    ).eval()
+    with errors.remedy("Use fewer --bits, or allow more memory of each GPU."):
+        made = base_model.load_base(
+            base, bits.value, dtype.value, device.value, config, cards, code=found.code
+        ).eval()
     for source in found.adapters:
         made = models_adapter.attach(made, source.folder, source.name)
     names = [source.name for source in found.adapters]
@@ -228,10 +227,13 @@ def _llama(found: Found, to_gguf: ToGguf, exact: bool) -> llama_cpp_engine.Engin
     say(f"threads     {threads.value}: {threads.reason}")
     context = options.context or 2048
     tokenizer = templates.tokenizer_for(found.tokenizer, found.template)
-    engine = llama_cpp_engine.Engine(path, tokenizer, context, files, threads.value, exact=exact)
+    with errors.remedy("Use a smaller model, or a smaller --context."):
+        engine = llama_cpp_engine.Engine(path, tokenizer, context, files, threads.value, exact=exact)
     if options.context and engine.context < options.context and not exact:
         engine.close()
-        raise UserError(f"--context {options.context}: the model has {engine.context}.", "Use less.")
+        raise UserError(
+            f"--context {options.context}: the model's context has {engine.context} tokens.", "Use fewer."
+        )
     return engine
 
 
@@ -239,15 +241,16 @@ def _device(wanted: str) -> Choice:
     import torch
 
     if wanted == "all" and not torch.cuda.is_available():
-        raise UserError("--device all: torch sees no card.", "Use --device cpu.")
+        raise UserError("--device all: torch sees no CUDA GPU.", hardware.ON_CPU)
     if wanted == "all":
         return Choice("all", f"{torch.cuda.device_count()} cards and the processor's memory")
     has_mps = torch.backends.mps.is_available()
     if wanted == "mps" and not has_mps:
-        raise UserError("--device mps: torch sees no Apple card.", "Use --device cpu.")
+        raise UserError("--device mps: torch sees no Apple GPU.", hardware.ON_CPU)
     if wanted == "mps" or (wanted == "auto" and has_mps):
         return Choice("mps", "an Apple card")
-    return hardware.choose_device(wanted)
+    with errors.remedy(hardware.ON_CPU, beside=True):
+        return hardware.choose_device(wanted)
 
 
 def _bits(found: Found, config: Any, device: str, dtype: str) -> Choice:

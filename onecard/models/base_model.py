@@ -235,9 +235,9 @@ def stretched(path: str, config: PretrainedConfig, how: str, factor: float) -> P
     rope = getattr(inner, "rope_parameters", None)
     length = getattr(inner, "max_position_embeddings", None)
     if not rope or not length or "rope_theta" not in rope:
-        raise UserError(f"--rope_scaling {how}: {path} has no rotary embeddings to scale.", "Use none.")
+        raise UserError(f"{path}: it has no rotary embeddings for the rope scaling {how}.", "Use none.")
     if rope.get("rope_type", "default") != "default":
-        problem = f"--rope_scaling {how}: {path} is scaled already ({rope['rope_type']})."
+        problem = f"{path}: its rotary embeddings are scaled already ({rope['rope_type']})."
         raise UserError(problem, "Use none.")
     if how == "yarn":
         inner.rope_parameters = {

@@ -26,8 +26,7 @@ def cannot_load(path: str, what: str, error: Exception) -> UserError:
     if "trust_remote_code" in str(error):
         return remote_code.needs_consent(path, what)
     if remote_code.NO_ROOM in str(error):
-        problem = f"--model_path {path}: does not fit on the cards."
-        return UserError(problem, "Use fewer --bits, or raise --card_memory.", MEMORY)
+        return UserError(f"{path} does not fit into the memory of the GPUs.", code=MEMORY)
     fix, code = "Give a model folder, a hub name, or demo.", USAGE
     if _should_load(path):
         fix, code = "Download or convert it again.", CHECKPOINT

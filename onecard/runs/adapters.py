@@ -127,9 +127,9 @@ def _exported(folder: Path, file: Path | None, name: str) -> Adapter:
 
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object, {} when there is no such file; raises UserError (exit 4) when it is damaged."""
-    values = system_files.read_json(path)
+    values = system_files.read_json(path, "Take another copy of the adapter.")
     if not isinstance(values, dict | None):
-        raise UserError(f"{path}: damaged (no JSON object).", "Take another adapter.", CHECKPOINT)
+        raise UserError(f"{path}: damaged (no JSON object).", "Take another copy of the adapter.", CHECKPOINT)
     return values or {}
 
 

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from onecard import errors
+from onecard.config.options import command_line, flag
 from onecard.config.training import FORMATS, PATHS, FinetuneConfig
 from onecard.errors import DATA, UserError
 from onecard.runs import folder as run_folder
@@ -100,7 +102,7 @@ def check_paths(options: FinetuneConfig, uploads: Path) -> None:
             strange = part.strip().startswith(("-", "~")) or re.search(r"[\x00-\x1f\x7f]", part)
             if outside or strange or ".." in path.parts or "://" in part:
                 fix = "Name something inside the folder where this window was started, or upload it."
-                raise UserError(f"--{name} {part!r} is not open to this window.", fix)
+                raise UserError(f"{flag(options, name)} {part!r} is not open to this window.", fix)
 
 
 def keep_upload(source: Path, workspace: Path) -> Path:
@@ -200,12 +202,12 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 def _launch(folder: Path, command: str, given: dict[str, Any]) -> None:
     values = {**given, "output_path": folder}
-    texts = {key: str(value).lower() if isinstance(value, bool) else value for key, value in values.items()}
-    flags = [f"--{key}={text}" for key, text in texts.items()]
+    flags = command_line(values)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with console_of(folder).open("ab", buffering=0) as console:
         _take(console, folder.name)
-        lock.check_free(folder)
+        with errors.remedy("Wait for it, or stop it."):
+            lock.check_free(folder)
         _note(folder, f"{MARK}{time.strftime(CLOCK)} {commands.name(command)} {' '.join(map(repr, flags))}")
         program, variables = commands.child(command)
         process = subprocess.Popen(

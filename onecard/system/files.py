@@ -33,17 +33,18 @@ def or_sample(path: Path) -> Path:
     return next((file for file in brought if file.is_file()), path)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Content of a JSON file of a run, None when there is none; raises UserError (exit 4) when damaged."""
+def read_json(path: Path, fix: str = "") -> dict[str, Any] | None:
+    """Content of a JSON file, None when there is none; raises UserError (exit 4) when it is damaged.
+
+    fix: what the user of the caller's program can do then.
+    """
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return content
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(
-            f"{path}: damaged ({error}).", "Use another --output_path, or --overwrite.", CHECKPOINT
-        ) from None
+        raise UserError(f"{path} is damaged: {error}.", fix, CHECKPOINT) from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,6 +14,7 @@ from onecard.system import commands
 
 M_MMAP_THRESHOLD = -3  # a parameter of mallopt, from malloc.h
 LARGE = 4_000_000  # bytes
+ON_CPU = "Use --device cpu."  # what programs with this option advise where there is no GPU to use
 NEWEST_DRIVER = 580  # what the CUDA 13 build of torch asks for
 
 
@@ -26,7 +27,7 @@ class Choice:
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> Choice:
-    """The torch device name; raises UserError when a card is there that torch cannot use."""
+    """The torch device name; raises UserError when there is none of this name, or a GPU torch cannot use."""
     import torch
 
     if wanted == "cpu":
@@ -34,18 +35,15 @@ def choose_device(wanted: str, local_rank: int = 0) -> Choice:
     usable = torch.cuda.is_available()
     if wanted.startswith("cuda"):
         if not usable:
-            raise UserError(
-                f"--device {wanted}: torch sees no CUDA card.", _card_problem() or "Use --device cpu."
-            )
+            raise UserError(f"There is no device {wanted}: torch sees no CUDA GPU.", _card_problem() or "")
         name = wanted if wanted != "cuda" else f"cuda:{local_rank}"
         if name not in {f"cuda:{number}" for number in range(torch.cuda.device_count())}:
-            raise UserError(
-                f"--device {wanted}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}."
-            )
+            last = torch.cuda.device_count() - 1
+            raise UserError(f"There is no device {wanted}: this machine has cuda:0 to cuda:{last}.")
         check_build(int(name.split(":")[1]))
         return Choice(name, "asked for")
     if wanted != "auto":
-        raise UserError(f"--device {wanted}: unknown.", "Choose auto, cpu, cuda or cuda:N.")
+        raise UserError(f"There is no device called {wanted!r}.", "Choose auto, cpu, cuda or cuda:N.")
     if usable:
         if local_rank >= torch.cuda.device_count():
             problem = f"Process {local_rank} has no card: torch sees {torch.cuda.device_count()}."
@@ -54,10 +52,7 @@ def choose_device(wanted: str, local_rank: int = 0) -> Choice:
         return Choice(f"cuda:{local_rank}", torch.cuda.get_device_name(local_rank))
     unusable = _card_problem()
     if unusable:
-        raise UserError(
-            "nvidia-smi shows a card, but torch cannot use it.",
-            f"{unusable} Or train on the CPU: --device cpu.",
-        )
+        raise UserError("nvidia-smi shows a GPU, but torch cannot use it.", unusable)
     return Choice("cpu", "no CUDA card found")
 
 
@@ -72,8 +67,8 @@ def check_build(number: int) -> None:
             f"{name} has compute capability {major}.{minor}, torch {torch.__version__} is built for {builds}."
         )
         if (major, minor) < (7, 5):  # torch 2.13 is built for Turing and later
-            raise UserError(problem, "No build of it serves this card. Train on the CPU: --device cpu.")
-        raise UserError(problem, f"Run: {_pip_line(torch.__version__)} Or train on the CPU: --device cpu.")
+            raise UserError(f"{problem} No build of torch serves this GPU.")
+        raise UserError(problem, f"Run: {_pip_line(torch.__version__)}")
 
 
 def has_code_for(major: int, minor: int, builds: list[str]) -> bool:

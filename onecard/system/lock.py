@@ -109,4 +109,4 @@ def owner_of(folder: Path) -> int | None:
 
 def _is_busy(folder: Path) -> UserError:
     problem = f"{folder}: process {owner_of(folder) or 'unknown'} is training there."
-    return UserError(problem, "Wait for it, stop it, or choose another --output_path.")
+    return UserError(problem)

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from onecard import errors
 from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.data import examples as data_examples
 from onecard.data.packing import PackedBatch, micro_batches
@@ -69,7 +70,7 @@ def carry_out(plan: Plan, start: Start | None, sample: Sample, draw: Draw) -> No
         if not distributed.agree(json.dumps(plan.fingerprints, sort_keys=True)):
             problem = "The processes do not have the same base model, tokenizer or rows."
             raise UserError(problem, "Give them the same files, or owner/name@COMMIT.", CHECKPOINT)
-        with lock.owned(folder) if system_processes.is_main() else contextlib.nullcontext():
+        with _owned(folder) if system_processes.is_main() else contextlib.nullcontext():
             new = not (start and start.same_run) and not plan.options.overwrite
             if new and (folder / run_folder.FINISHED).exists():
                 raise UserError(f"{folder}: another process has just finished a run there.")
@@ -81,6 +82,15 @@ def carry_out(plan: Plan, start: Start | None, sample: Sample, draw: Draw) -> No
                 trainer.journal.close()
     finally:
         strategy.stop()
+
+
+@contextlib.contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Hold the lock of the run folder; raises UserError when another process has it."""
+    with contextlib.ExitStack() as stack:
+        with errors.remedy("Wait for it, stop it, or choose another --output_path."):
+            stack.enter_context(lock.owned(folder))
+        yield
 
 
 def train(trainer: Trainer, sample: Sample, draw: Draw) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from onecard import errors
+from onecard.config import options as config_options
 from onecard.config.training import ADAPTER_OPTIONS, FinetuneConfig
 from onecard.data import dataset, reader, run_data
 from onecard.data import encode as data_encode
@@ -83,7 +85,10 @@ def prepare(
     as it was; again: read all of rows and base anew.
     """
     _check_options(options)
-    sources = reader.locate_files(options.data_path, options.eval_data_path, hub_names.rows)
+    sources = [
+        *reader.locate_files(options.data_path, hub_names.rows),
+        *reader.locate_validation_files(options.eval_data_path, hub_names.rows),
+    ]
     if options.wandb:
         check_wandb()
     device, dtype, checkpointing = _choices(options, resolved or {})
@@ -149,7 +154,8 @@ def _choices(
     options: FinetuneConfig, resolved: dict[str, Any]
 ) -> tuple[hardware.Choice, hardware.Choice, hardware.Choice]:
     """Device, dtype and gradient checkpointing with the reasons; `auto` stays what it became before."""
-    device = hardware.choose_device(options.device, system_processes.local_rank())
+    with errors.remedy(hardware.ON_CPU, beside=True):
+        device = hardware.choose_device(options.device, system_processes.local_rank())
     dtype = _as_before(resolved.get("dtype")) or hardware.choose_dtype(options.dtype, device.value)
     checkpointing = _as_before(resolved.get("gradient_checkpointing")) or hardware.choose_checkpointing(
         options.gradient_checkpointing, device.value
@@ -243,7 +249,8 @@ def describe(plan: Plan) -> None:
     if options.train_what in (trainable.FULL, models_adapter.EMBEDDINGS):
         unused = [name for name in ADAPTER_OPTIONS if getattr(options, name) != getattr(DEFAULTS, name)]
         if unused:
-            say(f"warning: without LoRA, {', '.join(f'--{name}' for name in unused)} has no effect.")
+            flags = ", ".join(config_options.flag(options, name) for name in unused)
+            say(f"warning: without LoRA, {flags} has no effect.")
     say(f"base        {_describe_base(plan)}")
     recompute = "on" if plan.checkpointing else "off"
     say(f"recompute   {recompute} (gradient checkpointing): {reasons['recompute']}")

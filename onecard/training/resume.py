@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from onecard import errors
 from onecard.config import options as config_options
 from onecard.config.training import LONGER, MOVABLE, TIED, ContinueConfig, FinetuneConfig
 from onecard.errors import CHECKPOINT, UserError
@@ -27,6 +28,8 @@ from onecard.system.console import say
 from onecard.training import recorded_names, warm_start
 from onecard.training.plan import Plan, learning_rate, prepare, versions
 from onecard.training.starting_point import STARTING, Start, finished_before, say_finished
+
+ANOTHER_RUN = f"Bring back a copy of this file, or start another run with {commands.name('finetune')}."
 
 
 def decide(wish: ContinueConfig, given: frozenset[str]) -> Start | None:
@@ -130,7 +133,7 @@ def _same_run(folder: Path, chosen: Path | None, wish: ContinueConfig, given: fr
         before = dataclasses.replace(before, max_steps=None, num_epochs=0)  # which had no say so far
     options, changes = _merged(before, wish, given, _fixed_in_same_run)
     options = dataclasses.replace(options, output_path=str(folder))  # the folder may have moved
-    finished = system_files.read_json(folder / run_folder.FINISHED)
+    finished = system_files.read_json(folder / run_folder.FINISHED, ANOTHER_RUN)
     begun_from = stored.get("begun_from")
     start = Start(options, Progress(), stored=stored, same_run=True, begun_from=begun_from, changes=changes)
     if finished and wish.from_data_beginning and not _longer(start):
@@ -140,7 +143,8 @@ def _same_run(folder: Path, chosen: Path | None, wish: ContinueConfig, given: fr
     if finished and not (_longer(start) or earlier):
         say_finished(folder, finished)
         return None
-    lock.check_free(folder)
+    with errors.remedy("Wait for it, or stop it."):
+        lock.check_free(folder)
     if chosen is None:
         chosen, problems = runs_checkpoint.newest(folder)
         _say_damaged(problems)
@@ -188,7 +192,7 @@ def _other_rows(source: Path, wish: ContinueConfig, given: frozenset[str]) -> St
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
-    stored = system_files.read_json(folder / run_folder.CONFIG)
+    stored = system_files.read_json(folder / run_folder.CONFIG, ANOTHER_RUN)
     if stored is None:
         fix = f"Start it (again) with {commands.name('finetune')}, or name the --output_path of another run."
         problem = (
@@ -199,7 +203,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
         stored["options"], stored["resolved"]["total_steps"], stored["fingerprints"]
     except (KeyError, TypeError):
         problem = f"{folder / run_folder.CONFIG}: damaged, or written by another program."
-        raise UserError(problem, "", CHECKPOINT) from None
+        raise UserError(problem, ANOTHER_RUN, CHECKPOINT) from None
     return stored
 
 
@@ -211,7 +215,8 @@ def _options_of(stored: dict[str, Any], wish: ContinueConfig) -> FinetuneConfig:
 def _check_code(start: Start, options: FinetuneConfig) -> None:
     """Raise UserError unless the code of the base that is asked for is that which the run began with."""
     before = start.stored["fingerprints"]
-    remote_code.check_same("The run that goes on", before, options.remote_code)
+    with errors.remedy(remote_code.READ_FIRST):
+        remote_code.check_same("The run that goes on", before, options.remote_code)
     if options.remote_code and not before.get(remote_code.PRINT):
         problem = "--remote_code: the run's base was loaded without code of its own."
         raise UserError(
@@ -265,7 +270,8 @@ def _arithmetic(options: FinetuneConfig, resolved: dict[str, Any]) -> dict[str, 
     if options.gradient_checkpointing == "auto":
         kept["gradient_checkpointing"] = resolved["gradient_checkpointing"]
     if options.dtype == "auto":
-        device = hardware.choose_device(options.device, system_processes.local_rank()).value
+        with errors.remedy(hardware.ON_CPU, beside=True):
+            device = hardware.choose_device(options.device, system_processes.local_rank()).value
         now = hardware.choose_dtype("auto", device).value
         if device == "cpu" or {now, resolved["dtype"]} != {"bf16", "fp16"}:
             kept["dtype"] = resolved["dtype"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from onecard import errors
 from onecard.config import options as config_options
 from onecard.config.training import FinetuneConfig
 from onecard.data import dataset, reader
@@ -89,7 +90,8 @@ def finished_before(options: FinetuneConfig, folder: Path, weights_print: str | 
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_path {folder}: this is a file.", "Name a folder.")
-    lock.check_free(folder)
+    with errors.remedy("Wait for it, stop it, or choose another --output_path."):
+        lock.check_free(folder)
     whole = options.train_what == trainable.FULL
     if whole and (folder / run_folder.MODEL).exists() and not run_folder.trained_all(folder):
         problem = f"{folder} holds {run_folder.MODEL}/, which did not come from a run."
@@ -97,7 +99,7 @@ def finished_before(options: FinetuneConfig, folder: Path, weights_print: str | 
     if options.overwrite:
         return False
     ways = "Choose another --output_path, or start anew with --overwrite."
-    stored = system_files.read_json(folder / run_folder.CONFIG)
+    stored = system_files.read_json(folder / run_folder.CONFIG, ways)
     if stored is None:
         found = run_folder.contents(folder)
         if found:
@@ -115,7 +117,7 @@ def finished_before(options: FinetuneConfig, folder: Path, weights_print: str | 
     changed = [f"{name} {before[name]} -> {now[name]}" for name in learned if before[name] != now[name]]
     if changed:
         raise UserError(f"{folder} holds a run with other options: {'; '.join(changed)}.", ways)
-    finished = system_files.read_json(folder / run_folder.FINISHED)
+    finished = system_files.read_json(folder / run_folder.FINISHED, ways)
     if finished is None:
         steps = run_folder.checkpoint_steps(folder)
         if not steps and not run_folder.has_log(folder):
@@ -137,7 +139,8 @@ def finished_before(options: FinetuneConfig, folder: Path, weights_print: str | 
 def _rows_now(options: FinetuneConfig, before: str) -> str:
     """The fingerprint of the rows as they are; rows that are gone have not changed."""
     try:
-        return dataset.fingerprint_of(reader.locate_files(options.data_path, options.eval_data_path))
+        validation = reader.locate_validation_files(options.eval_data_path)
+        return dataset.fingerprint_of([*reader.locate_files(options.data_path), *validation])
     except UserError:
         return before
 

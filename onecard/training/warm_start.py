@@ -20,6 +20,7 @@ from onecard.system import safetensors as safetensors_file
 from onecard.system.console import say
 from onecard.training.starting_point import Start, finished_before
 
+ANOTHER_COPY = "Take another copy of the adapter."
 # of adapter_config.json: tensors that no option of ours makes
 OTHER_KINDS = ("lora_bias", "trainable_token_indices", "target_parameters", "layer_replication")
 
@@ -66,14 +67,16 @@ def _start_from(source: Path, wish: FinetuneConfig, given: frozenset[str]) -> St
         runs_checkpoint.verify(source)
     tensors = safetensors_file.read_tensors(source / model_files.ADAPTER_WEIGHTS)
     say(f"Warm start: the weights of {source}; optimizer, rate and rows start anew.")
-    base = revisions.of_settings(system_files.read_json(source / model_files.ADAPTER_CONFIG) or {})
+    base = revisions.of_settings(
+        system_files.read_json(source / model_files.ADAPTER_CONFIG, ANOTHER_COPY) or {}
+    )
     begun_from = str(revisions.of(source) or source)
     return Start(options, Progress(), adapter=tensors, begun_from=begun_from, base=base)
 
 
 def from_older(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Start | None:
     """What an older checkpoint has of weights, optimizer, scaler, place in schedule and rows."""
-    values = system_files.read_json(source / model_files.ADAPTER_CONFIG) or {}
+    values = system_files.read_json(source / model_files.ADAPTER_CONFIG, ANOTHER_COPY) or {}
     if values.get("modules_to_save"):
         problem = f"{source}: older checkpoints with modules_to_save are not read."
         raise UserError(problem, "", CHECKPOINT)
@@ -151,7 +154,7 @@ def with_shape(
 
 def read_shape(source: Path, wish: FinetuneConfig) -> dict[str, Any]:
     """The options that make an adapter like the one in this folder; raises UserError."""
-    values = system_files.read_json(source / model_files.ADAPTER_CONFIG)
+    values = system_files.read_json(source / model_files.ADAPTER_CONFIG, ANOTHER_COPY)
     if values is None or not (source / model_files.ADAPTER_WEIGHTS).is_file():
         problem = f"{source}: no checkpoint and no adapter ({model_files.ADAPTER_WEIGHTS}) is there."
         raise UserError(problem, "Name a checkpoint folder, a run folder or an adapter folder.", CHECKPOINT)

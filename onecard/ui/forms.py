@@ -58,10 +58,12 @@ def read(inputs: Mapping[str, gr.Component], values: Sequence[Any]) -> Generatio
 
 def told(error: UserError, inputs: Mapping[str, gr.Component]) -> str:
     """What is wrong, with the options called as they are in the window."""
-    message = str(error).removesuffix(" See --help.")
-    for name, made in inputs.items():
-        message = re.sub(rf"--{name}\b", f"{made.label} (--{name})", message)
-    return message
+
+    def with_label(match: re.Match[str]) -> str:
+        component = inputs.get(match[1])
+        return f"{component.label} ({match[0]})" if component else match[0]
+
+    return re.sub(r"--(\w+)", with_label, str(error).removesuffix(" See --help."))
 
 
 def clamped(options: Generation, names: list[str], start: Any) -> tuple[list[Any], list[tuple[str, str]]]:

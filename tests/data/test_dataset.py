@@ -386,7 +386,7 @@ def test_folders_with_odd_things_in_them(tmp_path):
     tiny.save_rows(place / "a.json", 3)
     assert [source.path.name for source in reader.locate_files(str(place))] == ["a.json"]
     with pytest.raises(UserError, match="validation rows have no weight") as caught:
-        reader.locate_files(str(place), f"{place / 'a.json'}:2")
+        reader.locate_validation_files(f"{place / 'a.json'}:2")
     assert caught.value.code == DATA
     with pytest.raises(UserError, match="at most 1000"):
         reader.locate_files(f"{place / 'a.json'}:5000")

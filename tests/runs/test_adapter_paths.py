@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from onecard.config import chat as chat_config
 from onecard.config.chat import ChatConfig
 from onecard.config.generation import GREEDY, Generation
 from onecard.config.options import build
@@ -496,7 +497,7 @@ def test_stretched_contexts(tiny_model, how):
     assert again.text.whole == reply.text.whole
     short, _ = load(model_path=str(tiny_model), rope_scaling=how, context=700)
     assert short.engine.context == 700
-    with pytest.raises(UserError, match="900: the model has 512"):
+    with pytest.raises(UserError, match="900: the model's context has 512 tokens"):
         load(model_path=str(tiny_model), context=900)
 
 
@@ -524,14 +525,19 @@ def test_threads_are_those_asked_for(tiny_model):
 def test_options_that_do_not_go_together(tiny_model, run):
     """Each names the option and what would do."""
     for given, word in (
-        ({"card_memory": "0:1GiB"}, "--device all"),
         ({"engine": "transformers", "model_path": "x.gguf"}, "llama.cpp"),
-        ({"device": "mps"}, "no Apple card"),
+        ({"device": "mps"}, "no Apple GPU"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load(**{"model_path": str(tiny_model), **given})
+        assert word in str(caught.value)
+    for given, word in (
+        ({"card_memory": "0:1GiB"}, "--card_memory is for --device all"),
         ({"load_8bit": True, "bits": 4}, "--load_8bit and --bits 4 contradict"),
         ({"load_8bit": "true", "bits": "16"}, "contradict"),
     ):
         with pytest.raises(UserError) as caught:
-            load(**{"model_path": str(tiny_model), **given})
+            chat_config.check_used(build(ChatConfig, given))
         assert word in str(caught.value)
 
 
@@ -647,7 +653,7 @@ def test_mistakes_are_told_before_any_question(tiny_model, tmp_path):
         ({"model_path": str(tmp_path)}, "no tokenizer"),
         ({"model_path": str(tiny_model), "lora_path": str(tmp_path / "none")}, "no such folder"),
         ({"model_path": str(tiny_model), "template": "chatml"}, "no token"),
-        ({"model_path": str(tiny_model), "device": "mps"}, "no Apple card"),
+        ({"model_path": str(tiny_model), "device": "mps"}, "no Apple GPU"),
     ):
         with pytest.raises(UserError, match=word):
             later(**options)

@@ -166,7 +166,13 @@ def test_no_row_left_to_train_on(bad_run, size):
 
 def test_unknown_template(bad_run):
     """Exit 2 and the templates there are."""
-    check(bad_run("--template", "alpacca"), USAGE, "--template alpacca", "Choose from", *templates.names())
+    check(
+        bad_run("--template", "alpacca"),
+        USAGE,
+        "There is no template called 'alpacca'",
+        "Choose from",
+        *templates.names(),
+    )
 
 
 @pytest.mark.parametrize("names", ["query_key_value", "q_proj,w_proj", "proj", "lm_head", ",", ""])
@@ -246,7 +252,7 @@ def test_paged_optimizer_on_the_cpu(bad_run):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a torch that sees no card")
 def test_card_asked_for_but_not_there(bad_run):
     """--device cuda without a card: exit 2 and what to ask for instead."""
-    check(bad_run("--device", "cuda"), USAGE, "--device cuda", "--device cpu")
+    check(bad_run("--device", "cuda"), USAGE, "There is no device cuda", "Use --device cpu.")
 
 
 def test_output_path_is_a_file(bad_run, tmp_path):

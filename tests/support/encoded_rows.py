@@ -16,5 +16,6 @@ def encode(path: Path | str, tokenizer=None, fetch=None, **changes) -> dataset.D
     """The encoded rows of a file, by default with the tiny tokenizer; changes: options of the training."""
     settings, tokenizer = options(path, **changes), tokenizer or tiny.tokenizer()
     row_templates = [templates.load(name, tokenizer) for name in settings.template.split(",")]
-    files = reader.locate_files(settings.data_path, settings.eval_data_path, fetch)
+    validation = reader.locate_validation_files(settings.eval_data_path, fetch)
+    files = [*reader.locate_files(settings.data_path, fetch), *validation]
     return dataset.encode(settings, files, row_templates, tokenizer, "tokenizer 1")
