@@ -66,14 +66,14 @@ class Dataset:
     @property
     def is_validation(self) -> np.ndarray:
         """bool [N], whether each example comes from a file of --eval_data_path."""
-        return np.array([file.validation for file in self.files])[self._source()]
+        return np.array([file.validation for file in self.files])[self._file_index()]
 
     @property
     def weights(self) -> np.ndarray:
         """float [N], the weight of the file that each example comes from."""
-        return np.array([file.weight for file in self.files])[self._source()]
+        return np.array([file.weight for file in self.files])[self._file_index()]
 
-    def _source(self) -> np.ndarray:
+    def _file_index(self) -> np.ndarray:
         """int64 [N], index of the file that each example begins in."""
         return np.searchsorted(self.ends, self.encoding.examples.numbers)
 

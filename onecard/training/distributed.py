@@ -1,7 +1,7 @@
-"""What all processes of a run do together: joining, barriers, sums, agreement, gathered rows.
+"""What all processes of a run do together: join, wait, sum, agree and gather.
 
-It works under torchrun (gloo on CPU, nccl on CUDA) and, with one process, without it. Which process this is
-says system/processes.py.
+It works under torchrun (gloo on the CPU, nccl on GPUs), and without it in a single process.
+system/processes.py knows which of the processes this is.
 """
 
 import hashlib
@@ -14,7 +14,10 @@ from onecard.system import processes as system_processes
 
 
 def start(device: torch.device, alone_too: bool = False) -> None:
-    """Join the other processes when torchrun started several; tensors on the CPU always go through gloo."""
+    """Join the other processes when torchrun started several; alone_too: form a group of one otherwise.
+
+    Tensors on the CPU always go through gloo.
+    """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if dist.is_initialized():
         return
@@ -25,16 +28,19 @@ def start(device: torch.device, alone_too: bool = False) -> None:
 
 
 def stop() -> None:
+    """Leave the other processes, if there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def barrier() -> None:
+    """Wait until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The tensor with the sum over all processes; changes it in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
@@ -66,9 +72,9 @@ def agree(text: str) -> bool:
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], also: torch.Tensor) -> torch.Tensor:
-    """Sum every gradient and the vector `also` over all processes, in one flat fp32 buffer.
+    """Sum every gradient and the tensor `also` over all processes, in one flat fp32 buffer.
 
-    A process without micro-batches in this step brings zeros. Returns the summed `also`.
+    A process without micro-batches in this step adds zeros. Returns the sum of `also`.
     """
     if not dist.is_initialized():
         return also

@@ -1,4 +1,4 @@
-"""FSDP2, done by torch's fully_shard: every layer is a unit whose shards come together while it works."""
+"""FSDP2 by torch's fully_shard: the shards of a layer are gathered while that layer computes."""
 
 import math
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from onecard.training.step import StepModel
 
 
 class Fsdp(Sharded):
-    """Every layer is a unit whose shards come together while it works; the rest is one unit."""
+    """The shards of a layer are gathered while it computes; the rest of the model is gathered as one unit."""
 
-    def spread(
+    def shard(
         self,
         step_model: StepModel,
         device: torch.device,
@@ -25,21 +25,20 @@ class Fsdp(Sharded):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-        asked = FullyShardedDataParallelPlugin()  # what accelerate launch put into the environment
-        is_card = device.type == "cuda"
+        settings = FullyShardedDataParallelPlugin()  # accelerate launch put them into the environment
         offload = OffloadPolicy()
-        if isinstance(asked.cpu_offload, CPUOffloadPolicy):
-            offload = CPUOffloadPolicy(pin_memory=is_card)
-        lets_go = asked.reshard_after_forward is not False
+        if isinstance(settings.cpu_offload, CPUOffloadPolicy):
+            offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        reshards = settings.reshard_after_forward is not False
         mesh = init_device_mesh(device.type, (system_processes.world_size(),))
         for unit in (*layers_of(trainable.base_of(step_model.model)), step_model):
-            fully_shard(unit, mesh=mesh, offload_policy=offload, reshard_after_forward=lets_go)
+            fully_shard(unit, mesh=mesh, offload_policy=offload, reshard_after_forward=reshards)
         self.model = step_model
         self.named = {n: p for n, p in step_model.model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(list(self.named.values()))
-        how = "between layers" if lets_go else "until the backward pass"
-        where = ", kept in the processor's memory" if isinstance(offload, CPUOffloadPolicy) else ""
-        self.said = f"FSDP2, whole layers are let go {how}{where}"
+        freed = "after its forward pass" if reshards else "after its backward pass"
+        offloaded = ", the shards are in CPU memory" if isinstance(offload, CPUOffloadPolicy) else ""
+        self.description = f"FSDP2, a gathered layer is freed {freed}{offloaded}"
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
@@ -48,7 +47,7 @@ class Fsdp(Sharded):
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, scaler: torch.amp.GradScaler) -> float:
-        """Change what is trained by its gradient, unless that is not finite; returns its norm."""
+        """Update the trained parameters unless the gradient is not finite; returns its norm."""
         scaler.unscale_(self.optimizer)
         limit = self.max_grad_norm or math.inf
         total = torch.nn.utils.clip_grad_norm_(list(self.named.values()), limit)
@@ -72,24 +71,24 @@ class Fsdp(Sharded):
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         for number, parameter in enumerate(self.named.values()):
-            assert isinstance(parameter, DTensor), "fully_shard has spread it"
-            placed = {}
+            assert isinstance(parameter, DTensor), "fully_shard has made it one"
+            sharded_state = {}
             mesh, placements = parameter.device_mesh, parameter.placements
             for key, value in states.get(number, {}).items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     shard = distribute_tensor(value, mesh, placements).to_local()
-                    shard = shard.to(parameter.to_local().device)  # which may be the CPU on a mesh of cards
+                    shard = shard.to(parameter.to_local().device)  # the CPU, if shards are offloaded
                     shape, stride = parameter.shape, parameter.stride()
                     value = DTensor.from_local(
                         shard, mesh, placements, run_check=False, shape=shape, stride=stride
                     )
-                placed[key] = value
-            if placed:
-                self.optimizer.state[parameter] = placed
+                sharded_state[key] = value
+            if sharded_state:
+                self.optimizer.state[parameter] = sharded_state
 
 
 def layers_of(base: Any) -> torch.nn.ModuleList:
-    """The decoder's layers: its longest list of modules."""
+    """The layers of the decoder: its longest list of modules."""
     lists = [m for m in base.get_decoder().modules() if isinstance(m, torch.nn.ModuleList)]
     return max(lists, key=len)
 

@@ -1,6 +1,6 @@
-"""What a run tells: log.jsonl (the truth), a bar or lines on the screen, W&B on request, and loss.png.
+"""What a run reports: log.jsonl, a progress bar or lines on the screen, W&B if asked for, and loss.png.
 
-It does not know how training works; it is given records.
+This file does not know how training works: it receives records.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from onecard.system import files as system_files
 from onecard.system.files import disk_error
 
 
-class Journal:
-    """One object per run; only the main process makes a loud one. close() ends it."""
+class MetricLogger:
+    """The log of a run and what it shows on the screen. Only the main process writes and shows anything."""
 
     def __init__(
         self, folder: Path, total_steps: int, total_rows: int, log_steps: int, wandb: dict | None, loud: bool
     ):
-        """wandb: the settings to show there, or None for no W&B; loud: whether this process speaks at all."""
+        """wandb: settings to show in W&B, or None to do without it; loud: whether this process reports."""
         self.loud, self.log_steps = loud, log_steps
         self.total_steps, self.total_rows = total_steps, total_rows
         self.show_bars = loud and sys.stderr.isatty()
@@ -38,22 +38,23 @@ class Journal:
         self.started, self.rows_before = 0.0, 0
 
     def begin(self, rows_seen: int) -> None:
-        """Start the bar and the clock of the time left, right before the first step of this process."""
+        """Start the progress bar and the clock, right before the first step of this process."""
         self.bar = tqdm(
             total=self.total_rows, initial=rows_seen, unit="row", desc="training", disable=not self.show_bars
         )
         self.started, self.rows_before = time.monotonic(), rows_seen
 
     def end(self) -> None:
-        """Take the bar down after the last step; harmless when there is none."""
+        """Remove the progress bar after the last step, if there is one."""
         if self.bar is not None:
             self._show(self.bar.close)
 
     def advance(self, rows: int) -> None:
+        """Move the progress bar by so many rows."""
         self._show(lambda: self.bar.update(rows))
 
     def sync(self) -> None:
-        """Have what was written so far survive a power failure."""
+        """Write the log to the disk, so that it survives a power failure. Raises UserError (exit 7)."""
         if self.file:
             try:
                 os.fsync(self.file.fileno())
@@ -61,6 +62,7 @@ class Journal:
                 raise disk_error(Path(self.file.name), error) from None
 
     def step(self, record: dict[str, Any]) -> None:
+        """Log one optimizer step and show it."""
         self._write(record)
         rows_seen = record["rows_seen"]
         seconds = max(time.monotonic() - self.started, 1e-9)
@@ -73,16 +75,17 @@ class Journal:
         self._show(lambda: self.bar.set_postfix_str(shown))
         due = record["step"] % self.log_steps == 0 or record["step"] == self.total_steps
         if self.loud and not self.show_bars and due:  # no terminal: lines instead of a bar
-            place = f"step {record['step']}/{self.total_steps}"
-            console.say(f"{place}  loss {record['loss']:.3f}  {speed}  {memory}  {left:.0f} s left")
+            position = f"step {record['step']}/{self.total_steps}"
+            console.say(f"{position}  loss {record['loss']:.3f}  {speed}  {memory}  {left:.0f} s left")
 
     def evaluation(self, record: dict[str, Any]) -> None:
+        """Log one evaluation and print it."""
         self._write(record)
         accuracy = f"{100 * record['eval_token_accuracy']:.1f} % of target tokens right"
         self.say(f"validation at step {record['step']}: loss {record['eval_loss']:.4f}, {accuracy}")
 
     def samples(self, record: dict[str, Any]) -> None:
-        """Answers to the fixed prompts; they have a file of their own."""
+        """Append the answers to the validation prompts of one step to samples.jsonl."""
         if self.file:
             path = Path(self.file.name).with_name(SAMPLES)
             try:
@@ -92,23 +95,25 @@ class Journal:
                 raise disk_error(path, error) from None
 
     def event(self, record: dict[str, Any]) -> None:
-        """Anything else worth keeping, such as why a run stopped."""
+        """Log anything else that matters later, such as why a run stopped."""
         self._write(record)
 
     def say(self, text: str) -> None:
+        """Print a line, in the main process only."""
         if self.loud:
             console.say(text)
 
     def close(self) -> None:
+        """Remove the progress bar, and close the log and W&B."""
         self.end()
         if self.file:
-            with contextlib.suppress(OSError):  # what could not be written was told when it was tried
+            with contextlib.suppress(OSError):  # a failed write was reported when it happened
                 self.file.close()
         if self.wandb:
             self.wandb.finish()
 
     def _show(self, change: Callable[[], object]) -> None:
-        """Change the bar; without a terminal any more there is none."""
+        """Change the progress bar, or disable it when the terminal is gone."""
         try:
             change()
         except OSError:
@@ -126,7 +131,7 @@ class Journal:
 
 
 def start_wandb(folder: Path, settings: dict[str, Any]) -> Any:
-    """A W&B run; WANDB_MODE=offline keeps it in `folder`. Raises UserError when the package is missing."""
+    """Start a W&B run; with WANDB_MODE=offline it stays in `folder`. Raises UserError when that fails."""
     check_wandb()
     import wandb
 
@@ -138,7 +143,7 @@ def start_wandb(folder: Path, settings: dict[str, Any]) -> Any:
 
 
 def check_wandb() -> None:
-    """Raise UserError when W&B cannot be used, before anything is trained."""
+    """Raise UserError when W&B is not installed or nobody is logged in."""
     import importlib.util
 
     if importlib.util.find_spec("wandb") is None:
@@ -146,23 +151,26 @@ def check_wandb() -> None:
         raise UserError("--wandb needs the package wandb, which is not installed.", fix)
     if os.environ.get("WANDB_MODE", "online") == "online" and not os.environ.get("WANDB_API_KEY"):
         try:
-            known = netrc.netrc().hosts
+            hosts = netrc.netrc().hosts
         except (OSError, netrc.NetrcParseError):
-            known = {}
-        if not any("wandb" in host for host in known):
+            hosts = {}
+        if not any("wandb" in host for host in hosts):
             fix = f"Run {commands.in_environment('wandb')} login, or set WANDB_MODE=offline."
             raise UserError("--wandb: this machine is not logged in to Weights & Biases.", fix)
 
 
 def loss_curve(records: list[dict[str, Any]], path: Path) -> None:
-    """Draw training loss, validation loss and learning rate of a run's log records over its steps."""
+    """Save a plot of training loss, validation loss and learning rate over the steps of a run.
+
+    records: the lines of log.jsonl.
+    """
     import matplotlib
 
-    matplotlib.use("Agg")  # a file, no window
+    matplotlib.use("Agg")  # draws into a file, not into a window
     from matplotlib.figure import Figure
 
     steps = [r for r in records if isinstance(r.get("loss"), float)]
-    checks = [r for r in records if "eval_loss" in r]
+    evaluations = [r for r in records if "eval_loss" in r]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(
@@ -174,10 +182,10 @@ def loss_curve(records: list[dict[str, Any]], path: Path) -> None:
         color="#4477aa",
         label="training, smoothed",
     )
-    if checks:
+    if evaluations:
         axes.plot(
-            [r["step"] for r in checks],
-            [r["eval_loss"] for r in checks],
+            [r["step"] for r in evaluations],
+            [r["eval_loss"] for r in evaluations],
             "o-",
             color="#cc6677",
             label="validation",
@@ -198,7 +206,7 @@ def loss_curve(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def _smooth(values: list[float], keep: float = 0.8) -> list[float]:
-    """Running average that forgets by `keep` each step, without the start's bias."""
+    """Exponential running average with the factor `keep`, corrected for its start at zero."""
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
         total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)

@@ -1,7 +1,7 @@
-"""Options -> a plan: everything about a run that can be known and checked before weights are loaded.
+"""The plan of a run: everything about it that can be known and checked before weights are loaded.
 
-Nothing is written into the run folder here. describe prints the plan with the reason of each automatic
-choice; learning_rate is the schedule.
+prepare makes the plan and writes nothing into the run folder. describe prints it with the reason of each
+automatic choice. learning_rate is the schedule.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ from onecard.training.recorded_names import NEW_NAMES, Names
 
 DEFAULTS = FinetuneConfig()
 
-SHORT_RUN = 5  # --warmup_steps takes at most one of this many steps
+SHORT_RUN = 5  # the warm-up takes at most one of this many steps
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
-LEAST_ROOM = 16 << 20  # bytes on the disk for log, picture and the like
+LEAST_ROOM = 16 << 20  # bytes on the disk for the log, the plot and the like
 
 
 @dataclasses.dataclass
@@ -49,27 +49,28 @@ class Plan:
     base_path: str  # folder that transformers loads
     base_config: Any
     tokenizer: Any
-    template: data_template.Template  # of several the first, which asks the held-out prompts
+    template: data_template.Template  # the first of several; the validation prompts are written in it
     device: str
     dtype: str
     checkpointing: bool
     shape: LoraShape
     data: RunData
-    fingerprints: dict[str, str]  # what must be the same when the run goes on -> SHA-256
-    reasons: dict[str, str]  # of automatic choices
+    fingerprints: dict[str, str]  # SHA-256 of what must be the same when the run continues
+    reasons: dict[str, str]  # why device, dtype and checkpointing are as they are
     total_steps: int
     warmup_steps: int
-    code: remote_code.Consent | None = None  # to run Python code of the base's own
+    code: remote_code.Consent | None = None  # the user's consent to run Python code of the base model
 
     @property
     def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch; the last one may be smaller."""
         return data_examples.steps_per_epoch(len(self.data.train_rows), self.options.batch_size)
 
     def rows_after(self, steps: int, rows_seen: int = 0) -> int:
-        """Rows seen when `steps` more steps were made; the last step of an epoch may be smaller."""
+        """Rows seen after `steps` more steps; the last step of an epoch may be smaller."""
         count, batch = len(self.data.train_rows), self.options.batch_size
-        epochs, here = divmod(rows_seen, count)
-        epochs, steps = divmod(epochs * self.steps_per_epoch + here // batch + steps, self.steps_per_epoch)
+        epochs, rows = divmod(rows_seen, count)
+        epochs, steps = divmod(epochs * self.steps_per_epoch + rows // batch + steps, self.steps_per_epoch)
         return epochs * count + min(steps * batch, count)
 
 
@@ -79,13 +80,14 @@ def prepare(
     resolved: dict[str, Any] | None = None,
     again: bool = False,
 ) -> Plan:
-    """Check everything that can be checked before weights are loaded; writes nothing into the run folder.
+    """Check everything that can be checked before weights are loaded. Writes nothing into the run folder.
 
-    hub_names: what names of the hub mean in this run; resolved: what `auto` became when the run began, taken
-    as it was; again: read all of rows and base anew.
+    hub_names: the folders that names on the hub mean in this run; resolved: what `auto` became when the run
+    began, to be used again; again: read rows and base in full, even where sizes and times are as they were.
+    Raises UserError with the exit code of what is wrong.
     """
     _check_options(options)
-    sources = [
+    files_of_rows = [
         *reader.locate_files(options.data_path, hub_names.rows),
         *reader.locate_validation_files(options.eval_data_path, hub_names.rows),
     ]
@@ -100,7 +102,7 @@ def prepare(
     check_quantised(options, base_config)
     shape = LoraShape.of(options)
     parameters = base_model.check_architecture(options.model_path, base_config, shape, code)
-    # weights and two moments in fp32, for the best and the newest checkpoint and for one being written
+    # weights and two moments in fp32, for three checkpoints: the best, the newest, one that is being written
     system_files.check_room(Path(options.output_path), LEAST_ROOM + 3 * 3 * 4 * parameters)
     tokenizer = models_tokenizer.load_tokenizer(base_path, code)
 
@@ -108,7 +110,7 @@ def prepare(
     tokenizer_print = hashing.of_folder(files["tokenizer"], again)
     templates = [data_template.load(name, tokenizer) for name in _templates(options)]
     tokenizer = data_template.tokenizer_for(tokenizer, *templates)
-    data = run_data.prepare(options, sources, templates, tokenizer, tokenizer_print, again)
+    data = run_data.prepare(options, files_of_rows, templates, tokenizer, tokenizer_print, again)
     doubt = models_tokenizer.check_vocabulary(options.model_path, base_config, tokenizer, data.examples.ids)
     if doubt:
         say(f"warning: {doubt}; the tokenizer's is trained.")
@@ -127,7 +129,7 @@ def prepare(
         shape=shape,
         data=data,
         fingerprints=_fingerprints(options, data, tokenizer_print, weights_print, code),
-        reasons={"device": device.reason, "arithmetic": dtype.reason, "recompute": checkpointing.reason},
+        reasons={"device": device.reason, "dtype": dtype.reason, "checkpointing": checkpointing.reason},
         total_steps=total_steps,
         warmup_steps=warmup_steps,
         code=code,
@@ -153,7 +155,7 @@ def _templates(options: FinetuneConfig) -> list[str]:
 def _choices(
     options: FinetuneConfig, resolved: dict[str, Any]
 ) -> tuple[hardware.Choice, hardware.Choice, hardware.Choice]:
-    """Device, dtype and gradient checkpointing with the reasons; `auto` stays what it became before."""
+    """Device, dtype and gradient checkpointing, each with its reason; `auto` stays what it became before."""
     with errors.remedy(hardware.ON_CPU, beside=True):
         device = hardware.choose_device(options.device, system_processes.local_rank())
     dtype = _as_before(resolved.get("dtype")) or hardware.choose_dtype(options.dtype, device.value)
@@ -169,9 +171,9 @@ def _as_before(value: Any) -> hardware.Choice | None:
 
 
 def _base(options: FinetuneConfig, hub_names: Names) -> tuple[str, remote_code.Consent | None]:
-    """Folder of the base, and the consent to run code of its own.
+    """Folder of the base, and the user's consent to run its Python code, if it has some.
 
-    Raises UserError when the consent does not cover what is there.
+    Raises UserError when the consent is for other code.
     """
     path = remote_code.place(options.model_path, options.remote_code) or hub_names.base(options.model_path)
     if options.remote_code and options.train_what == trainable.FULL:
@@ -188,7 +190,7 @@ def _fingerprints(
     weights_print: str,
     code: remote_code.Consent | None,
 ) -> dict[str, str]:
-    """What must be the same when the run goes on."""
+    """SHA-256 of what must be the same when the run continues; of code, its commit."""
     prints = {
         "rows": data.fingerprint,
         "encoded rows": data.encoding.sha256,
@@ -203,7 +205,7 @@ def _fingerprints(
 
 
 def _steps(options: FinetuneConfig, train_rows: int) -> tuple[int, int]:
-    """(optimizer steps of the run, how many of them warm up)."""
+    """Optimizer steps of the run, and how many of them are the warm-up."""
     per_epoch = data_examples.steps_per_epoch(train_rows, options.batch_size)
     total = options.max_steps or round_up(options.num_epochs * per_epoch)
     if options.warmup_ratio is None:
@@ -212,60 +214,65 @@ def _steps(options: FinetuneConfig, train_rows: int) -> tuple[int, int]:
 
 
 def check_quantised(options: FinetuneConfig, base_config: Any) -> None:
-    """Raise UserError for what cannot be trained of weights that come quantised."""
+    """Raise UserError when options ask to train quantised weights in a way that is not possible."""
     kind = quantized.method(base_config)
     if kind and options.train_what == trainable.FULL:
         problem = f"--train_what full: the {kind} weights of {options.model_path} cannot be trained."
         raise UserError(problem, "Train an adapter: --train_what lora; or take the model in 16 bits.")
-    if kind and sharded.wanted():
-        problem = f"--model_path {options.model_path}: {kind} weights cannot be spread over processes."
-        raise UserError(problem, "Use torchrun: each card then holds the whole base.")
+    if kind and sharded.launched_kind():
+        problem = f"--model_path {options.model_path}: {kind} weights cannot be sharded over processes."
+        raise UserError(problem, "Use torchrun: each GPU then holds the whole base model.")
 
 
 def round_up(number: float) -> int:
-    """The next whole number, not taken in by floating point: 0.07 * 100 is 7."""
+    """The next whole number, without errors of floating point: 0.07 * 100 gives 7."""
     return math.ceil(round(number, 6))
 
 
 def learning_rate(options: FinetuneConfig, updates: int, total: int, warmup: int) -> float:
-    """Rate of the update that follows `updates` others; the schedules of transformers.get_scheduler."""
+    """Learning rate of the update after `updates` others, by the schedules of transformers.get_scheduler.
+
+    total, warmup: updates of the run, and of its warm-up.
+    """
     if updates < warmup:
         return options.learning_rate * updates / warmup
-    done = (updates - warmup) / max(1, total - warmup)
-    shapes = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}
-    return options.learning_rate * max(0.0, shapes[options.lr_scheduler])
+    progress = (updates - warmup) / max(1, total - warmup)  # 0 to 1
+    factors = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}
+    return options.learning_rate * max(0.0, factors[options.lr_scheduler])
 
 
 def versions() -> dict[str, str]:
+    """Installed version of each package that a run's numbers depend on."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def describe(plan: Plan) -> None:
-    """Say what was chosen and why, what happened to the rows, and show three of them."""
+    """Print what was chosen and why, what happened to the rows, and three of them."""
     options, reasons, data, encoding = plan.options, plan.reasons, plan.data, plan.data.encoding
     lengths = data.examples.lengths
     say(f"device      {plan.device}: {reasons['device']}")
-    say(f"arithmetic  {plan.dtype}: {reasons['arithmetic']}; trained weights and optimizer in fp32")
+    say(f"dtype       computation in {plan.dtype}: {reasons['dtype']}; trained weights and optimizer in fp32")
     if options.train_what in (trainable.FULL, models_adapter.EMBEDDINGS):
         unused = [name for name in ADAPTER_OPTIONS if getattr(options, name) != getattr(DEFAULTS, name)]
         if unused:
             flags = ", ".join(config_options.flag(options, name) for name in unused)
             say(f"warning: without LoRA, {flags} has no effect.")
     say(f"base        {_describe_base(plan)}")
-    recompute = "on" if plan.checkpointing else "off"
-    say(f"recompute   {recompute} (gradient checkpointing): {reasons['recompute']}")
-    used = [source for source in data.files if not source.validation]
+    state = "on" if plan.checkpointing else "off"
+    say(f"activations gradient checkpointing is {state}: {reasons['checkpointing']}")
+    training_files = [file for file in data.files if not file.validation]
     if len(data.files) > 1:
-        more = "".join(f", {s.path.name} x {s.weight:g}" for s in used if s.weight != 1)
-        say(f"files       {len(used)} to train on, {len(data.files) - len(used)} for validation{more}")
-    what = "blocks of raw text" if data.task == dataset.PRETRAIN else "rows"
+        weights = "".join(f", {f.path.name} x {f.weight:g}" for f in training_files if f.weight != 1)
+        validation = len(data.files) - len(training_files)
+        say(f"files       {len(training_files)} to train on, {validation} for validation{weights}")
+    unit = "blocks of raw text" if data.task == dataset.PRETRAIN else "rows"
     say(
-        f"{what:<11} {len(data.train_rows)} to train on, {len(data.validation_rows)} for validation; "
+        f"{unit:<11} {len(data.train_rows)} to train on, {len(data.validation_rows)} for validation; "
         f"{int(lengths.sum())} tokens, median {int(np.median(lengths))}, longest {int(lengths.max())}"
     )
     say(
-        f"            of {encoding.read} rows {encoding.cut} were cut at {options.cutoff_len} tokens, "
-        f"{encoding.dropped} dropped (no target left), {len(encoding.rejected)} rejected"
+        f"            of {encoding.read} rows, {encoding.cut} were cut at {options.cutoff_len} tokens, "
+        f"{encoding.dropped} were dropped (no target left) and {len(encoding.rejected)} rejected"
     )
     if encoding.cut:
         say("            an answer that is cut short has no end token; --long_rows drop leaves such rows out")
@@ -275,14 +282,16 @@ def describe(plan: Plan) -> None:
         say(f"warning: {data.overlapping} validation rows are training rows too.")
     say(
         f"steps       {plan.total_steps} of {options.batch_size} rows ({plan.steps_per_epoch} an epoch), "
-        f"rate {options.learning_rate:g} {options.lr_scheduler}, warm-up {plan.warmup_steps} steps"
+        f"learning rate {options.learning_rate:g} {options.lr_scheduler}, warm-up {plan.warmup_steps} steps"
     )
-    asked = options.warmup_steps
-    if options.warmup_ratio is None and plan.warmup_steps < asked:
-        say(f"            a short run: {plan.warmup_steps} warm-up steps, not {asked} (at most a fifth)")
+    if options.warmup_ratio is None and plan.warmup_steps < options.warmup_steps:
+        say(
+            f"            a short run: {plan.warmup_steps} warm-up steps, not {options.warmup_steps} "
+            f"(at most one step in {SHORT_RUN})"
+        )
     if options.learning_rate == 0:
         say("warning: --learning_rate is 0, so nothing will be learned.")
-    say("\nThree rows as the model sees them; what it learns to say stands between « and »:")
+    say("\nThree rows as the model sees them. It learns to write the text between « and »:")
     for row in data.train_rows[:3]:
         ids, is_target = data.examples[row]
         say("-" * 60 + "\n" + data_encode.show(plan.tokenizer, ids.tolist(), is_target.tolist()))
@@ -294,5 +303,5 @@ def _describe_base(plan: Plan) -> str:
     if kind:
         bits = quantized.bits(plan.base_config)
         return f"{bits} bits by {kind}" if bits else kind
-    how = "" if plan.options.bits == 16 else " by bitsandbytes, multiplied by frozen products"
+    how = "" if plan.options.bits == 16 else " by bitsandbytes, dequantised for each product"
     return f"{plan.options.bits} bits{how}"

@@ -1,8 +1,8 @@
-"""Models that fit one card: every process has all of it and a share of the step's micro-batches.
+"""The strategy for models that fit one GPU: every process has the whole model and a share of the rows.
 
-One process alone is the same with nobody to sum with. There is no wrapper around the model: gradients are
-summed in one buffer, so processes may differ in micro-batches, and a step that runs out of memory in one is
-redone by all.
+One process alone works in the same way. Nothing wraps the model: the gradients of all processes are summed in
+one buffer, so processes may have different micro-batches, and all of them repeat a step for which one ran out
+of memory.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from onecard.training import distributed, step
 
 
 class Replicated:
-    """A training/strategy.py Strategy."""
+    """Implements the Strategy of training/strategy.py."""
 
     has_whole_model = True
     redoes_steps = True
@@ -76,4 +76,4 @@ class Replicated:
         return is_due  # the main process saves alone
 
     def stop_together(self) -> None:
-        """A signal has stopped this process already."""
+        """Do nothing: a signal has stopped this process already."""

@@ -1,8 +1,8 @@
-"""Which run goes on, from where, and with which options: decided before weights are loaded.
+"""Decides which run continues, from where and with which options, before weights are loaded.
 
-A run goes on in its own folder (the same rows, bit for bit as if it had not stopped), or in a new folder on
-other rows (optimizer and rate go on), or an adapter alone starts a new run warm. Nothing is written here, but
-for the last rename of a save that a kill cut in two.
+A run continues in its own folder, with the same rows and bit for bit as if it had not stopped; or in a new
+folder with other rows, where optimizer and learning rate go on; or an adapter alone starts a new run. Nothing
+is written here, except that a save that was killed between its two renames is completed.
 """
 
 import dataclasses
@@ -27,78 +27,78 @@ from onecard.system import processes as system_processes
 from onecard.system.console import say
 from onecard.training import recorded_names, warm_start
 from onecard.training.plan import Plan, learning_rate, prepare, versions
-from onecard.training.starting_point import STARTING, Start, finished_before, say_finished
+from onecard.training.starting_point import STARTING, StartingPoint, finished_before, say_finished
 
 ANOTHER_RUN = f"Bring back a copy of this file, or start another run with {commands.name('finetune')}."
 
 
-def decide(wish: ContinueConfig, given: frozenset[str]) -> Start | None:
-    """What to go on from; None when the run is finished, which is said.
+def decide(request: ContinueConfig, explicit: frozenset[str]) -> StartingPoint | None:
+    """The point to continue from; None when the run is finished, which is printed.
 
-    given: names of the options the user gave; the others stay as the run has them.
-    Raises UserError (exit 4) for a checkpoint that is damaged or does not belong to these options.
+    explicit: names of the options that the user gave; the others stay as the run has them. Raises
+    UserError (exit 4) when a checkpoint is damaged or does not belong to these options.
     """
-    if wish.overwrite:
+    if request.overwrite:
         raise UserError(
             "--overwrite: going on and starting anew exclude each other.", f"Use {commands.name('finetune')}."
         )
-    if "lora_path" in given:
+    if "lora_path" in explicit:
         raise UserError(
             "--lora_path starts a run.", f"Use {commands.name('finetune')}, or --resume_from_checkpoint here."
         )
-    if wish.lora_remote_checkpoint and wish.resume_from_checkpoint:
+    if request.lora_remote_checkpoint and request.resume_from_checkpoint:
         raise UserError("Give --resume_from_checkpoint or --lora_remote_checkpoint, not both.")
-    name = wish.resume_from_checkpoint
-    if wish.lora_remote_checkpoint:
-        name = locate.fetch_adapter(wish.lora_remote_checkpoint)
-    output = Path(wish.output_path) if "output_path" in given or name is None else None
+    name = request.resume_from_checkpoint
+    if request.lora_remote_checkpoint:
+        name = locate.fetch_adapter(request.lora_remote_checkpoint)
+    output = Path(request.output_path) if "output_path" in explicit or name is None else None
     if name is None:
-        return _same_run(output, None, wish, given)
+        return _same_run(output, None, request, explicit)
     source = Path(name)
     if not source.is_dir():
         raise UserError(f"--resume_from_checkpoint {source}: no such folder.", code=CHECKPOINT)
-    if (source / run_folder.CONFIG).is_file():  # a whole run
+    if (source / run_folder.CONFIG).is_file():  # the folder of a run
         if output is None or output.resolve() == source.resolve():
-            return _same_run(source, None, wish, given)
+            return _same_run(source, None, request, explicit)
         source, problems = runs_checkpoint.newest(source)
         _say_damaged(problems)
         if source is None:
             raise UserError(f"{name}: this run has no whole checkpoint.", code=CHECKPOINT)
     if (source / runs_checkpoint.MANIFEST).is_file() and (source.parent / run_folder.CONFIG).is_file():
         if output is None or output.resolve() == source.parent.resolve():
-            return _same_run(source.parent, source, wish, given)
-        return _other_rows(source, wish, given)
+            return _same_run(source.parent, source, request, explicit)
+        return _other_rows(source, request, explicit)
     if output is None:
         fix = "Name a new folder for the run with --output_path."
         raise UserError(f"{source}: an adapter without a run of its own.", fix)
     if legacy.is_legacy(source):
-        return warm_start.from_older(source, wish, given)
-    return warm_start.from_adapter(source, wish, given)
+        return warm_start.from_older(source, request, explicit)
+    return warm_start.from_adapter(source, request, explicit)
 
 
-def make_plan(start: Start, wish: ContinueConfig, given: frozenset[str]) -> Plan:
-    """The plan of a run that goes on; raises UserError (exit 4) when rows or base are not what they were.
+def make_plan(start: StartingPoint, request: ContinueConfig, explicit: frozenset[str]) -> Plan:
+    """The plan of a run that continues. Raises UserError (exit 4) when rows or base have changed.
 
-    given: names of the options that the user gave; of the hub's names only theirs are asked for.
+    explicit: names of the options that the user gave; of names on the hub only these may be downloaded.
     """
     resolved = start.stored["resolved"] if start.stored else {}
     options = start.options
     if start.same_run and options.device == "auto" and resolved["device"] == "cpu":
-        options = dataclasses.replace(options, device="cpu")  # a card that came later is not used by itself
+        options = dataclasses.replace(options, device="cpu")  # a GPU that was added later is not used unasked
     names = recorded_names.NEW_NAMES
     if start.stored:
         _check_code(start, options)
-        typed = {name: getattr(wish, name) for name in recorded_names.OPTIONS if name in given}
+        typed = {name: getattr(request, name) for name in recorded_names.OPTIONS if name in explicit}
         names = recorded_names.Names(start.stored, typed)
-    plan = prepare(options, names, _arithmetic(options, resolved), again=wish.verify)
+    plan = prepare(options, names, _resolved_before(options, resolved), again=request.verify)
     revisions.compare(resolved.get("base") or start.base, plan.base_path)
     plan.options = start.options
     if start.stored:
         _check_same(start, plan)
-        began = start.stored["fingerprints"].get(STARTING)
-        plan.fingerprints |= {STARTING: began} if began and start.same_run else {}
+        weights_print = start.stored["fingerprints"].get(STARTING)
+        plan.fingerprints |= {STARTING: weights_print} if weights_print and start.same_run else {}
         plan.warmup_steps = resolved["warmup_steps"]
-    elif start.progress.step and not wish.from_data_beginning:  # an older checkpoint
+    elif start.progress.step and not request.from_data_beginning:  # an older checkpoint
         start.progress.rows_seen = plan.rows_after(start.progress.step)
     planned = resolved.get("total_steps") or start.planned_steps or plan.total_steps
     if start.same_run:
@@ -108,8 +108,8 @@ def make_plan(start: Start, wish: ContinueConfig, given: frozenset[str]) -> Plan
     if resolved and resolved["dtype"] != plan.dtype:
         say(f"Changed: dtype {resolved['dtype']} -> {plan.dtype}.")
     if planned > plan.total_steps:
-        say(f"The run was planned for {planned} steps, these rows alone give {plan.total_steps}.")
-        say(f"It stays {planned}, as if these rows stood behind the old ones: the rate goes on evenly.")
+        say(f"The run was planned for {planned} steps; these rows alone would give {plan.total_steps}.")
+        say(f"It keeps {planned}, as if these rows followed the old ones: the learning rate goes on evenly.")
     plan.total_steps = max(planned, plan.total_steps)
     if start.progress.step >= plan.total_steps:
         problem = f"All {plan.total_steps} planned steps are done: none is left for these rows."
@@ -117,7 +117,7 @@ def make_plan(start: Start, wish: ContinueConfig, given: frozenset[str]) -> Plan
     return plan
 
 
-def _keep_or_lengthen(start: Start, plan: Plan, planned: int) -> None:
+def _keep_or_lengthen(start: StartingPoint, plan: Plan, planned: int) -> None:
     if _longer(start) and plan.total_steps <= planned:
         raise UserError(f"{planned} steps are planned already.", "Give a larger --num_epochs or --max_steps.")
     if _longer(start):
@@ -126,17 +126,21 @@ def _keep_or_lengthen(start: Start, plan: Plan, planned: int) -> None:
         plan.total_steps = planned
 
 
-def _same_run(folder: Path, chosen: Path | None, wish: ContinueConfig, given: frozenset[str]) -> Start | None:
+def _same_run(
+    folder: Path, chosen: Path | None, request: ContinueConfig, explicit: frozenset[str]
+) -> StartingPoint | None:
     stored = _read_run(folder)
-    before = _options_of(stored, wish)
-    if before.max_steps and "num_epochs" in given and "max_steps" not in given:
-        before = dataclasses.replace(before, max_steps=None, num_epochs=0)  # which had no say so far
-    options, changes = _merged(before, wish, given, _fixed_in_same_run)
+    before = _options_of(stored, request)
+    if before.max_steps and "num_epochs" in explicit and "max_steps" not in explicit:
+        before = dataclasses.replace(before, max_steps=None, num_epochs=0)  # max_steps counted so far
+    options, changes = _merged(before, request, explicit, _fixed_in_same_run)
     options = dataclasses.replace(options, output_path=str(folder))  # the folder may have moved
     finished = system_files.read_json(folder / run_folder.FINISHED, ANOTHER_RUN)
     begun_from = stored.get("begun_from")
-    start = Start(options, Progress(), stored=stored, same_run=True, begun_from=begun_from, changes=changes)
-    if finished and wish.from_data_beginning and not _longer(start):
+    start = StartingPoint(
+        options, Progress(), stored=stored, same_run=True, begun_from=begun_from, changes=changes
+    )
+    if finished and request.from_data_beginning and not _longer(start):
         problem = f"{folder}: all {finished['steps']} planned steps are done: none is left for the rows."
         raise UserError(problem, "Give a larger --num_epochs or --max_steps too.")
     earlier = chosen and finished and runs_checkpoint.read_progress(chosen).step < finished["steps"]
@@ -157,38 +161,37 @@ def _same_run(folder: Path, chosen: Path | None, wish: ContinueConfig, given: fr
         problem = f"{folder}: stopped before its first save, and it began from {begun_from}."
         raise UserError(problem, "Give the same command as then, with --overwrite.", CHECKPOINT)
     if chosen is None:
-        say("Nothing was saved yet: the run starts from its first step.")
+        say("Nothing was saved yet, so the run starts from its first step.")
         start.progress.micro_batch_tokens = stored["resolved"]["micro_batch_tokens"]
     else:
         start.checkpoint, start.progress = chosen, runs_checkpoint.read_progress(chosen)
-        say(f"Going on from {chosen} (step {start.progress.step} of {stored['resolved']['total_steps']}).")
-    asked = options.micro_batch_tokens
-    if "micro_batch_tokens" in given and asked != "auto":
-        if (
-            asked == before.micro_batch_tokens != start.progress.micro_batch_tokens
-        ):  # out of memory lowered it
-            changes.append(f"micro_batch_tokens {start.progress.micro_batch_tokens} -> {asked}")
-        start.progress.micro_batch_tokens = asked
-    elif asked != before.micro_batch_tokens:  # auto now: it is found again
+        say(f"Continuing from {chosen} (step {start.progress.step} of {stored['resolved']['total_steps']}).")
+    budget = options.micro_batch_tokens
+    if "micro_batch_tokens" in explicit and budget != "auto":
+        lowered = start.progress.micro_batch_tokens  # when memory ran out, perhaps
+        if budget == before.micro_batch_tokens != lowered:
+            changes.append(f"micro_batch_tokens {lowered} -> {budget}")
+        start.progress.micro_batch_tokens = budget
+    elif budget != before.micro_batch_tokens:  # auto now: it will be estimated again
         start.progress.micro_batch_tokens = 0
-    if wish.from_data_beginning:
+    if request.from_data_beginning:
         start.progress.rows_seen = 0
-        changes.append("the rows start from the beginning; adapter, optimizer and rate go on")
+        changes.append("the rows start from the beginning; adapter, optimizer and learning rate go on")
     return start
 
 
-def _other_rows(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Start | None:
+def _other_rows(source: Path, request: ContinueConfig, explicit: frozenset[str]) -> StartingPoint | None:
     _verify_chosen(source, source.parent)
     stored = _read_run(source.parent)
-    before = _options_of(stored, wish)
-    options, _ = _merged(before, wish, given, _fixed_with_other_rows)
-    options = dataclasses.replace(options, output_path=wish.output_path)
-    if finished_before(options, Path(wish.output_path)):
+    before = _options_of(stored, request)
+    options, _ = _merged(before, request, explicit, _fixed_with_other_rows)
+    options = dataclasses.replace(options, output_path=request.output_path)
+    if finished_before(options, Path(request.output_path)):
         return None
     old = runs_checkpoint.read_progress(source)
     progress = Progress(step=old.step, updates=old.updates)
-    say(f"Adapter, optimizer and rate go on from {source}; {options.data_path} from its beginning.")
-    return Start(options, progress, source, stored=stored, begun_from=str(source))
+    say(f"Adapter, optimizer and learning rate go on from {source}, with the rows of {options.data_path}.")
+    return StartingPoint(options, progress, source, stored=stored, begun_from=str(source))
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
@@ -207,13 +210,13 @@ def _read_run(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def _options_of(stored: dict[str, Any], wish: ContinueConfig) -> FinetuneConfig:
+def _options_of(stored: dict[str, Any], request: ContinueConfig) -> FinetuneConfig:
     """The run's options; a consent to run code is never read from a file, which may be a stranger's."""
-    return config_options.build(FinetuneConfig, {**stored["options"], "remote_code": wish.remote_code})
+    return config_options.build(FinetuneConfig, {**stored["options"], "remote_code": request.remote_code})
 
 
-def _check_code(start: Start, options: FinetuneConfig) -> None:
-    """Raise UserError unless the code of the base that is asked for is that which the run began with."""
+def _check_code(start: StartingPoint, options: FinetuneConfig) -> None:
+    """Raise UserError unless the user consents to the same code of the base as when the run began."""
     before = start.stored["fingerprints"]
     with errors.remedy(remote_code.READ_FIRST):
         remote_code.check_same("The run that goes on", before, options.remote_code)
@@ -258,31 +261,31 @@ def _fixed_with_other_rows(name: str, old: Any, new: Any) -> bool:
     return name in TIED
 
 
-def _longer(start: Start) -> bool:
+def _longer(start: StartingPoint) -> bool:
     return any(getattr(start.options, name) != start.stored["options"].get(name) for name in LONGER)
 
 
-def _arithmetic(options: FinetuneConfig, resolved: dict[str, Any]) -> dict[str, Any]:
-    """What `auto` became when the run began; only bf16 and fp16 change places with the card."""
+def _resolved_before(options: FinetuneConfig, resolved: dict[str, Any]) -> dict[str, Any]:
+    """What `auto` became when the run began, to be used again; another GPU may swap bf16 and fp16."""
     if not resolved:
         return {}
-    kept = {}
+    values = {}
     if options.gradient_checkpointing == "auto":
-        kept["gradient_checkpointing"] = resolved["gradient_checkpointing"]
+        values["gradient_checkpointing"] = resolved["gradient_checkpointing"]
     if options.dtype == "auto":
         with errors.remedy(hardware.ON_CPU, beside=True):
             device = hardware.choose_device(options.device, system_processes.local_rank()).value
         now = hardware.choose_dtype("auto", device).value
         if device == "cpu" or {now, resolved["dtype"]} != {"bf16", "fp16"}:
-            kept["dtype"] = resolved["dtype"]
-    return kept
+            values["dtype"] = resolved["dtype"]
+    return values
 
 
-def _check_same(start: Start, plan: Plan) -> None:
-    """Rows, tokenizer and base must have the content they had; with other rows only the latter two."""
+def _check_same(start: StartingPoint, plan: Plan) -> None:
+    """Raise UserError (exit 4) when the tokenizer or the base, or in the same run the rows, have changed."""
     before = start.stored["fingerprints"]
-    kept = ("tokenizer", "base model", "adapter settings")
-    names = [name for name in plan.fingerprints if start.same_run or name in kept]
+    always_same = ("tokenizer", "base model", "adapter settings")
+    names = [name for name in plan.fingerprints if start.same_run or name in always_same]
     wrong = [
         f"{name} {str(before.get(name))[:12]} -> {plan.fingerprints[name][:12]}"
         for name in names
@@ -290,13 +293,13 @@ def _check_same(start: Start, plan: Plan) -> None:
     ]
     if wrong:
         where = f"{plan.options.data_path} or {plan.options.model_path}"
-        problem = f"Not the same content as when the run began (SHA-256 of {where}): {'; '.join(wrong)}."
+        problem = f"{where} has changed since the run began (SHA-256): {'; '.join(wrong)}."
         fix = "Bring the old files back, or go on with other rows in a new --output_path."
         raise UserError(problem, fix, CHECKPOINT)
 
 
-def _announce(start: Start, plan: Plan, resolved: dict[str, Any]) -> None:
-    """Add to the changes what is not an option, and say all of them."""
+def _announce(start: StartingPoint, plan: Plan, resolved: dict[str, Any]) -> None:
+    """Add device, dtype, processes, threads and versions to the changes, and print all of them."""
     now = {
         "device": plan.device,
         "dtype": plan.dtype,
@@ -308,17 +311,18 @@ def _announce(start: Start, plan: Plan, resolved: dict[str, Any]) -> None:
     start.changes += [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
     if start.changes:
         say(f"Changed: {'; '.join(start.changes)}.")
-        say("The gradient is the same up to rounding, with other dropout masks; not bit for bit.")
+        say("The gradient is the same up to rounding, but the dropout masks differ: the run does not go on")
+        say("bit for bit as it would have without these changes.")
 
 
-def _say_longer(start: Start, plan: Plan, planned: int) -> None:
+def _say_longer(start: StartingPoint, plan: Plan, planned: int) -> None:
     old, new = (
         learning_rate(start.options, start.progress.updates, total, plan.warmup_steps)
         for total in (planned, plan.total_steps)
     )
     start.changes.append(f"total_steps {planned} -> {plan.total_steps}")
-    say(f"The run is made longer: {planned} -> {plan.total_steps} steps. From here on the rate is that of")
-    say(f"a run planned for {plan.total_steps}: {new:.3g} for the next step, where it would be {old:.3g}.")
+    say(f"The run is made longer: {planned} -> {plan.total_steps} steps. From here on the learning rate is")
+    say(f"that of a run planned for {plan.total_steps}: {new:.3g} for the next step instead of {old:.3g}.")
 
 
 def _verify_chosen(chosen: Path, folder: Path) -> None:
@@ -329,7 +333,7 @@ def _verify_chosen(chosen: Path, folder: Path) -> None:
         fix = f"The newest whole one is {other}." if other else "This run has no whole checkpoint."
         raise UserError(error.problem, fix, CHECKPOINT) from None
     if unknown:
-        say(f"{chosen}: {', '.join(unknown)} did not come from OneCard and is not read.")
+        say(f"{chosen}: {', '.join(unknown)} did not come from OneCard and is ignored.")
 
 
 def _say_damaged(problems: list[str]) -> None:

@@ -1,6 +1,7 @@
-"""Answers to fixed prompts on the way, and the published result: adapter, plot, finished.json last.
+"""Answers to the validation prompts during a run; and its result: the adapter, the plot and finished.json.
 
-Everything here can be done again: a run that was killed on the way goes on with it.
+Everything here can be repeated, so a run that was killed meanwhile continues with it. finished.json is
+written last.
 """
 
 import json
@@ -28,67 +29,77 @@ Sample = Callable[[Any, Any, templates.Template, list[data_conversation.Conversa
 ANSWER_TOKENS = 128
 
 
-def answers(trainer: Trainer, sample: Sample, asked: list[data_conversation.Conversation]) -> list[str]:
-    """Answers with the adapter as it is; empty without prompts, or when no process has the whole model."""
+def answers(trainer: Trainer, sample: Sample, prompts: list[data_conversation.Conversation]) -> list[str]:
+    """Answers of the adapter as it is now: none where can_answer is false.
+
+    prompts: conversations; the answer that one may end with is not shown to the model.
+    """
     plan = trainer.plan
-    if not asked or not can_answer(trainer):
+    if not prompts or not can_answer(trainer):
         return []
-    trainer.journal.say(f"answering prompts: {len(asked)} ...")
+    trainer.metrics.say(f"answering {len(prompts)} prompts ...")
     longest = min(ANSWER_TOKENS, plan.options.cutoff_len)
-    with trainer.step_model.arithmetic():
-        return sample(trainer.model, plan.tokenizer, plan.template, asked, longest)
+    with trainer.step_model.autocast():
+        return sample(trainer.model, plan.tokenizer, plan.template, prompts, longest)
 
 
 def can_answer(trainer: Trainer) -> bool:
-    """Whether this process has the whole model and writes what it answers."""
+    """Whether this is the main process and has the whole model."""
     return trainer.strategy.has_whole_model and system_processes.is_main()
 
 
 def samples_are_due(trainer: Trainer) -> bool:
-    """At the start, every sample_steps and at the end, once per step; only where answers() gives some."""
+    """Whether to answer now: at the start, every sample_steps and at the end, once in a step."""
     plan, step, every = trainer.plan, trainer.progress.step, trainer.plan.options.sample_steps
-    asked = plan.data.validation_prompts or plan.options.sample_prompts
-    if not every or not asked or not can_answer(trainer) or trainer.sampled == step:
+    has_prompts = plan.data.validation_prompts or plan.options.sample_prompts
+    if not every or not has_prompts or not can_answer(trainer) or trainer.sampled == step:
         return False
     return trainer.sampled < 0 or step % every == 0 or step == plan.total_steps
 
 
-def note_answers(trainer: Trainer, sample: Sample, held_out: list[str] | None = None) -> None:
-    """Answers to the fixed prompts into samples.jsonl; held_out: those given at this step already."""
+def note_answers(trainer: Trainer, sample: Sample, validation_answers: list[str] | None = None) -> None:
+    """Append answers to the validation prompts and to --sample_prompts to samples.jsonl.
+
+    validation_answers: those of this step, if there are any yet.
+    """
     plan, step = trainer.plan, trainer.progress.step
-    role = "prompt" if plan.data.task == PRETRAIN else "user"  # after raw text no template
+    role = "prompt" if plan.data.task == PRETRAIN else "user"  # raw text has no template
     texts = [text.strip() for text in (plan.options.sample_prompts or "").split("|")]
     own = [data_conversation.Conversation((data_conversation.Turn(role, text),)) for text in texts if text]
     try:
-        given = answers(trainer, sample, plan.data.validation_prompts) if held_out is None else held_out
-        pairs = [*zip(plan.data.validation_prompts, given, strict=False)]
+        if validation_answers is None:
+            validation_answers = answers(trainer, sample, plan.data.validation_prompts)
+        pairs = [*zip(plan.data.validation_prompts, validation_answers, strict=False)]
         pairs += zip(own, answers(trainer, sample, own), strict=False)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         hardware.forget_cached_memory(plan.device)
-        trainer.journal.say(f"warning: not enough memory for the answers at step {step}.")
-        trainer.sampled = step  # not again at each step
+        trainer.metrics.say(f"warning: there is not enough memory to answer the prompts at step {step}.")
+        trainer.sampled = step  # so that it is not tried again at each step
         return
     hardware.release_free_memory(plan.device)
     turns = [(conversation.question.turns[-1], text) for conversation, text in pairs]
-    made = [{"instruction": turn.text, "input": turn.input, "answer": text} for turn, text in turns]
+    records = [{"instruction": turn.text, "input": turn.input, "answer": text} for turn, text in turns]
     with signals.later():
-        trainer.journal.samples({"step": step, "answers": made})
+        trainer.metrics.samples({"step": step, "answers": records})
         trainer.sampled = step
 
 
 def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
-    """The best adapter, the picture, the answers, and finished.json last."""
+    """Publish the best adapter, draw the plot, print the answers, and write finished.json last.
+
+    after: answers to the validation prompts after the last step.
+    """
     plan, progress, folder = trainer.plan, trainer.progress, trainer.folder
-    before = progress.answers or []  # asked before the first step
+    before = progress.answers or []  # answered before the first step
     best = progress.best_step or progress.step
     try:
         sha256 = runs_checkpoint.publish(folder / f"checkpoint-{best}", folder)
     except UserError as error:
         if best == progress.step or error.code != CHECKPOINT:
             raise
-        say(f"warning: {error.problem} It was the best; the last one is taken instead.")
+        say(f"warning: {error.problem} It was the best checkpoint; the last one is used instead.")
         best = progress.step
         sha256 = runs_checkpoint.publish(folder / f"checkpoint-{best}", folder)
     records = [
@@ -113,16 +124,16 @@ def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
             "adapter_sha256": sha256,
             "data_sha256": plan.fingerprints["rows"],
             "answers": [
-                {"instruction": asked.text, "input": asked.input, "before": old, "after": new}
-                for asked, old, new in zip(questions, before, after, strict=False)
+                {"instruction": question.text, "input": question.input, "before": old, "after": new}
+                for question, old, new in zip(questions, before, after, strict=False)
             ],
             "versions": versions(),
             "machine": hardware.describe_machine(),
         },
     )
-    for asked, old, new in zip(questions, before, after, strict=False):
-        question = asked.text + (f" | {asked.input}" if asked.input else "")
-        say(f"\n? {question}\n  before: {indent(old)}\n  after:  {indent(new)}")
+    for question, old, new in zip(questions, before, after, strict=False):
+        text = question.text + (f" | {question.input}" if question.input else "")
+        say(f"\n? {text}\n  before: {indent(old)}\n  after:  {indent(new)}")
     speed = progress.tokens / progress.seconds
     say(
         f"\n{progress.step} steps, {progress.tokens} tokens, {progress.seconds:.0f} s ({speed:.0f} tokens/s)."
@@ -132,11 +143,12 @@ def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
         if last > first:
             say("warning: the validation loss is higher than before training. Try a lower --learning_rate.")
     if plan.options.train_what == trainable.FULL:
-        say(f"The model lies in {folder / run_folder.MODEL}; use it as --model_path.")
+        say(f"The model is in {folder / run_folder.MODEL}; use it as --model_path.")
     else:
-        say(f"The adapter lies in {folder}: {model_files.ADAPTER_WEIGHTS} and {model_files.ADAPTER_CONFIG}.")
-    say(f"Its log is {folder / run_folder.LOG}, its picture {folder / 'loss.png'}.")
+        say(f"The adapter is in {folder}: {model_files.ADAPTER_WEIGHTS} and {model_files.ADAPTER_CONFIG}.")
+    say(f"The log is {folder / run_folder.LOG}, and the plot of the loss is {folder / run_folder.PICTURE}.")
 
 
 def indent(text: str) -> str:
+    """The text with its further lines below the first, for the answers that finish prints."""
     return text.replace("\n", "\n          ")

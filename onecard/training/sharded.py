@@ -1,9 +1,8 @@
-"""What FSDP and ZeRO share: which of them is asked for, which options they refuse, one base class.
+"""What FSDP and ZeRO have in common: which of them was launched, the options they refuse, a base class.
 
-`accelerate launch` starts the processes and says how (config files: sample/distributed/); fsdp.py and zero.py
-shard the model. The step is still the sum over its rows, but processes must go through the model equally
-often: a process with fewer micro-batches repeats one without its targets, and running out of memory is not
-redone.
+`accelerate launch` starts the processes with one of the files in sample/distributed/; fsdp.py and zero.py
+shard the model. A step is still the sum over its rows. But all processes must run the model equally often, so
+one with fewer micro-batches repeats one without its targets. A step that runs out of memory is not repeated.
 """
 
 import abc
@@ -29,22 +28,24 @@ from onecard.training.step import NonFiniteError, StepModel
 FSDP, DEEPSPEED = "FSDP", "DeepSpeed"
 MARKS = {FSDP: "ACCELERATE_USE_FSDP", DEEPSPEED: "ACCELERATE_USE_DEEPSPEED"}  # set by accelerate launch
 TRAINED = ("lora", "full")
-ACTIVATIONS = 2  # the share of free memory that is left to them: gradients, moments and layers come later
+ACTIVATIONS = 2  # they may use one of so many parts of the free memory: gradients and moments come later
 
 
-def wanted() -> str | None:
-    """How `accelerate launch` asked to spread the model; None: every process has all of it."""
+def launched_kind() -> str | None:
+    """FSDP or DeepSpeed if `accelerate launch` chose it; None when every process has the whole model."""
     return next((kind for kind, mark in MARKS.items() if os.environ.get(mark, "").lower() == "true"), None)
 
 
 def check(options: FinetuneConfig, dtype: str) -> None:
-    """Raise UserError for options that a spread model cannot have."""
-    kind = wanted()
+    """Raise UserError for options that a sharded model cannot have. dtype: bf16, fp16 or fp32."""
+    kind = launched_kind()
     if kind is None:
         return
     if options.bits != 16:
-        problem = f"{kind} cannot spread weights of {options.bits} bits: their scales lie beside them."
-        raise UserError(problem, "Add --bits 16, or use torchrun: each card then holds the whole base.")
+        problem = (
+            f"{kind} cannot shard weights of {options.bits} bits: their scales are stored apart from them."
+        )
+        raise UserError(problem, "Add --bits 16, or use torchrun: each GPU then holds the whole base model.")
     if options.train_what not in TRAINED:
         problem = f"--train_what {options.train_what} under {kind} is not possible."
         raise UserError(problem, f"Choose {' or '.join(TRAINED)}, or use torchrun.")
@@ -57,14 +58,14 @@ def check(options: FinetuneConfig, dtype: str) -> None:
 
 
 class Sharded(abc.ABC):
-    """What FSDP and ZeRO share, a training/strategy.py Strategy."""
+    """What FSDP and ZeRO have in common; implements the Strategy of training/strategy.py."""
 
     has_whole_model = False
     redoes_steps = False
-    model: torch.nn.Module  # the step model, or what the library put around it
-    named: dict[str, torch.nn.Parameter]  # what is trained
+    model: torch.nn.Module  # the step model, or the library's wrapper of it
+    named: dict[str, torch.nn.Parameter]  # the trained parameters by name
     optimizer: torch.optim.Optimizer
-    said: str  # how the model is spread
+    description: str  # of how the model is sharded, for the user
 
     def __init__(self, max_grad_norm: float):
         self.max_grad_norm = max_grad_norm
@@ -76,10 +77,10 @@ class Sharded(abc.ABC):
         distributed.stop()
 
     def deferring_signals(self) -> AbstractContextManager[None]:
-        return signals.later()  # for stop_together
+        return signals.later()  # until stop_together
 
     def loads_on(self, device: str) -> str:
-        return "cpu"  # and goes to the cards in parts
+        return "cpu"  # from there it goes to the GPUs in parts
 
     def for_activations(self, free_bytes: int) -> int:
         return free_bytes // ACTIVATIONS
@@ -90,47 +91,50 @@ class Sharded(abc.ABC):
         device: torch.device,
         make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
     ) -> None:
-        self.spread(step_model, device, make_optimizer)
-        say(f"spread      over {system_processes.world_size()} processes: {self.said}")
+        self.shard(step_model, device, make_optimizer)
+        say(f"sharded     over {system_processes.world_size()} processes: {self.description}")
 
     @abc.abstractmethod
-    def spread(
+    def shard(
         self,
         step_model: StepModel,
         device: torch.device,
         make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
     ) -> None:
-        """Spread the model, loaded on the CPU, over all processes."""
+        """Shard the model, which is loaded on the CPU, over all processes."""
 
     @abc.abstractmethod
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Add to the gradient; last: of the step's micro-batches."""
+        """Add to the gradient. last: whether this is the last micro-batch of the step."""
 
     @abc.abstractmethod
-    def drop_gradient(self) -> None: ...
+    def drop_gradient(self) -> None:
+        """Delete the gradient of every parameter."""
 
     @abc.abstractmethod
     def step(self, scaler: torch.amp.GradScaler) -> float:
-        """Change what is trained by its gradient; returns its norm before clipping."""
+        """Update the trained parameters; returns the gradient norm before clipping."""
 
     @abc.abstractmethod
     def trained(self) -> dict[str, torch.Tensor]:
-        """All that is trained, whole, on the CPU of the first process; every process must ask."""
+        """The whole trained parameters by name, on the main process's CPU; all processes must call it."""
 
     @abc.abstractmethod
     def optimizer_state(self) -> dict[int, dict[str, Any]]:
-        """The optimizer's state of each parameter, in the same way."""
+        """The whole optimizer state of each parameter by its number, in the same way."""
 
     @abc.abstractmethod
     def set_optimizer_state(self, states: dict[int, dict[str, Any]]) -> None:
-        """Take the state that optimizer_state gave."""
+        """Restore what optimizer_state returned."""
 
     def level(self, share: list[PackedBatch], examples: Examples, row: int) -> list[PackedBatch]:
-        """As many micro-batches as the process with most has; those added have no target."""
+        """As many micro-batches as the process with the most; those that are added have no targets."""
         count = distributed.largest(len(share))
-        like = share[0] if share else pack(examples, [row])
-        idle = dataclasses.replace(like, predicts=like.predicts[:0], targets=like.targets[:0], row_numbers=())
-        return share + [idle] * (count - len(share))
+        batch = share[0] if share else pack(examples, [row])
+        without_targets = dataclasses.replace(
+            batch, predicts=batch.predicts[:0], targets=batch.targets[:0], row_numbers=()
+        )
+        return share + [without_targets] * (count - len(share))
 
     def gradient(
         self,
@@ -139,17 +143,17 @@ class Sharded(abc.ABC):
         scaler: torch.amp.GradScaler,
         progress: Callable[[int], None],
     ) -> float:
-        """Like step.gradient, of equally many micro-batches in every process; raises NonFiniteError.
+        """Like step.gradient, with equally many micro-batches in every process. Raises NonFiniteError.
 
-        Both kinds average over the processes, hence their number as a factor.
+        Both libraries average the gradient over the processes, so the loss is multiplied by their number.
         """
         total, processes = torch.zeros(1), system_processes.world_size()
         bad_rows: list[int] = []
         batches = list(micro_batches)
         self.drop_gradient()
-        for place, packed in enumerate(batches):
+        for index, packed in enumerate(batches):
             loss_sum, _, _ = self.model(packed)
-            last = place == len(batches) - 1
+            last = index == len(batches) - 1
             self.backward(scaler.scale(loss_sum * (processes / targets_in_step)), last)
             total += loss_sum.detach().cpu()
             if not math.isfinite(loss_sum.item()):
@@ -161,7 +165,7 @@ class Sharded(abc.ABC):
         return value
 
     def update(self, scaler: torch.amp.GradScaler, rows: Sequence[int]) -> tuple[float, bool]:
-        """Like step.update: (gradient norm, whether something was changed)."""
+        """Like step.update."""
         norm = self.step(scaler)
         if not math.isfinite(norm) and not scaler.is_enabled():
             raise NonFiniteError("gradient norm", norm, list(rows))
@@ -175,7 +179,7 @@ class Sharded(abc.ABC):
         return GatheredOptimizer(self, {})
 
     def in_any(self, is_due: bool) -> bool:
-        return bool(distributed.largest(is_due))  # every process has a part of what is saved
+        return bool(distributed.largest(is_due))  # every process has a part of the checkpoint
 
     def stop_together(self) -> None:
         if number := distributed.largest(signals.arrived() or 0):
@@ -183,14 +187,14 @@ class Sharded(abc.ABC):
 
 
 def on_main(value: Any) -> Any:
-    """What only the first process keeps, so that the others do not need the memory."""
+    """A tensor on the CPU in the main process, None in the others: they do not need the memory."""
     if isinstance(value, torch.Tensor):
         return value.cpu() if system_processes.is_main() else None
     return value
 
 
 class GatheredOptimizer:
-    """A spread optimizer as runs/checkpoint.py knows one: its state whole, parameters by their number."""
+    """A sharded optimizer as runs/checkpoint.py expects one: its whole state, parameters by number."""
 
     def __init__(self, shards: Sharded, trained: dict[str, torch.Tensor]):
         self.shards, self.state = shards, shards.optimizer_state()

@@ -1,7 +1,8 @@
-"""Where a run starts: from a checkpoint, from weights alone, or not at all, since it is finished.
+"""The point that a run starts from: a checkpoint, or the weights of an adapter alone.
 
-Start holds what an earlier run gives; restore_weights and restore put it into model, optimizer and scaler.
-finished_before compares the options with a finished run in the folder, and say_finished says the ways on.
+A StartingPoint holds what comes from an earlier run; restore_weights and restore put it into model, optimizer
+and scaler. finished_before tells whether the folder holds this very run, finished; say_finished says what the
+user can do then.
 """
 
 import dataclasses
@@ -24,38 +25,38 @@ from onecard.system import commands, lock
 from onecard.system import files as system_files
 from onecard.system.console import say
 
-STARTING = "starting adapter"  # a fingerprint
+STARTING = "starting adapter"  # key of its fingerprint
 
 
 @dataclasses.dataclass
-class Start:
-    """Where a run starts that is not simply new."""
+class StartingPoint:
+    """What a run starts from that is not entirely new."""
 
     options: FinetuneConfig
     progress: Progress
-    checkpoint: Path | None = None  # adapter, optimizer and scaler; None: from the seed
-    adapter: dict[str, torch.Tensor] | None = None  # weights alone
-    moments: dict[str, Any] | None = None  # of an older checkpoint's optimizer, flat
-    scale: float | None = None  # of its fp16 loss scaler
-    planned_steps: int | None = None  # of its schedule
-    stored: dict[str, Any] | None = None  # finetune_config.json of the run whose schedule goes on
-    same_run: bool = False  # in its own folder
-    fingerprint: str | None = None  # of the weights alone that it starts with
-    begun_from: str | None = None  # what a new run takes its adapter from
-    base: str | None = None  # that this adapter was made with: owner/name@COMMIT
-    changes: list[str] = dataclasses.field(default_factory=list)
+    checkpoint: Path | None = None  # with adapter, optimizer and scaler
+    adapter: dict[str, torch.Tensor] | None = None  # weights, where there is no checkpoint
+    moments: dict[str, Any] | None = None  # optimizer state of an older checkpoint, flat
+    scale: float | None = None  # loss scale of an older checkpoint
+    planned_steps: int | None = None  # steps that an older checkpoint's schedule was planned for
+    stored: dict[str, Any] | None = None  # finetune_config.json of the run whose schedule continues
+    same_run: bool = False  # whether the run continues in its own folder
+    fingerprint: str | None = None  # SHA-256 of the weights in `adapter`
+    begun_from: str | None = None  # the checkpoint or adapter that a new run takes its weights from
+    base: str | None = None  # base model of that adapter: owner/name@COMMIT
+    changes: list[str] = dataclasses.field(default_factory=list)  # from the run before, for the user
 
 
-def restore_weights(start: Start, adapted: Any) -> None:
-    """Give what is trained the values it had."""
+def restore_weights(start: StartingPoint, adapted: Any) -> None:
+    """Give the trained parameters their earlier values. Raises UserError when they do not fit."""
     if start.checkpoint is not None:
         trainable.load(adapted, start.checkpoint)
     elif start.adapter is not None:
         trainable.assign(adapted, start.adapter, "the adapter", start=True)
 
 
-def restore(start: Start, adapted: Any, optimizer: Any, scaler: Any) -> None:
-    """Give optimizer and scaler the state they had."""
+def restore(start: StartingPoint, adapted: Any, optimizer: Any, scaler: Any) -> None:
+    """Give optimizer and loss scaler their earlier state."""
     if start.checkpoint is not None:
         runs_checkpoint.restore(start.checkpoint, optimizer, scaler)
     if start.moments is not None:
@@ -67,26 +68,27 @@ def restore(start: Start, adapted: Any, optimizer: Any, scaler: Any) -> None:
 def restore_moments(
     moments: dict[str, Any], parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Load an older optimizer state where it fits; else the optimizer starts fresh, which is said.
+    """Load the optimizer state of an older checkpoint, or say that it does not fit and starts fresh.
 
-    Both programs number the parameters in the model's order.
+    Both programs number the parameters in the order of the model.
     """
     firsts = [legacy.first_moment(moments, number) for number in range(len(parameters))]
     fits = legacy.first_moment(moments, len(parameters)) is None and all(
         first is not None and first.shape == parameter.shape
         for first, parameter in zip(firsts, parameters, strict=True)
     )
-    ours = isinstance(optimizer, torch.optim.AdamW)
-    if fits and legacy.is_bitsandbytes(moments) != ours:
+    is_torch_adamw = isinstance(optimizer, torch.optim.AdamW)
+    if fits and legacy.is_bitsandbytes(moments) != is_torch_adamw:
         runs_checkpoint.restore_optimizer(optimizer, moments)
     else:
         say("warning: the optimizer's state does not fit this adapter or --optimizer: it starts fresh.")
 
 
 def finished_before(options: FinetuneConfig, folder: Path, weights_print: str | None = None) -> bool:
-    """Whether this very run is finished; raises UserError when the folder holds another or an unfinished.
+    """Whether the folder holds this very run, finished; that is printed then.
 
-    weights_print: fingerprint of the weights of --lora_path.
+    weights_print: SHA-256 of the weights of --lora_path. Raises UserError when the folder holds another run,
+    an unfinished one, or files that this run would overwrite.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_path {folder}: this is a file.", "Name a folder.")
@@ -101,12 +103,15 @@ def finished_before(options: FinetuneConfig, folder: Path, weights_print: str | 
     ways = "Choose another --output_path, or start anew with --overwrite."
     stored = system_files.read_json(folder / run_folder.CONFIG, ways)
     if stored is None:
-        found = run_folder.contents(folder)
-        if found:
-            raise UserError(f"{folder} holds {found[0].name}, which this run would write over.", ways)
+        contents = run_folder.contents(folder)
+        if contents:
+            raise UserError(f"{folder} holds {contents[0].name}, which this run would overwrite.", ways)
         return False
     try:
-        before = {**dataclasses.asdict(FinetuneConfig()), **stored["options"]}  # options that came later
+        before = {
+            **dataclasses.asdict(FinetuneConfig()),
+            **stored["options"],
+        }  # newer options have their defaults
     except (KeyError, TypeError):
         problem = f"{folder / run_folder.CONFIG}: damaged (no options)."
         raise UserError(problem, ways, CHECKPOINT) from None
@@ -121,7 +126,7 @@ def finished_before(options: FinetuneConfig, folder: Path, weights_print: str | 
     if finished is None:
         steps = run_folder.checkpoint_steps(folder)
         if not steps and not run_folder.has_log(folder):
-            return False  # it stopped before its first step: nothing is lost by starting
+            return False  # it stopped before its first step, so starting loses nothing
         at = f"saved up to step {max(steps)}" if steps else "with nothing saved"
         go_on = f"Continue it: {commands.line('continue')} --output_path {folder}"
         raise UserError(f"{folder} holds an unfinished run, {at}.", f"{go_on} Or: {ways}")
@@ -137,7 +142,7 @@ def finished_before(options: FinetuneConfig, folder: Path, weights_print: str | 
 
 
 def _rows_now(options: FinetuneConfig, before: str) -> str:
-    """The fingerprint of the rows as they are; rows that are gone have not changed."""
+    """The fingerprint of the rows as they are now; `before` when they are no longer there."""
     try:
         validation = reader.locate_validation_files(options.eval_data_path)
         return dataset.fingerprint_of([*reader.locate_files(options.data_path), *validation])
@@ -146,12 +151,12 @@ def _rows_now(options: FinetuneConfig, before: str) -> str:
 
 
 def say_finished(folder: Path, finished: dict[str, Any]) -> None:
-    """Say that a run is finished, where its adapter is, and the ways on."""
+    """Print that a run is finished, where its result is, and what the user can do next."""
     loss = finished["eval_loss_after"]
     say(
         f"This run is finished: {finished['steps']} steps"
         + (f", validation loss {loss:.4f}." if loss is not None else ".")
     )
-    say(f"What was trained is in {folder}, with the log {run_folder.LOG} and the picture loss.png.")
+    say(f"The result is in {folder}, with the log {run_folder.LOG} and the plot {run_folder.PICTURE}.")
     say(f"To train it longer: {commands.name('continue')} with a larger --num_epochs.")
     say("To train it again: --overwrite. To train another: other --output_path, --data_path, --model_path.")

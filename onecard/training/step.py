@@ -1,7 +1,7 @@
-"""One optimizer step: rows in packed micro-batches -> gradient -> update.
+"""One optimizer step: the gradient of its rows, which come in packed micro-batches, and the update.
 
-The loss is the sum over target tokens divided by the target tokens of the whole step, over all processes;
-how the rows were cut into micro-batches does not change it.
+The loss is the sum over all target tokens divided by the number of target tokens of the whole step, over all
+processes. So it does not depend on how the rows are cut into micro-batches.
 """
 
 import math
@@ -16,7 +16,10 @@ from onecard.training import distributed
 
 
 class NonFiniteError(Exception):
-    """Loss or gradient is not a number; nothing was updated. Carries the raw value and the rows."""
+    """The loss or the gradient norm is not finite, and nothing was updated.
+
+    what: "loss" or "gradient norm"; value: as it was computed; rows: numbers of the rows concerned.
+    """
 
     def __init__(self, what: str, value: float, rows: list[int]):
         super().__init__(f"the {what} is {value}")
@@ -24,28 +27,29 @@ class NonFiniteError(Exception):
 
 
 class StepModel(torch.nn.Module):
-    """A causal language model seen as: packed rows -> (loss sum, number of targets, number of correct)."""
+    """A causal language model as a function of packed rows: the sum of losses and the numbers behind it."""
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype, packs: bool = True):
         super().__init__()
         self.model, self.dtype = model, dtype
-        self.packs = packs  # else a micro-batch is one row, and the model's own attention sees it
+        self.packs = packs  # if not, each micro-batch is one row for the model's own attention
 
-    def arithmetic(self) -> torch.autocast:
-        """Trained weights, which are fp32, multiply in the run's dtype."""
+    def autocast(self) -> torch.autocast:
+        """The context in which the trained weights, which are fp32, compute in the run's dtype."""
         device = next(self.model.parameters()).device.type
         return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
 
     def forward(self, packed: PackedBatch) -> tuple[torch.Tensor, int, torch.Tensor]:
-        """Loss sum (fp32 scalar), target tokens, and in eval mode how many are the most probable token."""
+        """Sum of losses (fp32 scalar), target tokens, and in eval mode how many of them are the model's first
+        choice (int64 scalar)."""
         base = trainable.base_of(self.model)
-        places = {"position_ids": packed.position_ids, "document_lengths": packed.document_lengths}
+        packing = {"position_ids": packed.position_ids, "document_lengths": packed.document_lengths}
         assert self.packs or len(packed.document_lengths) == 1
-        with self.arithmetic():
+        with self.autocast():
             hidden = base.get_decoder()(
                 input_ids=packed.input_ids,
                 use_cache=False,  # with a cache, packed documents would see each other
-                **(places if self.packs else {}),
+                **(packing if self.packs else {}),
             ).last_hidden_state  # [1, T, H]
         predicting = hidden[0, packed.predicts].to(self.dtype)  # [N, H]
         head = base.get_output_embeddings()
@@ -61,11 +65,12 @@ def gradient(
     scaler: torch.amp.GradScaler,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> float | None:
-    """Gradient of all rows of the step over all processes; returns the loss in nats per target token.
+    """Compute the gradient of the step's rows in all processes; returns the loss in nats per target token.
 
-    micro_batches: this process's share, possibly empty; targets_in_step: over all processes. None means that
-    a process ran out of memory: the partial gradient is dropped everywhere, and the same rows can be tried
-    again in smaller micro-batches. Raises NonFiniteError.
+    micro_batches: of this process, possibly none; targets_in_step: target tokens in all processes; progress:
+    takes the number of rows of each micro-batch. Returns None when a process ran out of memory: then no
+    process has a gradient, and the same rows can be tried again in smaller micro-batches. Raises
+    NonFiniteError.
     """
     total, bad_rows, enough = torch.zeros(1), [], True
     _drop_gradient(parameters)
@@ -96,18 +101,18 @@ def update(
     max_grad_norm: float,
     rows: Sequence[int],
 ) -> tuple[float, bool]:
-    """Change the adapter by its gradient; returns (gradient norm, whether it was changed).
+    """Update the trained parameters; returns the gradient norm before clipping, and whether they changed.
 
-    The fp16 scaler leaves the update out when the gradient is not finite; without it that raises
-    NonFiniteError before the update, naming `rows`.
+    max_grad_norm: 0 clips nothing; rows: numbers of the step's rows. When the gradient is not finite, the
+    fp16 loss scaler skips the update; without a scaler NonFiniteError is raised before it.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf).item()
     if not math.isfinite(norm) and not scaler.is_enabled():
         raise NonFiniteError("gradient norm", norm, list(rows))
-    scaler.step(optimizer)  # the fp16 scaler leaves the update out when a gradient is not finite,
-    scaler.update()  # and halves its scale then
+    scaler.step(optimizer)  # skips the update when a gradient is not finite
+    scaler.update()  # and halves the loss scale then
     return norm, math.isfinite(norm)
 
 
@@ -121,8 +126,11 @@ def evaluate(
     step_model: StepModel,
     micro_batches: Iterable[PackedBatch],
     progress: Callable[[int], None] = lambda rows: None,
-):
-    """(loss in nats per target token, next-token accuracy) over all processes' micro-batches."""
+) -> tuple[float, float]:
+    """Loss in nats per target token, and next-token accuracy (0 to 1), over the rows of all processes.
+
+    micro_batches: of this process; progress: takes the number of rows of each.
+    """
     step_model.eval()
     sums = torch.zeros(3, dtype=torch.float64)  # loss, correct, targets
     for packed in micro_batches:

@@ -1,7 +1,7 @@
-"""How the processes of a run share its model and its steps: what loop, trainer and memory may know of it.
+"""The interface of a strategy: how the processes of a run share its model and its steps.
 
-Replicated: every process has the whole model. Sharded (FSDP and ZeRO): none has. All processes of a run have
-the same strategy, and every method below is called by all of them at the same point.
+With a replicated model every process has all of it; with a sharded one (FSDP and ZeRO) none has. All
+processes of a run have the same strategy, and all of them call each method at the same point.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,9 +25,9 @@ MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 class Strategy(Protocol):
     """What replicated, FSDP and ZeRO training share."""
 
-    has_whole_model: bool  # so that one process alone can answer prompts
-    redoes_steps: bool  # in smaller micro-batches, when memory runs out in one of them
-    optimizer: torch.optim.Optimizer  # of what this process has; there after take()
+    has_whole_model: bool  # so one process alone can answer prompts
+    redoes_steps: bool  # whether a step is repeated in smaller micro-batches when memory runs out
+    optimizer: torch.optim.Optimizer  # of the parameters of this process; set by take()
 
     def start(self, device: torch.device) -> None:
         """Join the other processes."""
@@ -36,19 +36,22 @@ class Strategy(Protocol):
         """Leave the other processes."""
 
     def deferring_signals(self) -> AbstractContextManager[None]:
-        """Around the training, where a signal may have to wait until all processes can stop."""
+        """The context to train in: a signal may have to wait until all processes can stop."""
 
     def loads_on(self, device: str) -> str:
-        """The device that the base model is loaded on."""
+        """The device to load the base model on. device: the one to train on."""
 
     def for_activations(self, free_bytes: int) -> int:
-        """Of the free memory after loading what micro-batches may plan with."""
+        """How many of the bytes that are free after loading the activations of a micro-batch may use."""
 
     def take(self, step_model: StepModel, device: torch.device, make_optimizer: MakeOptimizer) -> None:
-        """The model, loaded and with its weights; says how it is shared, where it is."""
+        """Take the model with its weights; shard it and print that, if this strategy does."""
 
     def level(self, share: list[PackedBatch], examples: Examples, row: int) -> list[PackedBatch]:
-        """This process's micro-batches, and others without targets where all need as many; row: any one."""
+        """The micro-batches of this process, filled up to the same number where all processes need that.
+
+        share: its own; row: index of any row, for those that are added, which have no targets.
+        """
 
     def gradient(
         self,
@@ -57,31 +60,32 @@ class Strategy(Protocol):
         scaler: torch.amp.GradScaler,
         progress: Callable[[int], None],
     ) -> float | None:
-        """Gradient of all rows of a step; the loss in nats per target token, None when memory ran out.
+        """Compute the gradient of all rows of a step; returns the loss in nats per target token.
 
-        progress: takes the rows of each micro-batch. Raises NonFiniteError.
+        targets_in_step: over all processes; progress: takes the number of rows of each micro-batch. Returns
+        None when memory ran out and the step can be repeated. Raises NonFiniteError.
         """
 
     def update(self, scaler: torch.amp.GradScaler, rows: Sequence[int]) -> tuple[float, bool]:
-        """Change what is trained by its gradient: (gradient norm, whether it was changed).
+        """Update the trained parameters; returns the gradient norm, and whether they changed.
 
-        rows: numbers of the step's rows, for NonFiniteError.
+        rows: numbers of the step's rows. Raises NonFiniteError with them.
         """
 
     def gather(self) -> tuple[dict[str, torch.Tensor] | None, SavedOptimizer]:
-        """What a checkpoint saves: parameters by name (None: the model has them), and the optimizer.
+        """What a checkpoint saves: the parameters by name, or None when the model has them; the optimizer.
 
-        Only in the main process are they whole.
+        They are complete in the main process only.
         """
 
     def optimizer_to_restore(self) -> SavedOptimizer:
-        """What takes the state of a checkpoint's optimizer."""
+        """The object that takes the optimizer state of a checkpoint."""
 
     def in_any(self, is_due: bool) -> bool:
-        """Whether something that all processes must do together is due; each says what its own clock says."""
+        """Whether something that all processes must do together is due in one of them."""
 
     def stop_together(self) -> None:
-        """Between two steps: raise Stopped in all processes when a signal waits in one of them."""
+        """Between two steps, raise Stopped in all processes when one of them has received a signal."""
 
 
 STRATEGIES: dict[str | None, Callable[[float], Strategy]] = {
@@ -92,5 +96,5 @@ STRATEGIES: dict[str | None, Callable[[float], Strategy]] = {
 
 
 def choose(max_grad_norm: float) -> Strategy:
-    """The strategy that `accelerate launch` asked for, else replicated; max_grad_norm: 0 clips nothing."""
-    return STRATEGIES[sharded.wanted()](max_grad_norm)
+    """The strategy that `accelerate launch` chose, else Replicated. max_grad_norm: 0 clips nothing."""
+    return STRATEGIES[sharded.launched_kind()](max_grad_norm)

@@ -1,4 +1,4 @@
-"""The moving parts of a run, put together from its plan: base, adapter, optimizer, folder, journal."""
+"""Puts a run together from its plan: base model, adapter, optimizer, run folder and metric logger."""
 
 import dataclasses
 import functools
@@ -22,97 +22,109 @@ from onecard.system import processes as system_processes
 from onecard.system.console import say
 from onecard.training import distributed, step
 from onecard.training import memory as training_memory
-from onecard.training.metrics import Journal
+from onecard.training.metrics import MetricLogger
 from onecard.training.plan import Plan, versions
-from onecard.training.starting_point import Start, restore, restore_weights
+from onecard.training.starting_point import StartingPoint, restore, restore_weights
 from onecard.training.strategy import Strategy
 
-FIRST_SCALE = 1024.0  # of the fp16 loss scaler: low, so that the first steps are not lost to overflows
+FIRST_SCALE = 1024.0  # of the fp16 loss scaler: low, so that the first steps do not overflow and get skipped
 
 
 @dataclasses.dataclass
 class Trainer:
-    """The moving parts of a run."""
+    """The parts of a run that change while it trains."""
 
     plan: Plan
     step_model: step.StepModel
     strategy: Strategy
     scaler: torch.amp.GradScaler
-    journal: Journal
+    metrics: MetricLogger
     progress: Progress
     folder: Path
-    sampled: int = -1  # step of the last answers in samples.jsonl
-    saved: float = 0.0  # when the last checkpoint was written, on the clock time.monotonic
+    sampled: int = -1  # step of the last answers in samples.jsonl, -1 before any
+    saved: float = 0.0  # when the last checkpoint was written, in seconds of time.monotonic
 
     @property
     def model(self) -> torch.nn.Module:
+        """The base model with its adapter."""
         return self.step_model.model
 
     @property
     def device(self) -> torch.device:
+        """The device that this process trains on."""
         return torch.device(self.plan.device)
 
 
-def load(plan: Plan, folder: Path, strategy: Strategy, start: Start | None = None) -> Trainer:
-    """Base, adapter, optimizer, and the run folder with its configuration; `start`: what it goes on from."""
+def load(plan: Plan, folder: Path, strategy: Strategy, start: StartingPoint | None = None) -> Trainer:
+    """Load the base model, make adapter and optimizer, and begin the run folder or go back in it.
+
+    start: what the run continues from, None for a new one. Raises UserError when the weights cannot be loaded
+    or the folder cannot be written.
+    """
     options, device = plan.options, torch.device(plan.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
         torch.use_deterministic_algorithms(True, warn_only=True)
     hardware.keep_large_memory_apart(plan.device)
-    kept_in = "fp32" if options.train_what == trainable.FULL else plan.dtype
-    place = strategy.loads_on(plan.device)
-    base = base_model.load_base(plan.base_path, options.bits, kept_in, place, to_train=True, code=plan.code)
+    stored_dtype = "fp32" if options.train_what == trainable.FULL else plan.dtype
+    load_device = strategy.loads_on(plan.device)
+    base = base_model.load_base(
+        plan.base_path, options.bits, stored_dtype, load_device, to_train=True, code=plan.code
+    )
     adapted = trainable.prepare(base, plan.shape, options.seed)
     version = None if Path(options.model_path).exists() else revisions.of(plan.base_path)
-    if version and version.source == tool_config.HUB:  # what peft looks up there
+    if version and version.source == tool_config.HUB:  # peft looks it up on the hub
         trainable.note_base(adapted, version.name, version.commit)
     say(f"trained     {trainable.describe(adapted)}")
     packs = base_model.prepare_for_packed_training(adapted, plan.checkpointing)
-    alone = "one row at a time: this model's attention cannot be packed"
-    say(
-        "attention   "
-        + ("one causal call per row of a packed micro-batch: no mask, no padding" if packs else alone)
-    )
+    packed = "one causal call for each row of a packed micro-batch, without mask and padding"
+    alone = "one row at a time, because this model's attention cannot be packed"
+    say(f"attention   {packed if packs else alone}")
     if start:
         restore_weights(start, adapted)
     step_model = step.StepModel(adapted, base_model.DTYPES[plan.dtype], packs)
     strategy.take(step_model, device, functools.partial(make_optimizer, options))
     scaler = torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE, enabled=plan.dtype == "fp16")
-    scaler.scale(torch.zeros((), device=device))  # it wakes up here: a process may have no row in a step
+    scaler.scale(torch.zeros((), device=device))  # initialises it here: a process may have no row in a step
     progress = start.progress if start else Progress()
     if start:
         restore(start, adapted, strategy.optimizer_to_restore(), scaler)
     budget = (progress.micro_batch_tokens or micro_batch_budget(plan, strategy, device)) if packs else 1
-    progress.micro_batch_tokens = distributed.smallest(budget)  # one for all: they halve it together
+    # the same in all processes, because they halve it together
+    progress.micro_batch_tokens = distributed.smallest(budget)
     if system_processes.is_main():
         start_folder(plan, folder, progress, start)
     distributed.barrier()
     progress.evaluated, progress.best_step, progress.best_loss = run_folder.evaluations(folder)
-    shown = dataclasses.asdict(options) if options.wandb else None
+    wandb_settings = dataclasses.asdict(options) if options.wandb else None
     total_rows = plan.rows_after(plan.total_steps - progress.step, progress.rows_seen)
-    journal = Journal(
-        folder, plan.total_steps, total_rows, options.log_steps, shown, loud=system_processes.is_main()
+    metrics = MetricLogger(
+        folder,
+        plan.total_steps,
+        total_rows,
+        options.log_steps,
+        wandb_settings,
+        loud=system_processes.is_main(),
     )
     if start and start.same_run and start.changes:
-        journal.event({"step": progress.step, "continued": start.changes})
+        metrics.event({"step": progress.step, "continued": start.changes})
     sampled = run_folder.last_sampled(folder)
-    return Trainer(plan, step_model, strategy, scaler, journal, progress, folder, sampled)
+    return Trainer(plan, step_model, strategy, scaler, metrics, progress, folder, sampled)
 
 
 def micro_batch_budget(plan: Plan, strategy: Strategy, device: torch.device) -> int:
-    """Tokens of a micro-batch: as asked, else max(2048, cutoff_len) on the CPU and what fits on a card."""
+    """Tokens of a micro-batch: as the option says; for auto max(2048, cutoff_len), or what fits on a GPU."""
     options = plan.options
     if options.micro_batch_tokens != "auto":
-        budget, reason = int(options.micro_batch_tokens), "asked for"
+        budget, reason = int(options.micro_batch_tokens), "as asked for"
     elif device.type == "cuda":
         free = strategy.for_activations(torch.cuda.mem_get_info(device)[0])
         element = base_model.DTYPES[plan.dtype].itemsize
         fits = training_memory.tokens_that_fit(free, plan.base_config, element, plan.checkpointing)
-        in_step = int(np.sort(plan.data.examples.lengths)[-options.batch_size :].sum())
+        largest_step = int(np.sort(plan.data.examples.lengths)[-options.batch_size :].sum())
         budget, reason = (
-            max(options.cutoff_len, min(fits, in_step)),
+            max(options.cutoff_len, min(fits, largest_step)),
             f"estimated to fit into {free / 2**30:.1f} GiB",
         )
     else:
@@ -122,23 +134,27 @@ def micro_batch_budget(plan: Plan, strategy: Strategy, device: torch.device) -> 
 
 
 def make_optimizer(options: FinetuneConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    rate, decay = options.learning_rate, options.weight_decay
+    """The optimizer that --optimizer names, for these parameters."""
+    learning_rate, decay = options.learning_rate, options.weight_decay
     if options.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=decay)
     from bitsandbytes.optim import adamw
 
     kind = adamw.AdamW8bit if options.optimizer == "adamw_8bit" else adamw.PagedAdamW8bit
-    return kind(parameters, lr=rate, weight_decay=decay)
+    return kind(parameters, lr=learning_rate, weight_decay=decay)
 
 
-def start_folder(plan: Plan, folder: Path, progress: Progress, start: Start | None) -> None:
-    """Make the run folder, or take it back to where the run goes on; write what the run is."""
+def start_folder(plan: Plan, folder: Path, progress: Progress, start: StartingPoint | None) -> None:
+    """Make the run folder, or go back in it to where the run continues; write finetune_config.json.
+
+    Raises UserError (exit 7) when the folder cannot be written.
+    """
     try:
         if start and start.same_run:
             for text in run_folder.go_back(folder, progress.step if start.checkpoint else -1):
                 say(text)
         else:
-            run_folder.delete(run_folder.contents(folder))  # asked for, or left by a run that never began
+            run_folder.delete(run_folder.contents(folder))  # --overwrite, or what a run that never began left
             folder.mkdir(parents=True, exist_ok=True)
             write_rejected(plan, folder)
         resolved = {
@@ -155,7 +171,7 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: Start | No
             "total_steps": plan.total_steps,
             "warmup_steps": plan.warmup_steps,
         }
-        versions_of_rows = {revisions.of(source.path) for source in plan.data.files}
+        versions_of_rows = {revisions.of(file.path) for file in plan.data.files}
         rows = {
             "versions": sorted(str(version) for version in versions_of_rows if version),
             "train_rows": len(plan.data.train_rows),
@@ -165,7 +181,10 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: Start | No
             "rejected": len(plan.data.encoding.rejected),
         }
         record = {
-            "options": {**dataclasses.asdict(plan.options), "remote_code": None},  # a consent is not kept
+            "options": {
+                **dataclasses.asdict(plan.options),
+                "remote_code": None,
+            },  # consent holds for one command
             "resolved": resolved,
             "data": rows,
             "fingerprints": plan.fingerprints,
@@ -182,9 +201,10 @@ def _text(version: Any) -> str | None:
 
 
 def write_rejected(plan: Plan, folder: Path) -> None:
+    """Write the rejected rows with their reasons to the run folder, if there are any."""
     rejected = plan.data.encoding.rejected
     if rejected:
         lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in rejected)
         text = "\n".join(lines) + "\n"
         (folder / run_folder.REJECTED).write_text(text, encoding="utf-8", errors="backslashreplace")
-        say(f"{len(rejected)} rejected rows are in {folder / run_folder.REJECTED}")
+        say(f"{len(rejected)} rejected rows and the reasons are in {folder / run_folder.REJECTED}")

@@ -1,4 +1,4 @@
-"""A new run from an adapter made elsewhere: its weights alone, or an older checkpoint with its optimizer."""
+"""Starts a new run from an adapter: its weights alone, or an older checkpoint with its optimizer."""
 
 import dataclasses
 import json
@@ -18,17 +18,18 @@ from onecard.system import commands, hashing
 from onecard.system import files as system_files
 from onecard.system import safetensors as safetensors_file
 from onecard.system.console import say
-from onecard.training.starting_point import Start, finished_before
+from onecard.training.starting_point import StartingPoint, finished_before
 
 ANOTHER_COPY = "Take another copy of the adapter."
-# of adapter_config.json: tensors that no option of ours makes
+# keys of adapter_config.json for tensors that no option of OneCard makes
 OTHER_KINDS = ("lora_bias", "trainable_token_indices", "target_parameters", "layer_replication")
 
 
-def from_lora_path(options: FinetuneConfig, given: frozenset[str]) -> Start:
-    """finetune.py --lora_path: an adapter's weights alone, in the options' run.
+def from_lora_path(options: FinetuneConfig, explicit: frozenset[str]) -> StartingPoint:
+    """The weights of the adapter in --lora_path, for a new run with these options (finetune.py).
 
-    given: names of the options that the user gave.
+    explicit: names of the options that the user gave. Raises UserError when there is no adapter, or when
+    its shape contradicts these options.
     """
     if options.train_what == trainable.FULL:
         fix = "Merge it into the base first, or train it further: --train_what lora."
@@ -37,13 +38,13 @@ def from_lora_path(options: FinetuneConfig, given: frozenset[str]) -> Start:
     source = Path(name if Path(name).is_dir() else locate.fetch_adapter(name))
     if not (source / model_files.ADAPTER_WEIGHTS).is_file():
         _refuse_without_adapter(source)
-    start = _start_from(source, options, given)
+    start = _start_from(source, options, explicit)
     start.fingerprint = hashing.of_file(source / model_files.ADAPTER_WEIGHTS)
     return start
 
 
 def _refuse_without_adapter(source: Path) -> None:
-    """Say what lies there instead."""
+    """Raise UserError when the folder holds something else that can be trained further in another way."""
     if (source / run_folder.MODEL).is_dir() or (source / model_files.MODEL_WEIGHTS).is_file():
         whole = source / run_folder.MODEL if (source / run_folder.MODEL).is_dir() else source
         raise UserError(f"--lora_path {source}: all weights, no adapter.", f"Use --model_path {whole}.")
@@ -55,58 +56,61 @@ def _refuse_without_adapter(source: Path) -> None:
         raise UserError(f"--lora_path {source}: an older checkpoint.", fix)
 
 
-def from_adapter(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Start | None:
-    """Weights only, everything else fresh; None when that run is finished."""
-    start = _start_from(source, wish, given)
-    return None if finished_before(start.options, Path(wish.output_path)) else start
+def from_adapter(source: Path, request: ContinueConfig, explicit: frozenset[str]) -> StartingPoint | None:
+    """The weights of an adapter for a new run, everything else fresh; None when that run is finished."""
+    start = _start_from(source, request, explicit)
+    return None if finished_before(start.options, Path(request.output_path)) else start
 
 
-def _start_from(source: Path, wish: FinetuneConfig, given: frozenset[str]) -> Start:
-    options = with_shape(source, read_shape(source, wish), wish, given)
-    if (source / runs_checkpoint.MANIFEST).is_file():  # outside of its run its options and rows are not known
+def _start_from(source: Path, request: FinetuneConfig, explicit: frozenset[str]) -> StartingPoint:
+    options = with_shape(source, read_shape(source, request), request, explicit)
+    if (source / runs_checkpoint.MANIFEST).is_file():  # a checkpoint that was taken out of its run
         runs_checkpoint.verify(source)
     tensors = safetensors_file.read_tensors(source / model_files.ADAPTER_WEIGHTS)
-    say(f"Warm start: the weights of {source}; optimizer, rate and rows start anew.")
+    say(f"Warm start: the weights of {source}; optimizer, learning rate and rows start anew.")
     base = revisions.of_settings(
         system_files.read_json(source / model_files.ADAPTER_CONFIG, ANOTHER_COPY) or {}
     )
     begun_from = str(revisions.of(source) or source)
-    return Start(options, Progress(), adapter=tensors, begun_from=begun_from, base=base)
+    return StartingPoint(options, Progress(), adapter=tensors, begun_from=begun_from, base=base)
 
 
-def from_older(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Start | None:
-    """What an older checkpoint has of weights, optimizer, scaler, place in schedule and rows."""
+def from_older(source: Path, request: ContinueConfig, explicit: frozenset[str]) -> StartingPoint | None:
+    """What an older checkpoint holds: weights, and perhaps optimizer, loss scale and step.
+
+    None when the run that it starts is finished. Raises UserError when it cannot be read or trained further.
+    """
     values = system_files.read_json(source / model_files.ADAPTER_CONFIG, ANOTHER_COPY) or {}
     if values.get("modules_to_save"):
-        problem = f"{source}: older checkpoints with modules_to_save are not read."
+        problem = f"{source}: older checkpoints with modules_to_save cannot be read."
         raise UserError(problem, "", CHECKPOINT)
-    _check_kind(source, values, wish)
+    _check_kind(source, values, request)
     old = legacy.read(source)
     rslora = bool(values.get("use_rslora"))
     shape = {"lora_r": old.rank, "lora_target_modules": old.targets, "rslora": rslora}
     if old.alpha is not None:
         shape["lora_alpha"] = float(old.alpha)
     else:
-        say(f"{source}: its alpha is nowhere written; --lora_alpha {wish.lora_alpha:g} is taken.")
-    if old.optimizer is not None and legacy.is_bitsandbytes(old.optimizer) and "optimizer" not in given:
+        say(f"{source} does not say its alpha; --lora_alpha {request.lora_alpha:g} is used.")
+    if old.optimizer is not None and legacy.is_bitsandbytes(old.optimizer) and "optimizer" not in explicit:
         shape["optimizer"] = "adamw_8bit"
-    options = with_shape(source, shape, wish, given)
-    if finished_before(options, Path(wish.output_path)):
+    options = with_shape(source, shape, request, explicit)
+    if finished_before(options, Path(request.output_path)):
         return None
     for note in old.notes:
         say(f"{source}: {note}.")
-    found = {
+    parts = {
         "optimizer": old.optimizer is not None,
         "loss scale": old.scale is not None,
         "step": old.step > 0,
     }
-    there = ", ".join(["weights", *(name for name, is_there in found.items() if is_there)])
-    missing = ", ".join(name for name, is_there in found.items() if not is_there)
-    say(f"Older checkpoint {source}: {there} go on" + (f"; {missing} start anew." if missing else "."))
+    present = ", ".join(["weights", *(name for name, is_present in parts.items() if is_present)])
+    missing = ", ".join(name for name, is_present in parts.items() if not is_present)
+    say(f"Older checkpoint {source}: {present} go on" + (f"; {missing} start anew." if missing else "."))
     say(f"Its rank {old.rank} and targets {old.targets} come from its tensors.")
     if old.step:
-        say(f"It stood at step {old.step}: as many batches of our own order of the rows count as seen.")
-    return Start(
+        say(f"It is at step {old.step}: that many steps of the rows, in OneCard's order, count as done.")
+    return StartingPoint(
         options,
         Progress(step=old.step, updates=old.step),
         adapter=old.tensors,
@@ -118,54 +122,57 @@ def from_older(source: Path, wish: ContinueConfig, given: frozenset[str]) -> Sta
 
 
 def _plain(value: Any) -> Any:
-    """Names in any order are the same."""
+    """A value in which lists of names can be compared whatever their order."""
     names = value.split(",") if isinstance(value, str) else value
     return sorted(str(name).strip() for name in names) if isinstance(names, list) else value
 
 
-def _is_same(name: str, wished: Any, has: Any) -> bool:
-    """all-linear stands for any list of names; whether it is right the tensors show."""
-    return _plain(wished) == _plain(has) or (
-        name == "lora_target_modules" and wished == models_adapter.ALL_LINEAR
+def _is_same(name: str, option: Any, stored: Any) -> bool:
+    """Whether an option has the adapter's value; all-linear may be any list, and the tensors show which."""
+    return _plain(option) == _plain(stored) or (
+        name == "lora_target_modules" and option == models_adapter.ALL_LINEAR
     )
 
 
 def with_shape(
-    source: Path, shape: dict[str, Any], wish: FinetuneConfig, given: frozenset[str]
+    source: Path, shape: dict[str, Any], request: FinetuneConfig, explicit: frozenset[str]
 ) -> FinetuneConfig:
-    """The options with the adapter's own shape; raises UserError (exit 4) when another was asked for.
+    """The options with the adapter's own shape. Raises UserError (exit 4) when the user gave another.
 
-    More than the adapter has may be trained, such as LoRA after its embeddings, but not less.
+    A run may train more than the adapter has, such as LoRA after embeddings, but not less.
     """
     wrong = [
-        f"{name} {value} -> {getattr(wish, name)}"
+        f"{name} {value} -> {getattr(request, name)}"
         for name, value in shape.items()
-        if name in given and name != "train_what" and not _is_same(name, getattr(wish, name), value)
+        if name in explicit and name != "train_what" and not _is_same(name, getattr(request, name), value)
     ]
-    has, wanted = shape.get("train_what", models_adapter.LORA), wish.train_what
-    if "train_what" in given and not set(has.split("+")) <= set(wanted.split("+")):
-        wrong.append(f"train_what {has} -> {wanted}")
+    before, now = shape.get("train_what", models_adapter.LORA), request.train_what
+    if "train_what" in explicit and not set(before.split("+")) <= set(now.split("+")):
+        wrong.append(f"train_what {before} -> {now}")
     if wrong:
         raise UserError(f"{source}: the adapter has another shape: {'; '.join(wrong)}.", "", CHECKPOINT)
-    values = {field.name: getattr(wish, field.name) for field in dataclasses.fields(FinetuneConfig)}
-    kept = {name: value for name, value in shape.items() if name not in given}
-    return FinetuneConfig(**{**values, **kept})
+    values = {field.name: getattr(request, field.name) for field in dataclasses.fields(FinetuneConfig)}
+    inherited = {name: value for name, value in shape.items() if name not in explicit}
+    return FinetuneConfig(**{**values, **inherited})
 
 
-def read_shape(source: Path, wish: FinetuneConfig) -> dict[str, Any]:
-    """The options that make an adapter like the one in this folder; raises UserError."""
+def read_shape(source: Path, request: FinetuneConfig) -> dict[str, Any]:
+    """The options that make an adapter of the shape of the one in this folder.
+
+    Raises UserError (exit 4) when there is none, or when no options make one like it.
+    """
     values = system_files.read_json(source / model_files.ADAPTER_CONFIG, ANOTHER_COPY)
     if values is None or not (source / model_files.ADAPTER_WEIGHTS).is_file():
-        problem = f"{source}: no checkpoint and no adapter ({model_files.ADAPTER_WEIGHTS}) is there."
+        problem = f"{source} holds neither a checkpoint nor an adapter ({model_files.ADAPTER_WEIGHTS})."
         raise UserError(problem, "Name a checkpoint folder, a run folder or an adapter folder.", CHECKPOINT)
     try:
         rank, alpha, targets = int(values["r"]), float(values["lora_alpha"]), values["target_modules"]
         names = targets if isinstance(targets, str) else ",".join(sorted(map(str, targets)))
         whole = list(values.get("modules_to_save") or [])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problem = f"{source / model_files.ADAPTER_CONFIG}: not a LoRA adapter's ({error!r})."
+        problem = f"{source / model_files.ADAPTER_CONFIG} does not describe a LoRA adapter ({error!r})."
         raise UserError(problem, "", CHECKPOINT) from None
-    _check_kind(source, values, wish)
+    _check_kind(source, values, request)
     if names == models_adapter.NO_TARGETS:
         return {"train_what": models_adapter.EMBEDDINGS}
     return {
@@ -177,18 +184,20 @@ def read_shape(source: Path, wish: FinetuneConfig) -> dict[str, Any]:
     }
 
 
-def _check_kind(source: Path, values: dict[str, Any], wish: FinetuneConfig) -> None:
-    """Raise UserError (exit 4) for adapters that these options cannot make."""
+def _check_kind(source: Path, values: dict[str, Any], request: FinetuneConfig) -> None:
+    """Raise UserError (exit 4) for an adapter that these options cannot make."""
     path = source / model_files.ADAPTER_CONFIG
     other = [name for name in OTHER_KINDS if values.get(name)]
     if other:
-        problem = f"{path}: adapters with {', '.join(other)} are of another kind."
-        raise UserError(problem, "Adapters that OneCard makes can be trained further.", CHECKPOINT)
-    plain = ("use_rslora", "init_lora_weights")  # an option of its own; how it once began
+        problem = f"{path}: the adapter has {', '.join(other)}, which OneCard cannot train."
+        raise UserError(
+            problem, "Use an adapter without it; OneCard can train all that it makes.", CHECKPOINT
+        )
+    plain = ("use_rslora", "init_lora_weights")  # an option of its own; and what only matters at the start
     has = {name: values[name] for name in models_adapter.EXTRAS if name not in plain and values.get(name)}
-    wanted = models_adapter.read_extras(wish.peft_config, rslora=False)
-    asked = {name: value for name, value in wanted.items() if name not in plain and value}
-    also = wanted.get("use_rslora") and not values.get("use_rslora")
-    if also or {k: _plain(v) for k, v in has.items()} != {k: _plain(v) for k, v in asked.items()}:
+    extras = models_adapter.read_extras(request.peft_config, rslora=False)
+    settings = {name: value for name, value in extras.items() if name not in plain and value}
+    adds_rslora = extras.get("use_rslora") and not values.get("use_rslora")
+    if adds_rslora or {k: _plain(v) for k, v in has.items()} != {k: _plain(v) for k, v in settings.items()}:
         problem = f"{path}: the adapter was made with {json.dumps(has)}, and --peft_config says otherwise."
         raise UserError(problem, "Write these settings into the file of --peft_config.", CHECKPOINT)

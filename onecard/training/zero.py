@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 1 to 3, done by DeepSpeed's engine; what is not offloaded stays sharded over the GPUs."""
+"""ZeRO 1 to 3 by DeepSpeed's engine: what is not offloaded is sharded over the GPUs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,16 +12,16 @@ from onecard.system import processes as system_processes
 from onecard.training.sharded import Sharded, on_main
 from onecard.training.step import StepModel
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
-OFFLOADS = ("offload_optimizer", "offload_param")  # of DeepSpeed's configuration
+MOMENTS = ("exp_avg", "exp_avg_sq")  # names of AdamW's two moments
+OFFLOADS = ("offload_optimizer", "offload_param")  # keys of DeepSpeed's configuration
 
 
 class Zero(Sharded):
-    """DeepSpeed's engine around the model; its own JSON file says the stage and what is offloaded."""
+    """DeepSpeed's engine wraps the model; a JSON file of DeepSpeed sets the stage and what is offloaded."""
 
     engine: Any  # DeepSpeed has no types
 
-    def spread(
+    def shard(
         self,
         step_model: StepModel,
         device: torch.device,
@@ -30,11 +30,12 @@ class Zero(Sharded):
         import deepspeed
         from accelerate.utils import DeepSpeedPlugin
 
-        asked = DeepSpeedPlugin().deepspeed_config  # what accelerate launch put into the environment
-        config = {key: asked[key] for key in asked if key not in ("fp16", "bf16", "optimizer", "scheduler")}
+        settings = DeepSpeedPlugin().deepspeed_config  # accelerate launch put them into the environment
+        ours = ("fp16", "bf16", "optimizer", "scheduler")  # what OneCard does itself
+        config = {key: value for key, value in settings.items() if key not in ours}
         config |= {
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,  # the loop says itself where a step ends
+            "gradient_accumulation_steps": 1,  # the loop itself marks the end of a step
             "train_batch_size": system_processes.world_size(),
             "gradient_clipping": self.max_grad_norm,
             "zero_allow_untested_optimizer": True,
@@ -45,13 +46,15 @@ class Zero(Sharded):
         self.stage = zero.get("stage", 0)
         self.named = {n: p for n, p in step_model.model.named_parameters() if p.requires_grad}
         if self.stage not in (1, 2, 3):
-            raise UserError(f"DeepSpeed: zero_stage {self.stage} spreads nothing.", "Use torchrun.")
-        deepspeed.init_distributed(auto_mpi_discovery=False)  # takes the group that distributed.start made
-        if self.stage == 3:  # spread at once: the engine would put all of it on every card first
+            raise UserError(
+                f"DeepSpeed: zero_stage {self.stage} shards nothing.", "Use stage 1, 2 or 3, or torchrun."
+            )
+        deepspeed.init_distributed(auto_mpi_discovery=False)  # uses the group that distributed.start made
+        if self.stage == 3:  # shard now: the engine would first put the whole model on every GPU
             deepspeed.zero.Init(module=step_model, config_dict_or_path=config)
             for buffer in step_model.buffers():
                 buffer.data = buffer.data.to(device)
-            # the loss multiplies by the head's weight without going through its module
+            # the loss uses the weight of the head without calling its module
             head = trainable.base_of(step_model.model).get_output_embeddings()
             deepspeed.zero.register_external_parameter(step_model, head.weight)
         optimizer = make_optimizer(list(self.named.values()))
@@ -60,9 +63,11 @@ class Zero(Sharded):
         )
         self.model = self.engine
         self.has_moments = False  # the engine makes them at its first step
-        away = [name.split("_")[1] for name in OFFLOADS if zero.get(name, {}).get("device", "none") != "none"]
-        where = f", {' and '.join(away)} in the processor's memory" if away else ""
-        self.said = f"DeepSpeed ZeRO-{self.stage}{where}"
+        offloaded = [
+            name.split("_")[1] for name in OFFLOADS if zero.get(name, {}).get("device", "none") != "none"
+        ]
+        where = f", {' and '.join(offloaded)} in CPU memory" if offloaded else ""
+        self.description = f"DeepSpeed ZeRO-{self.stage}{where}"
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -110,7 +115,7 @@ class Zero(Sharded):
             state["step"] = states[0]["step"].clone()
 
     def _make_moments(self) -> None:
-        """A step with gradient and rate zero, which changes nothing."""
+        """Make a step with gradient and learning rate zero: it creates the moments and changes nothing."""
         device = next(self.model.parameters()).device
         one, two = torch.zeros(1, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)
         packed = PackedBatch(two, torch.arange(2)[None], (2,), one, one, ()).to(device)

@@ -155,6 +155,6 @@ def test_rows_with_the_same_letters_are_not_the_same(tmp_path):
     )
     found = findings.Findings()
     tokenizer = tiny.tokenizer()
-    form = templates.load("alpaca", tokenizer)
-    list(check.examine(found, [tmp_path / "rows.jsonl"], None, form, tokenizer, 256))
+    template = templates.load("alpaca", tokenizer)
+    list(check.examine(found, [tmp_path / "rows.jsonl"], None, template, tokenizer, 256))
     assert found.problems["duplicates"] == 1  # the third, but for what cannot be seen

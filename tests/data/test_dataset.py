@@ -525,7 +525,7 @@ def test_rows_of_a_hub_dataset(tmp_path):
 
 def test_a_million_rows_stay_on_the_disk(tmp_path):
     """Memory does not grow with the rows: twenty times as many, and the process holds hardly more."""
-    tokenizer, form = tiny.tokenizer(), templates.load("tigerbot", None)
+    tokenizer, template = tiny.tokenizer(), templates.load("tigerbot", None)
 
     def many(count: int):
         return (data_conversation.single(f"Say {n}", "", "red") for n in range(count))
@@ -533,7 +533,7 @@ def test_a_million_rows_stay_on_the_disk(tmp_path):
     def work(count: int) -> None:
         folder = tmp_path / str(count)
         folder.mkdir()
-        one = tiny.one_by_one(lambda row, _: (*data_encode.encode(row, form, tokenizer), False))
+        one = tiny.one_by_one(lambda row, _: (*data_encode.encode(row, template, tokenizer), False))
         made = data_examples.encode_rows(many(count), one, folder)
         assert len(made.examples) == count
 
@@ -663,8 +663,8 @@ def test_a_flipped_bit_of_kept_rows_is_found_when_asked(tmp_path, cache):
     raw[40] ^= 1
     kept.write_bytes(bytes(raw))
     given = options(path)
-    forms = [templates.load(given.template, tiny.tokenizer())]
-    arguments = (given, reader.locate_files(str(path)), forms, tiny.tokenizer(), "tokenizer 1")
+    row_templates = [templates.load(given.template, tiny.tokenizer())]
+    arguments = (given, reader.locate_files(str(path)), row_templates, tiny.tokenizer(), "tokenizer 1")
     assert dataset.encode(*arguments, again=True).encoding.examples.ids.tolist() == whole
 
 

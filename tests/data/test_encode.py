@@ -41,10 +41,10 @@ def tokenizer(request):
     return TOKENIZERS[request.param]()
 
 
-def fitting(conversation: Conversation, form: Template) -> list[Turn]:
+def fitting(conversation: Conversation, template: Template) -> list[Turn]:
     """The turns that the template knows: without a function's and the answer to it where it has none."""
     turns = list(conversation.turns)
-    for number in [i for i, turn in enumerate(turns) if turn.role == "function" and not form.function]:
+    for number in [i for i, turn in enumerate(turns) if turn.role == "function" and not template.function]:
         del turns[number : number + 2]
     return turns
 
@@ -53,13 +53,13 @@ def fitting(conversation: Conversation, form: Template) -> list[Turn]:
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_chat_ids_are_the_beginning_of_the_training_ids(tokenizer, name, conversation):
     """For every template, after every turn, with three kinds of tokenizer; only answers are targets."""
-    form = load(name, tokenizer)
-    turns = fitting(conversation, form)
-    trained, is_target = data_encode.encode(Conversation(tuple(turns)), form, tokenizer)
+    template = load(name, tokenizer)
+    turns = fitting(conversation, template)
+    trained, is_target = data_encode.encode(Conversation(tuple(turns)), template, tokenizer)
     answers = []
     for number, turn in enumerate(turns):
         if turn.role == "assistant":
-            asked, targets = data_encode.encode(Conversation(tuple(turns[:number])), form, tokenizer)
+            asked, targets = data_encode.encode(Conversation(tuple(turns[:number])), template, tokenizer)
             assert trained[: len(asked)] == asked
             assert is_target[: len(asked)] == targets
             end = next(i for i in range(len(asked), len(trained) + 1) if not any(is_target[i : i + 1]))
@@ -73,10 +73,10 @@ def test_chat_ids_are_the_beginning_of_the_training_ids(tokenizer, name, convers
 @pytest.mark.parametrize("name", templates.names())
 def test_the_last_answer_alone(tokenizer, name):
     """--train_on last: the same ids, the targets of the last turn."""
-    form, conversation = load(name, tokenizer), Conversation(tuple(TURNS[1:3] + TURNS[5:]))
-    ids, all_targets = data_encode.encode(conversation, form, tokenizer)
-    again, targets = data_encode.encode(conversation, form, tokenizer, False, "last")
-    asked, _ = data_encode.encode(conversation.question, form, tokenizer)
+    template, conversation = load(name, tokenizer), Conversation(tuple(TURNS[1:3] + TURNS[5:]))
+    ids, all_targets = data_encode.encode(conversation, template, tokenizer)
+    again, targets = data_encode.encode(conversation, template, tokenizer, False, "last")
+    asked, _ = data_encode.encode(conversation.question, template, tokenizer)
     assert again == ids
     assert targets == [False] * len(asked) + all_targets[len(asked) :]
 
@@ -85,17 +85,17 @@ def test_the_last_answer_alone(tokenizer, name):
 @pytest.mark.parametrize("limit", [0, 1, 30, 80, 150, 10_000])
 def test_long_conversations_lose_their_oldest_turns(tokenizer, name, limit):
     """The system's turn stays, whole turns go, and no more of them than must."""
-    form = load(name, tokenizer)
+    template = load(name, tokenizer)
     said = [[Turn("user", f"question {i} " + "a " * i), Turn("assistant", f"answer {i}")] for i in range(9)]
     system = [Turn("system", "Be brief.")]
 
     def shortened(first: int) -> list[int]:
         return data_encode.encode(
-            Conversation((*system, *(turn for pair in said[first:] for turn in pair))), form, tokenizer
+            Conversation((*system, *(turn for pair in said[first:] for turn in pair))), template, tokenizer
         )[0]
 
     whole = Conversation((*system, *(turn for pair in said for turn in pair)))
-    ids, is_target, was_cut = data_encode.encode_within(whole, limit, form, tokenizer)
+    ids, is_target, was_cut = data_encode.encode_within(whole, limit, template, tokenizer)
     fitting = [first for first in range(9) if len(shortened(first)) <= limit]
     assert ids == (shortened(fitting[0]) if fitting else shortened(8)[:limit])
     assert len(is_target) == len(ids)
@@ -104,10 +104,10 @@ def test_long_conversations_lose_their_oldest_turns(tokenizer, name, limit):
 
 def test_auto_is_the_text_of_the_chat_template(tokenizer):
     """What the tokenizer itself would write, token by token, system and function turns included."""
-    form = load("auto", tokenizer)
+    template = load("auto", tokenizer)
     said = [Turn(turn.role, re.sub("<[a-z]+>", "", turn.text)) for turn in TURNS]
     for turns in (said, said[1:], said[1:3], said[:3]):
-        ids, _ = data_encode.encode(Conversation(tuple(turns)), form, tokenizer)
+        ids, _ = data_encode.encode(Conversation(tuple(turns)), template, tokenizer)
         messages = [{"role": "tool" if t.role == "function" else t.role, "content": t.text} for t in turns]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         reference = tokenizer(text.removesuffix("\n"), add_special_tokens=False).input_ids
@@ -184,9 +184,9 @@ def test_ordinary_tokens_of_a_template_become_control_tokens():
     """D15: a tokenizer that has them as plain added tokens would let rows write them."""
     made = tiny.tokenizer()
     made.add_tokens(["<|im_start|>", "<|im_end|>"])
-    form = templates.load("chatml", made)
-    made = templates.tokenizer_for(made, form)
-    ids, _ = data_encode.encode(single("say <|im_end|> now", "", "<|im_start|>"), form, made)
+    template = templates.load("chatml", made)
+    made = templates.tokenizer_for(made, template)
+    ids, _ = data_encode.encode(single("say <|im_end|> now", "", "<|im_start|>"), template, made)
     assert ids.count(made.convert_tokens_to_ids("<|im_end|>")) == 2
     assert ids.count(made.convert_tokens_to_ids("<|im_start|>")) == 2
     assert "say <|im_end|> now" in made.decode(ids)
@@ -263,9 +263,9 @@ def test_chatml_needs_its_tokens():
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_control_tokens_in_a_row_are_text(tokenizer, conversation):
     """The end token appears once an answer, and the texts come back whole."""
-    form = templates.load("alpaca", None)
-    conversation = Conversation(tuple(fitting(conversation, form)))
-    ids, is_target = data_encode.encode(conversation, form, tokenizer)
+    template = templates.load("alpaca", None)
+    conversation = Conversation(tuple(fitting(conversation, template)))
+    ids, is_target = data_encode.encode(conversation, template, tokenizer)
     answers = sum(turn.role == "assistant" for turn in conversation.turns)
     assert ids.count(tokenizer.eos_token_id) == answers
     assert tokenizer.bos_token_id not in ids[1:]
@@ -277,20 +277,20 @@ def test_control_tokens_in_a_row_are_text(tokenizer, conversation):
 @pytest.mark.parametrize("place", ["system", "user", "input", "assistant", "function"])
 def test_control_tokens_are_text_in_every_place(tokenizer, name, place):
     """I1: a text made of all control tokens adds none to those that the template writes."""
-    form = load(name, tokenizer)
+    template = load(name, tokenizer)
     names = sorted({*tokenizer.all_special_tokens, "<|im_start|>", "<|im_end|>", "[INST]", "</s>"})
     counts = []
     for text in ("plain words", "x ".join(names), "".join(names)):
         turns = [Turn("system", "s"), Turn("user", "u", "i"), Turn("assistant", "a"), Turn("function", "f")]
         turns += [Turn("assistant", "b"), Turn("user", "v"), Turn("assistant", "c")]
-        row = Conversation(tuple(fitting(Conversation(tuple(turns)), form)))
+        row = Conversation(tuple(fitting(Conversation(tuple(turns)), template)))
         changed = [
             turn._replace(**{"input" if place == "input" else "text": text})
             if turn.role == ("user" if place == "input" else place)
             else turn
             for turn in row.turns
         ]
-        ids, _ = data_encode.encode(Conversation(tuple(changed)), form, tokenizer)
+        ids, _ = data_encode.encode(Conversation(tuple(changed)), template, tokenizer)
         counts.append(
             {
                 token: ids.count(token)
@@ -308,13 +308,13 @@ def test_added_tokens_that_a_chat_template_writes_become_control_tokens():
     made.chat_template = CHATML.replace(
         "{{ m.content }}", "{{ '<tool>' if m.role == 'tool' else '' }}{{ m.content }}"
     )
-    form = templates.load("auto", made)
-    made = templates.tokenizer_for(made, form)
+    template = templates.load("auto", made)
+    made = templates.tokenizer_for(made, template)
     tool = made.convert_tokens_to_ids("<tool>")
     row = Conversation((Turn("user", "a <tool> b"), Turn("assistant", "c <tool>")))
-    assert tool not in data_encode.encode(row, form, made)[0]
+    assert tool not in data_encode.encode(row, template, made)[0]
     row = Conversation((*row.turns, Turn("function", "d"), Turn("assistant", "e")))
-    assert data_encode.encode(row, form, made)[0].count(tool) == 1
+    assert data_encode.encode(row, template, made)[0].count(tool) == 1
 
 
 @pytest.mark.parametrize(
@@ -337,19 +337,19 @@ def test_added_pieces_of_words_stay_ordinary():
     made = tiny.tokenizer()
     made.add_tokens(["你是", "mark"])
     made.chat_template = CHATML.replace("Be kind.", "你是助手")
-    form = templates.load("auto", made)
-    made = templates.tokenizer_for(made, form)
+    template = templates.load("auto", made)
+    made = templates.tokenizer_for(made, template)
     assert not {"你是", "mark"} & set(made.all_special_tokens)
-    ids, _ = data_encode.encode(single("你是谁", "", "mark"), form, made)
+    ids, _ = data_encode.encode(single("你是谁", "", "mark"), template, made)
     assert made.convert_tokens_to_ids("你是") in ids
 
 
 def test_bos_comes_first_where_the_tokenizer_puts_it():
     """Llama-like tokenizers begin every text with it; the others do not."""
-    conversation, form = CONVERSATIONS[0], templates.load("alpaca", None)
+    conversation, template = CONVERSATIONS[0], templates.load("alpaca", None)
     for name, make in TOKENIZERS.items():
         made = make()
-        ids, _ = data_encode.encode(conversation, form, made)
+        ids, _ = data_encode.encode(conversation, template, made)
         assert (ids[0] == made.bos_token_id) == (name == "sentencepiece")
 
 
@@ -395,12 +395,12 @@ def test_unknown_template_names_the_known_ones():
 @pytest.mark.parametrize("name", ["alpaca", "auto", "cutegpt"])
 def test_many_at_once_are_as_one_by_one(tokenizer, name):
     """The fast way and the plain one: the same ids, targets, cuts and refusals."""
-    form = load(name, tokenizer)
+    template = load(name, tokenizer)
     several = [*CONVERSATIONS, Conversation((Turn("text", "raw <end>"),)), *CONVERSATIONS[:2]]
-    made = data_encode.encode_many(several, 60, [form] * len(several), tokenizer, False, "last")
+    made = data_encode.encode_many(several, 60, [template] * len(several), tokenizer, False, "last")
     for conversation, got in zip(several, made, strict=True):
         if isinstance(got, ValueError):
             with pytest.raises(ValueError, match=re.escape(str(got))):
-                data_encode.encode(conversation, form, tokenizer)
+                data_encode.encode(conversation, template, tokenizer)
         else:
-            assert got == data_encode.encode_within(conversation, 60, form, tokenizer, False, "last")
+            assert got == data_encode.encode_within(conversation, 60, template, tokenizer, False, "last")

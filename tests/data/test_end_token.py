@@ -48,11 +48,11 @@ def test_the_end_is_learned(harness, tmp_path, name):
     rows = [{"instruction": word, "output": f"{word} {word}"} for word in tiny.WORDS]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     which = "auto" if tokenizer.chat_template else "tigerbot"
-    form = templates.load(which, tokenizer)
-    ends = data_encode.eos_ids(form, tokenizer)
+    template = templates.load(which, tokenizer)
+    ends = data_encode.eos_ids(template, tokenizer)
     for row in rows:
         ids, is_target = data_encode.encode(
-            data_conversation.single(row["instruction"], "", row["output"]), form, tokenizer
+            data_conversation.single(row["instruction"], "", row["output"]), template, tokenizer
         )
         last = max(place for place, target in enumerate(is_target) if target)
         assert ids[last] in ends
@@ -64,7 +64,8 @@ def test_the_end_is_learned(harness, tmp_path, name):
     answer = harness.run("finetune", given)
     assert answer["code"] == 0, answer["said"]
     asked = [
-        data_encode.encode(data_conversation.single(row["instruction"]), form, tokenizer)[0] for row in rows
+        data_encode.encode(data_conversation.single(row["instruction"]), template, tokenizer)[0]
+        for row in rows
     ]
     stopped, model = [], AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     for trained in (False, True):

@@ -149,7 +149,7 @@ def trained(tiny_model: Path, folder: Path, **changes) -> Path:
     flags = {"model_path": tiny_model, "data_path": rows, "output_path": folder / "run", "device": "cuda:0"}
     argv = [f"--{name}={value}" for name, value in {**resume_cases.FLAGS, **flags, **changes}.items()]
     options, given = config_options.parse_given(training_config.FinetuneConfig, argv)
-    loop.run(options, given=given, sample=lambda *_: [], draw=lambda *_: None)
+    loop.run(options, explicit=given, sample=lambda *_: [], draw=lambda *_: None)
     return folder / "run"
 
 

@@ -18,4 +18,5 @@ def encode(path: Path | str, tokenizer=None, fetch=None, **changes) -> dataset.D
     row_templates = [templates.load(name, tokenizer) for name in settings.template.split(",")]
     validation = reader.locate_validation_files(settings.eval_data_path, fetch)
     files = [*reader.locate_files(settings.data_path, fetch), *validation]
-    return dataset.encode(settings, files, row_templates, tokenizer, "tokenizer 1")
+    own_tokenizer = templates.tokenizer_for(tokenizer, *row_templates)
+    return dataset.encode(settings, files, row_templates, own_tokenizer, "tokenizer 1")

@@ -125,7 +125,7 @@ def program(name: str, argv: list[str]) -> None:
 
     if name == "finetune":
         options, explicit = config_options.parse_given(training_config.FinetuneConfig, argv)
-        loop.run(options, given=explicit, sample=lambda *_: [], draw=lambda *_: None)
+        loop.run(options, explicit=explicit, sample=lambda *_: [], draw=lambda *_: None)
     else:
         options, explicit = config_options.parse_given(training_config.ContinueConfig, argv)
         loop.go_on(options, explicit, sample=lambda *_: [], draw=lambda *_: None)

@@ -272,7 +272,7 @@ def test_execution_may_change(harness, tiny_model, rows, tmp_path):
     )
     assert answer["code"] == 0, answer["said"]
     assert "micro_batch_tokens 150 -> 300" in answer["said"]
-    assert "same up to rounding, with other dropout masks" in answer["said"]
+    assert "same up to rounding, but the dropout masks differ" in answer["said"]
     assert any("continued" in record for record in outcome(run)["log"])
     assert json.loads((run / "finetune_config.json").read_text())["options"]["save_steps"] == 4
     losses = [
@@ -323,7 +323,7 @@ def test_a_damaged_best_checkpoint_does_not_stop_the_end(harness, straight, tmp_
     (run / "checkpoint-9" / "adapter_model.safetensors").write_bytes(b"damaged")
     answer = go_on(harness, run)
     assert answer["code"] == 0, answer["said"]
-    assert "the last one is taken instead" in answer["said"]
+    assert "the last one is used instead" in answer["said"]
     assert json.loads((run / "finished.json").read_text())["best_step"] == STEPS
 
 
@@ -395,7 +395,7 @@ def test_other_rows_in_another_arithmetic(monkeypatch, given, taken):
     """What is asked for counts; auto stays what it was."""
     options = training_config.FinetuneConfig(**given, device="cpu")
     resolved = {"dtype": "fp32", "gradient_checkpointing": False}
-    kept = resume._arithmetic(options, resolved).get("dtype")
+    kept = resume._resolved_before(options, resolved).get("dtype")
     assert (kept or options.dtype) == taken
 
 
@@ -542,7 +542,7 @@ def test_nothing_to_go_on_from_is_said(harness, tiny_model, rows, tmp_path):
     answer = harness.run(
         "finetune_continue", {"resume_from_checkpoint": tmp_path, "output_path": tmp_path / "x"}
     )
-    assert (answer["code"], "no checkpoint and no adapter" in answer["said"]) == (4, True)
+    assert (answer["code"], "holds neither a checkpoint nor an adapter" in answer["said"]) == (4, True)
     assert not list(tmp_path.iterdir())
 
 
@@ -634,7 +634,7 @@ def test_auto_arithmetic_changes_with_the_card_only(monkeypatch, before, now, de
     monkeypatch.setattr(hardware, "choose_device", lambda *_: hardware.Choice(device, ""))
     monkeypatch.setattr(hardware, "choose_dtype", lambda *_: hardware.Choice(now, ""))
     resolved = {"dtype": before, "gradient_checkpointing": False}
-    assert resume._arithmetic(training_config.FinetuneConfig(), resolved).get("dtype", now) == taken
+    assert resume._resolved_before(training_config.FinetuneConfig(), resolved).get("dtype", now) == taken
 
 
 def test_a_stop_within_the_last_evaluation(harness, straight, tiny_model, rows, tmp_path):

@@ -85,7 +85,7 @@ def goes_on_spread_and_alone_again(kind: str, harness, whole: Path, tmp_path: Pa
     process = launch(kind, "finetune_continue", {"output_path": run})
     text = said(process)
     assert process.returncode == 0, text
-    assert "spread      over 2 processes" in text
+    assert "sharded     over 2 processes" in text
     close(whole, run, relative)
     moments = [load_file(path / "checkpoint-4" / "optimizer.safetensors") for path in (whole, run)]
     assert moments[0].keys() == moments[1].keys()
