@@ -74,7 +74,7 @@ def ours(talk: chat.Chat, settings: Generation) -> Run:
 def transformers_alone(talk: chat.Chat, settings: Generation) -> Run:
     engine = talk.engine
     ids = data_encode.encode(conversation(), talk.template, talk.tokenizer)[0]
-    asked = GenerationConfig(
+    generation = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         min_new_tokens=settings.min_new_tokens,
         do_sample=settings.samples,
@@ -85,13 +85,13 @@ def transformers_alone(talk: chat.Chat, settings: Generation) -> Run:
         eos_token_id=talk.ends,
         pad_token_id=talk.ends[0],
     )
-    given = torch.tensor([ids], device=engine.device)
+    prompt = torch.tensor([ids], device=engine.device)
     watch = First() if settings.width == 1 else None  # transformers streams no beams
     started = time.perf_counter()
-    made = engine.model.generate(
-        given, attention_mask=torch.ones_like(given), generation_config=asked, streamer=watch
+    output = engine.model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), generation_config=generation, streamer=watch
     )
-    text = data_encode.decode(talk.tokenizer, made[0, len(ids) :].tolist())
+    text = data_encode.decode(talk.tokenizer, output[0, len(ids) :].tolist())
     return (watch.at - started if watch else float("nan")), time.perf_counter() - started, text
 
 
@@ -141,26 +141,27 @@ def compared_in_turns(
 
 def summed_up(runs: tuple[list[Run], list[Run]], tokens: int) -> Compared:
     return Compared(
-        tuple(statistics.median(tokens / taken for _, taken, _ in found) for found in runs),
-        tuple(statistics.median(first for first, _, _ in found) for found in runs),
+        tuple(statistics.median(tokens / taken for _, taken, _ in side) for side in runs),
+        tuple(statistics.median(first for first, _, _ in side) for side in runs),
         [one[1] / two[1] for one, two in zip(*runs, strict=True)],
-        len({text for found in runs for *_, text in found}) == 1,
+        len({text for side in runs for *_, text in side}) == 1,
     )
 
 
 def compare(name: str, talk: chat.Chat, settings: Generation, pairs: int) -> None:
-    found = compared(
+    figures = compared(
         lambda: ours(talk, settings),
         lambda: transformers_alone(talk, settings),
         settings.max_new_tokens,
         pairs,
     )
-    same = "-" if settings.samples else "yes" if found.same else "NO"
-    first, direct = found.firsts
-    told = "-" if direct != direct else f"{direct * 1000:.0f} ms"
+    same = "-" if settings.samples else "yes" if figures.same else "NO"
+    first, direct = figures.firsts
+    alone = "-" if direct != direct else f"{direct * 1000:.0f} ms"
     print(
-        f"| {name} | {found.speeds[0]:.1f} | {found.speeds[1]:.1f} "
-        f"| {100 * (statistics.median(found.takes) - 1):+.1f} % | {first * 1000:.0f} ms | {told} | {same} |",
+        f"| {name} | {figures.speeds[0]:.1f} | {figures.speeds[1]:.1f} "
+        f"| {100 * (statistics.median(figures.takes) - 1):+.1f} % "
+        f"| {first * 1000:.0f} ms | {alone} | {same} |",
         flush=True,
     )
 
@@ -171,13 +172,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--model_path", default="demo")
     parser.add_argument("--device", default="auto")
-    given = parser.parse_args()
+    args = parser.parse_args()
     versions = ", ".join(f"{name} {version}" for name, version in plan.versions().items())
     print(f"{date.today().isoformat()}; {hardware.describe_machine()}; {versions}.\n")
     print("| | OneCard, tokens/s | direct, tokens/s | OneCard takes | first token | direct | same text |")
     print("|---|---:|---:|---:|---:|---:|---|")
-    lengths = {"min_new_tokens": given.tokens, "max_new_tokens": given.tokens, "repetition_penalty": 1.0}
-    settings = {"model_path": given.model_path, "device": given.device, "dtype": "fp32"}
+    lengths = {"min_new_tokens": args.tokens, "max_new_tokens": args.tokens, "repetition_penalty": 1.0}
+    settings = {"model_path": args.model_path, "device": args.device, "dtype": "fp32"}
     options = ChatConfig(engine="transformers", context=1024, **settings)
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
         talk = chat.start(options, gguf_cache.for_llama)
@@ -187,7 +188,7 @@ def main() -> None:
         "4 beams": Generation(mode=BEAM, num_beams=4, **lengths),
     }
     for name, mode in modes.items():
-        compare(name, talk, mode, given.pairs)
+        compare(name, talk, mode, args.pairs)
 
 
 if __name__ == "__main__":

@@ -53,10 +53,10 @@ def main() -> None:
                     row = sample[number % len(sample)]
                     text = f"{row['instruction']} ({number})"
                     file.write(json.dumps({**row, "instruction": text}, ensure_ascii=False) + "\n")
-            options, seconds, found = FinetuneConfig(data_path=str(path)), [], []
+            options, seconds, datasets = FinetuneConfig(data_path=str(path)), [], []
 
-            def start(options: FinetuneConfig = options, found: list = found) -> None:
-                found.append(
+            def start(options: FinetuneConfig = options, datasets: list = datasets) -> None:
+                datasets.append(
                     dataset.encode(
                         options, data_reader.locate_files(options.data_path), [form], tokenizer, "demo"
                     )
@@ -68,7 +68,7 @@ def main() -> None:
             started = time.monotonic()
             start()
             seconds.append(time.monotonic() - started)
-            tokens = int(found[-1].encoding.examples.lengths.sum())
+            tokens = int(datasets[-1].encoding.examples.lengths.sum())
             print(
                 f"| {count:,} | {path.stat().st_size >> 20} MiB | {tokens:,} | {seconds[0]:.0f} s "
                 f"| {count / seconds[0]:,.0f} | {seconds[1]:.2f} s | {rise >> 20} MiB |",

@@ -77,10 +77,10 @@ def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     form = templates.load(options.template, tokenizer)
     tokenizer = templates.tokenizer_for(tokenizer, form)
     tokenizer_print = hashing.of_folder(base_model.identity_files(base_path)["tokenizer"])
-    found = dataset.encode(
+    rows = dataset.encode(
         options, data_reader.locate_files(options.data_path), [form], tokenizer, tokenizer_print
     )
-    examples = found.encoding.examples
+    examples = rows.encoding.examples
     order = [
         int(place)
         for start in range(0, len(examples), args.batch_size)
@@ -89,7 +89,7 @@ def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     encoded = []
     for place in order:
         ids, is_target = examples[place]
-        labels = [token if wanted else -100 for token, wanted in zip(ids.tolist(), is_target, strict=True)]
+        labels = [token if target else -100 for token, target in zip(ids.tolist(), is_target, strict=True)]
         encoded.append({"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": labels})
     (folder / ENCODED).write_text(json.dumps(encoded), encoding="utf-8")
 

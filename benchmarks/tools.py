@@ -102,11 +102,11 @@ def main() -> None:
     two.add_argument("--types", default="f16,q8_0", help="types of the weights of the base model")
     two.set_defaults(section=engine)
     args = parser.parse_args()
-    found = plan.versions()
+    installed = plan.versions()
     if args.section is engine:
         llama_cpp_library.library()  # raises UserError with the command that installs it
-        found["llama-cpp-python"] = importlib.metadata.version("llama-cpp-python")
-    versions = ", ".join(f"{name} {version}" for name, version in found.items())
+        installed["llama-cpp-python"] = importlib.metadata.version("llama-cpp-python")
+    versions = ", ".join(f"{name} {version}" for name, version in installed.items())
     load = os.getloadavg()[0]
     print(f"{date.today().isoformat()}; {hardware.describe_machine()}, load average {load:.1f}; {versions}.")
     args.section(args)
@@ -163,8 +163,8 @@ def make(place: Path, layout: str, shape: meta_layout.Shape) -> None:
 def command(work: str, place: Path, options: list[str]) -> list[str | Path]:
     source, target = place / "source", place / "out"
     if work == MERGE:
-        given = ["--model_path", source, "--lora_path", place / "adapter", "--output_path", target]
-        return [ROOT / "tools/merge_lora.py", *given]
+        options_of_merge = ["--model_path", source, "--lora_path", place / "adapter", "--output_path", target]
+        return [ROOT / "tools/merge_lora.py", *options_of_merge]
     return [ROOT / "tools/convert_llama.py", "--input_dir", source, "--output_dir", target, *options]
 
 
@@ -197,8 +197,8 @@ def copied(source: Path, target: Path) -> float:
 def ran(command: list[str | Path], place: Path) -> tuple[float, int]:
     """(seconds, peak bytes of the largest process) of a tool, including start-up."""
     started = time.monotonic()
-    asked = [sys.executable, "-c", WITH_PEAK, place / "peak", sys.executable, *command]
-    subprocess.run(list(map(str, asked)), check=True, stdout=subprocess.DEVNULL)
+    watched = [sys.executable, "-c", WITH_PEAK, place / "peak", sys.executable, *command]
+    subprocess.run(list(map(str, watched)), check=True, stdout=subprocess.DEVNULL)
     seconds = time.monotonic() - started
     shutil.rmtree(place / "out")
     return seconds, 1024 * int((place / "peak").read_text())
@@ -223,12 +223,12 @@ def engine(args: argparse.Namespace) -> None:
         for kind, file in files.items():
             for added in (None, adapter):
                 title = f"{kind}, adapter of rank {random_llama.RANK} on all linear layers" if added else kind
-                found = beside_bare(file, added, str(place / "adapter") if added else "", args)
-                pairs = [1 / takes for takes in found.takes]
+                figures = beside_bare(file, added, str(place / "adapter") if added else "", args)
+                pairs = [1 / takes for takes in figures.takes]
                 ratios.append(statistics.median(pairs))
                 print(
-                    f"| {title} | {found.speeds[0]:.1f} | {found.speeds[1]:.1f} | {ratios[-1]:.3f} "
-                    f"| {min(pairs):.3f} to {max(pairs):.3f} | {'yes' if found.same else 'NO'} |",
+                    f"| {title} | {figures.speeds[0]:.1f} | {figures.speeds[1]:.1f} | {ratios[-1]:.3f} "
+                    f"| {min(pairs):.3f} to {max(pairs):.3f} | {'yes' if figures.same else 'NO'} |",
                     flush=True,
                 )
     print(f"\n- the smallest ratio is {min(ratios):.3f}, {goal(min(ratios), ENGINE)}")
@@ -279,19 +279,19 @@ class Bare:
                 self.state, (api.llama_adapter_lora_p_ctypes * 1)(loaded), 1, (ctypes.c_float * 1)(1.0)
             )
 
-    def tokens(self, given: list[int], count: int, decode: Callable[[list[int]], str]) -> Iterator[str]:
+    def tokens(self, prompt: list[int], count: int, decode: Callable[[list[int]], str]) -> Iterator[str]:
         """Yields an empty text for each of `count` most probable tokens, and the whole text at the end."""
-        api, made = self.api, []
+        api, answer = self.api, []
         api.llama_memory_clear(api.llama_get_memory(self.state), False)
-        while len(made) < count:
-            tokens = (api.llama_token * len(given))(*given)
-            code = api.llama_decode(self.state, api.llama_batch_get_one(tokens, len(given)))
+        while len(answer) < count:
+            tokens = (api.llama_token * len(prompt))(*prompt)
+            code = api.llama_decode(self.state, api.llama_batch_get_one(tokens, len(prompt)))
             assert code == 0, code
             scores = np.ctypeslib.as_array(api.llama_get_logits_ith(self.state, -1), (self.entries,))
-            given = [int(scores.argmax())]
-            made += given
+            prompt = [int(scores.argmax())]
+            answer += prompt
             yield ""
-        yield decode(made)
+        yield decode(answer)
 
     def close(self) -> None:
         self.api.llama_free(self.state)

@@ -134,12 +134,12 @@ def window(model_path: str, queue: int, device: str) -> Iterator[Site]:
     command = [sys.executable, str(ROOT / "interaction.py"), *options]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
-        told = next(
+        address = next(
             filter(None, (re.search(r"http://127\.0\.0\.1:(\d+)", line) for line in process.stdout)), None
         )
-        if told is None:
+        if address is None:
             sys.exit("error: interaction.py did not open a window; the reason is above.")
-        yield Site(int(told[1]))
+        yield Site(int(address[1]))
     finally:
         process.kill()
         process.wait()
@@ -154,10 +154,10 @@ def flood(site: Site, clicks: int) -> dict[str, float]:
         def click(page: Page) -> tuple[int, float, float]:
             together.wait()
             started = time.monotonic()
-            status, told = page.click(SHORT)
+            status, seconds_to_know = page.click(SHORT)
             if status == 200:
                 page.follow()
-            return status, told, page.events.get("process_completed", started) - started
+            return status, seconds_to_know, page.events.get("process_completed", started) - started
 
         results = list(pool.map(click, pages))
     for page in pages:
@@ -184,14 +184,14 @@ def closed(site: Site, count: int) -> list[float]:
             break
         answered.append(waiting)
         still_growing(answered)
-    found = []
+    gaps = []
     for _ in range(count):
         gone = answered.pop(0)
         started = time.monotonic()
         gone.close()
         waiting.begun.wait(PATIENCE)
         still_growing(answered)
-        found.append(waiting.events["process_starts"] - started)
+        gaps.append(waiting.events["process_starts"] - started)
         answered.append(waiting)
         waiting = Page(site)
         waiting.click(LONG)
@@ -199,7 +199,7 @@ def closed(site: Site, count: int) -> list[float]:
         time.sleep(1)  # so that each is answered for a while
     for page in (*answered, waiting):
         page.close()
-    return found
+    return gaps
 
 
 def still_growing(pages: list[Page]) -> None:
@@ -223,20 +223,20 @@ def main() -> None:
     parser.add_argument("--queue", type=int, default=16, help="questions that may wait")
     parser.add_argument("--model_path", default="demo")
     parser.add_argument("--device", default="auto")
-    given = parser.parse_args()
+    args = parser.parse_args()
     versions = {**plan.versions(), "gradio": version("gradio")}
     named = ", ".join(f"{name} {number}" for name, number in versions.items())
-    with window(given.model_path, given.queue, given.device) as site:
-        seen, gaps = flood(site, given.clicks), closed(site, given.closed)
-    fine = seen["waiting"] <= given.queue and seen["taken"] + seen["refused"] == given.clicks
+    with window(args.model_path, args.queue, args.device) as site:
+        seen, gaps = flood(site, args.clicks), closed(site, args.closed)
+    fine = seen["waiting"] <= args.queue and seen["taken"] + seen["refused"] == args.clicks
     fine = fine and seen["answered"] == seen["taken"]
-    print(f"{date.today().isoformat()}; {hardware.describe_machine()}; {named}. Model: {given.model_path}.\n")
+    print(f"{date.today().isoformat()}; {hardware.describe_machine()}; {named}. Model: {args.model_path}.\n")
     print("| | |\n|---|---:|")
     for what, value in (
-        ("clicks on Send in the same moment", given.clicks),
+        ("clicks on Send in the same moment", args.clicks),
         (f"answered, {SHORT} tokens each", f"{seen['answered']} of {seen['taken']} taken"),
         ("told that too many wait", seen["refused"]),
-        (f"most questions waiting (--queue {given.queue})", seen["waiting"]),
+        (f"most questions waiting (--queue {args.queue})", seen["waiting"]),
         ("a click knows whether it was taken, 95 % within", f"{seen['told']:.2f} s"),
         ("those taken have their whole answer, 95 % within", f"{seen['whole']:.1f} s"),
         ("pages closed while they were answered", len(gaps)),

@@ -39,8 +39,8 @@ def program(*command: str, folder: Path = ROOT) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    given = [sys.executable, str(ROOT / command[0]), *command[1:], f"--server_port={port}"]
-    running = subprocess.Popen(given, cwd=folder, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    arguments = [sys.executable, str(ROOT / command[0]), *command[1:], f"--server_port={port}"]
+    running = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
     try:
         for line in running.stdout:
             if "http://" in line:
@@ -118,10 +118,10 @@ def training(browser: Browser, to: Path) -> None:
 
 
 def field_of(page: Page, name: str):
-    found = page.locator(f"#train-{name} :is(input, textarea)").first
-    if not found.is_visible():
+    field = page.locator(f"#train-{name} :is(input, textarea)").first
+    if not field.is_visible():
         page.get_by_text("All options").click()
-    return found
+    return field
 
 
 def main() -> None:
