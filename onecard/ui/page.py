@@ -64,7 +64,11 @@ THEME = gr.themes.Soft(
     font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
 )
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+/* a long word in an answer would make the page wider than the screen */
+.gradio-container { width: 100% !important; max-width: min(1280px, 100vw) !important;
+  margin: 0 auto !important; }
+/* takes no room while it is empty */
+#unkept:not(:has(.status)) { display: none; }
 .answer { white-space: pre-wrap; overflow-wrap: anywhere; min-height: 6em; line-height: 1.5; }
 .may-change { opacity: .55; font-style: italic; border-bottom: 1px dotted currentColor; }
 .beam { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var(--border-color-primary);

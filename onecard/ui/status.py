@@ -43,11 +43,14 @@ def describe(reply: Reply, chat: Chat, lang: str) -> str:
     used = reply.prompt_tokens + reply.text.tokens
     parts = [
         f"{reply.speed:.1f} {'词元/秒' if zh else 'tokens/s'}",
-        f"{used} / {chat.engine.context} {'词元（上下文）' if zh else 'context tokens'}",
+        f"上下文 {used} / {chat.engine.context} 词元"
+        if zh
+        else f"{used} / {chat.engine.context} context tokens",
         f"{chat.engine.name}, {where(chat.engine.placement)[zh]}",
     ]
     if reply.first is not None:
-        parts.insert(1, f"{'首词元' if zh else 'first token after'} {reply.first:.1f} s")
+        seconds = f"{reply.first:.1f}"
+        parts.insert(1, f"首词元用时 {seconds} 秒" if zh else f"first token after {seconds} s")
     if reply.finished and reply.seed is not None:
         parts.append(f"{'种子' if zh else 'seed'} {reply.seed}")
     if reply.left_out:
