@@ -20,9 +20,9 @@ from onecard.errors import CHECKPOINT, UNSAFE, UserError
 from onecard.hub import client, model_files, remote_code, revisions
 from onecard.hub.remote_code import Consent
 from onecard.models import adapter as models_adapter
-from onecard.models import frozen_linear, packed_attention, quantized, trainable
-from onecard.models.adapter import LoraShape
+from onecard.models import frozen_linear, lora_shape, packed_attention, quantized, trainable
 from onecard.models.load_errors import NOT_A_MODEL, cannot_load
+from onecard.models.lora_shape import LoraShape
 from onecard.models.tokenizer import TOKENIZER_EXTRAS, TOKENIZER_FILES
 from onecard.system import build_lock
 from onecard.system import safetensors as safetensors_file
@@ -107,7 +107,7 @@ def check_architecture(
     bare = skeleton(path, config, code)
     if shape.what == trainable.FULL:
         return sum(p.numel() for p in bare.parameters())
-    if shape.what != models_adapter.EMBEDDINGS:
+    if shape.what != lora_shape.EMBEDDINGS:
         _check_targets(bare, shape)
     with torch.device("meta"):
         adapted = models_adapter.add_adapter(bare, shape, seed=0)
@@ -123,7 +123,7 @@ def _check_targets(bare: torch.nn.Module, shape: LoraShape) -> None:
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     }
     targets = shape.targets()
-    everything = targets == models_adapter.ALL_LINEAR
+    everything = targets == lora_shape.ALL_LINEAR
     missing = [t for t in targets if not everything and not models_adapter.matches(t, linear)]
     if missing or not targets:
         absent = ", ".join(missing) or "no name given"

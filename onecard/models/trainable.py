@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from onecard.errors import CHECKPOINT, UserError
 from onecard.hub.model_files import ADAPTER_WEIGHTS, MODEL_WEIGHTS
 from onecard.models import adapter as models_adapter
+from onecard.models import lora_shape
 from onecard.system.safetensors import read_tensors
 
 FULL = "full"  # what is trained: all weights
 
 
-def prepare(base: torch.nn.Module, shape: models_adapter.LoraShape, seed: int) -> torch.nn.Module:
+def prepare(base: torch.nn.Module, shape: lora_shape.LoraShape, seed: int) -> torch.nn.Module:
     """The model to train: the frozen base with a new adapter, or the base with all weights (fp32) trainable.
 
     seed: of the adapter's initial weights. Raises UserError as add_adapter does.

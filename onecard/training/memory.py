@@ -11,7 +11,7 @@ import torch
 from onecard.config.training import FinetuneConfig
 from onecard.models import base_model, loss, quantized, trainable
 from onecard.models import memory as model_memory
-from onecard.models.adapter import LoraShape
+from onecard.models.lora_shape import LoraShape
 from onecard.models.memory import SAFETY
 from onecard.system import hardware
 from onecard.training.plan import check_quantised

@@ -22,10 +22,9 @@ from onecard.data import template as data_template
 from onecard.data.run_data import RunData
 from onecard.errors import UserError
 from onecard.hub import remote_code
-from onecard.models import adapter as models_adapter
-from onecard.models import base_model, quantized, trainable
+from onecard.models import base_model, lora_shape, quantized, trainable
 from onecard.models import tokenizer as models_tokenizer
-from onecard.models.adapter import LoraShape
+from onecard.models.lora_shape import LoraShape
 from onecard.system import files as system_files
 from onecard.system import hardware, hashing
 from onecard.system import processes as system_processes
@@ -252,7 +251,7 @@ def describe(plan: Plan) -> None:
     lengths = data.examples.lengths
     say(f"device      {plan.device}: {reasons['device']}")
     say(f"dtype       computation in {plan.dtype}: {reasons['dtype']}; trained weights and optimizer in fp32")
-    if options.train_what in (trainable.FULL, models_adapter.EMBEDDINGS):
+    if options.train_what in (trainable.FULL, lora_shape.EMBEDDINGS):
         unused = [name for name in ADAPTER_OPTIONS if getattr(options, name) != getattr(DEFAULTS, name)]
         if unused:
             flags = ", ".join(config_options.flag(options, name) for name in unused)

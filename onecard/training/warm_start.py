@@ -8,8 +8,7 @@ from typing import Any
 from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.errors import CHECKPOINT, UserError
 from onecard.hub import locate, model_files, revisions
-from onecard.models import adapter as models_adapter
-from onecard.models import trainable
+from onecard.models import lora_shape, trainable
 from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as run_folder
 from onecard.runs import legacy
@@ -130,7 +129,7 @@ def _plain(value: Any) -> Any:
 def _is_same(name: str, option: Any, stored: Any) -> bool:
     """Whether an option has the adapter's value; all-linear may be any list, and the tensors show which."""
     return _plain(option) == _plain(stored) or (
-        name == "lora_target_modules" and option == models_adapter.ALL_LINEAR
+        name == "lora_target_modules" and option == lora_shape.ALL_LINEAR
     )
 
 
@@ -146,7 +145,7 @@ def with_shape(
         for name, value in shape.items()
         if name in explicit and name != "train_what" and not _is_same(name, getattr(request, name), value)
     ]
-    before, now = shape.get("train_what", models_adapter.LORA), request.train_what
+    before, now = shape.get("train_what", lora_shape.LORA), request.train_what
     if "train_what" in explicit and not set(before.split("+")) <= set(now.split("+")):
         wrong.append(f"train_what {before} -> {now}")
     if wrong:
@@ -173,10 +172,10 @@ def read_shape(source: Path, request: FinetuneConfig) -> dict[str, Any]:
         problem = f"{source / model_files.ADAPTER_CONFIG} does not describe a LoRA adapter ({error!r})."
         raise UserError(problem, "", CHECKPOINT) from None
     _check_kind(source, values, request)
-    if names == models_adapter.NO_TARGETS:
-        return {"train_what": models_adapter.EMBEDDINGS}
+    if names == lora_shape.NO_TARGETS:
+        return {"train_what": lora_shape.EMBEDDINGS}
     return {
-        "train_what": models_adapter.BOTH if whole else models_adapter.LORA,
+        "train_what": lora_shape.BOTH if whole else lora_shape.LORA,
         "lora_r": rank,
         "lora_alpha": alpha,
         "lora_target_modules": names,
@@ -194,8 +193,8 @@ def _check_kind(source: Path, values: dict[str, Any], request: FinetuneConfig) -
             problem, "Use an adapter without it; OneCard can train all that it makes.", CHECKPOINT
         )
     plain = ("use_rslora", "init_lora_weights")  # an option of its own; and what only matters at the start
-    has = {name: values[name] for name in models_adapter.EXTRAS if name not in plain and values.get(name)}
-    extras = models_adapter.read_extras(request.peft_config, rslora=False)
+    has = {name: values[name] for name in lora_shape.EXTRAS if name not in plain and values.get(name)}
+    extras = lora_shape.read_extras(request.peft_config, rslora=False)
     settings = {name: value for name, value in extras.items() if name not in plain and value}
     adds_rslora = extras.get("use_rslora") and not values.get("use_rslora")
     if adds_rslora or {k: _plain(v) for k, v in has.items()} != {k: _plain(v) for k, v in settings.items()}:

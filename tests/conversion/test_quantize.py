@@ -285,7 +285,7 @@ def test_weights_that_are_no_numbers_are_refused(source, rows, tmp_path):
     save_file(whole, bad / "model.safetensors", {"format": "pt"})
     given = {"model_path": str(bad), "data_path": str(rows), "output_path": str(tmp_path / "out")}
     options = build(QuantizeConfig, {**given, "method": "bnb"})
-    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds numbers") as caught:
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds values") as caught:
         quantize.run(options)
     assert caught.value.code == CHECKPOINT
     assert not (tmp_path / "out").exists()

@@ -23,7 +23,7 @@ from onecard.inference.decoding import CANCELLED, NO_MEMORY
 from onecard.inference.engine import Capabilities
 from onecard.inference.transformers_engine import Engine
 from onecard.models import adapter as models_adapter
-from onecard.models import base_model, trainable
+from onecard.models import base_model, lora_shape, trainable
 from onecard.system import safetensors as safetensors_file
 from tests.support import tiny
 from tests.support.tokenizers import TOKENIZERS, load
@@ -576,11 +576,9 @@ def test_other_errors_are_not_hidden(talk, monkeypatch, layer, error):
 # adapters
 
 
-def make_adapter(
-    folder: Path, source: Path, seed: int, what: str = models_adapter.LORA, **extra
-) -> torch.Tensor:
+def make_adapter(folder: Path, source: Path, seed: int, what: str = lora_shape.LORA, **extra) -> torch.Tensor:
     """A folder as a training saves it, with random weights; returns the trained model's logits of IDS."""
-    shape = models_adapter.LoraShape(4, 8.0, 0.0, "q_proj,v_proj,down_proj", extra, what)
+    shape = lora_shape.LoraShape(4, 8.0, 0.0, "q_proj,v_proj,down_proj", extra, what)
     made = trainable.prepare(base(source), shape, seed)
     generator = torch.Generator().manual_seed(seed)
     for parameter in trainable.trainable(made):
@@ -615,8 +613,8 @@ def adapters(tiny_model, tmp_path_factory) -> tuple[dict[str, Path], dict[str, t
         "rs": {"use_rslora": True},
         "dora": {"use_dora": True},
         "ranks": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}},
-        "embeddings": {"what": models_adapter.EMBEDDINGS},
-        "both": {"what": models_adapter.BOTH},
+        "embeddings": {"what": lora_shape.EMBEDDINGS},
+        "both": {"what": lora_shape.BOTH},
     }
     for seed, (name, how) in enumerate(kinds.items(), 1):
         wanted[name] = make_adapter(place / name, tiny_model, seed, **how)
@@ -654,7 +652,7 @@ def test_all_kinds_of_adapters_are_what_was_trained(tiny_model, adapters):
         assert torch.equal(scores(engine, ()), plain), name
 
 
-@pytest.mark.parametrize("what", [models_adapter.EMBEDDINGS, models_adapter.BOTH])
+@pytest.mark.parametrize("what", [lora_shape.EMBEDDINGS, lora_shape.BOTH])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_trained_embeddings_of_tied_models(tied_model, tmp_path, what, dtype):
     """A head that is the embedding follows it, with the adapter on and off, in 16 bits too."""

@@ -14,7 +14,7 @@ from onecard.data.conversation import single
 from onecard.data.packing import pack
 from onecard.errors import UserError
 from onecard.models import adapter as models_adapter
-from onecard.models import base_model, trainable
+from onecard.models import base_model, lora_shape, trainable
 from onecard.training import step
 from tests.support import tiny
 from tests.support.resume_cases import differences, flags, outcome, stopped_at
@@ -78,7 +78,7 @@ def other(request, tmp_path_factory) -> tuple[Path, set[str], bool]:
 def test_all_linear_finds_the_right_modules(other):
     """And as many parameters as the plan says; the head is left out."""
     folder, linear, _ = other
-    shape = models_adapter.LoraShape(4, 8.0, 0.0, "all-linear")
+    shape = lora_shape.LoraShape(4, 8.0, 0.0, "all-linear")
     planned = base_model.check_architecture(str(folder), base_model.load_config(str(folder)), shape)
     adapted = models_adapter.add_adapter(base_model.load_base(str(folder), 16, "fp32", "cpu"), shape, seed=3)
     found = {
@@ -94,7 +94,7 @@ def test_the_loss_is_that_of_the_plain_model(other):
     examples = tiny.encoded([single(**row) for row in tiny.rows(5)], tiny.tokenizer())
     adapted = models_adapter.add_adapter(
         base_model.load_base(str(folder), 16, "fp32", "cpu"),
-        models_adapter.LoraShape(4, 8.0, 0.0, "all-linear"),
+        lora_shape.LoraShape(4, 8.0, 0.0, "all-linear"),
         seed=3,
     )
     assert base_model.prepare_for_packed_training(adapted, checkpointing=False) == packs
@@ -133,7 +133,7 @@ def test_attention_that_mixes_documents_is_seen(tiny_model, monkeypatch):
     """A model that ignores the documents' lengths is not packed, whatever it says."""
     adapted = models_adapter.add_adapter(
         base_model.load_base(str(tiny_model), 16, "fp32", "cpu"),
-        models_adapter.LoraShape(4, 8.0, 0.0, "q_proj"),
+        lora_shape.LoraShape(4, 8.0, 0.0, "q_proj"),
         seed=3,
     )
     decoder = adapted.get_base_model().get_decoder()
@@ -195,5 +195,5 @@ def test_wrong_settings_of_an_adapter_are_named(tmp_path, text, word):
     """Exit 2, the file and the setting."""
     (tmp_path / "peft.json").write_text(text)
     with pytest.raises(UserError, match=word) as caught:
-        models_adapter.read_extras(str(tmp_path / "peft.json"), rslora=False)
+        lora_shape.read_extras(str(tmp_path / "peft.json"), rslora=False)
     assert caught.value.code == 2

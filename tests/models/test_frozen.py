@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from onecard.data.packing import PackedBatch
 from onecard.models import adapter as models_adapter
-from onecard.models import base_model, frozen_linear
+from onecard.models import base_model, frozen_linear, lora_shape
 from onecard.training import memory as training_memory
 from onecard.training import step
 from tests.support import tiny
@@ -100,7 +100,7 @@ def kept_bytes(folder, bits: int, checkpointing: bool, layers: int, hidden: int,
     config.head_dim = hidden // config.num_attention_heads
     LlamaForCausalLM(config).save_pretrained(folder)
     base = base_model.load_base(str(folder), bits, "fp32", "cpu")
-    adapted = models_adapter.add_adapter(base, models_adapter.LoraShape(4, 8.0, 0.0, "q_proj,v_proj"), seed=0)
+    adapted = models_adapter.add_adapter(base, lora_shape.LoraShape(4, 8.0, 0.0, "q_proj,v_proj"), seed=0)
     base_model.prepare_for_packed_training(adapted, checkpointing)
     step_model = step.StepModel(adapted, torch.float32)
     packed = PackedBatch(

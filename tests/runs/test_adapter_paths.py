@@ -30,7 +30,7 @@ from onecard.inference import lazy_engine, loader, resolve
 from onecard.inference.chat import Chat
 from onecard.inference.decoding import CANCELLED
 from onecard.models import adapter as models_adapter
-from onecard.models import base_model, trainable
+from onecard.models import base_model, lora_shape, trainable
 from onecard.models import tokenizer as models_tokenizer
 from onecard.runs import adapters as run_adapters
 from onecard.runs import folder as run_folder
@@ -234,7 +234,7 @@ def test_runs_that_train_more_than_an_adapter(tiny_model, tmp_path, what):
         return
     wanted = models_adapter.add_adapter(
         base_model.load_base(str(tiny_model), 16, "fp32", "cpu"),
-        models_adapter.LoraShape(RANK, ALPHA, 0.0, TARGETS, what=what),
+        lora_shape.LoraShape(RANK, ALPHA, 0.0, TARGETS, what=what),
         seed=0,
     )
     trainable.load(wanted, folder)

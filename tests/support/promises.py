@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.memory_rise import memory_rise
 from onecard.errors import UserError
 from onecard.models import adapter as models_adapter
-from onecard.models import trainable
+from onecard.models import lora_shape, trainable
 from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as run_folder
 from onecard.runs.checkpoint import Progress
@@ -147,9 +147,7 @@ def saving_needs_no_memory_for_the_base(place: Path, gather: Callable | None = N
                 num_attention_heads=8,
             )
         )
-        adapted = models_adapter.add_adapter(
-            base, models_adapter.LoraShape(64, 16, 0.0, "q_proj,v_proj"), seed=1
-        )
+        adapted = models_adapter.add_adapter(base, lora_shape.LoraShape(64, 16, 0.0, "q_proj,v_proj"), seed=1)
         optimizer = torch.optim.AdamW(trainable.trainable(adapted))
         scaler = torch.amp.GradScaler("cpu", enabled=False)
 

@@ -12,12 +12,12 @@ from onecard.data import conversation as data_conversation
 from onecard.data import examples as data_examples
 from onecard.data.packing import micro_batches
 from onecard.models import adapter as models_adapter
-from onecard.models import base_model, trainable
+from onecard.models import base_model, lora_shape, trainable
 from onecard.system import processes as system_processes
 from onecard.training import distributed, step
 from tests.support import tiny
 
-NO_DROPOUT = models_adapter.LoraShape(4, 8.0, 0.0, "q_proj,v_proj")
+NO_DROPOUT = lora_shape.LoraShape(4, 8.0, 0.0, "q_proj,v_proj")
 
 
 def encode_tiny(count: int) -> data_examples.Examples:

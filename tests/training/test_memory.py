@@ -9,7 +9,7 @@ from onecard.config.training import FinetuneConfig
 from onecard.data.packing import pack
 from onecard.errors import UserError
 from onecard.models import base_model, loss, trainable
-from onecard.models.adapter import LoraShape
+from onecard.models.lora_shape import LoraShape
 from onecard.system import hardware
 from onecard.training import memory as training_memory
 from onecard.training import step

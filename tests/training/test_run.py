@@ -21,7 +21,7 @@ from onecard.data import template as templates
 from onecard.errors import UserError
 from onecard.inference import chat, transformers_engine
 from onecard.models import adapter as models_adapter
-from onecard.models import base_model, trainable
+from onecard.models import base_model, lora_shape, trainable
 from onecard.models import tokenizer as models_tokenizer
 from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as run_folder
@@ -120,7 +120,7 @@ def test_saved_adapter_has_the_logits_of_the_one_in_memory(tiny_model, tmp_path)
     """T20: through peft on a plain base, the file gives what the trained model gave."""
     adapted = models_adapter.add_adapter(
         base_model.load_base(str(tiny_model), 16, "fp32", "cpu"),
-        models_adapter.LoraShape(4, 8, 0, "q_proj,o_proj"),
+        lora_shape.LoraShape(4, 8, 0, "q_proj,o_proj"),
         0,
     )
     for parameter in trainable.trainable(adapted):
@@ -338,7 +338,7 @@ def test_adapter_weights_are_fp32_for_every_dtype(tiny_model):
     for dtype in ("fp16", "bf16", "fp32"):
         adapted = models_adapter.add_adapter(
             base_model.load_base(str(tiny_model), 8, dtype, "cpu"),
-            models_adapter.LoraShape(4, 8, 0, "all-linear"),
+            lora_shape.LoraShape(4, 8, 0, "all-linear"),
             0,
         )
         assert {parameter.dtype for parameter in trainable.trainable(adapted)} == {torch.float32}

@@ -19,7 +19,7 @@ from onecard.data.packing import pack
 from onecard.errors import UserError
 from onecard.inference import chat
 from onecard.models import adapter as models_adapter
-from onecard.models import base_model, trainable
+from onecard.models import base_model, lora_shape, trainable
 from onecard.training import loop, metrics, step
 from onecard.training import plan as training_plan
 from tests.support import tiny
@@ -35,7 +35,7 @@ def base(request, tiny_model, tied_model) -> Path:
 
 def prepared(folder: Path, what: str, bits: int = 16, dtype: str = "fp32"):
     kept_in = "fp32" if what == "full" else dtype
-    shape = models_adapter.LoraShape(4, 8.0, 0.0, "q_proj,v_proj", what=what)
+    shape = lora_shape.LoraShape(4, 8.0, 0.0, "q_proj,v_proj", what=what)
     made = trainable.prepare(base_model.load_base(str(folder), bits, kept_in, "cpu"), shape, seed=3)
     packs = base_model.prepare_for_packed_training(made, checkpointing=False)
     assert packs
@@ -80,7 +80,7 @@ def test_what_is_trained(base, tied_model):
 
 @pytest.mark.parametrize("what", WHAT)
 def test_the_plan_knows_how_many_parameters(base, what):
-    shape = models_adapter.LoraShape(4, 8.0, 0.0, "q_proj,v_proj", what=what)
+    shape = lora_shape.LoraShape(4, 8.0, 0.0, "q_proj,v_proj", what=what)
     planned = base_model.check_architecture(str(base), base_model.load_config(str(base)), shape)
     assert planned == sum(p.numel() for p in trainable.trainable(prepared(base, what).model))
 
@@ -190,7 +190,7 @@ def test_tied_embeddings_that_peft_cannot_tie_are_refused(tmp_path):
 
     config = transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=1, n_head=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    shape = models_adapter.LoraShape(4, 8.0, 0.0, "all-linear", what="lora+embeddings")
+    shape = lora_shape.LoraShape(4, 8.0, 0.0, "all-linear", what="lora+embeddings")
     with pytest.raises(UserError, match="tied embeddings of BloomForCausalLM"):
         trainable.prepare(base_model.load_base(str(tmp_path), 16, "fp32", "cpu"), shape, seed=3)
 
