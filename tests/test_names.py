@@ -10,6 +10,7 @@ import pytest
 
 from tests.support import doc_names
 from tests.support.paths import ROOT
+from tests.support.rooms import RANKS
 
 FOLDERS = ("onecard", "tests", "tools", "benchmarks", "sample", "docs")
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,6 +77,17 @@ def test_the_docs_name_what_exists(path):
     assert names.missing(page, strict=path.name == "decisions.md") == []
     assert doc_names.wrong_options(page) == []
     assert doc_names.dead_links(path.relative_to(ROOT).as_posix(), page) == []
+
+
+def test_the_decisions_are_grouped_by_room():
+    """Sections in the order of the rooms, then the project as a whole; each paragraph begins with its title."""
+    page = (ROOT / "docs/decisions.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## (\w+)", page, flags=re.MULTILINE)
+    rooms = [room for room in RANKS if (ROOT / "onecard" / room).is_dir()]
+    assert [section.lower() for section in sections] == [*rooms, "project"]
+    paragraphs = page.partition("## ")[2].split("\n\n")[1:]
+    untitled = [text for text in paragraphs if not text.startswith(("**", "## "))]
+    assert untitled == []
 
 
 @pytest.mark.parametrize(
