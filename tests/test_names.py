@@ -80,7 +80,7 @@ def test_the_docs_name_what_exists(path):
 
 
 def test_the_decisions_are_grouped_by_room():
-    """Sections in the order of the rooms, then the project as a whole; each paragraph begins with its title."""
+    """Sections in the order of the rooms, then the whole project; each paragraph begins with its title."""
     page = (ROOT / "docs/decisions.md").read_text(encoding="utf-8")
     sections = re.findall(r"^## (\w+)", page, flags=re.MULTILINE)
     rooms = [room for room in RANKS if (ROOT / "onecard" / room).is_dir()]
