@@ -1,4 +1,4 @@
-"""What the many-turn window shows as an answer grows, stops or fails; without a browser."""
+"""What the chat window shows while an answer grows, stops or fails; without a browser."""
 
 import threading
 import types
@@ -32,10 +32,10 @@ class Sides(Scripted):
     def stream(
         self, conversation, settings, active_adapters=None, cancelled=lambda: False, form=""
     ) -> Iterator:
-        for made in self.scripts[active_adapters]:
-            if isinstance(made, Exception):
-                raise made
-            yield reply(made)
+        for step in self.scripts[active_adapters]:
+            if isinstance(step, Exception):
+                raise step
+            yield reply(step)
 
 
 def window(chat: Scripted, **options) -> chat_window.ChatWindow:
@@ -44,14 +44,14 @@ def window(chat: Scripted, **options) -> chat_window.ChatWindow:
 
 
 def answered(
-    made: chat_window.ChatWindow, what: str, turns: list, compare: bool = False, **side
+    chat_page: chat_window.ChatWindow, what: str, turns: list, compare: bool = False, **side
 ) -> list[dict]:
-    """What the page shows at each step, from what the button gives."""
-    layout = made.layout
+    """What the page shows at each step of what a button does."""
+    layout = chat_page.layout
     values = {component: component.value for component in layout.side()}
     values |= {layout.compare: compare, layout.against: BASE, layout.template: side.get("form", TRAINED)}
     box = "new" if what == "ask" else "in the box"
-    steps = getattr(made.answers, what)(PAGE, box, turns, *values.values())
+    steps = getattr(chat_page.answers, what)(PAGE, box, turns, *values.values())
     names = ("turns", "kept", "left", "right", "status", "box", "beams")
     return [dict(zip(names, step, strict=True)) for step in steps]
 
@@ -59,8 +59,8 @@ def answered(
 @pytest.mark.parametrize(("what", "box"), [("ask", "new"), ("retry", "in the box")])
 def test_an_answer_stopped_before_its_first_token_changes_nothing(what, box):
     """The turns are as they were, in the browser's storage too; the question is in the box again."""
-    made = window(Sides([PartialText(""), PartialText("", finished=CANCELLED)], []))
-    *_, last = answered(made, what, [OLD])
+    chat_page = window(Sides([PartialText(""), PartialText("", finished=CANCELLED)], []))
+    *_, last = answered(chat_page, what, [OLD])
     assert (last["turns"], last["box"]) == ([OLD], box)
     assert "old" in last["kept"]
     assert [message["content"] for message in last["left"]] == ["q", "old"]
@@ -69,8 +69,8 @@ def test_an_answer_stopped_before_its_first_token_changes_nothing(what, box):
 
 
 def test_an_answer_that_ends_empty_is_a_turn():
-    made = window(Sides([PartialText("", finished=END)], []))
-    *_, last = answered(made, "ask", [OLD])
+    chat_page = window(Sides([PartialText("", finished=END)], []))
+    *_, last = answered(chat_page, "ask", [OLD])
     assert [turn["question"] for turn in last["turns"]] == ["q", "new"]
     assert "new" in last["kept"]
 
@@ -82,7 +82,7 @@ BROKEN = [UserError("No memory for this side.", "Wait.")]
 @pytest.mark.parametrize("engine", ["toy", "transformers"])
 @pytest.mark.parametrize("failing", [LEFT, RIGHT])
 def test_an_error_of_one_side_stays_and_the_other_answers(engine, failing):
-    """Told until the end, whichever side comes first."""
+    """The error is shown until the end, whichever side comes first."""
     sides = (BROKEN, WHOLE) if failing == LEFT else (WHOLE, BROKEN)
     steps = answered(window(Sides(*sides, name=engine)), "ask", [OLD], compare=True)
     last, other = steps[-1], RIGHT if failing == LEFT else LEFT
@@ -94,16 +94,16 @@ def test_an_error_of_one_side_stays_and_the_other_answers(engine, failing):
 
 
 def test_an_answer_that_cannot_go_on_stays():
-    """Continue with two sides: one fails, its earlier text is there."""
-    made = window(Sides(BROKEN, WHOLE))
-    *_, last = answered(made, "go_on", [OLD], compare=True)
+    """Continue with two sides: one fails, and its earlier text is still there."""
+    chat_page = window(Sides(BROKEN, WHOLE))
+    *_, last = answered(chat_page, "go_on", [OLD], compare=True)
     assert (last["turns"][-1][LEFT], last["turns"][-1][RIGHT]) == ("old", "a b c")
     assert last["left"][-1]["content"] == "old"
 
 
 def test_errors_of_both_sides_change_nothing():
-    made = window(Sides(BROKEN, BROKEN))
-    *_, last = answered(made, "retry", [OLD], compare=True)
+    chat_page = window(Sides(BROKEN, BROKEN))
+    *_, last = answered(chat_page, "retry", [OLD], compare=True)
     assert (last["turns"], last["box"]) == ([OLD], "in the box")
     assert last["status"].count("No memory for this side") == 1
 
@@ -111,11 +111,11 @@ def test_errors_of_both_sides_change_nothing():
 def test_a_system_prompt_that_the_template_cannot_hold_is_left_out():
     """The question is answered without it, and the status line says so."""
     chat = Scripted(echo)
-    made = window(chat, system="Be kind.")
-    *_, last = answered(made, "ask", [])
+    chat_page = window(chat, system="Be kind.")
+    *_, last = answered(chat_page, "ask", [])
     assert chat.questions == [["Be kind.", "new"]]
     assert "left out" not in last["status"]
-    *_, last = answered(made, "ask", [], form="alpaca")
+    *_, last = answered(chat_page, "ask", [], form="alpaca")
     assert chat.questions[1:] == [["new"]]
     assert last["turns"][-1][LEFT] == "NEW"
     assert "the system prompt is left out: template alpaca has no place for it" in last["status"]
@@ -134,13 +134,13 @@ def test_the_single_turn_window_leaves_it_out_too():
 
 
 def test_a_side_that_does_not_go_on_keeps_what_made_it():
-    """Continue without the comparison: the other answer stays, and what made it."""
-    made = window(Sides(WHOLE, []))
+    """Continue without the comparison: the other answer stays, with the adapters that made it."""
+    chat_page = window(Sides(WHOLE, []))
     turn = {**OLD, "adapters": {LEFT: {"one": 1.0}, RIGHT: {"two": 0.5}}}
-    *_, last = answered(made, "go_on", [turn])
+    *_, last = answered(chat_page, "go_on", [turn])
     assert last["turns"][-1][RIGHT] == "old too"
     assert last["turns"][-1]["adapters"] == {LEFT: {"one": 1.0}, RIGHT: {"two": 0.5}}
-    *_, last = answered(made, "retry", [turn])
+    *_, last = answered(chat_page, "retry", [turn])
     assert RIGHT not in last["turns"][-1]
     assert last["turns"][-1]["adapters"] == {LEFT: {"one": 1.0}}
 
@@ -149,30 +149,30 @@ def test_a_side_that_does_not_go_on_keeps_what_made_it():
     ("context", "asked", "kept"), [("facts", "facts", ""), ("facts", "", "facts\n\n"), ("", "", "")]
 )
 def test_a_summary_keeps_what_it_does_not_know(context, asked, kept):
-    """Text in the context that no turn was asked with stays before the summary."""
-    made = window(Sides(WHOLE, []))
-    layout = made.layout
+    """Text in the context box that went with no turn stays before the summary."""
+    chat_page = window(Sides(WHOLE, []))
+    layout = chat_page.layout
     values = {component: component.value for component in layout.side()} | {layout.context: context}
-    *_, last = made.answers.summarise(PAGE, [{**OLD, "input": asked}], *values.values())
+    *_, last = chat_page.answers.summarise(PAGE, [{**OLD, "input": asked}], *values.values())
     assert (last[0], last[-1]) == ([], f"{kept}a b c")
 
 
 def test_edit_last_does_not_overwrite_a_message():
-    made = window(Scripted(echo))
-    turns, _, _, _, status, box, _, context = made.edit_last("half a thought", "", [OLD])
+    chat_page = window(Scripted(echo))
+    turns, _, _, _, status, box, _, context = chat_page.edit_last("half a thought", "", [OLD])
     assert turns == [OLD]
     assert "not sent yet" in status
     assert box == context == gr.skip()
-    turns, _, _, _, _, box, _, context = made.edit_last(" ", "typed", [OLD])
+    turns, _, _, _, _, box, _, context = chat_page.edit_last(" ", "typed", [OLD])
     assert (turns, box, context) == ([], "q", gr.skip())
 
 
 @pytest.mark.parametrize(("context", "wanted"), [("", "facts"), ("facts", "facts"), ("other", None)])
 def test_edit_last_gives_the_context_back(context, wanted):
-    """Into an empty box; what else was typed there is not overwritten."""
-    made = window(Scripted(echo))
+    """The context comes back into an empty box; other text that was typed there is not overwritten."""
+    chat_page = window(Scripted(echo))
     asked = {**OLD, "input": "facts"}
-    turns, _, _, _, status, _, _, given = made.edit_last("", context, [asked])
+    turns, _, _, _, status, _, _, given = chat_page.edit_last("", context, [asked])
     if wanted:
         assert (turns, given) == ([], wanted)
     else:
@@ -181,7 +181,7 @@ def test_edit_last_gives_the_context_back(context, wanted):
 
 
 def test_all_buttons_that_ask_share_the_places():
-    """Or a visitor would be answered beside the limit by Retry, Continue and Summarise."""
+    """Otherwise Retry, Continue and Summarise would be answered beyond the limit of the queue."""
     for made, buttons in ((chat_window, 4), (single_window, 1)):
         events = made.build_page(Scripted(echo), ChatConfig(mode="greedy")).fns.values()
         queued = [event for event in events if event.queue and event.inputs]
@@ -190,7 +190,7 @@ def test_all_buttons_that_ask_share_the_places():
 
 
 def test_a_program_ends_between_two_pieces_of_an_answer(monkeypatch):
-    """What is being made is waited for, nothing more is begun: else a thread in torch aborts the process."""
+    """The program waits for the piece that is computed and begins no other one."""
     steps, inside, go, seen, told = ui_sessions.Steps(), threading.Event(), threading.Event(), [], []
     monkeypatch.setattr(ui_sessions, "say", told.append)
 
@@ -217,7 +217,7 @@ def test_a_program_ends_between_two_pieces_of_an_answer(monkeypatch):
 
 
 def test_stop_while_waiting_is_told():
-    """Between the click and the turn in the queue; not once the answer has begun."""
+    """A session waits from the click until its turn in the queue, and not once its answer has begun."""
     sessions = ui_sessions.Sessions()
     sessions.begin("page")
     assert sessions.is_waiting("page")

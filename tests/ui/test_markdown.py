@@ -1,4 +1,4 @@
-"""What a model or a user writes as Markdown: code is left as it is, HTML around it is escaped."""
+"""Markdown that a model or a user has written: code stays as it is, and HTML around it is escaped."""
 
 import pytest
 
@@ -30,7 +30,7 @@ ESCAPED = "&lt;img src=x>"
     ],
 )
 def test_code_keeps_its_signs(text):
-    """Spans, indented code, fences of both kinds and longer ones, in lists and quotes; none comes behind."""
+    """Spans, indented code and all kinds of fences, in lists and quotes; what follows is not code."""
     code = text.replace("{}", BAD + " & x")
     assert ui_html.as_markdown(PartialText(code)) == code
     if text.count("```") != 1:
@@ -59,7 +59,7 @@ def test_code_keeps_its_signs(text):
     ],
 )
 def test_html_outside_of_code_is_escaped(text):
-    """Runs of backticks that do not match or that a cell parts, other, shorter and closed fences."""
+    """Backticks that do not match or stand in two cells; fences that are other, shorter or closed."""
     shown = ui_html.as_markdown(PartialText(text.replace("{}", BAD)))
     assert BAD not in shown
     assert ESCAPED in shown
@@ -67,7 +67,7 @@ def test_html_outside_of_code_is_escaped(text):
 
 @pytest.mark.parametrize("before", ["```\na\n", "~~~\na\n", "- a\n  ```\n  b\n", "````\n```\n", "~~~\n```\n"])
 def test_what_may_change_is_not_marked_in_code(before):
-    """Inside of a fence there is no tag, and behind it there is one."""
+    """The tag that marks it stands behind a fence and not inside, where it would be shown."""
     assert ui_html.as_markdown(PartialText(before, "  a < b")) == f"{before}  a < b"
     closing = "  ```" if before.startswith("-") else before.split("\n")[0]
     closed = f"{before}{closing}\n"
