@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from onecard.runs import checkpoint as runs_checkpoint
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.runs import legacy
 from onecard.system import files as system_files
 from onecard.system import lock
@@ -70,7 +70,7 @@ def test_a_save_in_place_is_noticed(tmp_path, monkeypatch):
 def test_deleting_the_newest_is_noticed(tmp_path, monkeypatch):
     def prune(folder: Path, keep: int | None, best_step: int) -> None:
         if keep:
-            for step in sorted(run_folder.checkpoint_steps(folder))[keep:]:
+            for step in sorted(runs_folder.checkpoint_steps(folder))[keep:]:
                 shutil.rmtree(folder / f"checkpoint-{step}")
 
     monkeypatch.setattr(runs_checkpoint, "prune", prune)

@@ -20,7 +20,7 @@ from onecard.hub import model_files
 from onecard.models import adapter as models_adapter
 from onecard.models import tensor_files
 from onecard.models.tensor_files import Files, StoredTensor
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.system import files as system_files
 
 PREFIX = "base_model.model."
@@ -38,7 +38,7 @@ PLAIN_VALUES = {  # settings of other kinds of adapters, and their values in an 
     "kasa_config": (None,),
     "monteclora_config": (None,),
     "megatron_config": (None,),
-    "init_lora_weights": run_folder.PLAIN_STARTS,
+    "init_lora_weights": runs_folder.PLAIN_STARTS,
 }
 
 

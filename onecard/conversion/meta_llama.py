@@ -17,7 +17,7 @@ from onecard.errors import CHECKPOINT, UserError
 from onecard.hub import model_files
 from onecard.system import files as system_files
 from onecard.system import output_folder, sandbox
-from onecard.system import safetensors as safetensors_file
+from onecard.system import safetensors as system_safetensors
 from onecard.system.console import Progress, say
 
 FLAG = "--output_dir"
@@ -140,7 +140,7 @@ def _check_headers(place: Path, shape: meta_layout.Shape, tied: bool) -> None:
         del expected["lm_head.weight"]
     written = {}
     for path in model_files.files_of(place):
-        written |= {name: entry["shape"] for name, entry in safetensors_file.read(path)[1].items()}
+        written |= {name: entry["shape"] for name, entry in system_safetensors.read(path)[1].items()}
     if written != expected:
         problem = f"{place}: the files do not hold the tensors that were planned."
         raise UserError(problem, "Check the disk, and the model's files.", CHECKPOINT)

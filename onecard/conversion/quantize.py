@@ -24,7 +24,7 @@ from onecard.evaluation.eval_rows import EvalRow
 from onecard.hub import locate, model_files, revisions
 from onecard.inference import resolve
 from onecard.models import base_model, quantized, tensor_files
-from onecard.models import memory as model_memory
+from onecard.models import memory as models_memory
 from onecard.models import tokenizer as models_tokenizer
 from onecard.system import build_lock, console, hardware, output_folder
 from onecard.system import files as system_files
@@ -288,7 +288,7 @@ def _perplexity(folder: Path, rows: list[EvalRow], device: str, title: str) -> f
     if not rows:
         return None
     size = _weight_bytes(folder)
-    if device != "cpu" and size > model_memory.SAFETY * (hardware.free_memory_bytes(device) or 0):
+    if device != "cpu" and size > models_memory.SAFETY * (hardware.free_memory_bytes(device) or 0):
         say(f"{title}: measured on the CPU, because {size / 2**30:.1f} GiB do not fit on {device}")
         device = "cpu"
     dtype = hardware.choose_dtype("auto", device).value

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from onecard.config.chat import ChatConfig
 from onecard.config.generation import ActiveAdapters
 from onecard.config.tools import PerplexityConfig
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.errors import CHECKPOINT, DATA, UserError
 from onecard.evaluation import likelihood
 from onecard.inference import loader
@@ -146,7 +146,7 @@ def perplexity(options: PerplexityConfig, to_gguf: loader.ToGguf) -> tuple[Score
     """
     text = read(options.data_path)
     engine, tokenizer, template, active_adapters, _ = loader.load(for_chat(options), to_gguf, exact=True)
-    tokenizer = templates.tokenizer_for(tokenizer, template)
+    tokenizer = data_template.tokenizer_for(tokenizer, template)
     if len(active_adapters) < len(engine.adapters):
         problem = f"--lora_path names {len(engine.adapters)} adapters."
         raise UserError(problem, "Name one, or give those that act together a weight: PATH:0.5,PATH:0.5.")

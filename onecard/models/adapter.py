@@ -32,7 +32,7 @@ from onecard.models import quantized
 from onecard.models.dropout import CheapDropout
 from onecard.models.lora_shape import ALL_LINEAR, EMBEDDINGS, LORA, LoraShape
 from onecard.system import build_lock
-from onecard.system import safetensors as safetensors_file
+from onecard.system import safetensors as system_safetensors
 
 
 def add_adapter(base: torch.nn.Module, shape: LoraShape, seed: int) -> PeftModel:
@@ -193,7 +193,7 @@ def attach(model: torch.nn.Module, folder: Path, name: str) -> PeftModel:
     UserError (exit 4) when the adapter does not fit the model.
     """
     key = _key(name)
-    safetensors_file.check(folder.glob(SAFETENSORS_WEIGHTS_NAME))
+    system_safetensors.check(folder.glob(SAFETENSORS_WEIGHTS_NAME))
     try:
         with build_lock.alone(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about deprecated names of transformers that peft uses

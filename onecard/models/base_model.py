@@ -25,7 +25,7 @@ from onecard.models.load_errors import NOT_A_MODEL, cannot_load
 from onecard.models.lora_shape import LoraShape
 from onecard.models.tokenizer import TOKENIZER_EXTRAS, TOKENIZER_FILES
 from onecard.system import build_lock
-from onecard.system import safetensors as safetensors_file
+from onecard.system import safetensors as system_safetensors
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # settings that change the logits or the attention, and the values with which they change nothing
@@ -189,7 +189,7 @@ def load_base(
     if cards:
         arguments["max_memory"] = cards
     _refuse_pickles(path)
-    safetensors_file.check(_weight_files(path))
+    system_safetensors.check(_weight_files(path))
     try:
         base, loading_info = _with_attention(path, "sdpa", arguments, code)
     except NOT_A_MODEL as error:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from onecard.errors import CHECKPOINT, UserError, listed
 from onecard.hub.model_files import INDEX, MODEL_WEIGHTS, files_of
-from onecard.system import safetensors as safetensors_file
+from onecard.system import safetensors as system_safetensors
 
 DTYPES = {
     "F64": torch.float64,
@@ -189,7 +189,7 @@ def of_file(path: Path) -> dict[str, StoredTensor]:
 
     Raises UserError (exit 4) for a damaged file and for dtypes that torch does not have.
     """
-    start, header = safetensors_file.read(path)
+    start, header = system_safetensors.read(path)
     try:
         with safe_open(path, "pt"):  # raises for a malformed header
             pass

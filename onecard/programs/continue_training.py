@@ -6,14 +6,14 @@ python finetune_continue.py --resume_from_checkpoint DIR --data_path other.json 
 """
 
 from onecard.config import options as config_options
-from onecard.config import training as training_config
+from onecard.config import training as config_training
 
 LESS_MEMORY = "--micro_batch_tokens"  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
     options, explicit = config_options.parse_given(
-        training_config.ContinueConfig, arguments, description=__doc__
+        config_training.ContinueConfig, arguments, description=__doc__
     )
     from onecard.inference import chat  # imported late, because --help needs no torch
     from onecard.training import loop, metrics

@@ -7,7 +7,7 @@ echo "What is a rainbow?" | python tools/cpu_chat.py --mode greedy
 import contextlib
 import sys
 
-from onecard.config import chat as chat_config
+from onecard.config import chat as config_chat
 from onecard.config import options as config_options
 from onecard.system import commands
 
@@ -15,8 +15,8 @@ LESS_MEMORY = "--context"  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
-    options = config_options.parse(chat_config.CpuConfig, arguments, description=__doc__)
-    chat_config.check_used(options)
+    options = config_options.parse(config_chat.CpuConfig, arguments, description=__doc__)
+    config_chat.check_used(options)
     from onecard.ui import packages  # imported late, because --help loads no other room
 
     packages.check(in_terminal=True, part="cpu")

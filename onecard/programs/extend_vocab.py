@@ -6,14 +6,14 @@ Then give the model rows for them: run prepare_base_model.py (prepare-base) with
 """
 
 from onecard.config import options as config_options
-from onecard.config import tools as tool_config
+from onecard.config import tools as config_tools
 from onecard.errors import UserError
 
 LESS_MEMORY = ""  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
-    options = config_options.parse(tool_config.VocabConfig, arguments, description=__doc__)
+    options = config_options.parse(config_tools.VocabConfig, arguments, description=__doc__)
     if bool(options.pieces) == bool(options.characters):
         raise UserError("Give either --pieces or --characters.", "See --help.")
     from onecard.conversion import vocabulary  # imported late, because --help needs no torch

@@ -4,14 +4,14 @@ python finetune.py --data_path rows.json --output_path lora-checkpoints/mine
 """
 
 from onecard.config import options as config_options
-from onecard.config import training as training_config
+from onecard.config import training as config_training
 
 LESS_MEMORY = "--micro_batch_tokens, --cutoff_len or --bits"  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
     options, explicit = config_options.parse_given(
-        training_config.FinetuneConfig, arguments, description=__doc__
+        config_training.FinetuneConfig, arguments, description=__doc__
     )
     from onecard.inference import chat  # imported late, because --help needs no torch
     from onecard.training import loop, metrics

@@ -6,15 +6,15 @@ python generate.py --lora_path lora-checkpoints/demo
 import contextlib
 import sys
 
-from onecard.config import chat as chat_config
+from onecard.config import chat as config_chat
 from onecard.config import options as config_options
 
 LESS_MEMORY = "--bits or --context"  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
-    options, explicit = config_options.parse_given(chat_config.SingleConfig, arguments, __doc__)
-    chat_config.check_used(options)
+    options, explicit = config_options.parse_given(config_chat.SingleConfig, arguments, __doc__)
+    config_chat.check_used(options)
     from onecard.ui import packages  # imported late, because --help loads no other room
 
     packages.check(options.terminal)

@@ -7,15 +7,15 @@ import contextlib
 import functools
 import sys
 
-from onecard.config import chat as chat_config
+from onecard.config import chat as config_chat
 from onecard.config import options as config_options
 
 LESS_MEMORY = "--bits or --context"  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
-    options = config_options.parse(chat_config.ChatConfig, arguments, __doc__)
-    chat_config.check_used(options)
+    options = config_options.parse(config_chat.ChatConfig, arguments, __doc__)
+    config_chat.check_used(options)
     from onecard.ui import packages  # imported late, because --help loads no other room
 
     packages.check(options.terminal)

@@ -6,13 +6,13 @@ python tools/json_to_parquet.py --data_path rows.jsonl --output_path rows.parque
 from pathlib import Path
 
 from onecard.config import options as config_options
-from onecard.config import tools as tool_config
+from onecard.config import tools as config_tools
 
 LESS_MEMORY = ""  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
-    options = config_options.parse(tool_config.ParquetConfig, arguments, description=__doc__)
+    options = config_options.parse(config_tools.ParquetConfig, arguments, description=__doc__)
     from onecard.data import reader, tables
     from onecard.system.console import say
 

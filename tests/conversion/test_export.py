@@ -20,14 +20,14 @@ from onecard.config.tools import GGUF_TYPES, ExportConfig
 from onecard.conversion import export_gguf, gguf, gguf_cache, llama_cpp_converter, lora_delta, modelfile
 from onecard.data import conversation as data_conversation
 from onecard.data import encode as data_encode
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.data.conversation import Conversation, Turn
 from onecard.errors import CHECKPOINT, USAGE, UserError
 from onecard.evaluation import parity, probe_texts
 from onecard.hub import locate
 from onecard.inference import chat, llama_cpp_engine
 from onecard.models import tokenizer as models_tokenizer
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.system import files as system_files
 from tests.support import kill_points, tiny
 from tests.support.adapters import save_adapter
@@ -445,9 +445,9 @@ def test_the_export_of_a_checkpoint_is_found_again(base, tmp_path):
 
 def test_one_meaning_of_a_plain_start():
     """What can be merged can be a GGUF adapter: the base stayed as it was when training began."""
-    assert lora_delta.PLAIN_VALUES["init_lora_weights"] == run_folder.PLAIN_STARTS
-    assert {True, False, "eva"} <= set(run_folder.PLAIN_STARTS)
-    assert "pissa" not in run_folder.PLAIN_STARTS
+    assert lora_delta.PLAIN_VALUES["init_lora_weights"] == runs_folder.PLAIN_STARTS
+    assert {True, False, "eva"} <= set(runs_folder.PLAIN_STARTS)
+    assert "pissa" not in runs_folder.PLAIN_STARTS
 
 
 def rendered(source: str, messages: list[dict[str, str]]) -> str:
@@ -507,11 +507,11 @@ TALK = (
 def test_modelfile_says_the_template(name):
     """What Ollama's template writes is what the model was trained on, text by text."""
     tokenizer = chatty()
-    controls = templates.read(templates.FOLDER / f"{name}.json").controls() if name != "auto" else []
+    controls = data_template.read(data_template.FOLDER / f"{name}.json").controls() if name != "auto" else []
     tokenizer.add_special_tokens(
         {"extra_special_tokens": sorted(controls)}, replace_extra_special_tokens=False
     )
-    form = templates.load(name, tokenizer)
+    form = data_template.load(name, tokenizer)
     source = modelfile.go_template(form, tokenizer)
     for turns in TALK:
         if turns[0].role == "system" and form.system is None:
@@ -528,7 +528,7 @@ def test_modelfile_says_the_template(name):
 
 def test_a_template_that_a_modelfile_cannot_hold():
     tokenizer = chatty()
-    form = dataclasses.replace(templates.load("alpaca", tokenizer), opening=(("literal", 'Say """'),))
+    form = dataclasses.replace(data_template.load("alpaca", tokenizer), opening=(("literal", 'Say """'),))
     assert (
         "TEMPLATE" not in modelfile.modelfile(form, tokenizer, "base.gguf", None).splitlines()[1].split()[0]
     )

@@ -25,8 +25,8 @@ from onecard.evaluation import merge_fidelity
 from onecard.hub import locate, model_files
 from onecard.models import base_model, tensor_files
 from onecard.models import tokenizer as models_tokenizer
-from onecard.runs import adapters as run_adapters
-from onecard.runs import folder as run_folder
+from onecard.runs import adapters as runs_adapters
+from onecard.runs import folder as runs_folder
 from onecard.system import hashing, output_folder
 from tests.support import console, kill_points, tiny
 
@@ -334,7 +334,7 @@ def test_another_base_of_the_same_shape(tmp_path, pair):
     shutil.copytree(adapter, tmp_path / "adapter")
     wanted = hashing.of_folder(base_model.identity_files(str(base))["weights"])
     record = {"options": {"model_path": str(base), "bits": 8}, "fingerprints": {"base model": wanted}}
-    (tmp_path / "adapter" / run_folder.CONFIG).write_text(json.dumps(record))
+    (tmp_path / "adapter" / runs_folder.CONFIG).write_text(json.dumps(record))
     run(None, tmp_path / "adapter", tmp_path / "made")  # its base is named there
     check_equal(base, adapter, tmp_path / "made")
     other = tiny.save_model(tmp_path / "other")
@@ -397,7 +397,7 @@ def test_only_the_models_own_files_come_along(tmp_path, pair):
         for own in ("onecard_download.json", "export.json", "finished.json", "log.jsonl", "loss.png"):
             (tmp_path / name / own).write_text("{}")
     (tmp_path / "adapter" / "export.json").unlink()  # or it would be one of GGUF files
-    (tmp_path / "base" / run_folder.CONFIG).write_text("{}")
+    (tmp_path / "base" / runs_folder.CONFIG).write_text("{}")
     (tmp_path / "base" / "README.md").write_text("A card")
     run(tmp_path / "base", tmp_path / "adapter", tmp_path / "made")
     run(*pair, tmp_path / "plain")
@@ -458,7 +458,7 @@ def test_report(tmp_path, pair):
     """Perplexity and logit differences against base + adapter, and the quantised base of the training."""
     base, adapter = pair
     shutil.copytree(adapter, tmp_path / "adapter")
-    (tmp_path / "adapter" / run_folder.CONFIG).write_text(json.dumps({"options": {"bits": 8}}))
+    (tmp_path / "adapter" / runs_folder.CONFIG).write_text(json.dumps({"options": {"bits": 8}}))
     rows = tiny.save_rows(tmp_path / "rows.json", 6)
     said = run(base, tmp_path / "adapter", tmp_path / "made", report=True, data_path=str(rows), report_rows=4)
     table = {line[:30].strip(): line[30:].split() for line in said}
@@ -514,5 +514,5 @@ def test_a_difference_that_is_no_number_is_told(tmp_path, monkeypatch):
     base = tiny.save_model(tmp_path / "base")
     options = MergeConfig(output_path=str(base))
     with pytest.raises(UserError, match="no numbers") as caught:
-        merge_fidelity.run(options, [], base, run_adapters.Adapter("a", tmp_path), base)
+        merge_fidelity.run(options, [], base, runs_adapters.Adapter("a", tmp_path), base)
     assert caught.value.code == CHECKPOINT

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from onecard.config.options import build
 from onecard.config.tools import QuantizeConfig
 from onecard.conversion import quantize
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, UserError
 from onecard.evaluation import eval_rows, likelihood
 from onecard.models import base_model, quantized
@@ -98,7 +98,7 @@ def rounded(source: Path, target: Path, bits: int, group: int) -> Path:
 def errors(source: Path, rows: Path, *targets: Path) -> list[float]:
     """How far each target's logits are from the model's on rows of the file, as a share of their norm."""
     own = models_tokenizer.load_tokenizer(str(source))
-    seen = [ids for ids, _ in eval_rows.read(str(rows), 512, templates.load("alpaca", own), own)][:20]
+    seen = [ids for ids, _ in eval_rows.read(str(rows), 512, data_template.load("alpaca", own), own)][:20]
     expected, *found = (torch.cat([logits(folder, ids) for ids in seen]) for folder in (source, *targets))
     return [((each - expected).norm() / expected.norm()).item() for each in found]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from onecard.conversion import gguf
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.evaluation import parity, probe_texts
 from onecard.models import tokenizer as models_tokenizer
 from tests.support import tiny
@@ -40,7 +40,7 @@ def exported(base, adapter) -> Path:
 def rows_of(folder: Path, base: Path, adapter: Path | None, kind: str = "f16") -> dict[str, parity.ParityRow]:
     """The comparison of files in a folder with a model, row by row."""
     tokenizer = models_tokenizer.load_tokenizer(str(base))
-    form = templates.load("auto" if tokenizer.chat_template else "alpaca", tokenizer)
+    form = data_template.load("auto" if tokenizer.chat_template else "alpaca", tokenizer)
     expected = parity.reference(base, adapter, form, tokenizer)
     files = folder / f"base-{kind}.gguf", folder / "adapter.gguf" if adapter else None
     return {row.name: row for row in parity.compare(expected, kind, *files, form, tokenizer, 1)}

@@ -268,9 +268,9 @@ def _mutant_no_adapter() -> None:
 
 def _mutant_log_kept() -> None:
     """The log keeps the lines that were written after the checkpoint."""
-    from onecard.runs import folder as run_folder
+    from onecard.runs import folder as runs_folder
 
-    run_folder.cut_log = lambda *_: 0
+    runs_folder.cut_log = lambda *_: 0
 
 
 def _change_progress(**changes: Any) -> None:

@@ -9,15 +9,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from onecard.config import training as training_config
+from onecard.config import training as config_training
 from onecard.data import encode as data_encode
 from onecard.data import reader
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.data.conversation import Conversation, Turn
 from tests.support.paths import ROOT
 
 FILE = Path(__file__).with_suffix(".json")
-SAMPLES = sorted(path for path in (ROOT / "sample").iterdir() if path.suffix in training_config.FORMATS)
+SAMPLES = sorted(path for path in (ROOT / "sample").iterdir() if path.suffix in config_training.FORMATS)
 
 EVERY_ROLE = Conversation(
     (
@@ -37,11 +37,11 @@ def dump(tokenizer: Any) -> dict[str, dict[str, dict[str, Any]]]:
     result: dict[str, dict[str, dict[str, Any]]] = {}
     firsts = {path.name: next(iter(reader.read_rows(path))) for path in SAMPLES}
     for file, row in {**firsts, "every role": EVERY_ROLE}.items():
-        for name in ["none"] if row.is_raw else templates.names():
-            template = templates.load("alpaca" if row.is_raw else name, tokenizer)
+        for name in ["none"] if row.is_raw else data_template.names():
+            template = data_template.load("alpaca" if row.is_raw else name, tokenizer)
             if any(turn.role == "function" for turn in row.turns) and not template.function:
                 continue
-            own_tokenizer = templates.tokenizer_for(tokenizer, template)
+            own_tokenizer = data_template.tokenizer_for(tokenizer, template)
             ids, is_target = data_encode.encode(row, template, own_tokenizer)
             result.setdefault(file, {})[name] = {
                 "ids": " ".join(map(str, ids)),

@@ -120,14 +120,14 @@ def child(request: dict[str, Any]) -> None:
 def program(name: str, argv: list[str]) -> None:
     """Do what finetune.py and finetune_continue.py do, without downloads, sample answers and plots."""
     from onecard.config import options as config_options
-    from onecard.config import training as training_config
+    from onecard.config import training as config_training
     from onecard.training import loop
 
     if name == "finetune":
-        options, explicit = config_options.parse_given(training_config.FinetuneConfig, argv)
+        options, explicit = config_options.parse_given(config_training.FinetuneConfig, argv)
         loop.run(options, explicit=explicit, sample=lambda *_: [], draw=lambda *_: None)
     else:
-        options, explicit = config_options.parse_given(training_config.ContinueConfig, argv)
+        options, explicit = config_options.parse_given(config_training.ContinueConfig, argv)
         loop.go_on(options, explicit, sample=lambda *_: [], draw=lambda *_: None)
 
 

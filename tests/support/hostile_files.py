@@ -159,18 +159,18 @@ class Gguf:
             raise UserError(problem)
 
     def load(self, _: int) -> None:
-        from onecard.data import template as templates
+        from onecard.data import template as data_template
         from onecard.errors import UserError
         from onecard.inference import gguf_check, llama_cpp_engine
-        from onecard.inference import llama_cpp as llama_cpp_library
+        from onecard.inference import llama_cpp as inference_llama_cpp
         from onecard.models import tokenizer as models_tokenizer
 
         gguf_check.check = lambda *_: None  # it was tried
         with contextlib.suppress(UserError):
-            own = llama_cpp_library.tokenizer_of(self.path)
+            own = inference_llama_cpp.tokenizer_of(self.path)
             own("red green 1")
             with contextlib.suppress(UserError):
-                templates.load("auto", own)
+                data_template.load("auto", own)
         engine = llama_cpp_engine.Engine(
             self.path, models_tokenizer.load_tokenizer(str(self.folder)), 128, threads=1
         )
@@ -296,12 +296,12 @@ class Safetensors:
         from onecard.errors import UserError
         from onecard.models import adapter as models_adapter
         from onecard.models import base_model, tensor_files
-        from onecard.runs import adapters as run_adapters
-        from onecard.system import safetensors as safetensors_file
+        from onecard.runs import adapters as runs_adapters
+        from onecard.system import safetensors as system_safetensors
 
         if which == 0:
             with contextlib.suppress(UserError):
-                safetensors_file.read_tensors(self.files[0])
+                system_safetensors.read_tensors(self.files[0])
             with contextlib.suppress(UserError), tensor_files.Files() as files:
                 for tensor in tensor_files.of_folder(self.folder).values():
                     for first, last in tensor.blocks():
@@ -311,7 +311,7 @@ class Safetensors:
         with contextlib.suppress(UserError):
             conversion_gguf.check_adapter(self.adapter)
         with tempfile.TemporaryDirectory() as keep:
-            source = run_adapters.find(str(self.adapter), "x", "best", Path(keep))
+            source = runs_adapters.find(str(self.adapter), "x", "best", Path(keep))
             models_adapter.attach(self.base, source.folder, f"n{number}")
 
     def targeted(self) -> Iterator[tuple[int, str, bytes]]:
@@ -421,7 +421,7 @@ class Pth:
             raise UserError("refused")
 
     def load(self, _: int) -> None:
-        from onecard.runs import adapters as run_adapters
+        from onecard.runs import adapters as runs_adapters
         from onecard.runs import legacy
         from onecard.system import sandbox
 
@@ -430,7 +430,7 @@ class Pth:
 
         sandbox.convert = convert
         with tempfile.TemporaryDirectory() as keep:
-            run_adapters.find(str(self.folder), "x", "best", Path(keep))
+            runs_adapters.find(str(self.folder), "x", "best", Path(keep))
 
 
 class Original:

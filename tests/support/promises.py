@@ -19,7 +19,7 @@ from onecard.errors import UserError
 from onecard.models import adapter as models_adapter
 from onecard.models import lora_shape, trainable
 from onecard.runs import checkpoint as runs_checkpoint
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.runs.checkpoint import Progress
 from onecard.system import lock
 from tests.support import faults, tiny
@@ -91,7 +91,7 @@ def a_kill_at_any_file_operation_leaves_a_whole_checkpoint(place: Path, keep: in
         name = check_old_or_new(folder)
         if code:
             killed += 1
-            run_folder.go_back(folder, 3)
+            runs_folder.go_back(folder, 3)
             save(folder, 4, keep)
             assert not list(folder.glob(".*"))
             assert runs_checkpoint.newest(folder)[0].name == "checkpoint-4"
@@ -203,7 +203,7 @@ def a_signal_within_an_update_waits_for_its_end(
     run = place / "run"
     settings = flags(model, rows, run, save_steps=100)
     assert harness.run("finetune", settings, signal_in_update=3, **fault)["code"] == 143
-    assert max(run_folder.checkpoint_steps(run)) == 3
+    assert max(runs_folder.checkpoint_steps(run)) == 3
     assert harness.run("finetune_continue", {"output_path": run})["code"] == 0
     assert differences(outcome(whole), outcome(run)) == []
 

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from tests.support.harness import Harness
 
 STEPS = 12
@@ -62,7 +62,7 @@ def outcome(run: Path) -> dict:
     for record in records:
         record.pop("seconds", None)
         record.pop("peak_memory_bytes", None)
-    last = max(run_folder.checkpoint_steps(run))
+    last = max(runs_folder.checkpoint_steps(run))
     state = json.loads((run / f"checkpoint-{last}" / "progress.json").read_text())
     state["progress"].pop("seconds")
     is_whole_model = (run / "model").is_dir()  # all weights were trained
@@ -81,7 +81,7 @@ def stopped_at(source: Path, step: int, target: Path) -> Path:
     target.mkdir()
     for name in ("finetune_config.json", "log.jsonl"):
         shutil.copy(source / name, target / name)
-    for number in run_folder.checkpoint_steps(source):
+    for number in runs_folder.checkpoint_steps(source):
         if number <= step:
             shutil.copytree(source / f"checkpoint-{number}", target / f"checkpoint-{number}")
     with open(target / "log.jsonl", "a") as log:

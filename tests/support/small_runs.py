@@ -7,7 +7,7 @@ from pathlib import Path
 from onecard.config.options import build
 from onecard.config.training import FinetuneConfig
 from onecard.inference import chat
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.training import loop, metrics
 from tests.support import resume_cases
 
@@ -54,10 +54,10 @@ def planted(workspace: Path, name: str, steps: int = 3, **more) -> Path:
     folder = workspace / name
     folder.mkdir(parents=True)
     stored = {"options": dataclasses.asdict(FinetuneConfig()), "resolved": {"total_steps": 5}, **more}
-    (folder / run_folder.CONFIG).write_text(json.dumps(stored))
+    (folder / runs_folder.CONFIG).write_text(json.dumps(stored))
     lines = [
         json.dumps({"step": n, "loss": 1.0 / n, "tokens": 10, "seconds": 2.0}) for n in range(1, steps + 1)
     ]
-    (folder / run_folder.LOG).write_text("".join(f"{line}\n" for line in lines))
+    (folder / runs_folder.LOG).write_text("".join(f"{line}\n" for line in lines))
     (folder / f"checkpoint-{steps}").mkdir()
     return folder

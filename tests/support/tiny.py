@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from onecard.data import encode as data_encode
 from onecard.data import examples as data_examples
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.data.conversation import Conversation
 
 WORDS = [
@@ -96,7 +96,7 @@ def encoded(
     conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerFast
 ) -> data_examples.Examples:
     """Conversations encoded in the alpaca template, at most 256 tokens each."""
-    template = templates.load("alpaca", tokenizer)
+    template = data_template.load("alpaca", tokenizer)
     folder = Path(tempfile.mkdtemp(prefix="onecard-encoded-"))
     encode = one_by_one(lambda row, _: data_encode.encode_within(row, 256, template, tokenizer))
     encoded_rows = data_examples.encode_rows(conversations, encode, folder)

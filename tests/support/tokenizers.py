@@ -7,7 +7,7 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.data.template import Template
 from tests.support import tiny
 
@@ -64,13 +64,13 @@ def load(name: str, tokenizer) -> Template:
     """The template of this name, with the tokenizer's own control tokens in place of those that it lacks."""
     start, end = tokenizer.bos_token, tokenizer.eos_token
     if name == "chatml":
-        text = (templates.FOLDER / "chatml.json").read_text()
+        text = (data_template.FOLDER / "chatml.json").read_text()
         content = json.loads(text.replace("<|im_start|>", start).replace("<|im_end|>", end))
         control = content.pop("control")
         content.pop("description")
-        return Template(name, **{key: templates.parts(text, control) for key, text in content.items()})
+        return Template(name, **{key: data_template.parts(text, control) for key, text in content.items()})
     tokenizer.chat_template = CHATML.replace("<start>", start).replace("<end>", end)
-    return templates.load(name, tokenizer)
+    return data_template.load(name, tokenizer)
 
 
 TURNS = "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from onecard.config import options as config_options
 from onecard.config.chat import ChatConfig, SingleConfig
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.inference import chat, transformers_engine
 from onecard.inference.detokenizer import PartialText
 from onecard.models import adapter as models_adapter
@@ -78,7 +78,7 @@ def make_chat(folder: Path) -> chat.Chat:
     engine.folder = folder
     texts = {token: tokenizer.decode([token]) for token in range(len(tokenizer))}
     engine.unreadable = [token for token, text in texts.items() if not (text.isascii() and text.isalnum())]
-    return chat.Chat(engine, tokenizer, templates.load("alpaca", tokenizer), (("adapter1", 1.0),))
+    return chat.Chat(engine, tokenizer, data_template.load("alpaca", tokenizer), (("adapter1", 1.0),))
 
 
 def break_once() -> None:
