@@ -91,7 +91,8 @@ def _check_targets(options: CheckConfig, paths: list[Path]) -> None:
             raise UserError(problem, "Name another file.")
         if not target.absolute().parent.is_dir():
             raise UserError(
-                f"{flag(options, name)} {target}: its folder does not exist.", "Make it, or name another."
+                f"{flag(options, name)} {target}: its folder does not exist.",
+                "Create the folder, or name another file.",
             )
         taken.add(target.resolve())
 

@@ -74,7 +74,9 @@ def _locate(text: str, flag: str, fetch: Fetch | None) -> list[RowFile]:
         path, weight = Path(weighted["path"]), float(weighted["weight"])
     if not 0 < weight <= HEAVIEST:
         problem = f"{flag} {text}: a weight must be above 0 and at most {HEAVIEST}."
-        raise UserError(problem, "It says how often a row comes up in an epoch.", DATA)
+        raise UserError(
+            problem, "A weight says how often each row comes up in an epoch; give one in this range.", DATA
+        )
     path = or_sample(path)
     if not path.exists() and fetch and HUB_NAME.fullmatch(str(path)) and _ending(path) not in FORMATS:
         path, is_hub_dataset = Path(fetch(str(path))), True

@@ -99,8 +99,10 @@ def split_for_validation(options: FinetuneConfig, dataset: Dataset) -> tuple[np.
         training, validation = training[first], training[second]
     elif not len(training) or not len(validation):
         which = "--eval_data_path" if len(training) else "--data_path"
-        raise UserError(f"{which}: no usable row is in it.", "Raise --cutoff_len or check the rows.", DATA)
+        raise UserError(f"{which} has no usable row.", "Raise --cutoff_len or check the rows.", DATA)
     training = data_examples.repeated(training, dataset.weights[training], options.seed)
     if not len(training):
-        raise UserError(f"--data_path {options.data_path}: no row is left.", "Raise the weights.", DATA)
+        raise UserError(
+            f"--data_path {options.data_path}: no row is left with these weights.", "Raise the weights.", DATA
+        )
     return training, validation

@@ -74,7 +74,8 @@ def carry_out(plan: Plan, start: StartingPoint | None, sample: Sample, draw: Dra
         with _owned(folder) if system_processes.is_main() else contextlib.nullcontext():
             is_new = not (start and start.same_run) and not plan.options.overwrite
             if is_new and (folder / run_folder.FINISHED).exists():
-                raise UserError(f"{folder}: another process has just finished a run there.")
+                problem = f"{folder}: another process has just finished a run there."
+                raise UserError(problem, "Give the same command again to see where its result is.")
             trainer = load(plan, folder, strategy, start)
             try:
                 with strategy.deferring_signals():
@@ -290,5 +291,5 @@ def stop_non_finite(trainer: Trainer, problem: step.NonFiniteError) -> UserError
     )
     row_list = ", ".join(map(str, problem.rows[:20])) + (" ..." if len(problem.rows) > 20 else "")
     where = f"rows {row_list} of {trainer.plan.options.data_path}"
-    fix = "Look at these rows; try a lower --learning_rate or --dtype fp32. Nothing was updated with it."
+    fix = "Check these rows; try a lower --learning_rate or --dtype fp32. This step has changed nothing."
     return UserError(f"Step {number}: {problem} ({where}).", fix, NON_FINITE)

@@ -141,8 +141,8 @@ def _check_options(options: FinetuneConfig) -> None:
         problem = f"--train_what full: weights of {options.bits} bits cannot be trained."
         raise UserError(problem, "Add --bits 16, or train an adapter: --train_what lora.")
     if options.overlap >= options.cutoff_len:
-        problem = f"--overlap {options.overlap}: must be below --cutoff_len {options.cutoff_len}."
-        raise UserError(problem, "Lower it.")
+        problem = f"--overlap {options.overlap} must be less than --cutoff_len {options.cutoff_len}."
+        raise UserError(problem, "Use a smaller --overlap.")
     for name in _templates(options):
         data_template.check(name)
 
@@ -176,7 +176,9 @@ def _base(options: FinetuneConfig, hub_names: Names) -> tuple[str, remote_code.C
     """
     path = remote_code.place(options.model_path, options.remote_code) or hub_names.base(options.model_path)
     if options.remote_code and options.train_what == trainable.FULL:
-        problem = "--train_what full: what a model with code of its own becomes could not be loaded again."
+        problem = (
+            "--train_what full: a model with Python code of its own could not be loaded again afterwards."
+        )
         raise UserError(problem, "Train an adapter: --train_what lora.")
     code = remote_code.ask(path, options.remote_code)
     return (str(code.folder) if code else path), code

@@ -12,7 +12,7 @@ from onecard.hub import locate, revisions
 from onecard.hub.manifest import DEMO
 
 OPTIONS = MODEL_PATH, *DATA = ("model_path", "data_path", "eval_data_path")
-UNASKED = "Nothing is fetched unasked."
+UNASKED = "A recorded name alone is never downloaded."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Names:
         if folder or is_typed:
             return folder or locate.locate(version)
         problem = f"The run's base {version} is not on this machine."
-        raise UserError(problem, f"To fetch it: --model_path {name}. {UNASKED}")
+        raise UserError(problem, f"To download it, add --model_path {name}. {UNASKED}")
 
     def rows(self, name: str) -> str:
         """Folder of a dataset. Raises UserError when a recorded one is not on this machine."""
@@ -53,7 +53,7 @@ class Names:
         if folder:
             return folder
         problem = f"The run's rows {version} are not on this machine."
-        raise UserError(problem, f"To fetch them: --data_path {name}. {UNASKED}")
+        raise UserError(problem, f"To download them, add --data_path {name}. {UNASKED}")
 
 
 NEW_NAMES = Names()  # of a new run

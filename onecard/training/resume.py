@@ -40,7 +40,8 @@ def decide(request: ContinueConfig, explicit: frozenset[str]) -> StartingPoint |
     """
     if request.overwrite:
         raise UserError(
-            "--overwrite: going on and starting anew exclude each other.", f"Use {commands.name('finetune')}."
+            "--overwrite: a run cannot continue and start anew at the same time.",
+            f"Use {commands.name('finetune')}.",
         )
     if "lora_path" in explicit:
         raise UserError(
@@ -56,21 +57,22 @@ def decide(request: ContinueConfig, explicit: frozenset[str]) -> StartingPoint |
         return _same_run(output, None, request, explicit)
     source = Path(name)
     if not source.is_dir():
-        raise UserError(f"--resume_from_checkpoint {source}: no such folder.", code=CHECKPOINT)
+        raise UserError(f"--resume_from_checkpoint {source}: no such folder.", "Name a folder.", CHECKPOINT)
     if (source / run_folder.CONFIG).is_file():  # the folder of a run
         if output is None or output.resolve() == source.resolve():
             return _same_run(source, None, request, explicit)
         source, problems = runs_checkpoint.newest(source)
         _say_damaged(problems)
         if source is None:
-            raise UserError(f"{name}: this run has no whole checkpoint.", code=CHECKPOINT)
+            fix = "Name another run, or an adapter."
+            raise UserError(f"{name}: this run has no undamaged checkpoint.", fix, CHECKPOINT)
     if (source / runs_checkpoint.MANIFEST).is_file() and (source.parent / run_folder.CONFIG).is_file():
         if output is None or output.resolve() == source.parent.resolve():
             return _same_run(source.parent, source, request, explicit)
         return _other_rows(source, request, explicit)
     if output is None:
         fix = "Name a new folder for the run with --output_path."
-        raise UserError(f"{source}: an adapter without a run of its own.", fix)
+        raise UserError(f"{source}: this is an adapter, not a run that could continue.", fix)
     if legacy.is_legacy(source):
         return warm_start.from_older(source, request, explicit)
     return warm_start.from_adapter(source, request, explicit)
@@ -112,14 +114,16 @@ def make_plan(start: StartingPoint, request: ContinueConfig, explicit: frozenset
         say(f"It keeps {planned}, as if these rows followed the old ones: the learning rate goes on evenly.")
     plan.total_steps = max(planned, plan.total_steps)
     if start.progress.step >= plan.total_steps:
-        problem = f"All {plan.total_steps} planned steps are done: none is left for these rows."
+        problem = f"All {plan.total_steps} planned steps are done, so no step is left for these rows."
         raise UserError(problem, "Give a larger --num_epochs or --max_steps.")
     return plan
 
 
 def _keep_or_lengthen(start: StartingPoint, plan: Plan, planned: int) -> None:
     if _longer(start) and plan.total_steps <= planned:
-        raise UserError(f"{planned} steps are planned already.", "Give a larger --num_epochs or --max_steps.")
+        raise UserError(
+            f"The run is planned for {planned} steps already.", "Give a larger --num_epochs or --max_steps."
+        )
     if _longer(start):
         _say_longer(start, plan, planned)
     else:
@@ -141,7 +145,9 @@ def _same_run(
         options, Progress(), stored=stored, same_run=True, begun_from=begun_from, changes=changes
     )
     if finished and request.from_data_beginning and not _longer(start):
-        problem = f"{folder}: all {finished['steps']} planned steps are done: none is left for the rows."
+        problem = (
+            f"{folder}: all {finished['steps']} planned steps are done, so no step is left for the rows."
+        )
         raise UserError(problem, "Give a larger --num_epochs or --max_steps too.")
     earlier = chosen and finished and runs_checkpoint.read_progress(chosen).step < finished["steps"]
     if finished and not (_longer(start) or earlier):
@@ -154,12 +160,12 @@ def _same_run(
         _say_damaged(problems)
         if problems and chosen is None:
             fix = f"Start anew: {commands.name('finetune')} --overwrite --output_path {folder}"
-            raise UserError(f"{folder}: no checkpoint is whole.", fix, CHECKPOINT)
+            raise UserError(f"{folder}: all checkpoints are damaged.", fix, CHECKPOINT)
     else:
         _verify_chosen(chosen, folder)
     if chosen is None and begun_from:
-        problem = f"{folder}: stopped before its first save, and it began from {begun_from}."
-        raise UserError(problem, "Give the same command as then, with --overwrite.", CHECKPOINT)
+        problem = f"{folder}: the run from {begun_from} stopped before its first save, so it cannot continue."
+        raise UserError(problem, "Repeat the command that began it, with --overwrite.", CHECKPOINT)
     if chosen is None:
         say("Nothing was saved yet, so the run starts from its first step.")
         start.progress.micro_batch_tokens = stored["resolved"]["micro_batch_tokens"]
@@ -198,14 +204,12 @@ def _read_run(folder: Path) -> dict[str, Any]:
     stored = system_files.read_json(folder / run_folder.CONFIG, ANOTHER_RUN)
     if stored is None:
         fix = f"Start it (again) with {commands.name('finetune')}, or name the --output_path of another run."
-        problem = (
-            f"{folder}: holds no run: none was started there, or it stopped before its first checkpoint."
-        )
+        problem = f"{folder} holds no run: none was started there, or it stopped before its first checkpoint."
         raise UserError(problem, fix, CHECKPOINT)
     try:
         stored["options"], stored["resolved"]["total_steps"], stored["fingerprints"]
     except (KeyError, TypeError):
-        problem = f"{folder / run_folder.CONFIG}: damaged, or written by another program."
+        problem = f"{folder / run_folder.CONFIG} is damaged, or another program has written it."
         raise UserError(problem, ANOTHER_RUN, CHECKPOINT) from None
     return stored
 
@@ -330,7 +334,7 @@ def _verify_chosen(chosen: Path, folder: Path) -> None:
         unknown = runs_checkpoint.verify(chosen)
     except UserError as error:
         other, _ = runs_checkpoint.newest(folder)
-        fix = f"The newest whole one is {other}." if other else "This run has no whole checkpoint."
+        fix = f"The newest undamaged one is {other}." if other else "This run has no undamaged checkpoint."
         raise UserError(error.problem, fix, CHECKPOINT) from None
     if unknown:
         say(f"{chosen}: {', '.join(unknown)} did not come from OneCard and is ignored.")

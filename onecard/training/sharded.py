@@ -47,14 +47,18 @@ def check(options: FinetuneConfig, dtype: str) -> None:
         )
         raise UserError(problem, "Add --bits 16, or use torchrun: each GPU then holds the whole base model.")
     if options.train_what not in TRAINED:
-        problem = f"--train_what {options.train_what} under {kind} is not possible."
+        problem = f"--train_what {options.train_what} is not possible with {kind}."
         raise UserError(problem, f"Choose {' or '.join(TRAINED)}, or use torchrun.")
     if options.optimizer != "adamw":
-        raise UserError(f"--optimizer {options.optimizer} under {kind} is not possible.", "Use adamw.")
+        raise UserError(
+            f"--optimizer {options.optimizer} is not possible with {kind}.", "Use --optimizer adamw."
+        )
     if kind == DEEPSPEED and dtype == "fp16":
-        raise UserError("--dtype fp16 under DeepSpeed is not possible here.", "Use FSDP, bf16 or fp32.")
+        raise UserError("--dtype fp16 is not possible with DeepSpeed.", "Use --dtype bf16 or fp32, or FSDP.")
     if kind == FSDP and os.environ.get("FSDP_VERSION") != "2":
-        raise UserError("FSDP 1 is not possible here.", "Write fsdp_version: 2 into the configuration.")
+        raise UserError(
+            "FSDP 1 is not supported.", "Write fsdp_version: 2 into the configuration of accelerate."
+        )
 
 
 class Sharded(abc.ABC):

@@ -113,7 +113,7 @@ def finished_before(options: FinetuneConfig, folder: Path, weights_print: str | 
             **stored["options"],
         }  # newer options have their defaults
     except (KeyError, TypeError):
-        problem = f"{folder / run_folder.CONFIG}: damaged (no options)."
+        problem = f"{folder / run_folder.CONFIG} is damaged: it has no options."
         raise UserError(problem, ways, CHECKPOINT) from None
     learned = [
         name for name, role in config_options.roles(FinetuneConfig).items() if role == config_options.LEARNED
@@ -158,5 +158,5 @@ def say_finished(folder: Path, finished: dict[str, Any]) -> None:
         + (f", validation loss {loss:.4f}." if loss is not None else ".")
     )
     say(f"The result is in {folder}, with the log {run_folder.LOG} and the plot {run_folder.PICTURE}.")
-    say(f"To train it longer: {commands.name('continue')} with a larger --num_epochs.")
-    say("To train it again: --overwrite. To train another: other --output_path, --data_path, --model_path.")
+    say(f"To train it longer, use {commands.name('continue')} with a larger --num_epochs.")
+    say("To train it again, add --overwrite. For another run, give another --output_path.")

@@ -32,7 +32,7 @@ def from_lora_path(options: FinetuneConfig, explicit: frozenset[str]) -> Startin
     """
     if options.train_what == trainable.FULL:
         fix = "Merge it into the base first, or train it further: --train_what lora."
-        raise UserError("--lora_path with --train_what full: an adapter is not all weights.", fix)
+        raise UserError("--lora_path with --train_what full: an adapter cannot be trained in full.", fix)
     name = options.lora_path
     source = Path(name if Path(name).is_dir() else locate.fetch_adapter(name))
     if not (source / model_files.ADAPTER_WEIGHTS).is_file():
@@ -46,13 +46,15 @@ def _refuse_without_adapter(source: Path) -> None:
     """Raise UserError when the folder holds something else that can be trained further in another way."""
     if (source / run_folder.MODEL).is_dir() or (source / model_files.MODEL_WEIGHTS).is_file():
         whole = source / run_folder.MODEL if (source / run_folder.MODEL).is_dir() else source
-        raise UserError(f"--lora_path {source}: all weights, no adapter.", f"Use --model_path {whole}.")
+        raise UserError(
+            f"--lora_path {source}: this is a whole model, not an adapter.", f"Use --model_path {whole}."
+        )
     if (source / run_folder.CONFIG).is_file():
         problem = f"--lora_path {source}: this run is not finished."
         raise UserError(problem, "Finish it, or name one of its checkpoints.")
     if legacy.is_legacy(source):
-        fix = f"Go on from it with {commands.name('continue')} --resume_from_checkpoint."
-        raise UserError(f"--lora_path {source}: an older checkpoint.", fix)
+        fix = f"Continue from it with {commands.name('continue')} --resume_from_checkpoint."
+        raise UserError(f"--lora_path {source}: this is a checkpoint of an older program.", fix)
 
 
 def from_adapter(source: Path, request: ContinueConfig, explicit: frozenset[str]) -> StartingPoint | None:
@@ -82,7 +84,7 @@ def from_older(source: Path, request: ContinueConfig, explicit: frozenset[str]) 
     values = system_files.read_json(source / model_files.ADAPTER_CONFIG, ANOTHER_COPY) or {}
     if values.get("modules_to_save"):
         problem = f"{source}: older checkpoints with modules_to_save cannot be read."
-        raise UserError(problem, "", CHECKPOINT)
+        raise UserError(problem, "Use a checkpoint without modules_to_save.", CHECKPOINT)
     _check_kind(source, values, request)
     old = legacy.read(source)
     rslora = bool(values.get("use_rslora"))
@@ -149,7 +151,8 @@ def with_shape(
     if "train_what" in explicit and not set(before.split("+")) <= set(now.split("+")):
         wrong.append(f"train_what {before} -> {now}")
     if wrong:
-        raise UserError(f"{source}: the adapter has another shape: {'; '.join(wrong)}.", "", CHECKPOINT)
+        problem = f"{source}: the options contradict the shape of the adapter: {'; '.join(wrong)}."
+        raise UserError(problem, "Leave these options out: the adapter has its own.", CHECKPOINT)
     values = {field.name: getattr(request, field.name) for field in dataclasses.fields(FinetuneConfig)}
     inherited = {name: value for name, value in shape.items() if name not in explicit}
     return FinetuneConfig(**{**values, **inherited})
@@ -170,7 +173,7 @@ def read_shape(source: Path, request: FinetuneConfig) -> dict[str, Any]:
         whole = list(values.get("modules_to_save") or [])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"{source / model_files.ADAPTER_CONFIG} does not describe a LoRA adapter ({error!r})."
-        raise UserError(problem, "", CHECKPOINT) from None
+        raise UserError(problem, "Name the folder of a LoRA adapter.", CHECKPOINT) from None
     _check_kind(source, values, request)
     if names == lora_shape.NO_TARGETS:
         return {"train_what": lora_shape.EMBEDDINGS}
