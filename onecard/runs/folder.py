@@ -116,25 +116,6 @@ def _belongs(line: bytes, step: int) -> bool:
     return known and record["step"] <= step and line.endswith(b"\n")
 
 
-def evaluations(folder: Path) -> tuple[int, int, float | None]:
-    """(step of the last evaluation or -1, step of the best one after step 0 or 0, its loss) from the log."""
-    log = folder / LOG
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    found = [
-        (r["step"], r["eval_loss"]) for r in map(json.loads, lines) if isinstance(r.get("eval_loss"), float)
-    ]
-    losses = [(loss, step) for step, loss in found if step > 0]
-    loss, step = min(losses, default=(None, 0))
-    return max([at for at, _ in found], default=-1), step, loss
-
-
-def last_sampled(folder: Path) -> int:
-    """Step of the last answers in samples.jsonl, -1 without any."""
-    path = folder / SAMPLES
-    lines = path.read_bytes().splitlines() if path.is_file() else []  # a text may hold other line ends
-    return max((json.loads(line)["step"] for line in lines), default=-1)
-
-
 def checkpoint_steps(folder: Path) -> list[int]:
     names = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if path.is_dir()]
     return [int(name) for name in names if name.isdecimal() and name == str(int(name))]

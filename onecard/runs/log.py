@@ -1,4 +1,4 @@
-"""A run's log.jsonl and samples.jsonl, read while they grow: curves, answers, the last and best step.
+"""A run's log.jsonl and samples.jsonl, read while they grow: curves, answers, evaluations.
 
 A line that is only half written yet, or damaged, is left out. This file knows no process and no window.
 """
@@ -6,19 +6,27 @@ A line that is only half written yet, or damaged, is left out. This file knows n
 import contextlib
 import functools
 import json
+import math
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from onecard.runs import folder as run_folder
 from onecard.runs.folder import FINISHED, LOG, SAMPLES
 
 LOSS, VALIDATION, ACCURACY, RATE = "loss", "eval_loss", "eval_token_accuracy", "learning_rate"
 SPEED, SECONDS = "speed", "seconds"  # tokens a second; seconds of a step
 RECENT = 10  # steps that `latest` is the mean of
 TAIL = 1 << 16  # bytes that surely hold the last line
+
+
+class Evaluations(NamedTuple):
+    """What a log says of the evaluations so far."""
+
+    last_step: int  # of the last one; -1 before the first
+    best_step: int  # with the lowest validation loss after step 0; 0 while there is none
+    best_loss: float | None  # nats per target token
 
 
 def last_step(folder: Path) -> int:
@@ -31,16 +39,27 @@ def last_step(folder: Path) -> int:
         return 0
 
 
+def evaluations(folder: Path) -> Evaluations:
+    """The evaluations in a run's log so far; one whose loss is not a number is never the best."""
+    records = _records_of(folder / LOG)
+    losses = [
+        (record["step"], record[VALIDATION])
+        for record in records
+        if isinstance(record.get(VALIDATION), float)
+    ]
+    later = [(loss, step) for step, loss in losses if step > 0 and not math.isnan(loss)]
+    best_loss, best = min(later, default=(None, 0))
+    return Evaluations(max((step for step, _ in losses), default=-1), best, best_loss)
+
+
 def best_step(folder: Path) -> int | None:
-    """Step of the lowest validation loss after step 0, None without one; the log's last line may be half."""
-    found = []
-    log = folder / run_folder.LOG
-    for line in log.read_bytes().splitlines() if log.is_file() else []:
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("eval_loss"), float):
-                found.append((record["eval_loss"], record["step"]))
-    return min(((loss, step) for loss, step in found if step > 0), default=(0.0, None))[1]
+    """The step with the lowest validation loss after step 0; None without one."""
+    return evaluations(folder).best_step or None
+
+
+def last_sampled(folder: Path) -> int:
+    """The step of the last answers in samples.jsonl; -1 without any."""
+    return max((record["step"] for record in _records_of(folder / SAMPLES)), default=-1)
 
 
 def samples(folder: Path) -> dict[int, list[dict[str, str]]]:
@@ -145,6 +164,11 @@ def _records(content: bytes) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(record, dict) and type(record.get("step")) is int:
             yield record
+
+
+def _records_of(path: Path) -> list[dict[str, Any]]:
+    """The whole records in a file; none when there is no such file."""
+    return list(_records(path.read_bytes())) if path.is_file() else []
 
 
 def _is_number(value: Any) -> bool:

@@ -15,6 +15,7 @@ from onecard.config.training import FinetuneConfig
 from onecard.hub import revisions
 from onecard.models import base_model, trainable
 from onecard.runs import folder as run_folder
+from onecard.runs import log as run_log
 from onecard.runs.checkpoint import Progress
 from onecard.system import files as system_files
 from onecard.system import hardware
@@ -96,7 +97,7 @@ def load(plan: Plan, folder: Path, strategy: Strategy, start: StartingPoint | No
     if system_processes.is_main():
         start_folder(plan, folder, progress, start)
     distributed.barrier()
-    progress.evaluated, progress.best_step, progress.best_loss = run_folder.evaluations(folder)
+    progress.evaluated, progress.best_step, progress.best_loss = run_log.evaluations(folder)
     wandb_settings = dataclasses.asdict(options) if options.wandb else None
     total_rows = plan.rows_after(plan.total_steps - progress.step, progress.rows_seen)
     metrics = MetricLogger(
@@ -109,7 +110,7 @@ def load(plan: Plan, folder: Path, strategy: Strategy, start: StartingPoint | No
     )
     if start and start.same_run and start.changes:
         metrics.event({"step": progress.step, "continued": start.changes})
-    sampled = run_folder.last_sampled(folder)
+    sampled = run_log.last_sampled(folder)
     return Trainer(plan, step_model, strategy, scaler, metrics, progress, folder, sampled)
 
 
