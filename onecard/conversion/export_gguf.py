@@ -5,7 +5,6 @@ it holds and what it was made from, and the same command again does nothing.
 """
 
 import dataclasses
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,12 @@ from onecard.data import template as templates
 from onecard.data.template import Template
 from onecard.errors import CHECKPOINT, UserError
 from onecard.evaluation import parity
-from onecard.hub import locate, remote_code, revisions
-from onecard.hub.manifest import DEMO
 from onecard.inference import llama_cpp_engine, resolve
+from onecard.inference.resolve import ModelRequest, ResolvedModel
 from onecard.models import base_model
-from onecard.models import tokenizer as models_tokenizer
 from onecard.runs import adapters as run_adapters
 from onecard.runs import folder as run_folder
+from onecard.runs.adapters import AdapterPath
 from onecard.system import commands, hardware, hashing, output_folder, whole_folder
 from onecard.system import files as system_files
 from onecard.system.console import say
@@ -46,7 +44,8 @@ class ExportJob:
     output: Path
     place: Path  # the same, links followed
     is_own: bool  # whether that is the adapter's own folder for exports
-    ends: list[int]  # tokens that end an answer, the tokenizer's first
+    eos_ids: list[int]  # tokens that end an answer, the tokenizer's first
+    versions: dict[str, str]  # model_path, lora_path -> the hub's commit, where it is one
 
     @property
     def base_name(self) -> str:
@@ -60,11 +59,12 @@ def run(options: ExportConfig) -> Path:
     """
     if options.output_path:  # before a model is fetched
         export_manifest.find(Path(options.output_path))
-    with tempfile.TemporaryDirectory(prefix="onecard-adapters-") as keep:
-        job, why = _job(options, Path(keep))
+    with resolve.resolve(request(options)) as model:
+        job = _job(options, model)
         say(f"base        {job.base} as {job.kind}")
-        say(f"adapter     {job.adapter or 'none'}")
-        say(f"template    {job.template.name}: {why}")
+        if job.adapter is None:
+            say("adapter     none")
+        say(f"template    {job.template.name}: {model.chosen_template[1]}")
         say(f"end tokens  {_named(job)}")
         made_from = _made_from(job)
         known = export_manifest.find(job.output)
@@ -92,55 +92,56 @@ def run(options: ExportConfig) -> Path:
     return job.output
 
 
-def _job(options: ExportConfig, keep: Path) -> tuple[ExportJob, str]:
-    """What to export, and why in this template; keep: a folder for an adapter in peft's form."""
+def request(options: ExportConfig) -> ModelRequest:
+    """What resolve.py is asked for; raises UserError for several adapters."""
     listed = run_adapters.read_list(options.lora_path)
     if len(listed) > 1:
         raise UserError("--lora_path: one adapter at a time.", "Export the others one after another.")
-    found = [run_adapters.find(path, name, options.checkpoint, keep) for name, path, _ in listed]
-    for note in [note for source in found for note in source.notes]:
-        say(note)
-    if any(source.is_gguf for source in found) or (options.model_path or "").endswith(run_adapters.GGUF):
-        raise UserError("These are GGUF files already.", f"Talk to them with {commands.name('chat')}.")
-    whole = found[0] if found and found[0].whole else None
-    if whole and options.model_path:
-        raise UserError(f"--lora_path {whole.folder}: a whole model, no adapter.", "Give it alone.")
-    adapter = found[0] if found and not whole else None
-    name = str(whole.folder) if whole else resolve.base_of(adapter, options.model_path) or DEMO
-    base = Path(locate.fetch_model(name))
-    if not base.is_dir():
-        raise UserError(f"--model_path {name}: no such folder.", "Name the base model with --model_path.")
-    revisions.compare(adapter and adapter.record, base)
-    tokenizer = models_tokenizer.load_tokenizer(str(base))
-    named = _check_tokenizer(base, tokenizer)
-    if adapter:
-        with errors.remedy("Exporting runs no code of a model; training, chat and perplexity can."):
-            remote_code.check_same(adapter.origin, adapter.fingerprints, None)
-        resolve.check_belongs(adapter, base, base_model.identity_files(str(base)))
-    template, why = resolve.choose_template(options.template, found, tokenizer)
-    tokenizer = templates.tokenizer_for(tokenizer, template)
-    output = Path(options.output_path) if options.output_path else _place(listed, name, options.type)
-    place = output_folder.find(output, export_manifest.FLAG)
-    is_own = not options.output_path and output.parent == _folder(listed)
-    ends = list(dict.fromkeys([*data_encode.eos_ids(template, tokenizer), *named]))
-    kind = options.type
+    return ModelRequest(
+        options.model_path,
+        listed,
+        resolve.EXPORT,
+        resolve.find_folder,
+        gguf_remedy=f"Name the folder that it was made from, or talk with it: {commands.name('chat')}.",
+        code_remedy="Exporting runs no code of a model; training, chat and perplexity can.",
+        checkpoint=options.checkpoint,
+        template=options.template,
+    )
+
+
+def _job(options: ExportConfig, model: ResolvedModel) -> ExportJob:
+    base = Path(model.base)
+    adapter = model.adapters[0] if model.adapters else None
+    named = _check_tokenizer(base, model.tokenizer)
+    tokenizer = templates.tokenizer_for(model.tokenizer, model.template)
+    listed, kind = model.request.adapters, options.type
+    output = Path(options.output_path) if options.output_path else _place(listed, model.name, kind)
     return ExportJob(
-        base, adapter and adapter.folder, template, tokenizer, kind, output, place, is_own, ends
-    ), why
+        base=base,
+        adapter=adapter and adapter.folder,
+        template=model.template,
+        tokenizer=tokenizer,
+        kind=kind,
+        output=output,
+        place=output_folder.find(output, export_manifest.FLAG),
+        is_own=not options.output_path and output.parent == _folder(listed),
+        eos_ids=list(dict.fromkeys([*data_encode.eos_ids(model.template, tokenizer), *named])),
+        versions={option: str(version) for option, version in model.versions_by_option.items()},
+    )
 
 
-def _place(listed: list[tuple[str, str, float | None]], base: str, kind: str) -> Path:
-    """In the adapter's folder, or here under the model's name."""
+def _place(listed: list[AdapterPath], base: str, kind: str) -> Path:
+    """The folder for an export that has no --output_path: inside the adapter's folder, or here."""
     folder = _folder(listed)
     if folder:
         return folder / f"{gguf.FOLDER}-{kind}"
-    name = listed[0][0] if listed else Path(base).name
+    name = listed[0].name if listed else Path(base).name
     return Path(f"{name}-{gguf.FOLDER}-{kind}")
 
 
-def _folder(listed: list[tuple[str, str, float | None]]) -> Path | None:
-    """The adapter's, when it is one of this machine."""
-    folder = Path(listed[0][1]).expanduser() if listed else None
+def _folder(listed: list[AdapterPath]) -> Path | None:
+    """The adapter's folder; None for an adapter of the hub, or without one."""
+    folder = Path(listed[0].path).expanduser() if listed else None
     return folder if folder and folder.is_dir() else None
 
 
@@ -171,9 +172,9 @@ def _check_tokenizer(base: Path, tokenizer: Any) -> list[int]:
 
 def _named(job: ExportJob) -> str:
     """The end tokens, and what the file says of each."""
-    names = job.tokenizer.convert_ids_to_tokens(job.ends)
+    names = job.tokenizer.convert_ids_to_tokens(job.eos_ids)
     places = [f"as {key}" for key in llama_cpp_converter.END_KEYS] + ["not in the file"] * len(names)
-    told = [" ".join(map(str, each)) for each in zip(job.ends, names, places, strict=False)]
+    told = [" ".join(map(str, each)) for each in zip(job.eos_ids, names, places, strict=False)]
     more = " (the others are the template's or the model's)" if len(told) > 1 else ""
     return f"{told[0]}: the tokenizer's{''.join(f', {one}' for one in told[1:])}{more}"
 
@@ -186,7 +187,7 @@ def _made_from(job: ExportJob) -> dict[str, Any]:
         "of_base": of_base,
         "of_adapter": of_adapter,
         "template": job.template.texts(),
-        "ends": job.ends,
+        "ends": job.eos_ids,
     }
 
 
@@ -202,9 +203,9 @@ def _check_room(job: ExportJob, options: ExportConfig) -> None:
 
 def _make(job: ExportJob, folder: Path) -> None:
     if job.kind in PLAIN_TYPES:
-        gguf.base(job.base, folder / job.base_name, kind=job.kind, ends=job.ends)
+        gguf.base(job.base, folder / job.base_name, kind=job.kind, ends=job.eos_ids)
     else:
-        whole = gguf.base(job.base, folder / "whole.gguf", kind="auto", ends=job.ends)
+        whole = gguf.base(job.base, folder / "whole.gguf", kind="auto", ends=job.eos_ids)
         gguf.quantize(whole, folder / job.base_name, job.kind)
         whole.unlink()
     if job.adapter:
@@ -240,15 +241,13 @@ def _check(job: ExportJob, folder: Path, options: ExportConfig) -> str | None:
 def _describe(job: ExportJob, folder: Path, made_from: dict[str, Any], checked: str | None) -> None:
     """export.json, written last."""
     files = {path.name: hashing.sha256(path) for path in sorted(folder.iterdir())}
-    given = {"model_path": job.base, "lora_path": job.adapter}
-    known = {name: path and revisions.of(path) for name, path in given.items()}
     values = {
         "base": job.base_name,
         "adapter": ADAPTER if job.adapter else None,
         **made_from,
         "made_with": export_manifest.made_with(),
         "check": checked,
-        "versions": {name: str(version) for name, version in known.items() if version},
+        "versions": job.versions,
         "files": files,
     }
     system_files.write_json(folder / run_folder.EXPORT, values)

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from onecard import errors
 from onecard.config import options as config_options
 from onecard.config.tools import MergeConfig
 from onecard.conversion import lora_delta, side_files
@@ -24,14 +22,15 @@ from onecard.conversion.lora_delta import Change
 from onecard.errors import CHECKPOINT, UserError
 from onecard.evaluation import eval_rows, merge_fidelity
 from onecard.evaluation.eval_rows import EvalRow
-from onecard.hub import locate, model_files, remote_code, revisions
+from onecard.hub import model_files
 from onecard.inference import resolve
+from onecard.inference.resolve import ModelRequest, ResolvedModel
 from onecard.models import adapter as models_adapter
 from onecard.models import base_model, tensor_files
 from onecard.models import tokenizer as models_tokenizer
 from onecard.models.tensor_files import Behind, Files, StoredTensor
 from onecard.runs import adapters as run_adapters
-from onecard.runs.adapters import Adapter
+from onecard.runs.adapters import AdapterPath
 from onecard.system import files as system_files
 from onecard.system import output_folder
 from onecard.system.console import Progress, say
@@ -84,54 +83,49 @@ def run(options: MergeConfig, progress: Progress) -> None:
     if not options.report:
         config_options.refuse_idle(options, dict.fromkeys(OF_REPORT, "for --report"))
     target = Path(options.output_path)
-    with tempfile.TemporaryDirectory(prefix="onecard-adapters-") as keep:
-        found = run_adapters.find(options.lora_path, "adapter", options.checkpoint, Path(keep))
-        if found.whole:
-            problem = f"--lora_path {options.lora_path}: all weights were trained, there is no adapter."
-            raise UserError(problem, f"{found.folder} is the whole model already.")
-        for note in found.notes:
-            say(note)
-        name = resolve.base_of(found, options.model_path)
-        if not name:
-            raise UserError("The adapter does not say what it was made with.", "Give --model_path.")
-        folder = Path(locate.fetch_model(name))
-        if not folder.is_dir():
-            raise UserError(f"--model_path {name}: no such folder.", "Name the adapter's base model.")
-        say(f"base        {folder}: {'asked for' if options.model_path else 'the adapter was made with it'}")
-        revisions.compare(found.record, folder)
-        say(f"adapter     {found.origin}")
-        for flag, place in (("--model_path", folder), ("--lora_path", found.origin)):
-            output_folder.check_apart(place, target, (flag, FLAG))
-        rows = _rows(options, folder, found) if options.report else []
-        _make(folder, found, target, progress)
+    with resolve.resolve(request(options)) as model:
+        base, adapter = Path(model.base), model.adapters[0]
+        say(f"base        {base}: {model.base_reason}")
+        for flag, folder in (("--model_path", base), ("--lora_path", adapter.origin)):
+            output_folder.check_apart(folder, target, (flag, FLAG))
+        rows = _rows(options, model) if options.report else []
+        _make(model, target, progress)
         if options.report:
-            merge_fidelity.run(options, rows, folder, found, target)
+            merge_fidelity.run(options, rows, base, adapter, target)
 
 
-def _rows(options: MergeConfig, folder: Path, found: Adapter) -> list[EvalRow]:
+def request(options: MergeConfig) -> ModelRequest:
+    """What resolve.py is asked for; --lora_path is one path here, without a name or a weight."""
+    listed = [AdapterPath(run_adapters.short_name(options.lora_path), options.lora_path, None)]
+    return ModelRequest(
+        options.model_path,
+        listed,
+        resolve.MERGE,
+        resolve.find_folder,
+        gguf_remedy="Name the folder that it was made from: GGUF files cannot be merged.",
+        code_remedy="Merging runs no code of a model; training, chat and perplexity can.",
+        checkpoint=options.checkpoint,
+    )
+
+
+def _rows(options: MergeConfig, model: ResolvedModel) -> list[EvalRow]:
     """Rows for the report; raises UserError (exit 3) without any."""
-    tokenizer = models_tokenizer.load_tokenizer(str(side_files.tokenizer_of(found.origin) or folder))
-    form, _ = resolve.choose_template(None, [found], tokenizer)
-    return eval_rows.some(options.data_path, options.cutoff_len, form, tokenizer, options.report_rows)
+    template, tokenizer = model.template, model.tokenizer
+    return eval_rows.some(options.data_path, options.cutoff_len, template, tokenizer, options.report_rows)
 
 
-def _make(folder: Path, found: Adapter, target: Path, progress: Progress) -> None:
-    tokenizer = side_files.tokenizer_of(found.origin)
+def _make(model: ResolvedModel, target: Path, progress: Progress) -> None:
+    folder, adapter, tokenizer = Path(model.base), model.adapters[0], model.own_tokenizer
     copied = side_files.rest(folder, skip=side_files.TOKENIZER if tokenizer else ())
     copied += side_files.rest(tokenizer, only=side_files.TOKENIZER) if tokenizer else []
-    files = [*model_files.files_of(folder), *side_files.of_adapter(found.origin), *copied]
-    versions = {"model_path": revisions.of(folder), "lora_path": revisions.of(found.origin)}
-    made_of = output_folder.record("merge_lora", {}, files, versions)
+    files = [*model_files.files_of(folder), *side_files.of_adapter(adapter.origin), *copied]
+    made_of = output_folder.record("merge_lora", {}, files, model.versions_by_option)
     if output_folder.is_made(target, made_of, FLAG):
-        say(f"{target} is there already, made of the same files, by sizes and times: nothing to do.")
+        say(f"{target} is there already, made of the same files (compared by size and time): nothing to do.")
         return
-    with errors.remedy("Merging runs no code of a model; training, chat and perplexity can."):
-        remote_code.check_same(found.origin, found.fingerprints, None)
-    weights = base_model.identity_files(str(folder))["weights"]
-    resolve.check_belongs(found, folder, {"weights": weights})  # the tokenizer may be the adapter's
-    given = lora_delta.read(found.folder)
-    base = _base(folder, found.folder)
-    plan = _plan(base, given, found.folder)
+    changes = lora_delta.read(adapter.folder)
+    base = _base(folder, adapter.folder)
+    plan = _plan(base, changes, adapter.folder)
     needed = sum(tensor.size for tensors in plan.files.values() for tensor in tensors) + SMALL
     with output_folder.making(target, needed, made_of, FLAG) as (place, _):
         for path in copied:
@@ -140,11 +134,9 @@ def _make(folder: Path, found: Adapter, target: Path, progress: Progress) -> Non
             say(f"tokenizer   the adapter's, in {tokenizer}")
         _check_tokenizer(place, plan, tokenizer)
         system_files.write_json(place / model_files.MODEL_CONFIG, plan.config)
-        written = _write(plan, place, found.folder, progress)
-    say(
-        f"merged      {len(plan.changes)} tensors changed, {len(given.whole)} replaced; all others are copies"
-    )
-    say(f"{target} is whole: {written / 2**30:.2f} GiB of weights.")
+        written = _write(plan, place, adapter.folder, progress)
+    say(f"merged      {len(plan.changes)} tensors changed, {len(changes.whole)} replaced, all others copied")
+    say(f"{target} is complete: {written / 2**30:.2f} GiB of weights.")
 
 
 def _base(folder: Path, adapter_folder: Path) -> Base:

@@ -21,7 +21,7 @@ from onecard.config.tools import QuantizeConfig
 from onecard.errors import CHECKPOINT, UserError, is_out_of_memory
 from onecard.evaluation import eval_rows
 from onecard.evaluation.eval_rows import EvalRow
-from onecard.hub import locate, model_files, revisions
+from onecard.hub import model_files, revisions
 from onecard.inference import resolve
 from onecard.models import base_model, quantized, tensor_files
 from onecard.models import memory as models_memory
@@ -53,7 +53,7 @@ def run(options: QuantizeConfig) -> Path:
     _refuse_unused_options(options)
     name = Path(options.model_path).name
     target = Path(options.output_path or f"{name}-{options.method}-{options.bits}bit")
-    source = Path(locate.fetch_model(options.model_path))
+    source = resolve.base_folder(options.model_path)
     output_folder.check_apart(source, target, ("--model_path", FLAG))
     config = base_model.load_config(str(source))
     if quantized.method(config):

@@ -6,7 +6,6 @@ None of them is opened here.
 from pathlib import Path
 
 from onecard.hub import manifest, model_files
-from onecard.models import tokenizer as models_tokenizer
 from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as run_folder
 from onecard.runs import legacy
@@ -29,16 +28,6 @@ OWN = (  # what OneCard writes about other folders and runs
     "adapter_",
 )
 ADAPTER = (*legacy.MARKS, run_folder.CONFIG, model_files.MODEL_WEIGHTS)  # and adapter_*
-
-
-def places(folder: Path) -> list[Path]:
-    """The adapter's folder, and the run's when it is a checkpoint."""
-    return [folder, *([folder.parent] if folder.name.startswith("checkpoint-") else [])]
-
-
-def tokenizer_of(folder: Path) -> Path | None:
-    names = models_tokenizer.TOKENIZER_FILES
-    return next((p for p in places(folder) if any((p / name).is_file() for name in names)), None)
 
 
 def of_adapter(adapter_folder: Path) -> list[Path]:

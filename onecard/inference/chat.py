@@ -76,15 +76,16 @@ def with_its_mode(talk: "Chat", options: ChatConfig, given: frozenset[str]) -> C
 
 def later(options: ChatConfig, to_gguf: loader.ToGguf, beside: Callable[[str], list[str]]) -> "Chat":
     """The same, its weights read when the first question comes; beside: as lazy_engine.Engine takes it."""
-    found = loader.look(options)
-    found.keep.cleanup()
+    plan = loader.prepare(options)
 
-    def make() -> engines.Engine:  # a run may have newer checkpoints by then, and not the older ones any more
-        return loader.engine_of(loader.look(options), to_gguf)
+    def load() -> engines.Engine:  # by then a run may have newer checkpoints, and the older ones no more
+        return loader.engine_of(loader.prepare(options), to_gguf)
 
-    engine = lazy_engine.Engine(found, make, beside)
+    engine = lazy_engine.Engine(plan, load, beside)
     say("model       not loaded: the first question does that")
-    return Chat(engine, found.tokenizer, found.template, found.active_adapters, found.versions)
+    chat = Chat(*loader.loaded(plan, engine))
+    plan.model.close()
+    return chat
 
 
 class Chat:

@@ -13,7 +13,7 @@ import torch
 from onecard.config.generation import ActiveAdapters
 from onecard.errors import MEMORY, UserError, is_out_of_memory
 from onecard.inference import engine as engines
-from onecard.inference.loader import Found
+from onecard.inference.loader import EnginePlan
 from onecard.system import hardware
 
 LOOK_AGAIN = 2.0  # seconds between two looks who else is at work
@@ -23,12 +23,12 @@ class Engine:
     """It knows its name, capabilities and adapters; opening a sequence loads the model."""
 
     def __init__(
-        self, found: Found, make: Callable[[], engines.Engine], beside: Callable[[str], list[str]]
+        self, plan: EnginePlan, load: Callable[[], engines.Engine], beside: Callable[[str], list[str]]
     ) -> None:
-        """make: loads the engine; beside: device -> names of the runs that are trained on it now."""
-        self.name, self.capabilities = found.kind.name, found.kind.capabilities
-        self.adapters = [source.name for source in found.adapters]
-        self.device, self._make, self._beside = found.device.value, make, beside
+        """load: loads the engine; beside: device -> names of the runs that are trained on it now."""
+        self.name, self.capabilities = plan.kind.name, plan.kind.capabilities
+        self.adapters = [adapter.name for adapter in plan.model.adapters]
+        self.device, self._load, self._beside = plan.device.value, load, beside
         self.lock = threading.Lock()
         self.engine: engines.Engine | None = None
         self.closed = False
@@ -49,7 +49,7 @@ class Engine:
                 raise RuntimeError("The engine is closed.")
             if self.engine is None:
                 try:
-                    self.engine = self._make()
+                    self.engine = self._load()
                 except (MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error):
                         raise

@@ -1,10 +1,11 @@
 """Options of chatting -> an engine with its model and adapters in memory.
 
-It chooses bits, device and dtype, and says why; it does not know conversations.
+resolve.py says what belongs together; here bits, device and dtype are chosen, and the reasons are said. This
+file knows no conversations.
 """
 
 import dataclasses
-import tempfile
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,28 +14,26 @@ from transformers import PreTrainedTokenizerBase
 
 from onecard import errors
 from onecard.config.chat import ChatConfig
-from onecard.config.generation import BASE, ActiveAdapters
+from onecard.config.generation import ActiveAdapters
 from onecard.config.options import flag, memory_of_cards
 from onecard.data import template as templates
 from onecard.data.template import Template
 from onecard.errors import UserError
-from onecard.hub import locate, remote_code, revisions
-from onecard.hub.manifest import DEMO
+from onecard.hub import locate, remote_code
+from onecard.hub.remote_code import Consent
 from onecard.inference import engine as engines
-from onecard.inference import llama_cpp as llama_cpp_library
 from onecard.inference import llama_cpp_engine, resolve, transformers_engine
+from onecard.inference.resolve import ModelRequest, ResolvedModel
 from onecard.models import adapter as models_adapter
 from onecard.models import base_model, quantized
 from onecard.models import memory as model_memory
-from onecard.models import tokenizer as models_tokenizer
 from onecard.runs import adapters as run_adapters
-from onecard.runs.adapters import GGUF, Adapter
+from onecard.runs.adapters import GGUF
 from onecard.system import commands, hardware
 from onecard.system.console import say
 from onecard.system.hardware import Choice
 
 ToGguf = Callable[[Path, dict[str, Path]], tuple[Path, dict[str, Path]]]
-LLAMA = "llama.cpp"
 UNUSED_BY_LLAMA = {  # option -> values that ask for nothing
     "bits": ("auto",),
     "load_8bit": (False,),
@@ -44,21 +43,14 @@ UNUSED_BY_LLAMA = {  # option -> values that ask for nothing
 }
 
 
-@dataclasses.dataclass
-class Found:
-    """What is known before a weight is read: enough to lay out a page."""
+@dataclasses.dataclass(frozen=True)
+class EnginePlan:
+    """A resolved model and the engine for it: enough to lay out a page, before any weight is read."""
 
     options: ChatConfig
+    model: ResolvedModel
     kind: type[transformers_engine.Engine] | type[llama_cpp_engine.Engine]
-    base: str
     device: Choice
-    adapters: list[Adapter]
-    tokenizer: PreTrainedTokenizerBase
-    template: Template
-    active_adapters: ActiveAdapters  # those that answer unless a question names others
-    keep: tempfile.TemporaryDirectory[str]  # of adapters that were written in peft's form
-    code: remote_code.Consent | None = None  # to run Python code of the base's own
-    versions: dict[str, str] = dataclasses.field(default_factory=dict)  # of base and adapters of the hub
 
 
 class Loaded(NamedTuple):
@@ -74,159 +66,117 @@ class Loaded(NamedTuple):
 def load(options: ChatConfig, to_gguf: ToGguf, exact: bool = False) -> Loaded:
     """An engine with its model in memory, and what it is used with; raises UserError.
 
-    to_gguf: model and adapter folders -> files for llama.cpp; exact: for measuring, in fp32 where that is
-    free to choose.
+    to_gguf: folders of a model and of adapters -> files for llama.cpp; exact: for measuring, so computed in
+    fp32 where the options leave that open.
     """
-    found = look(options)
-    engine = engine_of(found, to_gguf, exact)
-    return Loaded(engine, found.tokenizer, found.template, found.active_adapters, found.versions)
+    plan = prepare(options)
+    return loaded(plan, engine_of(plan, to_gguf, exact))
 
 
-def look(options: ChatConfig) -> Found:
+def loaded(plan: EnginePlan, engine: engines.Engine) -> Loaded:
+    """The engine of a plan with the rest that a Chat is made of."""
+    model = plan.model
+    versions = {name: str(version) for name, version in model.versions.items()}
+    return Loaded(engine, model.tokenizer, model.template, model.active_adapters, versions)
+
+
+def prepare(options: ChatConfig) -> EnginePlan:
     """Find and check what the options name, without reading weights of the base; raises UserError."""
+    _check_options(options, resolve.engine_for(options.engine, options.model_path or ""))
     listed = run_adapters.read_list(options.lora_path)
-    keep = tempfile.TemporaryDirectory(prefix="onecard-adapters-")
-    found = [run_adapters.find(path, name, options.checkpoint, Path(keep.name)) for name, path, _ in listed]
-    base = _base(options, found)
-    for note in [note for source in found for note in source.notes]:
-        say(note)
-    adapters = [source for source in found if not source.whole]
-    is_llama = options.engine == LLAMA or (options.engine == "auto" and base.endswith(GGUF))
+    request = ModelRequest(
+        options.model_path,
+        listed,
+        options.engine,
+        functools.partial(_find_base, options),
+        gguf_remedy="Use --engine llama.cpp.",
+        code_remedy=remote_code.READ_FIRST,
+        checkpoint=options.checkpoint,
+        template=options.template,
+        remote_code=options.remote_code,
+    )
+    model = resolve.resolve(request)
+    is_llama = resolve.engine_for(options.engine, model.base) == resolve.LLAMA
+    _check_options(options, resolve.LLAMA if is_llama else resolve.TRANSFORMERS)
     kind = llama_cpp_engine.Engine if is_llama else transformers_engine.Engine
-    device = Choice("cpu", "llama.cpp's") if is_llama else _device(options.device)
-    _check(options, base, adapters, is_llama)
+    device = Choice("cpu", "llama.cpp runs there") if is_llama else _device(options.device)
+    say(f"template    {model.template.name}: {model.chosen_template[1]}")
+    return EnginePlan(options, model, kind, device)
+
+
+def _find_base(options: ChatConfig, name: str) -> tuple[str, Consent | None]:
+    """The folder or file of a base, and the consent to run its code; raises UserError."""
+    engine = resolve.engine_for(options.engine, name)
+    base = remote_code.place(name, options.remote_code) or locate.for_engine(engine)(name)
     code = remote_code.ask(base, options.remote_code)
-    base = str(code.folder) if code else base
-    is_file = base.endswith(GGUF)
-    tokenizer = (
-        llama_cpp_library.tokenizer_of(Path(base)) if is_file else models_tokenizer.load_tokenizer(base, code)
-    )
-    for recorded in dict.fromkeys(source.record for source in found):
-        revisions.compare(recorded, base)
-    for source in adapters:
-        say(f"adapter     {source.name}: {source.origin}")
-    template, why = resolve.choose_template(options.template, found, tokenizer)
-    say(f"template    {template.name}: {why}")
-    weighed = tuple((name, 1.0 if weight is None else weight) for name, _, weight in listed)
-    active_adapters = weighed if adapters else ()
-    # several are there to choose from; weights that are given say that they answer together
-    together = any(weight is not None for _, _, weight in listed)
-    active_adapters = active_adapters if together else active_adapters[:1]
-    places = {BASE: Path(base), **{source.name: source.origin for source in adapters}}
-    versions = {name: str(version) for name, path in places.items() if (version := revisions.of(path))}
-    return Found(
-        options, kind, base, device, adapters, tokenizer, template, active_adapters, keep, code, versions
-    )
+    return (str(code.folder) if code else base), code
 
 
-def engine_of(found: Found, to_gguf: ToGguf, exact: bool = False) -> engines.Engine:
+def engine_of(plan: EnginePlan, to_gguf: ToGguf, exact: bool = False) -> engines.Engine:
     """The engine with its model and adapters in memory; raises UserError."""
-    is_llama = found.kind is llama_cpp_engine.Engine
-    engine: engines.Engine = _llama(found, to_gguf, exact) if is_llama else _transformers(found, exact)
-    found.keep.cleanup()  # read into memory, then not needed
+    is_llama = plan.kind is llama_cpp_engine.Engine
+    engine: engines.Engine = _llama(plan, to_gguf, exact) if is_llama else _transformers(plan, exact)
+    plan.model.close()  # copies of adapters are in memory now
     return engine
 
 
-def _check(options: ChatConfig, base: str, adapters: list[Adapter], is_llama: bool) -> None:
-    """Raise UserError for options that this engine or file cannot have."""
-    for path in (base, *(str(source.folder) for source in adapters)):
-        if not is_llama and path.endswith(GGUF):
-            raise UserError(f"--engine transformers: {path} is for llama.cpp.", "Use --engine llama.cpp.")
+def _check_options(options: ChatConfig, engine: str) -> None:
+    """Raise UserError for options that this engine cannot have."""
+    is_llama = engine == resolve.LLAMA
     if is_llama and options.rope_scaling != "none":
         problem = "llama.cpp has no rope scaling of its own."
         raise UserError(problem, "Leave it out: a GGUF file carries its own, and --context makes use of it.")
     if is_llama and options.remote_code:
-        problem = "--remote_code is for the transformers engine: llama.cpp runs no code of a model."
-        raise UserError(problem, "Leave it out.")
+        problem = "--remote_code is for the transformers engine: llama.cpp runs no Python code of a model."
+        raise UserError(problem, "Leave the option out.")
     for name, plain in UNUSED_BY_LLAMA.items():
         if is_llama and getattr(options, name) not in plain:
-            problem = f"{flag(options, name)}: llama.cpp takes the file as it is, on the processor."
-            raise UserError(
-                problem, f"Leave it out; {commands.name('export-gguf')} --type makes files of fewer bits."
-            )
-    for source in adapters:
-        with errors.remedy(remote_code.READ_FIRST):
-            remote_code.check_same(str(source.origin), source.fingerprints, options.remote_code)
-    folders = [source.folder for source in adapters if not source.is_gguf]
-    if base.endswith(GGUF) and folders:
-        problem = f"{base}: the adapter {folders[0]} is no .gguf file."
-        fix = f"Make it one with {commands.name('export-gguf')}, or name the base's folder with --model_path."
-        raise UserError(problem, fix)
-    if base.endswith(GGUF) and not Path(base).is_file():
-        raise UserError(f"--model_path {base}: no such file.", "Name a .gguf file.")
+            problem = f"{flag(options, name)}: llama.cpp takes the weights as they are, and runs on the CPU."
+            fix = f"Leave the option out. {commands.name('export-gguf')} --type makes files of fewer bits."
+            raise UserError(problem, fix)
 
 
-def _base(options: ChatConfig, found: list[Adapter]) -> str:
-    """The base model: asked for, trained whole, or what an adapter was trained on."""
-    whole = [source for source in found if source.whole]
-    if whole and (len(found) > 1 or options.model_path):
-        problem = f"--lora_path {whole[0].folder}: a whole model, no adapter."
-        raise UserError(problem, "Give it alone, as --model_path or --lora_path.")
-    if whole:
-        return str(whole[0].folder)
-    named = [source for source in found if source.base]
-    if not options.model_path and len({_place(str(source.base), options.engine) for source in named}) > 1:
-        told = ", ".join(f"{source.name} on {source.base}" for source in named)
-        problem = f"--lora_path: the adapters were trained on different base models: {told}."
-        raise UserError(problem, "Talk with one of them, or say with --model_path which base they share.")
-    if not (options.model_path or named) and any(source.is_gguf for source in found):
-        problem = f"--lora_path {found[0].folder}: a GGUF adapter does not say its base model."
-        raise UserError(problem, "Name it with --model_path.")
-    name = resolve.base_of(named[0] if named else None, options.model_path) or DEMO
-    return remote_code.place(name, options.remote_code) or locate.for_engine(options.engine)(name)
-
-
-def _place(base: str, engine: str) -> str:
-    """Two names of one folder are the same base; nothing is fetched to find out."""
-    find = locate.for_engine(engine)
-    at_hand = None if base == DEMO or Path(base).exists() else revisions.at_hand(base)
-    folder = Path(at_hand or (find(base) if resolve.is_here(base) else base)).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else base
-
-
-def _transformers(found: Found, exact: bool) -> transformers_engine.Engine:
+def _transformers(plan: EnginePlan, exact: bool) -> transformers_engine.Engine:
     import torch
 
-    options, base, device = found.options, found.base, found.device
-    dtype = Choice("fp16", "Apple's cards") if device.value == "mps" and options.dtype == "auto" else None
-    if exact and device.value == "cpu" and options.dtype == "auto":
-        dtype = Choice("fp32", "to be compared")
-    dtype = dtype or hardware.choose_dtype(options.dtype, "cuda:0" if device.value == "all" else device.value)
-    config = base_model.load_config(base, found.code)
-    bits = _bits(found, config, device.value, dtype.value)
-    say(f"base        {base}, {bits.value} bits: {bits.reason}")
-    say(f"device      {device.value} ({device.reason}), arithmetic {dtype.value}: {dtype.reason}")
+    options, model, device = plan.options, plan.model, plan.device
+    dtype = _dtype(options.dtype, device.value, exact)
+    config = base_model.load_config(model.base, model.code)
+    bits = _bits(plan, config, dtype.value)
+    say(f"base        {model.base}, {bits.value} bits: {bits.reason}")
+    say(f"device      {device.value} ({device.reason}), compute dtype {dtype.value}: {dtype.reason}")
     if options.rope_scaling != "none":
-        config = base_model.stretched(base, config, options.rope_scaling, options.rope_factor)
-    own = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
-    if options.context and options.context > own and not exact:
-        problem = f"--context {options.context}: the model's context has {own} tokens."
+        config = base_model.stretched(model.base, config, options.rope_scaling, options.rope_factor)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
+    if options.context and options.context > longest and not exact:
+        problem = f"--context {options.context}: the model's context has {longest} tokens."
         raise UserError(problem, "Use fewer, or stretch the context by rope scaling.")
     if options.threads:
         torch.set_num_threads(options.threads)
-    cards = memory_of_cards(options.card_memory)
+    memory = memory_of_cards(options.card_memory)
     with errors.remedy("Use fewer --bits, or allow more memory of each GPU."):
-        made = base_model.load_base(
-            base, bits.value, dtype.value, device.value, config, cards, code=found.code
+        module = base_model.load_base(
+            model.base, bits.value, dtype.value, device.value, config, memory, code=model.code
         ).eval()
-    for source in found.adapters:
-        made = models_adapter.attach(made, source.folder, source.name)
-    names = [source.name for source in found.adapters]
-    return transformers_engine.Engine(made, found.tokenizer, min(options.context or own, own), names)
+    for adapter in model.adapters:
+        module = models_adapter.attach(module, adapter.folder, adapter.name)
+    names = [adapter.name for adapter in model.adapters]
+    context = min(options.context or longest, longest)
+    return transformers_engine.Engine(module, model.tokenizer, context, names)
 
 
-def _llama(found: Found, to_gguf: ToGguf, exact: bool) -> llama_cpp_engine.Engine:
-    options, path = found.options, Path(found.base)
+def _llama(plan: EnginePlan, to_gguf: ToGguf, exact: bool) -> llama_cpp_engine.Engine:
+    options, model, path = plan.options, plan.model, Path(plan.model.base)
     files: dict[str, Path] = {}
-    if not found.base.endswith(GGUF):
-        folders = {source.name: source.folder for source in found.adapters if not source.is_gguf}
+    if not model.base.endswith(GGUF):
+        folders = {adapter.name: adapter.folder for adapter in model.adapters if not adapter.is_gguf}
         path, files = to_gguf(path, folders)
-    files |= {source.name: source.folder for source in found.adapters if source.is_gguf}
+    files |= {adapter.name: adapter.folder for adapter in model.adapters if adapter.is_gguf}
     threads = hardware.choose_threads(options.threads)
-    say(f"base        {path} in llama.cpp, on the processor")
+    say(f"base        {path} in llama.cpp, on the CPU")
     say(f"threads     {threads.value}: {threads.reason}")
     context = options.context or 2048
-    tokenizer = templates.tokenizer_for(found.tokenizer, found.template)
+    tokenizer = templates.tokenizer_for(model.tokenizer, model.template)
     with errors.remedy("Use a smaller model, or a smaller --context."):
         engine = llama_cpp_engine.Engine(path, tokenizer, context, files, threads.value, exact=exact)
     if options.context and engine.context < options.context and not exact:
@@ -237,41 +187,50 @@ def _llama(found: Found, to_gguf: ToGguf, exact: bool) -> llama_cpp_engine.Engin
     return engine
 
 
-def _device(wanted: str) -> Choice:
+def _dtype(name: str, device: str, exact: bool) -> Choice:
+    """The compute dtype, by the option --dtype; exact: fp32 where a CPU leaves the choice."""
+    if name == "auto" and device == "mps":
+        return Choice("fp16", "usual on Apple GPUs")
+    if name == "auto" and device == "cpu" and exact:
+        return Choice("fp32", "so that results can be compared")
+    return hardware.choose_dtype(name, "cuda:0" if device == "all" else device)
+
+
+def _device(name: str) -> Choice:
+    """The device, by the option --device; raises UserError when it is not there."""
     import torch
 
-    if wanted == "all" and not torch.cuda.is_available():
-        raise UserError("--device all: torch sees no CUDA GPU.", hardware.ON_CPU)
-    if wanted == "all":
-        return Choice("all", f"{torch.cuda.device_count()} cards and the processor's memory")
+    if name == "all":
+        if not torch.cuda.is_available():
+            raise UserError("--device all: torch sees no CUDA GPU.", hardware.ON_CPU)
+        return Choice("all", f"sharded over {torch.cuda.device_count()} GPUs and the CPU's memory")
     has_mps = torch.backends.mps.is_available()
-    if wanted == "mps" and not has_mps:
+    if name == "mps" and not has_mps:
         raise UserError("--device mps: torch sees no Apple GPU.", hardware.ON_CPU)
-    if wanted == "mps" or (wanted == "auto" and has_mps):
-        return Choice("mps", "an Apple card")
+    if name == "mps" or (name == "auto" and has_mps):
+        return Choice("mps", "an Apple GPU")
     with errors.remedy(hardware.ON_CPU, beside=True):
-        return hardware.choose_device(wanted)
+        return hardware.choose_device(name)
 
 
-def _bits(found: Found, config: Any, device: str, dtype: str) -> Choice:
-    """Bits of a weight; auto: the most of 16, 8 and 4 that fit into the card's free memory."""
+def _bits(plan: EnginePlan, config: Any, dtype: str) -> Choice:
+    """Bits of a weight; auto: the most of 16, 8 and 4 that fit into the free memory of the GPU."""
     import torch
 
+    options, device = plan.options, plan.device.value
     if quantized.method(config):
-        return Choice(quantized.bits(config) or 16, f"{quantized.method(config)} weights stay as they are")
-    asked = 8 if found.options.load_8bit else found.options.bits
-    if asked != "auto":
-        return Choice(asked, "asked for")
+        return Choice(quantized.bits(config) or 16, f"the weights are {quantized.method(config)} already")
+    if options.load_8bit or options.bits != "auto":
+        return Choice(8 if options.load_8bit else options.bits, "asked for")
     if device == "all":
-        return Choice(16, "spread over the cards; --bits 8 or 4 needs fewer of them")
+        return Choice(16, "sharded over all GPUs; --bits 8 or 4 needs fewer of them")
     if not device.startswith("cuda"):
-        return Choice(16, "a processor multiplies 16 bits faster than it unpacks fewer")
-    bare = base_model.skeleton(found.base, config, found.code).to(base_model.DTYPES[dtype])
-    free = (
-        torch.cuda.mem_get_info(device)[0] * model_memory.SAFETY
-    )  # the rest is for keys, values and activations
+        return Choice(16, "a CPU multiplies 16 bits faster than it unpacks fewer")
+    skeleton = base_model.skeleton(plan.model.base, config, plan.model.code).to(base_model.DTYPES[dtype])
+    # the rest of the memory is for keys, values and activations
+    free = torch.cuda.mem_get_info(device)[0] * model_memory.SAFETY
     for bits in (16, 8, 4):
-        needed = model_memory.weight_bytes(bare, bits)
+        needed = model_memory.weight_bytes(skeleton, bits)
         if needed <= free or bits == 4:
             return Choice(bits, f"{needed / 2**30:.1f} GiB of weights, {free / 2**30:.1f} GiB can be used")
     raise AssertionError

@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
 
@@ -57,25 +57,33 @@ class Adapter:
         return self.folder.suffix == GGUF
 
 
-def read_list(lora_path: str | None) -> list[tuple[str, str, float | None]]:
-    """(name, path, weight) of each adapter in NAME=PATH:WEIGHT,...; weight: None where none is written."""
-    found: list[tuple[str, str, float | None]] = []
+class AdapterPath(NamedTuple):
+    """An adapter as a user names it."""
+
+    name: str
+    path: str  # a folder, a .gguf file or a hub name
+    weight: float | None  # None where none is written
+
+
+def read_list(lora_path: str | None) -> list[AdapterPath]:
+    """The adapters in NAME=PATH:WEIGHT,NAME=PATH:WEIGHT; raises UserError for a name that is reserved."""
+    listed: list[AdapterPath] = []
     for text in filter(None, (part.strip() for part in (lora_path or "").split(","))):
         named = re.match(r"([\w.-]+)=(.+)", text)
         name, path = (named[1], named[2]) if named else ("", text)
         weighted = re.fullmatch(r"(.+):(-?\d+(?:\.\d+)?)", path)
         path, weight = (weighted[1], float(weighted[2])) if weighted else (path, None)
-        name = name or _short(path)
+        name = name or short_name(path)
         if name in (BASE, MIX):
             raise UserError(f"--lora_path: an adapter cannot be called {name}.", f"Write NAME={path}.")
-        taken = {other for other, _, _ in found}
+        taken = {other for other, _, _ in listed}
         while name in taken:
             name += "+"
-        found.append((name, path, weight))
-    return found
+        listed.append(AdapterPath(name, path, weight))
+    return listed
 
 
-def _short(path: str) -> str:
+def short_name(path: str) -> str:
     """The last part of a path; of a checkpoint with its run's."""
     parts = Path(path.rstrip("/")).parts or (path,)
     parts = (*parts[:-1], revisions.split(parts[-1])[0])  # without a revision of the hub's

@@ -25,6 +25,7 @@ from onecard.hub import addresses, locate, manifest, transfer
 from onecard.hub import download as hub_download
 from onecard.hub import listing as hub_listing
 from onecard.inference import loader, resolve
+from onecard.inference.resolve import ModelRequest
 from onecard.models import base_model
 from onecard.models import tokenizer as models_tokenizer
 from onecard.runs import adapters as run_adapters
@@ -775,14 +776,16 @@ def test_what_an_adapter_names_is_not_followed(tmp_path, base, monkeypatch):
     (tmp_path / "in" / "a").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "in")
     found = run_adapters.Adapter("adapter", tmp_path / "in" / "a", base=base)
+    monkeypatch.setattr(run_adapters, "find", lambda *_: found)
     located: list[str] = []
     monkeypatch.setattr(locate, "locate", lambda name: located.append(name) or name)
     with pytest.raises(UserError, match="not on this machine") as caught:
-        loader._base(ChatConfig(lora_path="a"), [found])
+        loader.prepare(ChatConfig(lora_path="a"))
     assert base in str(caught.value)
     assert located == []
-    asked = dataclasses.replace(ChatConfig(lora_path="a"), model_path=base)
-    assert loader._base(asked, [found]) == base  # typed by the user
+    listed, find = run_adapters.read_list("a"), lambda name: (locate.locate(name), None)
+    typed = ModelRequest(base, listed, resolve.TRANSFORMERS, find, gguf_remedy="", code_remedy="")
+    assert resolve.resolve(typed).base == base  # typed by the user
     assert located == [base]
 
 

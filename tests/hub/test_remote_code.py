@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -21,12 +20,14 @@ from onecard.config.chat import ChatConfig, CpuConfig
 from onecard.config.generation import Generation
 from onecard.config.tools import DownloadConfig, ExportConfig, MergeConfig, PerplexityConfig, QuantizeConfig
 from onecard.config.training import ContinueConfig, FinetuneConfig
+from onecard.conversion import export_gguf, merge
 from onecard.errors import CHECKPOINT, UNSAFE, USAGE, UserError
 from onecard.hub import listing as hub_listing
 from onecard.hub import manifest, remote_code, transfer
-from onecard.inference import chat, loader
+from onecard.inference import chat, loader, resolve
 from onecard.models import base_model
 from onecard.models import tokenizer as models_tokenizer
+from onecard.runs import adapters as run_adapters
 from onecard.runs import folder as run_folder
 from onecard.training import loop, resume
 from onecard.training.starting_point import Start
@@ -382,21 +383,26 @@ def test_a_run_goes_on_with_the_code_it_began_with(before, asked, code):
     assert caught.value.code == code
 
 
-def test_an_adapters_word_is_no_consent(fetched, tmp_path):
+def test_an_adapters_word_is_no_consent(fetched, tmp_path, monkeypatch):
     """Its run had code; whoever talks with it has to ask for that commit too."""
-    adapter = SimpleNamespace(
-        origin="a", folder=tmp_path, is_gguf=False, fingerprints={remote_code.PRINT: COMMIT}
-    )
+    adapter = run_adapters.Adapter("a", tmp_path, fingerprints={remote_code.PRINT: COMMIT})
+    monkeypatch.setattr(run_adapters, "find", lambda *_: adapter)
+    paths = {"model_path": str(fetched), "lora_path": "a"}
     for commit in (None, OTHER):
         with pytest.raises(UserError, match=f"{COMMIT}.*--remote_code") as caught:
-            loader._check(ChatConfig(remote_code=commit), str(fetched), [adapter], False)
+            loader.prepare(ChatConfig(**paths, remote_code=commit))
         assert caught.value.code == UNSAFE
-    loader._check(ChatConfig(remote_code=COMMIT), str(fetched), [adapter], False)
+    for request in (export_gguf.request(ExportConfig(**paths)), merge.request(MergeConfig(**paths))):
+        with pytest.raises(UserError, match=f"{COMMIT}.*runs no code of a model") as caught:
+            resolve.resolve(request)
+        assert caught.value.code == UNSAFE
+    plan = loader.prepare(ChatConfig(**paths, remote_code=COMMIT))
+    assert plan.model.code.commit == COMMIT
 
 
 def test_llama_cpp_runs_no_code(fetched):
     with pytest.raises(UserError, match="--remote_code is for the transformers engine"):
-        loader._check(CpuConfig(remote_code=COMMIT), str(fetched), [], True)
+        loader.prepare(CpuConfig(model_path=str(fetched), remote_code=COMMIT))
 
 
 # all of it, in processes of their own

@@ -158,7 +158,7 @@ def test_a_finished_run_a_checkpoint_and_an_adapter_folder(run, tiny_model, tmp_
         assert torch.allclose(scores(chat, ()), plain(tiny_model), atol=1e-5)
         if folder == alone:
             assert chat.template.name == "alpaca"
-            assert any("none is written with the adapter" in line for line in said)
+            assert any("no template is recorded with the adapter" in line for line in said)
         else:
             own = {key: templates.parts(text, []) for key, text in MINE.items()}
             assert texts(chat.template) == texts(templates.Template("", **own))
@@ -344,7 +344,7 @@ def test_the_usual_template_says_why(run, tiny_model):
     own = models_tokenizer.load_tokenizer(str(tiny_model))
     assert "adapter" not in resolve.choose_template(None, [], own)[1]
     alone = run_adapters.Adapter("mine", run)
-    assert "none is written with the adapter" in resolve.choose_template(None, [alone], own)[1]
+    assert "no template is recorded with the adapter" in resolve.choose_template(None, [alone], own)[1]
 
 
 @pytest.mark.parametrize(
@@ -639,11 +639,10 @@ def test_a_model_that_cannot_be_loaded_keeps_no_memory(monkeypatch):
     monkeypatch.setattr(hardware, "forget_cached_memory", empty)
     for device, wanted in (("cuda:1", "cuda:1"), ("all", "cuda")):
         nothing = types.SimpleNamespace(name="", capabilities=None)
-        found = types.SimpleNamespace(
-            kind=nothing, adapters=[], tokenizer=None, device=hardware.Choice(device, "")
-        )
+        model = types.SimpleNamespace(adapters=[])
+        plan = types.SimpleNamespace(kind=nothing, model=model, device=hardware.Choice(device, ""))
         with pytest.raises(UserError, match="Out of memory"):
-            lazy_engine.Engine(found, engine_of, lambda device: []).load()
+            lazy_engine.Engine(plan, engine_of, lambda device: []).load()
         assert emptied.pop() == (wanted, True)
 
 
