@@ -78,7 +78,7 @@ def test_deleting_the_newest_is_noticed(tmp_path, monkeypatch):
 
 
 def test_a_lock_that_locks_nothing_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "_take", lambda *_: None)
+    monkeypatch.setattr(lock, "take", lambda *_: True)
     noticed(promises.a_lock_dies_with_its_owner, tmp_path)
 
 

@@ -6,7 +6,6 @@ message together and of reaching a function. Then some of the worst cases, by th
 
 import ast
 import collections
-import dataclasses
 import importlib
 import inspect
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from onecard.config import declaration
 from onecard.errors import CHECKPOINT, DISK, UserError
 from onecard.system import commands, hardware
 from onecard.system import files as system_files
@@ -87,7 +87,10 @@ def test_commands_that_messages_name_exist():
 
 @pytest.mark.parametrize("program", sorted(LEAST))
 def test_help_names_options_that_the_program_has(program):
-    texts = [field.metadata["help"] for field in dataclasses.fields(remedies.settings(program))]
+    """Also the reasons why an option has no effect, which refuse_unused prints."""
+    options = declaration.declared(remedies.settings(program)).values()
+    texts = [option.help[0] for option in options]
+    texts += [use.reason[0] for option in options for use in option.only]
     flags = {match[1] for text in texts for match in FLAG.finditer(text)}
     assert flags <= options_of(program)
 

@@ -1,38 +1,40 @@
 """The options of chatting, declared once for command lines, JSON and the inputs of the windows.
 
-Those of one answer are in generation.py; here are those of the programs. Which options a mode, a program or
-an engine does not use is said here too, so that none silently does nothing.
+Those of one answer are in generation.py; here are those of the programs. Each option says what it is for, so
+that a program can refuse those that would silently do nothing.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
-from typing import Any
 
-from onecard.config.generation import BASE, BEAM, GREEDY, MIX, SAMPLE, Generation
-from onecard.config.options import (
+from onecard.config.checks import at_least, between, one_of
+from onecard.config.declaration import (
+    BITS,
     EXECUTION,
-    RUNS_CODE,
-    at_least,
-    between,
-    card_memory,
-    commit_option,
+    NO_UNIT,
+    THREADS,
+    TOKENS,
+    Place,
+    Text,
+    Use,
     inherited,
-    login,
     option,
-    refuse_idle,
+    window_option,
+    without_effect,
 )
+from onecard.config.generation import BASE, BEAM, MIX, SEVERAL_TURNS, Generation, absent_uses
+from onecard.config.options import refuse_unused
+from onecard.config.training import FinetuneConfig
 from onecard.errors import UserError
 
-
-def _is_bits(value: Any) -> str | None:
-    return None if value in ("auto", 16, 8, 4) else "choose from auto, 16, 8, 4"
-
-
 IN_CHINESE = {BASE: "基座模型", MIX: "加权混合"}
-WINDOW_ONLY = ("studio", "lang", "server_name", "server_port", "origin", "share", "auth", "queue")
-TURNS_ONLY = ("studio", "max_memory", "last_turns")
-SAMPLING_ONLY = ("temperature", "top_p", "top_k", "seed")
 
+WINDOW = Use(("for a window, not for a terminal", "仅用于窗口，不用于终端"))
+LONGER_CONTEXT = Use(("for --rope_scaling yarn or dynamic", "仅用于 --rope_scaling yarn 或 dynamic"))
+ALL_DEVICES = "all"  # a value of --device
+SEVERAL_DEVICES = Use(("for --device all", "仅用于 --device all"))
+TRANSFORMERS = Use(("for the transformers engine", "仅用于 transformers 引擎"))
 
 ONE_SEQUENCE = "one sequence"
 LACKS = {  # why an engine, of that name, lacks an option or a mode -> English and Chinese
@@ -40,20 +42,41 @@ LACKS = {  # why an engine, of that name, lacks an option or a mode -> English a
 }
 
 
-def unused_by(engine: str, lacks: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Option or mode -> why an engine of this name lacks it, English and Chinese; lacks: keys of LACKS."""
+def unused_by(engine: str, lacks: Mapping[str, str]) -> dict[str, Text]:
+    """Option or mode -> why an engine of this name lacks it; lacks: keys of LACKS."""
     return {what: (LACKS[why][0].format(engine), LACKS[why][1].format(engine)) for what, why in lacks.items()}
 
 
-def unused(mode: str) -> dict[str, tuple[str, str]]:
-    """Option -> why this mode does not use it, English and Chinese."""
-    found: dict[str, tuple[str, str]] = {}
-    if mode in (GREEDY, BEAM):
-        why = ("only for sampling", "仅用于采样")
-        found |= dict.fromkeys(SAMPLING_ONLY, why)
-    if mode in (GREEDY, SAMPLE):
-        found["num_beams"] = ("only for beam search", "仅用于束搜索")
-    return found
+def unused(mode: str) -> dict[str, Text]:
+    """Option -> why this mode does not use it."""
+    return without_effect(Generation, absent_uses(mode))
+
+
+def memory_by_device(text: str | None) -> dict[int | str, str] | None:
+    """{0: "10GiB", "cpu": "20GiB"} of "0:10GiB,cpu:20GiB"; raises ValueError for anything else."""
+    if not text:
+        return None
+    sizes: dict[int | str, str] = {}
+    for part in text.split(","):
+        device, _, size = part.strip().partition(":")
+        is_device = device.isdecimal() or device == "cpu"
+        if not is_device or not re.fullmatch(r"\d+(\.\d+)?(GiB|MiB|GB|MB)", size):
+            raise ValueError(f"{part!r} is not NUMBER:SIZE or cpu:SIZE, such as 0:10GiB")
+        sizes[int(device) if device.isdecimal() else device] = size
+    return sizes
+
+
+def sizes_by_device(text: str) -> str | None:
+    try:
+        memory_by_device(text)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def user_and_password(text: str) -> str | None:
+    user, colon, password = text.partition(":")
+    return None if user and colon and password else "must be user:password"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +84,15 @@ class ChatConfig(Generation):
     """Options of interaction.py."""
 
     model_path: str | None = option(
-        None, EXECUTION, "base model: a folder, a hub name, a .gguf file, demo; none: what the adapter names"
+        None,
+        EXECUTION,
+        "base model: a folder, a hub name, a .gguf file, or demo; none: the one that the adapter names",
     )
     lora_path: str | None = option(
         None,
         EXECUTION,
-        "adapter: its folder, a run, an older checkpoint, a hub name; several with commas between, "
-        "each as NAME=PATH:WEIGHT if you like",
+        "adapter: its folder, a run, an older checkpoint or a hub name; several are separated by commas, "
+        "each may be written NAME=PATH:WEIGHT",
     )
     checkpoint: str = option(
         "best", EXECUTION, "which checkpoint of a run that is not finished", choices=("best", "newest")
@@ -75,62 +100,123 @@ class ChatConfig(Generation):
     template: str | None = option(
         None,
         EXECUTION,
-        "prompt template: a name, a .json file, auto; none: the one it was trained with",
+        "prompt template: a name, a .json file, or auto; none: the one that the adapter was trained with",
     )
-    system: str = option("", EXECUTION, "system prompt", label=("System prompt", "系统提示"))
+    system: str = window_option(
+        "",
+        EXECUTION,
+        ("System prompt", "系统提示"),
+        ("system prompt, which stands before the conversation", "系统提示，位于对话之前"),
+        place=Place.TOP,
+    )
     bits: int | str = option(
-        "auto", EXECUTION, "bits of a base weight: 16, 8, 4; auto: the most that fit", check=_is_bits
+        "auto",
+        EXECUTION,
+        "bits of each weight of the base model: 16, 8 or 4; auto: the most that fit into memory",
+        unit=BITS,
+        check=one_of("auto", 16, 8, 4),
+        only=(TRANSFORMERS,),
+        saves_memory=True,
     )
-    load_8bit: bool = option(False, EXECUTION, "the same as --bits 8")
+    load_8bit: bool = option(False, EXECUTION, "the same as --bits 8", only=(TRANSFORMERS,))
     engine: str = option(
         "auto",
         EXECUTION,
-        "auto: llama.cpp for a .gguf file, else transformers",
+        "auto: llama.cpp for a .gguf file, otherwise transformers",
         choices=("auto", "transformers", "llama.cpp"),
     )
-    device: str = option("auto", EXECUTION, "auto, cpu, cuda, cuda:N or mps; all: spread over all cards")
+    device: str = option(
+        "auto",
+        EXECUTION,
+        "auto, cpu, cuda, cuda:N or mps; all: share the model among all GPUs and the CPU",
+        only=(TRANSFORMERS,),
+        idle_values=("cpu",),
+    )
     dtype: str = option(
-        "auto", EXECUTION, "floating point type of 16 bits", choices=("auto", "fp32", "fp16", "bf16")
+        "auto",
+        EXECUTION,
+        "compute dtype of 16-bit weights",
+        choices=("auto", "fp32", "fp16", "bf16"),
+        only=(TRANSFORMERS,),
     )
     card_memory: str | None = option(
         None,
         EXECUTION,
-        "most memory per card with --device all, as 0:10GiB,1:10GiB,cpu:20GiB",
-        check=card_memory,
+        "most memory per GPU with --device all, such as 0:10GiB,1:10GiB,cpu:20GiB",
+        check=sizes_by_device,
+        only=(SEVERAL_DEVICES, TRANSFORMERS),
     )
     context: int | None = option(
         None,
         EXECUTION,
-        "tokens of prompt and answer together; none: what the model has, llama.cpp 2048 of it",
+        "most tokens of prompt and answer together; none: the model's own limit, with llama.cpp at most 2048",
+        unit=TOKENS,
         check=at_least(32),
+        saves_memory=True,
     )
     rope_scaling: str = option(
-        "none", EXECUTION, "for longer contexts than the model's own", choices=("none", "yarn", "dynamic")
+        "none",
+        EXECUTION,
+        "method for contexts longer than the model's own",
+        choices=("none", "yarn", "dynamic"),
+        only=(TRANSFORMERS,),
     )
     rope_factor: float = option(
-        4.0, EXECUTION, "how many times longer with --rope_scaling", check=between(1, 64)
+        4.0,
+        EXECUTION,
+        "how many times longer the context becomes with --rope_scaling",
+        unit=NO_UNIT,
+        check=between(1, 64),
+        only=(LONGER_CONTEXT,),
     )
     threads: int | None = option(
         None,
         EXECUTION,
-        "processor threads; none: torch's own, llama.cpp one a physical core",
+        "CPU threads; none: torch's own choice, with llama.cpp one thread per physical core",
+        unit=THREADS,
         check=at_least(1),
     )
-    remote_code: str | None = commit_option(RUNS_CODE)
+    remote_code: str | None = inherited(FinetuneConfig, "remote_code", only=(TRANSFORMERS,))
     terminal: bool = option(False, EXECUTION, "talk in this terminal instead of a browser")
-    studio: bool = option(False, EXECUTION, "with a tab for training")
-    lang: str = option("en", EXECUTION, "language of the windows", choices=("en", "zh"))
-    server_name: str = option("127.0.0.1", EXECUTION, "address to listen at; others than this need --auth")
+    studio: bool = option(False, EXECUTION, "add a tab for training", only=(SEVERAL_TURNS, WINDOW))
+    lang: str = option("en", EXECUTION, "language of the windows", choices=("en", "zh"), only=(WINDOW,))
+    server_name: str = option(
+        "127.0.0.1",
+        EXECUTION,
+        "address to listen at; one that others can reach needs --auth",
+        only=(WINDOW,),
+    )
     server_port: int | None = option(
-        None, EXECUTION, "port to listen at; none: the first free from 7860", check=between(1, 65535)
+        None,
+        EXECUTION,
+        "port to listen at; none: the first free one from 7860",
+        unit=NO_UNIT,
+        check=between(1, 65535),
+        only=(WINDOW,),
     )
     origin: str | None = option(
-        None, EXECUTION, "address of a proxy whose page may use this window, as a notebook's https://..."
+        None,
+        EXECUTION,
+        "address of a proxy whose page may use this window, such as a notebook's https://...",
+        only=(WINDOW,),
     )
-    share: bool = option(False, EXECUTION, "a public link through gradio's servers; needs --auth")
-    auth: str | None = option(None, EXECUTION, "user:password that the window asks for", check=login)
+    share: bool = option(
+        False, EXECUTION, "make a public link through gradio's servers; needs --auth", only=(WINDOW,)
+    )
+    auth: str | None = option(
+        None,
+        EXECUTION,
+        "user:password that the window asks for",
+        check=user_and_password,
+        only=(WINDOW,),
+    )
     queue: int = option(
-        16, EXECUTION, "questions that may wait; others are told to come back", check=at_least(1)
+        16,
+        EXECUTION,
+        "questions that may wait; further ones are refused until one is answered",
+        unit=("questions", "个问题"),
+        check=at_least(1),
+        only=(WINDOW,),
     )
 
 
@@ -149,16 +235,16 @@ class CpuConfig(ChatConfig):
 
 
 def check_used(options: ChatConfig) -> None:
-    """Raise UserError for options that the program of these does not use, unless they ask for nothing."""
-    idle: dict[str, str] = {}
+    """Raise UserError for options that this program does not use and that ask for something."""
+    absent: list[Use] = []
     if isinstance(options, SingleConfig):
-        idle |= dict.fromkeys(TURNS_ONLY, "for chats of several turns")
+        absent.append(SEVERAL_TURNS)
     if options.terminal or isinstance(options, CpuConfig):
-        idle |= dict.fromkeys(WINDOW_ONLY, "for a window, not for a terminal")
+        absent.append(WINDOW)
     if options.rope_scaling == "none":
-        idle["rope_factor"] = "for --rope_scaling yarn or dynamic"
-    if options.device != "all":
-        idle["card_memory"] = "for --device all"
-    refuse_idle(options, idle)
+        absent.append(LONGER_CONTEXT)
+    if options.device != ALL_DEVICES:
+        absent.append(SEVERAL_DEVICES)
+    refuse_unused(options, *absent)
     if options.load_8bit and options.bits not in ("auto", 8):
         raise UserError(f"--load_8bit and --bits {options.bits} contradict each other.", "Give one of them.")

@@ -1,6 +1,6 @@
-"""Declared options -> command lines, JSON files, checked settings. Knows no option by name.
+"""Declared options -> command lines, JSON files, checked settings. This file knows no option by name.
 
-An option is a dataclass field made by `option`: its default, role, help with the unit, and what it may be.
+onecard/config/declaration.py says what an option is.
 """
 
 import argparse
@@ -10,131 +10,17 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from onecard.config.declaration import Option, Options, Text, Use, declared, without_effect
 from onecard.errors import UserError
 
-LEARNED, EXECUTION = "learned", "execution"
-RUNS_CODE = (
-    "run the Python code that came with the base model, with your rights, at this full commit; "
-    "none: such a model is refused"
-)
 SUBCOMMAND = "onecard "  # how the name of a program begins that is called as a sub-command
 SCRIPT = re.compile(r"python \S+\.py")  # the program of an example, as it is called in a checkout
-COMMIT = re.compile(r"[0-9a-f]{40}")  # of git, whole
-
-
-class Options(typing.Protocol):
-    """Any dataclass whose fields are options."""
-
-    __dataclass_fields__: typing.ClassVar[dict[str, dataclasses.Field[Any]]]
-
 
 Settings = TypeVar("Settings", bound=Options)
-Check = Callable[[Any], str | None]  # a value -> what is wrong with it, or None
-
-
-def option(
-    default: Any,
-    role: str,
-    text: str | tuple[str, str],
-    choices: Sequence[Any] = (),
-    check: Check | None = None,
-    label: tuple[str, str] | None = None,
-    slider: tuple[float, float, float] | None = None,
-    positional: bool = False,
-    typed: bool = False,
-) -> Any:
-    """One option: its default, role, help with the unit, the values it may take.
-
-    text: the help, of an option that windows show English and Chinese; label: its name there, in both;
-    slider: there from, to, step; positional: its value may stand on the command line without the flag; typed:
-    only there, as a file of options may be a stranger's.
-    """
-    english, chinese = (text, "") if isinstance(text, str) else text
-    metadata = {
-        "role": role,
-        "help": english,
-        "chinese": chinese,
-        "choices": tuple(choices),
-        "check": check,
-        "label": label,
-        "slider": slider,
-        "positional": positional,
-        "typed": typed,
-    }
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def inherited(settings: type, name: str, default: Any = dataclasses.MISSING) -> Any:
-    """The option of other settings once more; its default may differ."""
-    field = next(field for field in dataclasses.fields(settings) if field.name == name)
-    value = field.default if default is dataclasses.MISSING else default
-    return dataclasses.field(default=value, metadata=field.metadata)
-
-
-def at_least(low: float) -> Check:
-    return lambda value: None if value >= low else f"must be {low} or more"
-
-
-def between(low: float, high: float) -> Check:
-    return lambda value: None if low <= value <= high else f"must be from {low} to {high}"
-
-
-def above(low: float) -> Check:
-    return lambda value: None if value > low else f"must be above {low}"
-
-
-def fraction(value: float) -> str | None:
-    return None if 0 <= value < 1 else "must be 0 or more and below 1"
-
-
-def auto_or_at_least(low: int) -> Check:
-    return lambda value: None if value == "auto" or value >= low else f"must be auto, or {low} or more"
-
-
-def rows_or_fraction(value: float) -> str | None:
-    if value < 0 or (value >= 1 and value != int(value)):
-        return "must be a fraction below 1 or a whole number of rows"
-    return None
-
-
-def memory_of_cards(text: str | None) -> dict[int | str, str] | None:
-    """{0: "10GiB", "cpu": "20GiB"} of "0:10GiB,cpu:20GiB"; raises ValueError for anything else."""
-    if not text:
-        return None
-    found: dict[int | str, str] = {}
-    for part in text.split(","):
-        card, _, size = part.strip().partition(":")
-        if not (card.isdecimal() or card == "cpu") or not re.fullmatch(r"\d+(\.\d+)?(GiB|MiB|GB|MB)", size):
-            raise ValueError(f"{part!r} is not CARD:SIZE, such as 0:10GiB")
-        found[int(card) if card.isdecimal() else card] = size
-    return found
-
-
-def card_memory(text: str) -> str | None:
-    try:
-        memory_of_cards(text)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def login(text: str) -> str | None:
-    user, colon, password = text.partition(":")
-    return None if user and colon and password else "must be user:password"
-
-
-def full_commit(value: str) -> str | None:
-    problem = "must be a full commit: 40 characters 0-9 and a-f, no branch, no tag"
-    return None if COMMIT.fullmatch(value) else problem
-
-
-def commit_option(text: str) -> Any:
-    """Consent to a model's own code by its full commit, which nobody but the user may give."""
-    return option(None, EXECUTION, text, check=full_commit, typed=True)
 
 
 def parse(settings: type[Settings], argv: Sequence[str] | None = None, description: str = "") -> Settings:
@@ -145,7 +31,7 @@ def parse(settings: type[Settings], argv: Sequence[str] | None = None, descripti
 def parse_given(
     settings: type[Settings], argv: Sequence[str] | None = None, description: str = ""
 ) -> tuple[Settings, frozenset[str]]:
-    """Like parse, and the names of the options that were given, by a flag or in the file."""
+    """Like parse, and the names of the options that the user set, by a flag or in the file."""
     parser = _Parser(allow_abbrev=False, formatter_class=_HelpFormatter)
     parser.description = as_called(description, parser.prog)
     parser.add_argument(
@@ -153,14 +39,14 @@ def parse_given(
     )
     for field in dataclasses.fields(settings):
         _add_flag(parser, field)
-    known, unknown = parser.parse_known_args(argv)
-    flags = vars(known)
+    namespace, unknown = parser.parse_known_args(argv)
+    flags = vars(namespace)
     file = flags.pop("config")
     stored = _read_json(file) if file else {}
-    for field in dataclasses.fields(settings):
-        if field.metadata["typed"] and stored.get(field.name) is not None:
-            problem = f"--config {file}: {field.name} is not taken from a file."
-            raise UserError(problem, f"Give --{field.name} on the command line.")
+    for name, option in declared(settings).items():
+        if option.never_from_file and stored.get(name) is not None:
+            problem = f"--config {file}: {name} is not taken from a file."
+            raise UserError(problem, f"Give --{name} on the command line.")
     values = {**stored, **flags}
     return build(settings, values, source=file, unknown=unknown), frozenset(values)
 
@@ -169,18 +55,18 @@ def build(
     settings: type[Settings], values: dict[str, Any], source: str | None = None, unknown: Sequence[str] = ()
 ) -> Settings:
     """Raw values (texts or JSON values) -> checked settings; raises one UserError naming every bad one."""
-    fields = {field.name: field for field in dataclasses.fields(settings)}
+    options = declared(settings)
     hints = typing.get_type_hints(settings)
     mistakes = [
-        f"{source or 'options'}: no option is called {name!r}" for name in values if name not in fields
+        f"{source or 'options'}: no option is called {name!r}" for name in values if name not in options
     ]
     if unknown:
         mistakes.insert(0, f"unrecognized arguments: {' '.join(unknown)}")
     checked = {}
     for name, value in values.items():
-        if name in fields:
+        if name in options:
             try:
-                checked[name] = _checked(value, hints[name], fields[name].metadata)
+                checked[name] = _checked(value, hints[name], options[name])
             except ValueError as error:
                 mistakes.append(f"--{name} {value}: {error}")
     if mistakes:
@@ -188,12 +74,24 @@ def build(
     return settings(**checked)
 
 
-def refuse_idle(options: Any, idle: Mapping[str, str]) -> None:
-    """Raise UserError naming all options in `idle` (name -> what it is for) that are not at their default."""
-    plain = type(options)()
-    given = [name for name in idle if getattr(options, name) != getattr(plain, name)]
-    if given:
-        raise UserError("; ".join(f"--{name} is {idle[name]}" for name in given) + ".", "Leave it out.")
+def set_without_effect(options: Any, absent: Collection[Use]) -> dict[str, Text]:
+    """Option -> why it has no effect where these uses do not apply, of options that ask for something."""
+    settings = type(options)
+    plain, facts = settings(), declared(settings)
+    return {
+        name: reason
+        for name, reason in without_effect(settings, absent).items()
+        if getattr(options, name) not in (getattr(plain, name), *facts[name].idle_values)
+    }
+
+
+def refuse_unused(options: Any, *absent: Use) -> None:
+    """Raise UserError naming all options that ask for something and have no effect without these uses."""
+    idle = set_without_effect(options, absent)
+    if idle:
+        raise UserError(
+            "; ".join(f"--{name} is {reason[0]}" for name, reason in idle.items()) + ".", "Leave it out."
+        )
 
 
 def flag(settings: Options | type[Options], name: str) -> str:
@@ -208,18 +106,13 @@ def command_line(values: Mapping[str, Any]) -> list[str]:
     return [f"--{name}={text}" for name, text in texts.items()]
 
 
-def roles(settings: type) -> dict[str, str]:
-    """Option name -> `learned` or `execution`."""
-    return {field.name: field.metadata["role"] for field in dataclasses.fields(settings)}
-
-
-def _checked(value: Any, hint: Any, metadata: Any) -> Any:
+def _checked(value: Any, hint: Any, option: Option) -> Any:
     value = _converted(value, hint)
     if value is None:
         return None
-    if metadata["choices"] and value not in metadata["choices"]:
-        raise ValueError("choose from " + ", ".join(map(str, metadata["choices"])))
-    problem = metadata["check"](value) if metadata["check"] else None
+    if option.choices and value not in option.choices:
+        raise ValueError("choose from " + ", ".join(map(str, option.choices)))
+    problem = option.check(value) if option.check else None
     if problem:
         raise ValueError(problem)
     return value
@@ -287,26 +180,26 @@ def _read_json(path: str) -> dict[str, Any]:
     return values
 
 
+def shown_default(field: dataclasses.Field[Any]) -> str:
+    """The default of an option as a user would type it."""
+    if field.default is None:
+        return "none"
+    return str(field.default).lower() if field.type is bool else str(field.default)
+
+
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
-    default = (
-        "none"
-        if field.default is None
-        else str(field.default).lower()
-        if field.type is bool
-        else field.default
-    )
-    text = f"{field.metadata['help']} [{default}; {field.metadata['role']}]".replace("%", "%%")
-    choices = "|".join(map(str, field.metadata["choices"]))
+    option: Option = field.metadata["option"]
+    text = f"{option.help[0]} [{shown_default(field)}; {option.role}]".replace("%", "%%")
     is_switch = field.type is bool  # its value may be left out
     parser.add_argument(
         f"--{field.name}",
         nargs="?" if is_switch else None,
         const="true" if is_switch else None,
-        metavar=choices or ("true|false" if is_switch else field.name.upper()),
+        metavar="|".join(map(str, option.choices)) or ("true|false" if is_switch else field.name.upper()),
         default=argparse.SUPPRESS,
         help=text,
     )
-    if field.metadata["positional"]:
+    if option.positional:
         parser.add_argument(
             field.name,
             nargs="?",

@@ -1,13 +1,48 @@
-"""The options of the tools: perplexity, rows, vocabularies, download, conversion, merge, export, GPTQ.
+"""The options of the tools, from perplexity to quantisation.
 
-Declared once, as in training.py. This file knows nothing of torch, so that `--help` answers at once.
+This file knows nothing of torch, so that `--help` answers at once.
 """
 
 import dataclasses
 
-from onecard.config import training as training_config
 from onecard.config.chat import ChatConfig
-from onecard.config.options import EXECUTION, LEARNED, at_least, commit_option, inherited, option
+from onecard.config.checks import at_least, one_of
+from onecard.config.declaration import (
+    BITS,
+    EXECUTION,
+    LEARNED,
+    NO_UNIT,
+    ROWS,
+    THREADS,
+    TOKENS,
+    Use,
+    commit_option,
+    inherited,
+    option,
+)
+from onecard.config.training import same
+from onecard.config.training_rows import SAMPLE_ROWS
+
+HUB, MODELSCOPE = "hub", "modelscope"
+GGUF_TYPES = (  # of llama.cpp, from the largest
+    *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0"),
+    *("q4_k_m", "q4_k_s", "q4_1", "q4_0", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
+)
+PLAIN_TYPES = ("f32", "f16", "bf16")  # the others are made by the quantiser
+GPTQ, AWQ, BNB = METHODS = ("gptq", "awq", "bnb")
+CALIBRATING = (GPTQ, AWQ)  # methods that choose weights by calibration rows
+
+NAMED_MODEL = Use(("for a model's name, not for --url_list", ""))
+HUB_MODEL = Use(("for a hub's model, not for demo", ""))
+FOLDER = Use(("for demo with --to", ""))
+NOT_TOKENIZER_ONLY = Use(("for weights, not for --tokenizer_only", ""))
+REPORT = Use(("for --report", ""))
+GPTQ_ONLY = Use(("for --method gptq", ""))
+CALIBRATION = Use(("for --method gptq or awq", ""))
+
+
+def _is_damp(value: float) -> str | None:
+    return None if 0 < value < 1 else "must be above 0 and below 1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,11 +50,11 @@ class PerplexityConfig:
     """Options of tools/perplexity.py."""
 
     data_path: str | None = option(None, EXECUTION, "text file (UTF-8)", positional=True)
-    model_path: str | None = option(
-        None, EXECUTION, "base model: a folder, a hub name, a .gguf file, demo; none: what the adapter names"
-    )
+    model_path: str | None = inherited(ChatConfig, "model_path")
     lora_path: str | None = option(
-        None, EXECUTION, "adapter: a folder, a run, a .gguf file; several with weights as PATH:0.5,PATH:0.5"
+        None,
+        EXECUTION,
+        "adapter: a folder, a run or a .gguf file; several are written PATH:0.5,PATH:0.5 with their weights",
     )
     checkpoint: str = inherited(ChatConfig, "checkpoint")
     bits: int | str = inherited(ChatConfig, "bits")
@@ -28,12 +63,19 @@ class PerplexityConfig:
     dtype: str = option(
         "auto",
         EXECUTION,
-        "floating point type of 16 bits; auto: fp32 on a processor, so that results can be compared",
+        "compute dtype of 16-bit weights; auto: fp32 on a CPU, so that results can be compared",
         choices=("auto", "fp32", "fp16", "bf16"),
     )
-    context: int = option(1024, EXECUTION, "tokens of a window, at most the model's", check=at_least(32))
+    context: int = option(
+        1024,
+        EXECUTION,
+        "tokens that are scored at once, at most the model's limit",
+        unit=TOKENS,
+        check=at_least(32),
+        saves_memory=True,
+    )
     max_tokens: int | None = option(
-        None, EXECUTION, "only this many tokens of the text; none: all", check=at_least(2)
+        None, EXECUTION, "use only this many tokens of the text; none: all", unit=TOKENS, check=at_least(2)
     )
     threads: int | None = inherited(ChatConfig, "threads")
     remote_code: str | None = inherited(ChatConfig, "remote_code")
@@ -43,66 +85,81 @@ class PerplexityConfig:
 class CheckConfig:
     """Options of tools/check_data.py."""
 
-    data_path: str = training_config.same("data_path")
-    schema: str | None = training_config.same("schema")
-    model_path: str = training_config.same("model_path")
+    data_path: str = same("data_path")
+    schema: str | None = same("schema")
+    model_path: str = same("model_path")
     template: str = option("alpaca", EXECUTION, "prompt template: a name, a .json file, or auto")
-    cutoff_len: int = training_config.same("cutoff_len")
-    train_on: str = training_config.same("train_on")
-    train_on_inputs: bool = training_config.same("train_on_inputs")
-    png: str | None = option(None, EXECUTION, "also draw the histogram of lengths into this PNG file")
+    cutoff_len: int = same("cutoff_len")
+    train_on: str = same("train_on")
+    train_on_inputs: bool = same("train_on_inputs")
+    png: str | None = option(
+        None, EXECUTION, "also draw the histogram of lengths into this PNG file", is_written=True
+    )
     html: str | None = option(
-        None, EXECUTION, "also write a page for a browser, 20 rows with their targets marked"
+        None,
+        EXECUTION,
+        "also write a page for a browser with 20 rows, their target tokens marked",
+        is_written=True,
     )
     clean: str | None = option(
         None,
         EXECUTION,
-        "write rows worth keeping to this JSONL file, the others beside it, with the reason",
+        "write the rows that are worth keeping to this JSONL file, and the others beside it with the reason",
     )
-    repair: bool = option(False, EXECUTION, "with --clean: mend mojibake (ftfy)")
+    repair: bool = option(False, EXECUTION, "with --clean: repair garbled characters (ftfy)")
 
 
 @dataclasses.dataclass(frozen=True)
 class ParquetConfig:
     """Options of tools/json_to_parquet.py."""
 
-    data_path: str = option("sample/instruct.json", EXECUTION, "files with commas between, or a folder")
-    output_path: str = option("rows.parquet", EXECUTION, "the Parquet file to write")
+    data_path: str = option(SAMPLE_ROWS, EXECUTION, "files separated by commas, or a folder")
+    output_path: str = option("rows.parquet", EXECUTION, "Parquet file to write")
 
 
 @dataclasses.dataclass(frozen=True)
 class VocabConfig:
     """Options of tools/extend_vocab.py."""
 
-    model_path: str = training_config.same("model_path")
+    model_path: str = same("model_path")
     pieces: str | None = option(
-        None, EXECUTION, "pieces to add: a text file with one a line, or a SentencePiece model"
+        None, EXECUTION, "pieces to add: a text file with one per line, or a SentencePiece model"
     )
     characters: str | None = option(
         None, EXECUTION, "running text (UTF-8) whose characters beyond ASCII are added"
     )
-    min_count: int = option(5, EXECUTION, "times that --characters must hold a character", check=at_least(1))
-    sample_text: str | None = option(None, EXECUTION, "text (UTF-8) on which the saving is measured")
-    output_path: str = option("extended-tokenizer", EXECUTION, "folder for the tokenizer")
+    min_count: int = option(
+        5,
+        EXECUTION,
+        "how many times a character must occur in --characters",
+        unit=("times", "次"),
+        check=at_least(1),
+    )
+    sample_text: str | None = option(None, EXECUTION, "text (UTF-8) on which the saved tokens are counted")
+    output_path: str = option("extended-tokenizer", EXECUTION, "new folder for the tokenizer")
 
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
     """Options of tools/prepare_base_model.py."""
 
-    model_path: str = training_config.same("model_path")
-    tokenizer_path: str | None = option(None, EXECUTION, "extended tokenizer to take instead")
+    model_path: str = same("model_path")
+    tokenizer_path: str | None = option(
+        None, EXECUTION, "extended tokenizer that replaces the model's own; none: the model's own"
+    )
     add_tokens: str = option(
-        "<pad>,<|im_start|>,<|im_end|>", EXECUTION, "special tokens to add, commas between; empty = none"
+        "<pad>,<|im_start|>,<|im_end|>",
+        EXECUTION,
+        "special tokens to add, separated by commas; empty = none",
     )
     multiple: int = option(
-        128, EXECUTION, "rows of the embedding become a multiple of this", check=at_least(1)
+        128,
+        EXECUTION,
+        "the number of rows of the embedding becomes a multiple of this",
+        unit=ROWS,
+        check=at_least(1),
     )
-    output_path: str = option("prepared-model", EXECUTION, "folder for the model")
-
-
-HUB, MODELSCOPE = "hub", "modelscope"
-SAMPLE = "sample/instruct.json"  # which OneCard brings: data.reader finds it from any working folder
+    output_path: str = option("prepared-model", EXECUTION, "new folder for the model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,30 +172,60 @@ class DownloadConfig:
     to: str | None = option(
         None, EXECUTION, "folder for it; none: the user's cache, where --model_path finds it by its name"
     )
-    source: str = option(HUB, EXECUTION, "where the name is looked up", choices=(HUB, MODELSCOPE))
+    source: str = option(
+        HUB,
+        EXECUTION,
+        "where the name is looked up",
+        choices=(HUB, MODELSCOPE),
+        only=(NAMED_MODEL, HUB_MODEL),
+    )
     revision: str | None = option(
-        None, EXECUTION, "branch, tag or commit; none: main, or what is there already"
+        None,
+        EXECUTION,
+        "branch, tag or commit; none: main, or what is there already",
+        only=(NAMED_MODEL, HUB_MODEL),
     )
     endpoint: str | None = option(
-        None, EXECUTION, "address of a mirror; none: HF_ENDPOINT or MODELSCOPE_ENDPOINT, or the site itself"
+        None,
+        EXECUTION,
+        "address of a mirror; none: HF_ENDPOINT or MODELSCOPE_ENDPOINT, or the site itself",
+        only=(NAMED_MODEL, HUB_MODEL),
     )
     send_token: bool = option(
-        False, EXECUTION, "send your token to a mirror too; otherwise only the site itself gets it"
+        False,
+        EXECUTION,
+        "send your token to a mirror too; otherwise only the site itself gets it",
+        only=(NAMED_MODEL, HUB_MODEL),
     )
     url_list: str | None = option(
         None, EXECUTION, "instead of a name: a file of addresses and checksums (docs/tools.md), - for stdin"
     )
     files: str | None = option(
-        None, EXECUTION, "patterns of file names with commas between, instead of what transformers loads"
+        None,
+        EXECUTION,
+        "patterns of file names, separated by commas; none: the files that transformers loads",
+        only=(NAMED_MODEL, HUB_MODEL),
     )
     pickles: bool = option(
-        False, EXECUTION, "also pickled files (*.bin, *.pth, *.pt, *.ckpt), which can carry code"
+        False,
+        EXECUTION,
+        "also fetch pickled files (*.bin, *.pth, *.pt, *.ckpt), which can carry code",
+        only=(NAMED_MODEL, HUB_MODEL),
     )
     remote_code: str | None = commit_option(
-        "fetch this full commit with the model's own Python files (*.py), to be read; none: they never come"
+        None,
+        (
+            "fetch this full commit with the model's own Python files (*.py), to be read; none: these files "
+            "are never fetched",
+            "",
+        ),
     )
-    update: bool = option(False, EXECUTION, "move to the branch's newest commit when it has moved")
-    verify: bool = option(False, EXECUTION, "read files again in full, not only their size and times")
+    update: bool = option(
+        False, EXECUTION, "move to the newest commit of the branch if there is one", only=(HUB_MODEL,)
+    )
+    verify: bool = option(
+        False, EXECUTION, "read files again in full, instead of comparing sizes and times", only=(FOLDER,)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,17 +233,22 @@ class ConvertConfig:
     """Options of tools/convert_llama.py."""
 
     input_dir: str = option(
-        "", LEARNED, "folder of a LLaMA model, in its original or in transformers' layout"
+        "", LEARNED, "folder of a LLaMA model, in its original layout or in that of transformers"
     )
     output_dir: str = option("", EXECUTION, "new folder for the converted model")
     to: str = option(
-        "hf", LEARNED, "layout: hf (transformers), or meta (consolidated.*.pth)", choices=("hf", "meta")
+        "hf",
+        LEARNED,
+        "layout to convert to: hf (transformers), or meta (consolidated.*.pth)",
+        choices=("hf", "meta"),
     )
     num_shards: int | None = option(
         None,
         LEARNED,
-        "files of --to meta, one for each card of the original code; none: 1",
+        "number of files with --to meta, one for each GPU of the original code; none: 1",
+        unit=("files", "文件"),
         check=at_least(1),
+        only=(NOT_TOKENIZER_ONLY,),
     )
     tokenizer_only: bool = option(False, LEARNED, "convert the tokenizer alone")
 
@@ -168,27 +260,27 @@ class MergeConfig:
     model_path: str | None = option(
         None,
         LEARNED,
-        "16-bit base model: a folder, a hub name, or demo; none: what the adapter was made with",
+        "16-bit base model: a folder, a hub name, or demo; none: the one that the adapter was trained on",
     )
     lora_path: str = option("", LEARNED, "adapter: a folder, a run folder or a hub name")
     output_path: str = option("", EXECUTION, "new folder for the merged model")
     checkpoint: str = option(
-        "best",
-        LEARNED,
-        "of a run that is not finished: its best or newest checkpoint",
-        choices=("best", "newest"),
+        "best", LEARNED, "which checkpoint of a run that is not finished", choices=("best", "newest")
     )
-    report: bool = option(False, EXECUTION, "then compare the merged model with base + adapter on rows")
-    data_path: str = option(SAMPLE, EXECUTION, "rows for --report")
-    report_rows: int = option(8, EXECUTION, "rows that --report takes", check=at_least(1))
-    cutoff_len: int = option(256, EXECUTION, "longest row of --report, in tokens", check=at_least(8))
-
-
-GGUF_TYPES = (  # of llama.cpp, from the largest
-    *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0"),
-    *("q4_k_m", "q4_k_s", "q4_1", "q4_0", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
-)
-PLAIN_TYPES = ("f32", "f16", "bf16")  # the others are made by the quantiser
+    report: bool = option(False, EXECUTION, "then compare the merged model with base model and adapter")
+    data_path: str = option(SAMPLE_ROWS, EXECUTION, "rows for --report", only=(REPORT,))
+    report_rows: int = option(
+        8, EXECUTION, "how many rows --report uses", unit=ROWS, check=at_least(1), only=(REPORT,)
+    )
+    cutoff_len: int = option(
+        256,
+        EXECUTION,
+        "most tokens of a row of --report",
+        unit=TOKENS,
+        check=at_least(8),
+        only=(REPORT,),
+        saves_memory=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,31 +288,37 @@ class ExportConfig:
     """Options of tools/export_gguf.py."""
 
     model_path: str | None = option(
-        None, EXECUTION, "base model: a folder, a hub name, demo; none: what the adapter names"
+        None,
+        EXECUTION,
+        "base model: a folder, a hub name, or demo; none: the one that the adapter names",
     )
     lora_path: str | None = option(
-        None, EXECUTION, "adapter that becomes a GGUF adapter: a folder, a run, a hub name"
+        None, EXECUTION, "adapter that becomes a GGUF adapter: a folder, a run or a hub name"
     )
     output_path: str | None = option(
-        None, EXECUTION, "new folder; none: gguf-TYPE in the adapter's, or MODEL-gguf-TYPE here"
+        None,
+        EXECUTION,
+        "new folder; none: gguf-TYPE in the adapter's folder, or MODEL-gguf-TYPE in the current one",
     )
-    type: str = option("f16", EXECUTION, "type of the base's weights", choices=GGUF_TYPES)
+    type: str = option("f16", EXECUTION, "GGUF type of the base model's weights", choices=GGUF_TYPES)
     check: bool = option(
-        True, EXECUTION, "compare with transformers in fp32 (4 bytes a parameter); what fails is not kept"
+        True,
+        EXECUTION,
+        "compare the files with transformers in fp32 (4 bytes per parameter); files that fail are deleted",
     )
-    checkpoint: str = option(
-        "best", EXECUTION, "which checkpoint of a run that is not finished", choices=("best", "newest")
-    )
+    checkpoint: str = inherited(ChatConfig, "checkpoint")
     template: str | None = option(
-        None, EXECUTION, "prompt template of the Modelfile; none: the one it was trained with"
+        None,
+        EXECUTION,
+        "prompt template of the Modelfile; none: the one that the adapter was trained with",
     )
     threads: int | None = option(
-        None, EXECUTION, "processor threads; none: one a physical core", check=at_least(1)
+        None,
+        EXECUTION,
+        "CPU threads; none: one thread per physical core",
+        unit=THREADS,
+        check=at_least(1),
     )
-
-
-def _is_damp(value: float) -> str | None:
-    return None if 0 < value < 1 else "must be above 0 and below 1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,34 +330,86 @@ class QuantizeConfig:
         None, EXECUTION, "new folder; none: MODEL-METHOD-BITSbit in the current one"
     )
     method: str = option(
-        "gptq",
+        GPTQ,
         LEARNED,
-        "gptq and awq look at rows, bnb (bitsandbytes) does not",
-        choices=("gptq", "awq", "bnb"),
+        "gptq and awq use calibration rows, bnb (bitsandbytes) does not",
+        choices=METHODS,
+        recorded=METHODS,
     )
-    bits: int = option(4, LEARNED, "bits of a weight; awq has 4, bnb 4 and 8", choices=(2, 3, 4, 8))
+    bits: int = option(
+        4,
+        LEARNED,
+        "bits of each weight; awq has 4, bnb 4 and 8",
+        unit=BITS,
+        choices=(2, 3, 4, 8),
+        recorded=METHODS,
+    )
     group_size: int | str = option(
         "auto",
         LEARNED,
-        "weights of a row that share a scale: 32, 64, 128, -1 (the whole row); auto: the most that fit",
-        check=lambda value: (
-            None if value in ("auto", 32, 64, 128, -1) else "choose from auto, 32, 64, 128, -1"
-        ),
+        "number of weights of a row that share a scale: 32, 64, 128 or -1 (the whole row); auto: the most "
+        "that fit",
+        unit=("weights", "权重"),
+        check=one_of("auto", 32, 64, 128, -1),
+        only=(CALIBRATION,),
     )
     act_order: bool = option(
-        False, LEARNED, "gptq: weights of large activations first; often better, slower on some cards"
+        False,
+        LEARNED,
+        "gptq: quantise weights with large activations first; often better, slower on some GPUs",
+        only=(GPTQ_ONLY,),
+        recorded=CALIBRATING,
     )
     damp: float = option(
-        0.05, LEARNED, "gptq: share of the mean curvature that is added to every weight's", check=_is_damp
+        0.05,
+        LEARNED,
+        "gptq: share of the mean curvature that is added to the curvature of every weight",
+        unit=NO_UNIT,
+        check=_is_damp,
+        only=(GPTQ_ONLY,),
+        recorded=CALIBRATING,
     )
-    data_path: str = option(SAMPLE, LEARNED, "rows to look at; your own fit your model better")
+    data_path: str = option(
+        SAMPLE_ROWS, LEARNED, "calibration rows; rows of your own task give a better model"
+    )
     template: str | None = option(
-        None, LEARNED, "their prompt template: a name, a .json file; none: the tokenizer's own, else alpaca"
+        None,
+        LEARNED,
+        "prompt template of the calibration rows: a name, a .json file; none: the tokenizer's own, or alpaca",
+        recorded=CALIBRATING,
     )
-    rows: int = option(128, LEARNED, "how many rows are looked at, chosen by the seed", check=at_least(1))
-    cutoff_len: int = option(512, LEARNED, "longest row, in tokens", check=at_least(16))
-    seed: int = option(42, LEARNED, "of the choice of rows", check=at_least(0))
+    rows: int = option(
+        128,
+        LEARNED,
+        "how many calibration rows are used, chosen by the seed",
+        unit=ROWS,
+        check=at_least(1),
+        only=(CALIBRATION,),
+        recorded=CALIBRATING,
+    )
+    cutoff_len: int = option(
+        512,
+        LEARNED,
+        "most tokens of a row",
+        unit=TOKENS,
+        check=at_least(16),
+        saves_memory=True,
+        recorded=CALIBRATING,
+    )
+    seed: int = option(
+        42,
+        LEARNED,
+        "seed of the choice of calibration rows",
+        unit=NO_UNIT,
+        check=at_least(0),
+        recorded=CALIBRATING,
+    )
     report_rows: int = option(
-        16, EXECUTION, "other rows whose perplexity is told before and after; 0 = none", check=at_least(0)
+        16,
+        EXECUTION,
+        "other rows, on which perplexity is measured before and after; 0 = none",
+        unit=ROWS,
+        check=at_least(0),
+        recorded=CALIBRATING,
     )
-    device: str = option("auto", EXECUTION, "auto, cpu, cuda or cuda:N; one layer at a time is on it")
+    device: str = option("auto", EXECUTION, "auto, cpu, cuda or cuda:N; one layer at a time is moved to it")

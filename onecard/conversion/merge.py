@@ -16,7 +16,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from onecard.config import options as config_options
-from onecard.config.tools import MergeConfig
+from onecard.config.tools import REPORT, MergeConfig
 from onecard.conversion import lora_delta, side_files
 from onecard.conversion.lora_delta import Change
 from onecard.errors import CHECKPOINT, UserError
@@ -36,7 +36,6 @@ from onecard.system import output_folder
 from onecard.system.console import Progress, say
 
 FLAG = "--output_path"
-OF_REPORT = ("data_path", "report_rows", "cutoff_len")
 SMALL = 64 << 20  # bytes for tokenizer and settings
 MOST_THREADS = 4  # more than a disk can follow
 
@@ -81,7 +80,7 @@ def run(options: MergeConfig, progress: Progress) -> None:
     adapter does not fit this base, 3 without rows.
     """
     if not options.report:
-        config_options.refuse_idle(options, dict.fromkeys(OF_REPORT, "for --report"))
+        config_options.refuse_unused(options, REPORT)
     target = Path(options.output_path)
     with resolve.resolve(request(options)) as model:
         base, adapter = Path(model.base), model.adapters[0]

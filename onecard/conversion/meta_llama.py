@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.config import options as config_options
-from onecard.config.tools import ConvertConfig
+from onecard.config.tools import NOT_TOKENIZER_ONLY, ConvertConfig
 from onecard.conversion import meta_layout, meta_tokenizer
 from onecard.conversion.meta_layout import TO_HF
 from onecard.errors import CHECKPOINT, UserError
@@ -43,7 +43,7 @@ def run(options: ConvertConfig, progress: Progress, work: Work = in_child) -> No
     fit, 6 when the memory does not suffice, 7 when the disk does not, 8 for a file that could run code.
     """
     if options.tokenizer_only:
-        config_options.refuse_idle(options, {"num_shards": "for weights, not for --tokenizer_only"})
+        config_options.refuse_unused(options, NOT_TOKENIZER_ONLY)
     source, target = Path(options.input_dir), Path(options.output_dir)
     if not source.is_dir():
         raise UserError(f"--input_dir {source}: no such folder.", "Name the folder of a LLaMA model.")

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from onecard import errors
+from onecard.config import declaration
 from onecard.config import options as config_options
-from onecard.config.tools import QuantizeConfig
+from onecard.config.tools import CALIBRATION, GPTQ_ONLY, QuantizeConfig
 from onecard.errors import CHECKPOINT, UserError, is_out_of_memory
 from onecard.evaluation import eval_rows
 from onecard.evaluation.eval_rows import EvalRow
@@ -108,12 +109,9 @@ def _perplexity_after(folder: Path, report_rows: list[EvalRow], device: str) -> 
 
 def _refuse_unused_options(options: QuantizeConfig) -> None:
     """Raise UserError for options that the method does not use."""
-    idle = {}
-    if options.method != quantized.GPTQ:
-        idle |= dict.fromkeys(("act_order", "damp"), "for --method gptq")
-    if options.method == BNB:
-        idle |= dict.fromkeys(("group_size", "rows"), "for --method gptq or awq")
-    config_options.refuse_idle(options, idle)
+    absent = [GPTQ_ONLY] if options.method != quantized.GPTQ else []
+    absent += [CALIBRATION] if options.method == BNB else []
+    config_options.refuse_unused(options, *absent)
 
 
 def _print_figures(figures: dict[str, Any] | None, report_rows: int) -> None:
@@ -141,9 +139,7 @@ def _weight_bytes(folder: Path) -> int:
 
 def _settings(options: QuantizeConfig, group: int) -> dict[str, Any]:
     """The options that determine the content of the folder."""
-    names = ("method", "bits")
-    if options.method != BNB:
-        names += ("act_order", "damp", "template", "rows", "cutoff_len", "seed", "report_rows")
+    names = declaration.names(type(options), lambda option: options.method in option.recorded)
     return {"group_size": group, **{name: getattr(options, name) for name in names}}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from onecard.config import declaration
 from onecard.config.options import flag
 from onecard.config.tools import CheckConfig
 from onecard.data import encode as data_encode
@@ -84,7 +85,8 @@ def _check_targets(options: CheckConfig, paths: list[Path]) -> None:
     """Raise UserError when a file to write is also read or written for something else, or has no folder."""
     taken = {path.resolve() for path in paths}
     targets = [("clean", target) for target in outputs(Path(options.clean))] if options.clean else []
-    targets += [(name, Path(getattr(options, name))) for name in ("html", "png") if getattr(options, name)]
+    files = declaration.names(type(options), lambda option: option.is_written)
+    targets += [(name, Path(getattr(options, name))) for name in files if getattr(options, name)]
     for name, target in targets:
         if target.resolve() in taken:
             problem = f"{flag(options, name)} {target} is a file that is read, or written already."

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from onecard.config.training import HOW, FinetuneConfig
+from onecard.config.declaration import row_options
+from onecard.config.training import FinetuneConfig
 from onecard.data import encode as data_encode
 from onecard.data import examples as data_examples
 from onecard.data import reader
@@ -107,17 +108,7 @@ def encode(
     """
     task = options.task if options.task != "auto" else _task(files[0], options.schema)
     content = fingerprint_of(files, again)
-    depends = {
-        "format": FORMAT,
-        "rows": [content, [file.path.suffix for file in files]],
-        "tokenizer": tokenizer_print,
-        "templates": [template.texts() for template in templates],
-        "seed": options.seed if len(templates) > 1 else None,
-        "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers")},
-        "as": task,
-        **{name: getattr(options, name) for name in HOW},
-    }
-    key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+    key = cache_key(options, files, templates, tokenizer_print, task, content)
     folder = system_files.cache_folder() / "rows" / key
     with _in_turn(folder):  # of several processes of one run the first encodes; the others use its entry
         encoding, ends = _load_cached(folder, again)
@@ -130,6 +121,28 @@ def encode(
         )
         raise UserError(problem, "Raise --cutoff_len or check the rows.", DATA)
     return Dataset(encoding, files, np.array(ends), task, content, folder)
+
+
+def cache_key(
+    options: FinetuneConfig,
+    files: list[RowFile],
+    templates: list[Template],
+    tokenizer_print: str,
+    task: str,
+    content: str,
+) -> str:
+    """SHA-256 of all that encoded rows depend on; content: what fingerprint_of returns for the files."""
+    depends = {
+        "format": FORMAT,
+        "rows": [content, [file.path.suffix for file in files]],
+        "tokenizer": tokenizer_print,
+        "templates": [template.texts() for template in templates],
+        "seed": options.seed if len(templates) > 1 else None,
+        "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers")},
+        "as": task,
+        **{name: getattr(options, name) for name in row_options(type(options))},
+    }
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
 
 def _task(file: RowFile, schema: str | None) -> str:

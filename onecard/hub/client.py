@@ -9,7 +9,7 @@ import httpx2
 from huggingface_hub import HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from onecard.config.options import COMMIT
+from onecard.config.checks import COMMIT
 
 PATIENCE = 5.0  # seconds in all for the question which commit a name is, and for each wait of a download
 REST = 60.0  # seconds that a hub that said nothing is left alone

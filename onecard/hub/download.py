@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from onecard.config import options as config_options
-from onecard.config.tools import MODELSCOPE, DownloadConfig
+from onecard.config.tools import FOLDER, HUB_MODEL, MODELSCOPE, NAMED_MODEL, DownloadConfig
 from onecard.errors import CHECKPOINT, DISK, UNSAFE, UserError
 from onecard.hub import listing as hub_listing
 from onecard.hub import locate, manifest, remote_code, transfer
@@ -32,7 +32,6 @@ from onecard.system import files as system_files
 from onecard.system.console import say
 
 SPARE = 1 << 24  # bytes that stay free
-OF_HUBS = ("source", "revision", "endpoint", "send_token", "files", "pickles")  # what a name's version has
 
 
 def run(options: DownloadConfig) -> Path:
@@ -76,12 +75,9 @@ def _pinned(options: DownloadConfig) -> DownloadConfig:
 def _check_used(options: DownloadConfig) -> None:
     """Raise UserError for options that a list or the demo makes no use of."""
     if options.url_list:
-        config_options.refuse_idle(options, dict.fromkeys(OF_HUBS, "for a model's name, not for --url_list"))
+        config_options.refuse_unused(options, NAMED_MODEL)
     elif options.model_path == DEMO:
-        idle = dict.fromkeys((*OF_HUBS, "update"), "for a hub's model, not for demo")
-        if not options.to:
-            idle |= dict.fromkeys(["verify"], "for demo with --to")
-        config_options.refuse_idle(options, idle)
+        config_options.refuse_unused(options, HUB_MODEL, *([] if options.to else [FOLDER]))
 
 
 def _folder(options: DownloadConfig) -> Path | None:

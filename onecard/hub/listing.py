@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
-from onecard.config.options import COMMIT
+from onecard.config.checks import COMMIT
 from onecard.errors import UNSAFE, UserError, first_line
 from onecard.hub import model_files, transfer
 from onecard.hub.addresses import Hosts

@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 
-from onecard.config import options as config_options
+from onecard.config import checks
 from onecard.config.tools import HUB, MODELSCOPE
 from onecard.errors import UserError
 from onecard.hub import client, manifest, model_files
@@ -24,9 +24,7 @@ from onecard.system.console import say
 MODEL, DATASET = "model", "dataset"
 KINDS = {f"{kind}s": kind for kind in (MODEL, DATASET)}  # as the cache calls their folders
 NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
-COMMIT = re.compile(
-    rf"{config_options.COMMIT.pattern}([0-9a-f]{{24}})?"
-)  # the longer one stands for ModelScope's
+COMMIT = re.compile(rf"{checks.COMMIT.pattern}([0-9a-f]{{24}})?")  # the longer one stands for ModelScope's
 FILES = (".gguf", ".json", ".safetensors", ".bin")  # no hub name ends so
 BRANCH = "main"
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")

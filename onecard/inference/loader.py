@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from onecard import errors
-from onecard.config.chat import ChatConfig
+from onecard.config import options as config_options
+from onecard.config.chat import TRANSFORMERS, ChatConfig, memory_by_device
 from onecard.config.generation import ActiveAdapters
-from onecard.config.options import flag, memory_of_cards
+from onecard.config.options import flag
 from onecard.data import template as templates
 from onecard.data.template import Template
 from onecard.errors import UserError
@@ -34,13 +35,6 @@ from onecard.system.console import say
 from onecard.system.hardware import Choice
 
 ToGguf = Callable[[Path, dict[str, Path]], tuple[Path, dict[str, Path]]]
-UNUSED_BY_LLAMA = {  # option -> values that ask for nothing
-    "bits": ("auto",),
-    "load_8bit": (False,),
-    "device": ("auto", "cpu"),
-    "dtype": ("auto",),
-    "card_memory": (None,),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +123,8 @@ def _check_options(options: ChatConfig, engine: str) -> None:
     if is_llama and options.remote_code:
         problem = "--remote_code is for the transformers engine: llama.cpp runs no Python code of a model."
         raise UserError(problem, "Leave the option out.")
-    for name, plain in UNUSED_BY_LLAMA.items():
-        if is_llama and getattr(options, name) not in plain:
+    if is_llama:
+        for name in config_options.set_without_effect(options, [TRANSFORMERS]):
             problem = f"{flag(options, name)}: llama.cpp takes the weights as they are, and runs on the CPU."
             fix = f"Leave the option out. {commands.name('export-gguf')} --type makes files of fewer bits."
             raise UserError(problem, fix)
@@ -153,7 +147,7 @@ def _transformers(plan: EnginePlan, exact: bool) -> transformers_engine.Engine:
         raise UserError(problem, "Use fewer, or stretch the context by rope scaling.")
     if options.threads:
         torch.set_num_threads(options.threads)
-    memory = memory_of_cards(options.card_memory)
+    memory = memory_by_device(options.card_memory)
     with errors.remedy("Use fewer --bits, or allow more memory of each GPU."):
         module = base_model.load_base(
             model.base, bits.value, dtype.value, device.value, config, memory, code=model.code

@@ -5,10 +5,12 @@ python finetune_continue.py --resume_from_checkpoint lora-checkpoints/mine/check
 python finetune_continue.py --resume_from_checkpoint DIR --data_path other.json --output_path NEW
 """
 
+from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config import training as config_training
 
-LESS_MEMORY = "--micro_batch_tokens"  # options whose smaller values need less memory
+# options whose smaller values need less memory
+LESS_MEMORY = declaration.memory_savers(config_training.ContinueConfig, rules=[declaration.OnResume.FREE])
 
 
 def main(arguments: list[str]) -> None:

@@ -8,10 +8,12 @@ import contextlib
 import sys
 
 from onecard.config import chat as config_chat
+from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.system import commands
 
-LESS_MEMORY = "--context"  # options whose smaller values need less memory
+# options whose smaller values need less memory
+LESS_MEMORY = declaration.memory_savers(config_chat.CpuConfig, [config_chat.TRANSFORMERS])
 
 
 def main(arguments: list[str]) -> None:

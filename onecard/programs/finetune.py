@@ -3,10 +3,12 @@
 python finetune.py --data_path rows.json --output_path lora-checkpoints/mine
 """
 
+from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config import training as config_training
 
-LESS_MEMORY = "--micro_batch_tokens, --cutoff_len or --bits"  # options whose smaller values need less memory
+# options whose smaller values need less memory
+LESS_MEMORY = declaration.memory_savers(config_training.FinetuneConfig)
 
 
 def main(arguments: list[str]) -> None:

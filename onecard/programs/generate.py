@@ -7,9 +7,11 @@ import contextlib
 import sys
 
 from onecard.config import chat as config_chat
+from onecard.config import declaration
 from onecard.config import options as config_options
 
-LESS_MEMORY = "--bits or --context"  # options whose smaller values need less memory
+# options whose smaller values need less memory
+LESS_MEMORY = declaration.memory_savers(config_chat.SingleConfig)
 
 
 def main(arguments: list[str]) -> None:

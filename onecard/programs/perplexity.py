@@ -5,10 +5,11 @@ python tools/perplexity.py text.txt --lora_path lora-checkpoints/demo --engine l
 python tools/perplexity.py text.txt --model_path model-q4_k_m.gguf --lora_path adapter.gguf
 """
 
+from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config.tools import PerplexityConfig
 
-LESS_MEMORY = "--bits or --context"  # options whose smaller values need less memory
+LESS_MEMORY = declaration.memory_savers(PerplexityConfig)  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:

@@ -5,10 +5,11 @@ python tools/quantize.py --model_path MODEL --bits 3 --group_size 64 --act_order
 python tools/quantize.py --model_path MODEL --method bnb --bits 8
 """
 
+from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config.tools import QuantizeConfig
 
-LESS_MEMORY = "--cutoff_len"  # options whose smaller values need less memory
+LESS_MEMORY = declaration.memory_savers(QuantizeConfig)  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from onecard import errors
+from onecard.config import declaration
 from onecard.config.options import command_line, flag
-from onecard.config.training import FORMATS, PATHS, FinetuneConfig
+from onecard.config.training import FORMATS, FinetuneConfig
 from onecard.errors import DATA, UserError
 from onecard.runs import folder as run_folder
 from onecard.runs import log as run_log
@@ -95,7 +96,7 @@ def check_paths(options: FinetuneConfig, uploads: Path) -> None:
     A link inside the folder may lead out of it: only the owner of the folder can have put it there.
     """
     open_folders = (Path.cwd(), uploads.absolute())
-    for name in PATHS:
+    for name in declaration.names(type(options), lambda option: option.is_path):
         for part in (getattr(options, name) or "").split(","):
             path = Path(part.strip())
             outside = path.is_absolute() and not any(path.is_relative_to(folder) for folder in open_folders)
@@ -129,7 +130,7 @@ def start(workspace: Path, name: str, options: FinetuneConfig) -> None:
     begun = run_folder.has_log(folder) or run_folder.checkpoint_steps(folder)
     if begun and not options.overwrite and _pid(folder) is None:
         raise UserError(f"{name} is the name of an earlier run.", "Continue it, or choose another name.")
-    default, values = FinetuneConfig(), dataclasses.asdict(options)
+    default, values = type(options)(), dataclasses.asdict(options)
     _launch(folder, "finetune", {k: v for k, v in values.items() if v != getattr(default, k)})
 
 

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from onecard import errors
+from onecard.config import declaration
 from onecard.config import options as config_options
-from onecard.config.training import ADAPTER_OPTIONS, FinetuneConfig
+from onecard.config.training import FinetuneConfig
+from onecard.config.training_adapter import LORA
 from onecard.data import dataset, reader, run_data
 from onecard.data import encode as data_encode
 from onecard.data import examples as data_examples
@@ -32,8 +34,6 @@ from onecard.system.console import say
 from onecard.training import sharded
 from onecard.training.metrics import check_wandb
 from onecard.training.recorded_names import NEW_NAMES, Names
-
-DEFAULTS = FinetuneConfig()
 
 SHORT_RUN = 5  # the warm-up takes at most one of this many steps
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
@@ -198,8 +198,9 @@ def _fingerprints(
         "tokenizer": tokenizer_print,
         "base model": weights_print,
     }
-    if options.peft_config:
-        prints["adapter settings"] = hashing.of_file(Path(options.peft_config))
+    for name, option in declaration.declared(type(options)).items():
+        if option.content and option.content not in prints and getattr(options, name):
+            prints[option.content] = hashing.of_file(Path(getattr(options, name)))
     if code:
         prints[remote_code.PRINT] = code.commit
     return prints
@@ -254,7 +255,7 @@ def describe(plan: Plan) -> None:
     say(f"device      {plan.device}: {reasons['device']}")
     say(f"dtype       computation in {plan.dtype}: {reasons['dtype']}; trained weights and optimizer in fp32")
     if options.train_what in (trainable.FULL, lora_shape.EMBEDDINGS):
-        unused = [name for name in ADAPTER_OPTIONS if getattr(options, name) != getattr(DEFAULTS, name)]
+        unused = config_options.set_without_effect(options, [LORA])
         if unused:
             flags = ", ".join(config_options.flag(options, name) for name in unused)
             say(f"warning: without LoRA, {flags} has no effect.")

@@ -7,11 +7,12 @@ typed in the command that continues it, so they are looked for on this machine o
 import dataclasses
 from typing import Any
 
+from onecard.config.declaration import Hub, declared
+from onecard.config.training import FinetuneConfig
 from onecard.errors import UserError
 from onecard.hub import locate, revisions
 from onecard.hub.manifest import DEMO
 
-OPTIONS = MODEL_PATH, *DATA = ("model_path", "data_path", "eval_data_path")
 UNASKED = "A recorded name alone is never downloaded."
 
 
@@ -19,18 +20,18 @@ UNASKED = "A recorded name alone is never downloaded."
 class Names:
     """The folders that names on the hub mean in one run.
 
-    stored: finetune_config.json of the run that continues, None for a new run; typed: those of OPTIONS that
-    the user gave in the command that continues it.
+    stored: finetune_config.json of the run that continues, None for a new run; typed: what the user gave in
+    the command that continues it, as `typed` returns it.
     """
 
     stored: dict[str, Any] | None = None
-    typed: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    typed: dict[Hub, list[str]] = dataclasses.field(default_factory=dict)
 
     def base(self, name: str) -> str:
         """Folder of the base model. Raises UserError when a recorded one is not on this machine."""
-        if self.stored is None or (MODEL_PATH in self.typed and revisions.split(name)[1]):
+        is_typed = bool(self.typed.get(Hub.BASE))
+        if self.stored is None or (is_typed and revisions.split(name)[1]):
             return locate.locate(name)
-        is_typed = MODEL_PATH in self.typed
         version = revisions.recorded(name, self.stored["resolved"].get("base"), stored=not is_typed)
         if name == DEMO or not revisions.is_name(version):
             return locate.locate(version)
@@ -42,8 +43,8 @@ class Names:
 
     def rows(self, name: str) -> str:
         """Folder of a dataset. Raises UserError when a recorded one is not on this machine."""
-        typed = [part.strip() for option in DATA for part in (self.typed.get(option) or "").split(",")]
-        is_typed = any(part == name or part.startswith(f"{name}:") for part in typed)  # with a weight
+        parts = [part.strip() for text in self.typed.get(Hub.ROWS, []) for part in text.split(",")]
+        is_typed = any(part == name or part.startswith(f"{name}:") for part in parts)  # with a weight
         if self.stored is None or is_typed:
             return locate.fetch_dataset(name)
         recorded = (self.stored.get("data") or {}).get("versions") or []
@@ -57,3 +58,15 @@ class Names:
 
 
 NEW_NAMES = Names()  # of a new run
+
+
+def typed(options: FinetuneConfig, explicit: frozenset[str]) -> dict[Hub, list[str]]:
+    """What the user gave for options that may name something on the hub.
+
+    explicit: names of the options that the user set.
+    """
+    texts: dict[Hub, list[str]] = {}
+    for name, option in declared(type(options)).items():
+        if option.hub and name in explicit:
+            texts.setdefault(option.hub, []).append(getattr(options, name) or "")
+    return texts

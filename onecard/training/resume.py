@@ -14,7 +14,8 @@ import torch
 
 from onecard import errors
 from onecard.config import options as config_options
-from onecard.config.training import LONGER, MOVABLE, TIED, ContinueConfig, FinetuneConfig
+from onecard.config.declaration import LEARNED, OnResume, Option, declared, names
+from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.errors import CHECKPOINT, UserError
 from onecard.hub import locate, remote_code, revisions
 from onecard.runs import checkpoint as runs_checkpoint
@@ -87,12 +88,11 @@ def make_plan(start: StartingPoint, request: ContinueConfig, explicit: frozenset
     options = start.options
     if start.same_run and options.device == "auto" and resolved["device"] == "cpu":
         options = dataclasses.replace(options, device="cpu")  # a GPU that was added later is not used unasked
-    names = recorded_names.NEW_NAMES
+    hub_names = recorded_names.NEW_NAMES
     if start.stored:
         _check_code(start, options)
-        typed = {name: getattr(request, name) for name in recorded_names.OPTIONS if name in explicit}
-        names = recorded_names.Names(start.stored, typed)
-    plan = prepare(options, names, _resolved_before(options, resolved), again=request.verify)
+        hub_names = recorded_names.Names(start.stored, recorded_names.typed(request, explicit))
+    plan = prepare(options, hub_names, _resolved_before(options, resolved), again=request.verify)
     revisions.compare(resolved.get("base") or start.base, plan.base_path)
     plan.options = start.options
     if start.stored:
@@ -233,40 +233,52 @@ def _check_code(start: StartingPoint, options: FinetuneConfig) -> None:
 
 def _merged(
     before: FinetuneConfig,
-    wish: ContinueConfig,
+    wish: FinetuneConfig,
     given: frozenset[str],
-    is_fixed: Callable[[str, Any, Any], bool],
+    is_fixed: Callable[[Option, Any, Any], bool],
 ) -> tuple[FinetuneConfig, list[str]]:
-    """The run's options with those given now; raises UserError (exit 4) naming those that cannot change."""
-    names = [field.name for field in dataclasses.fields(FinetuneConfig) if field.name != "output_path"]
-    new = {name: getattr(wish, name) for name in names if name in given}
+    """The run's options with those given now; raises UserError (exit 4) naming those that cannot change.
+
+    is_fixed: whether an option cannot change from an old to a new value.
+    """
+    options = declared(type(before))
+    new = {
+        name: getattr(wish, name)
+        for name, option in options.items()
+        if name in given and option.resume != OnResume.NAMES_RUN
+    }
     new = {name: value for name, value in new.items() if value != getattr(before, name)}
     texts = {name: f"{name} {getattr(before, name)} -> {value}" for name, value in new.items()}
-    fixed = [texts[name] for name, value in new.items() if is_fixed(name, getattr(before, name), value)]
+    fixed = [
+        texts[name] for name, value in new.items() if is_fixed(options[name], getattr(before, name), value)
+    ]
     if fixed:
         problem = f"These options cannot change when the run goes on: {'; '.join(fixed)}."
         raise UserError(
             problem, f"Leave them out, or start another run with {commands.name('finetune')}.", CHECKPOINT
         )
-    roles = config_options.roles(FinetuneConfig)
-    told = [
-        text for name, text in texts.items() if roles[name] == config_options.EXECUTION or name in MOVABLE
-    ]
+    told = [text for name, text in texts.items() if not _is_learned_by_value(options[name])]
     return dataclasses.replace(before, **new), told
 
 
-def _fixed_in_same_run(name: str, old: Any, new: Any) -> bool:
-    if name in LONGER:
+def _is_learned_by_value(option: Option) -> bool:
+    """Whether another value is another training; of some options only the content counts."""
+    return option.role == LEARNED and option.resume != OnResume.CONTENT
+
+
+def _fixed_in_same_run(option: Option, old: Any, new: Any) -> bool:
+    if option.resume == OnResume.LARGER:
         return new is None or (old is not None and new < old)
-    return config_options.roles(FinetuneConfig)[name] == config_options.LEARNED and name not in MOVABLE
+    return option.resume == OnResume.FIXED or (option.resume == OnResume.BEGINS and bool(new))
 
 
-def _fixed_with_other_rows(name: str, old: Any, new: Any) -> bool:
-    return name in TIED
+def _fixed_with_other_rows(option: Option, old: Any, new: Any) -> bool:
+    return option.fixed_for_other_rows
 
 
 def _longer(start: StartingPoint) -> bool:
-    return any(getattr(start.options, name) != start.stored["options"].get(name) for name in LONGER)
+    larger = names(type(start.options), lambda option: option.resume == OnResume.LARGER)
+    return any(getattr(start.options, name) != start.stored["options"].get(name) for name in larger)
 
 
 def _resolved_before(options: FinetuneConfig, resolved: dict[str, Any]) -> dict[str, Any]:
@@ -288,11 +300,11 @@ def _resolved_before(options: FinetuneConfig, resolved: dict[str, Any]) -> dict[
 def _check_same(start: StartingPoint, plan: Plan) -> None:
     """Raise UserError (exit 4) when the tokenizer or the base, or in the same run the rows, have changed."""
     before = start.stored["fingerprints"]
-    always_same = ("tokenizer", "base model", "adapter settings")
-    names = [name for name in plan.fingerprints if start.same_run or name in always_same]
+    rows = ("rows", "encoded rows")
+    compared = [name for name in plan.fingerprints if start.same_run or name not in rows]
     wrong = [
         f"{name} {str(before.get(name))[:12]} -> {plan.fingerprints[name][:12]}"
-        for name in names
+        for name in compared
         if before.get(name) != plan.fingerprints[name]
     ]
     if wrong:

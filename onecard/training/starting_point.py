@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from onecard import errors
-from onecard.config import options as config_options
+from onecard.config import declaration
 from onecard.config.training import FinetuneConfig
 from onecard.data import dataset, reader
 from onecard.errors import CHECKPOINT, UserError
@@ -108,16 +108,12 @@ def finished_before(options: FinetuneConfig, folder: Path, weights_print: str | 
             raise UserError(f"{folder} holds {contents[0].name}, which this run would overwrite.", ways)
         return False
     try:
-        before = {
-            **dataclasses.asdict(FinetuneConfig()),
-            **stored["options"],
-        }  # newer options have their defaults
+        # options that came with a later version have their defaults
+        before = {**dataclasses.asdict(type(options)()), **stored["options"]}
     except (KeyError, TypeError):
         problem = f"{folder / run_folder.CONFIG} is damaged: it has no options."
         raise UserError(problem, ways, CHECKPOINT) from None
-    learned = [
-        name for name, role in config_options.roles(FinetuneConfig).items() if role == config_options.LEARNED
-    ]
+    learned = declaration.names(type(options), lambda option: option.role == declaration.LEARNED)
     now = dataclasses.asdict(options)
     changed = [f"{name} {before[name]} -> {now[name]}" for name in learned if before[name] != now[name]]
     if changed:

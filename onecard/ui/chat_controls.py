@@ -4,42 +4,37 @@ An input that has no effect now is disabled and says why.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
 
+from onecard.config import declaration
 from onecard.config.chat import ChatConfig
-from onecard.config.generation import TRAINED
+from onecard.config.declaration import Place
+from onecard.config.generation import SEVERAL_TURNS, TRAINED, Generation
 from onecard.data import template as templates
 from onecard.inference.chat import Chat
 from onecard.ui import forms, page
 from onecard.ui import html as ui_html
 from onecard.ui import sessions as ui_sessions
 
-ANSWER = [
-    "mode",
-    "num_beams",
-    "temperature",
-    "top_p",
-    "top_k",
-    "repetition_penalty",
-    "max_new_tokens",
-]
-MORE = ["min_new_tokens", "no_repeat_ngram_size", "stop", "banned", "seed"]
 QUEUE = "answers"  # all buttons that ask share this queue and its limit
-MEMORY = ["max_memory", "last_turns"]
 
 
-def answer(chat: Chat, options: ChatConfig, memory: Sequence[str] = ()) -> dict[str, gr.Component]:
-    """The inputs of an answer's options: the usual ones are open, the others are folded.
+def answer(chat: Chat, options: ChatConfig, several_turns: bool = False) -> dict[str, gr.Component]:
+    """The inputs of an answer's options: the common ones are open, the others are folded.
 
-    memory: options about earlier turns, where there are any.
+    several_turns: also the options that are for chats of several turns.
     """
     modes, lang = {"mode": chat.modes()}, options.lang
-    inputs = forms.inputs(options, ANSWER, lang, modes)
+    idle = {} if several_turns else declaration.without_effect(Generation, [SEVERAL_TURNS])
+    facts = {name: fact for name, fact in declaration.declared(Generation).items() if name not in idle}
+    common = [name for name, fact in facts.items() if fact.place == Place.COMMON]
+    folded = [name for name, fact in facts.items() if fact.place == Place.FOLDED]
+    inputs = forms.inputs(options, common, lang, modes)
     with gr.Accordion(forms.text(lang, "More", "更多"), open=False, elem_id="more"):
-        inputs |= forms.inputs(options, [*MORE, *memory], lang, modes)
+        inputs |= forms.inputs(options, folded, lang, modes)
     return inputs
 
 

@@ -99,7 +99,7 @@ class ChatLayout:
         )
         self.system = gr.Textbox(
             value=self.options.system,
-            label=self.text("System prompt", "系统提示"),
+            label=forms.words(type(self.options), "system", self.lang)["label"],
             **self.system_prompt_state(TRAINED),
             lines=2,
             elem_id="system",
@@ -109,7 +109,7 @@ class ChatLayout:
             lines=2,
             elem_id="context",
         )
-        self.inputs = chat_controls.answer(self.chat, self.options, chat_controls.MEMORY)
+        self.inputs = chat_controls.answer(self.chat, self.options, several_turns=True)
         self.reset = self.button("reset", "Reset parameters", "重置参数")
 
     def system_prompt_state(self, template_name: str) -> dict[str, Any]:

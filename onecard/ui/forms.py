@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from onecard.config import options as config_options
+from onecard.config.declaration import Option, Options, Text, declared
 from onecard.config.generation import Generation
 from onecard.errors import UserError
 
@@ -17,25 +18,37 @@ def text(lang: str, english: str, chinese: str) -> str:
     return chinese if lang == "zh" else english
 
 
-def inputs(start: Any, names: list[str], lang: str, choices: dict[str, list[Any]]) -> dict[str, gr.Component]:
-    """An input for each named option, with the value it has in `start`; made where gradio stands now.
+def words(settings: type[Options], name: str, lang: str) -> dict[str, str]:
+    """Label and help of an option, as an input takes them; raises AssertionError without a label."""
+    option = declared(settings)[name]
+    assert option.label, f"{name} is declared for the command line alone"
+    return {"label": text(lang, *option.label), "info": text(lang, *option.help)}
+
+
+def inputs(
+    start: Options, names: Sequence[str], lang: str, choices: dict[str, list[Any]]
+) -> dict[str, gr.Component]:
+    """An input for each named option, with the value it has in `start`, made inside the open gradio block.
 
     choices: of options whose values are fewer here than declared.
     """
     fields = {field.name: field for field in dataclasses.fields(start)}
-    return {name: _input(fields[name], getattr(start, name), lang, choices.get(name)) for name in names}
+    return {
+        name: _input(start, fields[name], getattr(start, name), lang, choices.get(name)) for name in names
+    }
 
 
-def _input(field: dataclasses.Field, value: Any, lang: str, fewer: list[Any] | None) -> gr.Component:
-    meta = field.metadata
-    label = text(lang, *(meta["label"] or (field.name, field.name)))
-    what = {"label": label, "value": value, "elem_id": f"option-{field.name}", "interactive": True}
-    what["info"] = text(lang, meta["help"], meta["chinese"])
-    if meta["slider"]:
-        low, high, step = _ends(meta["slider"], value)
+def _input(
+    start: Options, field: dataclasses.Field[Any], value: Any, lang: str, fewer: list[Any] | None
+) -> gr.Component:
+    option: Option = field.metadata["option"]
+    what = {"value": value, "elem_id": f"option-{field.name}", "interactive": True}
+    what |= words(type(start), field.name, lang)
+    if option.slider:
+        low, high, step = _ends(option.slider, value)
         return gr.Slider(minimum=low, maximum=high, step=step, **what)
-    if meta["choices"]:
-        return gr.Radio(fewer or list(meta["choices"]), **what)
+    if option.choices:
+        return gr.Radio(fewer or list(option.choices), **what)
     if field.type is bool:
         return gr.Checkbox(**what)
     if field.type is int:
@@ -46,17 +59,19 @@ def _input(field: dataclasses.Field, value: Any, lang: str, fewer: list[Any] | N
 def read(inputs: Mapping[str, gr.Component], values: Sequence[Any]) -> Generation:
     """The options of an answer out of their inputs; raises UserError naming every wrong one."""
     types = {field.name: field.type for field in dataclasses.fields(Generation)}
-    given = dict(zip(inputs, values, strict=True))
-    given = {name: value for name, value in given.items() if value != "" or types[name] is str}
+    texts = dict(zip(inputs, values, strict=True))
+    filled = {
+        name: value
+        for name, value in texts.items()
+        if value is not None and (value != "" or types[name] is str)
+    }
     try:
-        return config_options.build(
-            Generation, {name: value for name, value in given.items() if value is not None}
-        )
+        return config_options.build(Generation, filled)
     except UserError as error:
-        raise UserError(told(error, inputs)) from None
+        raise UserError(in_labels(error, inputs)) from None
 
 
-def told(error: UserError, inputs: Mapping[str, gr.Component]) -> str:
+def in_labels(error: UserError, inputs: Mapping[str, gr.Component]) -> str:
     """What is wrong, with the options called as they are in the window."""
 
     def with_label(match: re.Match[str]) -> str:
@@ -66,17 +81,17 @@ def told(error: UserError, inputs: Mapping[str, gr.Component]) -> str:
     return re.sub(r"--(\w+)", with_label, str(error).removesuffix(" See --help."))
 
 
-def clamped(options: Generation, names: list[str], start: Any) -> tuple[list[Any], list[tuple[str, str]]]:
-    """Values for the inputs that were made from `start`, and what was beyond a slider's end."""
-    fields = {field.name: field for field in dataclasses.fields(start)}
+def clamped(options: Generation, names: Sequence[str], start: Options) -> tuple[list[Any], list[Text]]:
+    """Values for the inputs that were made from `start`, and a note for each that was beyond its slider."""
+    facts = declared(type(start))
     values, notes = [], []
     for name in names:
-        value, meta = getattr(options, name), fields[name].metadata
-        if meta["slider"]:
-            low, high, _ = _ends(meta["slider"], getattr(start, name))
+        value, option = getattr(options, name), facts[name]
+        if option.slider and option.label:
+            low, high, _ = _ends(option.slider, getattr(start, name))
             if not low <= value <= high:
                 inside = min(max(value, low), high)
-                english, chinese = meta["label"]
+                english, chinese = option.label
                 notes.append((f"{english} {value} is beyond the slider: {inside}",
                               f"{chinese} {value} 超出滑块范围，取 {inside}"))  # fmt: skip
                 value = inside
@@ -90,13 +105,11 @@ def _ends(slider: tuple[float, float, float], value: float) -> tuple[float, floa
     return min(low, value), max(high, value), step
 
 
-def usable(names: list[str], unused: dict[str, tuple[str, str]], start: Any, lang: str) -> list[Any]:
-    """Updates that disable the inputs which do nothing now, each with the reason, and enable the others."""
-    fields = {field.name: field for field in dataclasses.fields(start)}
+def usable(names: Sequence[str], unused: Mapping[str, Text], start: Options, lang: str) -> list[Any]:
+    """Updates that disable the inputs without effect, each with the reason, and enable the others."""
     updates = []
     for name in names:
-        why = unused.get(name)
-        meta = fields[name].metadata
-        info = text(lang, *(why or (meta["help"], meta["chinese"])))
-        updates.append(gr.update(interactive=why is None, info=info))
+        reason = unused.get(name)
+        info = text(lang, *reason) if reason else words(type(start), name, lang)["info"]
+        updates.append(gr.update(interactive=reason is None, info=info))
     return updates

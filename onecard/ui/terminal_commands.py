@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from onecard.config import declaration
 from onecard.config import options as config_options
-from onecard.config.chat import TURNS_ONLY
-from onecard.config.generation import BASE, TRAINED, Generation
+from onecard.config.generation import BASE, SEVERAL_TURNS, TRAINED, Generation
 from onecard.data import template as templates
 from onecard.errors import UserError
 from onecard.inference import transcript
@@ -130,7 +130,8 @@ def params(session: Session, words: str) -> None:
         session.settings = dataclasses.replace(session.settings, **changes)
     idle = session.chat.unused(session.settings.mode)
     if session.single_turn:
-        idle |= dict.fromkeys(TURNS_ONLY, ("each question is a conversation of its own", ""))
+        turns = declaration.without_effect(Generation, [SEVERAL_TURNS])
+        idle |= dict.fromkeys(turns, ("each question is a conversation of its own", ""))
     for name in shown:
         value = getattr(session.settings, name)
         text = NONE if value is None else repr(value) if value == "" else value

@@ -15,7 +15,7 @@ from onecard.hub import locate
 from onecard.runs import jobs
 from onecard.system import hardware
 from onecard.ui import forms, training_html
-from onecard.ui.training_layout import FIELDS, StudioLayout
+from onecard.ui.training_layout import StudioLayout
 
 PREVIEW = 5  # rows
 ENCODERS = 2  # tokenizers that are kept in memory
@@ -31,14 +31,15 @@ class TrainingForm:
     def options(self, values: tuple[Any, ...]) -> FinetuneConfig:
         """Raises UserError that names everything that is wrong."""
         by_name = dict(zip(self.layout.inputs, values, strict=True))
-        empty = [n for n, value in by_name.items() if value in (None, "") and FIELDS[n].default is None]
+        fields = self.layout.fields
+        empty = [n for n, value in by_name.items() if value in (None, "") and fields[n].default is None]
         return config_options.build(
-            FinetuneConfig, {name: value for name, value in by_name.items() if name not in empty}
+            self.layout.settings, {name: value for name, value in by_name.items() if name not in empty}
         )
 
     def error_note(self, error: UserError) -> str:
         """An error as HTML, with the options called as in the form."""
-        return training_html.note(forms.told(error, self.layout.inputs), True)
+        return training_html.note(forms.in_labels(error, self.layout.inputs), True)
 
     def keep_upload(self, path: str) -> tuple[Any, str]:
         """Keep an uploaded file among those that can be chosen, and choose it."""

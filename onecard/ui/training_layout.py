@@ -8,30 +8,25 @@ from typing import Any
 
 import gradio as gr
 
+from onecard.config import declaration
 from onecard.config import training as training_config
+from onecard.config.declaration import Option, Place
 from onecard.config.training import FinetuneConfig
 from onecard.runs import jobs
 from onecard.system import svg_plot
 from onecard.ui import forms, training_html
 
-FIELDS = {field.name: field for field in dataclasses.fields(FinetuneConfig)}
-COMMON = (
-    "num_epochs", "learning_rate", "batch_size", "cutoff_len", "bits", "template", "lora_r",
-    "lora_target_modules", "max_steps", "sample_steps",
-)  # fmt: skip
-ABOVE = ("data_path", "model_path")
-# the name of the run says the first, no screen needs the second, no visitor may ask for the third
-HIDDEN = ("output_path", "log_steps", "remote_code")
-FIRST_VALUES = {"sample_steps": 50}  # a window has a place to show them
 SLOT = {"padding": False, "elem_classes": "oc-slot"}  # takes no room while it is empty
 FOLDERS = (".", "sample", "data")  # where files of rows are offered from
 
 
 class StudioLayout:
-    """The training window's components, made where gradio stands now."""
+    """The training window's components, made inside the open gradio block."""
 
-    def __init__(self, lang: str, workspace: Path):
-        self.lang, self.workspace = lang, workspace
+    def __init__(self, lang: str, workspace: Path, settings: type[FinetuneConfig] = FinetuneConfig):
+        """settings: the class whose options the form shows."""
+        self.lang, self.workspace, self.settings = lang, workspace, settings
+        self.fields = {field.name: field for field in dataclasses.fields(settings)}
         self.lay_out()
 
     def text(self, english: str, chinese: str) -> str:
@@ -42,7 +37,7 @@ class StudioLayout:
         gr.HTML(training_html.STYLE + svg_plot.STYLE, padding=False)
         with gr.Row():
             with gr.Column(min_width=320):
-                words = {"value": FIELDS["data_path"].default, **self.words("data_path")}
+                words = {"value": self.fields["data_path"].default, **self.words("data_path")}
                 rows = gr.Dropdown(self.files(), allow_custom_value=True, **words)
                 self.inputs = {"data_path": rows}
                 with gr.Row():
@@ -54,10 +49,9 @@ class StudioLayout:
                 self.inputs["model_path"] = self.input("model_path")
                 even = {"elem_classes": ["oc-form", "oc-even"]}
                 with gr.Row(**even):
-                    self.inputs |= {name: self.input(name) for name in COMMON}
-                rest = [name for name in FIELDS if name not in (*ABOVE, *COMMON, *HIDDEN)]
+                    self.inputs |= {name: self.input(name) for name in self.names_at(Place.COMMON)}
                 with gr.Accordion(text("All options", "全部选项"), open=False), gr.Row(**even):
-                    self.inputs |= {name: self.input(name) for name in rest}
+                    self.inputs |= {name: self.input(name) for name in self.names_at(Place.FOLDED)}
                 self.memory = gr.HTML(elem_id="train-memory", **SLOT)
                 self.name = gr.Textbox(
                     label=text("Name of the new run", "新训练的名称"),
@@ -99,19 +93,21 @@ class StudioLayout:
         found = [path for place in places for path in sorted(place.glob("*")) if path.is_file()]
         return [str(path) for path in found if path.suffix in training_config.FORMATS and path.name[0] != "."]
 
+    def names_at(self, place: Place) -> list[str]:
+        return declaration.names(self.settings, lambda option: option.place == place)
+
     def words(self, name: str) -> dict[str, Any]:
-        english, chinese, help_ = training_config.FINETUNE[name]
-        info = self.text(FIELDS[name].metadata["help"], help_)
-        label = self.text(english, chinese)
-        return {"label": label, "info": info, "elem_id": f"train-{name}", "min_width": 140}
+        words = forms.words(self.settings, name, self.lang)
+        return {**words, "elem_id": f"train-{name}", "min_width": 140}
 
     def input(self, name: str) -> Any:
         """The input of an option, by what it is declared to be."""
-        field, words = FIELDS[name], self.words(name)
-        value = FIRST_VALUES.get(name, field.default)
+        field, words = self.fields[name], self.words(name)
+        option: Option = field.metadata["option"]
+        value = field.default if option.window_value is None else option.window_value
         kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
-        if field.metadata["choices"]:
-            choices = [(str(choice), choice) for choice in field.metadata["choices"]]
+        if option.choices:
+            choices = [(str(choice), choice) for choice in option.choices]
             empty = [("-", "")] if type(None) in kinds else []
             return gr.Dropdown([*empty, *choices], value="" if value is None else value, **words)
         if bool in kinds:

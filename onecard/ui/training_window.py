@@ -10,14 +10,15 @@ from typing import Any
 import gradio as gr
 from gradio.context import Context
 
+from onecard.config import declaration
 from onecard.config import options as config_options
-from onecard.config.training import SHAPES, FinetuneConfig
+from onecard.config.training import FinetuneConfig
 from onecard.errors import UserError
 from onecard.runs import jobs
 from onecard.ui import forms, page, training_html
 from onecard.ui.run_view import PageState, RunView
 from onecard.ui.training_form import TrainingForm
-from onecard.ui.training_layout import FIELDS, StudioLayout
+from onecard.ui.training_layout import StudioLayout
 
 WORKSPACE = Path("lora-checkpoints")  # folder of the runs
 SECONDS = 2.0  # between two readings of the files
@@ -42,8 +43,9 @@ def build(lang: str = "en", workspace: Path = WORKSPACE) -> None:
 class TrainingWindow:
     """Which event of the components does what."""
 
-    def __init__(self, lang: str, workspace: Path):
-        self.layout, self.workspace = StudioLayout(lang, workspace), workspace
+    def __init__(self, lang: str, workspace: Path, settings: type[FinetuneConfig] = FinetuneConfig):
+        """settings: the class whose options the form shows."""
+        self.layout, self.workspace = StudioLayout(lang, workspace, settings), workspace
         self.form, self.runs = TrainingForm(self.layout), RunView(self.layout)
         self._wire_form()
         self._wire_runs()
@@ -74,7 +76,7 @@ class TrainingWindow:
         """Continue a training; epochs: the new number of epochs, or '' for the one that was planned."""
         try:
             longer = {"num_epochs": epochs.strip()} if epochs.strip() else {}
-            config_options.build(FinetuneConfig, longer)
+            config_options.build(self.layout.settings, longer)
             jobs.go_on(self.workspace, run, longer)
         except UserError as error:
             return self.form.error_note(error), gr.skip()
@@ -88,7 +90,7 @@ class TrainingWindow:
             reason = text("This run has no options yet.", "该训练还没有选项。")
             return [training_html.note(reason, True), *[gr.skip()] * len(inputs)]
         options = {**stored["options"], "overwrite": False}
-        values = [options.get(name, FIELDS[name].default) for name in inputs]
+        values = [options.get(name, self.layout.fields[name].default) for name in inputs]
         note = training_html.note(text("Copied into the form.", "已复制到表单。"))
         return [note, *("" if value is None else value for value in values)]
 
@@ -101,7 +103,8 @@ class TrainingWindow:
         layout.preview.click(form.preview_rows, inputs, layout.rows, **private)
         # of several changes only the last one is computed
         predicted = {**private, "trigger_mode": "always_last", "show_progress": "hidden"}
-        changes = [layout.inputs[name].change for name in SHAPES]
+        decisive = declaration.names(layout.settings, lambda option: option.decides_memory)
+        changes = [layout.inputs[name].change for name in decisive]
         triggers = [*changes, Context.root_block.load]
         gr.on(triggers, form.predict_memory, inputs, layout.memory, **predicted)
 

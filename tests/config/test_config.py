@@ -13,6 +13,7 @@ import pytest
 
 from onecard import __main__ as command
 from onecard.config import chat as chat_config
+from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config.chat import ChatConfig, CpuConfig, SingleConfig
 from onecard.config.training import FinetuneConfig
@@ -20,6 +21,7 @@ from onecard.errors import USAGE, UserError
 from tests.support.paths import ROOT
 
 FIELDS = {field.name: field for field in dataclasses.fields(FinetuneConfig)}
+OPTIONS = declaration.declared(FinetuneConfig)
 
 
 def parse(*argv: object) -> FinetuneConfig:
@@ -141,11 +143,11 @@ def test_wrong_value_names_its_flag_and_no_other(name, value):
     assert not [other for other in FIELDS if f"--{other} " in message and other != name]
 
 
-@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.metadata["choices"]])
+@pytest.mark.parametrize("name", [name for name, option in OPTIONS.items() if option.choices])
 def test_wrong_choice_lists_the_choices(name):
     """A word that is no choice is answered with all choices."""
     message = mistakes(f"--{name}=99")
-    assert all(str(choice) in message for choice in FIELDS[name].metadata["choices"])
+    assert all(str(choice) in message for choice in OPTIONS[name].choices)
 
 
 def test_all_mistakes_come_in_one_message(tmp_path):
@@ -205,10 +207,8 @@ def test_whole_numbers_keep_every_digit():
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_option_has_a_role_and_help(name):
     """learned or execution, and words that say what it is."""
-    metadata = FIELDS[name].metadata
-    assert config_options.roles(FinetuneConfig)[name] == metadata["role"]
-    assert metadata["role"] in (config_options.LEARNED, config_options.EXECUTION)
-    assert len(metadata["help"].split()) > 1
+    assert OPTIONS[name].role in (declaration.LEARNED, declaration.EXECUTION)
+    assert len(OPTIONS[name].help[0].split()) > 1
 
 
 def test_help_shows_every_option_at_once_and_loads_no_torch():
@@ -224,7 +224,7 @@ def test_help_shows_every_option_at_once_and_loads_no_torch():
         shown = "none" if field.default is None else field.default
         shown = str(shown).lower() if field.type is bool else shown
         assert f"--{name} " in text
-        assert f"{field.metadata['help']} [{shown}; {field.metadata['role']}]" in text
+        assert f"{OPTIONS[name].help[0]} [{shown}; {OPTIONS[name].role}]" in text
 
 
 @pytest.mark.parametrize("program", command.PROGRAMS)
@@ -282,7 +282,11 @@ WINDOW = {
         (CpuConfig, WINDOW, [*WINDOW]),
         (CpuConfig, {"share": "false", "lang": "en", "rope_factor": "4"}, []),
         (SingleConfig, {name: value for name, value in WINDOW.items() if name != "studio"}, []),
-        (SingleConfig, {"studio": "true", "max_memory": "64", "last_turns": "1"}, [*chat_config.TURNS_ONLY]),
+        (
+            SingleConfig,
+            {"studio": "true", "max_memory": "64", "last_turns": "1"},
+            ["studio", "max_memory", "last_turns"],
+        ),
         (SingleConfig, {"terminal": "true", "auth": "me:secret", "last_turns": "1"}, ["last_turns", "auth"]),
     ],
 )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from onecard.config import training as training_config
+from onecard.config import training_rows
 from onecard.data import schemas as data_schemas
 from onecard.data.conversation import Conversation, Turn, single
 
@@ -130,4 +130,4 @@ def test_schema_can_be_given():
     """--schema text takes the text of a row that looks like something else."""
     value = {"instruction": "q", "output": "a", "text": "t"}
     assert data_schemas.conversation(value, "text") == Conversation((Turn("text", "t"),))
-    assert sorted(training_config.SCHEMAS) == sorted(data_schemas.SCHEMAS)
+    assert sorted(training_rows.SCHEMAS) == sorted(data_schemas.SCHEMAS)

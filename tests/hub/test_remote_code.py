@@ -30,7 +30,7 @@ from onecard.models import tokenizer as models_tokenizer
 from onecard.runs import adapters as run_adapters
 from onecard.runs import folder as run_folder
 from onecard.training import loop, resume
-from onecard.training.starting_point import Start
+from onecard.training.starting_point import StartingPoint
 from tests.support import bad_hub
 from tests.support.bad_hub import NAME, download
 from tests.support.paths import ROOT
@@ -377,7 +377,7 @@ def test_a_runs_word_is_no_consent(tmp_path):
 )
 def test_a_run_goes_on_with_the_code_it_began_with(before, asked, code):
     prints = {remote_code.PRINT: before} if before else {}
-    start = Start(FinetuneConfig(), None, stored={"fingerprints": prints})
+    start = StartingPoint(FinetuneConfig(), None, stored={"fingerprints": prints})
     with pytest.raises(UserError, match="--remote_code") as caught:
         resume._check_code(start, FinetuneConfig(remote_code=asked))
     assert caught.value.code == code

@@ -17,6 +17,7 @@ import pytest
 from huggingface_hub import get_session
 from safetensors.torch import load_file, save_file
 
+from onecard.config.declaration import Hub
 from onecard.errors import USAGE, UserError
 from onecard.hub import client, manifest, model_files, remote_code, revisions
 from onecard.hub import locate as hub_locate
@@ -407,8 +408,8 @@ def test_another_commit_than_the_one_whose_code_is_read(cached):
     ("recorded", "typed", "found"),
     [
         (f"{NAME}@{OLD}", {}, OLD),
-        (f"{NAME}@{OLD}", {"model_path": NAME}, OLD),
-        (f"{NAME}@{GONE}", {"model_path": NAME}, f"{NAME}@{GONE}"),
+        (f"{NAME}@{OLD}", {Hub.BASE: [NAME]}, OLD),
+        (f"{NAME}@{GONE}", {Hub.BASE: [NAME]}, f"{NAME}@{GONE}"),
         (f"{NAME}@{GONE}", {}, None),
         (None, {}, NEW),
     ],
@@ -438,8 +439,8 @@ def test_the_rows_of_a_run_that_goes_on(cached, asking):
     (place / "rows.json").write_text("[]")
     assert recorded_names.Names(stored).rows("someone/rows") == str(place)
     with pytest.raises(UserError, match="are not on this machine"):
-        recorded_names.Names(stored, {"data_path": "a.json"}).rows("other/rows")
-    typed = {"data_path": "a.json, someone/rows:2"}
+        recorded_names.Names(stored, {Hub.ROWS: ["a.json"]}).rows("other/rows")
+    typed = {Hub.ROWS: ["a.json, someone/rows:2"]}
     assert recorded_names.Names(stored, typed).rows("someone/rows") == "asked someone/rows"
 
 
@@ -452,7 +453,7 @@ def test_a_stored_name_with_a_branch_has_its_commit(cached, asking):
     """A run that was begun with name@main stays where it began; one that is typed so follows the branch."""
     stored = {"resolved": {"base": f"{NAME}@{OLD}"}}
     assert recorded_names.Names(stored).base(f"{NAME}@main") == str(cached / "snapshots" / OLD)
-    typed = {"model_path": f"{NAME}@main"}
+    typed = {Hub.BASE: [f"{NAME}@main"]}
     assert recorded_names.Names(stored, typed).base(f"{NAME}@main") == f"asked {NAME}@main"
 
 

@@ -8,6 +8,7 @@ import gradio as gr
 import pytest
 
 from onecard.config.chat import ONE_SEQUENCE, ChatConfig
+from onecard.config.declaration import declared
 from onecard.config.generation import BASE, MIX, TRAINED, Generation
 from onecard.data.template import Template
 from onecard.errors import UserError
@@ -126,9 +127,9 @@ def test_another_commit_than_the_chat_was_saved_with_is_named(window, tmp_path):
 @pytest.mark.parametrize("name", ["top_k", "no_repeat_ngram_size", "max_memory", "last_turns"])
 def test_zero_on_a_slider_is_explained(name):
     """It switches a limit off, which nobody would guess from the number."""
-    [option] = [field for field in dataclasses.fields(Generation) if field.name == name]
-    assert option.metadata["slider"][0] == 0
-    assert "0 = " in option.metadata["help"]
+    option = declared(Generation)[name]
+    assert option.slider[0] == 0
+    assert "0 = " in option.help[0]
 
 
 def test_a_template_that_this_vocabulary_lacks_is_named(window, tmp_path):

@@ -22,10 +22,11 @@ from tests.support.rooms import library
 
 FLAG = re.compile(r"(?<!var\()(?<![\w-])--([A-Za-z][\w-]*|[\0{%]|$)")  # CSS has var(--name)
 COMMAND = re.compile("\1([\\w-]*)\1[^,;.]*$")  # the name of a program, and no stop behind it
-DECLARATIONS = ("option", "commit_option")  # of config/options.py: their texts are read from the settings
+# of config/declaration.py: the texts in them are read from the settings
+DECLARATIONS = ("option", "window_option", "learned", "execution", "commit_option", "inherited", "Use")
 NAMES = ("name", "line", "script", "child")  # of system/commands.py
 OF_EVERY_PROGRAM = {"help", "config"}
-HAS_NAMES_FROM_SETTINGS = "config.options"
+HAVE_NAMES_FROM_SETTINGS = ("config.options", "config.declaration")
 OTHERS = {  # options of programs that are not ours, in command lines
     "nvidia-smi": {"query-gpu", "format"},
     "pip": {"quiet", "disable-pip-version-check", "no-deps", "no-binary", "dest"}
@@ -178,7 +179,7 @@ def wrong(
 ) -> list[Finding]:
     """The options that texts of these parts name and a program lacks; options: of every program."""
     findings = set()
-    for part in parts - {Part(HAS_NAMES_FROM_SETTINGS, name) for _, name in parts}:
+    for part in {part for part in parts if part.module not in HAVE_NAMES_FROM_SETTINGS}:
         for text in texts(graph, part):
             for match in FLAG.finditer(text.words):
                 other = COMMAND.search(text.words[: match.start()])

@@ -8,11 +8,12 @@ import gradio as gr
 import pytest
 
 from onecard.config.chat import ChatConfig, SingleConfig
+from onecard.config.declaration import declared
 from onecard.config.generation import MODES, Generation
 from onecard.data.template import Template
 from onecard.inference.engine import Placement
 from onecard.inference.llama_cpp_engine import Engine as Llama
-from onecard.ui import adapter_picker, chat_controls, chat_window, forms, single_window, training_window
+from onecard.ui import adapter_picker, chat_window, forms, single_window, training_window
 from onecard.ui import status as ui_status
 from tests.support.chat_fakes import PLAIN_TEMPLATE, Toy
 
@@ -94,7 +95,7 @@ def test_an_english_page_speaks_english(kind, tmp_path):
 @pytest.mark.parametrize("lang", LANGUAGES)
 def test_help_comes_back_in_the_language_of_the_page(lang):
     """After a change of mode: the help of what can be used, the reason of what cannot."""
-    names = [*chat_controls.ANSWER[1:], *chat_controls.MORE, *chat_controls.MEMORY]
+    names = [name for name in declared(Generation) if name != "mode"]
     made = chat(["one"])
     for mode in MODES:
         updates = forms.usable(names, made.unused(mode), ChatConfig(lang=lang), lang)

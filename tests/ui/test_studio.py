@@ -15,7 +15,6 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
-from onecard.config import training as training_config
 from onecard.config.options import build
 from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.data import preview
@@ -27,7 +26,7 @@ from onecard.runs import jobs
 from onecard.runs import log as run_log
 from onecard.system import commands, svg_plot
 from onecard.training import loop, metrics
-from onecard.ui import training_html, training_layout, training_window
+from onecard.ui import training_html, training_window
 from tests.support import resume_cases, tiny
 from tests.support.paths import ROOT
 from tests.support.small_runs import planted, short_reply, trained
@@ -159,7 +158,9 @@ def test_plain_words_are_names(workspace, name):
     assert jobs.folder_of(workspace, name) == workspace / name
 
 
-@pytest.mark.parametrize("option", training_config.PATHS)
+@pytest.mark.parametrize(
+    "option", ["data_path", "eval_data_path", "model_path", "lora_path", "peft_config", "template"]
+)
 @pytest.mark.parametrize(
     "path",
     [
@@ -344,7 +345,7 @@ def test_memory_is_predicted_from_the_form(workspace, tiny_model, tmp_path):
         made = training_window.TrainingWindow("en", workspace)
 
     def shown(**changes) -> str:
-        values = {name: training_layout.FIELDS[name].default for name in made.layout.inputs}
+        values = {name: made.layout.fields[name].default for name in made.layout.inputs}
         return made.form.predict_memory(
             *{**values, "model_path": "tiny", "device": "cpu", **changes}.values()
         )
@@ -441,14 +442,6 @@ def test_any_curve_can_be_drawn(points):
         made = svg_plot.plot("t", [svg_plot.Line("a", points, 0)], from_zero)
         assert "nan" not in made
         assert ("<svg" in made) == bool(points)
-
-
-def test_every_option_has_its_names():
-    """English and Chinese label and a Chinese help for each option that the window can show."""
-    never = ("output_path", "remote_code")
-    names = [field.name for field in dataclasses.fields(FinetuneConfig) if field.name not in never]
-    assert list(training_config.FINETUNE) == names
-    assert all(len(words) == 3 and all(words) for words in training_config.FINETUNE.values())
 
 
 # a real browser

@@ -493,7 +493,7 @@ PAGES = pytest.mark.parametrize(
     [
         ("turns", "#box textarea", {"#send": "发送", "#option-mode": "生成方式"}),
         ("single", "#instruction textarea", {"#send": "生成", "#option-mode": "生成方式"}),
-        ("training", "#train-name textarea", {"#train-start": "开始训练", "#train-bits": "基座位数"}),
+        ("training", "#train-name textarea", {"#train-start": "开始训练", "#train-bits": "基座模型位数"}),
     ],
 )
 
