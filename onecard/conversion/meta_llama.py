@@ -59,7 +59,7 @@ def run(options: ConvertConfig, progress: Progress, work: Work = in_child) -> No
     beside = [path for path in map(source.joinpath, [*small, "../tokenizer.model"]) if path.is_file()]
     made_of = output_folder.record("convert_llama", settings, [*files, *beside])
     if output_folder.is_made(target, made_of, FLAG):
-        say(f"{target} exists already and was made from the same files (same sizes and times).")
+        say(f"{target} was made from the same files (by size and time), so there is nothing to do.")
         return
     # the original layout holds a tied head once more; a quarter of the weights is more than enough for it
     needed = sum(path.stat().st_size for path in files) * 5 // 4 + SMALL

@@ -66,7 +66,7 @@ def run(options: QuantizeConfig) -> Path:
     files, versions = _input_files(options, source), {"model_path": revisions.of(source)}
     made_of = output_folder.record("quantize", _settings(options, group), files, versions)
     if output_folder.is_made(target, made_of, FLAG):
-        say(f"{target} exists already and was made from the same files with the same options.")
+        say(f"{target} was made from the same files and options, so there is nothing to do.")
         fix = "Name a new folder, or delete this one to make it again."
         _print_figures(system_files.read_json(target / FIGURES, fix), options.report_rows)
         return target

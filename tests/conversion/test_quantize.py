@@ -140,7 +140,7 @@ def test_a_gptq_folder_is_what_others_load(source, by_gptq, rows, tmp_path):
     error, plain = errors(source, rows, target, rounded(source, tmp_path / "rounded", 4, 32))
     assert error < plain < 0.5
     again = quantise(source, rows, target, "--report_rows", 4, "--group_size", 32)
-    assert "exists already and was made from the same files" in again
+    assert "made from the same files and options, so there is nothing to do" in again
     assert told_of(again) == told_of(said) != []
     assert not {"logs", ".waiting"} & {path.name for path in (*target.iterdir(), *target.parent.iterdir())}
 
