@@ -116,8 +116,8 @@ def encode(
             encoding, ends = _encode_files(folder, options, files, templates, tokenizer, task, content)
     if not len(encoding.examples):
         problem = (
-            f"{options.data_path} has no usable row: {len(encoding.rejected)} were rejected, and "
-            f"{encoding.dropped} have no target left after the cut at {options.cutoff_len} tokens."
+            f"{options.data_path} has no usable row (rejected: {len(encoding.rejected)}; "
+            f"without a target after the cut at {options.cutoff_len} tokens: {encoding.dropped})."
         )
         raise UserError(problem, "Raise --cutoff_len or check the rows.", DATA)
     return Dataset(encoding, files, np.array(ends), task, content, folder)

@@ -149,13 +149,13 @@ def test_row_of_wrong_types(bad_run, tmp_path, kind):
 
 def test_no_row_left_after_the_cut(bad_run, tiny_rows):
     """Exit 3, how many rows lost all targets at which length, and what to raise."""
-    check(bad_run("--cutoff_len", 8), DATA, tiny_rows, "24 with no target left", "8 tokens", "--cutoff_len")
+    check(bad_run("--cutoff_len", 8), DATA, tiny_rows, "without a target", "8 tokens: 24", "--cutoff_len")
 
 
 def test_no_row_left_without_the_bad_ones(bad_run, tmp_path):
     """--skip_bad_rows on a file of bad rows only: exit 3 and how many were rejected."""
     path = save_text(tmp_path / "bad.jsonl", '{"instruction": "a"}\n{"output": 5}\n')
-    check(bad_run("--data_path", path, "--skip_bad_rows"), DATA, path, "2 rejected")
+    check(bad_run("--data_path", path, "--skip_bad_rows"), DATA, path, "rejected: 2")
 
 
 @pytest.mark.parametrize("size", [24, 25, 1000])
