@@ -405,6 +405,7 @@ def test_a_chat_that_the_browser_cannot_keep_is_told(browser, turns):
         ask(page, "Say dark 8")
         finished(page)
         expect(page.locator("#unkept [role=alert]")).to_contain_text("too long for your browser")
+        expect(page.locator("#unkept [role=alert]")).to_be_visible()
         assert len(bubbles(page)) == 2
         page.evaluate("sessionStorage.clear()")
         ask(page, "Say soft 9")
