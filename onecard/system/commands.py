@@ -32,7 +32,7 @@ FILES = {  # sub-command of onecard -> the same program as a file of a checkout
 PARTS = {  # part of the set-up -> modules that it installs; what is not listed is no user's to install
     "train": (
         "torch transformers peft bitsandbytes accelerate safetensors gguf sentencepiece google.protobuf "
-        "numpy matplotlib pyarrow ftfy wcwidth tqdm huggingface_hub httpx2 tenacity filelock"
+        "numpy matplotlib pyarrow ftfy wcwidth tqdm huggingface_hub httpx2 tenacity filelock platformdirs"
     ),
     "chat": "gradio markdown_it prompt_toolkit",
     "cpu": "llama_cpp",

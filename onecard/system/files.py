@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from onecard.errors import CHECKPOINT, DISK, UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]  # onecard/
@@ -19,9 +21,18 @@ PROBE = ".onecard-"  # of what only shows whether there can be something
 
 
 def cache_folder() -> Path:
-    """Where OneCard keeps what it fetched or counted; the variable ONECARD_CACHE moves it."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("ONECARD_CACHE") or Path(base) / "onecard")
+    """The folder in which OneCard keeps what it has fetched and computed; it may not exist yet.
+
+    The variable ONECARD_CACHE names it. Otherwise it is the user's cache folder of this system: on Linux
+    $XDG_CACHE_HOME/onecard or ~/.cache/onecard. Older versions used these two on every system, so a cache
+    that is there already is still used.
+    """
+    named = os.environ.get("ONECARD_CACHE")
+    if named:
+        return Path(named)
+    folder = platformdirs.user_cache_path("onecard", appauthor=False)
+    older = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onecard"
+    return older if older.is_dir() and not folder.is_dir() else folder
 
 
 def or_sample(path: Path) -> Path:
