@@ -371,7 +371,7 @@ def test_no_gpu(here, program, monkeypatch):
 def test_report_of_merge_without_its_gpu(here, monkeypatch):
     """merge has no --device: its report is what can be left out."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(hardware, "_card_problem", lambda: "Update the driver.")
+    monkeypatch.setattr(hardware, "_gpu_problem", lambda: "Update the driver.")
     error = check("merge", "--report --data_path rows.json")
     assert error.fix == "Update the driver. Or leave --report out."
 

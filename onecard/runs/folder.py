@@ -1,4 +1,4 @@
-"""Run folders: names of their files, what of a folder is a run's own, and going back to an earlier step."""
+"""Run folders: the names of their files, which files are a run's own, and how a run goes back to a step."""
 
 import json
 import os
@@ -14,25 +14,26 @@ CONFIG, LOG, FINISHED, REJECTED = "finetune_config.json", "log.jsonl", "finished
 SAMPLES = "samples.jsonl"
 DROPPED, ASIDE = "log.dropped.jsonl", "set-aside-"
 PICTURE = "loss.png"
-PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # init_lora_weights: the base stayed as it was
-EXPORT = "export.json"  # of a folder of GGUF files: what it holds
-MODEL = "model"  # when all was trained
+# values of init_lora_weights that leave the base model as it was
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+EXPORT = "export.json"  # says what a folder of GGUF files holds
+MODEL = "model"  # folder of the result when all weights were trained
 
 
 def contents(folder: Path) -> list[Path]:
-    """What a run has written into `folder`, or would write over."""
-    found = [folder / f"checkpoint-{step}" for step in sorted(checkpoint_steps(folder))]
+    """Everything that a run has written into `folder`, or would write over."""
+    paths = [folder / f"checkpoint-{step}" for step in sorted(checkpoint_steps(folder))]
     names = (CONFIG, LOG, SAMPLES, FINISHED, REJECTED, PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, DROPPED)
-    found += [folder / name for name in names if (folder / name).exists()]
+    paths += [folder / name for name in names if (folder / name).exists()]
     if trained_all(folder) and (folder / MODEL).exists():
-        found.append(folder / MODEL)
-    if (folder / CONFIG).exists():  # otherwise these are not ours to name
-        found += [*folder.glob("wandb"), *folder.glob(f"{ASIDE}*"), *leftovers(folder)]
-    return found
+        paths.append(folder / MODEL)
+    if (folder / CONFIG).exists():  # otherwise files of these names are not ours
+        paths += [*folder.glob("wandb"), *folder.glob(f"{ASIDE}*"), *leftovers(folder)]
+    return paths
 
 
 def trained_all(folder: Path) -> bool:
-    """Whether a run there trains all weights, so that `model` is its own."""
+    """Whether the run in `folder` trains all weights, so that `model` belongs to it."""
     try:
         return json.loads((folder / CONFIG).read_text(encoding="utf-8"))["options"]["train_what"] == "full"
     except (OSError, ValueError, KeyError, TypeError):
@@ -40,7 +41,7 @@ def trained_all(folder: Path) -> bool:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What a save that was killed left behind."""
+    """The folders and files that a killed save has left behind."""
     ours = re.compile(r"\.(saving-(\d+|model)|replaced)-\d+|" + re.escape(PROBE) + r"\w+")
     return [path for path in folder.glob(".*-*") if ours.fullmatch(path.name)]
 
@@ -52,7 +53,7 @@ def has_log(folder: Path) -> bool:
 
 
 def delete(paths: list[Path]) -> None:
-    """Delete files and folders; a link goes, what it points to stays."""
+    """Delete files and folders. Of a link only the link itself is deleted."""
     for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -61,7 +62,7 @@ def delete(paths: list[Path]) -> None:
 
 
 def go_back(folder: Path, step: int) -> list[str]:
-    """Make a run folder look as it did after `step`; returns what was moved, in words.
+    """Make a run folder look as it did after `step`; returns sentences that say what was moved.
 
     Later and damaged checkpoints are set aside first: until they are gone, they and not the log say where the
     run stands. The folder they go to need not appear whole: each of them is renamed as it is, and a kill in
@@ -69,7 +70,7 @@ def go_back(folder: Path, step: int) -> list[str]:
     log.dropped.jsonl. finished.json is deleted.
     """
     delete([path for path in (*leftovers(folder), folder / FINISHED) if path.exists() or path.is_symlink()])
-    said = []
+    sentences = []
     later = [folder / f"checkpoint-{number}" for number in checkpoint_steps(folder) if number > step]
     if later:
         number = 1 + max([int(path.name.removeprefix(ASIDE)) for path in aside(folder)], default=0)
@@ -79,31 +80,31 @@ def go_back(folder: Path, step: int) -> list[str]:
             path.rename(place / path.name)
         system_files.sync_folder(place)
         system_files.sync_folder(folder)
-        said.append(f"{len(later)} later or damaged checkpoints are now in {place}")
+        sentences.append(f"{len(later)} later or damaged checkpoints are now in {place}")
     dropped = cut_log(folder, step) + cut_log(folder, step, SAMPLES)
     if dropped:
-        said.append(f"{dropped} lines of later steps are now in {DROPPED}")
-    return said
+        sentences.append(f"{dropped} lines of later steps are now in {DROPPED}")
+    return sentences
 
 
 def aside(folder: Path) -> list[Path]:
-    """Folders of checkpoints that were set aside."""
+    """The folders in which checkpoints were set aside."""
     return [path for path in folder.glob(f"{ASIDE}*") if path.name.removeprefix(ASIDE).isdecimal()]
 
 
 def cut_log(folder: Path, step: int, name: str = LOG) -> int:
-    """Keep the log's records up to `step`; returns how many were dropped, a line that a kill tore off too."""
+    """Drop the lines of a log after `step`, and one that a kill cut off; returns how many were dropped."""
     log = folder / name
     if not log.is_file():
         return 0
-    kept, dropped = [], []
+    remaining, dropped = [], []
     for line in log.read_bytes().splitlines(keepends=True):
-        (kept if _belongs(line, step) else dropped).append(line)
+        (remaining if _belongs(line, step) else dropped).append(line)
     if dropped:
         with open(folder / DROPPED, "ab") as file:
             file.write(b"".join(dropped).rstrip(b"\n") + b"\n")
             os.fsync(file.fileno())
-        system_files.replace(log, b"".join(kept))
+        system_files.replace(log, b"".join(remaining))
     return len(dropped)
 
 
@@ -112,10 +113,11 @@ def _belongs(line: bytes, step: int) -> bool:
         record = json.loads(line)
     except ValueError:
         return False
-    known = isinstance(record, dict) and isinstance(record.get("step"), int)
-    return known and record["step"] <= step and line.endswith(b"\n")
+    has_step = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return has_step and record["step"] <= step and line.endswith(b"\n")
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of all checkpoints in a run folder, whole or damaged, in no order."""
     names = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if path.is_dir()]
     return [int(name) for name in names if name.isdecimal() and name == str(int(name))]

@@ -1,8 +1,8 @@
-"""Trainings as processes of their own, known by their files alone: start them, stop them, see how they stand.
+"""Trainings as processes of their own: starts and stops them, and reads their state from their files.
 
-Whoever looks may come and go: a run is its folder, and the lock in it says who trains there. Beside the
-folder lies .console-NAME.txt with what the trainer said; the trainer inherits a lock on that file, so a name
-is taken from the moment of its start. This file knows no window and no torch.
+Windows may be closed and opened meanwhile: a run is its folder, and the lock in it says which process trains
+there. Beside the folder lies .console-NAME.txt with the output of the trainer. The trainer inherits a lock on
+that file, so its name is taken as soon as it is started. This file knows no window and no torch.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ from onecard.system import files as system_files
 
 NAME = re.compile(r"\w[\w.-]*")
 LONGEST_NAME = 100  # bytes
-BEFORE, BEHIND = ".console-", ".txt"  # a name, in the name of its console
+BEFORE, BEHIND = ".console-", ".txt"  # around the name of a run, in the name of its console file
 UPLOADS = ".uploads"
-TAIL = 1 << 16  # bytes of a console that are looked at
-SHOWN = 12  # lines of a failed one that are shown
-PATIENCE = 10, 0.05  # times, seconds: somebody may be looking whether the lock is free
+TAIL = 1 << 16  # bytes at the end of a console that are read
+SHOWN = 12  # lines of the console of a failed run that are shown
+PATIENCE = 10, 0.05  # tries, seconds between them: who asks about a lock holds it for a moment
 MARK, CLOCK = "=== ", "%Y-%m-%d %H:%M:%S"  # our own lines in a console
 STARTED = re.compile(rf"{MARK}(\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d) ")
 PROCESS = re.compile(rf"{MARK}process (\d+)")
@@ -49,13 +49,14 @@ class State:
     """How a run stands. kind: new, starting, running, stopped, finished or failed."""
 
     kind: str
-    step: int = 0  # done; when nothing goes on: saved
+    step: int = 0  # the last step that is done; of a run that is not going, that is saved
     total: int | None = None
     pid: int | None = None
-    said: str = ""  # the last line on its console; the last ones of a failed run
+    said: str = ""  # the last line of its console; of a failed run the last lines
 
     @property
     def going(self) -> bool:
+        """Whether a process trains, or has been started to train."""
         return self.kind in (STARTING, RUNNING)
 
 
@@ -68,21 +69,22 @@ def folder_of(workspace: Path, name: str | None) -> Path:
 
 
 def console_of(folder: Path) -> Path:
+    """The file with the output of the trainers of a run folder, one after the other."""
     return folder.with_name(f"{BEFORE}{folder.name}{BEHIND}")
 
 
 def names(workspace: Path) -> list[str]:
-    """All runs in a workspace, the newest first; also those that have no folder yet, or failed before."""
-    found = {path.parent.name: _time(path) for path in workspace.glob(f"*/{run_folder.CONFIG}")}
+    """All runs in a workspace, the newest first; also runs that are starting or failed without a folder."""
+    times = {path.parent.name: _time(path) for path in workspace.glob(f"*/{run_folder.CONFIG}")}
     for path in workspace.glob(f"{BEFORE}*{BEHIND}"):
         name = path.name.removeprefix(BEFORE).removesuffix(BEHIND)
-        if name in found or (NAME.fullmatch(name) and state(workspace, name).kind in (STARTING, FAILED)):
-            found[name] = max(_time(path), found.get(name, 0.0))
-    return sorted((name for name in found if NAME.fullmatch(name)), key=lambda name: (-found[name], name))
+        if name in times or (NAME.fullmatch(name) and state(workspace, name).kind in (STARTING, FAILED)):
+            times[name] = max(_time(path), times.get(name, 0.0))
+    return sorted((name for name in times if NAME.fullmatch(name)), key=lambda name: (-times[name], name))
 
 
 def free_name(workspace: Path) -> str:
-    """run-1, or the first such name that is not taken."""
+    """The first of run-1, run-2, ... that is not taken."""
     number = 1
     while any(p.exists() for p in [workspace / f"run-{number}", console_of(workspace / f"run-{number}")]):
         number += 1
@@ -158,32 +160,38 @@ def stop(workspace: Path, name: str) -> None:
 
 
 def state(workspace: Path, name: str) -> State:
-    """How a run stands, by its files and locks alone."""
+    """The state of a run, from its files and locks alone."""
     folder = folder_of(workspace, name)
-    stored, said = config_of(folder), _said(folder)
+    stored, console_lines = config_of(folder), _console_lines(folder)
     total = stored["resolved"].get("total_steps") if stored else None
     total = total if type(total) is int else None
-    spoken = [line for line in said if not line.startswith(MARK)]
-    last = spoken[-1] if spoken else ""
+    trainer_lines = [line for line in console_lines if not line.startswith(MARK)]
+    last = trainer_lines[-1] if trainer_lines else ""
     pid = _pid(folder)
     if pid is not None:
         if _owner(folder) and run_folder.has_log(folder):
             return State(RUNNING, run_log.last_step(folder), total, pid, last)
         return State(STARTING, 0, total, pid, last)
     finished, console = _time(folder / run_folder.FINISHED), _time(console_of(folder))
-    wrong = [number for number, line in enumerate(spoken) if line.startswith(ERRORS)]
-    if finished and (finished >= _start(said) or not wrong):
+    errors_at = [number for number, line in enumerate(trainer_lines) if line.startswith(ERRORS)]
+    if finished and (finished >= _start(console_lines) or not errors_at):
         return State(FINISHED, run_log.last_step(folder), total, None, last)
     saved = max(run_folder.checkpoint_steps(folder), default=0)
-    was_last = said and console >= _time(folder / run_folder.LOG)  # else it went on without a window since
-    if was_last and not last.startswith("stopped by ") and (wrong or (stored and ASKED not in said)):
-        end = [] if wrong else ["(It ended without a word: was it killed?)"]
-        return State(FAILED, saved, total, None, "\n".join(spoken[-SHOWN:] + end))
-    return State(STOPPED if stored or said else NEW, saved, total, None, last)
+    was_last = console_lines and console >= _time(
+        folder / run_folder.LOG
+    )  # else a later trainer had no console
+    if (
+        was_last
+        and not last.startswith("stopped by ")
+        and (errors_at or (stored and ASKED not in console_lines))
+    ):
+        end = [] if errors_at else ["(It ended without an error message. It may have been killed.)"]
+        return State(FAILED, saved, total, None, "\n".join(trainer_lines[-SHOWN:] + end))
+    return State(STOPPED if stored or console_lines else NEW, saved, total, None, last)
 
 
 def training_on(workspace: Path, device: str) -> list[str]:
-    """Names of the runs that are trained on a device now; of one that has just begun nobody knows better."""
+    """The runs that are trained on a device now; one that has just begun counts for every device."""
     going = [name for name in names(workspace) if state(workspace, name).going]
     used = {name: config_of(workspace / name).get("resolved", {}).get("device", device) for name in going}
     kinds = ("cuda", "cuda:0") if device in ("cuda", "cuda:0") else (device,)
@@ -191,7 +199,7 @@ def training_on(workspace: Path, device: str) -> list[str]:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """What finetune_config.json holds; {} when there is none, or a damaged one."""
+    """The content of finetune_config.json; {} when there is none or it is damaged."""
     try:
         stored = system_files.read_json(folder / run_folder.CONFIG)
     except (UserError, OSError):
@@ -201,8 +209,8 @@ def config_of(folder: Path) -> dict[str, Any]:
     return stored if whole else {}
 
 
-def _launch(folder: Path, command: str, given: dict[str, Any]) -> None:
-    values = {**given, "output_path": folder}
+def _launch(folder: Path, command: str, options: dict[str, Any]) -> None:
+    values = {**options, "output_path": folder}
     flags = command_line(values)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with console_of(folder).open("ab", buffering=0) as console:
@@ -229,7 +237,7 @@ def _note(folder: Path, text: str) -> None:
 
 
 def _take(console: BinaryIO, name: str) -> None:
-    """Lock the console for the trainer that will inherit it; raises UserError when there is one already."""
+    """Lock the console for the trainer that will inherit it; raises UserError when it is locked already."""
     times, seconds = PATIENCE
     for _ in range(times):
         if lock.take(console.fileno()):
@@ -239,18 +247,18 @@ def _take(console: BinaryIO, name: str) -> None:
 
 
 def _pid(folder: Path) -> int | None:
-    """The process that trains in this folder, or is about to."""
+    """The process that trains in this folder, or was started to; None without one."""
     owner = _owner(folder)
     if owner is None and _is_locked(console_of(folder)):
-        found = [int(match[1]) for match in map(PROCESS.fullmatch, _said(folder)) if match]
-        owner = found[-1] if found and _is_alive(found[-1]) else None
+        pids = [int(match[1]) for match in map(PROCESS.fullmatch, _console_lines(folder)) if match]
+        owner = pids[-1] if pids and _is_alive(pids[-1]) else None
     return owner
 
 
 def _owner(folder: Path) -> int | None:
-    """The process that trains in this folder, by the run's own lock."""
+    """The process that holds the lock of this run folder."""
     pid = lock.owner_of(folder)
-    # the lock of a dead process is not touched: a trainer may be about to take it
+    # who asks holds the lock for a moment, and a trainer may be about to take that of a dead process
     return pid if pid and _is_alive(pid) and _is_locked(folder / lock.NAME) else None
 
 
@@ -262,7 +270,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def _is_alive(pid: int) -> bool:
-    if pid <= 0:  # for kill a group of processes
+    if pid <= 0:  # which would mean a group of processes
         return False
     try:
         os.kill(pid, 0)
@@ -273,28 +281,28 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _said(folder: Path) -> list[str]:
-    """The last lines of a run's console, at most from its last start on."""
+def _console_lines(folder: Path) -> list[str]:
+    """The last lines of a run's console, at most those since the last start."""
     try:
         with console_of(folder).open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
             text = file.read().decode("utf-8", errors="replace")
     except OSError:
         return []
-    # of a progress bar only how it was left
+    # of a progress bar only its last state
     lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n") if line.strip()]
     starts = [number for number, line in enumerate(lines) if STARTED.match(line)]
     return lines[starts[-1] :] if starts else lines
 
 
-def _start(said: list[str]) -> float:
-    """When the trainer that said this was started; 0 when that is too long ago to be seen."""
-    match = STARTED.match(said[0]) if said else None
+def _start(lines: list[str]) -> float:
+    """The time at which the trainer of these console lines was started; 0 when its first line is cut off."""
+    match = STARTED.match(lines[0]) if lines else None
     return time.mktime(time.strptime(match[1], CLOCK)) if match else 0.0
 
 
 def _time(path: Path) -> float:
-    """When a file was last changed, 0 when there is none."""
+    """The time of a file's last change; 0 when there is no file."""
     try:
         return path.stat().st_mtime
     except OSError:

@@ -1,4 +1,7 @@
-"""What this machine can do, each answer with its reason. No torch at module level: words load instantly."""
+"""What this machine can do: its device, compute dtype, threads and memory, each choice with its reason.
+
+torch is imported inside the functions that need it, so that --help does not wait for it.
+"""
 
 import ctypes
 import dataclasses
@@ -13,7 +16,7 @@ from onecard.errors import UserError
 from onecard.system import commands
 
 M_MMAP_THRESHOLD = -3  # a parameter of mallopt, from malloc.h
-LARGE = 4_000_000  # bytes
+LARGE = 4_000_000  # bytes of a tensor that gets a mapping of its own
 ON_CPU = "Use --device cpu."  # what programs with this option advise where there is no GPU to use
 NEWEST_DRIVER = 580  # what the CUDA 13 build of torch asks for
 
@@ -26,38 +29,40 @@ class Choice:
     reason: str
 
 
-def choose_device(wanted: str, local_rank: int = 0) -> Choice:
+def choose_device(option: str, local_rank: int = 0) -> Choice:
     """The torch device name; raises UserError when there is none of this name, or a GPU torch cannot use."""
     import torch
 
-    if wanted == "cpu":
+    if option == "cpu":
         return Choice("cpu", "asked for")
     usable = torch.cuda.is_available()
-    if wanted.startswith("cuda"):
+    if option.startswith("cuda"):
         if not usable:
-            raise UserError(f"There is no device {wanted}: torch sees no CUDA GPU.", _card_problem() or "")
-        name = wanted if wanted != "cuda" else f"cuda:{local_rank}"
+            raise UserError(f"There is no device {option}: torch finds no CUDA GPU.", _gpu_problem() or "")
+        name = option if option != "cuda" else f"cuda:{local_rank}"
         if name not in {f"cuda:{number}" for number in range(torch.cuda.device_count())}:
             last = torch.cuda.device_count() - 1
-            raise UserError(f"There is no device {wanted}: this machine has cuda:0 to cuda:{last}.")
+            raise UserError(f"There is no device {option}: this machine has cuda:0 to cuda:{last}.")
         check_build(int(name.split(":")[1]))
         return Choice(name, "asked for")
-    if wanted != "auto":
-        raise UserError(f"There is no device called {wanted!r}.", "Choose auto, cpu, cuda or cuda:N.")
+    if option != "auto":
+        raise UserError(f"There is no device called {option!r}.", "Choose auto, cpu, cuda or cuda:N.")
     if usable:
         if local_rank >= torch.cuda.device_count():
-            problem = f"Process {local_rank} has no card: torch sees {torch.cuda.device_count()}."
-            raise UserError(problem, "Name as many cards in TOT_CUDA as this machine has.")
+            problem = (
+                f"There is no GPU for process {local_rank}: torch finds {torch.cuda.device_count()} of them."
+            )
+            raise UserError(problem, "Name at most as many GPUs in TOT_CUDA as this machine has.")
         check_build(local_rank)
         return Choice(f"cuda:{local_rank}", torch.cuda.get_device_name(local_rank))
-    unusable = _card_problem()
+    unusable = _gpu_problem()
     if unusable:
         raise UserError("nvidia-smi shows a GPU, but torch cannot use it.", unusable)
-    return Choice("cpu", "no CUDA card found")
+    return Choice("cpu", "no CUDA GPU found")
 
 
 def check_build(number: int) -> None:
-    """Raise UserError when this torch build holds no code for the card, which would fail much later."""
+    """Raise UserError when this build of torch has no code for GPU `number`, which would only fail later."""
     import torch
 
     major, minor = torch.cuda.get_device_capability(number)
@@ -67,13 +72,16 @@ def check_build(number: int) -> None:
             f"{name} has compute capability {major}.{minor}, torch {torch.__version__} is built for {builds}."
         )
         if (major, minor) < (7, 5):  # torch 2.13 is built for Turing and later
-            raise UserError(f"{problem} No build of torch serves this GPU.")
+            raise UserError(f"{problem} No build of torch supports this GPU.")
         raise UserError(problem, f"Run: {_pip_line(torch.__version__)}")
 
 
 def has_code_for(major: int, minor: int, builds: list[str]) -> bool:
-    """Whether one of `builds` (sm_75, compute_90, ...) runs on this capability: code of the same major and no
-    later minor version, or intermediate code of any earlier one (CUDA's binary compatibility rules)."""
+    """Whether one of `builds` (sm_75, compute_90, ...) runs on a GPU of this compute capability.
+
+    By CUDA's rules of binary compatibility that is code for the same major version and no later minor one, or
+    intermediate code for any earlier version.
+    """
     for build in builds:
         kind, _, digits = build.partition("_")
         digits = digits.rstrip("af")
@@ -85,54 +93,60 @@ def has_code_for(major: int, minor: int, builds: list[str]) -> bool:
     return False
 
 
-def choose_dtype(wanted: str, device: str) -> Choice:
-    """fp32, fp16 or bf16. torch.cuda.is_bf16_supported() counts slow emulation, so it is not asked."""
-    if wanted != "auto":
-        return Choice(wanted, "asked for")
+def choose_dtype(option: str, device: str) -> Choice:
+    """The compute dtype for --dtype: fp32, fp16 or bf16.
+
+    torch.cuda.is_bf16_supported() also counts slow emulation, so the compute capability decides.
+    """
+    if option != "auto":
+        return Choice(option, "asked for")
     if device.startswith("cuda"):
         import torch
 
         major, minor = torch.cuda.get_device_capability(device)
         if major >= 8:
-            return Choice("bf16", f"compute capability {major}.{minor} has it")
+            return Choice("bf16", f"compute capability {major}.{minor} has bf16")
         return Choice(
-            "fp16", f"compute capability {major}.{minor} is below 8.0: no real bf16; loss scaler on"
+            "fp16", f"compute capability {major}.{minor} is below 8.0: bf16 would be emulated; loss scaler on"
         )
     if cpu_has_bf16():
-        return Choice("bf16", "this processor multiplies bf16 itself")
-    return Choice("fp32", "this processor has no bf16 arithmetic")
+        return Choice("bf16", "this CPU multiplies bf16 in hardware")
+    return Choice("fp32", "this CPU does not multiply bf16 in hardware")
 
 
-def choose_checkpointing(wanted: str, device: str) -> Choice:
-    if wanted != "auto":
-        return Choice(wanted == "on", "asked for")
+def choose_checkpointing(option: str, device: str) -> Choice:
+    """Whether gradient checkpointing is on: True or False."""
+    if option != "auto":
+        return Choice(option == "on", "asked for")
     if device.startswith("cuda"):
-        return Choice(True, "a card's memory is scarcer than its speed")
-    return Choice(False, "on a CPU memory is cheaper than computing twice")
+        return Choice(True, "on a GPU memory is scarcer than speed")
+    return Choice(False, "on a CPU memory is cheaper than computing activations twice")
 
 
 def check_optimizer(name: str, device: str) -> None:
+    """Raise UserError when this device cannot run the optimizer."""
     if name == "paged_adamw_8bit" and not device.startswith("cuda"):
         raise UserError(
-            "--optimizer paged_adamw_8bit needs a CUDA card: it pages to unified memory.", "Use adamw_8bit."
+            "--optimizer paged_adamw_8bit needs a CUDA GPU, because it pages to unified memory.",
+            "Use adamw_8bit.",
         )
 
 
-def choose_threads(wanted: int | None) -> Choice:
-    """Threads for products on the processor: one a physical core; two on one core wait for each other."""
-    if wanted:
-        return Choice(wanted, "asked for")
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdecimal() and int(given):
-        return Choice(int(given), "OMP_NUM_THREADS")
+def choose_threads(option: int | None) -> Choice:
+    """Threads for matrix products on the CPU: one per physical core, as two of one core only wait."""
+    if option:
+        return Choice(option, "asked for")
+    variable = os.environ.get("OMP_NUM_THREADS", "")
+    if variable.isdecimal() and int(variable):
+        return Choice(int(variable), "OMP_NUM_THREADS")
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     cores = {_core_of(number) for number in usable}
-    both = f", {len(usable)} with hyper-threading" if len(cores) < len(usable) else ""
-    return Choice(len(cores), f"{len(cores)} physical cores{both}")
+    threads = f", {len(usable)} with hyper-threading" if len(cores) < len(usable) else ""
+    return Choice(len(cores), f"{len(cores)} physical cores{threads}")
 
 
 def _core_of(number: int) -> str:
-    """A name that threads on one core share; the thread's own number where that is not known."""
+    """A name that all hardware threads of one core share; the thread's number where the system has none."""
     try:
         path = f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list"
         with open(path, encoding="utf-8") as file:
@@ -142,7 +156,7 @@ def _core_of(number: int) -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bf16 in hardware (AVX512-BF16, AMX or Arm's bf16)."""
+    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16, AMX or Arm's bf16)."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             words = set(file.read().split())
@@ -152,7 +166,7 @@ def cpu_has_bf16() -> bool:
 
 
 def describe_machine() -> str:
-    """Processor, cores and memory, for reports."""
+    """CPU, cores and memory, for reports."""
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -165,9 +179,9 @@ def describe_machine() -> str:
 
 
 def free_memory_bytes(device: str) -> int | None:
-    """Free now on a card, or for this machine's programs on the CPU; None where nobody says.
+    """Bytes that are free now: of a GPU, or of main memory for the CPU; None where they cannot be read.
 
-    nvidia-smi is asked, not torch: a CUDA context of our own would take memory of the card.
+    nvidia-smi is asked and not torch, whose CUDA context would take memory of the GPU.
     """
     if device.startswith("cuda"):
         number = int(device.partition(":")[2] or 0)
@@ -188,7 +202,7 @@ def free_memory_bytes(device: str) -> int | None:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Most memory used so far: allocated on the card, or by the whole process on the CPU."""
+    """The largest number of bytes used so far: allocated on the GPU, or by the whole process on the CPU."""
     if device.startswith("cuda"):
         import torch
 
@@ -204,27 +218,27 @@ def peak_memory_bytes(device: str) -> int:
 
 
 def keep_large_memory_apart(device: str) -> None:
-    """Let the C library map each large tensor on its own, so that freeing it gives the memory back at once.
+    """Let the C library map each large tensor by itself, so that its memory goes back when it is freed.
 
-    Otherwise the activations of unequal micro-batches leave holes that nothing fits. Huge pages
-    (onecard/__init__.py) keep the page faults few.
+    Otherwise micro-batches of different lengths leave gaps that no later tensor fits. Huge pages
+    (onecard/__init__.py) keep the number of page faults small.
     """
     if device == "cpu" and platform.libc_ver()[0] == "glibc":
         _libc().mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def release_free_memory(device: str) -> None:
-    """Give what smaller tensors left free inside the C library back to the system.
+    """Give memory of smaller tensors that was freed inside the C library back to the system.
 
-    Freed pieces of one micro-batch seldom fit the next, and the process would grow with every step. Cards
-    have torch's caching allocator instead.
+    Freed blocks of one micro-batch seldom fit the next, so the process would grow with every step. On a GPU
+    torch's caching allocator does this work.
     """
     if device == "cpu" and platform.libc_ver()[0] == "glibc":
         _libc().malloc_trim(0)
 
 
 def forget_cached_memory(device: str) -> None:
-    """After running out of memory: give everything that is free back before trying smaller pieces."""
+    """Give all free memory back, before a smaller micro-batch is tried after running out of memory."""
     if device.startswith("cuda"):
         import torch
 
@@ -237,8 +251,8 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-def _card_problem() -> str | None:
-    """Why torch cannot use the card nvidia-smi shows, and the pip line that fits; None without a card."""
+def _gpu_problem() -> str | None:
+    """Why torch cannot use the GPU that nvidia-smi shows, and what to type; None where it shows none."""
     smi = shutil.which("nvidia-smi")
     if not smi:
         return None
@@ -255,15 +269,15 @@ def _card_problem() -> str | None:
     name, driver = (part.strip() for part in lines[0].rsplit(",", 1))
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
-    facts = f"Card: {name}; driver: {driver}; torch {torch.__version__}: {build}."
+    facts = f"GPU: {name}; driver: {driver}; torch {torch.__version__}: {build}."
     if hidden is not None and torch.version.cuda:
-        facts += f" CUDA_VISIBLE_DEVICES is {hidden!r}: do these cards exist?"
+        facts += f" CUDA_VISIBLE_DEVICES is {hidden!r}: do these GPUs exist?"
     major = int(driver.split(".")[0]) if driver.split(".")[0].isdecimal() else 0
     update = "" if major >= NEWEST_DRIVER else f"Update the driver to {NEWEST_DRIVER} or newer. "
     return f"{facts} {update}Run: {_pip_line(torch.__version__)}"
 
 
 def _pip_line(version: str) -> str:
-    """Installs the package index's CUDA build of this torch and what it needs; the other versions stay."""
+    """The command that installs the CUDA build of this torch from the package index; other versions stay."""
     torch = f"torch=={version.split('+')[0]}"
     return commands.pip_install(torch, "--force-reinstall --no-cache-dir ")

@@ -53,7 +53,7 @@ def test_the_default_run_says_what_it_does(readme):
     said = readme["bash finetune.sh"].stdout
     for line in (
         r"device      cpu: .+",
-        r"dtype       computation in (bf16|fp32): this processor .+",
+        r"dtype       computation in (bf16|fp32): this CPU .+",
         r"base        8 bits by bitsandbytes.+",
         r"attention   one causal call per row.+",
         r"activations gradient checkpointing is off: .+",

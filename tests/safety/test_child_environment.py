@@ -179,7 +179,7 @@ USERS_OWN = {  # (file, function): why the process keeps the user's environment
     ("onecard/hub/demo.py", "_download_gguf"): "pip, with the user's index and proxy; it opens no model",
     ("onecard/conversion/llama_cpp_converter.py", "_download"): "pip, likewise",
     ("onecard/system/hardware.py", "free_memory_bytes"): "nvidia-smi, which reads no file of a stranger",
-    ("onecard/system/hardware.py", "_card_problem"): "nvidia-smi, likewise",
+    ("onecard/system/hardware.py", "_gpu_problem"): "nvidia-smi, likewise",
 }
 
 

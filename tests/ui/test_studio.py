@@ -318,7 +318,7 @@ def test_how_a_run_stands_is_read_from_its_files(workspace):
     assert said("Traceback (most recent call last)\n  x\nKeyError: 1\n").kind == jobs.FAILED
     killed = said("step 3/5\r 60%\rstep 4/5")
     assert (killed.kind, killed.said.splitlines()[0]) == (jobs.FAILED, "step 4/5")
-    assert "was it killed" in killed.said
+    assert "It may have been killed." in killed.said
     assert said("error: in a row\nstopped by SIGTERM.\n").kind == jobs.STOPPED
     assert said(f"step 1\n{jobs.ASKED}\n").kind == jobs.STOPPED
     said("step 3/5")
