@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from onecard.errors import UserError, run_program
+from onecard.hub import session as hub_session
 from onecard.system import commands
 
 PROGRAMS = {  # sub-command: (file of onecard/programs/, what it does)
@@ -44,7 +45,8 @@ def start(command: str, arguments: list[str] | None = None) -> None:
 def run(program: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Run the program. Raises UserError with the remedy when a package is missing."""
     try:
-        program(arguments)
+        with hub_session.session():  # in one command a name of the hub means one commit
+            program(arguments)
     except ModuleNotFoundError as error:
         refusal = commands.not_installed(error)
         if refusal is None:

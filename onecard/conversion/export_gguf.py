@@ -77,7 +77,7 @@ def run(options: ExportConfig) -> Path:
         if known is not None:
             say(export_manifest.replaced(job.output, known, made_from, job.is_own))
         _check_room(job, options)
-        with output_folder.unfinished(job.place, job.base) as (place, _):
+        with output_folder.converting(job.place, job.base) as (place, _):
             folder = place / "made"
             folder.mkdir()
             with errors.remedy(TALK):

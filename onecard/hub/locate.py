@@ -9,8 +9,8 @@ from pathlib import Path
 from onecard.config.training import FORMATS
 from onecard.errors import UserError, first_line
 from onecard.hub import client, demo, model_files, revisions
-from onecard.hub.demo import DEMO_FOLDER
-from onecard.hub.manifest import DEMO
+from onecard.hub import session as hub_session
+from onecard.hub.demo import DEMO, DEMO_FOLDER
 from onecard.system.files import cache_folder
 
 ADAPTER_FILES = (
@@ -25,9 +25,10 @@ MODELS = f"{CHECK}. Give a model folder, a hub name, or demo."
 
 
 def locate(model_path: str) -> str:
-    """Folder of a model; `demo` is fetched on first use, of the hub's models all but the weights.
+    """Fetch what a name needs, and return the folder of the model; a path is returned as it is.
 
-    A hub name that tools/download.py has fetched is that folder, at the commit it was fetched at.
+    `demo` is fetched on first use, of a model of the hub everything but the weights. For a name that
+    tools/download.py has fetched it is that folder, at the commit of the download. Raises UserError.
     """
     if model_path != DEMO and not revisions.is_name(model_path):
         return model_path
@@ -41,7 +42,7 @@ def locate(model_path: str) -> str:
 
 
 def here(model_path: str) -> str | None:
-    """The folder of a model that is on this machine already, None for one that would have to be fetched."""
+    """The folder of a model that is on this machine; None when it would have to be fetched."""
     if Path(model_path).is_dir():
         return model_path
     if model_path == DEMO:
@@ -52,28 +53,29 @@ def here(model_path: str) -> str | None:
 
 
 def fetch_model(name: str) -> str:
-    """Folder (or file) of a model: its own, the demo's, or the hub's in its cache; no pickles, no code."""
-    folder = locate(name)
-    try:
-        revisions.complete(Path(folder), model_files.TENSORS)
-    except client.REFUSALS as error:
-        raise _refusal(f"--model_path {name}: its weights", error, MODELS) from None
+    """locate, and fetch the weights too: no pickles and no code. Raises UserError."""
+    with hub_session.session():  # the weights are those of the commit that the name meant
+        folder = locate(name)
+        try:
+            revisions.complete(Path(folder), model_files.TENSORS)
+        except client.REFUSALS as error:
+            raise _refusal(f"--model_path {name}: its weights", error, MODELS) from None
     return folder
 
 
 def for_engine(engine: str) -> Callable[[str], str]:
-    """locate, or fetch_model for an engine that needs all files at once."""
+    """How an engine locates its model: fetch_model for llama.cpp, which needs all files at once."""
     return fetch_model if engine == "llama.cpp" else locate
 
 
 def fetch_adapter(name: str) -> str:
-    """Folder of an adapter on the hub: what tools/download.py has fetched, or in the hub's own cache."""
+    """Fetch an adapter of the hub; its folder, of tools/download.py or in the hub's own cache."""
     what = f"{name}: no such folder here, and as an adapter of the hub it"
     return _fetch(name, revisions.MODEL, ADAPTER_FILES, what, f"{CHECK}, or name a local folder.")
 
 
 def fetch_dataset(name: str) -> str:
-    """Folder with the files of rows of a dataset on the hub, in the hub's own cache; no code of it is run."""
+    """Fetch the rows of a dataset of the hub; its folder in the hub's own cache. No code of it is run."""
     patterns = tuple(f"*{ending}" for ending in FORMATS if ending != ".pkl")
     what = f"--data_path {name}: no such file here, and as a dataset of the hub it"
     return _fetch(name, revisions.DATASET, patterns, what, f"{CHECK}, or name a local file or folder.")
@@ -81,7 +83,7 @@ def fetch_dataset(name: str) -> str:
 
 def _fetch(name: str, kind: str, patterns: tuple[str, ...], what: str, fix: str) -> str:
     try:
-        return str(revisions.folder_of(name, kind, patterns))
+        return str(revisions.fetch(name, kind, patterns))
     except client.REFUSALS as error:
         raise _refusal(what, error, fix) from None
 

@@ -13,7 +13,6 @@ from onecard.hub import transfer
 from onecard.system import files as system_files
 from onecard.system import hashing
 
-DEMO = "demo"
 NAME = "onecard_download.json"
 TEXTS = ("source", "name", "revision", "commit", "endpoint")
 

@@ -1,7 +1,8 @@
-"""Python code that comes with a model: who may run it, and the one place from which transformers does.
+"""Python code that comes with a model: the user allows it, and transformers runs it from here alone.
 
-Nothing runs unless its commit was typed (--remote_code) and the folder holds that commit, unchanged. What a
-run or a checkpoint stores is never taken for such a consent. This file knows no torch and no options.
+Nothing runs unless the user typed its commit (--remote_code) and the folder holds that commit, unchanged. A
+run or a checkpoint can store a commit, but that never allows code to run. This file knows no torch and no
+options.
 """
 
 import contextlib
@@ -17,50 +18,50 @@ from safetensors import SafetensorError
 
 from onecard import errors
 from onecard.errors import UNSAFE, UserError, first_line, is_out_of_memory
-from onecard.hub import manifest, model_files, revisions, transfer
+from onecard.hub import demo, manifest, model_files, revisions, transfer
 from onecard.system import commands, hashing, lock
 from onecard.system import files as system_files
 from onecard.system.console import say
 
-PRINT = "code of the base"  # among a run's fingerprints: the commit
-SETTINGS = "*config*.json"  # which transformers may read an auto_map from
+PRINT = "code of the base"  # the key of the commit among the fingerprints of a run
+SETTINGS = "*config*.json"  # files from which transformers may read an auto_map
 CLASS = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")  # module.Class, the module beside the settings
-GENERATE = "custom_generate"  # a folder whose code transformers would run too
+GENERATE = "custom_generate"  # transformers would run the code in a folder of this name too
 KINDS = {40: transfer.GIT, 64: transfer.SHA256}  # length of a blob's name in the hub's cache: its checksum
 READ_FIRST = "Read that code, then ask for it with --remote_code and that commit (llama.cpp runs none)."
 FETCH = f"{commands.name('download')} OWNER/MODEL --remote_code COMMIT"
 LOCK = "remote_code.lock"
-SHOWN = 12  # names
+SHOWN = 12  # names in a message
 # how transformers words what it cannot do
 NO_ROOM, NO_ATTENTION = "dispatched on the CPU", "does not support an attention implementation"
-# what is no fault of the code: damaged files, memory, and what the caller tries otherwise
+# errors that are not the fault of the code: damaged files, no memory, and what the caller tries otherwise
 NOT_OF_CODE = (UserError, OSError, SafetensorError, json.JSONDecodeError)
 OTHERWISE = (NO_ATTENTION, NO_ROOM)
 
 
 @dataclasses.dataclass(frozen=True)
-class Consent:
-    """The user's word that the code of this folder, at this commit, may run."""
+class TrustedCode:
+    """Code of a folder at one commit, which the user allowed to run."""
 
     folder: Path
     commit: str
 
     def read(self, auto: Any, **settings: Any) -> Any:
-        """What transformers' Auto class reads from the folder, with the folder's own code."""
+        """from_pretrained of a transformers Auto class, on this folder and with its own code."""
         with self._alone():
             return auto.from_pretrained(
                 str(self.folder), trust_remote_code=True, local_files_only=True, **settings
             )
 
     def build(self, auto: Any, config: Any, **settings: Any) -> Any:
-        """The Auto class's model for a config that `read` gave, without weights."""
+        """from_config of a transformers Auto class: the model without weights, for a config of `read`."""
         config.name_or_path = str(self.folder)  # where transformers looks for the code
         with self._alone():
             return auto.from_config(config, trust_remote_code=True, **settings)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """What was verified is still so, and no other process has transformers copy the files meanwhile."""
+        """Verify the files again, and keep other processes from letting transformers copy them meanwhile."""
         waiting = "waiting for another program that loads a model with code of its own ..."
         with lock.held(system_files.cache_folder() / LOCK, lambda: say(waiting)):
             verified(self.folder, self.commit)
@@ -76,10 +77,12 @@ class Consent:
                 raise UserError(f"{problem}: {type(error).__name__}: {first_line(error)}.", fix) from None
 
 
-def ask(path: str, commit: str | None) -> Consent | None:
-    """The consent to run a model's code, None where it was not asked for; raises UserError (exit 8).
+def verify_commit(path: str, commit: str | None) -> TrustedCode | None:
+    """Verify that a model is at the commit whose code the user allowed, and say that the code will run.
 
-    path: its folder, or its name in the hub's cache. Nothing is run yet, but what is said says so.
+    path: folder of the model, or its name in the hub's cache. Returns None when commit is None: the user
+    allowed no code. Nothing runs yet. Raises UserError (exit 8) when the folder holds another commit or
+    changed files.
     """
     if commit is None:
         return None
@@ -88,27 +91,28 @@ def ask(path: str, commit: str | None) -> Consent | None:
         folder = _in_cache(path, commit)
     files = listed(verified(folder, commit))
     say(f"code        of {path} now runs on this machine with your rights: {files}; commit {commit}")
-    return Consent(folder, commit)
+    return TrustedCode(folder, commit)
 
 
-def place(name: str, commit: str | None) -> str | None:
-    """Where `ask` finds the code of a hub's name that is asked for; None: the name is located like any other.
+def locate_with_code(name: str, commit: str | None) -> str | None:
+    """Locate a name of the hub whose code the user allowed, for verify_commit.
 
-    It is the folder that tools/download.py made, or the bare name: `ask` finds its commit in the hub's cache.
-    Raises UserError when the name says another commit.
+    Returns the folder that tools/download.py made, or the bare name, whose commit verify_commit finds in the
+    hub's cache. Returns None when the name has to be located like any other. Raises UserError when the name
+    says another commit.
     """
-    if commit is None or name == manifest.DEMO or not revisions.is_name(name):
+    if commit is None or name == demo.DEMO or not revisions.is_name(name):
         return None
-    alone, revision = revisions.split(name)
+    repository, revision = revisions.split(name)
     if revision and revisions.COMMIT.fullmatch(revision) and revision != commit:
         problem = f"--model_path {name} and --remote_code {commit} name two commits."
         raise UserError(problem, "Name the commit whose code you read, once.")
     if revision and revision != commit:
-        say(f"hub         {alone}: commit {commit} of --remote_code is used, wherever {revision} points")
-    kept = manifest.kept(alone)
-    if kept and revisions.at_hand(f"{alone}@{commit}") in (kept, None):
-        return str(revisions.folder_of(alone, revisions.MODEL, model_files.SETTINGS))
-    return alone
+        say(f"hub         {repository}: commit {commit} of --remote_code is used, wherever {revision} points")
+    download = manifest.kept(repository)
+    if download and revisions.at_hand(f"{repository}@{commit}") in (download, None):
+        return str(revisions.fetch(repository, revisions.MODEL, model_files.SETTINGS))
+    return repository
 
 
 def check_same(what: str, fingerprints: dict[str, Any], commit: str | None) -> None:
@@ -123,11 +127,11 @@ def check_same(what: str, fingerprints: dict[str, Any], commit: str | None) -> N
 
 
 def named(folder: Path) -> list[str]:
-    """The classes that a folder's settings name in code of its own (auto_map), at any depth."""
-    found: set[str] = set()
+    """The classes of its own code that the settings of a folder name (auto_map), at any depth."""
+    classes: set[str] = set()
 
     def look(values: dict[str, Any]) -> dict[str, Any]:
-        found.update(_texts(values.get("auto_map")))
+        classes.update(_texts(values.get("auto_map")))
         return values
 
     for path in folder.glob(SETTINGS):
@@ -135,16 +139,16 @@ def named(folder: Path) -> list[str]:
             json.loads(path.read_text(encoding="utf-8"), object_hook=look)
         except (OSError, ValueError, RecursionError):
             continue  # transformers says what is wrong with it
-    return sorted(found)
+    return sorted(classes)
 
 
 def elsewhere(classes: list[str]) -> list[str]:
-    """Those of another repository or another folder, which are never run."""
+    """The classes of another repository or another folder, which are never run."""
     return [text for text in classes if not CLASS.fullmatch(text)]
 
 
 def listed(names: list[str]) -> str:
-    """Names that a stranger chose, for a message: some of them, nothing that moves a terminal's cursor."""
+    """The first of some names that a stranger chose, without characters that move a terminal's cursor."""
     return errors.listed([name[:80].encode("unicode_escape").decode() for name in names], SHOWN)
 
 
@@ -163,9 +167,9 @@ def verified(folder: Path, commit: str) -> list[str]:
     if record is None:
         problem = f"--remote_code {commit}: nothing says which commit {folder} is."
         raise UserError(problem, f"Fetch it anew, into a folder of its own: {FETCH}", UNSAFE)
-    there, known = record
-    if there != commit:
-        problem = f"--remote_code {commit}: {folder} is at commit {there}."
+    commit_here, is_as_fetched = record
+    if commit_here != commit:
+        problem = f"--remote_code {commit}: {folder} is at commit {commit_here}."
         raise UserError(problem, f"Fetch the other with {FETCH}, or read the code that is there.", UNSAFE)
     classes = named(folder)
     if not classes:
@@ -178,7 +182,7 @@ def verified(folder: Path, commit: str) -> list[str]:
         problem = f"--remote_code {commit}: {folder / GENERATE} would run too, and is never fetched."
         raise UserError(problem, f"Fetch the model with {FETCH}", UNSAFE)
     files = sorted(path.name for path in folder.glob("*.py"))
-    changed = [name for name in files if not known(folder / name)]
+    changed = [name for name in files if not is_as_fetched(folder / name)]
     if changed:
         problem = f"--remote_code {commit}: {listed(changed)} in {folder} is not what was fetched."
         raise UserError(problem, f"Fetch it anew: {FETCH}", UNSAFE)
@@ -203,7 +207,7 @@ def _receipt(folder: Path) -> tuple[str, Callable[[Path], bool]] | None:
 
 
 def _snapshot(folder: Path) -> tuple[str, Callable[[Path], bool]] | None:
-    """The same of a folder in the hub's own cache: its name, and blobs that are called by their checksum."""
+    """The same for a snapshot in the hub's own cache: its name, and blobs called by their checksums."""
     place, cache = folder.resolve(), Path(constants.HF_HUB_CACHE).resolve()
     if place.parent.name != "snapshots" or not place.is_relative_to(cache):
         return None
@@ -217,15 +221,15 @@ def _snapshot(folder: Path) -> tuple[str, Callable[[Path], bool]] | None:
 
 
 def _in_cache(name: str, commit: str) -> Path:
-    """The folder of a hub's model at this commit in the hub's cache; nothing is fetched."""
+    """The folder of a model in the hub's cache at this commit; raises UserError (exit 8) without one."""
     try:
-        found = try_to_load_from_cache(name, model_files.MODEL_CONFIG, revision=commit)
+        config = try_to_load_from_cache(name, model_files.MODEL_CONFIG, revision=commit)
     except ValueError:  # no hub name
-        found = None
-    if not isinstance(found, str):
+        config = None
+    if not isinstance(config, str):
         problem = f"--remote_code {commit}: {name} is not on this machine at that commit."
         raise UserError(problem, f"Fetch it, then read its code: {FETCH}", UNSAFE)
-    return Path(found).parent
+    return Path(config).parent
 
 
 def _texts(value: Any) -> list[str]:

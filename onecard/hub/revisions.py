@@ -1,12 +1,12 @@
-"""Names of the hub -> folders at one commit, and what a run recorded -> whether that is what is used.
+"""Finds the folder of a hub name at one commit, and compares what a run recorded with what is used now.
 
-owner/name is what its branch points to now, owner/name@REVISION a commit, a branch or a tag. The hub is asked
-only about names that the user typed, once each and for seconds; a record is looked for on this machine alone.
+owner/name means the commit that its branch points to now; owner/name@REVISION names a commit, a branch or a
+tag. The hub is asked only about names that the user typed, once in a session and for a few seconds. What a
+run recorded is looked for on this machine alone.
 """
 
 import contextlib
 import dataclasses
-import functools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,12 +17,13 @@ from huggingface_hub import constants, snapshot_download
 from onecard.config import checks
 from onecard.config.tools import HUB, MODELSCOPE
 from onecard.errors import UserError
-from onecard.hub import client, manifest, model_files
+from onecard.hub import client, demo, manifest, model_files
+from onecard.hub import session as hub_session
 from onecard.system import files as system_files
 from onecard.system.console import say
 
 MODEL, DATASET = "model", "dataset"
-KINDS = {f"{kind}s": kind for kind in (MODEL, DATASET)}  # as the cache calls their folders
+KINDS = {f"{kind}s": kind for kind in (MODEL, DATASET)}  # how the folders in the hub's cache begin
 NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 COMMIT = re.compile(rf"{checks.COMMIT.pattern}([0-9a-f]{{24}})?")  # the longer one stands for ModelScope's
 FILES = (".gguf", ".json", ".safetensors", ".bin")  # no hub name ends so
@@ -45,46 +46,47 @@ class Version:
 
 
 def is_name(text: str) -> bool:
-    """Whether this can only be a name of the hub."""
+    """Whether a text can be a name of the hub, and is no path that exists."""
     return bool(NAME.fullmatch(text)) and not text.endswith(FILES) and not Path(text).exists()
 
 
 def split(text: str) -> tuple[str, str | None]:
-    """(owner/name, revision or None)."""
+    """(owner/name, revision or None) of owner/name@revision."""
     name, _, revision = text.partition("@")
     return name, revision or None
 
 
 def parsed(text: str | None) -> Version | None:
-    """The version that str(Version) gave; None for anything else, such as a name alone."""
+    """The Version that str(Version) wrote; None for anything else, such as a name without a commit."""
     source, _, rest = (text or "").rpartition(":")
     name, commit = split(rest)
     is_whole = commit is not None and COMMIT.fullmatch(commit) and is_name(rest)
-    known = is_whole and source in ("", MODELSCOPE)
-    return Version(name, commit, source=source or HUB) if known else None
+    is_version = is_whole and source in ("", MODELSCOPE)
+    return Version(name, commit, source=source or HUB) if is_version else None
 
 
 def of(path: Path | str) -> Version | None:
-    """The version that a folder is, or a file in it, None where nothing says so."""
+    """The version of a folder, or of a file in a snapshot; None where nothing says which it is."""
     path = Path(path)
     stored = None
     with contextlib.suppress(UserError):  # a damaged receipt says nothing
         stored = manifest.read(path) if path.is_dir() else None
-    if stored and stored["source"] != "list" and stored["name"] != manifest.DEMO:
+    if stored and stored["source"] != "list" and stored["name"] != demo.DEMO:
         source = MODELSCOPE if stored["source"] == MODELSCOPE else HUB
         return Version(stored["name"], stored["commit"], source=source)
     return _in_cache(path)
 
 
 def recorded(name: str, version: str | None, stored: bool = False) -> str:
-    """The hub's version that was recorded for a name that says none itself, else the name.
+    """The version of the hub that was recorded for a name, when the name has no revision; else the name.
 
-    stored: the name was kept with the version; whatever revision it says is where the version came from.
+    stored: the name was recorded together with the version, so its revision is where the version came from.
     """
-    known = parsed(version)
-    said = split(name)[0] if stored else name
-    is_its = known is not None and known.source == HUB and known.name == said and not Path(name).exists()
-    return str(known) if is_its else name
+    record = parsed(version)
+    repository = split(name)[0] if stored else name
+    if record is None or record.source != HUB or record.name != repository or Path(name).exists():
+        return name
+    return str(record)
 
 
 def of_settings(values: dict[str, Any]) -> str | None:
@@ -95,38 +97,41 @@ def of_settings(values: dict[str, Any]) -> str | None:
 
 
 def at_hand(text: str, kind: str = MODEL) -> Path | None:
-    """The folder of a hub's name that is on this machine with its weights or rows, or None.
+    """The folder of a hub name, when it is on this machine with its weights or rows; else None.
 
-    It was fetched by us or by another program. The hub is not asked.
+    OneCard or another program has fetched it. The hub is not asked.
     """
     name, revision = split(text)
-    if name == manifest.DEMO:
+    if name == demo.DEMO:
         return None
-    kept = _kept(name, revision, kind)
-    found = _cached(name, revision, kind)
-    return kept or (found[0] if found and _has_content(found[0], kind) else None)
+    download = _kept(name, revision, kind)
+    snapshots = _cached(name, revision, kind)
+    return download or (snapshots[0] if snapshots and _has_content(snapshots[0], kind) else None)
 
 
-def of_record(text: str, kind: str = MODEL) -> str | None:
-    """at_hand of what a run or an adapter names, with its commit said."""
-    folder = at_hand(text, kind)
-    version = folder and of(folder)
+def say_commit(folder: Path) -> None:
+    """Say which commit of the hub a folder is, where something says so."""
+    version = of(folder)
     if version:
         say(f"{version.source:<12}{version.name} is commit {version.commit}")
-    return str(folder) if folder else None
 
 
-_answered: dict[Path, Version] = {}  # folders that folder_of fetched from a hub that answers
+def fetch(text: str, kind: str, patterns: tuple[str, ...]) -> Path:
+    """Fetch the files of these patterns for a name that the user typed, and say its commit; the folder.
 
-
-@functools.cache  # in one program a name means one commit, which is said once
-def folder_of(text: str, kind: str, patterns: tuple[str, ...]) -> Path:
-    """The folder of a name that the user typed, with the files of these patterns.
-
-    Raises one of client.REFUSALS.
-    What tools/download.py fetched by the name stays what the name means. Where the hub gives no commit or no
-    files it is the commit that the cache has. A commit that is whole in the cache is not asked for.
+    In one session (session.py) a name means one commit, which is asked for and said once. What
+    tools/download.py fetched by the name stays what the name means. Where the hub gives no commit or no
+    files, it is the commit that the cache has. A commit that is whole in the cache is not asked for. Raises
+    one of client.REFUSALS.
     """
+    session, key = hub_session.current(), (text, kind, patterns)
+    with session.lock:
+        if key not in session.folders:
+            session.folders[key] = _fetch(text, kind, patterns, session)
+        return session.folders[key]
+
+
+def _fetch(text: str, kind: str, patterns: tuple[str, ...], session: hub_session.Session) -> Path:
     name, revision = split(text)
     kept = _kept(name, revision, kind)
     if kept:
@@ -143,7 +148,7 @@ def folder_of(text: str, kind: str, patterns: tuple[str, ...]) -> Path:
         return cached[0]
     branch = revision or BRANCH
     try:
-        commit = client.commit_of(name, kind, branch)
+        commit = client.ask_commit(name, kind, branch)
         before = _ref(name, kind, branch)
         if before not in (None, commit):
             moved = f"{branch} has moved from {before[:12]} to {commit[:12]} since it was last fetched"
@@ -155,20 +160,23 @@ def folder_of(text: str, kind: str, patterns: tuple[str, ...]) -> Path:
         say(f"hub         {name}: {client.reason(error)}; commit {cached[0].name} of the cache is used")
         return cached[0]
     _note(name, kind, branch, commit)
-    _answered[folder] = Version(name, commit, kind)
+    session.answered.add(folder)
     say(f"hub         {name} is commit {commit}")
     return folder
 
 
 def complete(folder: Path, patterns: Iterable[str]) -> None:
-    """Fetch the weights that a folder of folder_of lacks; raises one of client.REFUSALS. Others stay."""
-    version = _answered.get(folder)
+    """Fetch the weights that a folder of `fetch` lacks; raises one of client.REFUSALS.
+
+    Any other folder stays as it is, also one that the hub's client keeps: the user named it by its path.
+    """
+    version = of(folder) if folder in hub_session.current().answered else None
     if version and not _has_weights(folder):
         _bring(version, (*patterns,))
 
 
 def compare(record: str | None, used: Path | str) -> None:
-    """Say it when the version that was recorded is not the one in use. Nobody is asked."""
+    """Say when the version that was recorded is not the one in use. The hub is not asked."""
     before, now = parsed(record), of(used)
     if before and now and now.name == before.name and str(now) != str(before):
         there, here = (
@@ -178,16 +186,25 @@ def compare(record: str | None, used: Path | str) -> None:
         say(f"{before.source:<12}{before.name}: commit {there} was trained on, {here} is used")
 
 
-@functools.cache  # asked and said once
 def tell_move(record: str) -> None:
-    """Say it when a name that the user typed means another commit than the recorded one, which is used."""
-    version = parsed(record)
+    """Ask the hub, once in a session, what a name means now that was recorded at this commit; say a move.
+
+    It is for names that the user typed. The recorded commit is used in any case.
+    """
+    session = hub_session.current()
+    with session.lock:
+        if record not in session.told:
+            session.told.add(record)
+            _tell_move(parsed(record))
+
+
+def _tell_move(version: Version) -> None:
     kept = _kept(version.name, None, MODEL)
     ours = of(kept) if kept else None
     if ours and ours.source != HUB:
         return
     try:
-        head = ours.commit if ours else client.commit_of(version.name, MODEL, BRANCH)
+        head = ours.commit if ours else client.ask_commit(version.name, MODEL, BRANCH)
     except client.REFUSALS as error:
         why = client.reason(error)
         say(f"hub         {version.name}: {why}; commit {version.commit} of the cache is used")

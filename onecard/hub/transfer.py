@@ -125,7 +125,7 @@ def fetch(client: httpx2.Client, file: Remote, folder: Path, headers: Mapping[st
             whole = (
                 file
                 if file.size is not None
-                else dataclasses.replace(file, size=size_of(client, file, headers))
+                else dataclasses.replace(file, size=ask_size(client, file, headers))
             )
             _fill(client, whole, part, headers, total)
             if digest(part, file.kind) == file.digest:
@@ -140,7 +140,7 @@ def fetch(client: httpx2.Client, file: Remote, folder: Path, headers: Mapping[st
     raise UserError(problem, "Try later, or another source; the server's file is damaged.", CHECKPOINT)
 
 
-def size_of(client: httpx2.Client, file: Remote, headers: Mapping[str, str]) -> int:
+def ask_size(client: httpx2.Client, file: Remote, headers: Mapping[str, str]) -> int:
     """Bytes of a file whose list does not say; asked with a GET: signed addresses often allow only that."""
 
     def ask() -> int:

@@ -3,7 +3,9 @@
 On one card a model that only waits for questions would compete with a training.
 """
 
+import contextvars
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +30,9 @@ class Engine:
         """load: loads the engine; beside: device -> names of the runs that are trained on it now."""
         self.name, self.capabilities = plan.kind.name, plan.kind.capabilities
         self.adapters = [adapter.name for adapter in plan.model.adapters]
-        self.device, self._load, self._beside = plan.device.value, load, beside
+        self.device, self._beside = plan.device.value, beside
+        # the thread of a page loads it in the session (hub/session.py) of the command that resolved the model
+        self._load: Callable[[], engines.Engine] = functools.partial(contextvars.copy_context().run, load)
         self.lock = threading.Lock()
         self.engine: engines.Engine | None = None
         self.closed = False

@@ -21,7 +21,8 @@ from onecard.data import template as templates
 from onecard.data.template import Template
 from onecard.errors import UserError
 from onecard.hub import locate, remote_code
-from onecard.hub.remote_code import Consent
+from onecard.hub import session as hub_session
+from onecard.hub.remote_code import TrustedCode
 from onecard.inference import engine as engines
 from onecard.inference import llama_cpp_engine, resolve, transformers_engine
 from onecard.inference.resolve import ModelRequest, ResolvedModel
@@ -63,8 +64,9 @@ def load(options: ChatConfig, to_gguf: ToGguf, exact: bool = False) -> Loaded:
     to_gguf: folders of a model and of adapters -> files for llama.cpp; exact: for measuring, so computed in
     fp32 where the options leave that open.
     """
-    plan = prepare(options)
-    return loaded(plan, engine_of(plan, to_gguf, exact))
+    with hub_session.session():
+        plan = prepare(options)
+        return loaded(plan, engine_of(plan, to_gguf, exact))
 
 
 def loaded(plan: EnginePlan, engine: engines.Engine) -> Loaded:
@@ -98,11 +100,11 @@ def prepare(options: ChatConfig) -> EnginePlan:
     return EnginePlan(options, model, kind, device)
 
 
-def _find_base(options: ChatConfig, name: str) -> tuple[str, Consent | None]:
+def _find_base(options: ChatConfig, name: str) -> tuple[str, TrustedCode | None]:
     """The folder or file of a base, and the consent to run its code; raises UserError."""
     engine = resolve.engine_for(options.engine, name)
-    base = remote_code.place(name, options.remote_code) or locate.for_engine(engine)(name)
-    code = remote_code.ask(base, options.remote_code)
+    base = remote_code.locate_with_code(name, options.remote_code) or locate.for_engine(engine)(name)
+    code = remote_code.verify_commit(base, options.remote_code)
     return (str(code.folder) if code else base), code
 
 

@@ -27,8 +27,8 @@ from onecard.config.generation import BASE, ActiveAdapters
 from onecard.data import template as templates
 from onecard.data.template import Template
 from onecard.errors import CHECKPOINT, UserError
-from onecard.hub import locate, manifest, model_files, remote_code, revisions
-from onecard.hub.remote_code import Consent
+from onecard.hub import demo, locate, model_files, remote_code, revisions
+from onecard.hub.remote_code import TrustedCode
 from onecard.hub.revisions import Version
 from onecard.inference import llama_cpp
 from onecard.models import base_model
@@ -43,7 +43,7 @@ AUTO, TRANSFORMERS, LLAMA = "auto", "transformers", "llama.cpp"  # purposes: an 
 EXPORT, MERGE = "export", "merge"  # purposes: files are to be written
 USUAL_TEMPLATE = "alpaca"
 # name of a base -> its folder or .gguf file, and the consent to run its code: not every program runs any
-FindBase = Callable[[str], tuple[str, Consent | None]]
+FindBase = Callable[[str], tuple[str, TrustedCode | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ResolvedModel:
     base: str  # a folder in the layout of transformers, or a .gguf file
     base_reason: str
     sources: list[Adapter]  # all that --lora_path names, with a model that was trained whole
-    code: Consent | None  # to run the base's own Python code
+    code: TrustedCode | None  # to run the base's own Python code
     copies: tempfile.TemporaryDirectory[str]  # older adapters, rewritten in the layout of peft
 
     @property
@@ -198,7 +198,7 @@ def is_here(base: str) -> bool:
 
     An adapter may come from anybody: what it names is shown, and is not followed to the network or upwards.
     """
-    if base == manifest.DEMO:
+    if base == demo.DEMO:
         return True
     if "://" in base or ".." in Path(base).parts:
         return False
@@ -226,7 +226,7 @@ def _base_name(request: ModelRequest, sources: list[Adapter]) -> tuple[str, str]
         raise UserError(problem, "Name the base with --model_path.")
     name = base_of(naming[0] if naming else None, request.model_path)
     if name is None:
-        return manifest.DEMO, "nothing was named, so it is the demo model"
+        return demo.DEMO, "nothing was named, so it is the demo model"
     return name, "asked for" if request.model_path else "the adapter was made with it"
 
 
@@ -240,7 +240,9 @@ def base_of(adapter: Adapter | None, asked: str | None) -> str | None:
         return asked
     if asked and (asked == adapter.base or revisions.recorded(asked, adapter.base) != adapter.base):
         return asked
-    here = None if Path(adapter.base).exists() else revisions.of_record(adapter.base)
+    here = None if Path(adapter.base).exists() else revisions.at_hand(adapter.base)
+    if here:
+        revisions.say_commit(here)
     if asked and here:
         revisions.tell_move(adapter.base)
     elif asked:
@@ -248,7 +250,7 @@ def base_of(adapter: Adapter | None, asked: str | None) -> str | None:
         say(f"hub         {name}: commit {commit}, which was trained on, is not here and is fetched")
     elif not is_here(adapter.base):
         raise _not_here(adapter)
-    return here or adapter.base
+    return str(here or adapter.base)
 
 
 def _not_here(adapter: Adapter) -> UserError:
@@ -266,7 +268,7 @@ def _not_here(adapter: Adapter) -> UserError:
 
 def _folder_of(base: str) -> str:
     """The folder that a name means, so that two names of one folder are one base; fetches nothing."""
-    at_hand = None if base == manifest.DEMO or Path(base).exists() else revisions.at_hand(base)
+    at_hand = None if base == demo.DEMO or Path(base).exists() else revisions.at_hand(base)
     folder = Path(at_hand or (locate.locate(base) if is_here(base) else base)).expanduser()
     return str(folder.resolve()) if folder.is_dir() else base
 
@@ -291,6 +293,7 @@ def _check_belongs(model: ResolvedModel, adapter: Adapter) -> None:
     """Compare the base with what the adapter's run recorded; the rule stands at the top of this file."""
     if not adapter.fingerprints or not Path(model.base).is_dir():
         return
+    base_model.fetch_weights(model.base)
     files = base_model.identity_files(model.base)
     compared = {"base model": ("other weights", files["weights"])}
     if model.own_tokenizer is None:

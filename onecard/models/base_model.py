@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from onecard.errors import CHECKPOINT, UNSAFE, UserError
 from onecard.hub import client, model_files, remote_code, revisions
-from onecard.hub.remote_code import Consent
+from onecard.hub.remote_code import TrustedCode
 from onecard.models import adapter as models_adapter
 from onecard.models import frozen_linear, lora_shape, packed_attention, quantized, trainable
 from onecard.models.load_errors import NOT_A_MODEL, cannot_load
@@ -42,26 +42,32 @@ SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 MIXED = 0.1
 
 
-def identity_files(path: str) -> dict[str, list[Path]]:
-    """The files that determine what a base model does, under the keys `tokenizer` and `weights`.
+def fetch_weights(path: str) -> None:
+    """Fetch the weights of a base that was located by its name in the hub (revisions.complete).
 
-    When the path is a snapshot in the hub's cache that lacks weights, they are downloaded first. Raises
-    UserError when that fails.
+    Raises UserError when the hub does not give them, and OSError when this machine's disk does not take them.
     """
-    folder, names = Path(path), (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
     try:
-        revisions.complete(folder, model_files.TENSORS)
+        revisions.complete(Path(path), model_files.TENSORS)
     except client.REFUSALS as error:
         if client.is_local(error):
             raise
         raise cannot_load(path, "its weights", error) from None
+
+
+def identity_files(path: str) -> dict[str, list[Path]]:
+    """The files here that determine what a base model does, under the keys `tokenizer` and `weights`.
+
+    Nothing is fetched: see fetch_weights.
+    """
+    folder, names = Path(path), (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
     return {
         "tokenizer": [folder / name for name in names if (folder / name).is_file()],
         "weights": sorted({file for pattern in SAFE_WEIGHTS for file in folder.glob(pattern)}),
     }
 
 
-def load_config(path: str, code: Consent | None = None) -> PretrainedConfig:
+def load_config(path: str, code: TrustedCode | None = None) -> PretrainedConfig:
     """The transformers config of a base model; raises UserError when there is none.
 
     code, here and below: the user's consent to run Python code of the model; without it, a model that needs
@@ -75,7 +81,7 @@ def load_config(path: str, code: Consent | None = None) -> PretrainedConfig:
         raise cannot_load(path, "its config.json", error) from None
 
 
-def skeleton(path: str, config: PretrainedConfig, code: Consent | None = None) -> torch.nn.Module:
+def skeleton(path: str, config: PretrainedConfig, code: TrustedCode | None = None) -> torch.nn.Module:
     """The model without its weights, on the meta device; raises UserError when the config describes no model.
 
     Its dtype is torch's default dtype, whatever the config says: for the config's dtype, transformers would
@@ -93,7 +99,7 @@ def skeleton(path: str, config: PretrainedConfig, code: Consent | None = None) -
 
 
 def check_architecture(
-    path: str, config: PretrainedConfig, shape: LoraShape, code: Consent | None = None
+    path: str, config: PretrainedConfig, shape: LoraShape, code: TrustedCode | None = None
 ) -> int:
     """The number of parameters that will be trained; no weights are read.
 
@@ -151,7 +157,7 @@ def load_base(
     config: PretrainedConfig | None = None,
     cards: dict[int | str, str] | None = None,
     to_train: bool = False,
-    code: Consent | None = None,
+    code: TrustedCode | None = None,
 ) -> torch.nn.Module:
     """A frozen causal language model whose 8-bit and 4-bit layers keep no activations.
 
@@ -189,6 +195,7 @@ def load_base(
     if cards:
         arguments["max_memory"] = cards
     _refuse_pickles(path)
+    fetch_weights(path)
     system_safetensors.check(_weight_files(path))
     try:
         base, loading_info = _with_attention(path, "sdpa", arguments, code)
@@ -254,7 +261,7 @@ def stretched(path: str, config: PretrainedConfig, how: str, factor: float) -> P
 
 
 def _with_attention(
-    path: str, name: str, settings: dict[str, Any], code: Consent | None
+    path: str, name: str, settings: dict[str, Any], code: TrustedCode | None
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The base with this attention (or "eager" where it has no other, like BLOOM), and the loading info.
 

@@ -6,7 +6,7 @@ import numpy as np
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from onecard.errors import UserError
-from onecard.hub.remote_code import Consent
+from onecard.hub.remote_code import TrustedCode
 from onecard.models.load_errors import NOT_A_MODEL, cannot_load
 from onecard.system import commands
 
@@ -14,7 +14,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 TOKENIZER_EXTRAS = ("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
 
 
-def load_tokenizer(path: str, code: Consent | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, code: TrustedCode | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model.
 
     code: the user's consent to run Python code of the model; without it, a model that needs its own code is

@@ -1,4 +1,4 @@
-"""Atomic checkpoints: save, verify, restore, prune, and the finished adapter.
+"""Atomic checkpoints: save, verify, restore and prune them, and publish the finished adapter.
 
 A checkpoint folder is a plain PEFT adapter plus what the trainer needs to go on. It appears whole
 (system/whole_folder.py): a checkpoint-<step> is complete or not there. It is written into a folder called
@@ -6,6 +6,7 @@ A checkpoint folder is a plain PEFT adapter plus what the trainer needs to go on
 OneCard deletes what is left under that name. No pickle anywhere.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -30,8 +31,8 @@ from onecard.system.hashing import sha256
 REPLACED = ".replaced-"
 MANIFEST, PROGRESS, OPTIMIZER = "manifest.json", "progress.json", "optimizer.safetensors"
 FORMAT = 1
-IN_LOG = ("evaluated", "best_step", "best_loss")  # not kept in checkpoints
-ROOM_FOR_TEXT = 1 << 20  # bytes for the small files of a checkpoint
+IN_LOG = ("evaluated", "best_step", "best_loss")  # read from the log, not from checkpoints
+ROOM_FOR_TEXT = 1 << 20  # bytes that the small files of a checkpoint need at most
 
 
 @dataclasses.dataclass
@@ -42,19 +43,19 @@ class Progress:
     updates: int = 0  # steps that changed the adapter; the learning rate follows these
     rows_seen: int = 0
     tokens: int = 0
-    seconds: float = 0.0  # training only
+    seconds: float = 0.0  # of training alone, without evaluations and saves
     skipped_steps: int = 0  # by the fp16 scaler
     skipped_in_a_row: int = 0
-    answers: list[str] | None = None  # to the held-out prompts, before the first step
-    micro_batch_tokens: int = 0  # the budget, smaller than planned after running out of memory
-    # these three are read from the log, which may know an evaluation that came after the checkpoint
+    answers: list[str] | None = None  # to the validation prompts, before the first step
+    micro_batch_tokens: int = 0  # the budget; smaller than planned after running out of memory
+    # these three come from the log, which may have an evaluation that is later than the checkpoint
     evaluated: int = -1  # step of the last evaluation
     best_step: int = 0
     best_loss: float | None = None  # validation, nats per target token
 
 
 class SavedOptimizer(Protocol):
-    """What is known here of an optimizer: its state is whole, and its parameters have numbers."""
+    """What this file needs of an optimizer: its whole state, in which parameters are numbered."""
 
     param_groups: list[dict[str, Any]]
 
@@ -70,10 +71,10 @@ def save(
     optimizer: SavedOptimizer,
     scaler: torch.amp.GradScaler,
 ) -> Path:
-    """Write folder/checkpoint-<step>, whole or not at all; returns it.
+    """Write folder/checkpoint-<step>, whole or not at all; returns its path.
 
-    An existing one with the same state is left as it is; one with another state (the rows were started anew,
-    the budget changed) is replaced.
+    A checkpoint that exists already with the same state is left as it is. One with another state is replaced:
+    the rows were started anew, or the budget has changed. Raises UserError (exit 7) when the disk is full.
     """
     target = folder / f"checkpoint-{progress.step}"
     state = {k: v for k, v in dataclasses.asdict(progress).items() if k not in IN_LOG}
@@ -104,7 +105,7 @@ def save(
 def verify(checkpoint: Path) -> list[str]:
     """Compare every file with the manifest; raises UserError (exit 4) naming the first that differs.
 
-    Returns the names of files that the manifest does not know; they are not read.
+    Returns the names of files that the manifest does not list. They are not read.
     """
 
     def refuse(problem: str) -> UserError:
@@ -112,7 +113,7 @@ def verify(checkpoint: Path) -> list[str]:
 
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text if text.endswith("\n") else "")  # its last byte counts too
+        manifest = json.loads(text if text.endswith("\n") else "")  # so that a lost last byte is noticed
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         written, step = manifest["format"], manifest["step"]
     except FileNotFoundError:
@@ -136,15 +137,32 @@ def verify(checkpoint: Path) -> list[str]:
     return sorted(path.name for path in checkpoint.iterdir() if path.name not in {*files, MANIFEST})
 
 
+def finish_rename(folder: Path) -> None:
+    """Give a checkpoint its name back that a kill took between the two renames of `save`.
+
+    It is for the program that goes on with the run: a program that only reads the run sees such a checkpoint
+    through `newest`. Several processes of one run may call it at the same time.
+    """
+    for step, replaced in _unnamed(folder).items():
+        with contextlib.suppress(FileNotFoundError):  # another process of the run was faster
+            replaced.rename(folder / f"checkpoint-{step}")
+
+
+def _unnamed(folder: Path) -> dict[int, Path]:
+    """Step -> checkpoint that was to be replaced and lost its name, where no other has the name."""
+    steps = {path.name.removeprefix(REPLACED): path for path in folder.glob(f"{REPLACED}*")}
+    paths = {int(step): path for step, path in steps.items() if step.isdecimal()}
+    return {step: path for step, path in paths.items() if not (folder / f"checkpoint-{step}").exists()}
+
+
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run folder, or None; and what was wrong with newer ones."""
+    """The newest whole checkpoint of a run folder, or None; and what was wrong with newer ones.
+
+    It only looks. Where a kill cut a save in two, the path is that of a checkpoint without its name.
+    """
     problems = []
-    for replaced in folder.glob(f"{REPLACED}*"):  # a kill came between the two renames
-        target = folder / f"checkpoint-{replaced.name.removeprefix(REPLACED)}"
-        if not target.exists():
-            replaced.rename(target)
-    for step in sorted(checkpoint_steps(folder), reverse=True):
-        path = folder / f"checkpoint-{step}"
+    named = {step: folder / f"checkpoint-{step}" for step in checkpoint_steps(folder)}
+    for _, path in sorted({**_unnamed(folder), **named}.items(), reverse=True):
         try:
             verify(path)
         except UserError as error:
@@ -155,18 +173,19 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def verified_progress(checkpoint: Path) -> Progress:
+    """read_progress of a checkpoint that verify finds whole; raises UserError (exit 4)."""
     verify(checkpoint)
     return read_progress(checkpoint)
 
 
 def _same_state(one: Progress, other: Progress) -> bool:
-    """Whether two states of the same step lead to the same steps; answers can be given again."""
+    """Whether two states of one step lead to the same next steps."""
     names = ("updates", "rows_seen", "micro_batch_tokens")
     return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """Where the run stood; raises UserError (exit 4) when that cannot be read."""
+    """Where the run stood at a checkpoint; raises UserError (exit 4) when that cannot be read."""
     try:
         values = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))["progress"]
         names = [field.name for field in dataclasses.fields(Progress) if field.name not in IN_LOG]
@@ -177,7 +196,7 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def restore(checkpoint: Path, optimizer: SavedOptimizer, scaler: torch.amp.GradScaler) -> None:
-    """Give optimizer and scaler the state they had; what was trained is loaded by models/trainable.py."""
+    """Load the state of optimizer and scaler. models/trainable.py loads the weights that were trained."""
     state = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
     restore_optimizer(
         optimizer, {**safetensors_file.read_tensors(checkpoint / OPTIMIZER), **state["optimizer"]}
@@ -187,20 +206,23 @@ def restore(checkpoint: Path, optimizer: SavedOptimizer, scaler: torch.amp.GradS
 
 
 def restore_optimizer(optimizer: SavedOptimizer, flat: dict[str, Any]) -> None:
-    """Load a state whose values are named <parameter>.<key>, the reverse of what save writes."""
+    """Load an optimizer state whose values are named <parameter's number>.<key>, as `save` writes them."""
     nested: dict[Any, Any] = {}
     for path, value in flat.items():
         number, *keys = path.split(".")
-        place = nested.setdefault(int(number), {})
+        inner = nested.setdefault(int(number), {})
         for key in keys[:-1]:
-            place = place.setdefault(key, {})
-        place[keys[-1]] = value
+            inner = inner.setdefault(key, {})
+        inner[keys[-1]] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": nested, "param_groups": groups})
 
 
 def prune(folder: Path, keep: int | None, best_step: int) -> None:
-    """Delete the oldest checkpoints beyond `keep`; never the newest or the best (0: there is none yet)."""
+    """Delete the oldest checkpoints until `keep` are left, but never the newest or the best one.
+
+    keep: None keeps all. best_step: 0 when there is no best one yet.
+    """
     if keep is None:
         return
     steps = sorted(checkpoint_steps(folder))
@@ -210,9 +232,10 @@ def prune(folder: Path, keep: int | None, best_step: int) -> None:
 
 
 def publish(checkpoint: Path, folder: Path) -> str:
-    """Copy what a verified checkpoint has trained to the run folder; returns the SHA-256 of its weights.
+    """Copy the trained weights of a checkpoint to the run folder; returns their SHA-256.
 
-    An adapter lies beside the log then, a whole model in a folder of its own.
+    An adapter goes beside the log, a whole model into a folder of its own. Raises UserError: exit 4 when the
+    checkpoint is damaged, 7 when the disk is full.
     """
     verify(checkpoint)
     if (checkpoint / MODEL_WEIGHTS).is_file():
@@ -240,12 +263,12 @@ def _publish_model(checkpoint: Path, folder: Path) -> str:
 
 
 def _optimizer_state(optimizer: SavedOptimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors named <parameter>.<key>, everything that is not a tensor); nested states keep their path."""
+    """(tensors named <number of the parameter>.<key>, everything else under such names) of a nested state."""
     tensors, scalars, seen = {}, {}, set()
     for path, value in flattened(optimizer.state_dict()["state"]):
         if isinstance(value, torch.Tensor):
             tensor = value.detach().cpu().contiguous()
-            shared = tensor.untyped_storage().data_ptr() in seen  # which safetensors refuses
+            shared = tensor.untyped_storage().data_ptr() in seen  # safetensors refuses shared memory
             tensors[path] = tensor.clone() if shared else tensor
             seen.add(tensor.untyped_storage().data_ptr())
         else:
@@ -254,7 +277,7 @@ def _optimizer_state(optimizer: SavedOptimizer) -> tuple[dict[str, torch.Tensor]
 
 
 def flattened(nested: dict[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """(keys joined by dots, value) of everything in nested dictionaries; restore_optimizer takes it apart."""
+    """(keys joined by dots, value) for each value in nested dictionaries; restore_optimizer undoes it."""
     for key, value in nested.items():
         if isinstance(value, dict):
             yield from flattened(value, f"{path}{key}.")

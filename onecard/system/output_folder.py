@@ -4,7 +4,7 @@ It appears whole (whole_folder.py). A record inside says what it was made of, so
 more finds that there is nothing to do. The folder's files are known by size and time: a SHA-256 would take
 another reading of a model that no longer is in memory.
 
-A GGUF file is made in a folder beside it too, and put there by one rename (`unfinished`, files.put_file).
+A GGUF file is made in a folder beside it too, and put there by one rename (`converting`, files.put_file).
 """
 
 import contextlib
@@ -159,7 +159,7 @@ def _stamps(folder: Path) -> dict[str, list[int]]:
 
 
 @contextlib.contextmanager
-def unfinished(output: Path, source: Path) -> Iterator[tuple[Path, int]]:
+def converting(output: Path, source: Path) -> Iterator[tuple[Path, int]]:
     """(A folder beside the output to work in, the descriptor of its lock), for one conversion at a time.
 
     source: what is converted. Raises UserError (exit 7) when the disk is full or cannot be written.

@@ -23,6 +23,7 @@ from onecard.data import examples as data_examples
 from onecard.data.packing import PackedBatch, micro_batches
 from onecard.errors import CHECKPOINT, NON_FINITE, Stopped, UserError
 from onecard.hub import revisions
+from onecard.hub import session as hub_session
 from onecard.models import trainable
 from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as run_folder
@@ -44,7 +45,7 @@ def run(options: FinetuneConfig, sample: Sample, draw: Draw, explicit: frozenset
 
     sample: answers prompts; draw: plots the log; explicit: names of the options that the user gave.
     """
-    with signals.watch():
+    with signals.watch(), hub_session.session():
         start = warm_start.from_lora_path(options, explicit) if options.lora_path else None
         options, weights_print = (start.options, start.fingerprint) if start else (options, None)
         if not finished_before(options, Path(options.output_path), weights_print):
@@ -56,7 +57,7 @@ def run(options: FinetuneConfig, sample: Sample, draw: Draw, explicit: frozenset
 
 def go_on(request: ContinueConfig, explicit: frozenset[str], sample: Sample, draw: Draw) -> None:
     """Continue a run, or start one from a checkpoint or an adapter (resume.py); otherwise like run."""
-    with signals.watch():
+    with signals.watch(), hub_session.session():
         start = resume.decide(request, explicit)
         if start is not None:
             carry_out(resume.make_plan(start, request, explicit), start, sample, draw)

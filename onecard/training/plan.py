@@ -58,7 +58,7 @@ class Plan:
     reasons: dict[str, str]  # why device, dtype and checkpointing are as they are
     total_steps: int
     warmup_steps: int
-    code: remote_code.Consent | None = None  # the user's consent to run Python code of the base model
+    code: remote_code.TrustedCode | None = None  # the user's consent to run Python code of the base model
 
     @property
     def steps_per_epoch(self) -> int:
@@ -105,6 +105,7 @@ def prepare(
     system_files.check_room(Path(options.output_path), LEAST_ROOM + 3 * 3 * 4 * parameters)
     tokenizer = models_tokenizer.load_tokenizer(base_path, code)
 
+    base_model.fetch_weights(base_path)
     files = base_model.identity_files(base_path)
     tokenizer_print = hashing.of_folder(files["tokenizer"], again)
     templates = [data_template.load(name, tokenizer) for name in _templates(options)]
@@ -169,18 +170,20 @@ def _as_before(value: Any) -> hardware.Choice | None:
     return None if value is None else hardware.Choice(value, "as when the run began")
 
 
-def _base(options: FinetuneConfig, hub_names: Names) -> tuple[str, remote_code.Consent | None]:
+def _base(options: FinetuneConfig, hub_names: Names) -> tuple[str, remote_code.TrustedCode | None]:
     """Folder of the base, and the user's consent to run its Python code, if it has some.
 
     Raises UserError when the consent is for other code.
     """
-    path = remote_code.place(options.model_path, options.remote_code) or hub_names.base(options.model_path)
+    path = remote_code.locate_with_code(options.model_path, options.remote_code) or hub_names.base(
+        options.model_path
+    )
     if options.remote_code and options.train_what == trainable.FULL:
         problem = (
             "--train_what full: a model with Python code of its own could not be loaded again afterwards."
         )
         raise UserError(problem, "Train an adapter: --train_what lora.")
-    code = remote_code.ask(path, options.remote_code)
+    code = remote_code.verify_commit(path, options.remote_code)
     return (str(code.folder) if code else path), code
 
 
@@ -189,7 +192,7 @@ def _fingerprints(
     data: RunData,
     tokenizer_print: str,
     weights_print: str,
-    code: remote_code.Consent | None,
+    code: remote_code.TrustedCode | None,
 ) -> dict[str, str]:
     """SHA-256 of what must be the same when the run continues; of code, its commit."""
     prints = {

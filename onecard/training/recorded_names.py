@@ -11,7 +11,7 @@ from onecard.config.declaration import Hub, declared
 from onecard.config.training import FinetuneConfig
 from onecard.errors import UserError
 from onecard.hub import locate, revisions
-from onecard.hub.manifest import DEMO
+from onecard.hub.demo import DEMO
 
 UNASKED = "A recorded name alone is never downloaded."
 
@@ -35,9 +35,12 @@ class Names:
         version = revisions.recorded(name, self.stored["resolved"].get("base"), stored=not is_typed)
         if name == DEMO or not revisions.is_name(version):
             return locate.locate(version)
-        folder = revisions.of_record(version)
-        if folder or is_typed:
-            return folder or locate.locate(version)
+        folder = revisions.at_hand(version)
+        if folder:
+            revisions.say_commit(folder)
+            return str(folder)
+        if is_typed:
+            return locate.locate(version)
         problem = f"The run's base {version} is not on this machine."
         raise UserError(problem, f"To download it, add --model_path {name}. {UNASKED}")
 
@@ -50,9 +53,10 @@ class Names:
         recorded = (self.stored.get("data") or {}).get("versions") or []
         versions = [revisions.recorded(name, text, stored=True) for text in recorded]
         version = next((text for text in versions if text != name), name)
-        folder = revisions.of_record(version, revisions.DATASET)
+        folder = revisions.at_hand(version, revisions.DATASET)
         if folder:
-            return folder
+            revisions.say_commit(folder)
+            return str(folder)
         problem = f"The run's rows {version} are not on this machine."
         raise UserError(problem, f"To download them, add --data_path {name}. {UNASKED}")
 

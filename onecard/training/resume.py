@@ -155,6 +155,7 @@ def _same_run(
         return None
     with errors.remedy("Wait for it, or stop it."):
         lock.check_free(folder)
+    runs_checkpoint.finish_rename(folder)
     if chosen is None:
         chosen, problems = runs_checkpoint.newest(folder)
         _say_damaged(problems)

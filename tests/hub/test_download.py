@@ -23,7 +23,6 @@ from onecard.config.tools import DownloadConfig
 from onecard.errors import CHECKPOINT, DISK, UNSAFE, USAGE, UserError
 from onecard.hub import addresses, locate, manifest, transfer
 from onecard.hub import download as hub_download
-from onecard.hub import listing as hub_listing
 from onecard.inference import loader, resolve
 from onecard.inference.resolve import ModelRequest
 from onecard.models import base_model
@@ -796,4 +795,3 @@ def test_a_base_that_is_here_is_followed(served, tmp_path, tiny_model):
     for base in ("demo", str(tiny_model), NAME):
         assert resolve.is_here(base)
     assert locate.here(NAME) == str(manifest.place(NAME))
-    assert hub_listing.OWN == manifest.NAME

@@ -113,7 +113,7 @@ def refusal(folder: Path | str, commit: str, code: int = UNSAFE) -> str:
     """Why the code is refused, before anything says that it runs."""
     said = io.StringIO()
     with pytest.raises(UserError) as caught, contextlib.redirect_stdout(said):
-        remote_code.ask(str(folder), commit)
+        remote_code.verify_commit(str(folder), commit)
     assert not said.getvalue()
     assert caught.value.code == code
     return str(caught.value)
@@ -197,8 +197,8 @@ def test_what_has_no_commit_or_two_is_refused(served, tmp_path, options):
 
 
 def test_a_server_that_answers_with_another_commit(served, tmp_path, monkeypatch):
-    given = hub_listing.of_hub
-    monkeypatch.setattr(hub_listing, "of_hub", lambda name, _, *rest: given(name, OTHER, *rest))
+    given = hub_listing.list_hub
+    monkeypatch.setattr(hub_listing, "list_hub", lambda name, _, *rest: given(name, OTHER, *rest))
     with pytest.raises(UserError, match="another commit") as caught:
         download(served, tmp_path / "m", remote_code=COMMIT)
     assert caught.value.code == UNSAFE
@@ -307,9 +307,9 @@ def test_a_model_without_code_needs_no_consent(served, tmp_path, tiny_model):
 
 def test_what_is_accepted_is_said_aloud(fetched, tmp_path, capsys):
     """Rights, files and commit in one line, before anything runs."""
-    assert remote_code.ask(str(fetched), None) is None
+    assert remote_code.verify_commit(str(fetched), None) is None
     capsys.readouterr()
-    given = remote_code.ask(str(fetched), COMMIT)
+    given = remote_code.verify_commit(str(fetched), COMMIT)
     assert (given.folder, given.commit) == (fetched, COMMIT)
     [line] = capsys.readouterr().out.splitlines()
     assert all(word in line for word in ("with your rights", COMMIT, str(fetched), *CODE))
@@ -317,7 +317,7 @@ def test_what_is_accepted_is_said_aloud(fetched, tmp_path, capsys):
 
 
 def test_a_consent_ends_when_a_file_changes(fetched, tmp_path):
-    given = remote_code.ask(str(fetched), COMMIT)
+    given = remote_code.verify_commit(str(fetched), COMMIT)
     (fetched / "modeling_odd.py").write_text(CANARY)
     with pytest.raises(UserError, match="is not what was fetched"):
         base_model.load_config(str(fetched), given)
@@ -344,7 +344,7 @@ def cached(files, tmp_path, monkeypatch) -> Path:
 
 def test_the_hubs_own_cache(cached, tmp_path):
     """By the snapshot's folder, whose blobs are called by their checksum; a copy elsewhere says nothing."""
-    given = remote_code.ask(NAME, COMMIT)
+    given = remote_code.verify_commit(NAME, COMMIT)
     assert given.folder == cached
     assert "not on this machine at that commit. Fetch it" in refusal(NAME, OTHER)
     assert f"is at commit {COMMIT}" in refusal(cached, OTHER)
@@ -492,7 +492,7 @@ def test_code_that_fails_is_told(served, tmp_path, fault):
     download(served, tmp_path / "m", remote_code=COMMIT)
     script = "import sys; from onecard import errors\nfrom onecard.hub import remote_code\n"
     script += "from onecard.models import base_model\n"
-    script += "def main():\n    code = remote_code.ask(sys.argv[1], sys.argv[2])\n"
+    script += "def main():\n    code = remote_code.verify_commit(sys.argv[1], sys.argv[2])\n"
     script += "    base_model.load_base(sys.argv[1], 16, 'fp32', 'cpu', code=code)\nerrors.run_program(main)"
     ended = program("-c", script, tmp_path / "m", COMMIT)
     assert ended.returncode == USAGE, ended.stderr

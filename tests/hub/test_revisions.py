@@ -55,8 +55,6 @@ def cached(folders, tmp_path, monkeypatch) -> Path:
         shutil.copytree(folder, place / "snapshots" / commit)
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text(NEW)
-    for asked_once in (revisions.folder_of, revisions.tell_move):
-        asked_once.cache_clear()  # by another test, for its own cache
     return place
 
 
@@ -305,10 +303,10 @@ def test_a_silent_hub_is_left_alone(cached, said, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.repo_info", answer)
     monkeypatch.setattr(client, "PATIENCE", 0.2)
     monkeypatch.setattr(client, "_silence", {"until": 0.0})
-    assert revisions.folder_of(NAME, revisions.MODEL, model_files.SETTINGS).name == NEW
+    assert revisions.fetch(NAME, revisions.MODEL, model_files.SETTINGS).name == NEW
     assert "nothing in 0.2 seconds" in said[0]
     with pytest.raises(TimeoutError):
-        revisions.folder_of("someone/other", revisions.MODEL, model_files.SETTINGS)
+        revisions.fetch("someone/other", revisions.MODEL, model_files.SETTINGS)
     never.set()
     assert asked == [NAME]
 
@@ -352,7 +350,7 @@ def test_a_snapshot_given_as_a_folder_is_nobodys_question(cached, monkeypatch):
     hub_locate.fetch_model(str(cached / "snapshots" / OLD))
     (cached / "snapshots" / OLD / WEIGHTS).unlink()
     hub_locate.fetch_model(str(cached / "snapshots" / OLD))
-    base_model.identity_files(str(cached / "snapshots" / OLD))
+    base_model.fetch_weights(str(cached / "snapshots" / OLD))
 
 
 def test_settings_alone_are_no_base_that_is_here(cached):
@@ -373,7 +371,7 @@ def test_settings_alone_are_no_base_that_is_here(cached):
 def test_modelscope_is_another_source(cached, said, tmp_path, monkeypatch):
     """Its commits are compared and said, never looked up at the hub."""
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "own"))
-    monkeypatch.setattr(client, "commit_of", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(client, "ask_commit", lambda *_: pytest.fail("asked"))
     folder = manifest.place(NAME)
     folder.mkdir(parents=True)
     values = {"source": "modelscope", "name": NAME, "revision": "master", "commit": OLD, "endpoint": ""}
@@ -382,7 +380,7 @@ def test_modelscope_is_another_source(cached, said, tmp_path, monkeypatch):
     assert str(revisions.of(folder)) == version
     assert revisions.parsed(version) == revisions.of(folder)
     assert revisions.recorded(NAME, version) == NAME  # found where tools/download.py put it
-    assert revisions.folder_of(NAME, revisions.MODEL, ()) == folder
+    assert revisions.fetch(NAME, revisions.MODEL, ()) == folder
     assert said.pop() == f"modelscope  {NAME} is commit {OLD}, which is in {folder}"
     revisions.compare(version, folder)
     assert said == []
@@ -392,15 +390,15 @@ def test_modelscope_is_another_source(cached, said, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("revision", ["main", "v1.0"])
 def test_a_branch_beside_the_commit_whose_code_is_read(cached, said, revision):
-    assert remote_code.place(f"{NAME}@{revision}", OLD) == NAME
+    assert remote_code.locate_with_code(f"{NAME}@{revision}", OLD) == NAME
     assert f"commit {OLD} of --remote_code is used" in said.pop()
-    assert remote_code.place(f"{NAME}@{OLD}", OLD) == NAME
+    assert remote_code.locate_with_code(f"{NAME}@{OLD}", OLD) == NAME
     assert not said
 
 
 def test_another_commit_than_the_one_whose_code_is_read(cached):
     with pytest.raises(UserError, match="name two commits") as caught:
-        remote_code.place(f"{NAME}@{NEW}", OLD)
+        remote_code.locate_with_code(f"{NAME}@{NEW}", OLD)
     assert caught.value.code == USAGE
 
 
@@ -487,14 +485,14 @@ def test_a_full_disk_is_no_silent_hub(cached, said, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(client, "commit_of", lambda *_: GONE)
+    monkeypatch.setattr(client, "ask_commit", lambda *_: GONE)
     monkeypatch.setattr(revisions, "snapshot_download", full)
     with pytest.raises(OSError, match="No space"):
-        revisions.folder_of(NAME, revisions.MODEL, ("*",))
+        revisions.fetch(NAME, revisions.MODEL, ("*",))
     assert not any("of the cache is used" in line for line in said)
 
 
-@pytest.mark.parametrize("use", [hub_locate.fetch_model, base_model.identity_files])
+@pytest.mark.parametrize("use", [hub_locate.fetch_model, base_model.fetch_weights])
 def test_weights_that_the_disk_has_no_room_for(cached, monkeypatch, use):
     """It is not said that they cannot be fetched: whoever fetches them, the disk's own error stays."""
 
@@ -514,4 +512,4 @@ def test_an_endpoint_that_is_no_address(cached, monkeypatch):
 
     monkeypatch.setattr(client.HfApi, "repo_info", odd)
     with pytest.raises(ValueError, match="KeyError"):
-        client.commit_of(NAME, revisions.MODEL, "main")
+        client.ask_commit(NAME, revisions.MODEL, "main")

@@ -51,6 +51,11 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(tmp_path):
 
     killed, attempt = 0, killed_at_operation(lambda folder: save(folder, 2, budget=50))
     for folder, code in until_untouched(tmp_path, before, attempt):
+        before_it = sorted(folder.iterdir())
+        found, _ = runs_checkpoint.newest(folder)
+        assert runs_checkpoint.read_progress(found).step == 2
+        assert sorted(folder.iterdir()) == before_it, "to look is not to rename"
+        runs_checkpoint.finish_rename(folder)
         newest, problems = runs_checkpoint.newest(folder)
         assert (newest and newest.name, problems) == ("checkpoint-2", [])
         assert runs_checkpoint.read_progress(newest).micro_batch_tokens in (50, 100)
