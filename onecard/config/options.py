@@ -45,8 +45,8 @@ def parse_given(
     stored = _read_json(file) if file else {}
     for name, option in declared(settings).items():
         if option.never_from_file and stored.get(name) is not None:
-            problem = f"--config {file}: {name} is not taken from a file."
-            raise UserError(problem, f"Give --{name} on the command line.")
+            problem = f"--config {file}: {name} cannot be set in a file."
+            raise UserError(problem, f"Give {flag(settings, name)} on the command line.")
     values = {**stored, **flags}
     return build(settings, values, source=file, unknown=unknown), frozenset(values)
 
@@ -176,7 +176,9 @@ def _read_json(path: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"--config {path}: not JSON ({error}).", 'It should look like {"bits": 4}.') from None
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: holds no JSON object.", 'It should look like {"bits": 4}.')
+        raise UserError(
+            f"--config {path}: the file does not hold a JSON object.", 'It should look like {"bits": 4}.'
+        )
     return values
 
 

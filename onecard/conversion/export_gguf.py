@@ -96,7 +96,8 @@ def request(options: ExportConfig) -> ModelRequest:
     """What resolve.py is asked for; raises UserError for several adapters."""
     listed = run_adapters.read_list(options.lora_path)
     if len(listed) > 1:
-        raise UserError("--lora_path: one adapter at a time.", "Export the others one after another.")
+        problem = "--lora_path names several adapters, and one at a time can be exported."
+        raise UserError(problem, "Export them one after another.")
     return ModelRequest(
         options.model_path,
         listed,

@@ -49,9 +49,9 @@ def run(options: ConvertConfig, progress: Progress, work: Work = in_child) -> No
         raise UserError(f"--input_dir {source}: no such folder.", "Name the folder of a LLaMA model.")
     output_folder.check_apart(source, target, ("--input_dir", FLAG))
     if options.num_shards and options.to == TO_HF:
-        raise UserError("--num_shards is for --to meta.", "transformers' files are cut by their size.")
+        raise UserError("--num_shards only works with --to meta.", "Leave it out.")
     if not options.tokenizer_only and meta_layout.layout_of(source) == options.to == TO_HF:
-        raise UserError(f"--input_dir {source}: is in that layout already.", "Use --to meta.")
+        raise UserError(f"--input_dir {source} has the layout of transformers already.", "Use --to meta.")
     files = [] if options.tokenizer_only else meta_layout.weight_files(source)
     shards = (options.num_shards or 1) if options.to != TO_HF else None
     settings = {"to": options.to, "num_shards": shards, "tokenizer_only": options.tokenizer_only}

@@ -47,10 +47,12 @@ def run(options: QuantizeConfig) -> Path:
     perplexity that is not finite, 7 when the disk has not enough room.
     """
     if not options.model_path:
-        raise UserError("--model_path is needed.", "Name a folder, a hub name, or demo.")
+        raise UserError("--model_path is missing.", "Name a folder, a hub name, or demo.")
     if options.bits not in BITS[options.method]:
         allowed = ", ".join(map(str, BITS[options.method]))
-        raise UserError(f"--bits {options.bits}: {options.method} has {allowed}.", "Choose one of them.")
+        raise UserError(
+            f"--bits {options.bits}: {options.method} can have {allowed} bits.", "Choose one of them."
+        )
     _refuse_unused_options(options)
     name = Path(options.model_path).name
     target = Path(options.output_path or f"{name}-{options.method}-{options.bits}bit")
@@ -58,7 +60,8 @@ def run(options: QuantizeConfig) -> Path:
     output_folder.check_apart(source, target, ("--model_path", FLAG))
     config = base_model.load_config(str(source))
     if quantized.method(config):
-        problem = f"--model_path {options.model_path}: is quantised already ({quantized.method(config)})."
+        kind = quantized.method(config)
+        problem = f"--model_path {options.model_path}: this model is quantised already ({kind})."
         raise UserError(problem, "Name the model in 16 bits.")
     group = _group(options, _layers(source, config))
     if options.method != BNB:
@@ -172,7 +175,7 @@ def _group(options: QuantizeConfig, layers: dict[str, tuple[int, int]]) -> int:
     group = options.group_size if options.group_size != "auto" else (fitting or [-1])[0]
     for name, (outputs, inputs) in layers.items():
         if group != -1 and inputs % group:
-            problem = f"--group_size {group}: {name} has {inputs} inputs, no multiple of it."
+            problem = f"--group_size {group}: {name} has {inputs} inputs, which is not a multiple of it."
             raise UserError(problem, f"Use {' or '.join(map(str, [*fitting, -1]))}, or auto.")
         step = OUTPUTS[options.method]
         if outputs % step or inputs % 32:

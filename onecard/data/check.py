@@ -51,7 +51,10 @@ UNUSABLE = {  # problem for which --clean leaves a row out -> the reason it give
 def check_options(options: CheckConfig) -> None:
     """Raise UserError for options that contradict each other, before anything is fetched."""
     if options.repair and not options.clean:
-        raise UserError("--repair mends what --clean writes.", "Add --clean FILE.jsonl.")
+        raise UserError(
+            "--repair only works with --clean: it mends the rows that --clean writes.",
+            "Add --clean FILE.jsonl.",
+        )
     templates.check(options.template)
 
 

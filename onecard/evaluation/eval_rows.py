@@ -36,7 +36,9 @@ def some(
     """The first `most` usable rows, or all; raises UserError (exit 3) when there is none."""
     rows = list(islice(read(data_path, cutoff_len, template, tokenizer), most))
     if not rows:
-        raise UserError(f"--data_path {data_path}: no row has an answer.", "Name others.", DATA)
+        raise UserError(
+            f"--data_path {data_path}: no row has an answer.", "Name a file whose rows have answers.", DATA
+        )
     return rows
 
 

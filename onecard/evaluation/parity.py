@@ -93,8 +93,10 @@ def check_memory(folder: Path) -> None:
     needed = 4 * sum(parameter.numel() for parameter in bare.parameters())
     free = hardware.free_memory_bytes("cpu")
     if free is not None and needed > free:
-        problem = f"--check needs {needed >> 20} MiB for the model in fp32, free: {free >> 20} MiB."
-        raise UserError(problem, "Use --check false: the files are then not compared.", MEMORY)
+        problem = (
+            f"--check loads the model in fp32: that needs {needed >> 20} MiB, and {free >> 20} MiB are free."
+        )
+        raise UserError(problem, "Leave the comparison out with --check false.", MEMORY)
 
 
 def compare(

@@ -64,10 +64,10 @@ def _pinned(options: DownloadConfig) -> DownloadConfig:
     if not options.remote_code:
         return options
     if options.url_list or options.source == MODELSCOPE or options.model_path == DEMO:
-        problem = "--remote_code: only the hub's models have commits."
+        problem = "--remote_code: only models of the hub have commits."
         raise UserError(problem, "Leave it out, or fetch the model from the hub.")
     if options.revision not in (None, options.remote_code):
-        problem = f"--revision {options.revision} and --remote_code {options.remote_code}: two versions."
+        problem = f"--revision {options.revision} and --remote_code {options.remote_code} name two versions."
         raise UserError(problem, "Leave --revision out.")
     return dataclasses.replace(options, revision=options.remote_code)
 
@@ -85,11 +85,11 @@ def _folder(options: DownloadConfig) -> Path | None:
     if bool(options.model_path) == bool(options.url_list):
         raise UserError("Name a model, or give --url_list.", f"For example: {commands.name('download')} demo")
     if options.url_list and not options.to:
-        raise UserError("--url_list: where to?", "Add --to FOLDER.")
+        raise UserError("--url_list needs a folder for its files.", "Add --to FOLDER.")
     if options.to:
         folder = Path(options.to).expanduser()
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"--to {folder}: is a file.", "Name a folder.")
+            raise UserError(f"--to {folder} is a file.", "Name a folder.")
         return folder
     if options.model_path == DEMO:
         return None

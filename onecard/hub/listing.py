@@ -239,7 +239,7 @@ def _endpoint(given: str | None, usual: str) -> tuple[str, Hosts]:
     """The site, and the hosts that may be asked: one that the user named may lie anywhere."""
     site = (given or usual).rstrip("/")
     if urlsplit(site).scheme not in ("http", "https") or not urlsplit(site).hostname:
-        raise UserError(f"--endpoint {site}: not an address.", f"It looks like {usual}.")
+        raise UserError(f"--endpoint {site} is not an address.", f"It looks like {usual}.")
     return site, Hosts([site] if given else [])
 
 

@@ -155,9 +155,11 @@ def listed(names: list[str]) -> str:
 def needs_consent(path: str, what: str) -> UserError:
     """For a model that cannot be read without code of its own, which was not asked for."""
     classes = listed(named(Path(path)))
-    problem = f"--model_path {path}: {what} needs code that comes with the model"
-    fix = "Read that code first (docs/safety.md). Training, chat and perplexity then run it with its commit"
-    fix = f"{fix} ({commands.name('interaction')} --remote_code COMMIT), the other programs never do."
+    problem = f"{path}: {what} needs code that comes with the model"
+    fix = (
+        "Read that code first (docs/safety.md). Only training, chat and perplexity can run it, when you name"
+    )
+    fix = f"{fix} its commit: {commands.name('interaction')} --remote_code COMMIT, for example."
     return UserError(problem + (f": {classes}." if classes else "."), fix, UNSAFE)
 
 
@@ -165,7 +167,7 @@ def verified(folder: Path, commit: str) -> list[str]:
     """The Python files of a folder that is at this commit, all as they were fetched; raises UserError."""
     record = _receipt(folder) or _snapshot(folder)
     if record is None:
-        problem = f"--remote_code {commit}: nothing says which commit {folder} is."
+        problem = f"--remote_code {commit}: no file says which commit {folder} holds."
         raise UserError(problem, f"Fetch it anew, into a folder of its own: {FETCH}", UNSAFE)
     commit_here, is_as_fetched = record
     if commit_here != commit:

@@ -141,7 +141,7 @@ class Chat:
         """Raise UserError with the reason when the engine does not have this mode."""
         lacking = self._lacking()
         if mode in lacking:
-            raise UserError(f"--mode {mode}: {lacking[mode][0]}.")
+            raise UserError(f"--mode {mode}: {lacking[mode][0]}.", "Choose another mode.")
 
     def stream(
         self,

@@ -53,7 +53,9 @@ def fit(
         try:
             return [*data_encode.encode(shown, template, tokenizer)[0], *answer]
         except ValueError as error:
-            raise UserError(f"This cannot be asked: {error}.", "Leave it out, or use --template.") from None
+            raise UserError(
+                f"The template cannot hold this: {error}.", "Leave it out, or use another --template."
+            ) from None
 
     question = encoded(len(starts) - 1)
     if not question:

@@ -212,7 +212,7 @@ def _base_name(request: ModelRequest, sources: list[Adapter]) -> tuple[str, str]
         problem = f"--lora_path {whole[0].origin}: all weights were trained there, so there is no adapter."
         raise UserError(problem, f"{whole[0].folder} is the whole model already.")
     if whole and (len(sources) > 1 or request.model_path):
-        problem = f"--lora_path {whole[0].folder}: this is a whole model, no adapter."
+        problem = f"--lora_path {whole[0].folder}: this is a whole model, not an adapter."
         raise UserError(problem, "Name it alone, as --model_path or as --lora_path.")
     if whole:
         return str(whole[0].folder), "it was trained whole"

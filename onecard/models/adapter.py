@@ -61,7 +61,9 @@ def add_adapter(base: torch.nn.Module, shape: LoraShape, seed: int) -> PeftModel
         try:
             model = get_peft_model(base, config)
         except (ValueError, TypeError, KeyError, IndexError, re.error) as error:
-            raise UserError(f"peft cannot make this adapter: {error}.", "Look at --peft_config.") from None
+            raise UserError(
+                f"peft cannot make this adapter: {error}.", "Correct the file of --peft_config."
+            ) from None
     if next(base.parameters()).device.type == "cpu":
         for layer in model.modules():
             if isinstance(layer, LoraLayer):

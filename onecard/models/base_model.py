@@ -132,10 +132,11 @@ def _check_targets(bare: torch.nn.Module, shape: LoraShape) -> None:
     everything = targets == lora_shape.ALL_LINEAR
     missing = [t for t in targets if not everything and not models_adapter.matches(t, linear)]
     if missing or not targets:
-        absent = ", ".join(missing) or "no name given"
+        absent = f"{', '.join(missing)}, which this model does not have" if missing else "no module"
         available = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
         raise UserError(
-            f"--lora_target_modules: {absent}: not in this model.", f"Found: {available}; or all-linear."
+            f"--lora_target_modules names {absent}.",
+            f"It has {available}; all-linear takes them all.",
         )
 
 
@@ -203,7 +204,7 @@ def load_base(
         raise cannot_load(path, "its weights", error) from None
     missing = sorted(loading_info["missing_keys"])
     if missing:  # transformers would initialise them at random
-        problem = f"--model_path {path}: {len(missing)} of its weights are missing, {missing[0]} first."
+        problem = f"{path}: {len(missing)} of its weights are missing, {missing[0]} first."
         raise UserError(problem, "Download or convert it again.", CHECKPOINT)
     base.requires_grad_(False)
     frozen_linear.use_frozen_products(base)
@@ -227,7 +228,7 @@ def _refuse_pickles(path: str) -> None:
     folder = Path(path)
     names = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(folder.glob(pattern))]
     if folder.is_dir() and names and not any(folder.glob("*.safetensors")):
-        problem = f"--model_path {path}: its weights are pickled ({names[0]}), and a pickle can run code."
+        problem = f"{path}: its weights are pickled ({names[0]}), and a pickle can run code."
         raise UserError(problem, "Take the model in safetensors, or have it converted.", UNSAFE)
 
 

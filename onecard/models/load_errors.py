@@ -30,7 +30,7 @@ def cannot_load(path: str, what: str, error: Exception) -> UserError:
     fix, code = "Give a model folder, a hub name, or demo.", USAGE
     if _should_load(path):
         fix, code = "Download or convert it again.", CHECKPOINT
-    return UserError(f"--model_path {path}: cannot load {what}: {first_line(error)}", fix, code)
+    return UserError(f"{path}: cannot load {what}: {first_line(error)}", fix, code)
 
 
 def _should_load(path: str) -> bool:

@@ -23,7 +23,7 @@ def load_tokenizer(path: str, code: TrustedCode | None = None) -> PreTrainedToke
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
-            f"--model_path {path}: the folder has no tokenizer.",
+            f"{path}: the folder has no tokenizer.",
             f"It needs one of: {', '.join(TOKENIZER_FILES)}.",
         )
     try:
@@ -34,9 +34,7 @@ def load_tokenizer(path: str, code: TrustedCode | None = None) -> PreTrainedToke
     except NOT_A_MODEL as error:
         raise cannot_load(path, "its tokenizer", error) from None
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"--model_path {path}: the tokenizer has no end token.", "Set eos_token in tokenizer_config.json."
-        )
+        raise UserError(f"{path}: the tokenizer has no end token.", "Set eos_token in tokenizer_config.json.")
     return tokenizer
 
 

@@ -18,6 +18,7 @@ from onecard.errors import CHECKPOINT, UserError
 from onecard.hub.model_files import ADAPTER_WEIGHTS, MODEL_WEIGHTS
 from onecard.models import adapter as models_adapter
 from onecard.models import lora_shape
+from onecard.system import commands
 from onecard.system.safetensors import read_tensors
 
 FULL = "full"  # what is trained: all weights
@@ -172,7 +173,8 @@ def save(
         raise UserError(problem, "Lower --learning_rate.", CHECKPOINT)
     if was_updated and is_adapter and models_adapter.learned_nothing(model, written):
         problem = "The adapter learned nothing: it does what it did before the first step; not saved."
-        raise UserError(problem, "Raise --learning_rate, and start anew with --overwrite.", CHECKPOINT)
+        fix = f"Start anew with {commands.name('finetune')} --overwrite and a larger --learning_rate."
+        raise UserError(problem, fix, CHECKPOINT)
     if is_adapter:
         models_adapter.save_config(model, folder)
     else:

@@ -156,7 +156,7 @@ def _find(folder: Path, name: str, which: str, keep: Path) -> Adapter:
         return _as_it_is(folder, name)
     if legacy.is_legacy(folder) or (folder / model_files.ADAPTER_WEIGHTS).is_file():
         return _from_older(folder, name, keep)
-    problem = f"--lora_path {folder}: no adapter ({model_files.ADAPTER_WEIGHTS}) and no run is there."
+    problem = f"--lora_path {folder} holds neither an adapter ({model_files.ADAPTER_WEIGHTS}) nor a run."
     raise UserError(problem, "Name an adapter folder, a run folder or a hub name.", CHECKPOINT)
 
 

@@ -46,7 +46,8 @@ def decide(request: ContinueConfig, explicit: frozenset[str]) -> StartingPoint |
         )
     if "lora_path" in explicit:
         raise UserError(
-            "--lora_path starts a run.", f"Use {commands.name('finetune')}, or --resume_from_checkpoint here."
+            "--lora_path starts a new run, and this program continues one.",
+            f"Use {commands.name('finetune')}, or name it with --resume_from_checkpoint.",
         )
     if request.lora_remote_checkpoint and request.resume_from_checkpoint:
         raise UserError("Give --resume_from_checkpoint or --lora_remote_checkpoint, not both.")

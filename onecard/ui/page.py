@@ -146,4 +146,4 @@ def launch(window: gr.Blocks, options: ChatConfig, wait: bool = True) -> str:
             ui_sessions.STEPS.end()
         return url
     problem = f"--server_port {options.server_port or f'{PORTS[0]} to {PORTS[-1]}'}: in use, or not allowed."
-    raise UserError(problem, "Choose another.")
+    raise UserError(problem, "Choose another --server_port.")

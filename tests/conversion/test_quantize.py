@@ -248,11 +248,11 @@ def test_each_layers_error_is_told(capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": "awq", "bits": 3}, "awq has 4"),
-        ({"method": "bnb", "bits": 2}, "bnb has 4, 8"),
+        ({"method": "awq", "bits": 3}, "awq can have 4 bits"),
+        ({"method": "bnb", "bits": 2}, "bnb can have 4, 8 bits"),
         ({"group_size": 128, "hidden": 192}, "has 192 inputs"),
         ({"hidden": 96, "method": "awq"}, "multiples of 32 and 64"),
-        ({"model_path": None}, "--model_path is needed"),
+        ({"model_path": None}, "--model_path is missing"),
         ({"method": "bnb", "damp": 0.1}, "--damp is for --method gptq. Leave it out"),
         ({"method": "bnb", "rows": 5, "group_size": 64}, "--group_size is .*--rows is for --method gptq or"),
         ({"method": "awq", "act_order": True, "group_size": 32}, r"^--act_order is for --method gptq\."),

@@ -350,7 +350,7 @@ def test_the_hubs_own_cache(cached, tmp_path):
     assert f"is at commit {COMMIT}" in refusal(cached, OTHER)
     shutil.copytree(tmp_path / "hub", tmp_path / "elsewhere")
     copy = tmp_path / "elsewhere" / cached.relative_to(tmp_path / "hub")
-    assert "nothing says which commit" in refusal(copy, COMMIT)
+    assert "no file says which commit" in refusal(copy, COMMIT)
     blob = (cached / "parts.py").resolve()
     blob.write_text(blob.read_text() + "\n")
     assert "parts.py" in refusal(cached, COMMIT)

@@ -229,7 +229,7 @@ def test_runs_that_train_more_than_an_adapter(tiny_model, tmp_path, what):
         with pytest.raises(UserError, match="changed since it was saved"):
             load(early / "checkpoint-2")
         for more in ({"model_path": str(tiny_model)}, {"lora_path": f"{folder},{folder}"}):
-            with pytest.raises(UserError, match="a whole model, no adapter"):
+            with pytest.raises(UserError, match="is a whole model, not an adapter"):
                 load(**{"lora_path": folder, **more})
         return
     wanted = models_adapter.add_adapter(

@@ -154,7 +154,7 @@ def tiny_conversations():
 
 @pytest.mark.parametrize(
     ("changes", "word"),
-    [({"lora_target_modules": "none_such"}, "not in this model"), ({"model_path": "x"}, "cannot load")],
+    [({"lora_target_modules": "none_such"}, "names none_such, which"), ({"model_path": "x"}, "cannot load")],
 )
 def test_what_cannot_be_trained_is_not_predicted(tiny_model, tmp_path, changes, word):
     """The message of the training itself."""

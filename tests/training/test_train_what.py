@@ -310,7 +310,7 @@ def test_what_lora_path_cannot_start_from(harness, tiny_model, tmp_path):
         assert word in answer["said"]
     answer = harness.run("finetune_continue", {"output_path": whole, "lora_path": whole})
     assert answer["code"] == 2
-    assert "--lora_path starts a run" in answer["said"]
+    assert "--lora_path starts a new run" in answer["said"]
 
 
 def test_tied_embeddings_of_another_tool(tied_model):

@@ -354,7 +354,7 @@ def test_memory_is_predicted_from_the_form(workspace, tiny_model, tmp_path):
     assert "weights 0.00" in shown()
     assert shown(batch_size=2, cutoff_len=64) != shown()
     assert "elsewhere/model is not on this machine yet" in shown(model_path="elsewhere/model")
-    assert "not in this model" in shown(lora_target_modules="x_proj")
+    assert "which this model does not have" in shown(lora_target_modules="x_proj")
     assert "not open to this window" in shown(model_path=str(tiny_model.parent / ".." / "x"))
     assert "must be 1 or more" in shown(batch_size=0)
 
