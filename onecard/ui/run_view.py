@@ -16,7 +16,7 @@ from onecard.runs import log as run_log
 from onecard.runs.log import ACCURACY, LOSS, RATE, SPEED, VALIDATION, Curves
 from onecard.system import svg_plot
 from onecard.ui import training_html
-from onecard.ui.training_layout import StudioLayout
+from onecard.ui.training_layout import TrainingLayout
 
 POINTS = 300  # of a curve
 PLOTS = {  # the curves of a plot -> its title
@@ -41,7 +41,7 @@ class PageState:
 class RunView:
     """Values of the components that show runs; run: the chosen one, None without any."""
 
-    def __init__(self, layout: StudioLayout):
+    def __init__(self, layout: TrainingLayout):
         self.layout, self.workspace, self.text = layout, layout.workspace, layout.text
         self.curves = functools.lru_cache(maxsize=64)(Curves)
 

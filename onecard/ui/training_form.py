@@ -15,7 +15,7 @@ from onecard.hub import locate
 from onecard.runs import jobs
 from onecard.system import hardware
 from onecard.ui import forms, training_html
-from onecard.ui.training_layout import StudioLayout
+from onecard.ui.training_layout import TrainingLayout
 
 PREVIEW = 5  # rows
 ENCODERS = 2  # tokenizers that are kept in memory
@@ -24,7 +24,7 @@ ENCODERS = 2  # tokenizers that are kept in memory
 class TrainingForm:
     """The options of the form, and what can be said about them; values: those of layout.inputs."""
 
-    def __init__(self, layout: StudioLayout):
+    def __init__(self, layout: TrainingLayout):
         self.layout, self.workspace, self.lang = layout, layout.workspace, layout.lang
         self.encoders, self.loading = functools.lru_cache(maxsize=ENCODERS)(_encoder), threading.Lock()
 

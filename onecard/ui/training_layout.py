@@ -1,4 +1,4 @@
-"""The components of the training window and where they stand; what they do is ui/training_window.py's."""
+"""The components of the training window and where they stand; ui/training_window.py says what they do."""
 
 import dataclasses
 import types
@@ -20,7 +20,7 @@ SLOT = {"padding": False, "elem_classes": "oc-slot"}  # takes no room while it i
 FOLDERS = (".", "sample", "data")  # where files of rows are offered from
 
 
-class StudioLayout:
+class TrainingLayout:
     """The training window's components, made inside the open gradio block."""
 
     def __init__(self, lang: str, workspace: Path, settings: type[FinetuneConfig] = FinetuneConfig):

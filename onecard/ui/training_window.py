@@ -18,7 +18,7 @@ from onecard.runs import jobs
 from onecard.ui import forms, page, training_html
 from onecard.ui.run_view import PageState, RunView
 from onecard.ui.training_form import TrainingForm
-from onecard.ui.training_layout import StudioLayout
+from onecard.ui.training_layout import TrainingLayout
 
 WORKSPACE = Path("lora-checkpoints")  # folder of the runs
 SECONDS = 2.0  # between two readings of the files
@@ -45,7 +45,7 @@ class TrainingWindow:
 
     def __init__(self, lang: str, workspace: Path, settings: type[FinetuneConfig] = FinetuneConfig):
         """settings: the class whose options the form shows."""
-        self.layout, self.workspace = StudioLayout(lang, workspace, settings), workspace
+        self.layout, self.workspace = TrainingLayout(lang, workspace, settings), workspace
         self.form, self.runs = TrainingForm(self.layout), RunView(self.layout)
         self._wire_form()
         self._wire_runs()
