@@ -92,7 +92,9 @@ def _check_targets(options: CheckConfig, paths: list[Path]) -> None:
     targets += [(name, Path(getattr(options, name))) for name in files if getattr(options, name)]
     for name, target in targets:
         if target.resolve() in taken:
-            problem = f"{flag(options, name)} {target} is a file that is read, or written already."
+            problem = (
+                f"{flag(options, name)} {target} is one of the files that are read, or is written already."
+            )
             raise UserError(problem, "Name another file.")
         if not target.absolute().parent.is_dir():
             raise UserError(

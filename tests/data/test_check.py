@@ -139,7 +139,7 @@ def test_the_tools_run(tmp_path, tiny_model):
     assert (tmp_path / "c.jsonl").read_text() == chat.read_text()
     refused = subprocess.run([*command, f"--clean={chat}"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "the file that is looked at" in refused.stderr
+    assert f"--clean {chat} is one of the files that are read" in refused.stderr
     out = tmp_path / "rows.parquet"
     convert = [sys.executable, "tools/json_to_parquet.py", f"--data_path={chat}", f"--output_path={out}"]
     ended = subprocess.run(convert, cwd=ROOT, capture_output=True, text=True, check=True)
