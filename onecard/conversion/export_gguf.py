@@ -1,7 +1,7 @@
-"""A model and its adapter -> a folder of GGUF files with a Modelfile, compared with what they are made from.
+"""A model and its adapter -> a folder of GGUF files with a Modelfile, compared with the model itself.
 
-The folder is made beside its place and renamed when all of it is there and has passed; export.json says what
-it holds and what it was made from, and the same command again does nothing.
+The folder is made under another name and renamed when it is complete and has passed the comparison.
+export.json records what it holds and what it was made from, so that the same command does nothing again.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ from onecard.system import files as system_files
 from onecard.system.console import say
 
 MODELFILE, ADAPTER = "Modelfile", "adapter.gguf"
-BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.1}  # of a weight; the others need less
+BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.1}  # per weight; the other types need less
 TALK = f"{commands.name('interaction')} can talk with it without llama.cpp."
-CONTEXT = 64  # tokens of the context that shows whether llama.cpp can load the files
+CONTEXT = 64  # tokens of a context; loading it shows whether llama.cpp accepts the files
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportJob:
-    """What is exported, and where to."""
+    """What is exported, and where it goes."""
 
     base: Path
     adapter: Path | None
@@ -42,8 +42,8 @@ class ExportJob:
     tokenizer: Any
     kind: str
     output: Path
-    place: Path  # the same, links followed
-    is_own: bool  # whether that is the adapter's own folder for exports
+    place: Path  # the output folder, links followed
+    is_own: bool  # whether it lies in the folder of the adapter, under the usual name
     eos_ids: list[int]  # tokens that end an answer, the tokenizer's first
     versions: dict[str, str]  # model_path, lora_path -> the hub's commit, where it is one
 
@@ -53,11 +53,12 @@ class ExportJob:
 
 
 def run(options: ExportConfig) -> Path:
-    """Export; the folder with the files.
+    """Export, and return the folder with the files.
 
-    Raises UserError: exit 2 when something else is there, 4 when the files do not do what the model does.
+    Raises UserError: exit 2 when something else is in that folder, 4 when the files do not answer as the
+    model does.
     """
-    if options.output_path:  # before a model is fetched
+    if options.output_path:  # a first look, before a model is fetched
         export_manifest.find(Path(options.output_path))
     with resolve.resolve(request(options)) as model:
         job = _job(options, model)
@@ -67,15 +68,15 @@ def run(options: ExportConfig) -> Path:
         say(f"template    {job.template.name}: {model.chosen_template[1]}")
         say(f"end tokens  {_named(job)}")
         made_from = _made_from(job)
-        known = export_manifest.find(job.output)
-        if known is not None and export_manifest.is_done(job.place, known, made_from, options.check):
-            say(f"{job.output} was made from these before; nothing to do.")
-            for name in export_manifest.edited(job.place, known):
-                say(f"{name} was changed since, and stays as it is.")
-            say(known.get("check") or "It was not compared with the model.")
+        earlier = export_manifest.find(job.output)
+        if earlier is not None and export_manifest.is_done(job.place, earlier, made_from, options.check):
+            say(f"{job.output} was made from the same files before: nothing to do.")
+            for name in export_manifest.edited(job.place, earlier):
+                say(f"{name} was changed since then, and stays as it is.")
+            say(earlier.get("check") or "It was not compared with the model.")
             return job.output
-        if known is not None:
-            say(export_manifest.replaced(job.output, known, made_from, job.is_own))
+        if earlier is not None:
+            say(export_manifest.replaced(job.output, earlier, made_from, job.is_own))
         _check_room(job, options)
         with output_folder.converting(job.place, job.base) as (place, _):
             folder = place / "made"
@@ -85,10 +86,10 @@ def run(options: ExportConfig) -> Path:
             with errors.remedy("Choose a --type of fewer bits, or end other programs."):
                 checked = _check(job, folder, options)
             _describe(job, folder, made_from, checked)
-            known = export_manifest.find(job.output)  # once more: what is there may have changed meanwhile
-            if known is not None:
-                export_manifest.replaced(job.output, known, made_from, job.is_own)
-            whole_folder.put(folder, job.place, replaced=None if known is None else place / "before")
+            earlier = export_manifest.find(job.output)  # again, as others may have written there meanwhile
+            if earlier is not None:
+                export_manifest.replaced(job.output, earlier, made_from, job.is_own)
+            whole_folder.put(folder, job.place, replaced=None if earlier is None else place / "before")
     return job.output
 
 
@@ -96,8 +97,8 @@ def request(options: ExportConfig) -> ModelRequest:
     """What resolve.py is asked for; raises UserError for several adapters."""
     listed = run_adapters.read_list(options.lora_path)
     if len(listed) > 1:
-        problem = "--lora_path names several adapters, and one at a time can be exported."
-        raise UserError(problem, "Export them one after another.")
+        problem = f"--lora_path names {len(listed)} adapters, but an export takes one."
+        raise UserError(problem, "Export them one after the other.")
     return ModelRequest(
         options.model_path,
         listed,
@@ -147,9 +148,9 @@ def _folder(listed: list[AdapterPath]) -> Path | None:
 
 
 def _check_tokenizer(base: Path, tokenizer: Any) -> list[int]:
-    """The end tokens that the model's settings name; raises UserError (exit 4) where they cannot be its own.
+    """The EOS ids in the model's settings; raises UserError (exit 4) when the tokenizer is another model's.
 
-    Another end token than the tokenizer's is usual: a chat model's settings name that of its turns, or both.
+    The settings of a chat model often name another EOS than the tokenizer does: the end of a turn, or both.
     """
     config = base_model.load_config(str(base)).get_text_config()
     ids = set(tokenizer.get_vocab().values())
@@ -159,29 +160,29 @@ def _check_tokenizer(base: Path, tokenizer: Any) -> list[int]:
         end for ends in [config.eos_token_id, *written] for end in (ends if type(ends) is list else [ends])
     ]
     named = [end for end in named if end is not None]
-    strange = [end for end in named if type(end) is not int or end not in ids]
+    missing = [end for end in named if type(end) is not int or end not in ids]
     problem = ""
     if max(ids) >= config.vocab_size:
-        problem = f"its ids go up to {max(ids)}, the model has {config.vocab_size} tokens"
-    elif strange:
-        problem = f"it has no token {strange[0]}, which the model's settings name as an end token"
+        problem = f"its ids go up to {max(ids)}, but the model has {config.vocab_size} tokens"
+    elif missing:
+        problem = f"it has no token {missing[0]}, which the model's settings name as an end token"
     if problem:
-        fix = "Put the model's own tokenizer files back, or mend config.json and generation_config.json."
-        raise UserError(f"{base}: the tokenizer is another model's: {problem}.", fix, CHECKPOINT)
+        fix = "Put the model's own tokenizer files back, or correct config.json and generation_config.json."
+        raise UserError(f"{base}: the tokenizer belongs to another model: {problem}.", fix, CHECKPOINT)
     return named
 
 
 def _named(job: ExportJob) -> str:
-    """The end tokens, and what the file says of each."""
+    """The end tokens with the keys that name them in the file, for the user."""
     names = job.tokenizer.convert_ids_to_tokens(job.eos_ids)
-    places = [f"as {key}" for key in llama_cpp_converter.END_KEYS] + ["not in the file"] * len(names)
-    told = [" ".join(map(str, each)) for each in zip(job.eos_ids, names, places, strict=False)]
-    more = " (the others are the template's or the model's)" if len(told) > 1 else ""
-    return f"{told[0]}: the tokenizer's{''.join(f', {one}' for one in told[1:])}{more}"
+    keys = [f"as {key}" for key in llama_cpp_converter.END_KEYS] + ["not in the file"] * len(names)
+    first, *others = [" ".join(map(str, entry)) for entry in zip(job.eos_ids, names, keys, strict=False)]
+    source = " (the others are the template's or the model's)" if others else ""
+    return f"{first}: the tokenizer's{''.join(f', {entry}' for entry in others)}{source}"
 
 
 def _made_from(job: ExportJob) -> dict[str, Any]:
-    """What decides how the files come out."""
+    """Everything that decides what the files contain."""
     of_base, of_adapter = gguf_cache.keys(job.base, job.adapter)
     return {
         "type": job.kind,
@@ -193,7 +194,7 @@ def _made_from(job: ExportJob) -> dict[str, Any]:
 
 
 def _check_room(job: ExportJob, options: ExportConfig) -> None:
-    """Raise UserError before any work: of memory for the comparison, of disk for all files at once."""
+    """Raise UserError when memory is short for the comparison, or the disk for all files at once."""
     if options.check:
         parity.check_memory(job.base)
     stored = sum(path.stat().st_size for path in job.base.glob("model*.safetensors"))
@@ -204,9 +205,9 @@ def _check_room(job: ExportJob, options: ExportConfig) -> None:
 
 def _make(job: ExportJob, folder: Path) -> None:
     if job.kind in PLAIN_TYPES:
-        gguf.base(job.base, folder / job.base_name, kind=job.kind, ends=job.eos_ids)
+        gguf.base(job.base, folder / job.base_name, kind=job.kind, eos_ids=job.eos_ids)
     else:
-        whole = gguf.base(job.base, folder / "whole.gguf", kind="auto", ends=job.eos_ids)
+        whole = gguf.base(job.base, folder / "whole.gguf", kind="auto", eos_ids=job.eos_ids)
         gguf.quantize(whole, folder / job.base_name, job.kind)
         whole.unlink()
     if job.adapter:
@@ -216,7 +217,7 @@ def _make(job: ExportJob, folder: Path) -> None:
 
 
 def _check(job: ExportJob, folder: Path, options: ExportConfig) -> str | None:
-    """The table of the comparison, None without; raises UserError (exit 4) when a row failed."""
+    """The table of the comparison, None with --check false; raises UserError (exit 4) when a row failed."""
     threads = hardware.choose_threads(options.threads).value
     path, adapter = folder / job.base_name, folder / ADAPTER if job.adapter else None
     if not options.check:
@@ -231,7 +232,8 @@ def _check(job: ExportJob, folder: Path, options: ExportConfig) -> str | None:
     say(text)
     failed = [row.name for row in rows if row.failed]
     if failed:
-        problem = f"As {job.kind} it is not what the model is: {', '.join(failed)}. Nothing was kept."
+        problem = f"As {job.kind} the files differ too much from the model: {', '.join(failed)}."
+        problem += " Nothing was kept."
         fix = "Use a larger --type" if failed == ["perplexity"] else "Keep it nevertheless"
         raise UserError(
             problem, f"{fix}{', or' if failed == ['perplexity'] else ''} with --check false.", CHECKPOINT
@@ -240,7 +242,7 @@ def _check(job: ExportJob, folder: Path, options: ExportConfig) -> str | None:
 
 
 def _describe(job: ExportJob, folder: Path, made_from: dict[str, Any], checked: str | None) -> None:
-    """export.json, written last."""
+    """Write export.json, the last file."""
     files = {path.name: hashing.sha256(path) for path in sorted(folder.iterdir())}
     values = {
         "base": job.base_name,

@@ -1,7 +1,7 @@
 """A model folder and its adapters -> GGUF files for llama.cpp.
 
-llama.cpp's own converter and quantiser do it in children (llama_cpp_converter.py, llama_cpp_quantizer.py).
-Which files are kept and found again: gguf_cache.py. Nothing here knows engines or conversations.
+The converter and the quantiser of llama.cpp run in child processes (llama_cpp_converter.py,
+llama_cpp_quantizer.py); gguf_cache.py keeps their files. Nothing here knows engines or conversations.
 """
 
 import json
@@ -20,28 +20,29 @@ from onecard.system import output_folder
 from onecard.system import safetensors as safetensors_file
 
 MODEL_FILES = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # no pickles, no code
-FOLDER = "gguf"  # with the type behind it: where tools/export_gguf.py puts its files
-NO_PLACE = {  # of adapter_config.json: what a GGUF adapter cannot hold
+FOLDER = "gguf"  # tools/export_gguf.py puts its files into FOLDER-TYPE
+NO_PLACE = {  # keys of adapter_config.json for what a GGUF adapter cannot hold -> words for it
     "use_dora": "DoRA",
     "modules_to_save": "trained embeddings",
     "fan_in_fan_out": "transposed weights",
     "lora_bias": "biases",
     "layer_replication": "repeated layers",
     "target_parameters": "parameters of experts",
-    "alora_invocation_tokens": "a text that switches it on",
+    "alora_invocation_tokens": "tokens that switch it on",
 }
 ADAPTER_FILES = (model_files.ADAPTER_CONFIG, model_files.ADAPTER_WEIGHTS)
 
 
 def base(
-    folder: Path, output: Path, any_tokenizer: bool = False, kind: str = "f16", ends: Sequence[int] = ()
+    folder: Path, output: Path, any_tokenizer: bool = False, kind: str = "f16", eos_ids: Sequence[int] = ()
 ) -> Path:
     """Convert a transformers model folder to a GGUF file.
 
-    kind: f32, f16, bf16, q8_0; auto: the 16 bits that the weights have. any_tokenizer: also one whose way of
-    splitting text llama.cpp does not know; other programs would then encode with the file otherwise than
-    OneCard, which brings the tokenizer. ends: tokens that the file names as those that end an answer, the
-    first as the end of a text; none: what the model's files say. Raises UserError.
+    kind: f32, f16, bf16, q8_0; auto: the 16-bit type that the weights have. any_tokenizer: also accept a
+    tokenizer whose way of splitting text llama.cpp does not know. OneCard encodes with the tokenizer of
+    transformers, but other programs would encode differently with such a file. eos_ids: the tokens that the
+    file names as the end of an answer, the first one as the end of a text; none: those in the model's files.
+    Raises UserError.
     """
     files = files_to_convert(folder)
     safetensors_file.check(model_files.files_of(folder))
@@ -49,7 +50,7 @@ def base(
     with output_folder.converting(output, folder) as (place, handle):
         model = _links(files, place / (folder.resolve().name or "model"))
         options = [llama_cpp_converter.ANY] if any_tokenizer else []
-        options += [f"{llama_cpp_converter.ENDS}{json.dumps(list(ends))}"] if ends else []
+        options += [f"{llama_cpp_converter.EOS_IDS}{json.dumps(list(eos_ids))}"] if eos_ids else []
         options += [script, model, "--outtype", kind, "--outfile", place / output.name]
         llama_cpp_converter.run(options, folder, handle)
         system_files.put_file(place / output.name, output)
@@ -59,36 +60,36 @@ def base(
 def adapter(folder: Path, base: Path, output: Path) -> Path:
     """Convert a peft adapter to a GGUF adapter in fp32; raises UserError.
 
-    base: folder of the transformers model it is for.
+    base: the folder of the transformers model that the adapter is for.
     """
     config = check_adapter(folder)
     files = files_to_convert(base)
     script = llama_cpp_converter.home().resolve() / llama_cpp_converter.ADAPTER_SCRIPT
     with output_folder.converting(output, folder) as (place, handle):
-        given = _links([folder / name for name in ADAPTER_FILES], place / "adapter")
+        links = _links([folder / name for name in ADAPTER_FILES], place / "adapter")
         if config.get("use_rslora") or config.get("alpha_pattern") or not config["lora_alpha"]:
-            _scale_plainly(given, config)
+            _scale_plainly(links, config)
         model = _links(files, place / "base")
         llama_cpp_converter.run(
-            [script, "--base", model, "--outfile", place / output.name, given], folder, handle
+            [script, "--base", model, "--outfile", place / output.name, links], folder, handle
         )
         system_files.put_file(place / output.name, output)
     return output
 
 
 def quantize(source: Path, output: Path, kind: str) -> Path:
-    """Another type of weights for a GGUF file of 16 or 32 bits, by llama.cpp's quantiser in a child."""
+    """Convert a GGUF file of 16 or 32 bits to another type, with the quantiser of llama.cpp in a child."""
     with output_folder.converting(output, source) as (place, handle):
-        made = place / output.name
+        path = place / output.name
         llama_cpp_converter.run(
-            [source, made, kind], source, handle, "Quantising", llama_cpp_quantizer.__name__
+            [source, path, kind], source, handle, "Quantising", llama_cpp_quantizer.__name__
         )
-        system_files.put_file(made, output)
+        system_files.put_file(path, output)
     return output
 
 
 def _links(files: list[Path], folder: Path) -> Path:
-    """A folder of links to these files alone, so that no code beside them is found."""
+    """A folder with links to these files only, so that the converter does not see code beside them."""
     folder.mkdir()
     for path in files:
         (folder / path.name).symlink_to(path.resolve())
@@ -96,18 +97,18 @@ def _links(files: list[Path], folder: Path) -> Path:
 
 
 def files_to_convert(folder: Path) -> list[Path]:
-    """What the converter reads of a model folder; raises UserError when it is none."""
+    """The files of a model folder that the converter reads; raises UserError when it is no model folder."""
     files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
     if not (folder / model_files.MODEL_CONFIG).is_file() or not any(
         p.suffix == ".safetensors" for p in files
     ):
-        problem = f"{folder}: no model folder with config.json and .safetensors files."
+        problem = f"{folder}: this is not a model folder with config.json and .safetensors files."
         raise UserError(problem, "Name a folder that transformers wrote, or a .gguf file.", USAGE)
     return files
 
 
 def check_adapter(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of an adapter that can become a GGUF file; raises UserError (exit 4) for others."""
+    """The adapter_config.json of an adapter that can become a GGUF file; raises UserError (exit 4) if not."""
     from safetensors import SafetensorError, safe_open
 
     def refuse(problem: str, fix: str = "") -> UserError:
@@ -120,19 +121,21 @@ def check_adapter(folder: Path) -> dict[str, Any]:
             names = list(file.keys())
         alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
         if not all(isinstance(alpha, int | float) for alpha in alphas):
-            raise ValueError("an alpha is no number")
+            raise ValueError("an alpha is not a number")
         for pattern in config.get("alpha_pattern") or {}:
             re.compile(pattern)
     except (
         *(OSError, ValueError, KeyError, TypeError, AttributeError),
         *(re.error, SafetensorError),
     ) as error:
-        raise refuse(f"no adapter that can be read ({error}).", "Name an adapter folder of peft.") from None
+        fix = "Name an adapter folder that peft wrote."
+        raise refuse(f"the adapter cannot be read ({error}).", fix) from None
     if config.get("peft_type", "LORA") != "LORA":
-        raise refuse("not a LoRA adapter, which is all that llama.cpp has.")
-    reasons = [what for key, what in NO_PLACE.items() if config.get(key)]
+        raise refuse("this is not a LoRA adapter, and llama.cpp has no others.")
+    reasons = [words for key, words in NO_PLACE.items() if config.get(key)]
     if config.get("init_lora_weights", True) not in run_folder.PLAIN_STARTS:
-        reasons.append(f"the start {config['init_lora_weights']!r}, which changed the base's weights")
+        start = config["init_lora_weights"]
+        reasons.append(f"the initialisation {start!r}, which changed the weights of the base")
     reasons += [f"the tensor {name}" for name in names if not re.search(r"\.lora_[AB]\.weight$", name)]
     if reasons:
         raise refuse(f"an adapter with {reasons[0]} cannot become a GGUF adapter.")
@@ -140,9 +143,10 @@ def check_adapter(folder: Path) -> dict[str, Any]:
 
 
 def _scale_plainly(folder: Path, config: dict[str, Any]) -> None:
-    """Put scales into B that a GGUF adapter cannot say: it has one alpha, and divides it by the rank.
+    """Multiply each B by its scale, because a GGUF adapter has only one alpha, divided by the rank.
 
-    rsLoRA divides by the rank's root (Kalajdzievski 2023, arXiv 2312.03732); alpha_pattern has several.
+    rsLoRA divides by the square root of the rank (Kalajdzievski 2023, arXiv 2312.03732), and alpha_pattern
+    has several alphas.
     """
     from safetensors.torch import load_file, save_file
 

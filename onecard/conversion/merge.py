@@ -1,7 +1,7 @@
-"""An adapter into its 16-bit base: one model folder, written shard by shard without loading the model.
+"""An adapter is merged into its 16-bit base: a new model folder, written without loading the model.
 
-Each tensor of the base goes by in blocks of rows. What the adapter changes is computed in fp32 and stored in
-the base's own dtype; everything else is copied byte for byte.
+Each tensor of the base is read in blocks of rows. A tensor that the adapter changes is computed in fp32 and
+stored in the dtype of the base; every other tensor is copied byte for byte.
 """
 
 import contextlib
@@ -37,25 +37,25 @@ from onecard.system.console import Progress, say
 
 FLAG = "--output_path"
 SMALL = 64 << 20  # bytes for tokenizer and settings
-MOST_THREADS = 4  # more than a disk can follow
+MOST_THREADS = 4  # a disk cannot follow more of them
 
 
 @dataclasses.dataclass
 class Base:
-    """A base model's tensors, and what its architecture says about them."""
+    """The tensors of a base model, and what its architecture says about them."""
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
-    prefix: str  # of the inner model's names, which some files leave out
+    prefix: str  # of the names inside the inner model; some files leave it out
     conv: set[str]  # modules whose weights are [in, out]
-    embedding: str  # name of its tensor
-    head: str
+    embedding: str  # the name of its tensor
+    head: str  # the name of its tensor
     tied: bool
-    wanted: dict[str, tuple[int, ...]]  # tensors of the adapter -> shapes
+    expected: dict[str, tuple[int, ...]]  # tensors that the adapter has on this base -> shapes
 
     def find(self, name: str) -> StoredTensor | None:
-        """The tensor of a parameter; of a tied head the embedding's."""
+        """The tensor of a parameter, None without one; for a tied head the tensor of the embedding."""
         short = name.removeprefix(f"{self.prefix}.")
         if name == self.head and self.tied:
             return self.find(self.embedding)
@@ -64,20 +64,20 @@ class Base:
 
 @dataclasses.dataclass
 class MergePlan:
-    """What is written. origin: name in the files -> the tensor it comes from."""
+    """What the new folder will hold, and where each tensor comes from."""
 
     files: dict[str, list[StoredTensor]]
-    origin: dict[str, StoredTensor]
+    origin: dict[str, StoredTensor]  # name in the files -> the tensor that it is read from
     changes: dict[str, tuple[Change, bool]]  # name in the files -> (change, whether the weight is [in, out])
     biases: dict[str, Change]  # name in the files -> the change that adds to it
     config: dict[str, Any]
 
 
 def run(options: MergeConfig, progress: Progress) -> None:
-    """Merge, and with --report compare the result; progress(done, all) in bytes.
+    """Merge, and with --report compare the result. progress(done, total) counts bytes.
 
-    The rows of the report are read before the work. Raises UserError: exit 4 with the list of keys when the
-    adapter does not fit this base, 3 without rows.
+    The rows of the report are read before the merge begins. Raises UserError: exit 4 with the list of keys
+    when the adapter does not fit this base, 3 without rows.
     """
     if not options.report:
         config_options.refuse_unused(options, REPORT)
@@ -108,7 +108,7 @@ def request(options: MergeConfig) -> ModelRequest:
 
 
 def _rows(options: MergeConfig, model: ResolvedModel) -> list[EvalRow]:
-    """Rows for the report; raises UserError (exit 3) without any."""
+    """The rows for the report; raises UserError (exit 3) when there are none."""
     template, tokenizer = model.template, model.tokenizer
     return eval_rows.some(options.data_path, options.cutoff_len, template, tokenizer, options.report_rows)
 
@@ -142,8 +142,8 @@ def _base(folder: Path, adapter_folder: Path) -> Base:
     fix = "Fetch or convert the model again."
     config = system_files.read_json(folder / model_files.MODEL_CONFIG, fix) or {}
     if config.get("quantization_config"):
-        problem = f"--model_path {folder}: its weights are quantised."
-        raise UserError(problem, "Give the 16-bit model that they were made of.")
+        problem = f"--model_path {folder}: its weights are quantised, and only 16-bit weights can be merged."
+        raise UserError(problem, "Name the 16-bit model that it was made from.")
     settings = base_model.load_config(str(folder))
     bare = base_model.skeleton(str(folder), settings)
     embedding, head = bare.get_input_embeddings(), bare.get_output_embeddings()
@@ -153,21 +153,21 @@ def _base(folder: Path, adapter_folder: Path) -> Base:
     named = {id(module): name for name, module in modules.items()}
     conv = {name for name, module in modules.items() if isinstance(module, Conv1D)}
     names = [f"{named[id(module)]}.weight" for module in (embedding, head)]
-    made = Base(folder, config, tensors, bare.base_model_prefix, conv, *names, tied, {})
-    if tied and names[1] in tensors:  # transformers ties only what is equal
-        twin, other = made.find(names[0]), tensors[names[1]]
+    base = Base(folder, config, tensors, bare.base_model_prefix, conv, *names, tied, {})
+    if tied and names[1] in tensors:  # transformers ties only equal tensors
+        twin, other = base.find(names[0]), tensors[names[1]]
         if twin is None or _are_equal(twin, other):
             del tensors[names[1]]
         else:
-            made.tied = config["tie_word_embeddings"] = settings.tie_word_embeddings = False
+            base.tied = config["tie_word_embeddings"] = settings.tie_word_embeddings = False
             bare = base_model.skeleton(str(folder), settings)
     tensor_files.check_whole(folder, tensors, bare)
-    made.wanted = models_adapter.expected_shapes(bare, adapter_folder)
-    return made
+    base.expected = models_adapter.expected_shapes(bare, adapter_folder)
+    return base
 
 
 def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors hold the same, value for value."""
+    """Whether two tensors have the same dtype, shape and values."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     with Files() as files:
@@ -177,31 +177,31 @@ def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
         )
 
 
-def _plan(base: Base, given: lora_delta.Adapter, folder: Path) -> MergePlan:
-    """What becomes of each tensor; raises UserError (exit 4) with the list of keys that do not fit."""
-    bad = _misfits(base, given)
+def _plan(base: Base, adapter: lora_delta.Adapter, folder: Path) -> MergePlan:
+    """What each tensor becomes; raises UserError (exit 4) with the list of keys that do not fit."""
+    bad = _misfits(base, adapter)
     origin = dict(base.tensors)
     changes: dict[str, tuple[Change, bool]] = {}
     biases: dict[str, Change] = {}
-    untied = _unties(base, given)
+    untied = _unties(base, adapter)
     if untied:
         origin[base.head] = base.find(base.head)
-    for name, tensor in given.whole.items():
-        found = base.find(name)
-        if found is None:
+    for name, tensor in adapter.whole.items():
+        replaced = base.find(name)
+        if replaced is None:
             bad.append(f"{name} (unknown)")
-        elif name != base.head or found.name != base.find(base.embedding).name or untied:
-            key = name if name == base.head and untied else found.name
+        elif name != base.head or replaced.name != base.find(base.embedding).name or untied:
+            key = name if name == base.head and untied else replaced.name
             origin[key] = tensor
-    for module, change in given.changes.items():
+    for module, change in adapter.changes.items():
         name = f"{module}.weight"
-        found = base.find(name)
-        key = name if name == base.head and untied else found.name if found else name
-        if found is None:
+        weight = base.find(name)
+        key = name if name == base.head and untied else weight.name if weight else name
+        if weight is None:
             bad.append(f"{name} (unknown)")
         elif origin[key].shape != change.shape(module in base.conv):
-            wanted = list(change.shape(module in base.conv))
-            bad.append(f"{module} (the adapter is for {wanted}, the base has {list(origin[key].shape)})")
+            shape = list(change.shape(module in base.conv))
+            bad.append(f"{module} (the adapter is for {shape}, the base has {list(origin[key].shape)})")
         else:
             changes[key] = (change, module in base.conv)
         if change.bias is not None:
@@ -221,76 +221,76 @@ def _plan(base: Base, given: lora_delta.Adapter, folder: Path) -> MergePlan:
     return MergePlan(_files(base, origin), origin, changes, biases, config)
 
 
-def _misfits(base: Base, given: lora_delta.Adapter) -> list[str]:
-    """Tensors that the adapter should have on this base and has not, and the other way round."""
+def _misfits(base: Base, adapter: lora_delta.Adapter) -> list[str]:
+    """Tensors that the adapter lacks or should not have on this base, or that have another shape."""
     extra = {lora_delta.PREFIX + name for name in (base.embedding, base.head)}
-    held = {tensor.name: tensor.shape for change in given.changes.values() for tensor in change.tensors()}
-    held |= {tensor.name: tensor.shape for tensor in given.whole.values()}
-    short = {name.replace(".base_layer.", "."): shape for name, shape in held.items()}
-    wanted = {name.replace(".base_layer.", "."): shape for name, shape in base.wanted.items()}
-    bad = [f"{name} (missing)" for name in wanted.keys() - short.keys()]
-    bad += [f"{name} (unknown)" for name in short.keys() - wanted.keys() - extra]
-    for name in wanted.keys() & short.keys():
-        resized = name in extra and wanted[name][1:] == short[name][1:]
-        if wanted[name] != short[name] and not resized:
-            bad.append(f"{name} (is {list(short[name])}, should be {list(wanted[name])})")
+    shapes = {tensor.name: tensor.shape for change in adapter.changes.values() for tensor in change.tensors()}
+    shapes |= {tensor.name: tensor.shape for tensor in adapter.whole.values()}
+    actual = {name.replace(".base_layer.", "."): shape for name, shape in shapes.items()}
+    expected = {name.replace(".base_layer.", "."): shape for name, shape in base.expected.items()}
+    bad = [f"{name} (missing)" for name in expected.keys() - actual.keys()]
+    bad += [f"{name} (unknown)" for name in actual.keys() - expected.keys() - extra]
+    for name in expected.keys() & actual.keys():
+        resized = name in extra and expected[name][1:] == actual[name][1:]
+        if expected[name] != actual[name] and not resized:
+            bad.append(f"{name} (is {list(actual[name])}, should be {list(expected[name])})")
     return bad
 
 
-def _unties(base: Base, given: lora_delta.Adapter) -> bool:
-    """Whether embedding and head were one tensor and are two from now on."""
+def _unties(base: Base, adapter: lora_delta.Adapter) -> bool:
+    """Whether embedding and head are one tensor in the base, and two after the merge."""
     if not base.tied:
         return False
     names = (base.embedding, base.head)
-    if any(name.removesuffix(".weight") in given.changes for name in names):
+    if any(name.removesuffix(".weight") in adapter.changes for name in names):
         return True
-    one, other = (given.whole.get(name) for name in names)
+    one, other = (adapter.whole.get(name) for name in names)
     if one is None and other is None:
         return False
     if one is None or other is None:
-        return not given.config.get("ensure_weight_tying")
+        return not adapter.config.get("ensure_weight_tying")
     return not _are_equal(one, other)
 
 
 def _vocabulary(base: Base, untied: bool) -> list[str]:
-    """Names, in the files to write, of the tensors with a row for each token."""
-    found = [base.find(name) for name in (base.embedding, base.head)]
-    names = {tensor.name for tensor in found if tensor}
+    """Names, in the new files, of the tensors that have a row for each token."""
+    tensors = [base.find(name) for name in (base.embedding, base.head)]
+    names = {tensor.name for tensor in tensors if tensor}
     return sorted(names | ({base.head} if untied else set()))
 
 
 def _files(base: Base, origin: dict[str, StoredTensor]) -> dict[str, list[StoredTensor]]:
-    """The base's files and dtypes with the shapes of what comes; a new head lies beside the embedding."""
+    """The base's files and dtypes with the new shapes; a new head goes into the file of the embedding."""
     files: dict[str, list[StoredTensor]] = {}
     for name, tensor in base.tensors.items():
-        made = StoredTensor(name, tensor.dtype, origin[name].shape)
-        files.setdefault(tensor.file.name, []).append(made)
+        files.setdefault(tensor.file.name, []).append(StoredTensor(name, tensor.dtype, origin[name].shape))
     embedding = base.find(base.embedding)
     if base.head in origin and base.head not in base.tensors:
-        made = StoredTensor(base.head, embedding.dtype, origin[base.head].shape)
-        files[embedding.file.name].append(made)
+        head = StoredTensor(base.head, embedding.dtype, origin[base.head].shape)
+        files[embedding.file.name].append(head)
     return files
 
 
 def _check_tokenizer(place: Path, plan: MergePlan, own: Path | None) -> None:
-    """Raise UserError (exit 4) when the tokenizer has ids that the merged embedding has not."""
+    """Raise UserError (exit 4) when the adapter's tokenizer has ids without a row in the merged embedding."""
     if own is None:
         return
-    most, rows = (
-        max(models_tokenizer.load_tokenizer(str(place)).get_vocab().values()),
-        plan.config.get("vocab_size"),
-    )
-    if rows is not None and most >= rows:
-        problem = f"{own}: the adapter's tokenizer has ids up to {most}, the merged embedding {rows} rows."
-        raise UserError(problem, "It was trained on a base with more rows: give that one.", CHECKPOINT)
+    highest = max(models_tokenizer.load_tokenizer(str(place)).get_vocab().values())
+    rows = plan.config.get("vocab_size")
+    if rows is not None and highest >= rows:
+        problem = f"{own}: the adapter's tokenizer has ids up to {highest}, but the merged embedding"
+        problem += f" has {rows} rows."
+        fix = "The adapter was trained on a base with more rows: name that base with --model_path."
+        raise UserError(problem, fix, CHECKPOINT)
 
 
 def _write(plan: MergePlan, place: Path, folder: Path, progress: Progress) -> int:
-    placed = tensor_files.create(place, plan.files)
-    total, done = sum(tensor.size for tensor in placed.values()), 0
+    """Write the files of weights; returns their bytes."""
+    targets = tensor_files.create(place, plan.files)
+    total, done = sum(tensor.size for tensor in targets.values()), 0
     threads = min(MOST_THREADS, torch.get_num_threads())
     with Files() as files, Behind(files, threads) as behind, _one_thread_each():
-        for name, target in placed.items():
+        for name, target in targets.items():
             source, pair, norms = plan.origin[name], None, None
             if name in plan.changes:
                 change, transposed = plan.changes[name]
@@ -308,7 +308,7 @@ def _write(plan: MergePlan, place: Path, folder: Path, progress: Progress) -> in
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """torch computes in the thread that asks: several blocks at once need no second kind of threads."""
+    """torch computes in the calling thread: several blocks run at once, so it needs no threads of its own."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

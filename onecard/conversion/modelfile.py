@@ -1,7 +1,7 @@
-"""A template and GGUF files -> a Modelfile for Ollama: FROM, ADAPTER, TEMPLATE and where an answer stops.
+"""A template and GGUF files -> a Modelfile for Ollama: FROM, ADAPTER, TEMPLATE and PARAMETER stop.
 
-Ollama's templates are Go's (text/template) over .Messages. It has no second text of a turn, so templates with
-an {input} are written without it; turns of functions are left out.
+Templates of Ollama are written in the language of Go (text/template), over .Messages. A turn has only one
+text there, so the {input} of a template is left out, and so are the turns of functions.
 """
 
 import json
@@ -14,13 +14,13 @@ QUOTES = '"""'
 
 
 def modelfile(template: Template, tokenizer: Any, base: str, adapter: str | None) -> str:
-    """The text of a Modelfile beside its files; without TEMPLATE where the template cannot stand in one."""
+    """The text of a Modelfile for files in its folder; without TEMPLATE if it cannot hold the template."""
     lines = [f"FROM ./{base}"]
     if adapter:
         lines.append(f"ADAPTER ./{adapter}")
     text = go_template(template, tokenizer)
     if QUOTES in text or text.endswith('"'):
-        lines.append("# The template holds quotes that a Modelfile cannot: write TEMPLATE by hand.")
+        lines.append("# The template has quotes that a Modelfile cannot hold: write TEMPLATE by hand.")
     else:
         lines.append(f"TEMPLATE {QUOTES}{text}{QUOTES}")
     for token in stops(template, tokenizer):
@@ -34,25 +34,25 @@ def stops(template: Template, tokenizer: Any) -> list[str]:
 
 
 def go_template(template: Template, tokenizer: Any) -> str:
-    """The template in Go's language; a conversation without an answer at its end is a prompt."""
+    """The template in the language of Go; a conversation that ends with a question gives a prompt."""
 
-    def said(parts: tuple[Part, ...] | None, text: str = "") -> str:
-        made = ""
-        for what, literal in parts or ():
-            value = tokenizer.eos_token if what == "{end}" else literal
-            made += text if what == "{text}" else _escaped(value)
-        return made
+    def rendered(parts: tuple[Part, ...] | None, text: str = "") -> str:
+        pieces = ""
+        for kind, literal in parts or ():
+            value = tokenizer.eos_token if kind == "{end}" else literal
+            pieces += text if kind == "{text}" else _escaped(value)
+        return pieces
 
     content = "{{ $m.Content }}"
-    opening = said(_without_beginning(template.opening, tokenizer))
-    system = said(_without_beginning(template.system, tokenizer), content)
-    user = said(_without_beginning(template.user, tokenizer), content)
-    between, first = said(template.between), '{{ if eq $before "" }}'
+    opening = rendered(_without_bos(template.opening, tokenizer))
+    system = rendered(_without_bos(template.system, tokenizer), content)
+    user = rendered(_without_bos(template.user, tokenizer), content)
+    between, first = rendered(template.between), '{{ if eq $before "" }}'
     before_user = f"{first}{opening}{{{{ end }}}}" if opening else ""
     before_user += f'{{{{ if eq $before "assistant" }}}}{between}{{{{ end }}}}' if between else ""
     parts = [f'{{{{ if eq $m.Role "system" }}}}{system}'] if template.system else []
     parts.append(f'{{{{ if eq $m.Role "user" }}}}{before_user}{user}')
-    parts.append(f'{{{{ if eq $m.Role "assistant" }}}}{said(template.assistant, content)}')
+    parts.append(f'{{{{ if eq $m.Role "assistant" }}}}{rendered(template.assistant, content)}')
     turns = "{{ else }}".join(parts) + "{{ end }}" * len(parts)
     return '{{ $before := "" }}{{ range $m := .Messages }}' + turns + "{{ $before = $m.Role }}{{ end }}"
 
@@ -61,8 +61,8 @@ def _escaped(text: str) -> str:
     return text.replace("{{", '{{ "{{" }}')
 
 
-def _without_beginning(parts: tuple[Part, ...] | None, tokenizer: Any) -> tuple[Part, ...] | None:
-    """Without the tokenizer's first token, which llama.cpp puts there of its own accord."""
+def _without_bos(parts: tuple[Part, ...] | None, tokenizer: Any) -> tuple[Part, ...] | None:
+    """The parts without BOS, where the tokenizer adds it, because llama.cpp then adds it as well."""
     bos = tokenizer.bos_token
-    puts = bos is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    return parts[1:] if parts and puts and parts[0] == ("control", bos) else parts
+    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return parts[1:] if parts and adds_bos and parts[0] == ("control", bos) else parts

@@ -1,6 +1,6 @@
-"""Which small files a model folder made of a base and an adapter takes along, and which make an adapter up.
+"""Which small files a merged model takes along from base and adapter, and which files make up an adapter.
 
-None of them is opened here.
+No file is opened here.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from onecard.system import output_folder
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".index.json", ".py")
 TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "spiece")
-OWN = (  # what OneCard writes about other folders and runs
+OWN = (  # files in which OneCard describes other folders and runs
     output_folder.RECORD,
     manifest.NAME,
     runs_checkpoint.MANIFEST,
@@ -27,11 +27,11 @@ OWN = (  # what OneCard writes about other folders and runs
     run_folder.PICTURE,
     "adapter_",
 )
-ADAPTER = (*legacy.MARKS, run_folder.CONFIG, model_files.MODEL_WEIGHTS)  # and adapter_*
+ADAPTER = (*legacy.MARKS, run_folder.CONFIG, model_files.MODEL_WEIGHTS)  # with adapter_* these make it up
 
 
 def of_adapter(adapter_folder: Path) -> list[Path]:
-    """The files of an adapter, in any of the forms that it may have."""
+    """The files of an adapter, in each layout that it may have."""
     return sorted(
         path
         for path in adapter_folder.iterdir()
@@ -40,7 +40,10 @@ def of_adapter(adapter_folder: Path) -> list[Path]:
 
 
 def rest(source: Path, skip: tuple[str, ...] = (), only: tuple[str, ...] = ("",)) -> list[Path]:
-    """Everything beside the weights: settings and tokenizer; code and our own records are left out."""
+    """The files beside the weights: settings and tokenizer, but no code and none of OneCard's own records.
+
+    skip, only: beginnings of file names.
+    """
     left_out = (".", *OWN, *skip)
     return sorted(
         path

@@ -1,4 +1,4 @@
-"""Conversation in, stream of text out, whichever engine answers. The same `data.encode` as in training."""
+"""A conversation in, a stream of text out, from any engine; prompts are encoded as in training."""
 
 import dataclasses
 import threading
@@ -30,7 +30,7 @@ def reply(
     conversations: list[Conversation],
     max_new_tokens: int,
 ) -> list[str]:
-    """One greedy answer for each conversation; an answer it may end with is not looked at."""
+    """One greedy answer to each conversation; an answer at the end of a conversation is left out first."""
     prompts = [data_encode.encode(c.question, form, tokenizer)[0] for c in conversations]
     answers = transformers_engine.greedy(model, prompts, max_new_tokens, data_encode.eos_ids(form, tokenizer))
     return [data_encode.decode(tokenizer, ids) for ids in answers]
@@ -38,17 +38,17 @@ def reply(
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """A growing answer and what it took so far."""
+    """A growing answer, and what it has taken so far."""
 
     text: detokenizer.PartialText
     prompt_tokens: int
-    read: int  # of them; fewer than prompt_tokens while the prompt is still being read
-    reused: int  # of them, from the turn before
+    read: int  # tokens of the prompt that have been read so far
+    reused: int  # tokens of the prompt that were read for the turn before
     left_out: int  # earlier questions that did not fit
     seconds: float  # since the question
-    first: float | None  # of them until the first token
-    seed: int | None = None  # of a sampled answer: with it the same comes again
-    loading: bool = False  # there is no model yet
+    first: float | None  # seconds until the first token
+    seed: int | None = None  # of a sampled answer; the same seed gives the same answer again
+    loading: bool = False  # whether the model is still being loaded
 
     @property
     def finished(self) -> str:
@@ -56,26 +56,26 @@ class Reply:
 
     @property
     def speed(self) -> float:
-        """Tokens a second, the reading of the prompt apart."""
+        """Tokens per second, without the time that reading the prompt took."""
         if self.first is None or self.text.tokens < 2:
             return 0.0
         return (self.text.tokens - 1) / max(self.seconds - self.first, 1e-9)
 
 
 def start(options: ChatConfig, to_gguf: loader.ToGguf) -> "Chat":
-    """A model ready to talk, as the options say; to_gguf: as loader.load takes it."""
+    """A model that is ready to talk, by these options; to_gguf: as loader.load takes it."""
     return Chat(*loader.load(options, to_gguf))
 
 
 def with_its_mode(talk: "Chat", options: ChatConfig, given: frozenset[str]) -> ChatConfig:
-    """The options with a mode that the engine has, unless one was asked for (which is then refused)."""
+    """The options with a mode that the engine has. A mode in `given`, the options that were typed, stays."""
     if "mode" in given or options.mode in talk.modes():
         return options
     return dataclasses.replace(options, mode=generation.SAMPLE)
 
 
 def later(options: ChatConfig, to_gguf: loader.ToGguf, beside: Callable[[str], list[str]]) -> "Chat":
-    """The same, its weights read when the first question comes; beside: as lazy_engine.Engine takes it."""
+    """The same, but the first question loads the weights; beside: as lazy_engine.Engine takes it."""
     plan = loader.prepare(options)
 
     def load() -> engines.Engine:  # by then a run may have newer checkpoints, and the older ones no more
@@ -89,7 +89,7 @@ def later(options: ChatConfig, to_gguf: loader.ToGguf, beside: Callable[[str], l
 
 
 class Chat:
-    """A model ready to talk: an engine, a template, adapters. Conversations are the caller's."""
+    """A model that is ready to talk: an engine, a template, adapters. The caller keeps the conversations."""
 
     def __init__(
         self,
@@ -101,32 +101,32 @@ class Chat:
     ):
         """form: the template; active_adapters: those that answer unless a question names others.
 
-        versions: owner/name@COMMIT of the base and of adapters that come from the hub.
+        versions: owner/name@COMMIT of the base and of adapters, where they come from the hub.
         """
         self.versions = versions or {}
         self.engine, self.template, self.active_adapters = engine, form, active_adapters
         self.models_tokenizer = tokenizer  # the one that every template starts from
         self.tokenizer = templates.tokenizer_for(tokenizer, form)
-        self.ends = data_encode.eos_ids(form, tokenizer)
-        self.others: dict[str, tuple[Template, PreTrainedTokenizerBase]] = {}  # templates asked for by name
-        self.lock = threading.Lock()  # of them
+        self.eos_ids = data_encode.eos_ids(form, tokenizer)
+        self.others: dict[str, tuple[Template, PreTrainedTokenizerBase]] = {}  # by their names
+        self.lock = threading.Lock()  # of `others`
 
     def unused(self, mode: str) -> dict[str, tuple[str, str]]:
-        """Option -> why it does nothing with this mode and engine, English and Chinese."""
+        """Option -> why it does nothing with this mode and engine, in English and Chinese."""
         return chat_config.unused(mode) | self._lacking()
 
     def _lacking(self) -> dict[str, tuple[str, str]]:
         return chat_config.unused_by(self.engine.name, self.engine.capabilities.lacks)
 
     def template_of(self, name: str = TRAINED) -> Template:
-        """The template of that name, TRAINED: the one answers have by themselves; raises UserError."""
+        """The template of this name; TRAINED is the one that the chat was made with. Raises UserError."""
         return self._form(name)[0]
 
     def _form(self, name: str) -> tuple[Template, PreTrainedTokenizerBase]:
-        """A template and its tokenizer: what one makes a control token is still text for the others."""
+        """A template and its tokenizer: a control token of one template is ordinary text in another."""
         if name == TRAINED:
             return self.template, self.tokenizer
-        if name not in templates.names():  # a file's name might come from a page
+        if name not in templates.names():  # a page could send the name of any file
             raise UserError(f"No template is called {name}.", f"Known: {', '.join(templates.names())}.")
         with self.lock:
             if name not in self.others:
@@ -138,7 +138,7 @@ class Chat:
         return [mode for mode in generation.MODES if mode not in self.engine.capabilities.lacks]
 
     def check_mode(self, mode: str) -> None:
-        """Raise UserError with the reason when the engine does not have this mode."""
+        """Raise UserError with the reason when the engine lacks this mode."""
         lacking = self._lacking()
         if mode in lacking:
             raise UserError(f"--mode {mode}: {lacking[mode][0]}.", "Choose another mode.")
@@ -151,11 +151,11 @@ class Chat:
         cancelled: Callable[[], bool] = lambda: False,
         form: str = TRAINED,
     ) -> Iterator[Reply]:
-        """The answer as it grows; the last one has `finished`. An answer at the end is continued.
+        """The growing answer; the last Reply has `finished`. An answer at the end is continued.
 
-        cancelled: asked after every token; form: name of a template. Out of memory and cancelling keep what
-        is there. Raises UserError when the question does not fit, or the settings ask for what the engine has
-        not.
+        cancelled: is called after every token; form: the name of a template. An answer that is cancelled, or
+        runs out of memory, keeps the text that it has. Raises UserError when the question does not fit into
+        the context, or when the engine lacks what the settings ask for.
         """
         started = time.monotonic()
         settings = generation.seeded(settings)
@@ -167,7 +167,7 @@ class Chat:
         self.check_mode(settings.mode)
         self.engine.check_active_adapters(active_adapters)
         shape, tokenizer = self._form(form)
-        ends = self.ends if form == TRAINED else data_encode.eos_ids(shape, tokenizer)
+        eos_ids = self.eos_ids if form == TRAINED else data_encode.eos_ids(shape, tokenizer)
         room = self.engine.context - min(settings.max_new_tokens, self.engine.context // 2)
         fitted = history.fit(conversation, shape, tokenizer, room, settings.max_memory, settings.last_turns)
         stops, banned = generation.phrases(settings.stop), generation.phrases(settings.banned)
@@ -191,7 +191,7 @@ class Chat:
                     yield so_far(growing)
             limit = min(settings.max_new_tokens, self.engine.context - len(fitted.ids))
             watch = detokenizer.watch(tokenizer, stops, banned, fitted.answer)
-            steps = decoding.decode(sequence, fitted.ids, settings, ends, limit, watch)
+            steps = decoding.decode(sequence, fitted.ids, settings, eos_ids, limit, watch)
             for growing in detokenizer.grow(tokenizer, steps, stops, fitted.answer):
                 first = first or time.monotonic() - started
                 if cancelled() and not growing.finished:
@@ -202,7 +202,7 @@ class Chat:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            error.__traceback__ = None  # its frames hold what filled the memory
+            error.__traceback__ = None  # its frames hold the tensors that filled the memory
             self.engine.forget()
             yield so_far(_settled(growing), NO_MEMORY)
         finally:
@@ -210,5 +210,5 @@ class Chat:
 
 
 def _settled(text: detokenizer.PartialText) -> detokenizer.PartialText:
-    """What is shown when nothing more comes: what was held back, too."""
+    """The text when nothing more comes; what might have become a stop word is shown too."""
     return dataclasses.replace(text, stable=text.beams[0], open="")

@@ -1,9 +1,9 @@
-"""A GGUF file is tried out in a child process before llama.cpp opens it here.
+"""A GGUF file is tried out in a child process before llama.cpp opens it in this one.
 
-llama.cpp ends its process at some damaged or hostile files, or reads where it must not. So a child with
-limits does first what the engine will do: load the file, make a context, read one token. What passed is
-remembered by the file's size, times and inode. It also says which llama-cpp-python is installed, and words
-llama.cpp's errors.
+With some damaged or hostile files llama.cpp ends its process, or reads memory that it must not read. So a
+child with limits first does what the engine will do: load the file, make a context, read one token. A file
+that passed is remembered by its size, times and inode. This file also knows which llama-cpp-python is
+installed, and turns the errors of llama.cpp into messages.
 The child: `python -m onecard.inference.gguf_check BASE [ADAPTER ...]`.
 """
 
@@ -22,16 +22,18 @@ from onecard.system import files as system_files
 
 PACKAGE = "llama-cpp-python"
 
-WAY = "1"  # changes when files that passed should be tried again
-SECONDS, SPEED = 120, 50 << 20  # of the child: that long, and a second for so many bytes of slow disks
-ROOM = 4 << 30  # bytes it may take beside twice its files, which some processors' layouts copy
+WAY = "1"  # is increased when files that passed should be tried again
+SECONDS, SPEED = 120, 50 << 20  # time limit of the child: SECONDS, and a second more for SPEED bytes
+ROOM = (
+    4 << 30
+)  # bytes of memory beside twice the size of the files, which llama.cpp may copy for a CPU's layout
 CONTEXT = 64  # tokens
-NO_BACKTRACE = {"GGML_NO_BACKTRACE": "1"}  # where llama.cpp gives up, it would start a debugger
+NO_BACKTRACE = {"GGML_NO_BACKTRACE": "1"}  # otherwise llama.cpp starts a debugger when it aborts
 ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 AGAIN = "Convert or download it again."
 ANOTHER = "Give the --model_path it was made with."
-_kept: list[Any] = []  # what llama.cpp calls as long as the child lives
-ALLOCATION = ("alloc", "out of memory", "insufficient memory")  # in llama.cpp's own words
+_callbacks: list[Any] = []  # llama.cpp calls them as long as the child lives, so they may not be freed
+ALLOCATION = ("alloc", "out of memory", "insufficient memory")  # words of llama.cpp's errors, in lower case
 
 
 def version() -> str:
@@ -59,12 +61,13 @@ def _try(base: Path, adapters: list[Path]) -> None:
     try:
         ended = sandbox.run(__name__, *files, seconds=seconds, **NO_BACKTRACE)
     except subprocess.TimeoutExpired:
-        raise UserError(f"{base}: not read within {seconds:.0f} s.", AGAIN, CHECKPOINT) from None
-    lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()] or ["it crashes"]
+        problem = f"{base}: llama.cpp did not finish reading it within {seconds:.0f} s."
+        raise UserError(problem, AGAIN, CHECKPOINT) from None
+    lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()] or ["it crashed"]
     if ended.returncode < 0:
         number = _number((ended.stdout.split() or ["0"])[-1], files)  # of the file that was opened last
         reason = lines[-1].split(": ")[-1][:300]
-        raise UserError(f"{(base, *adapters)[number]}: llama.cpp gives up: {reason}.", AGAIN, CHECKPOINT)
+        raise UserError(f"{(base, *adapters)[number]}: llama.cpp ended with: {reason}.", AGAIN, CHECKPOINT)
     if ended.returncode:
         first, _, rest = lines[-1].partition(" ")
         number, problem = _number(first, files), rest if first.isdecimal() and rest else lines[-1]
@@ -72,15 +75,15 @@ def _try(base: Path, adapters: list[Path]) -> None:
 
 
 def _number(word: str, files: list[str]) -> int:
-    """Which file a child names; the base where the word is none of ours: llama.cpp may write there too."""
-    known = [str(number) for number in range(len(files))]
-    return known.index(word) if word in known else 0
+    """The number of the file that a child names; 0 (the base) for other words that llama.cpp writes."""
+    numbers = [str(number) for number in range(len(files))]
+    return numbers.index(word) if word in numbers else 0
 
 
 def unusable(path: Path, problem: str, fix: str, code: int = CHECKPOINT) -> UserError:
-    """The error for a file that llama.cpp refuses; its reason is in the problem.
+    """The error for a file that llama.cpp refuses, for the reason in the problem.
 
-    Where that is a want of memory, the caller knows what needs less.
+    If memory ran out, it has no remedy: the caller knows which option needs less.
     """
     if is_allocation(problem):
         problem, fix, code = f"{problem}. It needs more memory than is free", "", MEMORY
@@ -91,24 +94,24 @@ def is_allocation(text: str) -> bool:
     return any(word in text.lower() for word in ALLOCATION)
 
 
-def because(problem: str, said: list[str]) -> str:
-    """The problem with the first of llama.cpp's complaints; those behind it only pass it on."""
-    reason = said[0].split(": ", 1)[-1].strip(" .")[:300] if said else ""
+def because(problem: str, errors: list[str]) -> str:
+    """The problem with the first error that llama.cpp logged; later ones only report the first."""
+    reason = errors[0].split(": ", 1)[-1].strip(" .")[:300] if errors else ""
     return f"{problem}: {reason}" if reason else problem
 
 
 def _check_magic(path: Path) -> None:
     try:
         with open(path, "rb") as file:
-            found = file.read(4)
+            magic = file.read(4)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.", "Name a .gguf file.", CHECKPOINT) from None
-    if found != b"GGUF":
-        raise UserError(f"{path}: not a GGUF file.", "Name a .gguf file.", CHECKPOINT)
+    if magic != b"GGUF":
+        raise UserError(f"{path}: this is not a GGUF file.", "Name a .gguf file.", CHECKPOINT)
 
 
 def _mark(files: list[Path]) -> tuple[Path, str]:
-    """Where it is written that these files passed together, and what is written there."""
+    """The file that remembers that these files passed together, and its content."""
     names = "\n".join(str(path.resolve()) for path in files)
     place = system_files.cache_folder() / "gguf-passed" / hashlib.sha256(names.encode()).hexdigest()[:32]
     return place, f"{WAY} {version()} {[hashing.stamp(path) for path in files]}"
@@ -128,44 +131,44 @@ def _remember(files: list[Path]) -> None:
 
 
 def trial(files: list[str]) -> str:
-    """In the child: what is wrong with a base and its adapters, as "NUMBER problem", or ""; it may crash."""
+    """In the child: what is wrong with a base and its adapters, as "NUMBER problem", or "". It may crash."""
     from llama_cpp import llama_cpp as library
 
-    said: list[str] = []
+    errors: list[str] = []
 
     def log(level: int, text: bytes, _: Any) -> None:
         if level == ERROR_LEVEL and text.strip():
-            said.append(text.decode("utf-8", "replace").strip())
+            errors.append(text.decode("utf-8", "replace").strip())
 
-    _kept.append(library.llama_log_callback(log))
-    library.llama_log_set(_kept[-1], None)
+    _callbacks.append(library.llama_log_callback(log))
+    library.llama_log_set(_callbacks[-1], None)
     model = library.llama_model_load_from_file(os.fsencode(files[0]), library.llama_model_default_params())
     if not model:
-        return "0 " + because("llama.cpp cannot load it", said)
+        return "0 " + because("llama.cpp cannot load it", errors)
     entries = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
     longest = library.llama_model_n_ctx_train(model)
     if entries < 1 or longest < 1:
-        return "0 it has no vocabulary or no context"
+        return "0 the model has no vocabulary or no context"
     settings = library.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = min(CONTEXT, longest)
     settings.n_threads = settings.n_threads_batch = 1
-    said.clear()
+    errors.clear()
     state = library.llama_init_from_model(model, settings)
     if not state:
-        return "0 " + because("llama.cpp cannot make a context for it", said)
+        return "0 " + because("llama.cpp cannot make a context for it", errors)
     problem = _read_one(library, state)
     for number, file in enumerate(files[1:], start=1):
         if problem:
             break
-        print(number, flush=True)  # names the file, should it crash
-        said.clear()
+        print(number, flush=True)  # tells which file it was if llama.cpp crashes
+        errors.clear()
         adapter = library.llama_adapter_lora_init(model, os.fsencode(file))
         if not adapter:
-            return f"{number} " + because("the adapter does not fit this base model", said)
+            return f"{number} " + because("the adapter does not fit this base model", errors)
         library.llama_set_adapters_lora(
             state, (library.llama_adapter_lora_p_ctypes * 1)(adapter), 1, (ctypes.c_float * 1)(1.0)
         )
-        problem = _read_one(library, state) and f"{number} " + because("llama.cpp cannot use it", said)
+        problem = _read_one(library, state) and f"{number} " + because("llama.cpp cannot use it", errors)
     library.llama_free(state)
     library.llama_model_free(model)
     return problem
@@ -175,7 +178,7 @@ def _read_one(library: Any, state: Any) -> str:
     batch = library.llama_batch_get_one((library.llama_token * 1)(0), 1)
     code = library.llama_decode(state, batch)
     if code or not library.llama_get_logits_ith(state, -1):
-        return f"0 llama.cpp gives no scores of a next token (code {code})"
+        return f"0 llama.cpp gives no scores for the next token (code {code})"
     return ""
 
 

@@ -1,4 +1,7 @@
-"""A conversation -> the token ids that fit: whole oldest turns go, the newest and the system's stay."""
+"""A conversation -> the token ids that fit into the context: the oldest turns are left out as a whole.
+
+The newest question and the system prompt always stay.
+"""
 
 import dataclasses
 import re
@@ -10,7 +13,7 @@ from onecard.data.conversation import ASSISTANT, Conversation
 from onecard.data.template import Template
 from onecard.errors import UserError
 
-HALF = re.compile("[\ud800-\udfff]")  # of a character; no tokenizer takes it
+HALF = re.compile("[\ud800-\udfff]")  # half a character in UTF-16, which no tokenizer can encode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +21,8 @@ class Fitted:
     """What the model is shown."""
 
     ids: list[int]
-    answer: list[int]  # the beginning of an answer that is to be continued, at the end of ids
-    left_out: int  # questions with their answers
+    answer: list[int]  # the beginning of the answer when one is continued; ids end with it
+    left_out: int  # earlier questions, each with its answer
 
 
 def fit(
@@ -30,15 +33,15 @@ def fit(
     memory: int = 0,
     last_turns: int = 0,
 ) -> Fitted:
-    """Newest turns within `room` tokens, which leave place for the answer.
+    """The newest turns within `room` tokens; the caller has set aside the tokens for the answer.
 
-    memory: tokens that earlier turns may fill together with the question, 0 = all of the room; last_turns:
-    most earlier questions, 0 = any. An answer at the end is continued. Raises UserError with the counts when
-    the question alone is too long, or the template cannot write it.
+    memory: the most tokens of earlier turns and the question together, 0: all of the room; last_turns: the
+    most earlier questions, 0: any number. An answer at the end is continued. Raises UserError when the
+    question alone is too long, with both numbers, or when the template cannot write it.
     """
     turns, answer = conversation.turns, []
     if any(HALF.search(turn.text + turn.input) for turn in turns):
-        raise UserError("The conversation holds half a character.", "Type the message again.")
+        raise UserError("The conversation contains half a character.", "Type the message again.")
     if turns and turns[-1].role == ASSISTANT:
         answer = data_encode.encode_text(tokenizer, turns[-1].text)
         turns = turns[:-1]
@@ -61,15 +64,15 @@ def fit(
     if not question:
         raise UserError("There is no question to answer.", "Write one.")
     if len(question) > room:
-        problem = f"Your message has {len(question)} tokens with its template, {room} fit."
-        raise UserError(problem, "Shorten it, or the system prompt or context.")
+        problem = f"Your message has {len(question)} tokens with its template, but only {room} fit."
+        raise UserError(problem, "Shorten it, or the system prompt or the context.")
     limit = room if not memory else min(room, max(memory, len(question)))
     low, high, ids = first, len(starts) - 1, question
     while low < high:  # the smallest start that fits
         middle = (low + high) // 2
-        tried = encoded(middle)
-        if len(tried) <= limit:
-            high, ids = middle, tried
+        shorter = encoded(middle)
+        if len(shorter) <= limit:
+            high, ids = middle, shorter
         else:
             low = middle + 1
     return Fitted(ids, answer, high)

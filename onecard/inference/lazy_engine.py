@@ -1,6 +1,6 @@
-"""An engine whose model is loaded when a first question comes: until then the memory is somebody else's.
+"""An engine that loads its model when the first question comes, and leaves the memory to others until then.
 
-On one card a model that only waits for questions would compete with a training.
+On a single GPU a model that only waits for questions would take memory from a training.
 """
 
 import contextvars
@@ -18,11 +18,11 @@ from onecard.inference import engine as engines
 from onecard.inference.loader import EnginePlan
 from onecard.system import hardware
 
-LOOK_AGAIN = 2.0  # seconds between two looks who else is at work
+LOOK_AGAIN = 2.0  # seconds between two looks at the runs on the same device
 
 
 class Engine:
-    """It knows its name, capabilities and adapters; opening a sequence loads the model."""
+    """An engine.Engine with a known name, capabilities and adapters; opening a sequence loads the model."""
 
     def __init__(
         self, plan: EnginePlan, load: Callable[[], engines.Engine], beside: Callable[[str], list[str]]
@@ -43,11 +43,11 @@ class Engine:
         return self.engine is not None
 
     def load(self) -> None:
-        """Raises UserError (exit 6) when memory does not suffice; a next question tries again."""
+        """Load the model. Raises UserError (exit 6) when memory is short; the next question tries again."""
         self._loaded()
 
     def _loaded(self) -> engines.Engine:
-        """The engine; who asks second waits for the first."""
+        """The engine, loaded if it was not; a second caller waits for the first."""
         with self.lock:
             if self.closed:
                 raise RuntimeError("The engine is closed.")
@@ -57,7 +57,7 @@ class Engine:
                 except (MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    error.__traceback__ = None  # its frames hold what was read so far
+                    error.__traceback__ = None  # its frames hold the weights that were read so far
                     hardware.forget_cached_memory("cuda" if self.device == "all" else self.device)
                     others = ", ".join(self._names_beside())
                     problem = "Out of memory while the model was loaded."
@@ -81,11 +81,11 @@ class Engine:
     @property
     def context(self) -> int:
         if self.engine is None:
-            raise RuntimeError("The context is not known before the weights are loaded.")
+            raise RuntimeError("The length of the context is not known before the weights are loaded.")
         return self.engine.context
 
     def check_active_adapters(self, active_adapters: ActiveAdapters) -> None:
-        """Raise UserError when these adapters cannot be used so; of a model that waits, the names alone."""
+        """Raise UserError when these adapters cannot be active; before loading only names are checked."""
         if self.engine is not None:
             self.engine.check_active_adapters(active_adapters)
         for name, _ in active_adapters:

@@ -1,4 +1,4 @@
-"""llama.cpp as a library: loaded once, its errors kept; and the tokenizer that a GGUF file carries.
+"""llama.cpp as a library that keeps its errors for us, and the tokenizer that a GGUF file carries.
 
 Nothing here knows a context, an adapter or a conversation.
 """
@@ -19,31 +19,33 @@ from onecard.system import commands
 
 
 def tokenizer_of(gguf: Path) -> Any:
-    """The transformers tokenizer that a GGUF file carries; raises UserError (exit 4) when there is none."""
+    """The transformers tokenizer that a GGUF file carries; raises UserError (exit 4) if it cannot be read."""
     from transformers import AutoTokenizer
 
     gguf_check.check(gguf, [])
-    with tempfile.TemporaryDirectory(prefix="onecard-") as folder:  # files beside it may be another model's
+    with tempfile.TemporaryDirectory(
+        prefix="onecard-"
+    ) as folder:  # the files beside it may belong to another model
         link = Path(folder) / "model.gguf"
         link.symlink_to(gguf.resolve())
         try:
             return AutoTokenizer.from_pretrained(folder, gguf_file=link.name, trust_remote_code=False)
-        except Exception as error:  # a reader's many ways to fail on a damaged file
+        except Exception as error:  # the reader fails on damaged files in many ways
             problem = f"{gguf}: its tokenizer cannot be read ({first_line(error)})."
             raise UserError(problem, "Use the model's folder instead.", CHECKPOINT) from None
 
 
-_said: collections.deque[str] = collections.deque(maxlen=20)  # llama.cpp's errors, the newest last
-_callbacks: list[Any] = []  # kept: llama.cpp calls it as long as the process lives
+_errors: collections.deque[str] = collections.deque(maxlen=20)  # that llama.cpp logged, the newest last
+_callbacks: list[Any] = []  # llama.cpp calls them as long as the process lives, so they may not be freed
 
 
 @functools.cache
 def library() -> Any:
-    """The module llama_cpp with its log turned to us; raises UserError when it is not there."""
+    """The module llama_cpp, whose log comes to this file; raises UserError when it cannot be imported."""
     try:
         library = importlib.import_module("llama_cpp.llama_cpp")
     except (ImportError, OSError, RuntimeError) as error:
-        problem = f"llama-cpp-python cannot be used here ({error})."
+        problem = f"llama-cpp-python cannot be loaded ({error})."
         raise UserError(problem, f"Run: {commands.set_up('cpu')}") from None
     _callbacks.append(library.llama_log_callback(_log))
     library.llama_log_set(_callbacks[-1], None)
@@ -53,23 +55,22 @@ def library() -> Any:
 
 def _log(level: int, text: bytes, _: Any) -> None:
     if level == ERROR_LEVEL and text.strip():
-        _said.append(text.decode("utf-8", "replace").strip())
+        _errors.append(text.decode("utf-8", "replace").strip())
 
 
-def forget() -> None:
-    """Let go of the errors that llama.cpp logged so far."""
-    _said.clear()
+def forget_errors() -> None:
+    _errors.clear()
 
 
-def said() -> list[str]:
-    """The errors that llama.cpp logged since, the newest last."""
-    return list(_said)
+def logged_errors() -> list[str]:
+    """The errors that llama.cpp logged since forget_errors(), the newest last."""
+    return list(_errors)
 
 
 @contextlib.contextmanager
-def complaints() -> Iterator[list[str]]:
-    """A list that at the end has the errors llama.cpp logged meanwhile."""
-    forget()
-    found: list[str] = []
-    yield found
-    found.extend(said())
+def collected_errors() -> Iterator[list[str]]:
+    """A list that is filled, at the end of the block, with the errors that llama.cpp logged in it."""
+    forget_errors()
+    errors: list[str] = []
+    yield errors
+    errors.extend(logged_errors())

@@ -1,8 +1,8 @@
-"""Text generation by llama.cpp: token ids in, scores of the next token out. No graphics card, no torch model.
+"""Text generation by llama.cpp on the CPU: token ids in, scores of the next token out.
 
-It knows no conversation, no template and nothing of how a token is chosen: decoding.py does that for both
-engines. The tokenizer is transformers', so that prompts are those of training. The context holds one
-sequence: who asks second waits.
+This file knows no conversation and no template, and decoding.py chooses the tokens for all engines. Prompts
+are encoded by the tokenizer of transformers, so they are the same as in training. The context holds one
+sequence; a second question waits for the first answer.
 
 Legend: V entries of the vocabulary.
 """
@@ -28,12 +28,12 @@ from onecard.inference import llama_cpp as llama_cpp_library
 from onecard.inference.decoding import shared_beginning
 from onecard.inference.gguf_check import AGAIN, ANOTHER, because, is_allocation, unusable
 
-CHUNK = 256  # tokens of a prompt read at once: between two chunks an answer can be stopped
-TURN = 0.2  # seconds between two looks of one who waits
+CHUNK = 256  # tokens of a prompt that are read at once; between two chunks an answer can be stopped
+TURN = 0.2  # seconds after which a waiting sequence looks whether it was cancelled
 
 
 class Engine:
-    """A GGUF file in memory, with adapters. One answer at a time has it, from its read() to its close()."""
+    """A GGUF file in memory, with adapters. One answer at a time uses it, from its read() to its close()."""
 
     name = "llama.cpp"
     capabilities: ClassVar = engines.Capabilities(
@@ -48,23 +48,21 @@ class Engine:
         context: int,
         adapters: Mapping[str, Path] | None = None,
         threads: int | None = None,
-        gpu_layers: int = 0,
         exact: bool = False,
     ):
         """context: tokens of prompt and answer together, at most what the model was trained for; adapters:
-        name -> GGUF adapter; threads: torch's number unless given; gpu_layers: -1 = all; exact: keys and
-        values in fp32, to compare with others; llama.cpp's own choice, fp16, is smaller and faster.
+        name -> GGUF adapter; threads: of the CPU, as many as torch uses if None; exact: keeps keys and values
+        in fp32, to compare results. In fp16, the usual choice of llama.cpp, they are smaller and faster.
 
         Raises UserError: exit 4 for a file that llama.cpp cannot use, exit 6 when it needs too much memory.
         """
         self.path, self.tokenizer, self.adapters = gguf, tokenizer, list(adapters or {})
-        self.threads, self.gpu_layers = threads or torch.get_num_threads(), gpu_layers
-        self.exact = exact
-        self.lock = threading.Lock()  # of the whole sequence, not of a step
-        self.held: list[int] = []  # tokens whose keys and values the context has
+        self.threads, self.exact = threads or torch.get_num_threads(), exact
+        self.lock = threading.Lock()  # held for a whole answer, not only for a step
+        self.context_ids: list[int] = []  # tokens whose keys and values are in the context
         self.active: dict[str, float] = {}
-        self.stale = False
-        self.row: tuple[int, torch.Tensor] = 0, torch.empty(0)  # address and view of llama.cpp's scores
+        self.stale = False  # whether a step failed, so that the context is in no known state
+        self.row: tuple[int, torch.Tensor] = 0, torch.empty(0)  # address and view of the scores in llama.cpp
         self.library = llama_cpp_library.library()
         gguf_check.check(gguf, list((adapters or {}).values()))
         with contextlib.ExitStack() as stack:
@@ -81,11 +79,11 @@ class Engine:
 
     def _load_model(self, gguf: Path) -> Any:
         settings = self.library.llama_model_default_params()
-        settings.n_gpu_layers = self.gpu_layers
-        with llama_cpp_library.complaints() as said:
+        settings.n_gpu_layers = 0
+        with llama_cpp_library.collected_errors() as errors:
             model = self.library.llama_model_load_from_file(os.fsencode(gguf), settings)
         if not model:
-            raise unusable(gguf, because("llama.cpp cannot load it", said), AGAIN)
+            raise unusable(gguf, because("llama.cpp cannot load it", errors), AGAIN)
         return model
 
     def _make_state(self, gguf: Path) -> Any:
@@ -95,29 +93,29 @@ class Engine:
         if self.exact:
             settings.type_k = settings.type_v = self.library.GGML_TYPE_F32
             settings.flash_attn_type = self.library.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        with llama_cpp_library.complaints() as said:
+        with llama_cpp_library.collected_errors() as errors:
             state = self.library.llama_init_from_model(self.model, settings)
         if not state:
-            problem = because(f"llama.cpp has no room for {self.context} tokens", said)
+            problem = because(f"llama.cpp has no room for {self.context} tokens", errors)
             raise unusable(gguf, problem, "", MEMORY)
         return state
 
     def _load_adapter(self, path: Path) -> Any:
-        with llama_cpp_library.complaints() as said:
+        with llama_cpp_library.collected_errors() as errors:
             adapter = self.library.llama_adapter_lora_init(self.model, os.fsencode(path))
-        if not adapter:  # the model frees those it has
-            raise unusable(path, because("the adapter does not fit this base model", said), ANOTHER)
+        if not adapter:  # adapters that were loaded before are freed with the model
+            raise unusable(path, because("the adapter does not fit this base model", errors), ANOTHER)
         return adapter
 
     @property
     def placement(self) -> engines.Placement:
-        return engines.Placement("cpu", self.threads, self.gpu_layers)
+        return engines.Placement("cpu", self.threads)
 
     def load(self) -> None:
-        """It is there from the beginning."""
+        """Nothing to do: the constructor has loaded the model."""
 
     def check_active_adapters(self, active_adapters: ActiveAdapters) -> None:
-        """Raise UserError when these adapters cannot be used so."""
+        """Raise UserError when these adapters cannot be active with these weights."""
         for name, _ in active_adapters:
             engines.check_adapter(name, self.adapters)
 
@@ -130,25 +128,28 @@ class Engine:
             raise RuntimeError("The engine is closed.")
 
     def forget(self) -> None:
-        """Begin the next answer from nothing. Takes no lock: the answer that failed still holds it."""
+        """Start the next answer with an empty context. Takes no lock, as the failed answer still holds it."""
         self.stale = True
 
     def begin(self, prompt: list[int], active_adapters: ActiveAdapters) -> int:
-        """Keep what the context has of this prompt, all but one token at most; returns how many that are."""
+        """Cut the context to the tokens that this prompt begins with; returns how many they are.
+
+        At least one token of the prompt is left to be read, since its scores are needed.
+        """
         self._check_open()
         active = {name: weight for name, weight in active_adapters if weight}
         memory = self.library.llama_get_memory(self.state)
         keep = 0
         if active == self.active and not self.stale:
-            keep = shared_beginning(self.held, prompt[:-1])
+            keep = shared_beginning(self.context_ids, prompt[:-1])
         if active != self.active:
             self._activate(active)
-        if keep < len(self.held) or self.stale:
-            cut = keep and self.library.llama_memory_seq_rm(memory, 0, keep, -1)
-            if not cut:  # some models' states cannot be cut
+        if keep < len(self.context_ids) or self.stale:
+            is_cut = keep and self.library.llama_memory_seq_rm(memory, 0, keep, -1)
+            if not is_cut:  # the state of some models cannot be cut
                 keep = 0
                 self.library.llama_memory_clear(memory, False)
-        self.held, self.stale = self.held[:keep], False
+        self.context_ids, self.stale = self.context_ids[:keep], False
         return keep
 
     def _activate(self, active: dict[str, float]) -> None:
@@ -161,56 +162,56 @@ class Engine:
         self.active = active
 
     def each(self, ids: list[int], active_adapters: ActiveAdapters = ()) -> Iterator[torch.Tensor]:
-        """[t, V] of what follows each of `ids`, some tokens at a time; nothing comes before the first."""
+        """Scores [t, V] of the token after each of `ids`, some tokens at a time; `ids` begin the sequence."""
         with self.lock:
             self.begin([], active_adapters)
             for start in range(0, len(ids), CHUNK):
                 yield self.scores(ids[start : start + CHUNK], each=True)
 
     def scores(self, ids: list[int], each: bool = False) -> torch.Tensor:
-        """[1, V] of what follows `ids`, at most CHUNK of them; the context then holds them too.
+        """Scores [1, V] of the token after `ids`, which are at most CHUNK and are added to the context.
 
-        It is llama.cpp's own memory, which the next call writes over. each: [len(ids), V], what follows each
-        of them, in memory of its own.
+        The result is memory of llama.cpp, which the next call overwrites. each: [len(ids), V], the scores
+        after each of the ids, in memory of their own.
         """
         tokens = (self.library.llama_token * len(ids))(*ids)
         rows = len(ids) if each else 1
-        wanted = (ctypes.c_int8 * len(ids))(*[1] * rows) if each else None
-        llama_cpp_library.forget()
+        is_scored = (ctypes.c_int8 * len(ids))(*[1] * rows) if each else None
+        llama_cpp_library.forget_errors()
         batch = self.library.llama_batch_get_one(tokens, len(ids))
-        batch.logits = wanted
+        batch.logits = is_scored
         code = self.library.llama_decode(self.state, batch)
         row = None if code else self.library.llama_get_logits_ith(self.state, 0 if each else -1)
         if not row:
-            self.stale = True  # what it holds now is not known
-            said = llama_cpp_library.said()
-            reason = said[-1] if said else f"code {code}"
+            self.stale = True
+            errors = llama_cpp_library.logged_errors()
+            reason = errors[-1] if errors else f"code {code}"
             kind = MemoryError if code == -2 or is_allocation(reason) else RuntimeError
             raise kind(f"llama.cpp: {reason}")
-        self.held += ids
+        self.context_ids += ids
         if each:
             return torch.from_numpy(np.ctypeslib.as_array(row, (rows, self.entries)).copy())
         address = ctypes.addressof(row.contents)
-        if address != self.row[0]:  # hardly ever: a view costs more than all else here
+        if address != self.row[0]:  # this is rare, so the view is kept: making it is the slow part here
             self.row = address, torch.from_numpy(np.ctypeslib.as_array(row, (1, self.entries)))
         return self.row[1]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text by the file's own vocabulary, added tokens in it as such; no token comes before."""
-        given = text.encode()
+        """Ids of a text by the vocabulary in the file, without BOS; names of added tokens become tokens."""
+        raw = text.encode()
         vocabulary = self.library.llama_model_get_vocab(self.model)
-        room = len(given) + 8
+        room = len(raw) + 8
         ids = (self.library.llama_token * room)()
-        count = self.library.llama_tokenize(vocabulary, given, len(given), ids, room, False, True)
+        count = self.library.llama_tokenize(vocabulary, raw, len(raw), ids, room, False, True)
         assert 0 <= count <= room, count
         return list(ids[:count])
 
     def ends_with(self, token: int) -> bool:
-        """Whether llama.cpp itself takes this token for the end of an answer."""
+        """Whether this token ends an answer in llama.cpp."""
         return bool(self.library.llama_vocab_is_eog(self.library.llama_model_get_vocab(self.model), token))
 
     def written(self, key: str) -> str | None:
-        """A text or number of the file's metadata, as text; None when it has no such key."""
+        """An entry of the metadata in the file, as text; None when there is no such key."""
         size = self.library.llama_model_meta_val_str(self.model, key.encode(), None, 0)
         if size < 0:
             return None
@@ -219,7 +220,7 @@ class Engine:
         return text.value.decode("utf-8", "replace")
 
     def close(self) -> None:
-        """Free the memory, once the answer that is being written has ended."""
+        """Free the memory as soon as no answer is in progress."""
         with self.lock:
             self.resources.close()
             self.state = None
@@ -235,7 +236,7 @@ class Sequence:
         self.scores: torch.Tensor | None = None
 
     def read(self) -> Iterator[int]:
-        """Take the prompt in; yields how many tokens are read, 0 while another answer is being written."""
+        """Read the prompt; yields how many tokens have been read, 0 while another answer is in progress."""
         while not self.engine.lock.acquire(timeout=TURN):
             if self.cancelled:
                 return
@@ -256,7 +257,7 @@ class Sequence:
 
     def advance(self, parents: abc.Sequence[int], tokens: abc.Sequence[int]) -> torch.Tensor:
         self._check_goes_on()
-        assert list(parents) == [0], "one sequence"
+        assert list(parents) == [0], "this engine follows one sequence"
         return self.engine.scores(list(tokens))
 
     def cancel(self) -> None:
@@ -264,10 +265,10 @@ class Sequence:
 
     def _check_goes_on(self) -> None:
         if self.cancelled or not self.has_lock:
-            raise RuntimeError("The sequence was cancelled or closed, or not read.")
+            raise RuntimeError("The sequence was cancelled, closed or never read.")
 
     def close(self) -> None:
-        """Let the next answer begin. Its keys and values stay, for the next turn of this conversation."""
+        """Let the next answer begin. Keys and values stay, for the next turn of this conversation."""
         if self.has_lock:
             self.has_lock = False
             self.engine.lock.release()
@@ -279,9 +280,9 @@ def _is_an_engine(engine: Engine) -> engines.Engine:
 
 
 def _check_vocabulary(gguf: Path, entries: int, tokenizer: Any) -> None:
-    # transformers adds a token of its own when it reads a GGUF file
+    # special tokens do not count, because transformers adds one of its own when it reads a GGUF file
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     highest = max(token for token in tokenizer.get_vocab().values() if token not in special)
     if highest >= entries:
-        problem = f"{gguf}: it has {entries} tokens, the tokenizer's ids go up to {highest}."
+        problem = f"{gguf}: the file has {entries} tokens, but the ids of the tokenizer go up to {highest}."
         raise UserError(problem, "Use the tokenizer and the GGUF file of one model.", CHECKPOINT)

@@ -1,6 +1,6 @@
-"""A chat as one line of JSON, with everything that made its answers; and back, as far as it can be had here.
+"""A chat as one line of JSON, with everything that its answers were made with; and such a line read again.
 
-It knows no window: a terminal saves and loads the same lines.
+This file knows no window: a terminal saves and loads the same lines.
 """
 
 import dataclasses
@@ -22,14 +22,16 @@ LONGEST = 20_000_000  # characters
 OTHER_FILE = "Choose a file that was saved here."
 LEFT, RIGHT = "answer", "other"  # of two adapters that are compared
 TEXTS = ("question", "input", LEFT, RIGHT, "template")
-Turns = list[dict[str, Any]]  # question, input, answer, other; options, adapters and template that made them
+Turns = list[
+    dict[str, Any]
+]  # question, input, answer, other, and options, adapters and template of the answer
 Note = tuple[str, str]  # English, Chinese
 
 
 def made_by(
     chat: Chat, settings: Generation, adapters_by_side: dict[str, ActiveAdapters], form: str
 ) -> dict[str, Any]:
-    """What made an answer, for its turn. form: name of a template."""
+    """What an answer was made with, to be saved in its turn. form: the name of a template."""
     options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Generation)}
     name = chat.template_of(form).name
     return {"options": options, "adapters": _plain(adapters_by_side), "template": name}
@@ -44,10 +46,10 @@ def record(
     form: str = TRAINED,
     **texts: str,
 ) -> str:
-    """One line: the turns, and all that the next answer would be made with.
+    """One line: the turns, and everything that the next answer would be made with.
 
-    program: the options it was started with; adapters_by_side: the active adapters of LEFT, and of RIGHT when
-    two are compared; texts: system, context.
+    program: the options that the program was started with; adapters_by_side: the active adapters of LEFT, and
+    of RIGHT when two are compared; texts: system, context.
     """
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     about = {
@@ -84,12 +86,12 @@ def load(path: Path) -> Saved:
     try:
         return read(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
-        raise UserError("This is no saved chat: it is no text.", OTHER_FILE, DATA) from None
+        raise UserError("This is not a saved chat: the file is not text.", OTHER_FILE, DATA) from None
 
 
 def read(text: str) -> Saved:
     """The last chat in these lines; raises UserError (exit 3)."""
-    lines = [line for line in text.split("\n") if line.strip()]  # a text may hold other kinds of line ends
+    lines = [line for line in text.split("\n") if line.strip()]  # splitlines() would cut inside of texts
     try:
         if not lines:
             raise ValueError("it is empty")
@@ -106,11 +108,11 @@ def read(text: str) -> Saved:
             {str(name): str(text) for name, text in (saved.get("versions") or {}).items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
-        raise UserError(f"This is no saved chat: {error}.", OTHER_FILE, DATA) from None
+        raise UserError(f"This is not a saved chat: {error}.", OTHER_FILE, DATA) from None
 
 
 def turns_of(values: Any) -> Turns:
-    """Turns that came as JSON, checked; raises one of several errors for what cannot be turns."""
+    """Turns from JSON, checked; raises ValueError, KeyError, TypeError or UserError for anything else."""
     turns = [_turn(value) for value in values]
     if not all("question" in turn and LEFT in turn for turn in turns):
         raise ValueError("a turn lacks its question or answer")
@@ -118,54 +120,54 @@ def turns_of(values: Any) -> Turns:
 
 
 def _turn(value: dict[str, Any]) -> dict[str, Any]:
-    made: dict[str, Any] = {key: str(value[key]) for key in TEXTS if key in value}
+    turn: dict[str, Any] = {key: str(value[key]) for key in TEXTS if key in value}
     if "options" in value:
-        made["options"] = dataclasses.asdict(config_options.build(Generation, value["options"]))
+        turn["options"] = dataclasses.asdict(config_options.build(Generation, value["options"]))
     if "adapters" in value:
-        made["adapters"] = _plain(_adapters_by_side(value["adapters"]))
-    return made
+        turn["adapters"] = _plain(_adapters_by_side(value["adapters"]))
+    return turn
 
 
 def _adapters_by_side(value: dict[str, dict[str, float]]) -> dict[str, ActiveAdapters]:
-    found = {}
+    adapters = {}
     for side in (LEFT, RIGHT):
         if side in value:
-            found[side] = tuple((str(name), float(weight)) for name, weight in value[side].items())
-            if not all(math.isfinite(weight) for _, weight in found[side]):
-                raise ValueError("a weight is no number")
-    return found
+            adapters[side] = tuple((str(name), float(weight)) for name, weight in value[side].items())
+            if not all(math.isfinite(weight) for _, weight in adapters[side]):
+                raise ValueError("a weight is not a number")
+    return adapters
 
 
 def fitted(saved: Saved, chat: Chat) -> tuple[Saved, list[Note]]:
-    """The chat with what of it can be had here, and notes on what cannot.
+    """The chat with everything that this model can use, and notes on what it cannot.
 
-    A mode that the engine lacks becomes the nearest that it has.
+    A mode that the engine lacks is replaced by the nearest one that it has.
     """
     notes: list[Note] = []
     options = saved.options
     if options.mode not in chat.modes():
         mode = SAMPLE if options.mode == BEAM_SAMPLE else GREEDY
-        notes.append((f"mode {options.mode} is not there with {chat.engine.name}: {mode} instead",
+        notes.append((f"{chat.engine.name} has no mode {options.mode}: {mode} is used instead",
                       f"{chat.engine.name} 没有 {options.mode} 模式，改用 {mode}"))  # fmt: skip
         options = dataclasses.replace(options, mode=mode)
     for name, before in saved.versions.items():
         now = chat.versions.get(name)
         if now not in (None, before):
             chinese = f"{IN_CHINESE.get(name, name)}当时是 {before}，现在是 {now}"
-            notes.append((f"{name} was {before}, now it is {now}", chinese))
+            notes.append((f"the version of {name} was {before}, and is {now} now", chinese))
     adapters_by_side = {}
     for side, active_adapters in saved.adapters_by_side.items():
         try:
             chat.engine.check_active_adapters(active_adapters)
         except UserError as error:
-            notes.append((f"{error.problem} The choice stays as it is", f"{error.problem} 适配器选择不变"))
+            notes.append((f"{error.problem} The chosen adapters stay", f"{error.problem} 适配器选择不变"))
         else:
             adapters_by_side[side] = active_adapters
     form = saved.template
     if form in (None, chat.template.name):
         form = TRAINED
     elif form not in templates.names():
-        notes.append((f"template {form} is not here: {chat.template.name} stays",
+        notes.append((f"there is no template {form} here: {chat.template.name} stays",
                       f"没有模板 {form}，仍用 {chat.template.name}"))  # fmt: skip
         form = None
     else:
@@ -183,16 +185,16 @@ def fitted(saved: Saved, chat: Chat) -> tuple[Saved, list[Note]]:
 def conversation(
     turns: list[dict[str, str]], system: str, key: str = "answer", unfinished: bool = False
 ) -> Conversation:
-    """What the model is asked: earlier turns whole, the last one without its answer unless that goes on.
+    """What the model is shown: the earlier turns, and the last without its answer unless that is continued.
 
-    key: which answers count, of two side by side.
+    key: LEFT or RIGHT, the side whose answers count when two are compared.
     """
-    made = [Turn("system", system)] if system else []
+    spoken = [Turn("system", system)] if system else []
     for turn in turns[:-1]:
-        made.append(Turn("user", turn["question"], turn.get("input", "")))
-        made.append(Turn("assistant", turn.get(key) or turn.get("answer", "")))
+        spoken.append(Turn("user", turn["question"], turn.get("input", "")))
+        spoken.append(Turn("assistant", turn.get(key) or turn.get("answer", "")))
     last = turns[-1]
-    made.append(Turn("user", last["question"], last.get("input", "")))
+    spoken.append(Turn("user", last["question"], last.get("input", "")))
     if unfinished:
-        made.append(Turn("assistant", last.get(key) or last.get("answer", "")))
-    return Conversation(tuple(made))
+        spoken.append(Turn("assistant", last.get(key) or last.get("answer", "")))
+    return Conversation(tuple(spoken))

@@ -1,7 +1,8 @@
-"""What --lora_path names -> the folder of an adapter, with the base and template written there.
+"""What --lora_path names -> the folder of an adapter, with the base and the template that are recorded there.
 
-An adapter is a folder as peft writes it, a run (its published adapter, or its best or newest checkpoint), an
-older folder without adapter_config.json or with a pickled file, or a hub name. Nothing in them is changed.
+The path may be a folder that peft wrote, a run (its published adapter, or its best or newest checkpoint), an
+older folder without adapter_config.json or with a pickled file, a .gguf file, or a hub name. Nothing in these
+folders is changed.
 """
 
 import contextlib
@@ -29,27 +30,29 @@ GGUF = ".gguf"
 
 @dataclasses.dataclass
 class Adapter:
-    """An adapter, or a whole model that was trained."""
+    """An adapter, or a model that was trained as a whole."""
 
-    name: str  # in windows and /adapter
-    folder: Path  # adapter_config.json and adapter_model.safetensors, a model's files, or a .gguf file
-    whole: bool = False  # a model, not an adapter
-    weight: float = 1.0
-    base: str | None = None  # the model it was made with, where that is written; of the hub with its commit
-    version: str | None = None  # of the base, where its run wrote one, of ModelScope too
-    template: dict[str, Any] | str | None = None  # its texts or its name, where that is written
-    notes: list[str] = dataclasses.field(default_factory=list)
-    given: Path | None = None  # the user's folder, where `folder` is a copy in peft's form
-    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)  # of its run: base, tokenizer
-    bits: int | None = None  # of the base in its run
+    name: str  # in windows and after /adapter
+    folder: (
+        Path  # with adapter_config.json and adapter_model.safetensors, or a model's folder, or a .gguf file
+    )
+    whole: bool = False  # whether this is a whole model
+    base: str | None = None  # the base that is recorded with it; a hub name has its commit
+    version: str | None = None  # of the base, if its run recorded one; it may come from ModelScope
+    template: dict[str, Any] | str | None = None  # its texts or its name, if recorded
+    notes: list[str] = dataclasses.field(default_factory=list)  # what the user should be told
+    original: Path | None = None  # the user's folder, if `folder` is a copy in the layout of peft
+    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)  # that its run recorded
+    bits: int | None = None  # of the base's weights in its run
 
     @property
     def origin(self) -> Path:
-        return self.given or self.folder
+        """The folder or file as the user knows it."""
+        return self.original or self.folder
 
     @property
     def record(self) -> str | None:
-        """What to compare the base in use with."""
+        """The version of the base that was trained on; the base in use is compared with it."""
         return self.version or self.base
 
     @property
@@ -84,18 +87,18 @@ def read_list(lora_path: str | None) -> list[AdapterPath]:
 
 
 def short_name(path: str) -> str:
-    """The last part of a path; of a checkpoint with its run's."""
+    """A name for the adapter at a path: the last part of the path, for a checkpoint its run's name too."""
     parts = Path(path.rstrip("/")).parts or (path,)
-    parts = (*parts[:-1], revisions.split(parts[-1])[0])  # without a revision of the hub's
+    parts = (*parts[:-1], revisions.split(parts[-1])[0])  # without the revision of a hub name
     last = parts[-1] if not parts[-1].startswith("checkpoint-") else "-".join(parts[-2:])
     return re.sub(r"[^\w.-]+", "-", last) or "adapter"
 
 
 def find(path: str, name: str, which: str, keep: Path) -> Adapter:
-    """What lies there, or on the hub by that name; raises UserError when it is no adapter and no run.
+    """The adapter or model at a path or hub name; raises UserError when there is none, or a damaged one.
 
-    which: of an unfinished run its "best" or "newest" checkpoint; keep: a folder for adapters that have to be
-    written in peft's form first.
+    which: "best" or "newest", the checkpoint of an unfinished run; keep: a folder for adapters that have to
+    be rewritten in the layout of peft first.
     """
     local = Path(path).expanduser()
     if local.suffix == GGUF and local.is_file():
@@ -103,26 +106,27 @@ def find(path: str, name: str, which: str, keep: Path) -> Adapter:
     if (local / run_folder.EXPORT).is_file():
         return _exported(local, None, name)
     folder = local if local.is_dir() else Path(locate.fetch_adapter(path))
-    made = _find(folder, name, which, keep)
+    adapter = _find(folder, name, which, keep)
     stored = _object(folder / run_folder.CONFIG)
     if not stored and ((folder / runs_checkpoint.MANIFEST).is_file() or folder.name == run_folder.MODEL):
         stored = _object(folder.parent / run_folder.CONFIG)
     options = stored.get("options") or {}
     if options.get("model_path"):
-        made.version = (stored.get("resolved") or {}).get("base")
-        made.base = revisions.recorded(options["model_path"], made.version, stored=True)
-    made.bits = options.get("bits")
-    made.fingerprints = stored.get("fingerprints") or {}
-    made.template = (stored.get("resolved") or {}).get("template") or _first(options.get("template"))
-    return made
+        adapter.version = (stored.get("resolved") or {}).get("base")
+        adapter.base = revisions.recorded(options["model_path"], adapter.version, stored=True)
+    adapter.bits = options.get("bits")
+    adapter.fingerprints = stored.get("fingerprints") or {}
+    adapter.template = (stored.get("resolved") or {}).get("template") or _first(options.get("template"))
+    return adapter
 
 
 def _exported(folder: Path, file: Path | None, name: str) -> Adapter:
-    """A GGUF adapter, its base and template where export.json says them; file None: the one it names."""
+    """A GGUF adapter, with the base and template that export.json records; file None: the one named there."""
     values = _object(folder / run_folder.EXPORT)
     names = {key: values.get(key) for key in ("base", "adapter")}
     if not all(
-        what is None or (isinstance(what, str) and Path(what).name == what) for what in names.values()
+        file_name is None or (isinstance(file_name, str) and Path(file_name).name == file_name)
+        for file_name in names.values()
     ):
         raise UserError(f"{folder / run_folder.EXPORT}: damaged.", "Export the model again.", CHECKPOINT)
     base = str((folder / names["base"]).resolve()) if names["base"] else None
@@ -149,9 +153,9 @@ def _find(folder: Path, name: str, which: str, keep: Path) -> Adapter:
         return Adapter(name, folder / run_folder.MODEL, whole=True)
     if (folder / run_folder.CONFIG).is_file():
         chosen, note = _of_run(folder, which)
-        found = _as_it_is(chosen, name)
-        found.notes.append(note)
-        return found
+        adapter = _as_it_is(chosen, name)
+        adapter.notes.append(note)
+        return adapter
     if (folder / model_files.MODEL_WEIGHTS).is_file() and (folder / model_files.MODEL_CONFIG).is_file():
         return _as_it_is(folder, name)
     if legacy.is_legacy(folder) or (folder / model_files.ADAPTER_WEIGHTS).is_file():
@@ -167,51 +171,51 @@ def _as_it_is(folder: Path, name: str) -> Adapter:
         return Adapter(name, folder, whole=True)
     values = _object(folder / model_files.ADAPTER_CONFIG)
     if values.get("peft_type", "LORA") != "LORA":
-        problem = f"{folder / model_files.ADAPTER_CONFIG}: not a LoRA adapter's."
-        raise UserError(problem, "OneCard talks with LoRA adapters.", CHECKPOINT)
+        problem = f"{folder / model_files.ADAPTER_CONFIG}: this is not a LoRA adapter."
+        raise UserError(problem, "OneCard only uses LoRA adapters; name another one.", CHECKPOINT)
     return Adapter(name, folder, base=revisions.of_settings(values))
 
 
 def _of_run(folder: Path, which: str) -> tuple[Path, str]:
-    """A checkpoint of a run that is not finished, and which it is; a training there goes on undisturbed."""
+    """A checkpoint of an unfinished run, and a note which one it is. A training there is not disturbed."""
     steps = sorted(run_folder.checkpoint_steps(folder), reverse=True)
     best = run_log.best_step(folder) if which == BEST else None
-    for step in sorted(steps, key=lambda step: step != best):  # the others stay in their order
+    for step in sorted(steps, key=lambda step: step != best):  # the best first, then the newest
         path = folder / f"checkpoint-{step}"
         with contextlib.suppress(UserError):
             runs_checkpoint.verify(path)
-            what = "the best so far" if step == best else "the newest"
-            return path, f"{folder} is not finished: {path.name} answers, {what}"
-    problem = f"--lora_path {folder}: this run has no whole checkpoint yet."
-    raise UserError(problem, "Wait for its first save, or name another adapter.", CHECKPOINT)
+            which_one = "the best so far" if step == best else "the newest"
+            return path, f"{folder} is not finished: {path.name} is used, {which_one}"
+    problem = f"--lora_path {folder}: this run has no complete checkpoint yet."
+    raise UserError(problem, "Wait until it saves its first one, or name another adapter.", CHECKPOINT)
 
 
 def _from_older(folder: Path, name: str, keep: Path) -> Adapter:
-    """An older adapter in peft's form, in a folder of our own."""
+    """An older adapter, rewritten in the layout of peft into a folder inside `keep`."""
     old = legacy.read(folder)
     place = Path(tempfile.mkdtemp(dir=keep))
     alpha = old.alpha if old.alpha is not None else 2.0 * old.rank
     notes = list(old.notes)
     if old.alpha is None:
-        notes.append(f"{folder} does not say its alpha: {alpha:g} is taken, twice its rank")
+        notes.append(f"{folder} does not record its alpha: {alpha:g} is used, twice its rank")
     prefix = "base_model.model."
     tensors = {
         key if key.startswith(prefix) else prefix + key: tensor.contiguous()
         for key, tensor in old.tensors.items()
     }
     save_file(tensors, place / model_files.ADAPTER_WEIGHTS)
-    given = _object(folder / model_files.ADAPTER_CONFIG)
+    config = _object(folder / model_files.ADAPTER_CONFIG)
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": old.rank,
         "lora_alpha": alpha,
         "target_modules": old.targets.split(","),
-        "use_rslora": bool(given.get("use_rslora")),
+        "use_rslora": bool(config.get("use_rslora")),
         "inference_mode": True,
     }
     (place / model_files.ADAPTER_CONFIG).write_text(json.dumps(values), encoding="utf-8")
-    return Adapter(name, place, base=given.get("base_model_name_or_path"), notes=notes, given=folder)
+    return Adapter(name, place, base=config.get("base_model_name_or_path"), notes=notes, original=folder)
 
 
 def _first(names: Any) -> str | None:

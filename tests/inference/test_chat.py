@@ -318,9 +318,9 @@ def test_every_control_does_something_or_says_that_it_does_not(small, mode):
     talk = chat_with(small)
     settings = Generation(mode, 1.5, 0.98, 100, 4, 1.0, 0, 0, 14, seed=1)
     questions = [asked("Say red", "red", "Say blue", "blue", f"Say {word}") for word in tiny.WORDS[:4]]
-    talk.ends = []  # or an answer might end before its fifth token
+    talk.eos_ids = []  # or an answer might end before its fifth token
     count = last(talk, questions[0], settings).prompt_tokens
-    talk.ends = [talk.engine.kept[-1][1][count + 4]]  # so that an answer ends by itself
+    talk.eos_ids = [talk.engine.caches[-1][1][count + 4]]  # so that an answer ends by itself
 
     def said(settings: Generation) -> list[tuple[str, int]]:
         replies = [last(talk, question, settings) for question in questions]
@@ -451,9 +451,9 @@ def test_kept_keys_and_values_change_no_answer(talk, monkeypatch, how):
     ask("Say soft")
     ask("Say hard")
     said.clear()
-    talk.engine.kept.clear()
+    talk.engine.caches.clear()
     ask("Another", reuses=False)
-    assert len(talk.engine.kept) <= transformers_engine.KEPT
+    assert len(talk.engine.caches) <= transformers_engine.KEPT
 
 
 def test_an_answer_that_nobody_reads_on_is_kept(talk):
@@ -492,7 +492,7 @@ def test_at_most_one_token_more_after_cancelling(talk, monkeypatch, settings):
     total, shown = len(calls), [text.beams[0] for text in whole]
     chunks = total - len([text for text in whole if text.tokens])
     for at in range(1, total, 2):
-        talk.engine.kept.clear()
+        talk.engine.caches.clear()
         calls.clear()
         replies = list(talk.stream(asked("Say red " * 9), settings, None, lambda at=at: len(calls) >= at))
         assert len(calls) <= at + 1
@@ -547,7 +547,7 @@ def test_out_of_memory_keeps_the_answer_and_the_next_question_works(
     assert reply.finished == NO_MEMORY
     assert reply.text.tokens == step - 1
     assert reply.text.whole == (whole[step - 2] if step > 1 else "")
-    assert not talk.engine.kept
+    assert not talk.engine.caches
     for _ in range(2):
         assert last(talk, question, settings).text.whole == whole[-1]
     if layer is not None:
@@ -563,7 +563,7 @@ def test_other_errors_are_not_hidden(talk, monkeypatch, layer, error):
     question = asked("Say red")
     whole = last(talk, question).text.whole
     broken_at(talk, monkeypatch, 5, error, layer)
-    talk.engine.kept.clear()
+    talk.engine.caches.clear()
     with pytest.raises(type(error)) as caught:
         list(talk.stream(question, QUICK))
     assert caught.value is error
@@ -737,7 +737,7 @@ def test_four_answers_at_once_keep_to_their_adapters(tiny_model, adapters):
     ]  # fmt: skip
     alone = [[last(talk, *job).text for job in several] for several in jobs]
     assert len({texts[0].whole for texts in alone}) == 4
-    engine.kept.clear()
+    engine.caches.clear()
     together: list[list] = [[] for _ in jobs]
     turns: list[int] = []
 

@@ -396,7 +396,7 @@ def test_equal_scores_lose_no_candidate(mode):
 
 def test_least_length_is_kept_on_the_scores_own_device():
     """And an end that there are no scores of is none."""
-    made = decoding._within([1, 2, 7], torch.zeros(1, 5, device="meta"))
+    made = decoding._scored([1, 2, 7], torch.zeros(1, 5, device="meta"))
     assert (made.device.type, made.shape) == ("meta", (2,))
     pick = decoding._Picker(with_(min_new_tokens=2), [0, 0], [1, 2, 7], None)
     scores = torch.tensor([[0.0, 3.0, 2.0, 1.0, 0.0]])

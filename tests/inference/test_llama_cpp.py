@@ -270,7 +270,10 @@ DAMAGE = {  # what is wrong, how it is made, what is said
     "cut off": (lambda data: data[:-1000], "not within the file bounds"),
     "no GGUF": (lambda data: b"PK" + data, "not a GGUF file"),
     "header only": (lambda data: data[:2000], "cannot load it"),
-    "a token twice, where llama.cpp aborts": (lambda data: data.replace(b"quick", b"quiet"), "gives up"),
+    "a token twice, where llama.cpp aborts": (
+        lambda data: data.replace(b"quick", b"quiet"),
+        "llama.cpp ended with",
+    ),
 }
 
 
@@ -290,7 +293,9 @@ def test_damaged_file_is_refused(tiny_files, tmp_path, capfd, damage):
 def test_file_that_does_not_belong_is_refused(files, llama, tiny_files):
     """A smaller vocabulary than the tokenizer's, an adapter of another model, a model as an adapter."""
     path, tokenizer = tiny_files[1], models_tokenizer.load_tokenizer(str(tiny_files[0]))
-    with pytest.raises(UserError, match="it has 300 tokens, the tokenizer's ids go up to 49151"):
+    with pytest.raises(
+        UserError, match="the file has 300 tokens, but the ids of the tokenizer go up to 49151"
+    ):
         llama_cpp_engine.Engine(path, llama.tokenizer, 128)
     for wrong in (files[1]["one"], path):
         with pytest.raises(UserError, match="does not fit this base model: ") as caught:
@@ -371,8 +376,8 @@ def test_converted_once_for_each_content(tiny_model, tmp_path, monkeypatch):
         ({"use_dora": True}, "DoRA"),
         ({"modules_to_save": ["embed_tokens"]}, "trained embeddings"),
         ({"peft_type": "IA3"}, "not a LoRA adapter"),
-        ({"init_lora_weights": "pissa"}, "changed the base's weights"),
-        ({"lora_alpha": "many"}, "an alpha is no number"),
+        ({"init_lora_weights": "pissa"}, "changed the weights of the base"),
+        ({"lora_alpha": "many"}, "an alpha is not a number"),
     ],
 )
 def test_adapter_that_gguf_cannot_hold_is_refused(tiny_model, tmp_path, changes, said):

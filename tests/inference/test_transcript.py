@@ -90,10 +90,10 @@ def test_a_loaded_chat_is_as_it_was_saved(window, tmp_path, adapters_by_side, pi
     [
         ({"adapters": {LEFT: {"three": 1.0}}}, "No adapter is called three", {"adapter": None}),
         ({"adapters": {LEFT: {"one": 5.0}}}, "weights one:5", {"adapter": "one", "one": 2.0}),
-        ({"template": "gone"}, "template gone is not here", {"form": None}),
+        ({"template": "gone"}, "there is no template gone here", {"form": None}),
         (
             {"options": {"mode": "beam"}},
-            "mode beam is not there with toy: greedy instead",
+            "toy has no mode beam: greedy is used instead",
             {"mode": "greedy"},
         ),
         ({"options": {"temperature": 9}}, "Temperature 9.0 is beyond the slider", {"temperature": 2}),
@@ -153,7 +153,7 @@ def test_a_template_that_this_vocabulary_lacks_is_named(window, tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"turns": 1}', '{"turns": [], "options": {"mode": "x"}}'])
 def test_files_that_hold_no_chat(window, tmp_path, text):
     """Told, and nothing on the page changes."""
-    with pytest.raises(UserError, match="no saved chat") as caught:
+    with pytest.raises(UserError, match="not a saved chat") as caught:
         transcript.read(text)
     assert caught.value.code == 3
 
@@ -165,7 +165,7 @@ def test_a_file_that_an_editor_marked_as_utf8(tmp_path):
     file.write_text(line, encoding="utf-8-sig")
     assert transcript.load(file).turns == [TURN]
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="it is no text"):
+    with pytest.raises(UserError, match="the file is not text"):
         transcript.load(file)
 
 

@@ -173,20 +173,20 @@ def test_an_unfinished_run_answers_with_its_best_or_newest_checkpoint(unfinished
         before = tree(unfinished)
         chat, said = load(unfinished, checkpoint=checkpoint)
         assert is_checkpoint(chat, tiny_model, unfinished / f"checkpoint-{wanted}")
-        assert any(f"checkpoint-{wanted} answers" in line for line in said)
+        assert any(f"checkpoint-{wanted} is used" in line for line in said)
         assert tree(unfinished) == before
     damage(unfinished / "checkpoint-4")
     assert is_checkpoint(load(unfinished, checkpoint="newest")[0], tiny_model, unfinished / "checkpoint-3")
     damage(unfinished / "checkpoint-2")  # the best
     chat, said = load(unfinished)
     assert is_checkpoint(chat, tiny_model, unfinished / "checkpoint-3")
-    assert any("checkpoint-3 answers, the newest" in line for line in said)
+    assert any("checkpoint-3 is used, the newest" in line for line in said)
     with pytest.raises(UserError, match="changed since it was saved") as caught:
         load(unfinished / "checkpoint-4")
     assert caught.value.code == 4
     for number in (0, 1, 3):
         damage(unfinished / f"checkpoint-{number}")
-    with pytest.raises(UserError, match="no whole checkpoint") as caught:
+    with pytest.raises(UserError, match="no complete checkpoint") as caught:
         load(unfinished)
     assert caught.value.code == 4
 
@@ -276,7 +276,7 @@ def test_older_folders_are_read_and_left_as_they_are(run, tiny_model, old, name,
     tensors = load_file(run / "adapter_model.safetensors")
     scale = ALPHA / RANK if config else 2.0  # where it is not written: twice the rank, and said so
     assert torch.allclose(scores(chat), merged(tiny_model, tensors, scale), atol=1e-4)
-    assert any("does not say its alpha" in line for line in said) == (not config)
+    assert any("does not record its alpha" in line for line in said) == (not config)
     assert f"adapter     {'mine' if named else 'old'}: {old}" in said  # not a copy of ours
     assert chat.engine.adapters == ["mine" if named else "old"]
 
@@ -435,7 +435,7 @@ WRONG = {  # file, its content from what it was, the words, the exit code
     ),
     "cut weights": ("adapter_model.safetensors", lambda raw: raw[: len(raw) // 2], "damaged", 4),
     "empty weights": ("adapter_model.safetensors", lambda _: b"", "damaged", 4),
-    "no weights": ("adapter_model.safetensors", None, "no adapter", 4),
+    "no weights": ("adapter_model.safetensors", None, "neither an adapter", 4),
     "damaged run": ("finetune_config.json", lambda raw: raw[:50], "damaged", 4),
     "run of a list": ("finetune_config.json", lambda _: b"[1]", "no JSON object", 4),
 }
@@ -476,7 +476,7 @@ def test_folders_that_hold_nothing(tmp_path, tiny_model):
     (tmp_path / "empty").mkdir()
     (tmp_path / "young").mkdir()
     (tmp_path / "young" / run_folder.CONFIG).write_text('{"options": {}}')
-    for name, word in (("empty", "no adapter"), ("young", "no whole checkpoint")):
+    for name, word in (("empty", "neither an adapter"), ("young", "no complete checkpoint")):
         with pytest.raises(UserError, match=word) as caught:
             load(tmp_path / name, model_path=str(tiny_model))
         assert caught.value.code == 4

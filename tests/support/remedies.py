@@ -32,7 +32,7 @@ OTHERS = {  # options of programs that are not ours, in command lines
     "pip": {"quiet", "disable-pip-version-check", "no-deps", "no-binary", "dest"}
     | {"force-reinstall", "no-cache-dir", "no-build-isolation"},
     "llama.cpp's converters": {"outfile", "outtype", "base"},
-    "the child of conversion/llama_cpp_converter.py": {"any-tokenizer", "ends"},
+    "the child of conversion/llama_cpp_converter.py": {"any-tokenizer", "eos-ids"},
 }
 WINDOWS = {"interaction": ("finetune",)}  # the tab for training has inputs for options of another program
 

@@ -561,7 +561,7 @@ def test_greedy_is_the_most_probable_token_each_time(tiny_model):
     """Batched, padded, cached generation equals one prompt at a time by full forward passes."""
     base = base_model.load_base(str(tiny_model), 16, "fp32", "cpu")
     prompts = [[5, 9, 17], [4], [30, 31, 32, 33, 34, 35, 36]]
-    answers = transformers_engine.greedy(base, prompts, 6, ends=[1])
+    answers = transformers_engine.greedy(base, prompts, 6, eos_ids=[1])
     for question, answer in zip(prompts, answers, strict=True):
         ids = list(question)
         with torch.no_grad():

@@ -364,8 +364,8 @@ def test_retry_of_a_loaded_turn_has_its_input(piped, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"adapters": {"answer": {"three": 1.0}}}, "No adapter is called three. The choice stays"),
-        ({"template": "gone"}, "template gone is not here: plain stays"),
+        ({"adapters": {"answer": {"three": 1.0}}}, "No adapter is called three. The chosen adapters stay"),
+        ({"template": "gone"}, "there is no template gone here: plain stays"),
         ({"context": "x"}, "a terminal has none"),
         ({"adapters": {"answer": {"two": 1.0}, "other": {}}}, "the first of two adapters answers"),
     ],
@@ -394,7 +394,7 @@ def test_files_that_hold_no_chat(piped, tmp_path):
     assert problem == "4 of 6 lines failed."
     assert len(notes.splitlines()) == 4
     assert "/load needs a file." in notes
-    assert "it is no text" in notes
+    assert "the file is not text" in notes
     assert made.questions[-1] == ["a", "A", "b"]
 
 
