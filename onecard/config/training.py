@@ -43,6 +43,11 @@ class FinetuneConfig(EncodingOptions, AdapterOptions, StepOptions, SourceOptions
     The defaults are those that users of LLaMA LoRA recipes know.
     """
 
+    @classmethod
+    def run_settings(cls) -> type["FinetuneConfig"]:
+        """The class of the options that a run records in its folder."""
+        return cls
+
     test_size: float = learned(
         0.05,
         ("Validation share", "验证比例"),
@@ -203,6 +208,10 @@ class FinetuneConfig(EncodingOptions, AdapterOptions, StepOptions, SourceOptions
 @dataclasses.dataclass(frozen=True)
 class ContinueConfig(FinetuneConfig):
     """Options of finetune_continue.py: those of finetune.py, which stay as the run has them, and these."""
+
+    @classmethod
+    def run_settings(cls) -> type[FinetuneConfig]:
+        return FinetuneConfig  # the options below are for one command, not for the run
 
     resume_from_checkpoint: str | None = option(
         None, EXECUTION, "checkpoint or adapter folder to go on from; none: the newest whole one of the run"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from onecard import errors
+from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config.declaration import LEARNED, OnResume, Option, declared, names
 from onecard.config.training import ContinueConfig, FinetuneConfig
@@ -31,6 +32,9 @@ from onecard.training.plan import Plan, learning_rate, prepare, versions
 from onecard.training.starting_point import STARTING, StartingPoint, finished_before, say_finished
 
 ANOTHER_RUN = f"Bring back a copy of this file, or start another run with {commands.name('finetune')}."
+
+LARGER = declaration.names(ContinueConfig, lambda option: option.resume == OnResume.LARGER)
+LONGER = f"Give a larger {declaration.flags(LARGER)}"
 
 
 def decide(request: ContinueConfig, explicit: frozenset[str]) -> StartingPoint | None:
@@ -116,15 +120,13 @@ def make_plan(start: StartingPoint, request: ContinueConfig, explicit: frozenset
     plan.total_steps = max(planned, plan.total_steps)
     if start.progress.step >= plan.total_steps:
         problem = f"All {plan.total_steps} planned steps are done, so no step is left for these rows."
-        raise UserError(problem, "Give a larger --num_epochs or --max_steps.")
+        raise UserError(problem, f"{LONGER}.")
     return plan
 
 
 def _keep_or_lengthen(start: StartingPoint, plan: Plan, planned: int) -> None:
     if _longer(start) and plan.total_steps <= planned:
-        raise UserError(
-            f"The run is planned for {planned} steps already.", "Give a larger --num_epochs or --max_steps."
-        )
+        raise UserError(f"The run is planned for {planned} steps already.", f"{LONGER}.")
     if _longer(start):
         _say_longer(start, plan, planned)
     else:
@@ -149,7 +151,7 @@ def _same_run(
         problem = (
             f"{folder}: all {finished['steps']} planned steps are done, so no step is left for the rows."
         )
-        raise UserError(problem, "Give a larger --num_epochs or --max_steps too.")
+        raise UserError(problem, f"{LONGER} too.")
     earlier = chosen and finished and runs_checkpoint.read_progress(chosen).step < finished["steps"]
     if finished and not (_longer(start) or earlier):
         say_finished(folder, finished)
@@ -217,8 +219,11 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 
 def _options_of(stored: dict[str, Any], request: ContinueConfig) -> FinetuneConfig:
-    """The run's options; a consent to run code is never read from a file, which may be a stranger's."""
-    return config_options.build(FinetuneConfig, {**stored["options"], "remote_code": request.remote_code})
+    """The run's options. A consent to run code is never read from a file, which may be a stranger's."""
+    settings = request.run_settings()
+    consents = declaration.names(settings, lambda option: option.never_from_file)
+    values = {**stored["options"], **{name: getattr(request, name) for name in consents}}
+    return config_options.build(settings, values)
 
 
 def _check_code(start: StartingPoint, options: FinetuneConfig) -> None:
@@ -235,19 +240,20 @@ def _check_code(start: StartingPoint, options: FinetuneConfig) -> None:
 
 def _merged(
     before: FinetuneConfig,
-    wish: FinetuneConfig,
-    given: frozenset[str],
+    request: FinetuneConfig,
+    explicit: frozenset[str],
     is_fixed: Callable[[Option, Any, Any], bool],
 ) -> tuple[FinetuneConfig, list[str]]:
-    """The run's options with those given now; raises UserError (exit 4) naming those that cannot change.
+    """The run's options with those that the user gave now, and notes of changes that are no other training.
 
-    is_fixed: whether an option cannot change from an old to a new value.
+    is_fixed: whether an option cannot change from an old to a new value. Raises UserError (exit 4) naming all
+    options that the user gave and that cannot change.
     """
     options = declared(type(before))
     new = {
-        name: getattr(wish, name)
+        name: getattr(request, name)
         for name, option in options.items()
-        if name in given and option.resume != OnResume.NAMES_RUN
+        if name in explicit and option.resume != OnResume.NAMES_RUN
     }
     new = {name: value for name, value in new.items() if value != getattr(before, name)}
     texts = {name: f"{name} {getattr(before, name)} -> {value}" for name, value in new.items()}
@@ -259,8 +265,8 @@ def _merged(
         raise UserError(
             problem, f"Leave them out, or start another run with {commands.name('finetune')}.", CHECKPOINT
         )
-    told = [text for name, text in texts.items() if not _is_learned_by_value(options[name])]
-    return dataclasses.replace(before, **new), told
+    notes = [text for name, text in texts.items() if not _is_learned_by_value(options[name])]
+    return dataclasses.replace(before, **new), notes
 
 
 def _is_learned_by_value(option: Option) -> bool:

@@ -1,10 +1,10 @@
 """Starts a new run from an adapter: its weights alone, or an older checkpoint with its optimizer."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+from onecard.config import declaration
 from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.errors import CHECKPOINT, UserError
 from onecard.hub import locate, model_files, revisions
@@ -153,9 +153,10 @@ def with_shape(
     if wrong:
         problem = f"{source}: the options contradict the shape of the adapter: {'; '.join(wrong)}."
         raise UserError(problem, "Leave these options out: the adapter has its own.", CHECKPOINT)
-    values = {field.name: getattr(request, field.name) for field in dataclasses.fields(FinetuneConfig)}
+    settings = request.run_settings()
+    values = {name: getattr(request, name) for name in declaration.declared(settings)}
     inherited = {name: value for name, value in shape.items() if name not in explicit}
-    return FinetuneConfig(**{**values, **inherited})
+    return settings(**{**values, **inherited})
 
 
 def read_shape(source: Path, request: FinetuneConfig) -> dict[str, Any]:
