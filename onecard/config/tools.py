@@ -30,6 +30,7 @@ GGUF_TYPES = (  # of llama.cpp, from the largest
 )
 PLAIN_TYPES = ("f32", "f16", "bf16")  # the others are made by the quantiser
 GPTQ, AWQ, BNB = METHODS = ("gptq", "awq", "bnb")
+LAYOUTS = ("hf", "meta")  # of a LLaMA folder
 CALIBRATING = (GPTQ, AWQ)  # methods that choose weights by calibration rows
 
 NAMED_MODEL = Use(("for a model's name, not for --url_list", ""))
@@ -240,7 +241,8 @@ class ConvertConfig:
         "hf",
         LEARNED,
         "layout to convert to: hf (transformers), or meta (consolidated.*.pth)",
-        choices=("hf", "meta"),
+        choices=LAYOUTS,
+        recorded=LAYOUTS,
     )
     num_shards: int | None = option(
         None,
@@ -250,7 +252,7 @@ class ConvertConfig:
         check=at_least(1),
         only=(NOT_TOKENIZER_ONLY,),
     )
-    tokenizer_only: bool = option(False, LEARNED, "convert the tokenizer alone")
+    tokenizer_only: bool = option(False, LEARNED, "convert the tokenizer alone", recorded=LAYOUTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,14 +270,16 @@ class MergeConfig:
         "best", LEARNED, "which checkpoint of a run that is not finished", choices=("best", "newest")
     )
     report: bool = option(False, EXECUTION, "then compare the merged model with base model and adapter")
-    data_path: str = option(SAMPLE_ROWS, EXECUTION, "rows for --report", only=(REPORT,))
+    data_path: str = option(
+        SAMPLE_ROWS, EXECUTION, "rows on which --report compares the models", only=(REPORT,)
+    )
     report_rows: int = option(
-        8, EXECUTION, "how many rows --report uses", unit=ROWS, check=at_least(1), only=(REPORT,)
+        8, EXECUTION, "how many of these rows --report uses", unit=ROWS, check=at_least(1), only=(REPORT,)
     )
     cutoff_len: int = option(
         256,
         EXECUTION,
-        "most tokens of a row of --report",
+        "most tokens of a row that --report uses",
         unit=TOKENS,
         check=at_least(8),
         only=(REPORT,),

@@ -8,11 +8,12 @@ python tools/check_data.py --data_path rows.json --clean clean.jsonl --repair
 from onecard.config import options as config_options
 from onecard.config import tools as config_tools
 
+SETTINGS = config_tools.CheckConfig  # the class of its options
 LESS_MEMORY = ""  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
-    options = config_options.parse(config_tools.CheckConfig, arguments, description=__doc__)
+    options = config_options.parse(SETTINGS, arguments, description=__doc__)
     from onecard.data import check, reader  # imported late, because --help needs no package
     from onecard.hub import locate
     from onecard.models import tokenizer as models_tokenizer

@@ -9,14 +9,13 @@ from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config import training as config_training
 
+SETTINGS = config_training.ContinueConfig  # the class of its options
 # options whose smaller values need less memory
-LESS_MEMORY = declaration.memory_savers(config_training.ContinueConfig, rules=[declaration.OnResume.FREE])
+LESS_MEMORY = declaration.memory_savers(SETTINGS, rules=[declaration.OnResume.FREE])
 
 
 def main(arguments: list[str]) -> None:
-    options, explicit = config_options.parse_given(
-        config_training.ContinueConfig, arguments, description=__doc__
-    )
+    options, explicit = config_options.parse_given(SETTINGS, arguments, description=__doc__)
     from onecard.inference import chat  # imported late, because --help needs no torch
     from onecard.training import loop, metrics
 

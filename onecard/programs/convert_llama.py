@@ -9,11 +9,12 @@ from onecard.config import options as config_options
 from onecard.config.tools import ConvertConfig
 from onecard.errors import UserError
 
+SETTINGS = ConvertConfig  # the class of its options
 LESS_MEMORY = ""  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
-    options = config_options.parse(ConvertConfig, arguments, description=__doc__)
+    options = config_options.parse(SETTINGS, arguments, description=__doc__)
     if not options.input_dir or not options.output_dir:
         raise UserError("--input_dir and --output_dir are needed.", "See --help.")
     from onecard.conversion import meta_llama  # imported late, because --help needs no package

@@ -12,12 +12,13 @@ from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.system import commands
 
+SETTINGS = config_chat.CpuConfig  # the class of its options
 # options whose smaller values need less memory
-LESS_MEMORY = declaration.memory_savers(config_chat.CpuConfig, [config_chat.TRANSFORMERS])
+LESS_MEMORY = declaration.memory_savers(SETTINGS, [config_chat.TRANSFORMERS])
 
 
 def main(arguments: list[str]) -> None:
-    options = config_options.parse(config_chat.CpuConfig, arguments, description=__doc__)
+    options = config_options.parse(SETTINGS, arguments, description=__doc__)
     config_chat.check_used(options)
     from onecard.ui import packages  # imported late, because --help loads no other room
 

@@ -8,11 +8,12 @@ python tools/download.py --url_list addresses.txt --to llama/7B
 from onecard.config import options as config_options
 from onecard.config import tools as config_tools
 
+SETTINGS = config_tools.DownloadConfig  # the class of its options
 LESS_MEMORY = ""  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
-    options = config_options.parse(config_tools.DownloadConfig, arguments, description=__doc__)
+    options = config_options.parse(SETTINGS, arguments, description=__doc__)
     from onecard.hub import download  # imported late, because --help needs no network library
     from onecard.system.console import say
 

@@ -9,11 +9,12 @@ from onecard.config import options as config_options
 from onecard.config.tools import ExportConfig
 from onecard.system import commands
 
+SETTINGS = ExportConfig  # the class of its options
 LESS_MEMORY = ""  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
-    options = config_options.parse(ExportConfig, arguments, description=__doc__)
+    options = config_options.parse(SETTINGS, arguments, description=__doc__)
     from onecard.conversion import export_gguf  # imported late, because --help needs no torch
     from onecard.system.console import say
 

@@ -9,11 +9,12 @@ from onecard.config import options as config_options
 from onecard.config import tools as config_tools
 from onecard.errors import UserError
 
+SETTINGS = config_tools.VocabConfig  # the class of its options
 LESS_MEMORY = ""  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
-    options = config_options.parse(config_tools.VocabConfig, arguments, description=__doc__)
+    options = config_options.parse(SETTINGS, arguments, description=__doc__)
     if bool(options.pieces) == bool(options.characters):
         raise UserError("Give either --pieces or --characters.", "See --help.")
     from onecard.conversion import vocabulary  # imported late, because --help needs no torch

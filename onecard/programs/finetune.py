@@ -7,14 +7,13 @@ from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config import training as config_training
 
+SETTINGS = config_training.FinetuneConfig  # the class of its options
 # options whose smaller values need less memory
-LESS_MEMORY = declaration.memory_savers(config_training.FinetuneConfig)
+LESS_MEMORY = declaration.memory_savers(SETTINGS)
 
 
 def main(arguments: list[str]) -> None:
-    options, explicit = config_options.parse_given(
-        config_training.FinetuneConfig, arguments, description=__doc__
-    )
+    options, explicit = config_options.parse_given(SETTINGS, arguments, description=__doc__)
     from onecard.inference import chat  # imported late, because --help needs no torch
     from onecard.training import loop, metrics
 

@@ -10,12 +10,13 @@ from onecard.config import chat as config_chat
 from onecard.config import declaration
 from onecard.config import options as config_options
 
+SETTINGS = config_chat.SingleConfig  # the class of its options
 # options whose smaller values need less memory
-LESS_MEMORY = declaration.memory_savers(config_chat.SingleConfig)
+LESS_MEMORY = declaration.memory_savers(SETTINGS)
 
 
 def main(arguments: list[str]) -> None:
-    options, explicit = config_options.parse_given(config_chat.SingleConfig, arguments, __doc__)
+    options, explicit = config_options.parse_given(SETTINGS, arguments, __doc__)
     config_chat.check_used(options)
     from onecard.ui import packages  # imported late, because --help loads no other room
 

@@ -11,12 +11,13 @@ from onecard.config import chat as config_chat
 from onecard.config import declaration
 from onecard.config import options as config_options
 
+SETTINGS = config_chat.ChatConfig  # the class of its options
 # options whose smaller values need less memory
-LESS_MEMORY = declaration.memory_savers(config_chat.ChatConfig)
+LESS_MEMORY = declaration.memory_savers(SETTINGS)
 
 
 def main(arguments: list[str]) -> None:
-    options = config_options.parse(config_chat.ChatConfig, arguments, __doc__)
+    options = config_options.parse(SETTINGS, arguments, __doc__)
     config_chat.check_used(options)
     from onecard.ui import packages  # imported late, because --help loads no other room
 

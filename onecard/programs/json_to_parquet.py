@@ -8,11 +8,12 @@ from pathlib import Path
 from onecard.config import options as config_options
 from onecard.config import tools as config_tools
 
+SETTINGS = config_tools.ParquetConfig  # the class of its options
 LESS_MEMORY = ""  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
-    options = config_options.parse(config_tools.ParquetConfig, arguments, description=__doc__)
+    options = config_options.parse(SETTINGS, arguments, description=__doc__)
     from onecard.data import reader, tables
     from onecard.system.console import say
 

@@ -8,11 +8,12 @@ from onecard.config import options as config_options
 from onecard.config.tools import MergeConfig
 from onecard.errors import UserError
 
+SETTINGS = MergeConfig  # the class of its options
 LESS_MEMORY = ""  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
-    options = config_options.parse(MergeConfig, arguments, description=__doc__)
+    options = config_options.parse(SETTINGS, arguments, description=__doc__)
     if not options.lora_path or not options.output_path:
         raise UserError("--lora_path and --output_path are needed.", "See --help.")
     from onecard.conversion import merge  # imported late, because --help needs no torch

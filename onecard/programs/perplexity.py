@@ -9,11 +9,12 @@ from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config.tools import PerplexityConfig
 
-LESS_MEMORY = declaration.memory_savers(PerplexityConfig)  # options whose smaller values need less memory
+SETTINGS = PerplexityConfig  # the class of its options
+LESS_MEMORY = declaration.memory_savers(SETTINGS)  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
-    options = config_options.parse(PerplexityConfig, arguments, description=__doc__)
+    options = config_options.parse(SETTINGS, arguments, description=__doc__)
     from onecard.conversion import gguf_cache  # imported late, because --help needs no torch
     from onecard.evaluation import perplexity
 

@@ -7,11 +7,12 @@ python tools/prepare_base_model.py --model_path MODEL --tokenizer_path EXTENDED 
 from onecard.config import options as config_options
 from onecard.config import tools as config_tools
 
+SETTINGS = config_tools.PrepareConfig  # the class of its options
 LESS_MEMORY = ""  # options whose smaller values need less memory
 
 
 def main(arguments: list[str]) -> None:
-    options = config_options.parse(config_tools.PrepareConfig, arguments, description=__doc__)
+    options = config_options.parse(SETTINGS, arguments, description=__doc__)
     from onecard.conversion import vocabulary  # imported late, because --help needs no torch
 
     vocabulary.prepare_base_model(options)

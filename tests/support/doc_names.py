@@ -8,12 +8,13 @@ its room and file (`training.loop.one_step`), a name of a library as our code im
 import ast
 import dataclasses
 import functools
+import importlib
 import itertools
 import re
 from collections.abc import Iterator
 
 from onecard.__main__ import PROGRAMS as COMMANDS
-from onecard.config import chat, tools, training
+from onecard.config.declaration import declared
 from onecard.system.commands import FILES
 from tests.support.paths import ROOT
 
@@ -247,11 +248,9 @@ def dead_links(path: str, page: str) -> list[str]:
 
 
 def options_of(command: str) -> set[str]:
-    """The options of a sub-command, by the class of settings that its program names."""
-    source = (ROOT / "onecard/programs" / f"{COMMANDS[command][0]}.py").read_text(encoding="utf-8")
-    name = re.findall(r"\w+Config\b", source)[0]
-    settings = next(getattr(module, name) for module in (chat, tools, training) if hasattr(module, name))
-    return {f"--{field.name}" for field in dataclasses.fields(settings)} | {"--help", "--config"}
+    """The options of a sub-command."""
+    program = importlib.import_module(f"onecard.programs.{COMMANDS[command][0]}")
+    return {f"--{name}" for name in declared(program.SETTINGS)} | {"--help", "--config"}
 
 
 def command_of(word: str, before: str) -> str | None:
