@@ -8,7 +8,7 @@ nowhere else.
 import dataclasses
 import enum
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from onecard.config.checks import Check, full_commit
@@ -215,5 +215,16 @@ def memory_savers(
     """
     idle = without_effect(settings, absent)
     savers = names(settings, lambda option: option.saves_memory and option.resume in rules)
-    flags = [f"--{name}" for name in savers if name not in idle]
-    return " or ".join(filter(None, [", ".join(flags[:-1]), *flags[-1:]]))
+    return flags([name for name in savers if name not in idle])
+
+
+def flags(option_names: Sequence[str]) -> str:
+    """Options as a message names them: `--a, --b or --c`; "" without any."""
+    texts = [f"--{name}" for name in option_names]
+    return " or ".join(filter(None, [", ".join(texts[:-1]), *texts[-1:]]))
+
+
+def recorded(options: Options, method: str) -> dict[str, Any]:
+    """Name -> value of the options that the output folder of a method records."""
+    recorded_names = names(type(options), lambda option: method in option.recorded)
+    return {name: getattr(options, name) for name in recorded_names}

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config.tools import NOT_TOKENIZER_ONLY, ConvertConfig
 from onecard.conversion import meta_layout, meta_tokenizer
@@ -54,7 +55,7 @@ def run(options: ConvertConfig, progress: Progress, work: Work = in_child) -> No
         raise UserError(f"--input_dir {source} has the layout of transformers already.", "Use --to meta.")
     files = [] if options.tokenizer_only else meta_layout.weight_files(source)
     shards = (options.num_shards or 1) if options.to != TO_HF else None
-    settings = {"to": options.to, "num_shards": shards, "tokenizer_only": options.tokenizer_only}
+    settings = {"num_shards": shards, **declaration.recorded(options, options.to)}
     small = [meta_layout.PARAMS, model_files.MODEL_CONFIG, "tokenizer.model", "original/tokenizer.model"]
     beside = [path for path in map(source.joinpath, [*small, "../tokenizer.model"]) if path.is_file()]
     made_of = output_folder.record("convert_llama", settings, [*files, *beside])

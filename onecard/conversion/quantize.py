@@ -142,8 +142,7 @@ def _weight_bytes(folder: Path) -> int:
 
 def _settings(options: QuantizeConfig, group: int) -> dict[str, Any]:
     """The options that determine the content of the folder."""
-    names = declaration.names(type(options), lambda option: options.method in option.recorded)
-    return {"group_size": group, **{name: getattr(options, name) for name in names}}
+    return {"group_size": group, **declaration.recorded(options, options.method)}
 
 
 def _input_files(options: QuantizeConfig, source: Path) -> list[Path]:
