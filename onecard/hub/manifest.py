@@ -1,7 +1,7 @@
-"""What lies in a downloaded folder and where it came from: onecard_download.json, written last.
+"""The manifest of a downloaded folder, onecard_download.json: what the folder holds and where it came from.
 
-It names the commit, so that a folder says which version of a model it holds, and each file's size and
-SHA-256.
+It is written last. It names the commit, so that the folder says which version of a model it holds, and the
+size and SHA-256 of each file.
 """
 
 import datetime
@@ -18,12 +18,12 @@ TEXTS = ("source", "name", "revision", "commit", "endpoint")
 
 
 def place(name: str) -> Path:
-    """Where a model goes that was fetched by its name alone."""
+    """The folder for a model that is fetched by its name alone."""
     return system_files.cache_folder() / "models" / name.replace("/", "--")
 
 
 def kept(name: str) -> Path | None:
-    """The folder of a model that was fetched by its name, None when it was not."""
+    """The folder of a model that was fetched by its name; None when it was not fetched."""
     if name.count("/") != 1 or name.startswith(".") or Path(name).exists():
         return None
     folder = place(name)
@@ -34,7 +34,7 @@ ANEW = "Delete it and run the same line again."
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The receipt of a folder, None without one; raises UserError (exit 4) when it is damaged."""
+    """The manifest of a folder, None without one; raises UserError (exit 4) when it is damaged."""
     path = folder / NAME
     values = system_files.read_json(path, ANEW) if path.is_file() else None
     if values is None:
@@ -49,19 +49,25 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def write(folder: Path, values: dict[str, Any]) -> None:
-    """values: TEXTS, and files: name -> size in bytes, sha256, and the checksum it was listed with."""
+    """Write the manifest of a folder, with the time of now.
+
+    values: TEXTS, and `files`: name -> size in bytes, sha256, and the checksum that the server listed.
+    """
     stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     system_files.write_json(folder / NAME, {**values, "fetched": stamp})
 
 
 def differing(folder: Path, values: dict[str, Any], again: bool = False) -> list[str]:
-    """Files that are missing or are not what was fetched; `again` reads them whatever the cache says."""
-    there = {name: folder / name for name in values["files"] if (folder / name).is_file()}
-    digests = hashing.of_files(list(there.values()), again)
+    """The files that are missing or differ from what was fetched.
+
+    again: read each file, also when its hash is in the user's cache.
+    """
+    present = {name: folder / name for name in values["files"] if (folder / name).is_file()}
+    digests = hashing.of_files(list(present.values()), again)
     return [
         name
         for name, entry in values["files"].items()
-        if name not in there or digests[there[name]] != entry["sha256"]
+        if name not in present or digests[present[name]] != entry["sha256"]
     ]
 
 

@@ -1,7 +1,7 @@
-"""Older checkpoint folders, read only: those of transformers' Trainer and of Chinese-Vicuna.
+"""Reads older checkpoint folders, those of transformers' Trainer and of Chinese-Vicuna, and changes nothing.
 
-Weights, optimizer moments, place in the schedule and step arrive; nothing in the folder is changed. Pickled
-files are read by a child process that knows tensors and plain values only: a hostile file runs nothing.
+It reads the weights, the optimizer's moments, the step and the planned steps. Pickled files are read by a
+child process that knows only tensors and plain values, so a hostile file runs no code.
 """
 
 import dataclasses
@@ -24,21 +24,21 @@ from onecard.system.safetensors import read_tensors
 
 PICKLED_WEIGHTS = ("adapter_model.bin", "pytorch_model.bin")
 STATE, OPTIMIZER, SCALER = "trainer_state.json", "optimizer.pt", "scaler.pt"
-MARKS = (STATE, OPTIMIZER, *PICKLED_WEIGHTS)  # any of these makes a folder an older checkpoint
+MARKS = (STATE, OPTIMIZER, *PICKLED_WEIGHTS)  # a folder with any of these is an older checkpoint
 NAME = re.compile(r"(?P<module>.*\.(?P<last>[^.]+))\.lora_(?P<side>[AB])(\.default)?\.weight")
-PLAIN = torch.Tensor | int | float  # of an optimizer's state
-SECONDS, MEMORY = 600, 8 << 30  # of the child; bytes of its own beside twice its file
-ZIP = b"PK\x03\x04"  # how a zip begins, and how torch knows one
-OLDEST_TORCH = (2, 10)  # below it a file could run code in spite of weights_only (CVE-2026-24747)
+PLAIN = torch.Tensor | int | float  # types of values in an optimizer's state
+SECONDS, MEMORY = 600, 8 << 30  # limits of the child; bytes in addition to twice the size of its file
+ZIP = b"PK\x03\x04"  # the first bytes of a zip file, by which torch recognises one
+OLDEST_TORCH = (2, 10)  # in older versions a file can run code despite weights_only (CVE-2026-24747)
 
 
 @dataclasses.dataclass
 class Legacy:
-    """What an older checkpoint holds."""
+    """The content of an older checkpoint."""
 
     tensors: dict[str, torch.Tensor]  # adapter, under peft's portable names
     rank: int
-    alpha: float | None  # None: nowhere written
+    alpha: float | None  # None when no file says it
     targets: str  # module names with commas between
     step: int
     planned_steps: int | None
@@ -48,6 +48,7 @@ class Legacy:
 
 
 def is_legacy(folder: Path) -> bool:
+    """Whether a folder is an older checkpoint."""
     return any((folder / name).is_file() for name in MARKS)
 
 
@@ -88,22 +89,22 @@ def read(folder: Path) -> Legacy:
 def _adapter(folder: Path) -> dict[str, torch.Tensor]:
     path = folder / ADAPTER_WEIGHTS
     if path.is_file():
-        found = read_tensors(path)
+        saved = read_tensors(path)
     else:
         path = next((folder / name for name in PICKLED_WEIGHTS if (folder / name).is_file()), None)
         if path is None:
             raise UserError(f"{folder}: holds no adapter weights.", "", CHECKPOINT)
-        found = unpickle(path)
-    if not isinstance(found, dict):
+        saved = unpickle(path)
+    if not isinstance(saved, dict):
         raise UserError(f"{path}: holds no tensors by name.", "", CHECKPOINT)
     adapter = {}
-    for name, tensor in found.items():
+    for name, tensor in saved.items():
         match = NAME.fullmatch(str(name))
         if match and isinstance(tensor, torch.Tensor) and tensor.dim() == 2:
             adapter[f"{match['module']}.lora_{match['side']}.weight"] = tensor.float()
     other = [
         str(name)
-        for name in found
+        for name in saved
         if "modules_to_save" in str(name) or ("lora_" in str(name) and not NAME.fullmatch(str(name)))
     ]
     if other:
@@ -116,7 +117,7 @@ def _adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _moments(saved: dict[str, Any]) -> dict[str, Any]:
-    """The moments in our flat form; the numbers are those of the parameters in the model's order."""
+    """The moments as checkpoint.restore_optimizer takes them, parameters numbered in the model's order."""
     states = saved.get("state") if isinstance(saved, dict) else None
     if not isinstance(states, dict) or not all(isinstance(number, int) for number in states):
         return {}
@@ -125,7 +126,7 @@ def _moments(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_moment(moments: dict[str, Any], number: int) -> torch.Tensor | None:
-    """The first moment of parameter `number`, under torch's or bitsandbytes' name; None without a second."""
+    """The first moment of parameter `number` from torch or bitsandbytes; None when the second is missing."""
     start, ends = f"{number}.", (".exp_avg", ".state1")
     names = (name for name in moments if name.startswith(start) and name.endswith(ends))
     name = next(names, "")
@@ -134,11 +135,12 @@ def first_moment(moments: dict[str, Any], number: int) -> torch.Tensor | None:
 
 
 def is_bitsandbytes(moments: dict[str, Any]) -> bool:
+    """Whether an optimizer of bitsandbytes has written these moments."""
     return any(name.endswith(".state1") for name in moments)
 
 
 def _whole(value: Any) -> int:
-    """A number of steps; 0 for what is none."""
+    """The value if it is a positive whole number, else 0."""
     return value if isinstance(value, int) and value > 0 else 0
 
 
@@ -152,7 +154,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def unpickle(path: Path) -> dict[str, Any]:
-    """Content of a pickled file, through a child process that only knows tensors and plain values.
+    """The content of a pickled file, read by a child process that knows only tensors and plain values.
 
     Raises UserError: exit 8 when the file asks for anything else, 4 when it cannot be read.
     """
@@ -167,15 +169,15 @@ def unpickle(path: Path) -> dict[str, Any]:
 
 def check_torch(version: str, path: Path) -> None:
     """Raise UserError (exit 8) where torch's restricted unpickler is known to be unsafe."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if not found or (int(found[1]), int(found[2])) < OLDEST_TORCH:
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if not numbers or (int(numbers[1]), int(numbers[2])) < OLDEST_TORCH:
         problem = f"{path}: pickled, and torch {version} can be made to run code by such a file."
         fix = "Use torch 2.10 or newer (CVE-2026-24747), or save it as safetensors."
         raise UserError(problem, fix, UNSAFE)
 
 
 def _split(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Plain values as JSON, tensors by their number: a key's type is kept beside it."""
+    """A value as JSON, in which tensors are numbers of `tensors`; the type of each key stands beside it."""
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().contiguous().clone()
@@ -201,7 +203,7 @@ def _join(tree: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _child(source: str, output: str) -> int:
-    """What the child does: torch's restricted unpickler, then safetensors and JSON."""
+    """The work of the child: torch's restricted unpickler, then a file of safetensors and one of JSON."""
     import pickle
     import resource
 
@@ -228,9 +230,9 @@ def _child(source: str, output: str) -> int:
 
 
 def _check_records(source: str) -> None:
-    """Compare the checksums of a zip, where it has any, which torch does not; raises BadZipFile.
+    """Compare the checksums of a zip, which torch does not do; raises BadZipFile.
 
-    A record that is called compressed torch fills with whatever memory it gets.
+    A compressed record is refused: torch would return a tensor of memory that was never written.
     """
     with open(source, "rb") as file:
         if file.read(len(ZIP)) != ZIP:

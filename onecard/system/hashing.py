@@ -1,7 +1,7 @@
-"""SHA-256 of files, kept in the user's cache so that a file is read again only when it has changed.
+"""SHA-256 of files, kept in the user's cache, so that a file is read again only when it has changed.
 
-A full hash is taken once; after that it is kept with the file's size, times and inode, and read again only
-when one of these differs, or when asked to. The change time cannot be set back by a program.
+The hash is kept with the file's size, times and inode. The file is read again when one of these differs, or
+when the caller asks for it. No program can set the change time back.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ LARGE = 100 * CHUNK
 
 
 def of_files(paths: list[Path], again: bool = False) -> dict[Path, str]:
-    """SHA-256 of each file; `again` reads them whatever the cache says."""
-    known = _read_cache()
-    found: dict[str, list[Any]] = {}
+    """SHA-256 of each file. again: read each file, also when its hash is in the cache."""
+    cached = _read_cache()
+    entries: dict[str, list[Any]] = {}
     for name in dict.fromkeys(str(path.resolve()) for path in paths):
-        entry, now = known.get(name), stamp(Path(name))
-        found[name] = [now, sha256(Path(name))] if again or entry is None or entry[0] != now else entry
-    if any(known.get(name) != entry for name, entry in found.items()):
-        _write_cache({**known, **found})
-    return {path: found[str(path.resolve())][1] for path in paths}
+        entry, now = cached.get(name), stamp(Path(name))
+        entries[name] = [now, sha256(Path(name))] if again or entry is None or entry[0] != now else entry
+    if any(cached.get(name) != entry for name, entry in entries.items()):
+        _write_cache({**cached, **entries})
+    return {path: entries[str(path.resolve())][1] for path in paths}
 
 
 def of_file(path: Path, again: bool = False) -> str:
@@ -45,7 +45,7 @@ def of_folder(paths: list[Path], again: bool = False) -> str:
 
 
 def stamp(path: Path) -> list[int]:
-    """Size, times and inode: what changes when a file does."""
+    """Size, times and inode of a file, one of which changes with its content."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
@@ -67,17 +67,17 @@ def sha256(path: Path) -> str:
 def _read_cache() -> dict[str, list[Any]]:
     """Path -> [stamp, SHA-256]."""
     try:
-        known = json.loads((system_files.cache_folder() / CACHE).read_text(encoding="utf-8"))
+        entries = json.loads((system_files.cache_folder() / CACHE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    return entries if isinstance(entries, dict) else {}
 
 
-def _write_cache(known: dict[str, list[Any]]) -> None:
-    """Best effort: without a cache every run reads its files again."""
-    known = {path: entry for path, entry in known.items() if Path(path).exists()}
+def _write_cache(entries: dict[str, list[Any]]) -> None:
+    """Write the cache if that is possible; without it every run reads its files again."""
+    entries = {path: entry for path, entry in entries.items() if Path(path).exists()}
     with contextlib.suppress(OSError):
         system_files.cache_folder().mkdir(parents=True, exist_ok=True)
         temporary = system_files.cache_folder() / f".{CACHE}-{os.getpid()}"
-        temporary.write_text(json.dumps(known), encoding="utf-8")
+        temporary.write_text(json.dumps(entries), encoding="utf-8")
         temporary.replace(system_files.cache_folder() / CACHE)
