@@ -52,7 +52,7 @@ def check_options(options: CheckConfig) -> None:
     """Raise UserError for options that contradict each other, before anything is fetched."""
     if options.repair and not options.clean:
         raise UserError(
-            "--repair only works with --clean: it mends the rows that --clean writes.",
+            "--repair only works with --clean: it repairs the rows that --clean writes.",
             "Add --clean FILE.jsonl.",
         )
     templates.check(options.template)
@@ -184,9 +184,8 @@ def _measure(
     """Count the tokens of a row; note when the template cannot write it or no target is left."""
     try:
         encoded = data_encode.encode(conversation, template, tokenizer, *targets)
-        limit = (
-            sys.maxsize if conversation.turns[-1].role == "text" else cutoff_len
-        )  # raw text is cut into blocks
+        is_text = conversation.turns[-1].role == "text"  # it is cut into blocks, and nothing is lost
+        limit = sys.maxsize if is_text else cutoff_len
         cut, is_target, was_cut = data_encode.shortened(
             conversation, encoded, limit, template, tokenizer, *targets
         )

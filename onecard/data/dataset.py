@@ -205,10 +205,8 @@ def _encode_files(
         path, number_in_file = files[index].path, number - ([0, *ends][index])
         bad = BadRow(number_in_file, 0, reason, row.turns[-1].text[:2000], file=str(path))
         left_out = reason == too_long and options.long_rows == "drop"
-        mixed = options.task == "auto" and reason in (
-            RAW_HERE,
-            CHAT_HERE,
-        )  # the order of rows decides the task
+        # the first row has decided the task, so either kind may be the wrong one: no such row is left out
+        mixed = options.task == "auto" and reason in (RAW_HERE, CHAT_HERE)
         if mixed or not (options.skip_bad_rows or left_out):
             fix = {too_long: LONG_ROW, RAW_HERE: "", CHAT_HERE: ""}.get(reason, BAD_ROW)
             raise UserError(f"{bad.describe(path)}.", fix, DATA)

@@ -31,9 +31,8 @@ def encode(
     tokens but the first with train_on_inputs. Raises ValueError when the template cannot write one of the
     turns.
     """
-    return _encode_pieces([pieces(conversation, template, tokenizer, train_on_inputs, train_on)], tokenizer)[
-        0
-    ]
+    row = pieces(conversation, template, tokenizer, train_on_inputs, train_on)
+    return _encode_pieces([row], tokenizer)[0]
 
 
 def encode_many(
@@ -244,7 +243,7 @@ def _parts_of(template: Template, turn: Turn) -> tuple[Part, ...]:
         )
     parts = getattr(template, turn.role)
     if parts is None:
-        raise ValueError(f"the template {template.name} cannot write a turn of the {turn.role}")
+        raise ValueError(f"the template {template.name} cannot write {turn.role} turns")
     return parts
 
 

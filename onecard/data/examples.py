@@ -237,8 +237,8 @@ def repeated(indices: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:
 def split(count: int, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the training rows and of the validation rows: a pure function of the arguments.
 
-    A test_size below 1 is a fraction of the rows, but at least 1 and at most 200 rows; from 1 on it is a
-    number of rows. Raises UserError (exit 3) when no training row would be left.
+    A test_size of 0 takes none; below 1 it is a fraction of the rows, at least 1 and at most 200 rows; from 1
+    on it is a number of rows. Raises UserError (exit 3) when no training row would be left.
     """
     validation = int(test_size)
     if 0 < test_size < 1:

@@ -19,7 +19,7 @@ from onecard.errors import DATA, UserError
 CHUNK = 1 << 20  # characters read at a time
 LONGEST_ROW = 32 << 20  # characters; anything longer is a mistake in the file
 GLANCE = 1 << 16  # characters that are parsed to see whether a row starts here
-KEPT = 100_000  # characters of a bad row that are reported
+REPORTED = 100_000  # characters of a bad row that are reported
 
 
 def values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
@@ -220,7 +220,7 @@ class _Window:
             start = self._next_start(re.compile(border), last_keys)
             if start is None and not self.ended and len(self.text) - self.position > LONGEST_ROW:
                 end = len(self.text) - CHUNK  # a row without end: only its beginning is reported
-                skipped = (skipped + self.text[self.position : end])[:KEPT]
+                skipped = (skipped + self.text[self.position : end])[:REPORTED]
                 self.advance(end - self.position)
             if start is not None or not self.more(any_length=True):
                 break
@@ -302,7 +302,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         seen: set[str] = set()
         repeated = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the key {repeated[:40]!r} is there twice")
+        raise ValueError(f"the key {repeated[:40]!r} occurs twice")
     return value
 
 

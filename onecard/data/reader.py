@@ -50,13 +50,13 @@ def locate_files(data_path: str, fetch: Fetch | None = None) -> list[RowFile]:
 
 def locate_validation_files(eval_data_path: str | None, fetch: Fetch | None = None) -> list[RowFile]:
     """The files that --eval_data_path names, which have no weights; otherwise like locate_files."""
-    flag, files = "--eval_data_path", []
+    flag = "--eval_data_path"
+    files: list[RowFile] = []
     for part in _parts(eval_data_path or ""):
-        for file in _locate(part, flag, fetch):
-            if file.weight != 1:
-                problem = f"{flag} {part}: validation rows have no weight."
-                raise UserError(problem, "Leave the number out: every row counts once.", DATA)
-            files.append(dataclasses.replace(file, validation=True))
+        if _split_weight(part, flag)[1] != 1:
+            problem = f"{flag} {part}: validation rows have no weight."
+            raise UserError(problem, "Leave the number out: every row counts once.", DATA)
+        files += [dataclasses.replace(file, validation=True) for file in _locate(part, flag, fetch)]
     return files
 
 
@@ -67,17 +67,23 @@ def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _locate(text: str, flag: str, fetch: Fetch | None) -> list[RowFile]:
-    path, weight, is_hub_dataset = Path(text), 1.0, False
+def _split_weight(text: str, flag: str) -> tuple[Path, float]:
+    """The path and the weight in PATH:WEIGHT; 1 without a weight, or where a file has this whole name."""
     weighted = WEIGHTED.fullmatch(text)
-    if not path.exists() and weighted:
-        path, weight = Path(weighted["path"]), float(weighted["weight"])
+    if not weighted or Path(text).exists():
+        return Path(text), 1.0
+    weight = float(weighted["weight"])
     if not 0 < weight <= HEAVIEST:
         problem = f"{flag} {text}: a weight must be above 0 and at most {HEAVIEST}."
         raise UserError(
             problem, "A weight says how often each row comes up in an epoch; give one in this range.", DATA
         )
-    path = or_sample(path)
+    return Path(weighted["path"]), weight
+
+
+def _locate(text: str, flag: str, fetch: Fetch | None) -> list[RowFile]:
+    path, weight = _split_weight(text, flag)
+    path, is_hub_dataset = or_sample(path), False
     if not path.exists() and fetch and HUB_NAME.fullmatch(str(path)) and _ending(path) not in FORMATS:
         path, is_hub_dataset = Path(fetch(str(path))), True
     if path.is_dir():
@@ -134,7 +140,7 @@ def conversation(
     if isinstance(value, BadRow):
         return value
     if len(text) > json_rows.LONGEST_ROW:
-        return BadRow(line, column, json_rows.too_long(), text[: json_rows.KEPT])
+        return BadRow(line, column, json_rows.too_long(), text[: json_rows.REPORTED])
     try:
         return data_schemas.conversation(value, schema)
     except data_schemas.RowError as error:
@@ -163,7 +169,7 @@ def _unwrapped(item: tuple[int, int, Any, str]) -> tuple[int, int, object, str]:
 
 
 def pick_rows(files: list[Path], numbers: list[int], schema: str | None = None) -> list[Conversation]:
-    """Read the rows with these numbers, counted from 1 over all files; returns them in this order."""
+    """Read the good rows with these numbers, counted from 1 over all files; returns them in this order."""
     chosen = set(numbers)
     rows = (row for path in files for row in read_rows(path, schema))
     rows = islice(rows, max(chosen, default=0))

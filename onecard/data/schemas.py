@@ -60,7 +60,7 @@ def conversation(value: Any, schema: str | None = None) -> Conversation:
     Raises RowError with the reason when the row cannot be used.
     """
     if schema not in (None, "dialogue") and not isinstance(value, dict):
-        raise RowError(f"a row must be an object, this is {kind(value)}")
+        raise RowError(f"a row must be an object, but is {kind(value)}")
     turns = SCHEMAS[schema or recognise(value)](value)
     check(turns)
     return turns
@@ -71,7 +71,7 @@ def recognise(value: Any) -> str:
     if isinstance(value, list):
         return "dialogue"
     if not isinstance(value, dict):
-        raise RowError(f"a row must be an object, this is {kind(value)}")
+        raise RowError(f"a row must be an object, but is {kind(value)}")
     present = {key for key, field in value.items() if field is not None}
     for name, keys in KEYS.items():
         if keys <= present and not (name == "chat" and not isinstance(value["input"], list)):
@@ -218,7 +218,7 @@ def _turns(items: list[Any], role_key: str, text_key: str) -> list[Turn]:
     turns = []
     for number, item in enumerate(items, start=1):
         if not isinstance(item, dict):
-            raise RowError(f"turn {number} must be an object, this is {kind(item)}")
+            raise RowError(f"turn {number} must be an object, but is {kind(item)}")
         name = _text(item, role_key)
         if name not in ROLES:
             raise RowError(f"turn {number}: the role {name[:40]!r} is not known")
@@ -230,7 +230,7 @@ def _turns(items: list[Any], role_key: str, text_key: str) -> list[Turn]:
 
 def _text(value: Any, key: str, optional: bool = False) -> str:
     if not isinstance(value, dict):
-        raise RowError(f"a turn must be an object, this is {kind(value)}")
+        raise RowError(f"a turn must be an object, but is {kind(value)}")
     if optional and value.get(key) is None:
         return ""
     if key not in value:
@@ -243,16 +243,16 @@ def _checked(field: Any, key: str) -> str:
     if parts and all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
         field = "".join(_text(part, "text") for part in parts)  # OpenAI's content in parts
     if not isinstance(field, str):
-        raise RowError(f"{key!r} must be text, this is {kind(field)}")
+        raise RowError(f"{key!r} must be text, but is {kind(field)}")
     if SURROGATE.search(field):
-        raise RowError(f"{key!r} holds bytes that are not UTF-8 or half a \\u pair")
+        raise RowError(f"{key!r} holds bytes that are not UTF-8, or half of a surrogate pair")
     return field
 
 
 def _list(value: Any, key: str) -> list[Any]:
     if not isinstance(value, dict) or not isinstance(value.get(key), list):
         field = value.get(key) if isinstance(value, dict) else value
-        raise RowError(f"{key!r} must be a list, this is {kind(field)}")
+        raise RowError(f"{key!r} must be a list, but is {kind(field)}")
     if not value[key] and key != "history":
         raise RowError(f"{key!r} is empty")
     return value[key]

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from onecard.data.json_rows import KEPT, LONGEST_ROW, refuse_utf16
+from onecard.data.json_rows import LONGEST_ROW, REPORTED, refuse_utf16
 from onecard.data.schemas import BadRow
 from onecard.errors import DATA, DISK, UserError, first_line
 from onecard.system import sandbox
@@ -38,8 +38,8 @@ def csv_values(path: Path) -> Iterator[tuple[int, int, Any, str]]:
             try:
                 fields = next(rows, None)
             except csv.Error as error:
-                text = lines.back_to_second()[:KEPT]
-                yield line, 1, BadRow(line, 1, f"broken CSV, {error}", text), text
+                text = lines.back_to_second()[:REPORTED]
+                yield line, 1, BadRow(line, 1, f"not valid CSV ({error})", text), text
                 rows = csv.reader(lines, **settings)
                 continue
             if fields is None:
@@ -85,7 +85,7 @@ def _header(rows: Any, path: Path) -> list[str]:
         header = next(rows, [])
     except csv.Error as error:
         raise UserError(
-            f"{path}:1:1: broken CSV, {error}.",
+            f"{path}:1:1: this is not valid CSV ({error}).",
             "Check that this is a CSV file: its first line must name the columns.",
             DATA,
         ) from None
@@ -139,7 +139,7 @@ def _child(source: str) -> int:
 
 
 def _as_json(value: Any) -> Any:
-    """Times and the like as text; bytes as their number, since they are no text."""
+    """Times and the like as text; of bytes, which are no text, only their number."""
     return {"bytes": len(value)} if isinstance(value, bytes) else str(value)
 
 

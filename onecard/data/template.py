@@ -154,9 +154,8 @@ def read(path: Path) -> Template:
         raise wrong("'assistant' must end with {end}, or the model never learns to stop")
     allowed = {"user_with_input": {"{text}", "{input}"}, "assistant": {"{text}", "{end}"}}
     for key, text in values.items():
-        permitted = allowed.get(key, {"{text}"} if key in ("user", "system", "function") else set()) | {
-            "{end}"
-        }
+        own = {"{text}"} if key in ("user", "system", "function") else set()
+        permitted = allowed.get(key, own) | {"{end}"}
         extra = {placeholder for placeholder in PLACEHOLDERS if placeholder in text} - permitted
         if extra:
             raise wrong(f"{key!r} cannot hold {', '.join(sorted(extra))}")
@@ -226,10 +225,10 @@ def _inferred(tokenizer: Any) -> Template:
         """The texts before, between and behind the turns of a probe."""
         text, names = rendered[roles, is_prompt]
         if text is None:
-            raise _UnfitError(f"it refuses {' '.join(roles)}, or writes too much")
+            raise _UnfitError(f"it refuses a conversation of {', '.join(roles)}, or writes too much")
         pieces = re.split("|".join(names), text)
         if len(pieces) != len(names) + 1:
-            raise _UnfitError(f"it does not write every turn of {' '.join(roles)} once")
+            raise _UnfitError(f"it does not write every turn of {', '.join(roles)} once")
         return pieces
 
     opening, before_answer, after_answer, before_second, last = around_turns(*TURNS)
@@ -270,7 +269,7 @@ def _inferred(tokenizer: Any) -> Template:
         expected[("system", "user")] = [before_system, after_system, before_answer]
     for roles, texts in expected.items():
         if around_turns(*roles, is_prompt=True) != texts:
-            raise _UnfitError("a conversation does not begin with the prompt that its answer was asked with")
+            raise _UnfitError("the prompt for an answer is not how the conversation with the answer begins")
     return template
 
 

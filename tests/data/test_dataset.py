@@ -82,7 +82,7 @@ def test_sample_files_are_whole(path):
     [
         ("instruction,output\na,b\nc\n", 3, "1 fields, the header 2"),
         ('instruction,output\n"a\nb",c\nd,e,f\n', 4, "3 fields"),
-        ('instruction,output\na,"b"c\nd,e\n', 2, "broken CSV"),
+        ('instruction,output\na,"b"c\nd,e\n', 2, "not valid CSV"),
         ("instruction,output\na,caf\udce9\n", 2, "UTF-8"),
         ("instruction,answer\na,b\n", 2, "no 'output'"),
     ],
@@ -151,7 +151,7 @@ def test_what_is_no_text_in_a_parquet_file(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(values), tmp_path / "rows.parquet")
     found = list(reader.read_rows(tmp_path / "rows.parquet"))
     assert [row.reason for row in found] == [
-        "'output' must be text, this is an object",
+        "'output' must be text, but is an object",
         "the row has no 'output'",
     ]
     assert "2026-01-02" in found[0].text
@@ -372,9 +372,7 @@ def test_a_row_that_only_its_template_refuses_is_named_in_its_file(tmp_path):
     first = tiny.save_rows(tmp_path / "a.json", 3)
     call = {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant", "tool", "assistant")]}
     (tmp_path / "b.jsonl").write_text(json.dumps(call) + "\n")
-    with pytest.raises(
-        UserError, match=r"b\.jsonl: row 1: the template alpaca cannot write a turn of the function"
-    ):
+    with pytest.raises(UserError, match=r"b\.jsonl: row 1: the template alpaca cannot write function turns"):
         encode(f"{first},{tmp_path / 'b.jsonl'}")
 
 
@@ -388,6 +386,8 @@ def test_folders_with_odd_things_in_them(tmp_path):
     with pytest.raises(UserError, match="validation rows have no weight") as caught:
         reader.locate_validation_files(f"{place / 'a.json'}:2")
     assert caught.value.code == DATA
+    with pytest.raises(UserError, match="validation rows have no weight"):  # before anything is fetched
+        reader.locate_validation_files("nobody/rows:2", lambda name: pytest.fail(f"{name} was fetched"))
     with pytest.raises(UserError, match="at most 1000"):
         reader.locate_files(f"{place / 'a.json'}:5000")
 

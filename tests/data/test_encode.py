@@ -126,7 +126,7 @@ def test_auto_is_the_text_of_the_chat_template(tokenizer):
         ("{{ 'x' * 999999 }}{% for m in messages %}{{ m.content }}<end>{% endfor %}", "too much"),
         (
             "{% for m in messages %}{{ m.role if loop.last else '' }}{{ m.content }}<end>{% endfor %}",
-            "last turn|begin with",
+            "last turn|is not how",
         ),
         ("{% for m in messages %}{{ m.content", "refuses"),
         ("{{ 'x' * 10**11 }}", "memory"),

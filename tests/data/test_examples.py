@@ -528,9 +528,9 @@ def test_processes_share_the_rows_of_a_step(tmp_path, world):
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ('{"instruction": "a", "output": "b", "output": "c"}', "'output' is there twice"),
+        ('{"instruction": "a", "output": "b", "output": "c"}', "'output' occurs twice"),
         ('{"instruction": "a", "output": "b", "score": 1e400}', "1e400 is too large"),
-        ('{"instruction": "a", "output": "b", "more": [{"x": 1, "x": 1}]}', "'x' is there twice"),
+        ('{"instruction": "a", "output": "b", "more": [{"x": 1, "x": 1}]}', "'x' occurs twice"),
     ],
 )
 def test_doubtful_json_is_rejected_by_line(tmp_path, kind, text, word):

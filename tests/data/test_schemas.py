@@ -93,7 +93,7 @@ BAD = [  # D16 among them
     ({"messages": [{"role": "system", "content": "s"}] * 2}, "turn 1 is the system's"),
     ({"messages": [{"role": "wizard", "content": "s"}]}, "role 'wizard' is not known"),
     ({"messages": [{"role": "user"}]}, "no 'content'"),
-    ({"messages": [{"role": "user", "content": None}]}, "must be text, this is null"),
+    ({"messages": [{"role": "user", "content": None}]}, "must be text, but is null"),
     ({"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "a"}]}, "is empty"),
     (
         {
