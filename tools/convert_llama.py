@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Convert a LLaMA model from its original layout to that of transformers, back, or to other numbers of files.
+"""Convert a LLaMA model to the layout of transformers, back, or to another number of files.
 
 python tools/convert_llama.py --help
 """

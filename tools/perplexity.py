@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure the perplexity of a model, with or without adapters, on a text. Figures of all engines compare.
+"""Measure the perplexity of a model, with or without adapters, on a text; engines can be compared.
 
 python tools/perplexity.py --help
 """

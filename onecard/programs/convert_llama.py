@@ -1,4 +1,4 @@
-"""Convert a LLaMA model from its original layout to that of transformers, back, or to other numbers of files.
+"""Convert a LLaMA model to the layout of transformers, back, or to another number of files.
 
 python tools/convert_llama.py --input_dir LLAMA/7B --output_dir llama-7b-hf
 python tools/convert_llama.py --input_dir llama-7b-hf --output_dir llama-7b --to meta --num_shards 2

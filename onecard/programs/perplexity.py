@@ -1,4 +1,4 @@
-"""Measure the perplexity of a model, with or without adapters, on a text. Figures of all engines compare.
+"""Measure the perplexity of a model, with or without adapters, on a text; engines can be compared.
 
 python tools/perplexity.py text.txt --model_path demo
 python tools/perplexity.py text.txt --lora_path lora-checkpoints/demo --engine llama.cpp

@@ -169,7 +169,7 @@ class ChatAnswers:
         if text.finished == decoding.LENGTH:
             label = self.layout.inputs["max_new_tokens"].label
             reason = f"{reason[0]}; raise {label}", f"{reason[1]}；请增大{label}"
-        outcome = self.text(
-            "The summary is incomplete, so the chat stays as it was", "总结不完整，对话保持不变"
+        return self.text(
+            f"The summary is incomplete, so the chat stays as it was: {reason[0]}.",
+            f"总结不完整，对话保持不变：{reason[1]}。",
         )
-        return f"{outcome}: {self.text(*reason)}."

@@ -1,4 +1,4 @@
-"""PartialText that anybody may have written, as HTML or as Markdown: escaped, growing answers, all beams.
+"""Text that anybody may have written, as HTML or as Markdown: escaped, growing answers, all beams.
 
 gradio's chat renders Markdown in the browser. Nothing is rendered here: markdown-it-py tells which lines are
 code, which stay as they are, and all other lines lose their HTML and their images.

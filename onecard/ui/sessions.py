@@ -22,7 +22,7 @@ from onecard.ui import status as ui_status
 from onecard.ui.status import AnswerUpdate
 
 PATIENCE = 30  # seconds; a piece is a token, some hundred tokens of a prompt, or the loading of a model
-SILENCE = 1  # second that is waited before anything is printed
+SILENCE = 1  # seconds of waiting before anything is printed
 SHOWN_EVERY = 0.05  # seconds; a browser gains nothing from more updates
 
 

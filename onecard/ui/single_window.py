@@ -1,4 +1,4 @@
-"""The window for single instructions: one with an optional input, the answer as it grows, all beams."""
+"""The window for single instructions: an instruction, an optional input, the growing answer, all beams."""
 
 from typing import Any
 

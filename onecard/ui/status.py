@@ -22,9 +22,9 @@ WHY = {
     STOP: ("ended at a stop word", "遇到停止词"),
     CANCELLED: ("stopped", "已停止"),
     NO_MEMORY: (
-        "out of memory, the text above is what was written. "
+        "out of memory before the end of the answer. "
         "Fewer beams, a shorter chat or fewer bits need less memory",
-        "内存不足，以上为已生成部分；可减少束宽、缩短对话或降低位数",
+        "回答结束前内存不足；可减少束宽、缩短对话或降低位数",
     ),
 }
 

@@ -26,7 +26,7 @@ class Session:
         self.chat, self.settings, self.single_turn = chat, settings, single_turn
         self.live = in_terminal()
         self.screen = Screen(self.live and os.environ.get("TERM", "dumb") != "dumb")
-        self.active_adapters: ActiveAdapters = chat.active_adapters  # the active ones
+        self.active_adapters: ActiveAdapters = chat.active_adapters
         self.template_name = TRAINED
         self.turns: Turns = []
         self.before: Turns = []  # the turns before the last question, which /retry asks again

@@ -97,8 +97,8 @@ class TrainingWindow:
     def _wire_form(self) -> None:
         layout, form = self.layout, self.form
         inputs = list(layout.inputs.values())
-        kept = [layout.inputs["data_path"], layout.rows]
-        layout.upload.upload(form.keep_upload, layout.upload, kept, **page.QUICK)
+        chosen = [layout.inputs["data_path"], layout.rows]
+        layout.upload.upload(form.keep_upload, layout.upload, chosen, **page.QUICK)
         private = {"concurrency_limit": 1, "api_visibility": "private"}
         layout.preview.click(form.preview_rows, inputs, layout.rows, **private)
         # of several changes only the last one is computed
