@@ -252,6 +252,8 @@ def _encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
     encoded = _plain_ids(tokenizer, texts)
+    if not _has_control(tokenizer, {token for ids in encoded for token in ids}):
+        return encoded
     control = _control_tokens(tokenizer)
     return [
         ids if control.keys().isdisjoint(ids) else _without_control(tokenizer, text, control)
@@ -263,18 +265,26 @@ def _plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
+def _has_control(tokenizer: Any, ids: set[int]) -> bool:
+    """Whether there is a token of _control_tokens among the ids.
+
+    The tokenizer is asked each time, because tokens can be added to it at any time. To decode the ids twice
+    takes microseconds; _control_tokens takes 30 ms where thousands of tokens were added.
+    """
+    others = list(ids - {tokenizer.unk_token_id})
+    if not ids.isdisjoint(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}):
+        return True
+    with_special, without = (tokenizer.decode(others, skip_special_tokens=skip) for skip in (False, True))
+    return bool(with_special != without)
+
+
 def _control_tokens(tokenizer: Any) -> dict[int, str]:
     """Ids and names of the tokens that the tokenizer lists as special, and of those added as special."""
+    added = tokenizer.added_tokens_decoder.items()
     listed = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
-    control = {**_added_as_special(tokenizer), **dict(listed)}
+    control = {token: str(entry) for token, entry in added if entry.special} | dict(listed)
     control.pop(tokenizer.unk_token_id, None)
     return control
-
-
-@functools.lru_cache(maxsize=4)
-def _added_as_special(tokenizer: Any) -> dict[int, str]:
-    added = tokenizer.added_tokens_decoder.items()  # thousands where a vocabulary was extended
-    return {token: str(what) for token, what in added if what.special}
 
 
 def _without_control(tokenizer: Any, text: str, control: dict[int, str]) -> list[int]:
@@ -296,8 +306,8 @@ def _without_control(tokenizer: Any, text: str, control: dict[int, str]) -> list
         parts = [half for both in halves for half in both if half]
 
 
-@functools.lru_cache(maxsize=4)
 def _bos_ids(tokenizer: Any) -> list[int]:
     """[BOS] for a tokenizer that puts it before every text, otherwise []."""
+    # asked each time, which takes 40 microseconds: the tokenizer's settings can change
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []

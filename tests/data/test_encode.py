@@ -5,7 +5,7 @@ import re
 import unicodedata
 
 import pytest
-from tokenizers import normalizers
+from tokenizers import AddedToken, normalizers, processors
 
 from onecard.data import encode as data_encode
 from onecard.data import jinja_sandbox
@@ -404,3 +404,26 @@ def test_many_at_once_are_as_one_by_one(tokenizer, name):
                 data_encode.encode(conversation, template, tokenizer)
         else:
             assert got == data_encode.encode_within(conversation, 60, template, tokenizer, False, "last")
+
+
+def test_a_token_that_becomes_a_control_token_later(tokenizer):
+    """The text of a row cannot write it from then on, although the tokenizer has encoded rows before."""
+    before = data_encode.encode_text(tokenizer, "red it is")
+    token = max(before)
+    tokenizer.add_tokens(AddedToken(tokenizer.convert_ids_to_tokens(token), special=True, normalized=False))
+    assert token in data_encode._control_tokens(tokenizer)
+    assert token not in data_encode.encode_text(tokenizer, "red it is")
+
+
+def test_a_bos_that_is_set_later(tokenizer):
+    row = single("Say red", "", "red it is")
+    template = load("alpaca", tokenizer)
+    before = data_encode.encode(row, template, tokenizer)[0]
+    has_bos = before[0] == tokenizer.bos_token_id
+    single_text = "$A" if has_bos else "<s> $A"
+    token = tokenizer.convert_ids_to_tokens(tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single_text.replace("<s>", token), special_tokens=[(token, tokenizer.bos_token_id)]
+    )
+    after = data_encode.encode(row, template, tokenizer)[0]
+    assert (after[0] == tokenizer.bos_token_id) != has_bos
