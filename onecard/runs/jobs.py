@@ -34,7 +34,6 @@ BEFORE, BEHIND = ".console-", ".txt"  # around the name of a run, in the name of
 UPLOADS = ".uploads"
 TAIL = 1 << 16  # bytes at the end of a console that are read
 SHOWN = 12  # lines of the console of a failed run that are shown
-PATIENCE = 10, 0.05  # tries, seconds between them: who asks about a lock holds it for a moment
 MARK, CLOCK = "=== ", "%Y-%m-%d %H:%M:%S"  # our own lines in a console
 STARTED = re.compile(rf"{MARK}(\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d) ")
 PROCESS = re.compile(rf"{MARK}process (\d+)")
@@ -238,12 +237,8 @@ def _note(folder: Path, text: str) -> None:
 
 def _take(console: BinaryIO, name: str) -> None:
     """Lock the console for the trainer that will inherit it; raises UserError when it is locked already."""
-    times, seconds = PATIENCE
-    for _ in range(times):
-        if lock.take(console.fileno()):
-            return
-        time.sleep(seconds)
-    raise UserError(f"{name} is being trained already.", "Wait, stop it, or choose another name.")
+    if not lock.take_soon(console.fileno()):
+        raise UserError(f"{name} is being trained already.", "Wait, stop it, or choose another name.")
 
 
 def _pid(folder: Path) -> int | None:

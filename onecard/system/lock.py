@@ -8,6 +8,7 @@ OneCard lock the same files in the same way, so each version sees the locks of t
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import filelock
 from onecard.errors import UserError
 
 NAME = ".lock"  # the file in a run folder that its trainer locks; it contains the process id of the trainer
+TRIES, PAUSE = 10, 0.05  # how often `take_soon` tries, and seconds between two tries
 
 
 def take(descriptor: int, wait: bool = False) -> bool:
@@ -25,6 +27,18 @@ def take(descriptor: int, wait: bool = False) -> bool:
     it waits for that lock to end. Raises OSError where the file system has no locks.
     """
     return filelock.lock_descriptor(descriptor, blocking=wait)
+
+
+def take_soon(descriptor: int) -> bool:
+    """The same as `take`, tried again for half a second: `is_taken` holds a shared lock for a moment.
+
+    Returns False when the file is still locked then.
+    """
+    for _ in range(TRIES):
+        if take(descriptor):
+            return True
+        time.sleep(PAUSE)
+    return False
 
 
 def is_taken(path: Path) -> bool:
@@ -71,7 +85,7 @@ def owned(folder: Path) -> Iterator[None]:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            if not take(descriptor):
+            if not take_soon(descriptor):
                 raise _is_busy(folder)
             if os.path.samestat(os.fstat(descriptor), path.stat()):  # else its last owner has deleted it
                 break

@@ -47,6 +47,16 @@ def test_asking_writes_nothing_and_hinders_nobody_who_asks(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [lock.NAME]
 
 
+def test_a_training_starts_while_somebody_asks_about_its_lock(tmp_path, monkeypatch):
+    """Who asks holds a shared lock for a moment; the training tries again until it is gone."""
+    (tmp_path / lock.NAME).touch()
+    with (tmp_path / lock.NAME).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        monkeypatch.setattr(lock.time, "sleep", lambda _: fcntl.flock(file, fcntl.LOCK_UN))
+        with lock.owned(tmp_path):
+            assert lock.owner_of(tmp_path) == os.getpid()
+
+
 def test_who_waits_is_told_and_gets_the_lock(tmp_path):
     path, order = tmp_path / "new" / "file", []
     waiting = threading.Event()
