@@ -18,9 +18,10 @@ from typing import Any
 
 from onecard.errors import CHECKPOINT, DISK, UserError, listed
 from onecard.system import files as system_files
-from onecard.system import whole_folder
+from onecard.system import lock, whole_folder
 
 RECORD, VERSIONS = "onecard.json", "versions"  # the latter: told, not compared, as the files are
+OLD_LEFTOVERS = ".onecard-gguf-*"  # the folders in which older versions of OneCard converted a model
 PATIENCE = 5.0  # seconds: the child of a killed run needs a moment to see it
 
 
@@ -167,7 +168,22 @@ def converting(output: Path, source: Path) -> Iterator[tuple[Path, int]]:
     try:
         # its absolute path, as the child has a working folder of its own
         with whole_folder.stage(output.parent.resolve() / output.name) as (place, descriptor):
+            _delete_old_leftovers(place.parent)
             yield place, descriptor
     except OSError as error:
         problem = f"{source}: its GGUF file could not be stored in {output.parent}: {error.strerror}."
         raise UserError(problem, "Make room or check the rights.", DISK) from None
+
+
+def _delete_old_leftovers(parent: Path) -> None:
+    """Delete what killed conversions of older versions left: each holds as many bytes as the model.
+
+    An older version locks the parent folder while it converts, and nothing is deleted meanwhile.
+    """
+    descriptor = os.open(parent, os.O_RDONLY)
+    try:
+        if lock.take(descriptor):
+            for leftover in parent.glob(OLD_LEFTOVERS):
+                shutil.rmtree(leftover)
+    finally:
+        os.close(descriptor)

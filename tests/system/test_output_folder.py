@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from onecard.errors import CHECKPOINT, DISK, USAGE
-from onecard.system import output_folder
+from onecard.system import lock, output_folder
 from tests.support.output_folders import FLAG, MADE_OF, make, refused
 from tests.support.paths import ROOT
 
@@ -106,3 +106,19 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     for other in ({**values, "program": "other"}, {**values, "files": 3}, []):
         record.write_text(json.dumps(other))
         refused(tmp_path / "made", USAGE, "is there already")
+
+
+def test_what_a_killed_conversion_of_an_older_version_left_is_deleted(tmp_path):
+    """An older version that still converts there holds a lock on the parent folder, and keeps its folder."""
+    leftover = tmp_path / ".onecard-gguf-abc"
+    leftover.mkdir()
+    (leftover / "model.gguf").write_bytes(b"GGUF")
+    parent = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert lock.take(parent)
+        with output_folder.converting(tmp_path / "model.gguf", tmp_path):
+            assert leftover.exists()
+    finally:
+        os.close(parent)
+    with output_folder.converting(tmp_path / "model.gguf", tmp_path):
+        assert not leftover.exists()
