@@ -10,8 +10,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from onecard.errors import CHECKPOINT, DISK, UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]  # onecard/
@@ -30,6 +28,8 @@ def cache_folder() -> Path:
     named = os.environ.get("ONECARD_CACHE")
     if named:
         return Path(named)
+    import platformdirs  # imported late, because --help works without any other package
+
     folder = platformdirs.user_cache_path("onecard", appauthor=False)
     older = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onecard"
     return older if older.is_dir() and not folder.is_dir() else folder

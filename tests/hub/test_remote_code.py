@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config import tools as tool_config
 from onecard.config.chat import ChatConfig, CpuConfig
+from onecard.config.declaration import Place
 from onecard.config.generation import Generation
 from onecard.config.tools import DownloadConfig, ExportConfig, MergeConfig, PerplexityConfig, QuantizeConfig
 from onecard.config.training import ContinueConfig, FinetuneConfig
@@ -229,9 +231,9 @@ def test_a_file_of_options_is_no_consent(tmp_path):
 
 
 def test_no_window_offers_it():
-    studio_layout = pytest.importorskip("onecard.ui.training_layout")  # brings gradio
-    assert "remote_code" in studio_layout.HIDDEN
-    assert not hasattr(Generation(), "remote_code")
+    """Neither the form for training nor the inputs of an answer; somebody at a page has no such rights."""
+    assert declaration.declared(FinetuneConfig)["remote_code"].place == Place.NOWHERE
+    assert "remote_code" not in declaration.declared(Generation)
 
 
 def test_code_that_is_not_asked_for_is_not_run(fetched, tmp_path):
