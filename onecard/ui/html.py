@@ -30,8 +30,9 @@ def as_markdown(text: PartialText) -> str:
         return _without_html(text.stable)
     if _opens_in_code(text):
         return _without_html(text.stable + text.open)
-    lines = escaped(text.open).replace("\n", "<br>")
-    return f'{_without_html(text.stable)}<span class="may-change">{lines}</span>'
+    lines = _no_image(escaped(text.open)).replace("\n", "<br>")
+    tail = f'<span class="may-change">{lines}</span>'
+    return _without_html(text.stable, tail) + tail
 
 
 def growing(text: PartialText) -> str:
@@ -58,10 +59,11 @@ def escaped(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=CACHED)
-def _without_html(text: str) -> str:
+def _without_html(text: str, tail: str = "") -> str:
+    """tail: what follows in the last line; it may turn what looks like the beginning of a fence into text."""
     lines = _lines(text)
     pieces, end = [], 0
-    for kind, first, last in [*_blocks(text), ("end", len(lines), len(lines))]:
+    for kind, first, last in [*_blocks(text + tail), ("end", len(lines), len(lines))]:
         pieces += [_plain(line) for line in lines[end:first]]  # no block: there is no code to keep
         block = lines[first:last]
         if kind in CODE:
@@ -109,4 +111,8 @@ def _escaped(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("![", "!\\[")
+    return _no_image(text.replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def _no_image(text: str) -> str:
+    return text.replace("![", "!\\[")

@@ -65,6 +65,12 @@ def test_html_outside_of_code_is_escaped(text):
     assert ESCAPED in shown
 
 
+def test_a_fence_that_what_may_change_turns_into_text():
+    """A fence of backticks has none behind it in its line: the HTML there is no code any more."""
+    assert ui_html.as_markdown(PartialText("```<img src=x>", "a")) == "```<img src=x>a"
+    assert BAD not in ui_html.as_markdown(PartialText("```<img src=x>", "` a"))
+
+
 @pytest.mark.parametrize("before", ["```\na\n", "~~~\na\n", "- a\n  ```\n  b\n", "````\n```\n", "~~~\n```\n"])
 def test_what_may_change_is_not_marked_in_code(before):
     """The tag that marks it stands behind a fence and not inside, where it would be shown."""
@@ -75,3 +81,13 @@ def test_what_may_change_is_not_marked_in_code(before):
         ui_html.as_markdown(PartialText(closed, "a < b"))
         == f'{closed}<span class="may-change">a &lt; b</span>'
     )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [PartialText("![a](http://x)"), PartialText("a ", "![a](http://x)"), PartialText("![a](", "http://x)")],
+)
+def test_no_image_is_fetched(text):
+    """Neither in stable text nor in text that may still change."""
+    assert "![" not in ui_html.as_markdown(text)
+    assert "!\\[a](" in ui_html.as_markdown(text)
