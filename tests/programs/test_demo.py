@@ -55,7 +55,7 @@ def test_the_default_run_says_what_it_does(readme):
         r"device      cpu: .+",
         r"dtype       computation in (bf16|fp32): this CPU .+",
         r"base        8 bits by bitsandbytes.+",
-        r"attention   one causal call per row.+",
+        r"attention   one causal call for each row of a packed micro-batch, .+",
         r"activations gradient checkpointing is off: .+",
         r"rows        205 to train on, 11 for validation; .+",
         r"steps       26 of 16 rows \(13 an epoch\), learning rate 0.003 linear, warm-up 5 steps",
