@@ -52,7 +52,7 @@ class ScoredText:
 
     @property
     def unscored(self) -> int:
-        """How many tokens at the begin of the text are not scored: 0 or 1."""
+        """How many tokens at the beginning of the text are not scored: 0 or 1."""
         return 0 if self.bos_ids else 1
 
     @property

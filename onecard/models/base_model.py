@@ -243,10 +243,11 @@ def stretched(path: str, config: PretrainedConfig, how: str, factor: float) -> P
     rope = getattr(inner, "rope_parameters", None)
     length = getattr(inner, "max_position_embeddings", None)
     if not rope or not length or "rope_theta" not in rope:
-        raise UserError(f"{path}: it has no rotary embeddings for the rope scaling {how}.", "Use none.")
+        problem = f"{path} has no rotary embeddings, which the rope scaling {how} changes."
+        raise UserError(problem, "Use this model without rope scaling.")
     if rope.get("rope_type", "default") != "default":
         problem = f"{path}: its rotary embeddings are scaled already ({rope['rope_type']})."
-        raise UserError(problem, "Use none.")
+        raise UserError(problem, "Use this model without further rope scaling.")
     if how == "yarn":
         inner.rope_parameters = {
             **rope,

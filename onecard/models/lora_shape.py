@@ -80,16 +80,16 @@ def read_extras(path: str | None, rslora: bool) -> dict[str, Any]:
         try:
             extras = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise wrong(f"cannot be read ({error})") from None
+            raise wrong(f"the file cannot be read ({error})") from None
         if not isinstance(extras, dict):
-            raise wrong("holds no JSON object")
+            raise wrong("the file does not hold a JSON object")
         for name, value in extras.items():
             if name not in EXTRAS:
-                raise wrong(f"{name!r} is another kind of adapter, or has an option of its own")
+                raise wrong(f"{name!r} belongs to another kind of adapter, or has an option of its own")
             if not isinstance(value, EXTRAS[name]):
                 raise wrong(f"{name!r} cannot be {value!r}")
         if extras.get("init_lora_weights", True) not in STARTS:
-            raise wrong(f"init_lora_weights can be {', '.join(map(str, STARTS))}")
+            raise wrong(f"'init_lora_weights' can be {', '.join(map(str, STARTS))}")
     if rslora:
         extras["use_rslora"] = True
     return extras

@@ -68,7 +68,7 @@ def linear_names(model: torch.nn.Module) -> list[str]:
 
 
 def require(what: str) -> None:
-    """Raise UserError when packages are not installed; what: the begin of the message, "... need"."""
+    """Raise UserError when packages are not installed; what: how the message begins, "... need"."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{what} {' and '.join(missing)}.", f"Run: {commands.set_up('gptq')}")

@@ -169,10 +169,10 @@ def save(
         raise UserError(problem, "Please report this error.", CHECKPOINT)
     bad = [name for name, tensor in written.items() if not torch.isfinite(tensor).all()]
     if bad:
-        problem = f"The trained weights are not finite ({bad[0]}); not saved."
+        problem = f"The trained weights were not saved, because some are not finite ({bad[0]})."
         raise UserError(problem, "Lower --learning_rate.", CHECKPOINT)
     if was_updated and is_adapter and models_adapter.learned_nothing(model, written):
-        problem = "The adapter learned nothing: it does what it did before the first step; not saved."
+        problem = "The adapter learned nothing: it changes no output of the base model. It was not saved."
         fix = f"Start anew with {commands.name('finetune')} --overwrite and a larger --learning_rate."
         raise UserError(problem, fix, CHECKPOINT)
     if is_adapter:

@@ -113,7 +113,7 @@ def prepare(
     data = run_data.prepare(options, files_of_rows, templates, tokenizer, tokenizer_print, again)
     doubt = models_tokenizer.check_vocabulary(options.model_path, base_config, tokenizer, data.examples.ids)
     if doubt:
-        say(f"warning: {doubt}; the tokenizer's is trained.")
+        say(f"warning: {doubt}; the model learns the one of the tokenizer.")
     base_model.check_window(options.model_path, base_config, int(data.examples.lengths.max()))
     total_steps, warmup_steps = _steps(options, len(data.train_rows))
     weights_print = hashing.of_folder(files["weights"], again)
@@ -175,13 +175,10 @@ def _base(options: FinetuneConfig, hub_names: Names) -> tuple[str, remote_code.T
 
     Raises UserError when the consent is for other code.
     """
-    path = remote_code.locate_with_code(options.model_path, options.remote_code) or hub_names.base(
-        options.model_path
-    )
+    path = remote_code.locate_with_code(options.model_path, options.remote_code)
+    path = path or hub_names.base(options.model_path)
     if options.remote_code and options.train_what == trainable.FULL:
-        problem = (
-            "--train_what full: a model with Python code of its own could not be loaded again afterwards."
-        )
+        problem = "--train_what full: a model with its own Python code could not be loaded again afterwards."
         raise UserError(problem, "Train an adapter: --train_what lora.")
     code = remote_code.verify_commit(path, options.remote_code)
     return (str(code.folder) if code else path), code
@@ -261,7 +258,7 @@ def describe(plan: Plan) -> None:
         unused = config_options.set_without_effect(options, [LORA])
         if unused:
             flags = ", ".join(config_options.flag(options, name) for name in unused)
-            say(f"warning: without LoRA, {flags} has no effect.")
+            say(f"warning: these options have no effect without LoRA: {flags}.")
     say(f"base        {_describe_base(plan)}")
     state = "on" if plan.checkpointing else "off"
     say(f"activations gradient checkpointing is {state}: {reasons['checkpointing']}")

@@ -27,7 +27,7 @@ class NonFiniteError(Exception):
 
 
 class StepModel(torch.nn.Module):
-    """A causal language model as a function of packed rows: the sum of losses and the numbers behind it."""
+    """A causal language model that turns packed rows into the sum of their losses, and into counts."""
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype, packs: bool = True):
         super().__init__()
@@ -40,8 +40,10 @@ class StepModel(torch.nn.Module):
         return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
 
     def forward(self, packed: PackedBatch) -> tuple[torch.Tensor, int, torch.Tensor]:
-        """Sum of losses (fp32 scalar), target tokens, and in eval mode how many of them are the model's first
-        choice (int64 scalar)."""
+        """The sum of losses (fp32 scalar), the number of target tokens, and how many of them are predicted.
+
+        The last is an int64 scalar: how often a target is the most probable token; 0 in training mode.
+        """
         base = trainable.base_of(self.model)
         packing = {"position_ids": packed.position_ids, "document_lengths": packed.document_lengths}
         assert self.packs or len(packed.document_lengths) == 1

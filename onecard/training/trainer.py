@@ -57,7 +57,7 @@ class Trainer:
 
 
 def load(plan: Plan, folder: Path, strategy: Strategy, start: StartingPoint | None = None) -> Trainer:
-    """Load the base model, make adapter and optimizer, and begin the run folder or go back in it.
+    """Load the base model, make adapter and optimizer, and make or take back the run folder (start_folder).
 
     start: what the run continues from, None for a new one. Raises UserError when the weights cannot be loaded
     or the folder cannot be written.
@@ -146,7 +146,7 @@ def make_optimizer(options: FinetuneConfig, parameters: list[torch.nn.Parameter]
 
 
 def start_folder(plan: Plan, folder: Path, progress: Progress, start: StartingPoint | None) -> None:
-    """Make the run folder, or go back in it to where the run continues; write finetune_config.json.
+    """Make the run folder, or take it back to the step that the run continues from; write its options.
 
     Raises UserError (exit 7) when the folder cannot be written.
     """
@@ -182,10 +182,8 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: StartingPo
             "rejected": len(plan.data.encoding.rejected),
         }
         record = {
-            "options": {
-                **dataclasses.asdict(plan.options),
-                "remote_code": None,
-            },  # consent holds for one command
+            # the consent to run code holds for one command, so it is not written
+            "options": {**dataclasses.asdict(plan.options), "remote_code": None},
             "resolved": resolved,
             "data": rows,
             "fingerprints": plan.fingerprints,

@@ -110,7 +110,7 @@ def from_older(source: Path, request: ContinueConfig, explicit: frozenset[str]) 
     say(f"Older checkpoint {source}: {present} go on" + (f"; {missing} start anew." if missing else "."))
     say(f"Its rank {old.rank} and targets {old.targets} come from its tensors.")
     if old.step:
-        say(f"It is at step {old.step}: that many steps of the rows, in OneCard's order, count as done.")
+        say(f"It was saved at step {old.step}: the rows of so many steps, in OneCard's order, count as seen.")
     return StartingPoint(
         options,
         Progress(step=old.step, updates=old.step),
@@ -193,14 +193,14 @@ def _check_kind(source: Path, values: dict[str, Any], request: FinetuneConfig) -
     other = [name for name in OTHER_KINDS if values.get(name)]
     if other:
         problem = f"{path}: the adapter has {', '.join(other)}, which OneCard cannot train."
-        raise UserError(
-            problem, "Use an adapter without it; OneCard can train all that it makes.", CHECKPOINT
-        )
+        raise UserError(problem, "Use an adapter without it, such as one that OneCard has made.", CHECKPOINT)
     plain = ("use_rslora", "init_lora_weights")  # an option of its own; and what only matters at the start
-    has = {name: values[name] for name in lora_shape.EXTRAS if name not in plain and values.get(name)}
+    settings = {name: values[name] for name in lora_shape.EXTRAS if name not in plain and values.get(name)}
     extras = lora_shape.read_extras(request.peft_config, rslora=False)
-    settings = {name: value for name, value in extras.items() if name not in plain and value}
+    requested = {name: value for name, value in extras.items() if name not in plain and value}
     adds_rslora = extras.get("use_rslora") and not values.get("use_rslora")
-    if adds_rslora or {k: _plain(v) for k, v in has.items()} != {k: _plain(v) for k, v in settings.items()}:
-        problem = f"{path}: the adapter was made with {json.dumps(has)}, and --peft_config says otherwise."
+    before, now = ({name: _plain(value) for name, value in one.items()} for one in (settings, requested))
+    if adds_rslora or before != now:
+        made_with = json.dumps(settings)
+        problem = f"{path}: the adapter was made with {made_with}, and --peft_config says otherwise."
         raise UserError(problem, "Write these settings into the file of --peft_config.", CHECKPOINT)

@@ -183,12 +183,12 @@ def test_other_kinds_of_adapters(harness, tiny_model, tmp_path, given):
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("[]", "no JSON object"),
+        ("[]", "does not hold a JSON object"),
         ("{", "cannot be read"),
-        ('{"r": 4}', "'r' is another kind"),
+        ('{"r": 4}', "'r' belongs to another kind"),
         ('{"modules_to_save": ["lm_head"]}', "'modules_to_save'"),
         ('{"use_dora": "yes"}', "'use_dora' cannot be 'yes'"),
-        ('{"init_lora_weights": "pissa"}', "init_lora_weights can be"),
+        ('{"init_lora_weights": "pissa"}', "'init_lora_weights' can be"),
     ],
 )
 def test_wrong_settings_of_an_adapter_are_named(tmp_path, text, word):
