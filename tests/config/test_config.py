@@ -237,7 +237,8 @@ def test_help_of_every_sub_command_loads_nothing_heavy(program):
     brought = {name for name in importlib.metadata.packages_distributions() if not name.startswith("_")}
     assert {"torch", "tqdm"} <= brought
     assert not {module.split(".")[0] for module in modules} & (brought - {"onecard"})
-    rooms = {module.split(".")[1] for module in modules if module.startswith("onecard.")}
+    small = {"onecard.hub", "onecard.hub.session"}  # onecard/__main__.py opens a session around each program
+    rooms = {module.split(".")[1] for module in modules - small if module.startswith("onecard.")}
     assert rooms <= {"__main__", "errors", "config", "system", "programs"}
 
 
