@@ -82,8 +82,8 @@ def transformers_alone(talk: chat.Chat, settings: Generation) -> Run:
         top_p=settings.top_p if settings.samples else None,
         top_k=settings.top_k if settings.samples else None,
         num_beams=settings.width,
-        eos_token_id=talk.ends,
-        pad_token_id=talk.ends[0],
+        eos_token_id=talk.eos_ids,
+        pad_token_id=talk.eos_ids[0],
     )
     prompt = torch.tensor([ids], device=engine.device)
     watch = First() if settings.width == 1 else None  # transformers streams no beams

@@ -245,7 +245,7 @@ def beside_bare(
 
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
         talk = chat.start(options, to_gguf)
-    talk.ends = []  # so that no token ends the answer, and both write the same number
+    talk.eos_ids = []  # so that no token ends the answer, and both write the same number
     settings = Generation(mode=GREEDY, repetition_penalty=1.0, max_new_tokens=args.tokens)
     bare = Bare(file, adapter, talk.engine.threads)
     ids = data_encode.encode(chat_speed.conversation(), talk.template, talk.tokenizer)[0]
