@@ -128,8 +128,11 @@ class ResolvedModel:
     @property
     def versions_by_option(self) -> dict[str, Version]:
         """The same for files that are written: the options model_path and lora_path (the first adapter)."""
-        names = {"model_path": BASE, **({"lora_path": self.adapters[0].name} if self.adapters else {})}
-        return {option: self.versions[name] for option, name in names.items() if name in self.versions}
+        places = {"model_path": Path(self.base)}  # not by name: an adapter may have the name BASE here
+        if self.adapters:
+            places["lora_path"] = self.adapters[0].origin
+        commits = {option: revisions.of(path) for option, path in places.items()}
+        return {option: version for option, version in commits.items() if version}
 
     def close(self) -> None:
         """Delete the copies of older adapters; nothing else becomes invalid."""
@@ -268,8 +271,7 @@ def _not_here(adapter: Adapter) -> UserError:
 
 def _folder_of(base: str) -> str:
     """The folder that a name means, so that two names of one folder are one base; fetches nothing."""
-    at_hand = None if base == demo.DEMO or Path(base).exists() else revisions.at_hand(base)
-    folder = Path(at_hand or (locate.locate(base) if is_here(base) else base)).expanduser()
+    folder = Path((locate.here(base) if is_here(base) else None) or base).expanduser()
     return str(folder.resolve()) if folder.is_dir() else base
 
 

@@ -14,7 +14,8 @@ from onecard.config.tools import ExportConfig, MergeConfig, PerplexityConfig
 from onecard.conversion import export_gguf, merge
 from onecard.errors import CHECKPOINT, USAGE, UserError
 from onecard.evaluation import perplexity
-from onecard.hub import demo
+from onecard.hub import demo, revisions
+from onecard.hub.revisions import Version
 from onecard.inference import loader, resolve
 from onecard.inference.resolve import ResolvedModel
 from onecard.models import base_model
@@ -198,3 +199,25 @@ def test_nothing_is_named(program, monkeypatch, tmp_path):
     model = PROGRAMS[program]({})
     assert (model.name, model.base) == ("demo", str(tmp_path / demo.DEMO_FOLDER))
     assert (model.template.name, model.active_adapters) == ("alpaca", ())
+
+
+def test_adapters_on_different_bases_are_refused_without_a_download(pair, tmp_path, monkeypatch):
+    """One of them was trained on the demo model, which is not on this machine."""
+    monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo, "make_demo", lambda folder: pytest.fail("fetched"))
+    other = Path(shutil.copytree(pair[1], tmp_path / "other"))
+    record(other, demo.DEMO, {})
+    with pytest.raises(UserError, match="were trained on different base models") as caught:
+        loader.prepare(ChatConfig(lora_path=f"{pair[1]},{other}"))
+    assert caught.value.code == USAGE
+
+
+def test_versions_of_a_merge_whose_adapter_is_called_base(pair, tmp_path, monkeypatch):
+    """A folder of that name is no other base: each option has the version of its own folder."""
+    base, adapter = pair
+    (tmp_path / "elsewhere").mkdir()
+    own = adapter.rename(tmp_path / "elsewhere" / "base")
+    versions = {base: Version("someone/model", "a" * 40), own: Version("someone/adapter", "b" * 40)}
+    monkeypatch.setattr(revisions, "of", lambda path: versions.get(Path(path)))
+    model = PROGRAMS["merge"](options(base, own))
+    assert model.versions_by_option == {"model_path": versions[base], "lora_path": versions[own]}
