@@ -77,7 +77,10 @@ def _own(folder: Path, patience: float, before_waiting: Callable[[], None]) -> i
     while True:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # its last owner has deleted it in between
+            continue
         try:
             if lock.take(descriptor):
                 if _is_at(folder, descriptor):
