@@ -136,12 +136,14 @@ MESSAGES = {
     "of a third program": "raise UserError(f\"{commands.name('merge')} --wrong\")",
     "in parentheses": 'raise UserError("Use the option (--wrong).")',
     "with a value": 'raise UserError("Use --wrong=3.")',
+    "in Chinese": 'raise UserError("请改用--wrong选项。")',
+    "of pip, in a list that is joined": 'raise UserError(" ".join(["Use", "--quiet."]))',
 }
 
 
 @pytest.mark.parametrize("case", sorted(MESSAGES))
 def test_planted_message_is_found(case):
-    flag = "--report" if "report" in MESSAGES[case] else "--wrong"
+    [flag] = [flag for flag in ("--report", "--quiet", "--wrong") if flag in MESSAGES[case]]
     assert findings(f"def run(value):\n    {MESSAGES[case]}\n") == [flag]
 
 
@@ -234,6 +236,7 @@ PLANTED = {  # functions of lower rooms -> programs that reach them
     ("system.hardware", "choose_device"): {"merge", "quantize", "chat", "finetune"},
     ("inference.gguf_check", "unusable"): {"export-gguf", "perplexity", "chat"},
     ("data.template", "load"): {"perplexity", "merge", "check-data"},
+    ("config.options", "parse"): {"merge", "quantize", "export-gguf"},
     ("conversion.gguf", "check_adapter"): {"export-gguf", "perplexity", "interaction"},
 }
 

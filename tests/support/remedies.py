@@ -20,7 +20,8 @@ from typing import NamedTuple
 from tests.support.call_graph import AS_CHILD, FUNCTIONS, CallGraph, Part, but_annotations
 from tests.support.rooms import library
 
-FLAG = re.compile(r"(?<!var\()(?<![\w-])--([A-Za-z][\w-]*|[\0{%]|$)")  # CSS has var(--name)
+# CSS has var(--name); re.ASCII, as a sign of Chinese before or behind an option is no part of it
+FLAG = re.compile(r"(?<!var\()(?<![\w-])--([A-Za-z][\w-]*|[\0{%]|$)", re.ASCII)
 COMMAND = re.compile("\1([\\w-]*)\1[^,;.]*$")  # the name of a program, and no stop behind it
 # of config/declaration.py: the texts in them are read from the settings
 DECLARATIONS = ("option", "window_option", "learned", "execution", "commit_option", "inherited", "Use")
@@ -127,8 +128,10 @@ def _skipped(statement: ast.AST) -> set[int]:
 
 def _arguments(statement: ast.AST) -> set[int]:
     """The texts of a statement that are arguments of a program: in a list, or of commands.pip_install."""
-    owners = [node for node in ast.walk(statement) if isinstance(node, ast.List)]
     calls = [node for node in ast.walk(statement) if isinstance(node, ast.Call)]
+    joined = {id(each) for call in calls if _name(call.func) == "join" for each in call.args}  # one text
+    lists = [node for node in ast.walk(statement) if isinstance(node, ast.List)]
+    owners: list[ast.AST] = [each for each in lists if id(each) not in joined]
     owners += [call for call in calls if _name(call.func) == "pip_install"]
     children = [child for owner in owners for child in getattr(owner, "elts", getattr(owner, "args", []))]
     return {id(child) for child in children}
@@ -179,15 +182,16 @@ def wrong(
 ) -> list[Finding]:
     """The options that texts of these parts name and a program lacks; options: of every program."""
     findings = set()
-    for part in {part for part in parts if part.module not in HAVE_NAMES_FROM_SETTINGS}:
+    for part in parts:
         for text in texts(graph, part):
             for match in FLAG.finditer(text.words):
                 other = COMMAND.search(text.words[: match.start()])
                 allowed = options[program] | options.get(other[1] if other else "", frozenset())
                 if text.is_argument or _is_of_a_child(graph, part):
                     allowed = allowed.union(*OTHERS.values())
-                if match[1] not in allowed:
-                    flag = f"--{match[1]}" if match[1][:1].isalpha() else "--{...}"
+                is_name = match[1][:1].isalpha()
+                if match[1] not in allowed and (is_name or part.module not in HAVE_NAMES_FROM_SETTINGS):
+                    flag = f"--{match[1]}" if is_name else "--{...}"
                     findings.add(Finding(program, part.module, text.line, flag))
     return sorted(findings)
 
