@@ -37,7 +37,8 @@ def phrases(text: str) -> list[str]:
 def few_short_phrases(text: str) -> str | None:
     parts = phrases(text)
     fits = len(parts) <= MOST_PHRASES and all(len(part) <= LONGEST_PHRASE for part in parts)
-    return None if fits else f"at most {MOST_PHRASES} texts of {LONGEST_PHRASE} characters, with | between"
+    problem = f"must be at most {MOST_PHRASES} texts of {LONGEST_PHRASE} characters each, separated by |"
+    return None if fits else problem
 
 
 @dataclasses.dataclass(frozen=True)

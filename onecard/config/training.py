@@ -33,7 +33,8 @@ MOST_PROMPTS, LONGEST_PROMPT = 16, 500  # of --sample_prompts; characters
 def few_prompts(text: str) -> str | None:
     prompts = text.split("|")
     fits = len(prompts) <= MOST_PROMPTS and all(len(prompt) <= LONGEST_PROMPT for prompt in prompts)
-    return None if fits else f"at most {MOST_PROMPTS} prompts of {LONGEST_PROMPT} characters"
+    problem = f"must be at most {MOST_PROMPTS} prompts of {LONGEST_PROMPT} characters each, separated by |"
+    return None if fits else problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +163,7 @@ class FinetuneConfig(EncodingOptions, AdapterOptions, StepOptions, SourceOptions
         1,
         ("Steps between lines", "输出间隔步数"),
         (
-            "steps from one line to the next where the output has no progress bar",
+            "steps from one line of output to the next where there is no progress bar",
             "没有进度条时，每隔多少步输出一行",
         ),
         unit=STEPS,
@@ -214,10 +215,12 @@ class ContinueConfig(FinetuneConfig):
         return FinetuneConfig  # the options below are for one command, not for the run
 
     resume_from_checkpoint: str | None = option(
-        None, EXECUTION, "checkpoint or adapter folder to go on from; none: the newest whole one of the run"
+        None,
+        EXECUTION,
+        "checkpoint or adapter folder to go on from; none: the newest undamaged checkpoint of the run",
     )
     lora_remote_checkpoint: str | None = option(
-        None, EXECUTION, "the same, fetched from the hub: owner/adapter"
+        None, EXECUTION, "adapter on the hub (owner/adapter) to go on from; it is downloaded"
     )
     from_data_beginning: bool = learned(
         False,

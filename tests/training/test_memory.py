@@ -106,7 +106,7 @@ def test_adapter_gradient_and_optimizer_are_those_of_a_step(tiny_model, changes)
 
 
 def test_activations_grow_with_the_micro_batch_alone(tiny_model):
-    """With rows and cutoff up to the budget, which is the most there can be; less when recomputed."""
+    """With rows and cutoff up to the budget, which is the most; gradient checkpointing needs less."""
 
     def predicted(**changes) -> float:
         return training_memory.predict(options(**changes), str(tiny_model), "cpu", None)["activations"]

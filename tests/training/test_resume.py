@@ -391,7 +391,7 @@ def test_a_run_of_max_steps_is_made_longer_by_epochs(harness, tiny_model, rows, 
 
 
 @pytest.mark.parametrize(("given", "taken"), [({"dtype": "bf16"}, "bf16"), ({"dtype": "auto"}, "fp32")])
-def test_other_rows_in_another_arithmetic(monkeypatch, given, taken):
+def test_other_rows_in_another_compute_dtype(monkeypatch, given, taken):
     """What is asked for counts; auto stays what it was."""
     options = training_config.FinetuneConfig(**given, device="cpu")
     resolved = {"dtype": "fp32", "gradient_checkpointing": False}
@@ -629,7 +629,7 @@ def test_several_processes_stop_and_go_on_as_one(tiny_model, rows, tmp_path):
     ("before", "now", "device", "taken"),
     [("bf16", "fp16", "cuda:0", "fp16"), ("fp16", "bf16", "cuda:0", "bf16"), ("bf16", "fp32", "cpu", "bf16")],
 )
-def test_auto_arithmetic_changes_with_the_card_only(monkeypatch, before, now, device, taken):
+def test_auto_dtype_changes_with_the_gpu_only(monkeypatch, before, now, device, taken):
     """bf16 and fp16 change places when the card does; anything else stays as it was."""
     monkeypatch.setattr(hardware, "choose_device", lambda *_: hardware.Choice(device, ""))
     monkeypatch.setattr(hardware, "choose_dtype", lambda *_: hardware.Choice(now, ""))

@@ -139,7 +139,7 @@ def validation_loss(made, rows: Path, run: Path) -> float:
 
 @pytest.mark.parametrize("what", ["lora", *WHAT])
 def test_bf16_runs_answer_their_questions(tied_model, tmp_path, what):
-    """Trained weights are fp32, the arithmetic bf16: training, validation and answers all the same."""
+    """Trained weights are fp32, the compute dtype is bf16: training, validation and answers all the same."""
     rows = tiny.save_rows(tmp_path / "rows.json", 24)
     settings = flags(
         tied_model, rows, tmp_path / "run", dtype="bf16", train_what=what, max_steps=2, test_size=3
