@@ -34,7 +34,7 @@ OUT_OF_MEMORY = (  # in lower case
     "can't allocate memory",  # torch's CPU allocator
     "cublas_status_alloc_failed",
     "cudnn_status_alloc_failed",
-    "cublas_status_not_initialized",  # how a full card refuses cuBLAS its workspace
+    "cublas_status_not_initialized",  # what cuBLAS says when a full GPU has no room for its workspace
     "cudaerrormemoryallocation",
     "std::bad_alloc",
 )
@@ -49,7 +49,7 @@ class UserError(Exception):
         self.problem, self.fix, self.code = problem, fix, code
 
     def __str__(self) -> str:
-        # others' words at its end often lack their stop
+        # a problem that ends with another program's words often has no full stop
         ended = not (self.problem and self.fix) or self.problem.endswith(ENDS)
         return f"{self.problem}{'' if ended else '.'} {self.fix}".strip()
 
@@ -84,8 +84,8 @@ class Stopped(BaseException):
 def run_program(main: Callable[[], int | None], smaller: str = "") -> None:
     """Run a root program's `main` and end the process with its exit code.
 
-    A UserError becomes one message on stderr; ONECARD_DEBUG=1 adds the traceback. smaller: those of the
-    program's options that need less memory with less.
+    A UserError becomes one message on stderr; ONECARD_DEBUG=1 adds the traceback. smaller: the program's
+    options with which it needs less memory when they are smaller.
     """
     try:
         code = main() or OK
@@ -96,7 +96,7 @@ def run_program(main: Callable[[], int | None], smaller: str = "") -> None:
         if not is_out_of_memory(error):
             raise
         code = MEMORY
-        fix = f"Try a smaller {smaller}." if smaller else "End other programs, or give it more memory."
+        fix = f"Try a smaller {smaller}." if smaller else "End other programs to free memory."
         _say(error, f"error: out of memory. {fix}")
     except (KeyboardInterrupt, Stopped) as error:
         number = getattr(error, "number", signal.SIGINT)
@@ -104,10 +104,8 @@ def run_program(main: Callable[[], int | None], smaller: str = "") -> None:
         _say(error, f"stopped by {'Ctrl-C' if number == signal.SIGINT else error}.")
     except OSError as error:
         code = DISK
-        _say(
-            error,
-            f"error: {error.strerror or error}: {error.filename or 'no file named'}. Check disk and rights.",
-        )
+        problem = f"{error.strerror or error}: {error.filename or 'no file named'}."
+        _say(error, f"error: {problem} Check the disk and your permissions.")
     sys.stdout.flush()
     sys.exit(code)
 
@@ -128,7 +126,7 @@ def last_line(output: str, silent: str, most: int = 300) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """MemoryError, or how torch's allocators, CUDA, cuBLAS and bitsandbytes word it (RuntimeErrors)."""
+    """Whether it is a MemoryError, or one of the RuntimeErrors in which torch, CUDA and others report it."""
     words = str(error).lower()
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(phrase in words for phrase in OUT_OF_MEMORY)

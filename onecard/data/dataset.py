@@ -219,7 +219,7 @@ def _encode_files(
         here, before = (files[bisect.bisect_left(ends, n)] for n in (number, number - 1))
         return number > 1 and (here.validation, here.weight) != (before.validation, before.weight)
 
-    with _workplace(folder) as (temporary, is_kept):
+    with _workplace(folder) as (temporary, is_cached):
         rows = _read(files, options, ends)
         if task == PRETRAIN:
             length, overlap = options.cutoff_len, options.overlap
@@ -230,7 +230,7 @@ def _encode_files(
             problem = f"{options.data_path}: a file changed while it was read."
             raise UserError(problem, "Start again when the file is complete.", DATA)
         (temporary / ENDS).write_text(json.dumps(ends), encoding="utf-8")
-        if is_kept:
+        if is_cached:
             _keep(temporary, folder)
             encoding = _load_cached(folder)[0] or encoding
     return encoding, ends
@@ -247,14 +247,14 @@ def _workplace(folder: Path) -> Iterator[tuple[Path, bool]]:
     try:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary, is_kept = Path(tempfile.mkdtemp(dir=folder.parent, prefix=MAKING)), True
+            temporary, is_cached = Path(tempfile.mkdtemp(dir=folder.parent, prefix=MAKING)), True
         except OSError:
-            temporary, is_kept = Path(tempfile.mkdtemp(prefix="onecard-rows-")), False
+            temporary, is_cached = Path(tempfile.mkdtemp(prefix="onecard-rows-")), False
             atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         try:
-            yield temporary, is_kept
+            yield temporary, is_cached
         finally:
-            if is_kept:
+            if is_cached:
                 shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         fix = "Free some space, or set ONECARD_CACHE to a folder on another disk."

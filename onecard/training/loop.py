@@ -32,7 +32,7 @@ from onecard.system import processes as system_processes
 from onecard.training import distributed, out_of_memory, resume, step, warm_start
 from onecard.training.plan import Plan, describe, learning_rate, prepare
 from onecard.training.samples import Draw, Sample, answers, finish, note_answers, samples_are_due
-from onecard.training.starting_point import STARTING, StartingPoint, finished_before
+from onecard.training.starting_point import BUSY, STARTING, StartingPoint, finished_before
 from onecard.training.strategy import choose
 from onecard.training.trainer import Trainer, load
 
@@ -91,7 +91,7 @@ def carry_out(plan: Plan, start: StartingPoint | None, sample: Sample, draw: Dra
 def _owned(folder: Path) -> Iterator[None]:
     """Hold the lock of the run folder; raises UserError when another process has it."""
     with contextlib.ExitStack() as stack:
-        with errors.remedy("Wait for it, stop it, or choose another --output_path."):
+        with errors.remedy(BUSY):
             stack.enter_context(lock.owned(folder))
         yield
 

@@ -26,6 +26,7 @@ from onecard.system import files as system_files
 from onecard.system.console import say
 
 STARTING = "starting adapter"  # key of its fingerprint
+BUSY = "Wait for it, stop it, or choose another --output_path."
 
 
 @dataclasses.dataclass
@@ -92,7 +93,7 @@ def finished_before(options: FinetuneConfig, folder: Path, weights_print: str | 
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_path {folder}: this is a file.", "Name a folder.")
-    with errors.remedy("Wait for it, stop it, or choose another --output_path."):
+    with errors.remedy(BUSY):
         lock.check_free(folder)
     whole = options.train_what == trainable.FULL
     if whole and (folder / run_folder.MODEL).exists() and not run_folder.trained_all(folder):
