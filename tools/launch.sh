@@ -10,12 +10,12 @@ option() {
 
 # launch PROGRAM ARGUMENTS...: replace the shell with the program, so that signals reach it
 launch() {
-  local program=$1 processes=1 cards
+  local program=$1 processes=1 gpus
   shift
   if [ -n "${TOT_CUDA:-}" ]; then
     export CUDA_VISIBLE_DEVICES=$TOT_CUDA
-    IFS=, read -ra cards <<<"$TOT_CUDA"
-    processes=${#cards[@]}
+    IFS=, read -ra gpus <<<"$TOT_CUDA"
+    processes=${#gpus[@]}
   fi
   if [ "$processes" -gt 1 ]; then
     exec .venv/bin/python -m torch.distributed.run --nproc_per_node="$processes" \

@@ -1,4 +1,4 @@
-"""The real demo model, and the commands of README.md as a new user would type them."""
+"""The real demo model, and the commands of README.md as a new user types them."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_the_default_run_says_what_it_does(readme):
 
 
 def test_the_default_run_teaches_the_form(readme, newcomer):
-    """At least 6 of 8 held-out answers have the form after, none before; both losses fell."""
+    """At least 6 of 8 answers to validation prompts have the form after it, and none before; losses fall."""
     folder = newcomer.folder / "lora-checkpoints" / "demo"
     counted = readme["python3 sample/check_form.py lora-checkpoints/demo"].stdout
     before, after = (int(number) for number in re.findall(r"training: (\d) of 8", counted))
@@ -85,7 +85,7 @@ def test_the_default_run_teaches_the_form(readme, newcomer):
 
 
 def test_the_default_run_again_is_finished(readme, newcomer):
-    """Exit 0, nothing set up or trained twice, the ways on named."""
+    """The exit code is 0, nothing is set up or trained again, and the next steps are named."""
     folder = newcomer.folder / "lora-checkpoints" / "demo"
     before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
     again = newcomer.run("bash finetune.sh", timeout=120)
@@ -107,7 +107,7 @@ def test_four_bits_learn_too(tmp_path):
 
 
 def test_old_python_is_told_so(tmp_path, copy):
-    """An interpreter below 3.11: one message, exit 2, nothing made."""
+    """With an interpreter below 3.11 there is one message, exit code 2, and no environment."""
     old = tmp_path / "python3"
     old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo "Python 3.9.2"\n[ "$1" = -c ] && exit 1\nexit 0\n')
     old.chmod(0o755)
@@ -125,8 +125,8 @@ def test_old_python_is_told_so(tmp_path, copy):
         assert not (other / ".venv").exists()
 
 
-def test_several_cards_start_torchrun(tmp_path, copy):
-    """TOT_CUDA with two cards runs torchrun with PORT and all variables as flags; one card plain python."""
+def test_several_gpus_start_torchrun(tmp_path, copy):
+    """Two GPUs in TOT_CUDA start torchrun with PORT and all variables as options; one GPU starts python."""
     other = tmp_path / "project"
     shutil.copytree(copy, other, ignore=shutil.ignore_patterns(".venv", "lora-checkpoints"))
     fake = other / ".venv" / "bin" / "python"
@@ -144,13 +144,13 @@ def test_several_cards_start_torchrun(tmp_path, copy):
         "TEST_SIZE": "7",
     }
     said = {}
-    for cards in ("0,1", "1"):
-        environment = {**os.environ, **variables, "TOT_CUDA": cards}
+    for gpus in ("0,1", "1"):
+        environment = {**os.environ, **variables, "TOT_CUDA": gpus}
         command = ["bash", "finetune.sh", "--num_epochs", "1"]
         result = subprocess.run(
             command, cwd=other, env=environment, capture_output=True, text=True, check=True
         )
-        said[cards] = result.stdout.splitlines()[-1]
+        said[gpus] = result.stdout.splitlines()[-1]
     flags = "finetune.py --data_path a b.json --output_path o --model_path m --test_size 7 --num_epochs 1"
     assert said["1"] == f"1: {flags}"
     assert said["0,1"] == f"0,1: -m torch.distributed.run --nproc_per_node=2 --master_port=23456 {flags}"
