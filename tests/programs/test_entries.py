@@ -40,7 +40,7 @@ GROWING = """place => {  // notes every length of the answer that is shown
 
 
 class Program:
-    """A program in a session of its own, as a terminal would start it; ready when it has told its address."""
+    """A program in a session of its own, as in a terminal; it is ready when it has printed its address."""
 
     def __init__(self, command: list[str], folder: Path, log: Path, **variables: str):
         hidden = ("HF_HUB_OFFLINE", "BASE_MODEL", "MODEL_PATH", "LORA_PATH", "USE_LOCAL")
@@ -65,19 +65,19 @@ class Program:
         return self.log.read_text(encoding="utf-8")
 
     def environment(self) -> dict[str, str]:
-        """What the program itself was started with, whatever shell stood before it."""
+        """The command line of the program itself, without that of the shell."""
         lines = Path(f"/proc/{self.process.pid}/environ").read_text(encoding="utf-8").split("\0")
         return dict(line.split("=", 1) for line in lines if line)
 
     def end(self, number: int) -> int:
-        """Exit code after a signal to the group, as Ctrl-C sends it; nothing of the session may be left."""
+        """The exit code after a signal to the group, as from Ctrl-C; no process of it may be left."""
         os.killpg(self.process.pid, number)
         code = self.process.wait(timeout=60)
         eventually(lambda: not self.group())
         return code
 
     def group(self) -> list[str]:
-        """Processes of the group that are not over; one that nobody has asked for yet is."""
+        """The processes of the group that still run; zombies do not count."""
         stats = []
         for path in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
@@ -97,7 +97,7 @@ class Program:
 
 @contextlib.contextmanager
 def started(command: list[str], folder: Path, log: Path, **variables: str) -> Iterator[Program]:
-    """A program that has told its address; killed at the end if it is still there."""
+    """A program that has printed its address; at the end it is killed if it still runs."""
     program = Program(command, folder, log, **variables)
     try:
         yield program
@@ -107,7 +107,7 @@ def started(command: list[str], folder: Path, log: Path, **variables: str) -> It
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_model) -> Path:
-    """A run as finetune.py leaves it, of a few steps."""
+    """A run of a few steps, as finetune.py writes it."""
     folder = tmp_path_factory.mktemp("runs")
     flags = {"model_path": tiny_model, "data_path": tiny.save_rows(folder / "rows.json", 8), "device": "cpu"}
     flags |= {"output_path": folder / "mine", "bits": 16, "dtype": "fp32", "max_steps": 1, "test_size": 0}
@@ -119,7 +119,7 @@ def run(tmp_path_factory, tiny_model) -> Path:
 
 
 def answered(page: Page, single: bool) -> None:
-    """A question typed and sent; the answer grows in the page until it is whole."""
+    """Type and send a question; the answer grows in the page until it is complete."""
     page.evaluate(GROWING, "#output .answer" if single else "#left [data-testid=bot]")
     if single:
         page.fill("#instruction textarea", "Say red")
@@ -151,7 +151,7 @@ ENTRIES = {
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_a_program_opens_its_page_answers_and_ends(browser, copy, run, tiny_model, tmp_path, name):
-    """From the command to a streamed answer; one signal ends all of it."""
+    """The command opens a page that streams an answer; one signal ends every process."""
     arguments, variables, adapters, number = ENTRIES[name]
 
     def named(text: str) -> str:
@@ -174,7 +174,7 @@ def test_a_program_opens_its_page_answers_and_ends(browser, copy, run, tiny_mode
 
 
 def test_ctrl_c_in_the_middle_of_an_answer_ends_the_program(browser, tmp_path):
-    """Not only once the answer is whole, though its page stays open; and by itself, not by an abort."""
+    """It ends before the answer is complete, although the page stays open, and it ends without an abort."""
     with (
         serving("turns", tmp_path / "server", "--mode=greedy", "--min_new_tokens=450") as server,
         opened(browser, server, "#box textarea") as page,

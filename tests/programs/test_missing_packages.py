@@ -1,4 +1,4 @@
-"""What each part of the set-up is enough for, and what a program says whose package another part installs."""
+"""What works with each part of the set-up, and what a program says that needs a package of another part."""
 
 import os
 import pty
@@ -20,7 +20,7 @@ ASK = 'echo "Say red" | .venv/bin/python'
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_model):
-    """Part of the set-up, or "" for none -> a newcomer who has set up that alone."""
+    """A function from a part of the set-up, or "" for none, to a newcomer who has only that part."""
     there: dict[str, fresh.Newcomer] = {}
 
     def make(part: str) -> fresh.Newcomer:
@@ -35,7 +35,7 @@ def made(tmp_path_factory, tiny_model):
 
 
 def refused(ended: subprocess.CompletedProcess, module: str, part: str) -> None:
-    """One line, exit 2, and what to run."""
+    """There is one line that says what to run, and the exit code is 2."""
     assert ended.returncode == 2, ended.stderr
     assert ended.stdout == ""
     expected = rf"error: .*{re.escape(module)}.* Run: bash tools/setup\.sh {part}\b.*\n"
@@ -43,7 +43,7 @@ def refused(ended: subprocess.CompletedProcess, module: str, part: str) -> None:
 
 
 def test_a_pipe_needs_no_editor(made):
-    """With what training needs alone, generate.py and interaction.py answer in scripts."""
+    """With only the packages for training, generate.py and interaction.py answer in scripts."""
     for program in ("generate.py", "interaction.py"):
         command = (
             f"{ASK} {program} --terminal --model_path tiny --device cpu --max_new_tokens 4 --mode greedy"
@@ -60,12 +60,12 @@ def test_a_window_says_what_it_lacks(made, program):
 
 @pytest.mark.parametrize("part", ["train", "chat"])
 def test_llama_cpp_is_missed_at_once(made, part):
-    """By the program that talks through it alone."""
+    """The program that uses nothing else says so at once."""
     refused(made(part).run(f"{ASK} tools/cpu_chat.py --model_path tiny"), "llama_cpp", "cpu")
 
 
 def test_an_engine_says_what_it_lacks(made):
-    """What is said while the model is looked at goes before."""
+    """Lines about the model may come before the error."""
     ended = made("train").run(f"{ASK} generate.py --terminal --engine llama.cpp --model_path tiny")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert re.search(r"\nerror: llama-cpp-python .* Run: bash tools/setup\.sh cpu\n$", "\n" + ended.stderr)
@@ -77,7 +77,7 @@ def test_an_engine_says_what_it_lacks(made):
     [("generate.py --terminal", "chat"), ("interaction.py --terminal", "chat"), ("tools/cpu_chat.py", "cpu")],
 )
 def test_a_terminal_says_what_it_lacks_before_it_loads(made, program, part):
-    """Where somebody types, prompt_toolkit is needed; it is missed at once."""
+    """A terminal needs prompt_toolkit; when it is missing, the program says so at once."""
     ours, theirs = pty.openpty()
     python = made("train").folder / ".venv/bin/python"
     command = [str(python), *program.split(), "--model_path", "nowhere"]
@@ -93,7 +93,7 @@ def test_a_terminal_says_what_it_lacks_before_it_loads(made, program, part):
 
 @pytest.mark.parametrize("program", [*PROGRAMS, *sorted(f"tools/{p.name}" for p in ROOT.glob("tools/*.py"))])
 def test_without_any_package_nothing_is_a_traceback(made, program):
-    """The Python of the system, say: one line that names the set-up; --help needs no package at all."""
+    """With the Python of the system, for example, one line names the set-up; --help needs no package."""
     assert made("").run(f".venv/bin/python {program} --help").returncode == 0
     given = "--output_path out --data_path sample/instruct.json" if program == "finetune.py" else ""
     ended = made("").run(f".venv/bin/python {program} {given}")
@@ -120,7 +120,7 @@ def test_a_part_is_enough_for_its_modules(made, part, modules):
 
 
 def test_the_closure_leaves_out_what_is_another_parts(made):
-    """Or the tests above could not fail."""
+    """Without this the tests above could not fail."""
     for part, missing in (
         ("train", "prompt_toolkit"),
         ("chat", "llama_cpp"),
@@ -147,7 +147,7 @@ def test_every_package_of_the_set_up_is_known():
 
 
 def test_a_module_of_nobody_is_a_traceback():
-    """A mistake of ours, or of a library: nothing the user could install."""
+    """This is a mistake of ours or of a library, so there is nothing that the user could install."""
 
     def broken(_: list[str]) -> None:
         import onecard.no_such_module  # noqa: F401

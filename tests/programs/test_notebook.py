@@ -20,7 +20,7 @@ SAME = ("## 4. Train", "## 5. The loss", "## 6. Ask it something")  # in Colab a
 
 
 def run(folder: Path, left_out: tuple[str, ...] = (), **environment: str) -> str:
-    """What the notebook says in a copy of the project; left_out: beginnings of sections that are not run."""
+    """The output of the notebook in a copy of the project; left_out: beginnings of sections to leave out."""
     notebook = nbformat.read(ROOT / "notebooks" / "finetune.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "the notebook is kept without outputs"
     settings = next(
@@ -51,7 +51,7 @@ def said(copy) -> str:
 
 
 def test_notebook_runs_from_top_to_bottom(said, copy):
-    """Rows, training, the picture, an answer, the chat page and the archive, in a copy of the project."""
+    """Rows, training, the plot, an answer, the chat page and the archive, in a copy of the project."""
     assert "step 2/2" in said
     assert "image/png" in said
     assert re.search(r"Answer: \w+", said)

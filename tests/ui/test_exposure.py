@@ -1,4 +1,4 @@
-"""Who may reach a window: this machine alone, its own pages alone, and with a password nobody without it.
+"""Who may reach a window: only this machine, only its own pages, and with --auth only who has the password.
 
 Plain HTTP against a real server (tests/support/window_server.py); the browser's side is test_windows.py.
 """
@@ -42,7 +42,7 @@ def request(server: Server, path: str, body: bytes | None = None, **headers: str
 
 
 def _content(answer) -> bytes:
-    """What comes within the time: some answers never end."""
+    """The part of the answer that comes within the time, because some answers never end."""
     try:
         return answer.read()
     except (OSError, http.client.HTTPException):
@@ -59,7 +59,7 @@ def server(tmp_path_factory):
 
 
 def test_only_this_machine_can_connect(server):
-    """W1: by default the socket listens on the loopback address, on no other."""
+    """W1: by default the socket listens on the loopback address and on no other."""
     listening = []
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text(encoding="utf-8").splitlines()[1:]:
@@ -71,7 +71,7 @@ def test_only_this_machine_can_connect(server):
 
 
 def test_an_allowed_proxy_may_use_the_window(tmp_path):
-    """A notebook's page comes through a proxy: with --origin its address is let in, no other."""
+    """The page of a notebook comes through a proxy: --origin admits its address and no other."""
     with serving("turns", tmp_path / "server", "--origin=https://x-7861.notebook.example/") as server:
         allowed = {"Origin": "https://x-7861.notebook.example"}
         assert request(server, "/config", **allowed)[0] == 200
@@ -93,14 +93,14 @@ def test_an_allowed_proxy_may_use_the_window(tmp_path):
     ],
 )
 def test_others_only_with_a_password(options):
-    """W14: any other address, and a public link, ask for --auth."""
+    """W14: any other address, and a public link, need --auth."""
     with pytest.raises(UserError, match="--auth"):
         guard.check_exposure(ChatConfig(**options))
     guard.check_exposure(ChatConfig(**options, auth="me:secret"))
 
 
 def test_public_link_has_to_be_typed(monkeypatch, capsys):
-    """W14: a link that the whole internet can open is confirmed by a word in a terminal, or not made."""
+    """W14: a public link is made only after it was confirmed by a word in a terminal."""
     options = ChatConfig(share=True, auth="me:secret")
     with pytest.raises(UserError, match="confirmed in a terminal"):
         guard.confirm_share(options)
@@ -116,7 +116,7 @@ def test_public_link_has_to_be_typed(monkeypatch, capsys):
 
 
 def test_nothing_outside_is_read(server, tmp_path):
-    """W2: over 200 ways of naming a file of this machine through the server give none of it."""
+    """W2: over 200 ways of naming a file of this machine return no content of any."""
     secret = tmp_path / "secret.txt"
     secret.write_text("canary-4711", encoding="utf-8")
     ups = ["../", "..%2f", "..%5c", "%2e%2e/", "%2e%2e%2f", "....//", "..;/", "..%252f", "..%c0%af"]
@@ -148,7 +148,7 @@ def test_nothing_outside_is_read(server, tmp_path):
 
 
 def test_other_sites_are_refused(server):
-    """W5: requests that another site's page sends, and names that only point here, get nothing."""
+    """W5: requests from pages of other sites, and requests with foreign host names, are refused."""
     own = server.address.removeprefix("http://")
     assert request(server, "/config")[0] == 200
     assert request(server, "/config", Origin=server.address)[0] == 200
@@ -168,7 +168,7 @@ def test_other_sites_are_refused(server):
 
 
 def question(server: Server, session: str) -> tuple[int, bytes]:
-    """One question by its page's own request, as the page of this session would send it."""
+    """Send one question in the way in which the page of this session sends it."""
     config = json.loads(request(server, "/config")[1])
     endpoint = max(config["dependencies"], key=lambda one: len(one["inputs"]))  # a question goes with all
     parts = {part["id"]: part for part in config["components"]}
@@ -181,14 +181,14 @@ def question(server: Server, session: str) -> tuple[int, bytes]:
 
 
 def listening(server: Server, session: str) -> http.client.HTTPConnection:
-    """A page that waits for its answer; without it gradio gives the place away."""
+    """A page that waits for its answer; without one gradio frees the place in the queue."""
     stream = http.client.HTTPConnection("127.0.0.1", server.port)
     stream.request("GET", f"/gradio_api/queue/data?session_hash={session}")
     return stream
 
 
 def test_flood_of_questions_is_bounded(server):
-    """W6: of 200 clicks at once as many wait as --queue says; the others are told that it is full."""
+    """W6: of 200 clicks at once --queue many wait, and the others learn that the queue is full."""
     answers, pages = [], []
     for number in range(200):
         answers.append(question(server, f"flood{number}"))
@@ -203,7 +203,7 @@ def test_flood_of_questions_is_bounded(server):
 
 
 def test_stop_while_a_question_waits_for_its_turn(browser, server):
-    """Others hold all places: Stop counts as soon as the turn comes; the question is back in its box."""
+    """While others are answered, Stop takes effect when the turn comes; the question is back in its box."""
     others = []
     for number in range(4):
         assert question(server, f"busy{number}")[0] == 200
@@ -226,7 +226,7 @@ def test_stop_while_a_question_waits_for_its_turn(browser, server):
 
 @contextlib.contextmanager
 def full(server: Server, places: int) -> Iterator[None]:
-    """Others hold all places for answers and all for waiting, until the end of the block."""
+    """Other pages occupy all places for answers and for waiting until the end of the block."""
     pages = []
     for number in range(places):
         eventually(lambda name=f"other{number}": question(server, name)[0] == 200)  # the one before moves up
@@ -246,7 +246,7 @@ def full(server: Server, places: int) -> Iterator[None]:
     ],
 )
 def test_who_is_refused_by_a_full_queue_is_told(browser, tmp_path, kind, lang, told):
-    """W6: plainly, in the language of the page; the question stays, and is answered when there is room."""
+    """W6: the notice is in the language of the page; the question stays and can be asked again later."""
     box, answer = ("box", "left") if kind == "turns" else ("instruction", "output")
     options = ["--queue=1", "--max_new_tokens=450", "--mode=greedy", f"--lang={lang}"]
     with (
@@ -288,7 +288,7 @@ def upload(server: Server, content: bytes) -> tuple[int, bytes]:
 
 
 def test_nobody_gets_what_another_has_uploaded(server):
-    """W3: not by the very path that the one who uploaded it was told, however it is written."""
+    """W3: an upload cannot be read, not even by the path that its owner got, however it is written."""
     status, content = upload(server, b"canary-4712")
     assert status == 200
     [path] = json.loads(content)
@@ -302,7 +302,7 @@ def test_nobody_gets_what_another_has_uploaded(server):
 
 
 def test_no_address_is_fetched_for_a_page(server):
-    """W13: neither through gradio's proxy route nor as the file of an upload."""
+    """W13: the server fetches no address, neither for gradio's proxy route nor as an uploaded file."""
     with socket.socket() as target:
         target.bind(("127.0.0.1", 0))
         target.listen()
@@ -356,7 +356,7 @@ def peak_memory(server: Server) -> int:
 
 
 def test_very_large_upload_is_refused_early(server):
-    """W4: of 1 GiB the server takes little more than the limit, and holds no more of it than before."""
+    """W4: of 1 GiB the server accepts little more than the limit, and keeps nothing of it."""
     before, peak = kept_bytes(server), peak_memory(server)
     sent, block = 0, bytes(1 << 20)
     with start_upload(server, 1 << 30) as connection:
@@ -371,7 +371,7 @@ def test_very_large_upload_is_refused_early(server):
 
 
 def test_aborted_upload_leaves_nothing(server):
-    """W4: a connection that is lost half way; the server goes on."""
+    """W4: after a connection is lost half way, the server still works."""
     before = kept_bytes(server)
     with start_upload(server, 10 << 20) as connection:
         connection.sendall(bytes(5 << 20))
@@ -412,7 +412,7 @@ def answered(server: Server, method: str, path: str) -> int:
 
 
 def test_every_route_asks_for_the_password(tmp_path):
-    """W11: with --auth nothing but the login answers without it; with it the page is there."""
+    """W11: with --auth only the login page can be reached without a password."""
     with gr.Blocks() as blocks:
         gr.Textbox()
     routes = list(iter_route_contexts(App.create_app(blocks).routes))

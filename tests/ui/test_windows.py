@@ -97,7 +97,7 @@ def test_controls_that_do_nothing_are_disabled_with_the_reason(browser, single):
 
 
 def test_weights_of_adapters_that_do_not_answer_are_disabled(browser, single, turns):
-    """Only those move that have an effect: the chosen one's, with a comparison both, of a mix all."""
+    """Only weights with an effect can be moved: of the chosen adapter, of both compared ones, of a mix."""
     for server, ready in ((single, "#instruction textarea"), (turns, "#box textarea")):
         with opened(browser, server, ready) as page:
             page.click("#weights button")
@@ -123,7 +123,7 @@ def test_weights_of_adapters_that_do_not_answer_are_disabled(browser, single, tu
 
 
 def test_stop_ends_the_answer_and_keeps_what_is_there(browser, single):
-    """Stop takes effect within a token's time or two; the text stays, the engine rests."""
+    """Stop takes effect within a token or two; the text stays, and the engine does nothing more."""
     with opened(browser, single, "#instruction textarea") as page:
         set_slider(page, "max_new_tokens", "400")
         page.fill("#instruction textarea", "Go on for long")
@@ -141,7 +141,7 @@ def test_stop_ends_the_answer_and_keeps_what_is_there(browser, single):
 
 @pytest.mark.parametrize("secure", [True, False])
 def test_copy_takes_the_answer(browser, single, secure):
-    """Also where browsers give pages no clipboard: at another machine's http address."""
+    """It also works where browsers offer pages no clipboard: at an http address of another machine."""
     granted = ["clipboard-read", "clipboard-write"]
     with opened(browser, single, "#instruction textarea", permissions=granted) as page:
         if not secure:
@@ -229,7 +229,7 @@ def test_chat_with_all_its_buttons(browser, turns, tmp_path):
 
 
 def test_another_template_in_the_picker(browser, turns):
-    """The next answer has it; a template without a system turn closes the system prompt's box."""
+    """The next answer uses it; a template without a system turn disables the box of the system prompt."""
     with opened(browser, turns, "#box textarea") as page:
         answers = {}
         for name in ("as trained (alpaca)", "cutegpt", "as trained (alpaca)"):
@@ -248,7 +248,7 @@ def test_another_template_in_the_picker(browser, turns):
 
 
 def test_two_tabs_of_one_browser_have_a_chat_each(browser, turns):
-    """A second tab begins with nothing; a reload shows each tab its own."""
+    """A second tab begins with an empty chat; a reload shows each tab its own chat."""
     with opened(browser, turns, "#box textarea") as one:
         ask(one, "Say dark 3")
         finished(one)
@@ -274,7 +274,7 @@ COVERED = """side => {
 
 
 def test_compare_answers_side_by_side_with_two_adapters(browser, turns):
-    """Each side is what its adapter says alone."""
+    """The answer of each side is the one that its adapter gives alone."""
     with opened(browser, turns, "#box textarea") as page:
         alone = {}
         for name in ("adapter1", "adapter2"):
@@ -326,7 +326,7 @@ def test_reload_shows_the_chat_again_and_two_people_do_not_mix(browser, turns):
 
 
 def test_stop_ends_both_answers_that_are_compared(browser, turns):
-    """What both sides have is kept; the engine rests; the chat goes on."""
+    """The text of both sides stays, the engine does nothing more, and the chat can continue."""
     with opened(browser, turns, "#box textarea") as page:
         set_slider(page, "max_new_tokens", "450")
         page.check("#compare input")
@@ -352,7 +352,7 @@ BOTH = """() => ['left', 'right'].every(side => {
 
 
 def test_closed_page_stops_being_answered(browser, turns):
-    """W7: nobody reads any more, so nothing is written any more."""
+    """W7: when the page is closed, no further token is generated."""
     with opened(browser, turns, "#box textarea") as page:
         set_slider(page, "max_new_tokens", "450")
         before = turns.tokens()
@@ -366,7 +366,7 @@ def test_closed_page_stops_being_answered(browser, turns):
 
 
 def test_an_unforeseen_error_gives_the_buttons_back(browser, tmp_path):
-    """An exception before the answer begins is shown, and the page goes on working."""
+    """An exception before the answer begins is shown, and the page still works."""
     with (
         serving("broken", tmp_path / "server", "--max_new_tokens=20") as server,
         opened(browser, server, "#box textarea") as page,
@@ -381,7 +381,7 @@ def test_an_unforeseen_error_gives_the_buttons_back(browser, tmp_path):
 
 
 def test_reload_in_the_middle_of_an_answer(browser, turns):
-    """The question is there again, and the chat goes on."""
+    """The question is shown again, and the chat can continue."""
     with opened(browser, turns, "#box textarea") as page:
         set_slider(page, "max_new_tokens", "300")
         ask(page, "Say slow 4")
@@ -396,7 +396,7 @@ def test_reload_in_the_middle_of_an_answer(browser, turns):
 
 
 def test_a_chat_that_the_browser_cannot_keep_is_told(browser, turns):
-    """Once its storage is full; the answer is there all the same."""
+    """A notice appears when the storage is full; the answer is shown all the same."""
     with opened(browser, turns, "#box textarea") as page:
         page.evaluate("""() => {
           for (let size = 1 << 22; size; size >>= 1)
@@ -414,7 +414,7 @@ def test_a_chat_that_the_browser_cannot_keep_is_told(browser, turns):
 
 
 def test_summary_becomes_the_context(browser, tmp_path):
-    """A whole summary stands for the turns, which go."""
+    """A complete summary replaces the turns."""
     (tmp_path / "answers.json").write_text(
         json.dumps(["Four.", "We counted to four.", "Yes."]), encoding="utf-8"
     )
