@@ -1,5 +1,6 @@
 """What the form of the training window answers before a training starts: memory, rows, uploads, mistakes."""
 
+import contextvars
 import functools
 import threading
 from pathlib import Path
@@ -27,6 +28,8 @@ class TrainingForm:
     def __init__(self, layout: TrainingLayout):
         self.layout, self.workspace, self.lang = layout, layout.workspace, layout.lang
         self.encoders, self.loading = functools.lru_cache(maxsize=ENCODERS)(_encoder), threading.Lock()
+        # the threads of a page look names up in the session (hub/session.py) of the command that opened it
+        self.context = contextvars.copy_context()
 
     def options(self, values: tuple[Any, ...]) -> FinetuneConfig:
         """Raises UserError that names everything that is wrong."""
@@ -84,7 +87,7 @@ class TrainingForm:
     def _load_encoder(self, model_path: str, template_name: str) -> tuple[Any, Any]:
         """Tokenizer and template of a base model."""
         with self.loading:
-            return self.encoders(locate.locate(model_path), template_name)
+            return self.encoders(self.context.run(locate.locate, model_path), template_name)
 
 
 def _encoder(folder: str, template_name: str) -> tuple[Any, Any]:

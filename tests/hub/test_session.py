@@ -2,6 +2,7 @@
 
 import contextvars
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,19 @@ def test_a_move_is_looked_up_once_in_a_session(hub, capsys):
     with hub_session.session():
         revisions.tell_move(f"{NAME}@{NEW}")
     assert hub.asked == [NAME, NAME]
+
+
+def test_the_training_window_asks_once(hub, tmp_path, monkeypatch):
+    """Each preview of rows runs in a thread of the page; a name means what it meant at the first."""
+    training_form = pytest.importorskip("onecard.ui.training_form")  # brings gradio
+    monkeypatch.setattr(training_form, "_encoder", lambda folder, template: (Path(folder).name, template))
+    with hub_session.session():
+        form = training_form.TrainingForm(types.SimpleNamespace(workspace=tmp_path, lang="en"))
+    commits: list[str] = []
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: commits.append(form._load_encoder(NAME, "alpaca")[0]))
+        thread.start()
+        thread.join()
+        hub.branch = NEW
+    assert commits == [OLD, OLD]
+    assert hub.asked == [NAME]
