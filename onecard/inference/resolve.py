@@ -233,22 +233,23 @@ def _base_name(request: ModelRequest, sources: list[Adapter]) -> tuple[str, str]
     return name, "asked for" if request.model_path else "the adapter was made with it"
 
 
-def base_of(adapter: Adapter | None, asked: str | None) -> str | None:
+def base_of(adapter: Adapter | None, model_path: str | None) -> str | None:
     """The base: asked for, or what the adapter names; raises UserError when that would have to be fetched.
 
     A hub's name without a revision is meant at the commit that was trained on, where that is written. The hub
-    is asked only for what the user typed: `asked`.
+    is asked only for what the user typed: `model_path`.
     """
     if adapter is None or not adapter.base:
-        return asked
-    if asked and (asked == adapter.base or revisions.recorded(asked, adapter.base) != adapter.base):
-        return asked
+        return model_path
+    is_other = model_path and revisions.recorded(model_path, adapter.base) != adapter.base
+    if is_other or model_path == adapter.base:
+        return model_path
     here = None if Path(adapter.base).exists() else revisions.at_hand(adapter.base)
     if here:
         revisions.say_commit(here)
-    if asked and here:
+    if model_path and here:
         revisions.tell_move(adapter.base)
-    elif asked:
+    elif model_path:
         name, commit = revisions.split(adapter.base)
         say(f"hub         {name}: commit {commit}, which was trained on, is not here and is fetched")
     elif not is_here(adapter.base):
@@ -334,10 +335,10 @@ def _tokenizer_folder(adapter: Path) -> Path | None:
     return next((folder for folder in folders if any((folder / name).is_file() for name in names)), None)
 
 
-def choose_template(asked: str | None, sources: list[Adapter], tokenizer: Any) -> tuple[Template, str]:
+def choose_template(name: str | None, sources: list[Adapter], tokenizer: Any) -> tuple[Template, str]:
     """The template and the reason for it: asked for, saved with an adapter, the tokenizer's own, or usual."""
-    if asked:
-        return templates.load(asked, tokenizer), "asked for"
+    if name:
+        return templates.load(name, tokenizer), "asked for"
     saved = [source for source in sources if source.template]
     if saved and (what := saved[0].template):
         template = templates.load(what, tokenizer) if isinstance(what, str) else templates.of(what, tokenizer)

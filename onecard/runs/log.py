@@ -78,12 +78,12 @@ def samples(folder: Path) -> dict[int, list[dict[str, str]]]:
 @functools.lru_cache(maxsize=4)
 def _parsed(path: Path, *_: int) -> dict[int, list[dict[str, str]]]:
     """The answers in a file as it was at that moment."""
-    found, keys = {}, ("instruction", "input", "answer")
+    by_step, keys = {}, ("instruction", "input", "answer")
     for record in _records(path.read_bytes()):
         answers = record.get("answers")
         if isinstance(answers, list) and all(isinstance(answer, dict) for answer in answers):
-            found[record["step"]] = [{key: str(a.get(key, "")) for key in keys} for a in answers]
-    return dict(sorted(found.items()))
+            by_step[record["step"]] = [{key: str(a.get(key, "")) for key in keys} for a in answers]
+    return dict(sorted(by_step.items()))
 
 
 def _before_and_after(folder: Path) -> dict[int, list[dict[str, str]]]:
