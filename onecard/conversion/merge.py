@@ -115,8 +115,8 @@ def _rows(options: MergeConfig, model: ResolvedModel) -> list[EvalRow]:
 
 def _make(model: ResolvedModel, target: Path, progress: Progress) -> None:
     folder, adapter, tokenizer = Path(model.base), model.adapters[0], model.own_tokenizer
-    copied = side_files.rest(folder, skip=side_files.TOKENIZER if tokenizer else ())
-    copied += side_files.rest(tokenizer, only=side_files.TOKENIZER) if tokenizer else []
+    copied = side_files.rest(folder, skip=side_files.TOKENIZER_FILES if tokenizer else ())
+    copied += side_files.rest(tokenizer, only=side_files.TOKENIZER_FILES) if tokenizer else []
     files = [*model_files.files_of(folder), *side_files.of_adapter(adapter.origin), *copied]
     made_of = output_folder.record("merge_lora", {}, files, model.versions_by_option)
     if output_folder.is_made(target, made_of, FLAG):

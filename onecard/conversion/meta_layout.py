@@ -347,7 +347,7 @@ def weight_files(folder: Path) -> list[Path]:
     return present
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     """The JSON object in a file; raises UserError (exit 4) when there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

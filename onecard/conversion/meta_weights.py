@@ -19,7 +19,7 @@ from onecard.conversion.meta_layout import (
     Shape,
     Weight,
     layout_of,
-    read_json,
+    read_settings,
     weight_files,
 )
 from onecard.errors import CHECKPOINT, UserError
@@ -59,7 +59,7 @@ def look(folder: Path) -> Source:
 
 
 def _look_hf(folder: Path) -> Source:
-    config = read_json(folder / MODEL_CONFIG)
+    config = read_settings(folder / MODEL_CONFIG)
     shape = meta_layout.from_config(config, folder / MODEL_CONFIG)
     expected = meta_layout.weights(shape, 0)
     files = weight_files(folder)
@@ -87,7 +87,7 @@ def _look_meta(folder: Path) -> Source:
     if embedding not in tables[0] or len(tables[0][embedding].shape) != 2:
         problem = f"{files[0]}: the file has no {embedding} with two dimensions."
         raise UserError(problem, "Download it again.", CHECKPOINT)
-    params = read_json(folder / PARAMS)
+    params = read_settings(folder / PARAMS)
     rows, columns = tables[0][embedding].shape
     # LLaMA 3 cuts the embedding along its tokens, LLaMA 1 and 2 along its width
     cut = 0 if len(files) > 1 and columns == params.get("dim") else 1
@@ -285,7 +285,7 @@ def work(request: dict[str, Any], tell: Callable[..., None]) -> None:
             tied=source.is_tied,
             cut=cut,
             size=_size(source, to),
-            length_is_said=source.layout == TO_HF or "max_seq_len" in read_json(folder / PARAMS),
+            length_is_said=source.layout == TO_HF or "max_seq_len" in read_settings(folder / PARAMS),
             tokenizer=str(path),
             kind=kind,
             dtype=str(source.pieces["tok_embeddings.weight"][0].dtype).removeprefix("torch."),

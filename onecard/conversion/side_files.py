@@ -11,8 +11,16 @@ from onecard.runs import folder as run_folder
 from onecard.runs import legacy
 from onecard.system import output_folder
 
-WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".index.json", ".py")
-TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "spiece")
+NOT_COPIED_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".index.json", ".py")
+TOKENIZER_FILES = (
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "chat_template",
+    "spiece",
+)
 OWN = (  # files in which OneCard describes other folders and runs
     output_folder.RECORD,
     manifest.NAME,
@@ -24,7 +32,7 @@ OWN = (  # files in which OneCard describes other folders and runs
     run_folder.DROPPED,
     run_folder.REJECTED,
     run_folder.SAMPLES,
-    run_folder.PICTURE,
+    run_folder.PLOT,
     "adapter_",
 )
 ADAPTER = (*legacy.MARKS, run_folder.CONFIG, model_files.MODEL_WEIGHTS)  # with adapter_* these make it up
@@ -51,5 +59,5 @@ def rest(source: Path, skip: tuple[str, ...] = (), only: tuple[str, ...] = ("",)
         if path.is_file()
         and path.name.startswith(only)
         and not path.name.startswith(left_out)
-        and not path.name.endswith(WEIGHT_FILES)
+        and not path.name.endswith(NOT_COPIED_ENDINGS)
     )

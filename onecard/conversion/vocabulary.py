@@ -28,8 +28,15 @@ from onecard.system import commands, whole_folder
 from onecard.system import files as system_files
 from onecard.system.console import say
 
-TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
-WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
+REPLACED_TOKENIZER_FILES = (
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "chat_template",
+)
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
 LONGEST_PIECE = 16  # characters; a longer line is running text by mistake
 
 
@@ -252,7 +259,7 @@ def prepare(
                 after = len(tensors[name])
             save_file(tensors, place / file, metadata=metadata)
         for path in source.iterdir():  # the files of the tokenizer are written below
-            belongs = path.suffix not in WEIGHT_FILES and not path.name.startswith(TOKENIZER)
+            belongs = path.suffix not in WEIGHT_ENDINGS and not path.name.startswith(REPLACED_TOKENIZER_FILES)
             if path.is_file() and path.name not in files and belongs:
                 shutil.copyfile(path, place / path.name)
         new.save_pretrained(place)

@@ -1,4 +1,4 @@
-"""Which addresses of the network may be asked: hosts that the user typed, and public ones.
+"""Which addresses of the network requests may go to: hosts that the user typed, and public ones.
 
 A server can point elsewhere, and a name can answer with an address inside the user's own network. So every
 hop is looked at anew: how it is spelled, its scheme, and all addresses of its host. The connection then goes
@@ -47,16 +47,16 @@ class Hosts:
         host = url.raw_host.decode()
         resolve = self._resolve or socket.getaddrinfo
         answers = resolve(host, None, type=socket.SOCK_STREAM)
-        found = list(dict.fromkeys(str(answer[4][0]) for answer in answers))
-        if not found:
+        ips = list(dict.fromkeys(str(answer[4][0]) for answer in answers))
+        if not ips:
             raise OSError(f"{host} has no address")
-        closed = [ip for ip in found if not is_public(ip)]
+        closed = [ip for ip in ips if not is_public(ip)]
         if closed and (url.raw_host not in self._typed or url.raw_host in self._were_public):
             what = host if host == closed[0] else f"{host} is {closed[0]}, which"
-            raise UserError(f"{what} is no public address; it was not asked.", FIX, UNSAFE)
+            raise UserError(f"{what} is not a public address, so no request was sent.", FIX, UNSAFE)
         if not closed:
             self._were_public.add(url.raw_host)
-        return found[:MOST]
+        return ips[:MOST]
 
     def check_unresolved(self, url: httpx2.URL) -> None:
         """What can be said where a proxy asks for the host's addresses; raises UserError (exit 8)."""
@@ -65,7 +65,7 @@ class Hosts:
         is_own = host == "localhost" or host.endswith((".localhost", "localhost."))
         is_closed = is_own or (_is_ip(host) and not is_public(host))
         if is_closed and url.raw_host not in self._typed:
-            raise UserError(f"{host} is no public address; it was not asked.", FIX, UNSAFE)
+            raise UserError(f"{host} is not a public address, so no request was sent.", FIX, UNSAFE)
 
 
 class Checked(httpx2.BaseTransport):
@@ -97,13 +97,13 @@ class Checked(httpx2.BaseTransport):
     def _pinned(self, request: httpx2.Request) -> httpx2.Response:
         url = request.url
         try:
-            found = self._hosts.check(url)
+            ips = self._hosts.check(url)
         except (OSError, UnicodeError) as error:
             raise httpx2.ConnectError(str(error), request=request) from error
         host = url.raw_host.decode()
         extensions = {**request.extensions, "sni_hostname": host}  # whom the certificate has to name
-        for ip in found:
-            last = ip == found[-1]
+        for ip in ips:
+            last = ip == ips[-1]
             there = httpx2.Request(
                 request.method,
                 url.copy_with(host=ip),
@@ -170,7 +170,11 @@ def check_spelling(text: str) -> None:
     if has_user:
         raise _misleading(text, "a user's name before the host")
     if parts.scheme not in ("", "http", "https"):
-        raise UserError(f"{_shown(text)} is not http or https; it was not asked.", "Use another.", UNSAFE)
+        raise UserError(
+            f"{_shown(text)} is not an http or https address, so no request was sent.",
+            "Use another address.",
+            UNSAFE,
+        )
 
 
 def _check_redirect(url: httpx2.URL, response: httpx2.Response) -> None:
@@ -180,7 +184,7 @@ def _check_redirect(url: httpx2.URL, response: httpx2.Response) -> None:
     location = response.headers["Location"]
     target = _parsed(location, url)
     if url.scheme == "https" and target.scheme == "http":
-        problem = f"{url.host} points from https to http ({target.host}); it was not followed."
+        problem = f"{url.host} redirects from https to http ({target.host}); the redirect was not followed."
         raise UserError(problem, "Use another source.", UNSAFE)
 
 
@@ -210,7 +214,9 @@ def _is_ip(host: str) -> bool:
 
 
 def _misleading(text: str, why: str) -> UserError:
-    return UserError(f"{_shown(text)}: an address with {why}; it was not asked.", "Use another.", UNSAFE)
+    return UserError(
+        f"{_shown(text)}: the address has {why}, so no request was sent.", "Use another address.", UNSAFE
+    )
 
 
 def _shown(text: str) -> str:

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from onecard.config.checks import COMMIT
 
-PATIENCE = 5.0  # seconds: for asking which commit a name is in all, and for each wait of a download
+PATIENCE = 5.0  # seconds to ask which commit a name means, and for each wait of a download
 REST = 60.0  # seconds in which a hub that did not answer is not asked again
 REFUSED = (401, 403, 404)  # HTTP states with which the hub does answer
 REFUSALS = (OSError, ValueError, httpx2.HTTPError)  # what the hub's client raises
@@ -30,20 +30,20 @@ def ask_commit(name: str, kind: str, revision: str) -> str:
             answers.append(error)
 
     if time.monotonic() < _silence["until"]:
-        raise TimeoutError("it did not answer a moment ago")
+        raise TimeoutError("it did not answer a moment ago, and is not asked again yet")
     thread = threading.Thread(target=ask, daemon=True)  # the look-up of the hub's address has no limit
     thread.start()
     thread.join(PATIENCE)
     answer = answers[0] if answers else TimeoutError()
     if isinstance(answer, TimeoutError | httpx2.TimeoutException):
         _silence["until"] = time.monotonic() + REST
-        raise TimeoutError(f"nothing in {PATIENCE:g} seconds")
+        raise TimeoutError(f"no answer in {PATIENCE:g} seconds")
     if isinstance(answer, REFUSALS):
         raise answer
     if isinstance(answer, Exception):  # HF_ENDPOINT is no address, or the answer has another shape
         raise ValueError(f"{type(answer).__name__}: {answer}") from answer
     if not COMMIT.fullmatch(str(answer)):
-        raise ValueError("the hub names no commit")
+        raise ValueError("the answer of the hub names no commit")
     return str(answer)
 
 

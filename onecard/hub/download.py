@@ -94,9 +94,9 @@ def _folder(options: DownloadConfig) -> Path | None:
     if options.model_path == DEMO:
         return None
     if Path(options.model_path).exists():
-        raise UserError(f"{options.model_path}: is here already.", "A folder needs no download.")
+        raise UserError(f"{options.model_path}: this file or folder exists already.", "It needs no download.")
     if options.model_path.count("/") != 1:
-        raise UserError(f"{options.model_path}: not a hub name.", "It is owner/model, or demo.")
+        raise UserError(f"{options.model_path} is not a hub name.", "Write owner/model, or demo.")
     return manifest.place(options.model_path)
 
 
@@ -148,8 +148,8 @@ def _list(options: DownloadConfig, revision: str | None, lines: list[str]) -> Li
     if options.url_list:
         return hub_listing.list_addresses(lines, "stdin" if options.url_list == "-" else options.url_list)
     ask = hub_listing.list_modelscope if options.source == MODELSCOPE else hub_listing.list_hub
-    wanted = hub_listing.choice(options.files, options.pickles, options.remote_code is not None)
-    listing = ask(options.model_path, revision, options.endpoint, options.send_token, wanted)
+    is_selected = hub_listing.choice(options.files, options.pickles, options.remote_code is not None)
+    listing = ask(options.model_path, revision, options.endpoint, options.send_token, is_selected)
     if options.remote_code and listing.commit != options.remote_code:
         problem = f"{listing.name}: {listing.endpoint} answers with another commit, {listing.commit}."
         raise UserError(problem, "Nothing was written. Use another --endpoint, or the site itself.", UNSAFE)
@@ -178,9 +178,9 @@ def _complete(
     """Fetch what is missing, put everything in its place, write the receipt."""
     for file in listing.files:
         transfer.check_place(folder, file.name)
-    known = old["files"] if old else {}
-    missing = [file for file in listing.files if not _is_there(folder, file, known, options.verify)]
-    foreign = [file.name for file in missing if not _may_replace(folder / file.name, known.get(file.name))]
+    recorded = old["files"] if old else {}
+    missing = [file for file in listing.files if not _is_there(folder, file, recorded, options.verify)]
+    foreign = [file.name for file in missing if not _may_replace(folder / file.name, recorded.get(file.name))]
     if foreign:
         problem = f"{folder}: {', '.join(foreign[:5])} is there and not the file of {listing.name}."
         raise UserError(problem, "Delete it to fetch it anew, or choose another --to.", CHECKPOINT)
@@ -188,19 +188,19 @@ def _complete(
     _fetch(folder, listing, missing)
     for file in missing:
         file.part(folder).replace(folder / file.name)
-    others = _others(folder, listing, known)
+    others = _others(folder, listing, recorded)
     follows = (
         old is None or old["commit"] == listing.commit or (bool(options.url_list) and not options.update)
     )
-    kept, gone = (others, []) if follows else ([], others)
-    if gone:
-        say(f"Removed, as this version has them no more: {', '.join(gone)}")
-    for name in [*gone, *_beginnings(folder, listing)]:
+    remaining, removed = (others, []) if follows else ([], others)
+    if removed:
+        say(f"Removed, because this version does not have them: {', '.join(removed)}")
+    for name in [*removed, *_beginnings(folder, listing)]:
         (folder / name).unlink()
     for parent in {(folder / file.name).parent for file in missing}:
         system_files.sync_folder(parent)
     values = _receipt(folder, listing)
-    values["files"] |= {name: known[name] for name in kept}
+    values["files"] |= {name: recorded[name] for name in remaining}
     if old is None or any(old[key] != value for key, value in values.items()):
         manifest.write(folder, values)
     fetched = f"{_size(sum(file.size or 0 for file in missing))} fetched" if missing else "nothing to fetch"
@@ -208,13 +208,13 @@ def _complete(
     _tell_code(folder, options, values)
 
 
-def _is_there(folder: Path, file: Remote, known: dict[str, Any], again: bool) -> bool:
+def _is_there(folder: Path, file: Remote, recorded: dict[str, Any], again: bool) -> bool:
     path = folder / file.name
     if not path.is_file() or (file.size is not None and path.stat().st_size != file.size):
         return False
     if file.kind == SHA256:
         return hashing.of_file(path, again) == file.digest
-    entry = known.get(file.name)
+    entry = recorded.get(file.name)
     if entry and entry["listed"] == f"{file.kind}:{file.digest}":
         return hashing.of_file(path, again) == entry["sha256"]
     return transfer.digest(path, file.kind) == file.digest
@@ -249,12 +249,12 @@ def _fetch(folder: Path, listing: Listing, missing: list[Remote]) -> None:
             system_files.sync_file(part)
 
 
-def _others(folder: Path, listing: Listing, known: dict[str, Any]) -> list[str]:
+def _others(folder: Path, listing: Listing, recorded: dict[str, Any]) -> list[str]:
     """Files that were fetched before, are as they were, and are not listed: other --files, or gone."""
     names = {file.name for file in listing.files}
     return [
         name
-        for name, entry in known.items()
+        for name, entry in recorded.items()
         if name not in names and (folder / name).is_file() and _may_replace(folder / name, entry)
     ]
 
@@ -307,7 +307,11 @@ def _demo(source: Path, folder: Path | None, again: bool) -> Path:
             part = file.part(folder)
             shutil.copyfile(source / file.name, part)
             if transfer.digest(part, SHA256) != file.digest:
-                raise UserError(f"{part}: not what was written; is the disk sound?", "Try another.", DISK)
+                raise UserError(
+                    f"{part}: the file differs from what was written.",
+                    "The disk may be damaged; use another one.",
+                    DISK,
+                )
             system_files.sync_file(part)
         for file in missing:
             file.part(folder).replace(folder / file.name)

@@ -36,7 +36,7 @@ class Listing:
 
     source: str
     name: str
-    revision: str  # as asked
+    revision: str  # as the user named it
     commit: str
     endpoint: str
     files: list[Remote]
@@ -46,7 +46,11 @@ class Listing:
 
 
 def list_hub(
-    name: str, revision: str | None, endpoint: str | None, send_token: bool, wanted: Callable[[str], bool]
+    name: str,
+    revision: str | None,
+    endpoint: str | None,
+    send_token: bool,
+    is_selected: Callable[[str], bool],
 ) -> Listing:
     """One version of a repository on the hub; raises UserError, UnreachableError without a connection."""
     import huggingface_hub
@@ -57,12 +61,14 @@ def list_hub(
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(f"{name}: {first_line(error).rstrip('.')}.", "A hub name is owner/model.") from None
+        raise UserError(
+            f"{name}: {first_line(error).rstrip('.')}.", "Write a hub name as owner/model."
+        ) from None
     token, notes = _token(huggingface_hub.get_token(), site, (HUB_SITE,), send_token, site == HUB_SITE)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    asked = revision or "main"
+    version = revision or "main"
     # asked for here and not through HfApi, which has a client of its own that follows every redirect
-    url = f"{site}/api/models/{name}/revision/{quote(asked, safe='')}?blobs=true"
+    url = f"{site}/api/models/{name}/revision/{quote(version, safe='')}?blobs=true"
     with transfer.connect(hosts) as client:
         answer = _json(transfer.get(client, url, headers, name))
     commit = answer.get("sha") if isinstance(answer, dict) else None
@@ -72,18 +78,22 @@ def list_hub(
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise _not_a_list(name, site, "no list of files")
     files = []
-    for entry in _checked([each.get("rfilename") for each in entries], site, wanted, entries):
+    for entry in _checked([each.get("rfilename") for each in entries], site, is_selected, entries):
         path, large = entry["rfilename"], entry.get("lfs")
         kind, digest = (
             (SHA256, large.get("sha256")) if isinstance(large, dict) else (GIT, entry.get("blobId"))
         )
         url = huggingface_hub.hf_hub_url(name, path, revision=commit, endpoint=site)
         files.append(_file(path, url, entry.get("size"), kind, digest, site))
-    return Listing("hub", name, asked, commit, site, files, headers, notes, hosts)
+    return Listing("hub", name, version, commit, site, files, headers, notes, hosts)
 
 
 def list_modelscope(
-    name: str, revision: str | None, endpoint: str | None, send_token: bool, wanted: Callable[[str], bool]
+    name: str,
+    revision: str | None,
+    endpoint: str | None,
+    send_token: bool,
+    is_selected: Callable[[str], bool],
 ) -> Listing:
     """One version of a repository on ModelScope; raises as list_hub.
 
@@ -92,30 +102,30 @@ def list_modelscope(
     site, hosts = _endpoint(endpoint or os.environ.get("MODELSCOPE_ENDPOINT"), MODELSCOPE_SITES[0])
     _refuse_offline(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or ".." in name:
-        raise UserError(f"{name}: not a name of ModelScope.", "It is owner/model.")
-    mine = os.environ.get("MODELSCOPE_API_TOKEN")
-    token, notes = _token(mine, site, MODELSCOPE_SITES, send_token, site in MODELSCOPE_SITES)
+        raise UserError(f"{name} is not a ModelScope name.", "Write it as owner/model.")
+    own_token = os.environ.get("MODELSCOPE_API_TOKEN")
+    token, notes = _token(own_token, site, MODELSCOPE_SITES, send_token, site in MODELSCOPE_SITES)
     headers = {"Cookie": f"m_session_id={token}"} if token else {}  # how its own client sends it
-    asked, base = revision or "master", f"{site}/api/v1/models/{name}/repo"
-    query = urlencode({"Revision": asked, "Recursive": "True"})
+    version, base = revision or "master", f"{site}/api/v1/models/{name}/repo"
+    query = urlencode({"Revision": version, "Recursive": "True"})
     with transfer.connect(hosts) as client:
         answer = _json(transfer.get(client, f"{base}/files?{query}", headers, name))
     entries = (answer.get("Data") or {}).get("Files") if isinstance(answer, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        said = answer.get("Message") if isinstance(answer, dict) else None
-        raise _not_a_list(name, site, said or "no list of files")
+        message = answer.get("Message") if isinstance(answer, dict) else None
+        raise _not_a_list(name, site, message or "no list of files")
     if len(entries) >= MODELSCOPE_MOST:
         raise UserError(f"{name}: too many files for ModelScope's list.", "Use the hub, or --url_list.")
     blobs = [entry for entry in entries if entry.get("Type") != "tree"]
     files = []
-    for entry in _checked([each.get("Path") for each in blobs], site, wanted, blobs):
+    for entry in _checked([each.get("Path") for each in blobs], site, is_selected, blobs):
         path, pinned = entry["Path"], entry.get("Revision")
-        where = {"Revision": pinned if isinstance(pinned, str) and pinned else asked, "FilePath": path}
+        where = {"Revision": pinned if isinstance(pinned, str) and pinned else version, "FilePath": path}
         url = f"{base}?{urlencode(where, quote_via=quote)}"
         files.append(_file(path, url, entry.get("Size"), SHA256, entry.get("Sha256"), site))
     lines = sorted(f"{each.get('Path')} {each.get('Sha256')}" for each in blobs)
     commit = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    return Listing("modelscope", name, asked, commit, site, files, headers, notes, hosts)
+    return Listing("modelscope", name, version, commit, site, files, headers, notes, hosts)
 
 
 def list_addresses(lines: Iterable[str], source: str) -> Listing:
@@ -124,7 +134,7 @@ def list_addresses(lines: Iterable[str], source: str) -> Listing:
     CHECKSUM: SHA-256 or MD5, hexadecimal; without one it comes from a listed NAME.chk (md5sum's format),
     which is read first. NAME: path inside the folder; without one the address's last part.
     """
-    found: list[tuple[str, str, str]] = []
+    entries: list[tuple[str, str, str]] = []
     for number, line in enumerate(lines, 1):
         words = line.split()
         if not words or words[0].startswith("#"):
@@ -136,22 +146,22 @@ def list_addresses(lines: Iterable[str], source: str) -> Listing:
         name = rest.pop(0) if rest else urlsplit(url).path.rpartition("/")[2]
         if rest or urlsplit(url).scheme not in ("http", "https"):
             raise UserError(f"{source}, line {number}: not `URL [NAME] [CHECKSUM]`.", "See docs/tools.md.")
-        found.append((transfer.check_name(name, f"{source}, line {number},"), url, digest))
-    if not found:
-        problem = f"{source}: lists no file."
+        entries.append((transfer.check_name(name, f"{source}, line {number},"), url, digest))
+    if not entries:
+        problem = f"{source}: the list names no file."
         raise UserError(problem, "Write one `URL [NAME] [CHECKSUM]` a line, as docs/tools.md says.")
     _refuse_offline(source)
-    _refuse_twice([name for name, _, _ in found], source)
-    hosts = Hosts(url for _, url, _ in found)
+    _refuse_twice([name for name, _, _ in entries], source)
+    hosts = Hosts(url for _, url, _ in entries)
     with transfer.connect(hosts) as client:
         sums: dict[str, str] = {}
         lists: dict[str, bytes] = {}
-        for name, url, _ in found:
+        for name, url, _ in entries:
             if name.endswith(LISTS):
                 lists[name] = transfer.get(client, url, {}, name)
                 sums |= _sums(lists[name].decode("utf-8", "replace"), name)
         files, missing = [], []
-        for name, url, digest in found:
+        for name, url, digest in entries:
             if name in lists and not digest:
                 digest = hashlib.sha256(lists[name]).hexdigest()
             digest = digest or sums.get(name, "")
@@ -169,43 +179,48 @@ def list_addresses(lines: Iterable[str], source: str) -> Listing:
 
 
 def choice(patterns: str | None, pickles: bool, code: bool = False) -> Callable[[str], bool]:
-    """Which names are fetched: given patterns, or what transformers loads; pickles and code on request.
+    """Which names are fetched: those of the patterns or what transformers loads; pickles, code on request.
 
     code: Python files of the top folder, the only ones that transformers runs; other programs never come.
     """
-    given = [part.strip() for part in (patterns or "").split(",") if part.strip()]
+    globs = [part.strip() for part in (patterns or "").split(",") if part.strip()]
 
-    def wanted(name: str) -> bool:
+    def is_selected(name: str) -> bool:
         lower = name.lower()
         if code and name.endswith(".py") and "/" not in name:
             return True
         if lower.endswith(CODE) or (lower.endswith(PICKLED) and not pickles) or name == manifest.NAME:
             return False
-        if given:
-            return _is_any(name, given)
+        if globs:
+            return _is_any(name, globs)
         usual = lower.endswith(PICKLED) or _is_any(lower, (*model_files.TENSORS, *model_files.SETTINGS))
         return usual and not _is_any(lower, model_files.NOT_LOADED)
 
-    return wanted
+    return is_selected
 
 
 def _is_any(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _checked(names: list[Any], source: str, wanted: Callable[[str], bool], entries: list[Any]) -> list[Any]:
-    """The wanted entries; raises UserError for unsafe names, wanted or not, and when none is left."""
+def _checked(
+    names: list[Any], source: str, is_selected: Callable[[str], bool], entries: list[Any]
+) -> list[Any]:
+    """The selected entries; raises UserError for unsafe names, selected or not, and when none is left."""
     for name in names:
         transfer.check_name(name, source)
     _refuse_twice(names, source)
-    chosen = [entry for name, entry in zip(names, entries, strict=True) if wanted(name)]
+    chosen = [entry for name, entry in zip(names, entries, strict=True) if is_selected(name)]
     weights = (".safetensors", ".gguf")
     pickled = [name for name in names if name.lower().endswith(PICKLED)]
-    if pickled and not wanted(pickled[0]) and not any(name.lower().endswith(weights) for name in names):
+    if pickled and not is_selected(pickled[0]) and not any(name.lower().endswith(weights) for name in names):
         problem = f"Its weights are pickled ({', '.join(pickled[:3])}), which can carry code."
         raise UserError(problem, "Fetch them with --pickles true when you trust their owner.", UNSAFE)
     if not chosen:
-        raise UserError("None of its files is asked for.", f"It has: {', '.join(names[:12]) or 'nothing'}.")
+        raise UserError(
+            f"{source}: none of the files of this model was selected.",
+            f"It has: {', '.join(names[:12]) or 'no files'}.",
+        )
     return chosen
 
 
@@ -214,7 +229,7 @@ def _refuse_twice(names: list[str], source: str) -> None:
     folders = {name[:at] for name in names for at, letter in enumerate(name) if letter == "/"}
     twice = sorted(name for name in counts if counts[name] > 1 or name in folders)
     if twice:
-        problem = f"{source} offers two files of one name: {', '.join(twice[:4])}."
+        problem = f"{source} offers two files with the same name: {', '.join(twice[:4])}."
         raise UserError(problem, "Nothing was written. Do not use this source.", UNSAFE)
 
 
@@ -235,12 +250,12 @@ def _token(
     return None, (f"your token is for {official[0]} and was not sent to {site} (--send_token)",)
 
 
-def _endpoint(given: str | None, usual: str) -> tuple[str, Hosts]:
+def _endpoint(typed: str | None, usual: str) -> tuple[str, Hosts]:
     """The site, and the hosts that may be asked: one that the user named may lie anywhere."""
-    site = (given or usual).rstrip("/")
+    site = (typed or usual).rstrip("/")
     if urlsplit(site).scheme not in ("http", "https") or not urlsplit(site).hostname:
         raise UserError(f"--endpoint {site} is not an address.", f"It looks like {usual}.")
-    return site, Hosts([site] if given else [])
+    return site, Hosts([site] if typed else [])
 
 
 def _refuse_offline(name: str) -> None:
@@ -260,12 +275,12 @@ def _json(content: bytes) -> Any:
 def _sums(text: str, name: str) -> dict[str, str]:
     """File name -> MD5, as md5sum writes it; names are meant beside the list itself."""
     folder = name.rpartition("/")[0]
-    found = {}
+    sums = {}
     for line in text.splitlines():
         match = re.fullmatch(r"([0-9a-fA-F]{32}) [ *](?:\./)?(\S.*)", line.rstrip())
         if match:
-            found[f"{folder}/{match[2]}" if folder else match[2]] = match[1].lower()
-    return found
+            sums[f"{folder}/{match[2]}" if folder else match[2]] = match[1].lower()
+    return sums
 
 
 def _not_a_list(name: str, site: str, reason: Any) -> UserError:

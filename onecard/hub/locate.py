@@ -13,7 +13,7 @@ from onecard.hub import session as hub_session
 from onecard.hub.demo import DEMO, DEMO_FOLDER
 from onecard.system.files import cache_folder
 
-ADAPTER_FILES = (
+ADAPTER_PATTERNS = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "adapter_model.bin",
@@ -71,7 +71,7 @@ def for_engine(engine: str) -> Callable[[str], str]:
 def fetch_adapter(name: str) -> str:
     """Fetch an adapter of the hub; its folder, of tools/download.py or in the hub's own cache."""
     what = f"{name}: no such folder here, and as an adapter of the hub it"
-    return _fetch(name, revisions.MODEL, ADAPTER_FILES, what, f"{CHECK}, or name a local folder.")
+    return _fetch(name, revisions.MODEL, ADAPTER_PATTERNS, what, f"{CHECK}, or name a local folder.")
 
 
 def fetch_dataset(name: str) -> str:
@@ -88,8 +88,8 @@ def _fetch(name: str, kind: str, patterns: tuple[str, ...], what: str, fix: str)
         raise _refusal(what, error, fix) from None
 
 
-def _refusal(what: str, error: Exception, fix: str) -> UserError:
-    """What to tell of a refusal; an error of this machine's disk is raised as it is, for its exit code."""
+def _refusal(subject: str, error: Exception, fix: str) -> UserError:
+    """The error to raise for a refusal; an error of this machine's disk is raised unchanged, for its code."""
     if client.is_local(error):
         raise error
-    return UserError(f"{what} cannot be fetched: {first_line(error)}", fix)
+    return UserError(f"{subject} cannot be fetched: {first_line(error)}", fix)

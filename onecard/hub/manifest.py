@@ -22,7 +22,7 @@ def place(name: str) -> Path:
     return system_files.cache_folder() / "models" / name.replace("/", "--")
 
 
-def kept(name: str) -> Path | None:
+def downloaded(name: str) -> Path | None:
     """The folder of a model that was fetched by its name; None when it was not fetched."""
     if name.count("/") != 1 or name.startswith(".") or Path(name).exists():
         return None

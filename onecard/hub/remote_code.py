@@ -109,7 +109,7 @@ def locate_with_code(name: str, commit: str | None) -> str | None:
         raise UserError(problem, "Name the commit whose code you read, once.")
     if revision and revision != commit:
         say(f"hub         {repository}: commit {commit} of --remote_code is used, wherever {revision} points")
-    download = manifest.kept(repository)
+    download = manifest.downloaded(repository)
     if download and revisions.at_hand(f"{repository}@{commit}") in (download, None):
         return str(revisions.fetch(repository, revisions.MODEL, model_files.SETTINGS))
     return repository
@@ -201,11 +201,11 @@ def _receipt(folder: Path) -> tuple[str, Callable[[Path], bool]] | None:
     if stored is None:
         return None
 
-    def is_known(path: Path) -> bool:
+    def is_unchanged(path: Path) -> bool:
         entry = stored["files"].get(path.name)
         return entry is not None and hashing.sha256(path) == entry["sha256"]
 
-    return stored["commit"], is_known
+    return stored["commit"], is_unchanged
 
 
 def _snapshot(folder: Path) -> tuple[str, Callable[[Path], bool]] | None:
@@ -214,12 +214,12 @@ def _snapshot(folder: Path) -> tuple[str, Callable[[Path], bool]] | None:
     if place.parent.name != "snapshots" or not place.is_relative_to(cache):
         return None
 
-    def is_known(path: Path) -> bool:
+    def is_unchanged(path: Path) -> bool:
         blob = path.resolve()
         is_blob = blob.parent == place.parent.parent / "blobs" and len(blob.name) in KINDS
         return is_blob and transfer.digest(blob, KINDS[len(blob.name)]) == blob.name
 
-    return place.name, is_known
+    return place.name, is_unchanged
 
 
 def _in_cache(name: str, commit: str) -> Path:

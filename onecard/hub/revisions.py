@@ -104,7 +104,7 @@ def at_hand(text: str, kind: str = MODEL) -> Path | None:
     name, revision = split(text)
     if name == demo.DEMO:
         return None
-    download = _kept(name, revision, kind)
+    download = _downloaded(name, revision, kind)
     snapshots = _cached(name, revision, kind)
     return download or (snapshots[0] if snapshots and _has_content(snapshots[0], kind) else None)
 
@@ -133,11 +133,11 @@ def fetch(text: str, kind: str, patterns: tuple[str, ...]) -> Path:
 
 def _fetch(text: str, kind: str, patterns: tuple[str, ...], session: hub_session.Session) -> Path:
     name, revision = split(text)
-    kept = _kept(name, revision, kind)
-    if kept:
-        version = of(kept) or Version(name, "unknown")
-        say(f"{version.source:<12}{name} is commit {version.commit}, which is in {kept}")
-        return kept
+    downloaded = _downloaded(name, revision, kind)
+    if downloaded:
+        version = of(downloaded) or Version(name, "unknown")
+        say(f"{version.source:<12}{name} is commit {version.commit}, which is in {downloaded}")
+        return downloaded
     cached = _cached(name, revision, kind)
     if (
         cached
@@ -193,14 +193,14 @@ def tell_move(record: str) -> None:
     """
     session = hub_session.current()
     with session.lock:
-        if record not in session.told:
-            session.told.add(record)
+        if record not in session.looked_up:
+            session.looked_up.add(record)
             _tell_move(parsed(record))
 
 
 def _tell_move(version: Version) -> None:
-    kept = _kept(version.name, None, MODEL)
-    ours = of(kept) if kept else None
+    downloaded = _downloaded(version.name, None, MODEL)
+    ours = of(downloaded) if downloaded else None
     if ours and ours.source != HUB:
         return
     try:
@@ -215,9 +215,9 @@ def _tell_move(version: Version) -> None:
         say(f"hub         {version.name} {moved}; the first, which was trained on, is used. To change: {way}")
 
 
-def _kept(name: str, revision: str | None, kind: str) -> Path | None:
+def _downloaded(name: str, revision: str | None, kind: str) -> Path | None:
     """What tools/download.py fetched by a name, where it is of that revision."""
-    folder = manifest.kept(name) if kind == MODEL else None
+    folder = manifest.downloaded(name) if kind == MODEL else None
     return folder if folder and revision in (None, manifest.read(folder)["commit"]) else None
 
 
@@ -237,11 +237,15 @@ def _cached(name: str, revision: str | None, kind: str) -> list[Path]:
     snapshots = _place(name, kind) / "snapshots"
     is_commit = COMMIT.fullmatch(revision or "")
     commit = revision if is_commit else _ref(name, kind, revision or BRANCH)
-    found = [snapshots / commit] if commit else []
+    candidates = [snapshots / commit] if commit else []
     if revision in (None, BRANCH) and snapshots.is_dir():
-        found += sorted(snapshots.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
-    found = [folder for folder in dict.fromkeys(found) if COMMIT.fullmatch(folder.name) and folder.is_dir()]
-    return sorted(found, key=lambda folder: not _has_content(folder, kind))  # else they stay in their order
+        candidates += sorted(snapshots.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    candidates = [
+        folder for folder in dict.fromkeys(candidates) if COMMIT.fullmatch(folder.name) and folder.is_dir()
+    ]
+    return sorted(
+        candidates, key=lambda folder: not _has_content(folder, kind)
+    )  # else they stay in their order
 
 
 def _ref(name: str, kind: str, branch: str) -> str | None:
@@ -295,7 +299,7 @@ def _is_whole(folder: Path, version: Version, patterns: tuple[str, ...]) -> bool
     if version.kind == DATASET:
         return False
     try:
-        snapshot_download(version.name, **_wanted(version, patterns), local_files_only=True)
+        snapshot_download(version.name, **_arguments(version, patterns), local_files_only=True)
     except client.REFUSALS:
         return False
     has_words = patterns != model_files.SETTINGS or any(folder.glob("*token*"))
@@ -315,12 +319,14 @@ def _in_cache(path: Path) -> Version | None:
     return Version(name.replace("--", "/"), commit, KINDS[kinds])
 
 
-def _wanted(version: Version, patterns: tuple[str, ...]) -> dict[str, Any]:
-    wanted = {"repo_type": version.kind, "revision": version.commit, "allow_patterns": list(patterns)}
-    return {**wanted, "ignore_patterns": list(model_files.NOT_LOADED)} if version.kind == MODEL else wanted
+def _arguments(version: Version, patterns: tuple[str, ...]) -> dict[str, Any]:
+    arguments = {"repo_type": version.kind, "revision": version.commit, "allow_patterns": list(patterns)}
+    return (
+        {**arguments, "ignore_patterns": list(model_files.NOT_LOADED)} if version.kind == MODEL else arguments
+    )
 
 
 def _bring(version: Version, patterns: tuple[str, ...]) -> Path:
     """The snapshot of a version with these files; raises one of client.REFUSALS."""
     client.limit_waits()
-    return Path(snapshot_download(version.name, **_wanted(version, patterns)))
+    return Path(snapshot_download(version.name, **_arguments(version, patterns)))

@@ -19,7 +19,7 @@ class Session:
     # (name as it was typed, kind, patterns of files) -> folder at the commit that the name means
     folders: dict[tuple[str, str, tuple[str, ...]], Path] = dataclasses.field(default_factory=dict)
     answered: set[Path] = dataclasses.field(default_factory=set)  # those whose other files may be fetched
-    told: set[str] = dataclasses.field(default_factory=set)  # recorded versions whose name was looked up
+    looked_up: set[str] = dataclasses.field(default_factory=set)  # recorded versions whose name was looked up
     lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
 
 

@@ -1,4 +1,4 @@
-"""One file of a server -> the same bytes here, proven by their checksum.
+"""Downloads one file of a server; its checksum proves that the bytes are the same.
 
 A cut transfer is continued, a failing one tried again with growing waits, and bytes with another checksum
 never count as done. They are gathered in a .part file beside the target, named after the checksum, so that a
@@ -29,7 +29,7 @@ CONNECT, SILENCE = 10.0, 30.0  # seconds until a connection, and between two pie
 TRIES = 8  # in a row that bring next to nothing
 PROGRESS = 1 << 20  # bytes that make the tries count from the start again
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds
-LONGEST_ASKED = 300.0  # seconds that a server may ask for (Retry-After)
+LONGEST_REQUESTED = 300.0  # seconds that a server may ask for (Retry-After)
 PART = ".part"
 SHA256, MD5, GIT = "sha256", "md5", "git"  # git: SHA-1 of a blob, header included
 DEVICES = {"con", "prn", "aux", "nul", *(f"{name}{n}" for name in ("com", "lpt") for n in range(10))}
@@ -136,8 +136,8 @@ def fetch(client: httpx2.Client, file: Remote, folder: Path, headers: Mapping[st
         total.update(-part.stat().st_size if part.exists() else 0)
         part.unlink(missing_ok=True)
         _say(f"{file.name}: {reason}; removed")
-    problem = f"{file.name}: {reason}, twice. It was removed."
-    raise UserError(problem, "Try later, or another source; the server's file is damaged.", CHECKPOINT)
+    problem = f"{file.name}: {reason}, in two attempts. The file was removed."
+    raise UserError(problem, "Try later, or use another source: the server's file is damaged.", CHECKPOINT)
 
 
 def ask_size(client: httpx2.Client, file: Remote, headers: Mapping[str, str]) -> int:
@@ -148,7 +148,9 @@ def ask_size(client: httpx2.Client, file: Remote, headers: Mapping[str, str]) ->
             text = response.headers.get("Content-Range", "").rpartition("/")[2]
             text = response.headers.get("Content-Length", "") if response.status_code == 200 else text
             if not text.isdecimal():
-                raise UserError(f"{file.name}: the server does not say its size.", "Use another source.")
+                raise UserError(
+                    f"{file.name}: the server does not give the size of the file.", "Use another source."
+                )
             return int(text)
 
     return patient(ask)
@@ -163,7 +165,7 @@ def get(client: httpx2.Client, url: str, headers: Mapping[str, str], what: str) 
             for piece in response.iter_bytes():
                 content += piece
                 if len(content) > LONGEST_LIST:
-                    raise UserError(f"{what}: the server's answer does not end.", "Use another source.")
+                    raise UserError(f"{what}: the server's answer is too long.", "Use another source.")
         return content
 
     return patient(ask)
@@ -183,12 +185,12 @@ def patient(work: Callable[[], Value], arrived: Callable[[], int] = lambda: 0) -
         return state.attempt_number - first + 1
 
     def wait(state: tenacity.RetryCallState) -> float:
-        asked = state.outcome.exception().wait
-        return asked if asked is not None else min(LONGEST_WAIT, FIRST_WAIT * 2 ** (tries(state) - 1))
+        requested = state.outcome.exception().wait
+        return requested if requested is not None else min(LONGEST_WAIT, FIRST_WAIT * 2 ** (tries(state) - 1))
 
     def enough(state: tenacity.RetryCallState) -> bool:
-        asked = state.outcome.exception().wait
-        return tries(state) >= TRIES or (asked is not None and asked > LONGEST_ASKED)
+        requested = state.outcome.exception().wait
+        return tries(state) >= TRIES or (requested is not None and requested > LONGEST_REQUESTED)
 
     def tell(state: tenacity.RetryCallState) -> None:
         _say(f"{state.outcome.exception()}; again in {state.next_action.sleep:.0f} s")
@@ -203,8 +205,8 @@ def patient(work: Callable[[], Value], arrived: Callable[[], int] = lambda: 0) -
     try:
         return again(work)
     except TransientError as error:
-        later = f" It asks to wait {error.wait:.0f} s." if error.wait is not None else ""
-        fix = "What has arrived is kept; run the same line again to go on."
+        later = f" The server asks to wait {error.wait:.0f} s." if error.wait is not None else ""
+        fix = "What has arrived is kept; run the same command again to continue."
         raise UserError(f"{error}.{later}", fix) from None
 
 
@@ -215,14 +217,14 @@ def digest(path: Path, kind: str) -> str:
 
 def digests(path: Path, kinds: set[str]) -> dict[str, str]:
     """Several checksums of a file in one reading."""
-    made = {kind: hashlib.new("sha1" if kind == GIT else kind, usedforsecurity=False) for kind in kinds}
-    if GIT in made:
-        made[GIT].update(f"blob {path.stat().st_size}\0".encode())
+    hashes = {kind: hashlib.new("sha1" if kind == GIT else kind, usedforsecurity=False) for kind in kinds}
+    if GIT in hashes:
+        hashes[GIT].update(f"blob {path.stat().st_size}\0".encode())
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
-            for each in made.values():
+            for each in hashes.values():
                 each.update(chunk)
-    return {kind: each.hexdigest() for kind, each in made.items()}
+    return {kind: each.hexdigest() for kind, each in hashes.items()}
 
 
 def _fill(client: httpx2.Client, file: Remote, part: Path, headers: Mapping[str, str], total: Any) -> None:
@@ -312,7 +314,7 @@ def _get(
 def check_status(status: int, headers: Mapping[str, str], what: str, url: str) -> None:
     """Raise TransientError for an answer that may change, UserError for one that will not."""
     if status in (408, 425, 429) or status >= 500:
-        raise TransientError(f"{what}: the server answers {status}", _asked(headers.get("Retry-After")))
+        raise TransientError(f"{what}: the server answers {status}", _seconds_of(headers.get("Retry-After")))
     if status in (401, 403):
         problem = f"{what}: {urlsplit(url).hostname} refuses it ({status})."
         raise UserError(problem, "It may need a token (HF_TOKEN), its licence accepted, or a fresh address.")
@@ -320,7 +322,7 @@ def check_status(status: int, headers: Mapping[str, str], what: str, url: str) -
         raise UserError(f"{what}: {bare(url)} answers {status}.", "Check the name and the revision.")
 
 
-def _asked(text: str | None) -> float | None:
+def _seconds_of(text: str | None) -> float | None:
     """Seconds of a Retry-After header (RFC 9110: a number, or a date)."""
     if text is None:
         return None

@@ -117,20 +117,22 @@ def verify(checkpoint: Path) -> list[str]:
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         written, step = manifest["format"], manifest["step"]
     except FileNotFoundError:
-        raise refuse(f"{checkpoint}: has no {MANIFEST}, so it is not whole.") from None
+        raise refuse(f"{checkpoint}: has no {MANIFEST}, so it is incomplete.") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise refuse(f"{checkpoint / MANIFEST}: damaged ({error}).") from None
     if written != FORMAT:
-        raise refuse(f"{checkpoint}: written in format {written}, this OneCard reads format {FORMAT}.")
-    whole = MODEL_WEIGHTS in files  # all was trained
+        raise refuse(
+            f"{checkpoint}: it has format {written}, but this version of OneCard reads format {FORMAT}."
+        )
+    whole = MODEL_WEIGHTS in files  # all weights were trained
     trained = {MODEL_CONFIG, MODEL_WEIGHTS} if whole else {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
     missing = {*trained, OPTIMIZER, PROGRESS} - files.keys()
     if missing:
-        raise refuse(f"{checkpoint / MANIFEST}: does not name {', '.join(sorted(missing))}.")
+        raise refuse(f"{checkpoint / MANIFEST}: does not list {', '.join(sorted(missing))}.")
     for name, (size, digest) in files.items():
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != size or sha256(path) != digest:
-            raise refuse(f"{path}: missing or changed since it was saved.")
+            raise refuse(f"{path}: the file is missing, or was changed after it was saved.")
     numbered = re.fullmatch(r"checkpoint-\d+", checkpoint.name)
     if read_progress(checkpoint).step != step or (numbered and checkpoint.name != f"checkpoint-{step}"):
         raise refuse(f"{checkpoint}: its files say it is step {step}.")
@@ -158,7 +160,7 @@ def _unnamed(folder: Path) -> dict[int, Path]:
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run folder, or None; and what was wrong with newer ones.
 
-    It only looks. Where a kill cut a save in two, the path is that of a checkpoint without its name.
+    Nothing is changed. Where a kill cut a save in two, the path is that of a checkpoint without its name.
     """
     problems = []
     named = {step: folder / f"checkpoint-{step}" for step in checkpoint_steps(folder)}

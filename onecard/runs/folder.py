@@ -13,7 +13,7 @@ from onecard.system.files import PROBE
 CONFIG, LOG, FINISHED, REJECTED = "finetune_config.json", "log.jsonl", "finished.json", "rejected_rows.jsonl"
 SAMPLES = "samples.jsonl"
 DROPPED, ASIDE = "log.dropped.jsonl", "set-aside-"
-PICTURE = "loss.png"
+PLOT = "loss.png"
 # values of init_lora_weights that leave the base model as it was
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 EXPORT = "export.json"  # says what a folder of GGUF files holds
@@ -23,7 +23,7 @@ MODEL = "model"  # folder of the result when all weights were trained
 def contents(folder: Path) -> list[Path]:
     """Everything that a run has written into `folder`, or would write over."""
     paths = [folder / f"checkpoint-{step}" for step in sorted(checkpoint_steps(folder))]
-    names = (CONFIG, LOG, SAMPLES, FINISHED, REJECTED, PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, DROPPED)
+    names = (CONFIG, LOG, SAMPLES, FINISHED, REJECTED, PLOT, ADAPTER_CONFIG, ADAPTER_WEIGHTS, DROPPED)
     paths += [folder / name for name in names if (folder / name).exists()]
     if trained_all(folder) and (folder / MODEL).exists():
         paths.append(folder / MODEL)

@@ -37,7 +37,7 @@ SHOWN = 12  # lines of the console of a failed run that are shown
 MARK, CLOCK = "=== ", "%Y-%m-%d %H:%M:%S"  # our own lines in a console
 STARTED = re.compile(rf"{MARK}(\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d) ")
 PROCESS = re.compile(rf"{MARK}process (\d+)")
-ASKED = f"{MARK}asked to save and stop"
+STOP_NOTE = f"{MARK}asked to save and stop"
 ERRORS = ("error:", "Traceback (most recent call last)")
 NEW, STARTING, RUNNING = "new", "starting", "running"
 STOPPED, FINISHED, FAILED = "stopped", "finished", "failed"
@@ -152,7 +152,7 @@ def stop(workspace: Path, name: str) -> None:
             handle = os.pidfd_open(pid)
             stack.callback(os.close, handle)
             if _pid(folder) == pid:  # so the handle is the trainer's, not that of a later process
-                _note(folder, ASKED)
+                _note(folder, STOP_NOTE)
                 signal.pidfd_send_signal(handle, signal.SIGTERM)
                 return
     raise UserError(f"{name} is not being trained now.")
@@ -182,7 +182,7 @@ def state(workspace: Path, name: str) -> State:
     if (
         was_last
         and not last.startswith("stopped by ")
-        and (errors_at or (stored and ASKED not in console_lines))
+        and (errors_at or (stored and STOP_NOTE not in console_lines))
     ):
         end = [] if errors_at else ["(It ended without an error message. It may have been killed.)"]
         return State(FAILED, saved, total, None, "\n".join(trainer_lines[-SHOWN:] + end))

@@ -58,7 +58,11 @@ def read(folder: Path) -> Legacy:
     tensors = _adapter(folder)
     ranks = {t.shape[0] for name, t in tensors.items() if ".lora_A." in name}
     if len(ranks) != 1:
-        raise UserError(f"{folder}: its adapter has ranks {sorted(ranks)}, not one.", "", CHECKPOINT)
+        raise UserError(
+            f"{folder}: the layers of its adapter have the ranks {sorted(ranks)}; all need the same rank.",
+            "",
+            CHECKPOINT,
+        )
     targets = sorted({NAME.fullmatch(name)["last"] for name in tensors})
     state = _json(folder / STATE)
     settings = _json(folder / ADAPTER_CONFIG)
@@ -70,9 +74,7 @@ def read(folder: Path) -> Legacy:
         scale = saved.get("scale") if isinstance(saved, dict) else None
         scale = scale if isinstance(scale, int | float) else None
     if settings.get("r", next(iter(ranks))) not in list(ranks):
-        notes.append(
-            f"{ADAPTER_CONFIG} says rank {settings['r']}, its tensors have {min(ranks)}: theirs counts"
-        )
+        notes.append(f"{ADAPTER_CONFIG} says rank {settings['r']}; the tensors' rank {min(ranks)} is used")
     return Legacy(
         tensors=tensors,
         rank=ranks.pop(),
@@ -93,10 +95,10 @@ def _adapter(folder: Path) -> dict[str, torch.Tensor]:
     else:
         path = next((folder / name for name in PICKLED_WEIGHTS if (folder / name).is_file()), None)
         if path is None:
-            raise UserError(f"{folder}: holds no adapter weights.", "", CHECKPOINT)
+            raise UserError(f"{folder}: the folder holds no adapter weights.", "", CHECKPOINT)
         saved = unpickle(path)
     if not isinstance(saved, dict):
-        raise UserError(f"{path}: holds no tensors by name.", "", CHECKPOINT)
+        raise UserError(f"{path}: the file holds no named tensors.", "", CHECKPOINT)
     adapter = {}
     for name, tensor in saved.items():
         match = NAME.fullmatch(str(name))
@@ -171,8 +173,8 @@ def check_torch(version: str, path: Path) -> None:
     """Raise UserError (exit 8) where torch's restricted unpickler is known to be unsafe."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if not numbers or (int(numbers[1]), int(numbers[2])) < OLDEST_TORCH:
-        problem = f"{path}: pickled, and torch {version} can be made to run code by such a file."
-        fix = "Use torch 2.10 or newer (CVE-2026-24747), or save it as safetensors."
+        problem = f"{path}: the file is pickled, and such a file can make torch {version} run code."
+        fix = "Use torch 2.10 or newer (CVE-2026-24747), or save the file as safetensors."
         raise UserError(problem, fix, UNSAFE)
 
 

@@ -65,7 +65,7 @@ def last_sampled(folder: Path) -> int:
 def samples(folder: Path) -> dict[int, list[dict[str, str]]]:
     """Step -> answers (instruction, input, answer) to the fixed prompts, in the order of the steps.
 
-    Of a run that has no rounds of answers those before and after it, once it is finished.
+    A finished run without rounds of answers gives the answers from before and after it.
     """
     path = folder / SAMPLES
     try:
@@ -113,7 +113,7 @@ class Curves:
         self.points: dict[str, list[tuple[int, float]]] = {name: [] for name in names}
 
     def refresh(self) -> None:
-        """Read on behind the last whole line; anew when the run went back to an earlier step."""
+        """Read what follows the last whole line; everything when the run went back to an earlier step."""
         with self.lock, contextlib.ExitStack() as stack:
             try:
                 file = stack.enter_context(self.path.open("rb"))
@@ -172,5 +172,5 @@ def _records_of(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one that can be drawn."""
+    """Whether a value is a number that a plot can show."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

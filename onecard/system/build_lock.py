@@ -1,15 +1,15 @@
-"""Models are built one at a time in a process: what transformers switches meanwhile holds for all threads.
+"""Models are built one at a time in a process: what transformers changes meanwhile changes for all threads.
 
-Both of its ways to build a model set torch's default dtype to the model's and then back to what they found,
-and loading also replaces the tying of weights. Two builds that overlap take each other's values, and put back
-the wrong ones; peft makes adapters in whatever dtype is the default then. This file knows no torch.
+Both of its ways to build a model set torch's default dtype to that of the model, and restore the old one
+afterwards. Loading also replaces the function that ties weights. Two builds at the same time would restore
+each other's values, and peft would create adapters in the wrong default dtype. This file knows no torch.
 """
 
 import contextlib
 import threading
 from collections.abc import Iterator
 
-_lock = threading.RLock()  # who builds may build a part of it
+_lock = threading.RLock()  # the thread that builds a model may build parts of it
 
 
 @contextlib.contextmanager

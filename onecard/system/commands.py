@@ -1,4 +1,4 @@
-"""How a user calls our programs here, and how the packages that one lacks are installed.
+"""What a user types to call our programs on this machine, and to install the packages that one lacks.
 
 In a checkout the programs are files beside onecard/, and tools/setup.sh makes .venv. Where OneCard was
 installed as a package there are the command `onecard` and pip.
@@ -29,7 +29,7 @@ FILES = {  # sub-command of onecard -> the same program as a file of a checkout
     "prepare-base": "tools/prepare_base_model.py",
     "json-to-parquet": "tools/json_to_parquet.py",
 }
-PARTS = {  # part of the set-up -> modules that it installs; what is not listed is no user's to install
+PARTS = {  # part of the set-up -> modules that it installs; users install no other modules
     "train": (
         "torch transformers peft bitsandbytes accelerate safetensors gguf sentencepiece google.protobuf "
         "numpy matplotlib pyarrow ftfy wcwidth tqdm huggingface_hub httpx2 tenacity filelock platformdirs"
@@ -39,7 +39,7 @@ PARTS = {  # part of the set-up -> modules that it installs; what is not listed 
     "gptq": "gptqmodel optimum",
 }
 COMPILED = "cpu"  # the part with llama.cpp
-ANY_PROCESSOR = 'CMAKE_ARGS="-DGGML_NATIVE=OFF"'  # tools/setup.sh says why; an extra cannot carry it
+ANY_CPU = 'CMAKE_ARGS="-DGGML_NATIVE=OFF"'  # tools/setup.sh says why; an extra cannot carry it
 
 
 def name(command: str) -> str:
@@ -48,7 +48,7 @@ def name(command: str) -> str:
 
 
 def line(command: str) -> str:
-    """What to type for it, without its options: `.venv/bin/python finetune_continue.py`, say."""
+    """What a user types for a sub-command: `.venv/bin/python finetune_continue.py`, say; without options."""
     return f"{in_environment('python')} {FILES[command]}" if IN_CHECKOUT else name(command)
 
 
@@ -66,7 +66,7 @@ def set_up(part: str) -> str:
     """What to type for a part of the set-up."""
     if IN_CHECKOUT:
         return f"bash tools/setup.sh {part}"
-    return f'{ANY_PROCESSOR + " " if part == COMPILED else ""}pip install "onecard[{part}]"'
+    return f'{ANY_CPU + " " if part == COMPILED else ""}pip install "onecard[{part}]"'
 
 
 def extra(package: str) -> str:
@@ -75,7 +75,7 @@ def extra(package: str) -> str:
 
 
 def pip_install(package: str, options: str = "") -> str:
-    """What to type for one package, so that the versions of all others stay where a list of them is there."""
+    """What a user types to install one package; in a checkout all other versions stay as they are."""
     constraints = "-c requirements.txt " if IN_CHECKOUT else ""
     return f"{in_environment('pip')} install {options}{constraints}{package}"
 
@@ -83,7 +83,7 @@ def pip_install(package: str, options: str = "") -> str:
 def child(command: str) -> tuple[list[str], dict[str, str]]:
     """The command line, without options, and the environment of a program as a child in any folder.
 
-    -P: a file of that folder never stands for one of the library.
+    The option -P keeps Python from importing a file of that folder in place of a library.
     """
     variables = dict(os.environ)
     if IN_CHECKOUT:  # where onecard need not be installed
@@ -104,14 +104,15 @@ def require(module: str, part: str) -> None:
 
 
 def not_installed(error: ModuleNotFoundError) -> UserError | None:
-    """What to tell of a module that was not found, None for one that no part of the set-up installs."""
-    wanted = error.name or ""
+    """The error to show for a missing module; None for a module that no part of the set-up installs."""
+    missing = error.name or ""
     for part, modules in PARTS.items():
         for module in modules.split():
-            # of google.protobuf also google may be missing; a part of a package that is there is a fault
-            if wanted == module or module.startswith(f"{wanted}."):
+            # for google.protobuf the missing module may be google; a missing part of a package that is
+            # installed is a bug
+            if missing == module or module.startswith(f"{missing}."):
                 return missing_package(module, part)
-    if wanted == "deepspeed":  # no part has it: it is built with the torch that is there
-        problem = f"the package {wanted} is not installed for {sys.executable}."
-        return UserError(problem, f"Run: {pip_install(wanted, '--no-build-isolation ')}")
+    if missing == "deepspeed":  # no part installs it: it is built with the installed torch
+        problem = f"the package {missing} is not installed for {sys.executable}."
+        return UserError(problem, f"Run: {pip_install(missing, '--no-build-isolation ')}")
     return None

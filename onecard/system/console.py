@@ -15,7 +15,7 @@ Progress = Callable[[int, int], None]
 def say(text: str) -> None:
     """Print for the user, from the main process only, above any open progress bar, and at once.
 
-    When nobody reads any more, the work goes on unheard.
+    When the output is closed, the work goes on without printing.
     """
     if system_processes.is_main():
         write_out(lambda: (tqdm.write(text, file=sys.stdout), sys.stdout.flush()))

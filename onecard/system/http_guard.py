@@ -1,4 +1,4 @@
-"""Who may reach a server of ours: its own pages, from this machine unless told otherwise.
+"""Lets only a server's own pages reach it, and only from this machine unless the user allows others.
 
 It is ASGI middleware. It knows gradio's paths and login, but no component of a window.
 """
@@ -29,19 +29,21 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
         elif not self._is_fine(scope) or NEVER.match(scope["path"]):
-            await _refuse(receive, send, 403, b"Not from here.")
+            await _refuse(receive, send, 403, b"This server does not accept this request.")
         elif self.login and not self._may_enter(scope):
             await _refuse(receive, send, 401, b"Log in first.")
         else:
             upload = scope["path"].rstrip("/") == f"{API}upload"
-            await self.app(scope, _given_up(receive) if upload else receive, _with_policy(send))
+            await self.app(scope, _end_abandoned_upload(receive) if upload else receive, _with_policy(send))
 
     def _may_enter(self, scope: Any) -> bool:
         if not scope["path"].startswith(API) or scope["path"] == f"{API}startup-events":
             return True  # gradio asks itself for this one when it starts
         cookies = dict(scope["headers"]).get(b"cookie", b"").decode("latin-1")
-        held = [part.partition("=")[2] for part in cookies.split("; ") if part.startswith("access-token")]
-        return any(token in scope["app"].tokens for token in held)
+        cookie_tokens = [
+            part.partition("=")[2] for part in cookies.split("; ") if part.startswith("access-token")
+        ]
+        return any(token in scope["app"].tokens for token in cookie_tokens)
 
     def _is_fine(self, scope: Any) -> bool:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
@@ -54,7 +56,7 @@ class Guard:
 
 
 def _with_policy(send: Any) -> Any:
-    """An answer's picture, or a page that was tampered with, asks no other host for anything."""
+    """Add the policy that keeps images in answers, and pages tampered with, from reaching other hosts."""
 
     async def sending(message: Any) -> None:
         if message["type"] == "http.response.start":
@@ -64,8 +66,8 @@ def _with_policy(send: Any) -> Any:
     return sending
 
 
-def _given_up(receive: Any) -> Any:
-    """A file whose sender left half way ends as one that is too large: gradio deletes only those."""
+def _end_abandoned_upload(receive: Any) -> Any:
+    """Make an upload that its sender abandoned end as one that is too large: gradio deletes only those."""
 
     async def receiving() -> Any:
         message = await receive()

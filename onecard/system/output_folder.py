@@ -1,4 +1,4 @@
-"""The folder that a tool makes: where it can be, what it was made of, and whether it is there already.
+"""The folder that a tool makes: where it can be, what it was made of, and whether it exists already.
 
 It appears whole (whole_folder.py). A record inside says what it was made of, so that the same command once
 more finds that there is nothing to do. The folder's files are known by size and time: a SHA-256 would take
@@ -20,7 +20,7 @@ from onecard.errors import CHECKPOINT, DISK, UserError, listed
 from onecard.system import files as system_files
 from onecard.system import lock, whole_folder
 
-RECORD, VERSIONS = "onecard.json", "versions"  # the latter: told, not compared, as the files are
+RECORD, VERSIONS = "onecard.json", "versions"  # versions are recorded but not compared, since the files are
 OLD_LEFTOVERS = ".onecard-gguf-*"  # the folders in which older versions of OneCard converted a model
 PATIENCE = 5.0  # seconds: the child of a killed run needs a moment to see it
 
@@ -73,12 +73,12 @@ def is_made(target: Path, made_of: dict[str, Any], flag: str) -> bool:
     place = find(target, flag)
     changed = None
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-        known = json.loads((place / RECORD).read_text(encoding="utf-8"))
-        files, stamps = known.pop("files"), _stamps(place)
+        stored = json.loads((place / RECORD).read_text(encoding="utf-8"))
+        files, stamps = stored.pop("files"), _stamps(place)
         now: Mapping[str, int | list[int]] = stamps
-        if all(isinstance(size, int) for size in files.values()):  # an earlier version noted no times
+        if all(isinstance(size, int) for size in files.values()):  # an earlier version recorded no times
             now = {name: size for name, (size, _) in stamps.items()}
-        if {**known, VERSIONS: {}} == {**made_of, VERSIONS: {}}:
+        if {**stored, VERSIONS: {}} == {**made_of, VERSIONS: {}}:
             changed = sorted(name for name in {*files, *now} if files.get(name) != now.get(name))
     if changed:
         problem = f"{flag} {target}: was made of the same files, but {listed(changed)} changed, came or went"
@@ -155,8 +155,8 @@ def _check_room(place: Path, needed: int, target: Path, flag: str) -> None:
 def _stamps(folder: Path) -> dict[str, list[int]]:
     """Size and time of each file."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
-    found = {str(path.relative_to(folder)): path.stat() for path in paths}
-    return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
+    statuses = {str(path.relative_to(folder)): path.stat() for path in paths}
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in statuses.items()}
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Which of several processes this is, as torchrun says it in the environment."""
+"""Which of several processes this is; torchrun sets it in the environment."""
 
 import os
 

@@ -32,23 +32,25 @@ def read(path: Path) -> tuple[int, dict[str, Any]]:
                 raise ValueError("it ends within its header")
             header = json.loads(file.read(start - 8), object_pairs_hook=_once)
         if not isinstance(header, dict):
-            raise ValueError("its header is no JSON object")
+            raise ValueError("its header is not a JSON object")
         header.pop("__metadata__", None)
         for name, entry in header.items():
             _check_entry(name, entry)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if start + end != size:
-            raise ValueError(f"its tensors need {start + end} bytes, it has {size}")
+            raise ValueError(f"its tensors need {start + end} bytes, but it has {size} bytes")
         return start, header
     except OSError as error:
         problem = f"{path}: cannot be read ({error.strerror})."
         raise UserError(problem, "Fetch it again.", CHECKPOINT) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({str(error)[:200]}).", "Fetch it again.", CHECKPOINT) from None
+        raise UserError(
+            f"{path}: the file is damaged ({str(error)[:200]}).", "Fetch it again.", CHECKPOINT
+        ) from None
 
 
 def check(paths: Iterable[Path]) -> None:
-    """Raise UserError (exit 4) for a file whose header a library should not be given."""
+    """Raise UserError (exit 4) for a file whose header is not safe for a library to read."""
     for path in paths:
         read(path)
 
@@ -65,13 +67,13 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; which of two values under one name counts would be up to the reader."""
-    made: dict[str, Any] = {}
+    """A JSON object; raises ValueError for a repeated name, as readers differ in which value they use."""
+    values: dict[str, Any] = {}
     for name, value in pairs:
-        if name in made:
+        if name in values:
             raise ValueError(f"{name[:80]!r} is in its header twice")
-        made[name] = value
-    return made
+        values[name] = value
+    return values
 
 
 def _check_entry(name: str, entry: Any) -> None:

@@ -1,7 +1,7 @@
 """Reading a stranger's file in a process of its own: one of our modules, run on it.
 
-Every such process is started here, without the user's environment: whatever takes it over finds no token in
-it.
+Every such process is started here, without the user's environment: code that takes it over finds no tokens
+there.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from onecard.errors import CHECKPOINT, DISK, MEMORY, UNSAFE, UserError, is_out_o
 from onecard.system.files import ROOT
 
 UTF8, SURROGATES = "utf-8", "surrogatepass"  # whatever the locale says; rows may hold half of a character
-STALL = 900  # seconds without a word after which long work has come to a stop
+STALL = 900  # seconds without a report after which the work counts as stopped
 NO_MEMORY = (
     "memoryerror",
     "cannot allocate memory",
@@ -47,7 +47,7 @@ ENVIRONMENT = (  # what a child gets of this process's environment, where it is 
     "PYTHONPATH",  # where torch and pyarrow may lie; onecard is found in ROOT, where children run
     "PYTHONUSERBASE",
 )
-OFFLINE = {"HF_HUB_OFFLINE": "1"}  # who reads a file asks no hub
+OFFLINE = {"HF_HUB_OFFLINE": "1"}  # a child that reads a file sends no requests to the hub
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -111,11 +111,13 @@ def convert(module: str, source: Path, output: Path, seconds: int, damaged: int,
     try:
         ended = run(module, source.resolve(), output.resolve(), seconds=seconds)
     except subprocess.TimeoutExpired:
-        raise UserError(f"{source}: not read within {seconds} s.", "It was not loaded.", late) from None
+        raise UserError(
+            f"{source}: the file was not read within {seconds} s.", "It was not loaded.", late
+        ) from None
     if ended.returncode:
         reason = last_line(ended.stderr, "it needs too much memory or time")
         code = UNSAFE if ended.returncode == UNSAFE else damaged
-        what = "would run code" if code == UNSAFE else "cannot be read"
+        what = "the file would run code" if code == UNSAFE else "the file cannot be read"
         raise UserError(f"{source}: {what}: {reason}.", "It was not loaded.", code)
 
 
@@ -137,25 +139,27 @@ def lines(module: str, source: Path) -> Iterator[str]:
             raise ChildError(last_line(complaints.read(), crashed) if code > 0 else crashed)
 
 
-def work(module: str, request: dict[str, Any], told: Callable[[dict[str, Any]], None], keep: int) -> None:
-    """Run `python -m module`, which must call `serve`, on a request; `told` gets every report it sends.
+def work(
+    module: str, request: dict[str, Any], on_report: Callable[[dict[str, Any]], None], keep: int
+) -> None:
+    """Run `python -m module`, which must call `serve`, on a request; on_report gets every report it sends.
 
     keep: an open file (a lock) that stays the child's too. The child ends when this process does. Raises
-    UserError: the child's own; exit 6 when it found no memory, 4 when it crashed or stands still.
+    UserError: the child's own; exit 6 when memory ran out, 4 when it crashed or stopped working.
     """
     with tempfile.TemporaryFile("w+", encoding=UTF8, errors="replace") as complaints:
         process = start(module, stdin=subprocess.PIPE, stderr=complaints, keep=(keep,))
         assert process.stdin
         assert process.stdout
         try:
-            with contextlib.suppress(BrokenPipeError):  # it died; why is said below
+            with contextlib.suppress(BrokenPipeError):  # it has died; the reason is raised below
                 process.stdin.write(json.dumps(request) + "\n")
-                process.stdin.flush()  # and stays open: its end tells the child that this process is gone
-            for line in _spoken(process.stdout.fileno()):
+                process.stdin.flush()  # the child ends when this pipe is closed
+            for line in _lines_of(process.stdout.fileno()):
                 report = json.loads(line)
                 if "problem" in report:
                     raise UserError(report["problem"], report["fix"], report["code"])
-                told(report)
+                on_report(report)
             code = process.wait()
         finally:
             process.kill()
@@ -165,32 +169,32 @@ def work(module: str, request: dict[str, Any], told: Callable[[dict[str, Any]], 
                 process.stdin.close()
         if code:
             complaints.seek(0)
-            said = complaints.read()
-            last = last_line(said, "it said nothing")
-            if code == -signal.SIGKILL or any(phrase in said.lower() for phrase in NO_MEMORY):
+            text = complaints.read()
+            last = last_line(text, "it gave no reason")
+            if code == -signal.SIGKILL or any(phrase in text.lower() for phrase in NO_MEMORY):
                 raise UserError(f"Out of memory: {last}.", "Give it more memory.", MEMORY)
             raise UserError(f"The process that reads the files ended with {code}: {last}.", "", CHECKPOINT)
 
 
-def _spoken(handle: int) -> Iterator[bytes]:
+def _lines_of(handle: int) -> Iterator[bytes]:
     """Lines from a pipe; raises UserError (exit 4) when none comes for too long."""
-    waiting = b""
+    incomplete = b""
     while True:
         if not select.select([handle], [], [], STALL)[0]:
             raise UserError(
-                f"The process that reads the files has said nothing for {STALL} s.", "", CHECKPOINT
+                f"The process that reads the files has reported nothing for {STALL} seconds.", "", CHECKPOINT
             )
         arrived = os.read(handle, 1 << 16)
         if not arrived:
             return
-        *lines, waiting = (waiting + arrived).split(b"\n")
+        *lines, incomplete = (incomplete + arrived).split(b"\n")
         yield from lines
 
 
 def serve(do: Callable[[dict[str, Any], Callable[..., None]], None]) -> None:
     """In a child that `work` started: do(request, tell); tell(name=value, ...) reports to the parent."""
     voice = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # a library that prints says it to the parent's log, not among the reports
+    os.dup2(2, 1)  # what a library prints goes to the parent's log, not among the reports
 
     def tell(**report: Any) -> None:
         voice.write(json.dumps(report) + "\n")
@@ -213,7 +217,9 @@ def serve(do: Callable[[dict[str, Any], Callable[..., None]], None]) -> None:
 
 
 def _end_with_parent() -> None:
-    os.read(0, 1)  # nothing more is ever written: this is the parent's end; sys.stdin would need its lock
+    os.read(
+        0, 1
+    )  # returns when the parent has died, since it writes nothing more; sys.stdin would take a lock
     os._exit(1)
 
 

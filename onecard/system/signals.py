@@ -22,7 +22,7 @@ ECHO = 0.2  # seconds in which a second Ctrl-C is the first one again, passed on
 class _State:
     number: int | None = None  # the first signal
     arrived: float = 0.0
-    told: bool = False  # Stopped was raised for it
+    is_raised: bool = False  # Stopped was raised for it
     depth: int = 0  # of blocks that must not be torn
 
 
@@ -54,26 +54,26 @@ def later() -> Iterator[None]:
         yield
     finally:
         _state.depth -= 1
-    _tell()
+    _raise_stopped()
 
 
 def arrived() -> int | None:
-    """The first signal, if one has come."""
+    """The number of the first signal; None when there was none."""
     return _state.number
 
 
 def _on_signal(number: int, frame: object) -> None:
     if _state.number is None:
         _state.number, _state.arrived = number, time.monotonic()
-        _tell()
+        _raise_stopped()
     elif time.monotonic() - _state.arrived > ECHO:
         if number == signal.SIGINT:
             os._exit(128 + number)
-        _state.told = False  # it may have been raised where Python swallows it
-        _tell()
+        _state.is_raised = False  # it may have been raised where Python swallows it
+        _raise_stopped()
 
 
-def _tell() -> None:
-    if _state.number is not None and not _state.told and _state.depth == 0:
-        _state.told = True
+def _raise_stopped() -> None:
+    if _state.number is not None and not _state.is_raised and _state.depth == 0:
+        _state.is_raised = True
         raise Stopped(_state.number)

@@ -1,6 +1,6 @@
 """Curves as SVG text for a page: axes, lines, a legend with the last values, tooltips that browsers show.
 
-Colours are those of the page's style sheet (STYLE), light and dark. It knows no run, only points.
+Colours are those of the page's style sheet (STYLE), light and dark. This file knows points and no runs.
 """
 
 import html
@@ -78,36 +78,38 @@ def _drawing(title: str, lines: Sequence[Line], from_zero: bool) -> str:
     def y(value: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
 
-    made = []
+    elements = []
     for value in ticks(low, high, 5):
         at = f"{y(value):.1f}"
-        made.append(f'<line class="oc-grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
-        made.append(f'<text x="{LEFT - 5}" y="{at}" dy="3.5" text-anchor="end">{number(value)}</text>')
+        elements.append(f'<line class="oc-grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
+        elements.append(f'<text x="{LEFT - 5}" y="{at}" dy="3.5" text-anchor="end">{number(value)}</text>')
     for step in ticks(0, right, 5):
         if step == int(step):
-            made.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{int(step)}</text>')
+            elements.append(
+                f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{int(step)}</text>'
+            )
     for line in lines:
         places = [(f"{x(step):.1f}", f"{y(value):.1f}") for step, value in line.points]
         if len(places) == 1:
-            made.append(f'<circle class="{line.style}" cx="{places[0][0]}" cy="{places[0][1]}" r="2.5"/>')
+            elements.append(f'<circle class="{line.style}" cx="{places[0][0]}" cy="{places[0][1]}" r="2.5"/>')
         else:
             path = " ".join(map(",".join, places))
-            made.append(f'<polyline class="{line.style}" points="{path}"/>')
+            elements.append(f'<polyline class="{line.style}" points="{path}"/>')
     box = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}"'
-    return f"<svg {box}>{''.join(made)}{_tips(lines, right)}</svg>"
+    return f"<svg {box}>{''.join(elements)}{_tips(lines, right)}</svg>"
 
 
 def _tips(lines: Sequence[Line], right: int) -> str:
     """Upright stripes that show, under the mouse, the values at their step."""
     width, height = (WIDTH - LEFT - RIGHT) / TIPS, HEIGHT - TOP - BOTTOM
-    made = []
+    elements = []
     for place in range(TIPS):
         step = right * (place + 0.5) / TIPS
         near = [(line.label, *min(line.points, key=lambda p: abs(p[0] - step))) for line in lines]
         text = "\n".join(f"{label}: {number(value)} ({at})" for label, at, value in near)
         box = f'x="{LEFT + place * width:.1f}" y="{TOP}" width="{width:.1f}" height="{height}"'
-        made.append(f'<rect class="oc-tip" {box}><title>{html.escape(text)}</title></rect>')
-    return "".join(made)
+        elements.append(f'<rect class="oc-tip" {box}><title>{html.escape(text)}</title></rect>')
+    return "".join(elements)
 
 
 def _key(line: Line) -> str:

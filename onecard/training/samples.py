@@ -105,7 +105,7 @@ def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
     records = [
         json.loads(line) for line in (folder / run_folder.LOG).read_text(encoding="utf-8").splitlines()
     ]
-    draw(records, folder / run_folder.PICTURE)
+    draw(records, folder / run_folder.PLOT)
     questions = [conversation.question.turns[-1] for conversation in plan.data.validation_prompts]
     losses = {record["step"]: record["eval_loss"] for record in records if "eval_loss" in record}
     first, last = next(iter(losses.values()), None), losses.get(best)
@@ -146,7 +146,7 @@ def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
         say(f"The model is in {folder / run_folder.MODEL}; use it as --model_path.")
     else:
         say(f"The adapter is in {folder}: {model_files.ADAPTER_WEIGHTS} and {model_files.ADAPTER_CONFIG}.")
-    say(f"The log is {folder / run_folder.LOG}, and the plot of the loss is {folder / run_folder.PICTURE}.")
+    say(f"The log is {folder / run_folder.LOG}, and the plot of the loss is {folder / run_folder.PLOT}.")
 
 
 def indent(text: str) -> str:

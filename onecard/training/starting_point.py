@@ -154,6 +154,6 @@ def say_finished(folder: Path, finished: dict[str, Any]) -> None:
         f"This run is finished: {finished['steps']} steps"
         + (f", validation loss {loss:.4f}." if loss is not None else ".")
     )
-    say(f"The result is in {folder}, with the log {run_folder.LOG} and the plot {run_folder.PICTURE}.")
+    say(f"The result is in {folder}, with the log {run_folder.LOG} and the plot {run_folder.PLOT}.")
     say(f"To train it longer, use {commands.name('continue')} with a larger --num_epochs.")
     say("To train it again, add --overwrite. For another run, give another --output_path.")

@@ -170,7 +170,7 @@ def test_a_name_that_changes_its_answer(names, connections):
                 transfer.get(client, "http://fickle.example/", {}, "x")
             assert connections == [PUBLIC]
             assert asked == ["fickle.example"]  # once for a request, and by nobody else
-            with pytest.raises(UserError, match="no public address") as caught:
+            with pytest.raises(UserError, match="not a public address") as caught:
                 transfer.get(client, "http://fickle.example/", {}, "x")
         assert caught.value.code == UNSAFE
         assert connections == [PUBLIC]

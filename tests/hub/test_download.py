@@ -167,7 +167,7 @@ def test_a_stopped_run_is_continued(served, tmp_path):
     """A run that gives up leaves .part files alone; the next one fetches only the rest."""
     served.faults[WEIGHTS] = [100_000] + [(503, {})] * 20
     message = refused(served, tmp_path / "m", USAGE)
-    assert "run the same line again" in message
+    assert "run the same command again" in message
     assert [path.suffix for path in (tmp_path / "m").iterdir()] == [".part"] * 2
     assert max(path.stat().st_size for path in parts(tmp_path / "m")) == 100_000
     served.faults.clear()
@@ -525,7 +525,7 @@ def test_llama_folders(served, tmp_path, size, shards):
     ended = llama(served, size, tmp_path / "n", BASE_URL=f"{served.address}/plain/")
     assert ended.returncode == CHECKPOINT
     assert not list((tmp_path / "n").glob("*.pth"))
-    assert "twice" in ended.stderr
+    assert "in two attempts" in ended.stderr
 
 
 def test_llama_without_an_address(served, tmp_path):
@@ -582,7 +582,10 @@ def test_a_list_without_files(tmp_path, lines):
     """What a line looks like is said, and nothing of checksums that lack."""
     with pytest.raises(UserError) as caught:
         fetch_list(tmp_path, lines)
-    assert (caught.value.code, caught.value.problem) == (USAGE, f"{tmp_path / 'list.txt'}: lists no file.")
+    assert (caught.value.code, caught.value.problem) == (
+        USAGE,
+        f"{tmp_path / 'list.txt'}: the list names no file.",
+    )
     assert "URL [NAME] [CHECKSUM]" in caught.value.fix
 
 

@@ -271,7 +271,7 @@ def test_what_an_adapters_settings_say(tmp_path, values, base):
         (404, "the hub refuses it (404)"),
         (429, "the hub did not answer (429)"),
         (503, "the hub did not answer (503)"),
-        (None, "the hub did not answer (nothing in 5 seconds)"),
+        (None, "the hub did not answer (no answer in 5 seconds)"),
     ],
 )
 def test_a_hub_that_gives_nothing(folders, tmp_path, fails, reason):
@@ -304,7 +304,7 @@ def test_a_silent_hub_is_left_alone(cached, said, monkeypatch):
     monkeypatch.setattr(client, "PATIENCE", 0.2)
     monkeypatch.setattr(client, "_silence", {"until": 0.0})
     assert revisions.fetch(NAME, revisions.MODEL, model_files.SETTINGS).name == NEW
-    assert "nothing in 0.2 seconds" in said[0]
+    assert "no answer in 0.2 seconds" in said[0]
     with pytest.raises(TimeoutError):
         revisions.fetch("someone/other", revisions.MODEL, model_files.SETTINGS)
     never.set()

@@ -103,7 +103,7 @@ def questions(place: Path) -> list:
         lambda: revisions.is_name(NAME),
         lambda: locate.here(NAME),
         lambda: locate.here("demo"),
-        lambda: manifest.kept("other/model"),
+        lambda: manifest.downloaded("other/model"),
         lambda: manifest.read(manifest.place("other/model")),
         lambda: output_folder.find(place / "new" / "folder", "--output_path"),
         lambda: output_folder.is_made(place / "new" / "folder", {}, "--output_path"),

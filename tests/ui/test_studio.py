@@ -320,7 +320,7 @@ def test_how_a_run_stands_is_read_from_its_files(workspace):
     assert (killed.kind, killed.said.splitlines()[0]) == (jobs.FAILED, "step 4/5")
     assert "It may have been killed." in killed.said
     assert said("error: in a row\nstopped by SIGTERM.\n").kind == jobs.STOPPED
-    assert said(f"step 1\n{jobs.ASKED}\n").kind == jobs.STOPPED
+    assert said(f"step 1\n{jobs.STOP_NOTE}\n").kind == jobs.STOPPED
     said("step 3/5")
     later = time.time() + 5
     os.utime(folder / run_folder.LOG, (later, later))
