@@ -173,7 +173,7 @@ def test_no_text_of_others_runs_as_script(browser, address):
         harmless("started")
         page.fill(template=BAD)
         page.press("preview")
-        harmless("rows", f"--template) {BAD}")
+        harmless("rows", f"There is no template called {BAD!r}. Choose from: auto, ")
         page.fill(lora_target_modules=TAG)
         harmless("memory")
         shown.fill("#train-run input", BAD)
