@@ -76,11 +76,17 @@ def _own(folder: Path, patience: float, before_waiting: Callable[[], None]) -> i
     until, is_first = time.monotonic() + patience, True
     while True:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(exist_ok=True)
-        try:
-            descriptor = os.open(folder, os.O_RDONLY)
+        try:  # no link is followed: it may come with anybody's adapter, and its target would be emptied
+            folder.mkdir(exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:  # its last owner has deleted it in between
             continue
+        except FileExistsError:
+            if os.path.lexists(folder) and not folder.is_dir():  # else deleted in between, too
+                raise
+            continue
+        except NotADirectoryError as error:
+            raise NotADirectoryError(error.errno, f"{folder.name} is a link there") from None
         try:
             if lock.take(descriptor):
                 if _is_at(folder, descriptor):
@@ -101,7 +107,7 @@ def _own(folder: Path, patience: float, before_waiting: Callable[[], None]) -> i
 def _is_at(folder: Path, descriptor: int) -> bool:
     """Whether the open folder still has this name: its last owner may have renamed or deleted it."""
     try:
-        return os.path.samestat(os.fstat(descriptor), folder.stat())
+        return os.path.samestat(os.fstat(descriptor), folder.lstat())
     except FileNotFoundError:
         return False
 

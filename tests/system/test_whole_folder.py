@@ -118,3 +118,14 @@ def test_nobody_else_renames_folders():
     ]
     names = sorted(path.relative_to(ROOT / "onecard").as_posix() for path in files)
     assert names == ["runs/checkpoint.py", "runs/folder.py", "system/whole_folder.py"]
+
+
+def test_a_link_in_the_place_of_the_stage_is_not_followed(tmp_path):
+    """It may have come with an adapter: what it points to keeps its files."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").touch()
+    (tmp_path / ".made.making").symlink_to(tmp_path / "home")
+    with pytest.raises(NotADirectoryError, match="is a link"):
+        make(tmp_path / "made")
+    assert (tmp_path / "home" / "letter.txt").exists()
+    assert not (tmp_path / "made").exists()
