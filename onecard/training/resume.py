@@ -6,7 +6,6 @@ is written here, except that a save that was killed between its two renames is c
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ import torch
 
 from onecard import errors
 from onecard.config import declaration
-from onecard.config import options as config_options
-from onecard.config.declaration import LEARNED, OnResume, Option, declared, names
+from onecard.config.declaration import OnResume
 from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.errors import CHECKPOINT, UserError
 from onecard.hub import locate, remote_code, revisions
@@ -27,7 +25,7 @@ from onecard.system import commands, hardware, lock
 from onecard.system import files as system_files
 from onecard.system import processes as system_processes
 from onecard.system.console import say
-from onecard.training import recorded_names, warm_start
+from onecard.training import recorded_names, run_options, warm_start
 from onecard.training.plan import Plan, learning_rate, prepare, versions
 from onecard.training.starting_point import STARTING, StartingPoint, finished_before, say_finished
 
@@ -109,8 +107,8 @@ def make_plan(start: StartingPoint, request: ContinueConfig, explicit: frozenset
         start.progress.rows_seen = plan.rows_after(start.progress.step)
     planned = resolved.get("total_steps") or start.planned_steps or plan.total_steps
     if start.same_run:
-        _keep_or_lengthen(start, plan, planned)
         _announce(start, plan, resolved)
+        _keep_or_lengthen(start, plan, planned)
         return plan
     if resolved and resolved["dtype"] != plan.dtype:
         say(f"Changed: dtype {resolved['dtype']} -> {plan.dtype}.")
@@ -125,35 +123,36 @@ def make_plan(start: StartingPoint, request: ContinueConfig, explicit: frozenset
 
 
 def _keep_or_lengthen(start: StartingPoint, plan: Plan, planned: int) -> None:
-    if _longer(start) and plan.total_steps <= planned:
-        raise UserError(f"The run is planned for {planned} steps already.", f"{LONGER}.")
-    if _longer(start):
-        _say_longer(start, plan, planned)
-    else:
+    if not run_options.is_longer(start.options, start.stored["options"]):
         plan.total_steps = planned
+    elif plan.total_steps <= planned:
+        raise UserError(f"The run is planned for {planned} steps already.", f"{LONGER}.")
+    else:
+        _say_longer(start, plan, planned)
 
 
 def _same_run(
     folder: Path, chosen: Path | None, request: ContinueConfig, explicit: frozenset[str]
 ) -> StartingPoint | None:
     stored = _read_run(folder)
-    before = _options_of(stored, request)
+    before = run_options.options_of(stored, request)
     if before.max_steps and "num_epochs" in explicit and "max_steps" not in explicit:
         before = dataclasses.replace(before, max_steps=None, num_epochs=0)  # max_steps counted so far
-    options, changes = _merged(before, request, explicit, _fixed_in_same_run)
+    options, changes = run_options.merged(before, request, explicit, run_options.fixed_in_same_run)
     options = dataclasses.replace(options, output_path=str(folder))  # the folder may have moved
     finished = system_files.read_json(folder / run_folder.FINISHED, ANOTHER_RUN)
     begun_from = stored.get("begun_from")
     start = StartingPoint(
         options, Progress(), stored=stored, same_run=True, begun_from=begun_from, changes=changes
     )
-    if finished and request.from_data_beginning and not _longer(start):
+    is_longer = run_options.is_longer(options, stored["options"])
+    if finished and request.from_data_beginning and not is_longer:
         problem = (
             f"{folder}: all {finished['steps']} planned steps are done, so no step is left for the rows."
         )
         raise UserError(problem, f"{LONGER} too.")
     earlier = chosen and finished and runs_checkpoint.read_progress(chosen).step < finished["steps"]
-    if finished and not (_longer(start) or earlier):
+    if finished and not (is_longer or earlier):
         say_finished(folder, finished)
         return None
     with errors.remedy("Wait for it, or stop it."):
@@ -193,8 +192,8 @@ def _same_run(
 def _other_rows(source: Path, request: ContinueConfig, explicit: frozenset[str]) -> StartingPoint | None:
     _verify_chosen(source, source.parent)
     stored = _read_run(source.parent)
-    before = _options_of(stored, request)
-    options, _ = _merged(before, request, explicit, _fixed_with_other_rows)
+    before = run_options.options_of(stored, request)
+    options, _ = run_options.merged(before, request, explicit, run_options.fixed_with_other_rows)
     options = dataclasses.replace(options, output_path=request.output_path)
     if finished_before(options, Path(request.output_path)):
         return None
@@ -218,14 +217,6 @@ def _read_run(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def _options_of(stored: dict[str, Any], request: ContinueConfig) -> FinetuneConfig:
-    """The run's options. A consent to run code is never read from a file, which may be a stranger's."""
-    settings = request.run_settings()
-    consents = declaration.names(settings, lambda option: option.never_from_file)
-    values = {**stored["options"], **{name: getattr(request, name) for name in consents}}
-    return config_options.build(settings, values)
-
-
 def _check_code(start: StartingPoint, options: FinetuneConfig) -> None:
     """Raise UserError unless the user consents to the same code of the base as when the run began."""
     before = start.stored["fingerprints"]
@@ -236,57 +227,6 @@ def _check_code(start: StartingPoint, options: FinetuneConfig) -> None:
         raise UserError(
             problem, f"Leave it out, or start another run with {commands.name('finetune')}.", CHECKPOINT
         )
-
-
-def _merged(
-    before: FinetuneConfig,
-    request: FinetuneConfig,
-    explicit: frozenset[str],
-    is_fixed: Callable[[Option, Any, Any], bool],
-) -> tuple[FinetuneConfig, list[str]]:
-    """The run's options with those that the user gave now, and notes of changes that are no other training.
-
-    is_fixed: whether an option cannot change from an old to a new value. Raises UserError (exit 4) naming all
-    options that the user gave and that cannot change.
-    """
-    options = declared(type(before))
-    new = {
-        name: getattr(request, name)
-        for name, option in options.items()
-        if name in explicit and option.resume != OnResume.NAMES_RUN
-    }
-    new = {name: value for name, value in new.items() if value != getattr(before, name)}
-    texts = {name: f"{name} {getattr(before, name)} -> {value}" for name, value in new.items()}
-    fixed = [
-        texts[name] for name, value in new.items() if is_fixed(options[name], getattr(before, name), value)
-    ]
-    if fixed:
-        problem = f"These options cannot change when the run goes on: {'; '.join(fixed)}."
-        raise UserError(
-            problem, f"Leave them out, or start another run with {commands.name('finetune')}.", CHECKPOINT
-        )
-    notes = [text for name, text in texts.items() if not _is_learned_by_value(options[name])]
-    return dataclasses.replace(before, **new), notes
-
-
-def _is_learned_by_value(option: Option) -> bool:
-    """Whether another value is another training; of some options only the content counts."""
-    return option.role == LEARNED and option.resume != OnResume.CONTENT
-
-
-def _fixed_in_same_run(option: Option, old: Any, new: Any) -> bool:
-    if option.resume == OnResume.LARGER:
-        return new is None or (old is not None and new < old)
-    return option.resume == OnResume.FIXED or (option.resume == OnResume.BEGINS and bool(new))
-
-
-def _fixed_with_other_rows(option: Option, old: Any, new: Any) -> bool:
-    return option.fixed_for_other_rows
-
-
-def _longer(start: StartingPoint) -> bool:
-    larger = names(type(start.options), lambda option: option.resume == OnResume.LARGER)
-    return any(getattr(start.options, name) != start.stored["options"].get(name) for name in larger)
 
 
 def _resolved_before(options: FinetuneConfig, resolved: dict[str, Any]) -> dict[str, Any]:
@@ -310,14 +250,16 @@ def _check_same(start: StartingPoint, plan: Plan) -> None:
     before = start.stored["fingerprints"]
     rows = ("rows", "encoded rows")
     compared = [name for name in plan.fingerprints if start.same_run or name not in rows]
+    contents = declaration.declared(type(plan.options)).items()
+    sources = {option.content: getattr(plan.options, name) for name, option in contents if option.content}
     wrong = [
-        f"{name} {str(before.get(name))[:12]} -> {plan.fingerprints[name][:12]}"
+        f"{name}{f' ({sources[name]})' if name in sources else ''}: "
+        f"{str(before.get(name))[:12]} -> {plan.fingerprints[name][:12]}"
         for name in compared
         if before.get(name) != plan.fingerprints[name]
     ]
     if wrong:
-        where = f"{plan.options.data_path} or {plan.options.model_path}"
-        problem = f"{where} has changed since the run began (SHA-256): {'; '.join(wrong)}."
+        problem = f"What the run was trained with has changed since it began (SHA-256): {'; '.join(wrong)}."
         fix = "Bring the old files back, or go on with other rows in a new --output_path."
         raise UserError(problem, fix, CHECKPOINT)
 

@@ -21,7 +21,7 @@ from onecard.runs import folder as run_folder
 from onecard.runs import jobs
 from onecard.system import files as system_files
 from onecard.system import hashing
-from onecard.training import plan, recorded_names, resume, starting_point
+from onecard.training import plan, recorded_names, run_options, starting_point
 
 PLAIN = {"changes_rows": False, "fixed_for_other_rows": False}
 
@@ -141,8 +141,8 @@ NEW = {
 @pytest.mark.parametrize(
     ("is_fixed", "fixed"),
     [
-        (resume._fixed_in_same_run, {"stretch", "sharpness", "afresh"}),
-        (resume._fixed_with_other_rows, {"sharpness"}),
+        (run_options.fixed_in_same_run, {"stretch", "sharpness", "afresh"}),
+        (run_options.fixed_with_other_rows, {"sharpness"}),
     ],
 )
 @pytest.mark.parametrize("name", NEW)
@@ -151,10 +151,10 @@ def test_the_rules_of_resuming_are_applied(is_fixed, fixed, name):
     request = Continuing(**{name: NEW[name]})
     if name in fixed:
         with pytest.raises(UserError, match=f"{name} .* -> {NEW[name]}") as caught:
-            resume._merged(Training(), request, frozenset({name}), is_fixed)
+            run_options.merged(Training(), request, frozenset({name}), is_fixed)
         assert caught.value.code == CHECKPOINT
         return
-    merged, notes = resume._merged(Training(), request, frozenset({name}), is_fixed)
+    merged, notes = run_options.merged(Training(), request, frozenset({name}), is_fixed)
     expected = "here" if name == "home" else NEW[name]  # the folder itself says where the run is
     assert getattr(merged, name) == expected
     assert [note.split()[0] for note in notes] == ([name] if name in ("glossary", "chunk", "afresh") else [])
@@ -162,12 +162,14 @@ def test_the_rules_of_resuming_are_applied(is_fixed, fixed, name):
 
 def test_what_may_become_larger_may_not_become_smaller():
     with pytest.raises(UserError, match="passes 3 -> 2"):
-        resume._merged(Training(), Continuing(passes=2), frozenset({"passes"}), resume._fixed_in_same_run)
+        run_options.merged(
+            Training(), Continuing(passes=2), frozenset({"passes"}), run_options.fixed_in_same_run
+        )
 
 
 def test_a_run_that_goes_on_has_its_own_value():
     stored = {"options": {"stretch": 7, "remote_code": "0" * 40}}
-    options = resume._options_of(stored, Continuing())
+    options = run_options.options_of(stored, Continuing())
     assert (type(options), options.stretch, options.remote_code) == (Training, 7, None)
 
 

@@ -31,7 +31,7 @@ from onecard.models import base_model
 from onecard.models import tokenizer as models_tokenizer
 from onecard.runs import adapters as run_adapters
 from onecard.runs import folder as run_folder
-from onecard.training import loop, resume
+from onecard.training import loop, resume, run_options
 from onecard.training.starting_point import StartingPoint
 from tests.support import bad_hub
 from tests.support.bad_hub import NAME, download
@@ -368,8 +368,8 @@ def test_a_name_that_is_on_no_hub():
 def test_a_runs_word_is_no_consent(tmp_path):
     """An option that stands in a run's file is not taken, whatever it says."""
     stored = {"options": {"remote_code": COMMIT, "model_path": "x"}}
-    assert resume._options_of(stored, ContinueConfig()).remote_code is None
-    asked = resume._options_of({"options": {}}, ContinueConfig(remote_code=OTHER))
+    assert run_options.options_of(stored, ContinueConfig()).remote_code is None
+    asked = run_options.options_of({"options": {}}, ContinueConfig(remote_code=OTHER))
     assert asked.remote_code == OTHER
 
 

@@ -384,7 +384,7 @@ def test_a_run_of_max_steps_is_made_longer_by_epochs(harness, tiny_model, rows, 
     assert harness.run("finetune", flags(tiny_model, rows, run, max_steps=2))["code"] == 0
     answer = harness.run("finetune_continue", {"output_path": run, "from_data_beginning": True})
     assert answer["code"] == 2
-    assert "none is left" in answer["said"]
+    assert "no step is left" in answer["said"]
     answer = harness.run("finetune_continue", {"output_path": run, "num_epochs": 1})
     assert answer["code"] == 0, answer["said"]
     assert "The run is made longer: 2 -> 4 steps" in answer["said"]
