@@ -31,14 +31,14 @@ def main() -> None:
     from onecard.config.training import FinetuneConfig
     from onecard.data import dataset
     from onecard.data import reader as data_reader
-    from onecard.data import template as templates
+    from onecard.data import template as data_template
     from onecard.hub import locate
     from onecard.models import tokenizer as models_tokenizer
     from onecard.system import hardware as system_hardware
     from onecard.training import plan as training_plan
 
     tokenizer = models_tokenizer.load_tokenizer(locate.locate("demo"))
-    form = templates.load("alpaca", tokenizer)
+    form = data_template.load("alpaca", tokenizer)
     versions = ", ".join(f"{name} {version}" for name, version in training_plan.versions().items())
     print(f"{date.today().isoformat()}; {system_hardware.describe_machine()}; {versions}.\n")
     print("| rows | file | tokens | first start | rows/s | second start | memory rises by |")

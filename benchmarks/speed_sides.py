@@ -20,7 +20,7 @@ PREPARED, ROWS, ENCODED = "prepared.json", "rows.jsonl", "encoded.json"
 def onecard_options(args: argparse.Namespace, folder: Path) -> Any:
     """The options of OneCard's training, which both sides follow."""
     from onecard.config import options as config_options
-    from onecard.config import training as training_config
+    from onecard.config import training as config_training
 
     values = {
         "data_path": str(folder / ROWS),
@@ -43,7 +43,7 @@ def onecard_options(args: argparse.Namespace, folder: Path) -> Any:
         "seed": SEED,
         "device": "cpu",
     }
-    return config_options.build(training_config.FinetuneConfig, values)
+    return config_options.build(config_training.FinetuneConfig, values)
 
 
 def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from onecard.data import dataset
     from onecard.data import examples as data_examples
     from onecard.data import reader as data_reader
-    from onecard.data import template as templates
+    from onecard.data import template as data_template
     from onecard.hub import locate
     from onecard.models import base_model
     from onecard.models import tokenizer as models_tokenizer
@@ -74,8 +74,8 @@ def prepare_side(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     options = onecard_options(args, folder)
     tokenizer = models_tokenizer.load_tokenizer(base_path)
-    form = templates.load(options.template, tokenizer)
-    tokenizer = templates.tokenizer_for(tokenizer, form)
+    form = data_template.load(options.template, tokenizer)
+    tokenizer = data_template.tokenizer_for(tokenizer, form)
     tokenizer_print = hashing.of_folder(base_model.identity_files(base_path)["tokenizer"])
     rows = dataset.encode(
         options, data_reader.locate_files(options.data_path), [form], tokenizer, tokenizer_print

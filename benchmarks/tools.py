@@ -51,7 +51,7 @@ from onecard.conversion import gguf, meta_layout
 from onecard.data import encode as data_encode
 from onecard.hub import locate
 from onecard.inference import chat
-from onecard.inference import llama_cpp as llama_cpp_library
+from onecard.inference import llama_cpp as inference_llama_cpp
 from onecard.system import hardware
 from onecard.training import plan
 
@@ -104,7 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     installed = plan.versions()
     if args.section is engine:
-        llama_cpp_library.library()  # raises UserError with the command that installs it
+        inference_llama_cpp.library()  # raises UserError with the command that installs it
         installed["llama-cpp-python"] = importlib.metadata.version("llama-cpp-python")
     versions = ", ".join(f"{name} {version}" for name, version in installed.items())
     load = os.getloadavg()[0]
@@ -266,7 +266,7 @@ class Bare:
     """llama.cpp through its C interface, with only the calls that every program needs."""
 
     def __init__(self, file: Path, adapter: Path | None, threads: int):
-        self.api = api = llama_cpp_library.library()  # the package's own module with its log turned off
+        self.api = api = inference_llama_cpp.library()  # the package's own module with its log turned off
         self.model = api.llama_model_load_from_file(os.fsencode(file), api.llama_model_default_params())
         settings = api.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = CONTEXT, BATCH, BATCH

@@ -215,6 +215,8 @@ def memory_savers(
     """
     idle = without_effect(settings, absent)
     savers = names(settings, lambda option: option.saves_memory and option.resume in rules)
+    options = declared(settings)
+    savers.sort(key=lambda name: options[name].role == LEARNED)  # first those that do not change the result
     return flags([name for name in savers if name not in idle])
 
 

@@ -12,15 +12,15 @@ from onecard import errors
 from onecard.config.tools import PLAIN_TYPES, ExportConfig
 from onecard.conversion import export_manifest, gguf, gguf_cache, llama_cpp_converter, modelfile
 from onecard.data import encode as data_encode
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.data.template import Template
 from onecard.errors import CHECKPOINT, UserError
 from onecard.evaluation import parity
 from onecard.inference import llama_cpp_engine, resolve
 from onecard.inference.resolve import ModelRequest, ResolvedModel
 from onecard.models import base_model
-from onecard.runs import adapters as run_adapters
-from onecard.runs import folder as run_folder
+from onecard.runs import adapters as runs_adapters
+from onecard.runs import folder as runs_folder
 from onecard.runs.adapters import AdapterPath
 from onecard.system import commands, hardware, hashing, output_folder, whole_folder
 from onecard.system import files as system_files
@@ -95,7 +95,7 @@ def run(options: ExportConfig) -> Path:
 
 def request(options: ExportConfig) -> ModelRequest:
     """What resolve.py is asked for; raises UserError for several adapters."""
-    listed = run_adapters.read_list(options.lora_path)
+    listed = runs_adapters.read_list(options.lora_path)
     if len(listed) > 1:
         problem = f"--lora_path names {len(listed)} adapters, but an export takes one."
         raise UserError(problem, "Export them one after the other.")
@@ -115,7 +115,7 @@ def _job(options: ExportConfig, model: ResolvedModel) -> ExportJob:
     base = Path(model.base)
     adapter = model.adapters[0] if model.adapters else None
     named = _check_tokenizer(base, model.tokenizer)
-    tokenizer = templates.tokenizer_for(model.tokenizer, model.template)
+    tokenizer = data_template.tokenizer_for(model.tokenizer, model.template)
     listed, kind = model.request.adapters, options.type
     output = Path(options.output_path) if options.output_path else _place(listed, model.name, kind)
     return ExportJob(
@@ -253,4 +253,4 @@ def _describe(job: ExportJob, folder: Path, made_from: dict[str, Any], checked: 
         "versions": job.versions,
         "files": files,
     }
-    system_files.write_json(folder / run_folder.EXPORT, values)
+    system_files.write_json(folder / runs_folder.EXPORT, values)

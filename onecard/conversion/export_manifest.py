@@ -10,7 +10,7 @@ from typing import Any
 
 from onecard.errors import CHECKPOINT, UserError, listed
 from onecard.inference import gguf_check
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.system import files as system_files
 from onecard.system import hashing, output_folder
 
@@ -30,9 +30,9 @@ def find(output: Path) -> dict[str, Any] | None:
     """
     place = output_folder.find(output, FLAG)
     try:
-        values = system_files.read_json(place / run_folder.EXPORT) if place.is_dir() else None
+        values = system_files.read_json(place / runs_folder.EXPORT) if place.is_dir() else None
     except UserError:
-        problem = f"{FLAG} {output}: the folder exists already, and its {run_folder.EXPORT} is damaged."
+        problem = f"{FLAG} {output}: the folder exists already, and its {runs_folder.EXPORT} is damaged."
         raise UserError(problem, "Name a new folder, or delete this one.", CHECKPOINT) from None
     if isinstance(values, dict):
         return values
@@ -98,7 +98,7 @@ def _left(place: Path, record: dict[str, Any]) -> tuple[list[str], list[str], li
     files = record["files"] if isinstance(record.get("files"), dict) else {}
     there = [name for name in files if (place / name).is_file()]
     changed = [name for name in there if hashing.of_file(place / name) != files[name]]
-    others = {path.name for path in place.iterdir()} - {*there, run_folder.EXPORT}
+    others = {path.name for path in place.iterdir()} - {*there, runs_folder.EXPORT}
     return [name for name in files if name not in there], changed, sorted(others)
 
 

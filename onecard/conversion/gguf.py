@@ -14,10 +14,10 @@ from typing import Any
 from onecard.conversion import llama_cpp_converter, llama_cpp_quantizer
 from onecard.errors import CHECKPOINT, USAGE, UserError
 from onecard.hub import model_files
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.system import files as system_files
 from onecard.system import output_folder
-from onecard.system import safetensors as safetensors_file
+from onecard.system import safetensors as system_safetensors
 
 MODEL_FILES = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # no pickles, no code
 FOLDER = "gguf"  # tools/export_gguf.py puts its files into FOLDER-TYPE
@@ -45,7 +45,7 @@ def base(
     Raises UserError.
     """
     files = files_to_convert(folder)
-    safetensors_file.check(model_files.files_of(folder))
+    system_safetensors.check(model_files.files_of(folder))
     script = llama_cpp_converter.home().resolve() / llama_cpp_converter.BASE_SCRIPT
     with output_folder.converting(output, folder) as (place, handle):
         model = _links(files, place / (folder.resolve().name or "model"))
@@ -114,7 +114,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     def refuse(problem: str, fix: str = "") -> UserError:
         return UserError(f"{folder}: {problem}", fix, CHECKPOINT)
 
-    safetensors_file.check(folder.glob(model_files.ADAPTER_WEIGHTS))
+    system_safetensors.check(folder.glob(model_files.ADAPTER_WEIGHTS))
     try:
         config = json.loads((folder / model_files.ADAPTER_CONFIG).read_text(encoding="utf-8"))
         with safe_open(folder / model_files.ADAPTER_WEIGHTS, "np") as file:
@@ -133,7 +133,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     if config.get("peft_type", "LORA") != "LORA":
         raise refuse("this is not a LoRA adapter, and llama.cpp has no others.")
     reasons = [words for key, words in NO_PLACE.items() if config.get(key)]
-    if config.get("init_lora_weights", True) not in run_folder.PLAIN_STARTS:
+    if config.get("init_lora_weights", True) not in runs_folder.PLAIN_STARTS:
         start = config["init_lora_weights"]
         reasons.append(f"the initialisation {start!r}, which changed the weights of the base")
     reasons += [f"the tensor {name}" for name in names if not re.search(r"\.lora_[AB]\.weight$", name)]

@@ -11,7 +11,7 @@ from onecard.conversion.gguf import ADAPTER_FILES, FOLDER
 from onecard.errors import UserError
 from onecard.hub import model_files
 from onecard.inference import gguf_check
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.system import files as system_files
 from onecard.system import hashing
 
@@ -61,7 +61,7 @@ def _exported(folder: Path, of_base: str, of_adapter: str) -> Path | None:
     for place in (path for parent in parents for path in sorted(parent.glob(f"{FOLDER}-*"))):
         values = None
         with contextlib.suppress(UserError):  # a damaged export is passed over, and a new file is made
-            values = system_files.read_json(place / run_folder.EXPORT)
+            values = system_files.read_json(place / runs_folder.EXPORT)
         if not isinstance(values, dict):
             continue
         name, made_of = values.get("adapter"), (values.get("of_base"), values.get("of_adapter"))

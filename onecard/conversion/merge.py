@@ -29,7 +29,7 @@ from onecard.models import adapter as models_adapter
 from onecard.models import base_model, tensor_files
 from onecard.models import tokenizer as models_tokenizer
 from onecard.models.tensor_files import Behind, Files, StoredTensor
-from onecard.runs import adapters as run_adapters
+from onecard.runs import adapters as runs_adapters
 from onecard.runs.adapters import AdapterPath
 from onecard.system import files as system_files
 from onecard.system import output_folder
@@ -95,7 +95,7 @@ def run(options: MergeConfig, progress: Progress) -> None:
 
 def request(options: MergeConfig) -> ModelRequest:
     """What resolve.py is asked for; --lora_path is one path here, without a name or a weight."""
-    listed = [AdapterPath(run_adapters.short_name(options.lora_path), options.lora_path, None)]
+    listed = [AdapterPath(runs_adapters.short_name(options.lora_path), options.lora_path, None)]
     return ModelRequest(
         options.model_path,
         listed,

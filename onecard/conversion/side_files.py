@@ -7,7 +7,7 @@ from pathlib import Path
 
 from onecard.hub import manifest, model_files
 from onecard.runs import checkpoint as runs_checkpoint
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.runs import legacy
 from onecard.system import output_folder
 
@@ -25,17 +25,17 @@ OWN = (  # files in which OneCard describes other folders and runs
     output_folder.RECORD,
     manifest.NAME,
     runs_checkpoint.MANIFEST,
-    run_folder.CONFIG,
-    run_folder.EXPORT,
-    run_folder.FINISHED,
-    run_folder.LOG,
-    run_folder.DROPPED,
-    run_folder.REJECTED,
-    run_folder.SAMPLES,
-    run_folder.PLOT,
+    runs_folder.CONFIG,
+    runs_folder.EXPORT,
+    runs_folder.FINISHED,
+    runs_folder.LOG,
+    runs_folder.DROPPED,
+    runs_folder.REJECTED,
+    runs_folder.SAMPLES,
+    runs_folder.PLOT,
     "adapter_",
 )
-ADAPTER = (*legacy.MARKS, run_folder.CONFIG, model_files.MODEL_WEIGHTS)  # with adapter_* these make it up
+ADAPTER = (*legacy.MARKS, runs_folder.CONFIG, model_files.MODEL_WEIGHTS)  # with adapter_* these make it up
 
 
 def of_adapter(adapter_folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from onecard.config.tools import CheckConfig
 from onecard.data import encode as data_encode
 from onecard.data import reader
 from onecard.data import schemas as data_schemas
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.data.conversation import ASSISTANT, TARGETS, Conversation
 from onecard.data.findings import Findings, RowReport, plot_lengths, report, write_html
 from onecard.data.schemas import BadRow
@@ -55,7 +55,7 @@ def check_options(options: CheckConfig) -> None:
             "--repair only works with --clean: it repairs the rows that --clean writes.",
             "Add --clean FILE.jsonl.",
         )
-    templates.check(options.template)
+    data_template.check(options.template)
 
 
 def run(options: CheckConfig, paths: list[Path], tokenizer: Any) -> None:
@@ -63,8 +63,8 @@ def run(options: CheckConfig, paths: list[Path], tokenizer: Any) -> None:
 
     Raises UserError when a file cannot be read or written, or the template does not fit the tokenizer.
     """
-    template = templates.load(options.template, tokenizer)
-    tokenizer = templates.tokenizer_for(tokenizer, template)
+    template = data_template.load(options.template, tokenizer)
+    tokenizer = data_template.tokenizer_for(tokenizer, template)
     _check_targets(options, paths)
     findings, targets = Findings(), (options.train_on_inputs, options.train_on)
     rows = examine(findings, paths, options.schema, template, tokenizer, options.cutoff_len, *targets)

@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from onecard.config import chat as chat_config
+from onecard.config import chat as config_chat
 from onecard.config import generation
 from onecard.config.chat import ChatConfig
 from onecard.config.generation import TRAINED, ActiveAdapters, Generation
 from onecard.data import encode as data_encode
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.data.conversation import Conversation
 from onecard.data.template import Template
 from onecard.errors import UserError, is_out_of_memory
 from onecard.inference import decoding, detokenizer, history, lazy_engine, loader, transformers_engine
-from onecard.inference import engine as engines
+from onecard.inference import engine as inference_engine
 from onecard.inference.decoding import CANCELLED, NO_MEMORY
 from onecard.system.console import say
 
@@ -26,13 +26,15 @@ from onecard.system.console import say
 def reply(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    form: Template,
+    template: Template,
     conversations: list[Conversation],
     max_new_tokens: int,
 ) -> list[str]:
     """One greedy answer to each conversation; an answer at the end of a conversation is left out first."""
-    prompts = [data_encode.encode(c.question, form, tokenizer)[0] for c in conversations]
-    answers = transformers_engine.greedy(model, prompts, max_new_tokens, data_encode.eos_ids(form, tokenizer))
+    prompts = [data_encode.encode(c.question, template, tokenizer)[0] for c in conversations]
+    answers = transformers_engine.greedy(
+        model, prompts, max_new_tokens, data_encode.eos_ids(template, tokenizer)
+    )
     return [data_encode.decode(tokenizer, ids) for ids in answers]
 
 
@@ -67,9 +69,12 @@ def start(options: ChatConfig, to_gguf: loader.ToGguf) -> "Chat":
     return Chat(*loader.load(options, to_gguf))
 
 
-def with_its_mode(talk: "Chat", options: ChatConfig, given: frozenset[str]) -> ChatConfig:
-    """The options with a mode that the engine has. A mode in `given`, the options that were typed, stays."""
-    if "mode" in given or options.mode in talk.modes():
+def with_its_mode(talk: "Chat", options: ChatConfig, explicit: frozenset[str]) -> ChatConfig:
+    """The options with a mode that the engine has.
+
+    explicit: names of the options that the user gave; a mode among them stays.
+    """
+    if "mode" in explicit or options.mode in talk.modes():
         return options
     return dataclasses.replace(options, mode=generation.SAMPLE)
 
@@ -78,7 +83,9 @@ def later(options: ChatConfig, to_gguf: loader.ToGguf, beside: Callable[[str], l
     """The same, but the first question loads the weights; beside: as lazy_engine.Engine takes it."""
     plan = loader.prepare(options)
 
-    def load() -> engines.Engine:  # by then a run may have newer checkpoints, and the older ones no more
+    def load() -> (
+        inference_engine.Engine
+    ):  # by then a run may have newer checkpoints, and the older ones no more
         return loader.engine_of(loader.prepare(options), to_gguf)
 
     engine = lazy_engine.Engine(plan, load, beside)
@@ -93,45 +100,47 @@ class Chat:
 
     def __init__(
         self,
-        engine: engines.Engine,
+        engine: inference_engine.Engine,
         tokenizer: PreTrainedTokenizerBase,
-        form: Template,
+        template: Template,
         active_adapters: ActiveAdapters = (),
         versions: dict[str, str] | None = None,
     ):
-        """form: the template; active_adapters: those that answer unless a question names others.
+        """active_adapters: those that answer unless a question names others.
 
         versions: owner/name@COMMIT of the base and of adapters, where they come from the hub.
         """
         self.versions = versions or {}
-        self.engine, self.template, self.active_adapters = engine, form, active_adapters
+        self.engine, self.template, self.active_adapters = engine, template, active_adapters
         self.models_tokenizer = tokenizer  # the one that every template starts from
-        self.tokenizer = templates.tokenizer_for(tokenizer, form)
-        self.eos_ids = data_encode.eos_ids(form, tokenizer)
+        self.tokenizer = data_template.tokenizer_for(tokenizer, template)
+        self.eos_ids = data_encode.eos_ids(template, tokenizer)
         self.others: dict[str, tuple[Template, PreTrainedTokenizerBase]] = {}  # by their names
         self.lock = threading.Lock()  # of `others`
 
     def unused(self, mode: str) -> dict[str, tuple[str, str]]:
         """Option -> why it does nothing with this mode and engine, in English and Chinese."""
-        return chat_config.unused(mode) | self._lacking()
+        return config_chat.unused(mode) | self._lacking()
 
     def _lacking(self) -> dict[str, tuple[str, str]]:
-        return chat_config.unused_by(self.engine.name, self.engine.capabilities.lacks)
+        return config_chat.unused_by(self.engine.name, self.engine.capabilities.lacks)
 
     def template_of(self, name: str = TRAINED) -> Template:
         """The template of this name; TRAINED is the one that the chat was made with. Raises UserError."""
-        return self._form(name)[0]
+        return self._template(name)[0]
 
-    def _form(self, name: str) -> tuple[Template, PreTrainedTokenizerBase]:
+    def _template(self, name: str) -> tuple[Template, PreTrainedTokenizerBase]:
         """A template and its tokenizer: a control token of one template is ordinary text in another."""
         if name == TRAINED:
             return self.template, self.tokenizer
-        if name not in templates.names():  # a page could send the name of any file
-            raise UserError(f"No template is called {name}.", f"Known: {', '.join(templates.names())}.")
+        if name not in data_template.names():  # a page could send the name of any file
+            raise UserError(
+                f"No template is called {name}.", f"Choose from: {', '.join(data_template.names())}."
+            )
         with self.lock:
             if name not in self.others:
-                template = templates.load(name, self.models_tokenizer)
-                self.others[name] = template, templates.tokenizer_for(self.models_tokenizer, template)
+                template = data_template.load(name, self.models_tokenizer)
+                self.others[name] = template, data_template.tokenizer_for(self.models_tokenizer, template)
             return self.others[name]
 
     def modes(self) -> list[str]:
@@ -149,13 +158,13 @@ class Chat:
         settings: Generation,
         active_adapters: ActiveAdapters | None = None,
         cancelled: Callable[[], bool] = lambda: False,
-        form: str = TRAINED,
+        template_name: str = TRAINED,
     ) -> Iterator[Reply]:
         """The growing answer; the last Reply has `finished`. An answer at the end is continued.
 
-        cancelled: is called after every token; form: the name of a template. An answer that is cancelled, or
-        runs out of memory, keeps the text that it has. Raises UserError when the question does not fit into
-        the context, or when the engine lacks what the settings ask for.
+        cancelled: is called after every token; template_name: as template_of takes it. An answer that is
+        cancelled, or runs out of memory, keeps the text that it has. Raises UserError when the question does
+        not fit into the context, or when the engine lacks what the settings ask for.
         """
         started = time.monotonic()
         settings = generation.seeded(settings)
@@ -166,10 +175,12 @@ class Chat:
         active_adapters = self.active_adapters if active_adapters is None else active_adapters
         self.check_mode(settings.mode)
         self.engine.check_active_adapters(active_adapters)
-        shape, tokenizer = self._form(form)
-        eos_ids = self.eos_ids if form == TRAINED else data_encode.eos_ids(shape, tokenizer)
+        template, tokenizer = self._template(template_name)
+        eos_ids = self.eos_ids if template_name == TRAINED else data_encode.eos_ids(template, tokenizer)
         room = self.engine.context - min(settings.max_new_tokens, self.engine.context // 2)
-        fitted = history.fit(conversation, shape, tokenizer, room, settings.max_memory, settings.last_turns)
+        fitted = history.fit(
+            conversation, template, tokenizer, room, settings.max_memory, settings.last_turns
+        )
         stops, banned = generation.phrases(settings.stop), generation.phrases(settings.banned)
         growing = detokenizer.beginning(tokenizer, fitted.answer, stops)
         first, seed = None, settings.seed if settings.samples else None

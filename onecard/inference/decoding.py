@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from onecard.config.generation import Generation
-from onecard.inference import engine as engines
+from onecard.inference import engine as inference_engine
 
 GOES, STOPS, BANNED = "goes", "stops", "banned"  # what a watch says of an answer so far
 END, STOP, LENGTH = "end", "stop", "length"  # why an answer is finished
@@ -53,7 +53,7 @@ class Hypothesis:
 
 
 def decode(
-    sequence: engines.Sequence,
+    sequence: inference_engine.Sequence,
     prompt: list[int],
     settings: Generation,
     eos_ids: Sequence[int],
@@ -71,7 +71,9 @@ def decode(
     return _single(sequence, pick, set(eos_ids), limit)
 
 
-def _single(sequence: engines.Sequence, pick: "_Picker", eos_ids: set[int], limit: int) -> Iterator[Step]:
+def _single(
+    sequence: inference_engine.Sequence, pick: "_Picker", eos_ids: set[int], limit: int
+) -> Iterator[Step]:
     ids: list[int] = []
     scores = sequence.first()
     while True:
@@ -92,7 +94,7 @@ def _single(sequence: engines.Sequence, pick: "_Picker", eos_ids: set[int], limi
 
 
 def _beams(
-    sequence: engines.Sequence, pick: "_Picker", width: int, eos_ids: set[int], limit: int
+    sequence: inference_engine.Sequence, pick: "_Picker", width: int, eos_ids: set[int], limit: int
 ) -> Iterator[Step]:
     live: list[list[int]] = [[]]
     totals = [0.0]  # log probability of each live beam

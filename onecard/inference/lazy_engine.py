@@ -14,7 +14,7 @@ import torch
 
 from onecard.config.generation import ActiveAdapters
 from onecard.errors import MEMORY, UserError, is_out_of_memory
-from onecard.inference import engine as engines
+from onecard.inference import engine as inference_engine
 from onecard.inference.loader import EnginePlan
 from onecard.system import hardware
 
@@ -25,16 +25,21 @@ class Engine:
     """An engine.Engine with a known name, capabilities and adapters; opening a sequence loads the model."""
 
     def __init__(
-        self, plan: EnginePlan, load: Callable[[], engines.Engine], beside: Callable[[str], list[str]]
+        self,
+        plan: EnginePlan,
+        load: Callable[[], inference_engine.Engine],
+        beside: Callable[[str], list[str]],
     ) -> None:
         """load: loads the engine; beside: device -> names of the runs that are trained on it now."""
         self.name, self.capabilities = plan.kind.name, plan.kind.capabilities
         self.adapters = [adapter.name for adapter in plan.model.adapters]
         self.device, self._beside = plan.device.value, beside
         # the thread of a page loads it in the session (hub/session.py) of the command that resolved the model
-        self._load: Callable[[], engines.Engine] = functools.partial(contextvars.copy_context().run, load)
+        self._load: Callable[[], inference_engine.Engine] = functools.partial(
+            contextvars.copy_context().run, load
+        )
         self.lock = threading.Lock()
-        self.engine: engines.Engine | None = None
+        self.engine: inference_engine.Engine | None = None
         self.closed = False
         self.seen: tuple[float, list[str]] = (float("-inf"), [])
 
@@ -46,7 +51,7 @@ class Engine:
         """Load the model. Raises UserError (exit 6) when memory is short; the next question tries again."""
         self._loaded()
 
-    def _loaded(self) -> engines.Engine:
+    def _loaded(self) -> inference_engine.Engine:
         """The engine, loaded if it was not; a second caller waits for the first."""
         with self.lock:
             if self.closed:
@@ -74,8 +79,8 @@ class Engine:
         return names
 
     @property
-    def placement(self) -> engines.Placement:
-        here = engines.Placement(self.device) if self.engine is None else self.engine.placement
+    def placement(self) -> inference_engine.Placement:
+        here = inference_engine.Placement(self.device) if self.engine is None else self.engine.placement
         return dataclasses.replace(here, beside=tuple(self._names_beside()))
 
     @property
@@ -89,9 +94,9 @@ class Engine:
         if self.engine is not None:
             self.engine.check_active_adapters(active_adapters)
         for name, _ in active_adapters:
-            engines.check_adapter(name, self.adapters)
+            inference_engine.check_adapter(name, self.adapters)
 
-    def open(self, prompt: list[int], active_adapters: ActiveAdapters = ()) -> engines.Sequence:
+    def open(self, prompt: list[int], active_adapters: ActiveAdapters = ()) -> inference_engine.Sequence:
         return self._loaded().open(prompt, active_adapters)
 
     def each(self, ids: list[int], active_adapters: ActiveAdapters = ()) -> Iterator[torch.Tensor]:
@@ -108,6 +113,6 @@ class Engine:
                 self.engine.close()
 
 
-def _is_an_engine(engine: Engine) -> engines.Engine:
+def _is_an_engine(engine: Engine) -> inference_engine.Engine:
     """For the type checker alone."""
     return engine

@@ -22,9 +22,9 @@ import torch
 from onecard.config.chat import ONE_SEQUENCE
 from onecard.config.generation import BEAM, BEAM_SAMPLE, ActiveAdapters
 from onecard.errors import CHECKPOINT, MEMORY, UserError
-from onecard.inference import engine as engines
+from onecard.inference import engine as inference_engine
 from onecard.inference import gguf_check
-from onecard.inference import llama_cpp as llama_cpp_library
+from onecard.inference import llama_cpp as inference_llama_cpp
 from onecard.inference.decoding import shared_beginning
 from onecard.inference.gguf_check import AGAIN, ANOTHER, because, is_allocation, unusable
 
@@ -36,7 +36,7 @@ class Engine:
     """A GGUF file in memory, with adapters. One answer at a time uses it, from its read() to its close()."""
 
     name = "llama.cpp"
-    capabilities: ClassVar = engines.Capabilities(
+    capabilities: ClassVar = inference_engine.Capabilities(
         interleaves=False, lacks={BEAM: ONE_SEQUENCE, BEAM_SAMPLE: ONE_SEQUENCE}
     )
     is_loaded = True
@@ -63,7 +63,7 @@ class Engine:
         self.active: dict[str, float] = {}
         self.stale = False  # whether a step failed, so that the context is in no known state
         self.row: tuple[int, torch.Tensor] = 0, torch.empty(0)  # address and view of the scores in llama.cpp
-        self.library = llama_cpp_library.library()
+        self.library = inference_llama_cpp.library()
         gguf_check.check(gguf, list((adapters or {}).values()))
         with contextlib.ExitStack() as stack:
             self.model = self._load_model(gguf)
@@ -80,7 +80,7 @@ class Engine:
     def _load_model(self, gguf: Path) -> Any:
         settings = self.library.llama_model_default_params()
         settings.n_gpu_layers = 0
-        with llama_cpp_library.collected_errors() as errors:
+        with inference_llama_cpp.collected_errors() as errors:
             model = self.library.llama_model_load_from_file(os.fsencode(gguf), settings)
         if not model:
             raise unusable(gguf, because("llama.cpp cannot load it", errors), AGAIN)
@@ -93,7 +93,7 @@ class Engine:
         if self.exact:
             settings.type_k = settings.type_v = self.library.GGML_TYPE_F32
             settings.flash_attn_type = self.library.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        with llama_cpp_library.collected_errors() as errors:
+        with inference_llama_cpp.collected_errors() as errors:
             state = self.library.llama_init_from_model(self.model, settings)
         if not state:
             problem = because(f"llama.cpp has no room for {self.context} tokens", errors)
@@ -101,15 +101,15 @@ class Engine:
         return state
 
     def _load_adapter(self, path: Path) -> Any:
-        with llama_cpp_library.collected_errors() as errors:
+        with inference_llama_cpp.collected_errors() as errors:
             adapter = self.library.llama_adapter_lora_init(self.model, os.fsencode(path))
         if not adapter:  # adapters that were loaded before are freed with the model
             raise unusable(path, because("the adapter does not fit this base model", errors), ANOTHER)
         return adapter
 
     @property
-    def placement(self) -> engines.Placement:
-        return engines.Placement("cpu", self.threads)
+    def placement(self) -> inference_engine.Placement:
+        return inference_engine.Placement("cpu", self.threads)
 
     def load(self) -> None:
         """Nothing to do: the constructor has loaded the model."""
@@ -117,7 +117,7 @@ class Engine:
     def check_active_adapters(self, active_adapters: ActiveAdapters) -> None:
         """Raise UserError when these adapters cannot be active with these weights."""
         for name, _ in active_adapters:
-            engines.check_adapter(name, self.adapters)
+            inference_engine.check_adapter(name, self.adapters)
 
     def open(self, prompt: list[int], active_adapters: ActiveAdapters = ()) -> "Sequence":
         self._check_open()
@@ -177,14 +177,14 @@ class Engine:
         tokens = (self.library.llama_token * len(ids))(*ids)
         rows = len(ids) if each else 1
         is_scored = (ctypes.c_int8 * len(ids))(*[1] * rows) if each else None
-        llama_cpp_library.forget_errors()
+        inference_llama_cpp.forget_errors()
         batch = self.library.llama_batch_get_one(tokens, len(ids))
         batch.logits = is_scored
         code = self.library.llama_decode(self.state, batch)
         row = None if code else self.library.llama_get_logits_ith(self.state, 0 if each else -1)
         if not row:
             self.stale = True
-            errors = llama_cpp_library.logged_errors()
+            errors = inference_llama_cpp.logged_errors()
             reason = errors[-1] if errors else f"code {code}"
             kind = MemoryError if code == -2 or is_allocation(reason) else RuntimeError
             raise kind(f"llama.cpp: {reason}")
@@ -274,7 +274,7 @@ class Sequence:
             self.engine.lock.release()
 
 
-def _is_an_engine(engine: Engine) -> engines.Engine:
+def _is_an_engine(engine: Engine) -> inference_engine.Engine:
     """For the type checker alone."""
     return engine
 

@@ -17,19 +17,19 @@ from onecard.config import options as config_options
 from onecard.config.chat import TRANSFORMERS, ChatConfig, memory_by_device
 from onecard.config.generation import ActiveAdapters
 from onecard.config.options import flag
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.data.template import Template
 from onecard.errors import UserError
 from onecard.hub import locate, remote_code
 from onecard.hub import session as hub_session
 from onecard.hub.remote_code import TrustedCode
-from onecard.inference import engine as engines
+from onecard.inference import engine as inference_engine
 from onecard.inference import llama_cpp_engine, resolve, transformers_engine
 from onecard.inference.resolve import ModelRequest, ResolvedModel
 from onecard.models import adapter as models_adapter
 from onecard.models import base_model, quantized
-from onecard.models import memory as model_memory
-from onecard.runs import adapters as run_adapters
+from onecard.models import memory as models_memory
+from onecard.runs import adapters as runs_adapters
 from onecard.runs.adapters import GGUF
 from onecard.system import commands, hardware
 from onecard.system.console import say
@@ -51,7 +51,7 @@ class EnginePlan:
 class Loaded(NamedTuple):
     """What a Chat is made of."""
 
-    engine: engines.Engine
+    engine: inference_engine.Engine
     tokenizer: PreTrainedTokenizerBase
     template: Template
     active_adapters: ActiveAdapters  # those that answer unless a question names others
@@ -69,7 +69,7 @@ def load(options: ChatConfig, to_gguf: ToGguf, exact: bool = False) -> Loaded:
         return loaded(plan, engine_of(plan, to_gguf, exact))
 
 
-def loaded(plan: EnginePlan, engine: engines.Engine) -> Loaded:
+def loaded(plan: EnginePlan, engine: inference_engine.Engine) -> Loaded:
     """The engine of a plan with the rest that a Chat is made of."""
     model = plan.model
     versions = {name: str(version) for name, version in model.versions.items()}
@@ -79,7 +79,7 @@ def loaded(plan: EnginePlan, engine: engines.Engine) -> Loaded:
 def prepare(options: ChatConfig) -> EnginePlan:
     """Find and check what the options name, without reading weights of the base; raises UserError."""
     _check_options(options, resolve.engine_for(options.engine, options.model_path or ""))
-    listed = run_adapters.read_list(options.lora_path)
+    listed = runs_adapters.read_list(options.lora_path)
     request = ModelRequest(
         options.model_path,
         listed,
@@ -108,10 +108,10 @@ def _find_base(options: ChatConfig, name: str) -> tuple[str, TrustedCode | None]
     return (str(code.folder) if code else base), code
 
 
-def engine_of(plan: EnginePlan, to_gguf: ToGguf, exact: bool = False) -> engines.Engine:
+def engine_of(plan: EnginePlan, to_gguf: ToGguf, exact: bool = False) -> inference_engine.Engine:
     """The engine with its model and adapters in memory; raises UserError."""
     is_llama = plan.kind is llama_cpp_engine.Engine
-    engine: engines.Engine = _llama(plan, to_gguf, exact) if is_llama else _transformers(plan, exact)
+    engine: inference_engine.Engine = _llama(plan, to_gguf, exact) if is_llama else _transformers(plan, exact)
     plan.model.close()  # copies of adapters are in memory now
     return engine
 
@@ -172,7 +172,7 @@ def _llama(plan: EnginePlan, to_gguf: ToGguf, exact: bool) -> llama_cpp_engine.E
     say(f"base        {path} in llama.cpp, on the CPU")
     say(f"threads     {threads.value}: {threads.reason}")
     context = options.context or 2048
-    tokenizer = templates.tokenizer_for(model.tokenizer, model.template)
+    tokenizer = data_template.tokenizer_for(model.tokenizer, model.template)
     with errors.remedy("Use a smaller model, or a smaller --context."):
         engine = llama_cpp_engine.Engine(path, tokenizer, context, files, threads.value, exact=exact)
     if options.context and engine.context < options.context and not exact:
@@ -224,9 +224,9 @@ def _bits(plan: EnginePlan, config: Any, dtype: str) -> Choice:
         return Choice(16, "a CPU multiplies 16 bits faster than it unpacks fewer")
     skeleton = base_model.skeleton(plan.model.base, config, plan.model.code).to(base_model.DTYPES[dtype])
     # the rest of the memory is for keys, values and activations
-    free = torch.cuda.mem_get_info(device)[0] * model_memory.SAFETY
+    free = torch.cuda.mem_get_info(device)[0] * models_memory.SAFETY
     for bits in (16, 8, 4):
-        needed = model_memory.weight_bytes(skeleton, bits)
+        needed = models_memory.weight_bytes(skeleton, bits)
         if needed <= free or bits == 4:
             return Choice(bits, f"{needed / 2**30:.1f} GiB of weights, {free / 2**30:.1f} GiB can be used")
     raise AssertionError

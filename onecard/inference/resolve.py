@@ -24,7 +24,7 @@ from typing import Any
 
 from onecard import errors
 from onecard.config.generation import BASE, ActiveAdapters
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.data.template import Template
 from onecard.errors import CHECKPOINT, UserError
 from onecard.hub import demo, locate, model_files, remote_code, revisions
@@ -33,7 +33,7 @@ from onecard.hub.revisions import Version
 from onecard.inference import llama_cpp
 from onecard.models import base_model
 from onecard.models import tokenizer as models_tokenizer
-from onecard.runs import adapters as run_adapters
+from onecard.runs import adapters as runs_adapters
 from onecard.runs.adapters import GGUF, Adapter, AdapterPath
 from onecard.system import commands, hashing
 from onecard.system import files as system_files
@@ -56,7 +56,7 @@ class ModelRequest:
     find_base: FindBase
     gguf_remedy: str  # what the user can do about a GGUF file that the purpose cannot have
     code_remedy: str  # what the user can do about code of the base that is not trusted
-    checkpoint: str = run_adapters.BEST  # which one of an unfinished run: "best" or "newest"
+    checkpoint: str = runs_adapters.BEST  # which one of an unfinished run: "best" or "newest"
     template: str | None = None
     remote_code: str | None = None  # the commit whose Python code the user trusts; find_base asks for it
 
@@ -156,7 +156,7 @@ def resolve(request: ModelRequest) -> ResolvedModel:
     copies = tempfile.TemporaryDirectory(prefix="onecard-adapters-")
     folder = Path(copies.name)
     sources = [
-        run_adapters.find(path, name, request.checkpoint, folder) for name, path, _ in request.adapters
+        runs_adapters.find(path, name, request.checkpoint, folder) for name, path, _ in request.adapters
     ]
     adapters = [source for source in sources if not source.whole]
     name, reason = _base_name(request, sources)
@@ -338,10 +338,14 @@ def _tokenizer_folder(adapter: Path) -> Path | None:
 def choose_template(name: str | None, sources: list[Adapter], tokenizer: Any) -> tuple[Template, str]:
     """The template and the reason for it: asked for, saved with an adapter, the tokenizer's own, or usual."""
     if name:
-        return templates.load(name, tokenizer), "asked for"
+        return data_template.load(name, tokenizer), "asked for"
     saved = [source for source in sources if source.template]
     if saved and (what := saved[0].template):
-        template = templates.load(what, tokenizer) if isinstance(what, str) else templates.of(what, tokenizer)
+        template = (
+            data_template.load(what, tokenizer)
+            if isinstance(what, str)
+            else data_template.of(what, tokenizer)
+        )
         others = {str(source.template) for source in saved} - {str(what)}
         more = "; other adapters were trained with other templates" if others else ""
         return template, f"{saved[0].name} was trained with it{more}"
@@ -351,7 +355,7 @@ def choose_template(name: str | None, sources: list[Adapter], tokenizer: Any) ->
         why = f"the model has no chat template, so it is {USUAL_TEMPLATE}"
     else:
         try:
-            return templates.load(templates.AUTO, tokenizer), "the tokenizer's own"
+            return data_template.load(data_template.AUTO, tokenizer), "the tokenizer's own"
         except UserError as error:
             why = f"the tokenizer's own cannot be used: {error.problem}"
-    return templates.load(USUAL_TEMPLATE, tokenizer), why
+    return data_template.load(USUAL_TEMPLATE, tokenizer), why

@@ -13,7 +13,7 @@ from typing import Any
 from onecard.config import options as config_options
 from onecard.config.chat import IN_CHINESE, ChatConfig
 from onecard.config.generation import BEAM_SAMPLE, GREEDY, SAMPLE, TRAINED, ActiveAdapters, Generation
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.data.conversation import Conversation, Turn
 from onecard.errors import DATA, UserError
 from onecard.inference.chat import Chat
@@ -166,7 +166,7 @@ def fitted(saved: Saved, chat: Chat) -> tuple[Saved, list[Note]]:
     form = saved.template
     if form in (None, chat.template.name):
         form = TRAINED
-    elif form not in templates.names():
+    elif form not in data_template.names():
         notes.append((f"there is no template {form} here: {chat.template.name} stays",
                       f"没有模板 {form}，仍用 {chat.template.name}"))  # fmt: skip
         form = None

@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from onecard.config.generation import ActiveAdapters
 from onecard.errors import UserError
-from onecard.inference import engine as engines
+from onecard.inference import engine as inference_engine
 from onecard.inference.decoding import shared_beginning
 from onecard.models import adapter as models_adapter
 from onecard.models import trainable
@@ -73,7 +73,7 @@ class Engine:
     """A model in memory that several answers may use at once; they take turns, step by step."""
 
     name = "transformers"
-    capabilities: ClassVar = engines.Capabilities(interleaves=True)
+    capabilities: ClassVar = inference_engine.Capabilities(interleaves=True)
     is_loaded = True
 
     def __init__(self, model: Any, tokenizer: Any, context: int, adapters: abc.Sequence[str] = ()):
@@ -85,8 +85,8 @@ class Engine:
         self.caches: list[tuple[ActiveAdapters, list[int], DynamicCache]] = []
 
     @property
-    def placement(self) -> engines.Placement:
-        return engines.Placement(str(self.device))
+    def placement(self) -> inference_engine.Placement:
+        return inference_engine.Placement(str(self.device))
 
     def load(self) -> None:
         """Nothing to do: the model was loaded before."""
@@ -94,7 +94,7 @@ class Engine:
     def check_active_adapters(self, active_adapters: ActiveAdapters) -> None:
         """Raise UserError when these adapters cannot be active with these weights."""
         for name, weight in active_adapters:
-            engines.check_adapter(name, self.adapters)
+            inference_engine.check_adapter(name, self.adapters)
             if models_adapter.has_whole_modules(self.model, name) and (
                 weight != 1 or len(active_adapters) > 1
             ):
@@ -234,6 +234,6 @@ def _can_be_cut(layer: Any) -> bool:
     return getattr(layer, "is_croppable", False) and not moved
 
 
-def _is_an_engine(engine: Engine) -> engines.Engine:
+def _is_an_engine(engine: Engine) -> inference_engine.Engine:
     """For the type checker alone."""
     return engine

@@ -19,9 +19,9 @@ from onecard.config.generation import BASE, MIX
 from onecard.errors import CHECKPOINT, UserError
 from onecard.hub import locate, model_files, revisions
 from onecard.runs import checkpoint as runs_checkpoint
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.runs import legacy
-from onecard.runs import log as run_log
+from onecard.runs import log as runs_log
 from onecard.system import files as system_files
 
 BEST = "best"
@@ -103,13 +103,13 @@ def find(path: str, name: str, which: str, keep: Path) -> Adapter:
     local = Path(path).expanduser()
     if local.suffix == GGUF and local.is_file():
         return _exported(local.parent, local, name)
-    if (local / run_folder.EXPORT).is_file():
+    if (local / runs_folder.EXPORT).is_file():
         return _exported(local, None, name)
     folder = local if local.is_dir() else Path(locate.fetch_adapter(path))
     adapter = _find(folder, name, which, keep)
-    stored = _object(folder / run_folder.CONFIG)
-    if not stored and ((folder / runs_checkpoint.MANIFEST).is_file() or folder.name == run_folder.MODEL):
-        stored = _object(folder.parent / run_folder.CONFIG)
+    stored = _object(folder / runs_folder.CONFIG)
+    if not stored and ((folder / runs_checkpoint.MANIFEST).is_file() or folder.name == runs_folder.MODEL):
+        stored = _object(folder.parent / runs_folder.CONFIG)
     options = stored.get("options") or {}
     if options.get("model_path"):
         adapter.version = (stored.get("resolved") or {}).get("base")
@@ -122,13 +122,13 @@ def find(path: str, name: str, which: str, keep: Path) -> Adapter:
 
 def _exported(folder: Path, file: Path | None, name: str) -> Adapter:
     """A GGUF adapter, with the base and template that export.json records; file None: the one named there."""
-    values = _object(folder / run_folder.EXPORT)
+    values = _object(folder / runs_folder.EXPORT)
     names = {key: values.get(key) for key in ("base", "adapter")}
     if not all(
         file_name is None or (isinstance(file_name, str) and Path(file_name).name == file_name)
         for file_name in names.values()
     ):
-        raise UserError(f"{folder / run_folder.EXPORT}: damaged.", "Export the model again.", CHECKPOINT)
+        raise UserError(f"{folder / runs_folder.EXPORT}: damaged.", "Export the model again.", CHECKPOINT)
     base = str((folder / names["base"]).resolve()) if names["base"] else None
     if file is None and not names["adapter"]:
         return Adapter(name, Path(base or folder), whole=True)
@@ -149,9 +149,9 @@ def _find(folder: Path, name: str, which: str, keep: Path) -> Adapter:
     has_config = (folder / model_files.ADAPTER_CONFIG).is_file()
     if has_config and (folder / model_files.ADAPTER_WEIGHTS).is_file():
         return _as_it_is(folder, name)
-    if (folder / run_folder.MODEL / model_files.MODEL_CONFIG).is_file():
-        return Adapter(name, folder / run_folder.MODEL, whole=True)
-    if (folder / run_folder.CONFIG).is_file():
+    if (folder / runs_folder.MODEL / model_files.MODEL_CONFIG).is_file():
+        return Adapter(name, folder / runs_folder.MODEL, whole=True)
+    if (folder / runs_folder.CONFIG).is_file():
         chosen, note = _of_run(folder, which)
         adapter = _as_it_is(chosen, name)
         adapter.notes.append(note)
@@ -178,8 +178,8 @@ def _as_it_is(folder: Path, name: str) -> Adapter:
 
 def _of_run(folder: Path, which: str) -> tuple[Path, str]:
     """A checkpoint of an unfinished run, and a note which one it is. A training there is not disturbed."""
-    steps = sorted(run_folder.checkpoint_steps(folder), reverse=True)
-    best = run_log.best_step(folder) if which == BEST else None
+    steps = sorted(runs_folder.checkpoint_steps(folder), reverse=True)
+    best = runs_log.best_step(folder) if which == BEST else None
     for step in sorted(steps, key=lambda step: step != best):  # the best first, then the newest
         path = folder / f"checkpoint-{step}"
         with contextlib.suppress(UserError):

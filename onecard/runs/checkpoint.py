@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from onecard.errors import CHECKPOINT, UserError
 from onecard.hub.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, MODEL_WEIGHTS
 from onecard.runs.folder import MODEL, checkpoint_steps, delete
-from onecard.system import safetensors as safetensors_file
+from onecard.system import safetensors as system_safetensors
 from onecard.system import whole_folder
 from onecard.system.files import check_room, disk_error, put_file, write_json
 from onecard.system.hashing import sha256
@@ -201,7 +201,7 @@ def restore(checkpoint: Path, optimizer: SavedOptimizer, scaler: torch.amp.GradS
     """Load the state of optimizer and scaler. models/trainable.py loads the weights that were trained."""
     state = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
     restore_optimizer(
-        optimizer, {**safetensors_file.read_tensors(checkpoint / OPTIMIZER), **state["optimizer"]}
+        optimizer, {**system_safetensors.read_tensors(checkpoint / OPTIMIZER), **state["optimizer"]}
     )
     if scaler.is_enabled() and state["scaler"]:
         scaler.load_state_dict(state["scaler"])

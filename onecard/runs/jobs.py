@@ -23,8 +23,8 @@ from onecard.config import declaration
 from onecard.config.options import command_line, flag
 from onecard.config.training import FORMATS, FinetuneConfig
 from onecard.errors import DATA, UserError
-from onecard.runs import folder as run_folder
-from onecard.runs import log as run_log
+from onecard.runs import folder as runs_folder
+from onecard.runs import log as runs_log
 from onecard.system import commands, lock
 from onecard.system import files as system_files
 
@@ -74,7 +74,7 @@ def console_of(folder: Path) -> Path:
 
 def names(workspace: Path) -> list[str]:
     """All runs in a workspace, the newest first; also runs that are starting or failed without a folder."""
-    times = {path.parent.name: _time(path) for path in workspace.glob(f"*/{run_folder.CONFIG}")}
+    times = {path.parent.name: _time(path) for path in workspace.glob(f"*/{runs_folder.CONFIG}")}
     for path in workspace.glob(f"{BEFORE}*{BEHIND}"):
         name = path.name.removeprefix(BEFORE).removesuffix(BEHIND)
         if name in times or (NAME.fullmatch(name) and state(workspace, name).kind in (STARTING, FAILED)):
@@ -128,7 +128,7 @@ def start(workspace: Path, name: str, options: FinetuneConfig) -> None:
     """Start a training; raises UserError when the name is taken or an option leads out of this folder."""
     folder = folder_of(workspace, name)
     check_paths(options, workspace / UPLOADS)
-    begun = run_folder.has_log(folder) or run_folder.checkpoint_steps(folder)
+    begun = runs_folder.has_log(folder) or runs_folder.checkpoint_steps(folder)
     if begun and not options.overwrite and _pid(folder) is None:
         raise UserError(f"{name} is the name of an earlier run.", "Continue it, or choose another name.")
     default, values = type(options)(), dataclasses.asdict(options)
@@ -138,7 +138,7 @@ def start(workspace: Path, name: str, options: FinetuneConfig) -> None:
 def go_on(workspace: Path, name: str, longer: dict[str, Any] | None = None) -> None:
     """Go on with a training; longer: the num_epochs or max_steps to go on to."""
     folder = folder_of(workspace, name)
-    if not (folder / run_folder.CONFIG).is_file():
+    if not (folder / runs_folder.CONFIG).is_file():
         raise UserError(f"{name}: there is no run to continue.", "Start one.")
     _launch(folder, "continue", longer or {})
 
@@ -168,16 +168,16 @@ def state(workspace: Path, name: str) -> State:
     last = trainer_lines[-1] if trainer_lines else ""
     pid = _pid(folder)
     if pid is not None:
-        if _owner(folder) and run_folder.has_log(folder):
-            return State(RUNNING, run_log.last_step(folder), total, pid, last)
+        if _owner(folder) and runs_folder.has_log(folder):
+            return State(RUNNING, runs_log.last_step(folder), total, pid, last)
         return State(STARTING, 0, total, pid, last)
-    finished, console = _time(folder / run_folder.FINISHED), _time(console_of(folder))
+    finished, console = _time(folder / runs_folder.FINISHED), _time(console_of(folder))
     errors_at = [number for number, line in enumerate(trainer_lines) if line.startswith(ERRORS)]
     if finished and (finished >= _start(console_lines) or not errors_at):
-        return State(FINISHED, run_log.last_step(folder), total, None, last)
-    saved = max(run_folder.checkpoint_steps(folder), default=0)
+        return State(FINISHED, runs_log.last_step(folder), total, None, last)
+    saved = max(runs_folder.checkpoint_steps(folder), default=0)
     was_last = console_lines and console >= _time(
-        folder / run_folder.LOG
+        folder / runs_folder.LOG
     )  # else a later trainer had no console
     if (
         was_last
@@ -200,7 +200,7 @@ def training_on(workspace: Path, device: str) -> list[str]:
 def config_of(folder: Path) -> dict[str, Any]:
     """The content of finetune_config.json; {} when there is none or it is damaged."""
     try:
-        stored = system_files.read_json(folder / run_folder.CONFIG)
+        stored = system_files.read_json(folder / runs_folder.CONFIG)
     except (UserError, OSError):
         return {}
     parts = ("options", "resolved")

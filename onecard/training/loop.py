@@ -26,7 +26,7 @@ from onecard.hub import revisions
 from onecard.hub import session as hub_session
 from onecard.models import trainable
 from onecard.runs import checkpoint as runs_checkpoint
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.system import commands, hardware, lock, signals
 from onecard.system import processes as system_processes
 from onecard.training import distributed, out_of_memory, resume, step, warm_start
@@ -74,7 +74,7 @@ def carry_out(plan: Plan, start: StartingPoint | None, sample: Sample, draw: Dra
             raise UserError(problem, "Give all of them the same files, or owner/name@COMMIT.", CHECKPOINT)
         with _owned(folder) if system_processes.is_main() else contextlib.nullcontext():
             is_new = not (start and start.same_run) and not plan.options.overwrite
-            if is_new and (folder / run_folder.FINISHED).exists():
+            if is_new and (folder / runs_folder.FINISHED).exists():
                 problem = f"{folder}: another process has just finished a run there."
                 raise UserError(problem, "Give the same command again to see where its result is.")
             trainer = load(plan, folder, strategy, start)

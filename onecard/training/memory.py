@@ -10,7 +10,7 @@ import torch
 
 from onecard.config.training import FinetuneConfig
 from onecard.models import base_model, loss, quantized, trainable
-from onecard.models import memory as model_memory
+from onecard.models import memory as models_memory
 from onecard.models.lora_shape import LoraShape
 from onecard.models.memory import SAFETY
 from onecard.system import hardware
@@ -64,9 +64,9 @@ def predict(options: FinetuneConfig, folder: str, device: str, free_bytes: int |
     bare = base_model.skeleton(folder, config).to(base_model.DTYPES[stored_dtype])
     weights = 0
     if quantized.method(config):
-        weights = model_memory.stored_bytes(bare, folder)
+        weights = models_memory.stored_bytes(bare, folder)
     elif options.train_what != trainable.FULL:
-        weights = model_memory.weight_bytes(bare, options.bits)
+        weights = models_memory.weight_bytes(bare, options.bits)
     with torch.device("meta"):
         trained = trainable.trainable(trainable.prepare(bare, shape, seed=0))
     parameters = sum(parameter.numel() * parameter.element_size() for parameter in trained)

@@ -18,7 +18,7 @@ from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.errors import CHECKPOINT, UserError
 from onecard.hub import locate, remote_code, revisions
 from onecard.runs import checkpoint as runs_checkpoint
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.runs import legacy
 from onecard.runs.checkpoint import Progress
 from onecard.system import commands, hardware, lock
@@ -62,7 +62,7 @@ def decide(request: ContinueConfig, explicit: frozenset[str]) -> StartingPoint |
     source = Path(name)
     if not source.is_dir():
         raise UserError(f"--resume_from_checkpoint {source}: no such folder.", "Name a folder.", CHECKPOINT)
-    if (source / run_folder.CONFIG).is_file():  # the folder of a run
+    if (source / runs_folder.CONFIG).is_file():  # the folder of a run
         if output is None or output.resolve() == source.resolve():
             return _same_run(source, None, request, explicit)
         source, problems = runs_checkpoint.newest(source)
@@ -70,7 +70,7 @@ def decide(request: ContinueConfig, explicit: frozenset[str]) -> StartingPoint |
         if source is None:
             fix = "Name another run, or an adapter."
             raise UserError(f"{name}: this run has no undamaged checkpoint.", fix, CHECKPOINT)
-    if (source / runs_checkpoint.MANIFEST).is_file() and (source.parent / run_folder.CONFIG).is_file():
+    if (source / runs_checkpoint.MANIFEST).is_file() and (source.parent / runs_folder.CONFIG).is_file():
         if output is None or output.resolve() == source.parent.resolve():
             return _same_run(source.parent, source, request, explicit)
         return _other_rows(source, request, explicit)
@@ -140,7 +140,7 @@ def _same_run(
         before = dataclasses.replace(before, max_steps=None, num_epochs=0)  # max_steps counted so far
     options, changes = run_options.merged(before, request, explicit, run_options.fixed_in_same_run)
     options = dataclasses.replace(options, output_path=str(folder))  # the folder may have moved
-    finished = system_files.read_json(folder / run_folder.FINISHED, ANOTHER_RUN)
+    finished = system_files.read_json(folder / runs_folder.FINISHED, ANOTHER_RUN)
     begun_from = stored.get("begun_from")
     start = StartingPoint(
         options, Progress(), stored=stored, same_run=True, begun_from=begun_from, changes=changes
@@ -204,7 +204,7 @@ def _other_rows(source: Path, request: ContinueConfig, explicit: frozenset[str])
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
-    stored = system_files.read_json(folder / run_folder.CONFIG, ANOTHER_RUN)
+    stored = system_files.read_json(folder / runs_folder.CONFIG, ANOTHER_RUN)
     if stored is None:
         fix = f"Start it (again) with {commands.name('finetune')}, or name the --output_path of another run."
         problem = f"{folder} holds no run: none was started there, or it stopped before its first checkpoint."
@@ -212,7 +212,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
     try:
         stored["options"], stored["resolved"]["total_steps"], stored["fingerprints"]
     except (KeyError, TypeError):
-        problem = f"{folder / run_folder.CONFIG} is damaged, or another program has written it."
+        problem = f"{folder / runs_folder.CONFIG} is damaged, or another program has written it."
         raise UserError(problem, ANOTHER_RUN, CHECKPOINT) from None
     return stored
 

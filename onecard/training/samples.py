@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from onecard.data import conversation as data_conversation
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.data.dataset import PRETRAIN
 from onecard.errors import CHECKPOINT, UserError, is_out_of_memory
 from onecard.hub import model_files
 from onecard.models import trainable
 from onecard.runs import checkpoint as runs_checkpoint
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.system import files as system_files
 from onecard.system import hardware, signals
 from onecard.system import processes as system_processes
@@ -25,7 +25,7 @@ from onecard.training.plan import versions
 from onecard.training.trainer import Trainer
 
 Draw = Callable[[list[dict[str, Any]], Path], None]
-Sample = Callable[[Any, Any, templates.Template, list[data_conversation.Conversation], int], list[str]]
+Sample = Callable[[Any, Any, data_template.Template, list[data_conversation.Conversation], int], list[str]]
 ANSWER_TOKENS = 128
 
 
@@ -103,14 +103,14 @@ def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
         best = progress.step
         sha256 = runs_checkpoint.publish(folder / f"checkpoint-{best}", folder)
     records = [
-        json.loads(line) for line in (folder / run_folder.LOG).read_text(encoding="utf-8").splitlines()
+        json.loads(line) for line in (folder / runs_folder.LOG).read_text(encoding="utf-8").splitlines()
     ]
-    draw(records, folder / run_folder.PLOT)
+    draw(records, folder / runs_folder.PLOT)
     questions = [conversation.question.turns[-1] for conversation in plan.data.validation_prompts]
     losses = {record["step"]: record["eval_loss"] for record in records if "eval_loss" in record}
     first, last = next(iter(losses.values()), None), losses.get(best)
     system_files.write_json(
-        folder / run_folder.FINISHED,
+        folder / runs_folder.FINISHED,
         {
             "steps": progress.step,
             "best_step": best,
@@ -143,10 +143,10 @@ def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
         if last > first:
             say("warning: the validation loss is higher than before training. Try a lower --learning_rate.")
     if plan.options.train_what == trainable.FULL:
-        say(f"The model is in {folder / run_folder.MODEL}; use it as --model_path.")
+        say(f"The model is in {folder / runs_folder.MODEL}; use it as --model_path.")
     else:
         say(f"The adapter is in {folder}: {model_files.ADAPTER_WEIGHTS} and {model_files.ADAPTER_CONFIG}.")
-    say(f"The log is {folder / run_folder.LOG}, and the plot of the loss is {folder / run_folder.PLOT}.")
+    say(f"The log is {folder / runs_folder.LOG}, and the plot of the loss is {folder / runs_folder.PLOT}.")
 
 
 def indent(text: str) -> str:

@@ -18,7 +18,7 @@ from onecard.data import dataset, reader
 from onecard.errors import CHECKPOINT, UserError
 from onecard.models import trainable
 from onecard.runs import checkpoint as runs_checkpoint
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.runs import legacy
 from onecard.runs.checkpoint import Progress
 from onecard.system import commands, lock
@@ -96,15 +96,15 @@ def finished_before(options: FinetuneConfig, folder: Path, weights_print: str | 
     with errors.remedy(BUSY):
         lock.check_free(folder)
     whole = options.train_what == trainable.FULL
-    if whole and (folder / run_folder.MODEL).exists() and not run_folder.trained_all(folder):
-        problem = f"{folder} holds {run_folder.MODEL}/, which did not come from a run."
+    if whole and (folder / runs_folder.MODEL).exists() and not runs_folder.trained_all(folder):
+        problem = f"{folder} holds {runs_folder.MODEL}/, which did not come from a run."
         raise UserError(problem, "Choose another --output_path.")
     if options.overwrite:
         return False
     ways = "Choose another --output_path, or start anew with --overwrite."
-    stored = system_files.read_json(folder / run_folder.CONFIG, ways)
+    stored = system_files.read_json(folder / runs_folder.CONFIG, ways)
     if stored is None:
-        contents = run_folder.contents(folder)
+        contents = runs_folder.contents(folder)
         if contents:
             raise UserError(f"{folder} holds {contents[0].name}, which this run would overwrite.", ways)
         return False
@@ -112,17 +112,17 @@ def finished_before(options: FinetuneConfig, folder: Path, weights_print: str | 
         # options that came with a later version have their defaults
         before = {**dataclasses.asdict(type(options)()), **stored["options"]}
     except (KeyError, TypeError):
-        problem = f"{folder / run_folder.CONFIG} is damaged: it has no options."
+        problem = f"{folder / runs_folder.CONFIG} is damaged: it has no options."
         raise UserError(problem, ways, CHECKPOINT) from None
     learned = declaration.names(type(options), lambda option: option.role == declaration.LEARNED)
     now = dataclasses.asdict(options)
     changed = [f"{name} {before[name]} -> {now[name]}" for name in learned if before[name] != now[name]]
     if changed:
         raise UserError(f"{folder} holds a run with other options: {'; '.join(changed)}.", ways)
-    finished = system_files.read_json(folder / run_folder.FINISHED, ways)
+    finished = system_files.read_json(folder / runs_folder.FINISHED, ways)
     if finished is None:
-        steps = run_folder.checkpoint_steps(folder)
-        if not steps and not run_folder.has_log(folder):
+        steps = runs_folder.checkpoint_steps(folder)
+        if not steps and not runs_folder.has_log(folder):
             return False  # it stopped before its first step, so starting loses nothing
         at = f"saved up to step {max(steps)}" if steps else "with nothing saved"
         go_on = f"Continue it: {commands.line('continue')} --output_path {folder}"
@@ -154,6 +154,6 @@ def say_finished(folder: Path, finished: dict[str, Any]) -> None:
         f"This run is finished: {finished['steps']} steps"
         + (f", validation loss {loss:.4f}." if loss is not None else ".")
     )
-    say(f"The result is in {folder}, with the log {run_folder.LOG} and the plot {run_folder.PLOT}.")
+    say(f"The result is in {folder}, with the log {runs_folder.LOG} and the plot {runs_folder.PLOT}.")
     say(f"To train it longer, use {commands.name('continue')} with a larger --num_epochs.")
     say("To train it again, add --overwrite. For another run, give another --output_path.")

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from onecard.config import tools as tool_config
+from onecard.config import tools as config_tools
 from onecard.config.training import FinetuneConfig
 from onecard.hub import revisions
 from onecard.models import base_model, trainable
-from onecard.runs import folder as run_folder
-from onecard.runs import log as run_log
+from onecard.runs import folder as runs_folder
+from onecard.runs import log as runs_log
 from onecard.runs.checkpoint import Progress
 from onecard.system import files as system_files
 from onecard.system import hardware
@@ -75,7 +75,7 @@ def load(plan: Plan, folder: Path, strategy: Strategy, start: StartingPoint | No
     )
     adapted = trainable.prepare(base, plan.shape, options.seed)
     version = None if Path(options.model_path).exists() else revisions.of(plan.base_path)
-    if version and version.source == tool_config.HUB:  # peft looks it up on the hub
+    if version and version.source == config_tools.HUB:  # peft looks it up on the hub
         trainable.note_base(adapted, version.name, version.commit)
     say(f"trained     {trainable.describe(adapted)}")
     packs = base_model.prepare_for_packed_training(adapted, plan.checkpointing)
@@ -97,7 +97,7 @@ def load(plan: Plan, folder: Path, strategy: Strategy, start: StartingPoint | No
     if system_processes.is_main():
         start_folder(plan, folder, progress, start)
     distributed.barrier()
-    progress.evaluated, progress.best_step, progress.best_loss = run_log.evaluations(folder)
+    progress.evaluated, progress.best_step, progress.best_loss = runs_log.evaluations(folder)
     wandb_settings = dataclasses.asdict(options) if options.wandb else None
     total_rows = plan.rows_after(plan.total_steps - progress.step, progress.rows_seen)
     metrics = MetricLogger(
@@ -110,7 +110,7 @@ def load(plan: Plan, folder: Path, strategy: Strategy, start: StartingPoint | No
     )
     if start and start.same_run and start.changes:
         metrics.event({"step": progress.step, "continued": start.changes})
-    sampled = run_log.last_sampled(folder)
+    sampled = runs_log.last_sampled(folder)
     return Trainer(plan, step_model, strategy, scaler, metrics, progress, folder, sampled)
 
 
@@ -152,10 +152,12 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: StartingPo
     """
     try:
         if start and start.same_run:
-            for text in run_folder.go_back(folder, progress.step if start.checkpoint else -1):
+            for text in runs_folder.go_back(folder, progress.step if start.checkpoint else -1):
                 say(text)
         else:
-            run_folder.delete(run_folder.contents(folder))  # --overwrite, or what a run that never began left
+            runs_folder.delete(
+                runs_folder.contents(folder)
+            )  # --overwrite, or what a run that never began left
             folder.mkdir(parents=True, exist_ok=True)
             write_rejected(plan, folder)
         resolved = {
@@ -190,7 +192,7 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: StartingPo
             "begun_from": start.begun_from if start else None,
             "versions": versions(),
         }
-        system_files.write_json(folder / run_folder.CONFIG, record)
+        system_files.write_json(folder / runs_folder.CONFIG, record)
     except OSError as error:
         raise system_files.disk_error(folder, error) from None
 
@@ -205,5 +207,5 @@ def write_rejected(plan: Plan, folder: Path) -> None:
     if rejected:
         lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in rejected)
         text = "\n".join(lines) + "\n"
-        (folder / run_folder.REJECTED).write_text(text, encoding="utf-8", errors="backslashreplace")
-        say(f"{len(rejected)} rejected rows and the reasons are in {folder / run_folder.REJECTED}")
+        (folder / runs_folder.REJECTED).write_text(text, encoding="utf-8", errors="backslashreplace")
+        say(f"{len(rejected)} rejected rows and the reasons are in {folder / runs_folder.REJECTED}")

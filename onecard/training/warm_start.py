@@ -10,12 +10,12 @@ from onecard.errors import CHECKPOINT, UserError
 from onecard.hub import locate, model_files, revisions
 from onecard.models import lora_shape, trainable
 from onecard.runs import checkpoint as runs_checkpoint
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.runs import legacy
 from onecard.runs.checkpoint import Progress
 from onecard.system import commands, hashing
 from onecard.system import files as system_files
-from onecard.system import safetensors as safetensors_file
+from onecard.system import safetensors as system_safetensors
 from onecard.system.console import say
 from onecard.training.starting_point import StartingPoint, finished_before
 
@@ -44,12 +44,12 @@ def from_lora_path(options: FinetuneConfig, explicit: frozenset[str]) -> Startin
 
 def _refuse_without_adapter(source: Path) -> None:
     """Raise UserError when the folder holds something else that can be trained further in another way."""
-    if (source / run_folder.MODEL).is_dir() or (source / model_files.MODEL_WEIGHTS).is_file():
-        whole = source / run_folder.MODEL if (source / run_folder.MODEL).is_dir() else source
+    if (source / runs_folder.MODEL).is_dir() or (source / model_files.MODEL_WEIGHTS).is_file():
+        whole = source / runs_folder.MODEL if (source / runs_folder.MODEL).is_dir() else source
         raise UserError(
             f"--lora_path {source}: this is a whole model, not an adapter.", f"Use --model_path {whole}."
         )
-    if (source / run_folder.CONFIG).is_file():
+    if (source / runs_folder.CONFIG).is_file():
         problem = f"--lora_path {source}: this run is not finished."
         raise UserError(problem, "Finish it, or name one of its checkpoints.")
     if legacy.is_legacy(source):
@@ -67,7 +67,7 @@ def _start_from(source: Path, request: FinetuneConfig, explicit: frozenset[str])
     options = with_shape(source, read_shape(source, request), request, explicit)
     if (source / runs_checkpoint.MANIFEST).is_file():  # a checkpoint that was taken out of its run
         runs_checkpoint.verify(source)
-    tensors = safetensors_file.read_tensors(source / model_files.ADAPTER_WEIGHTS)
+    tensors = system_safetensors.read_tensors(source / model_files.ADAPTER_WEIGHTS)
     say(f"Warm start: the weights of {source}; optimizer, learning rate and rows start anew.")
     base = revisions.of_settings(
         system_files.read_json(source / model_files.ADAPTER_CONFIG, ANOTHER_COPY) or {}

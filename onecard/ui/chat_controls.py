@@ -13,7 +13,7 @@ from onecard.config import declaration
 from onecard.config.chat import ChatConfig
 from onecard.config.declaration import Place
 from onecard.config.generation import SEVERAL_TURNS, TRAINED, Generation
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.inference.chat import Chat
 from onecard.ui import forms, page
 from onecard.ui import html as ui_html
@@ -43,7 +43,7 @@ def template_picker(chat: Chat, lang: str) -> gr.Dropdown:
     name = chat.template.name
     trained = forms.text(lang, f"as trained ({name})", f"训练时的模板（{name}）")
     return gr.Dropdown(
-        [(trained, TRAINED), *templates.names()],
+        [(trained, TRAINED), *data_template.names()],
         value=TRAINED,
         label=forms.text(lang, "Prompt template", "提示模板"),
         elem_id="template",

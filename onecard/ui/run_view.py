@@ -12,7 +12,7 @@ import gradio as gr
 
 from onecard.errors import UserError
 from onecard.runs import jobs
-from onecard.runs import log as run_log
+from onecard.runs import log as runs_log
 from onecard.runs.log import ACCURACY, LOSS, RATE, SPEED, VALIDATION, Curves
 from onecard.system import svg_plot
 from onecard.ui import training_html
@@ -73,7 +73,7 @@ class RunView:
         state = jobs.state(self.workspace, run) if run else jobs.State(jobs.NEW)
         card = self._card(run, state)
         plots = "".join(self._plot(keys, shown) for keys in PLOTS)
-        rounds = run_log.samples(self.workspace / run) if run else {}
+        rounds = runs_log.samples(self.workspace / run) if run else {}
         steps = (run, *rounds)
         slider, answers = gr.skip(), gr.skip()
         if steps != page.steps:
@@ -98,7 +98,7 @@ class RunView:
         if run not in jobs.names(self.workspace):
             return ""
         folder = self.workspace / run
-        rounds = run_log.samples(folder)
+        rounds = runs_log.samples(folder)
         if not rounds:
             return ""
         first, chosen = min(rounds), max([at for at in rounds if at <= step], default=min(rounds))

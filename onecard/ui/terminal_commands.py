@@ -16,7 +16,7 @@ from typing import Any
 from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config.generation import BASE, SEVERAL_TURNS, TRAINED, Generation
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.errors import UserError
 from onecard.inference import transcript
 from onecard.inference.transcript import LEFT, RIGHT
@@ -92,7 +92,7 @@ def template(session: Session, name: str) -> None:
             tell(f"the system prompt is removed: {session.no_system()}")
     as_trained = f" ({AS_TRAINED})" if session.template_name == TRAINED else ""
     active = session.chat.template_of(session.template_name).name
-    tell(f"template: {active}{as_trained}; available: {', '.join([AS_TRAINED, *templates.names()])}")
+    tell(f"template: {active}{as_trained}; available: {', '.join([AS_TRAINED, *data_template.names()])}")
 
 
 def adapter(session: Session, words: str) -> None:

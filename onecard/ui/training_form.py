@@ -91,9 +91,9 @@ class TrainingForm:
 
 
 def _encoder(folder: str, template_name: str) -> tuple[Any, Any]:
-    from onecard.data import template as templates
+    from onecard.data import template as data_template
     from onecard.models import tokenizer as models_tokenizer  # imports torch, as above
 
-    templates.check(template_name)
+    data_template.check(template_name)
     tokenizer = models_tokenizer.load_tokenizer(folder)
-    return tokenizer, templates.load(template_name, tokenizer)
+    return tokenizer, data_template.load(template_name, tokenizer)

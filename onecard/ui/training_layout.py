@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from onecard.config import declaration
-from onecard.config import training as training_config
+from onecard.config import training as config_training
 from onecard.config.declaration import Option, Place
 from onecard.config.training import FinetuneConfig
 from onecard.runs import jobs
@@ -42,7 +42,7 @@ class TrainingLayout:
                 self.inputs = {"data_path": rows}
                 with gr.Row():
                     self.upload = gr.UploadButton(
-                        text("Upload a file", "上传文件"), file_types=list(training_config.FORMATS), size="sm"
+                        text("Upload a file", "上传文件"), file_types=list(config_training.FORMATS), size="sm"
                     )
                     self.preview = gr.Button(text("Preview", "预览"), size="sm", elem_id="train-preview")
                 self.rows = gr.HTML(elem_id="train-rows", **SLOT)
@@ -91,7 +91,7 @@ class TrainingLayout:
         """Files of rows that are offered; any other inside this folder can be typed."""
         places = [*map(Path, FOLDERS), self.workspace / jobs.UPLOADS]
         found = [path for place in places for path in sorted(place.glob("*")) if path.is_file()]
-        return [str(path) for path in found if path.suffix in training_config.FORMATS and path.name[0] != "."]
+        return [str(path) for path in found if path.suffix in config_training.FORMATS and path.name[0] != "."]
 
     def names_at(self, place: Place) -> list[str]:
         return declaration.names(self.settings, lambda option: option.place == place)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from onecard import __main__ as command
-from onecard.config import chat as chat_config
+from onecard.config import chat as config_chat
 from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config.chat import ChatConfig, CpuConfig, SingleConfig
@@ -295,7 +295,7 @@ def test_options_that_a_program_does_not_use_are_refused(settings, given, idle):
     """All of them in one message, none that has its default value."""
     options = config_options.parse(settings, [f"--{name}={value}" for name, value in given.items()])
     with pytest.raises(UserError) if idle else contextlib.nullcontext() as caught:
-        chat_config.check_used(options)
+        config_chat.check_used(options)
     told = str(caught.value) if idle else ""
     assert set(re.findall(r"--(\w+) is", told)) == set(idle)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from onecard.config import chat as chat_config
+from onecard.config import chat as config_chat
 from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config.chat import TRANSFORMERS, WINDOW, SingleConfig
@@ -17,7 +17,7 @@ from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.config.training_adapter import LORA
 from onecard.data import dataset
 from onecard.errors import CHECKPOINT, USAGE, UserError
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.runs import jobs
 from onecard.system import files as system_files
 from onecard.system import hashing
@@ -174,8 +174,8 @@ def test_a_run_that_goes_on_has_its_own_value():
 
 
 def test_a_finished_run_with_another_value_is_another_run(tmp_path):
-    system_files.write_json(tmp_path / run_folder.CONFIG, {"options": dataclasses.asdict(Training())})
-    system_files.write_json(tmp_path / run_folder.FINISHED, {"steps": 3, "eval_loss_after": None})
+    system_files.write_json(tmp_path / runs_folder.CONFIG, {"options": dataclasses.asdict(Training())})
+    system_files.write_json(tmp_path / runs_folder.FINISHED, {"steps": 3, "eval_loss_after": None})
     assert starting_point.finished_before(Training(chunk=9), tmp_path)
     with pytest.raises(UserError, match="sharpness 5 -> 6"):
         starting_point.finished_before(Training(sharpness=6), tmp_path)
@@ -217,7 +217,7 @@ def test_help_shows_it(capsys):
 def test_it_is_refused_where_it_has_no_effect():
     """In a terminal, where one question is asked, and named by a training without LoRA."""
     with pytest.raises(UserError) as caught:
-        chat_config.check_used(Chatting(frame=1, recall=1, terminal=True))
+        config_chat.check_used(Chatting(frame=1, recall=1, terminal=True))
     assert caught.value.code == USAGE
     assert "--frame is for a window" in str(caught.value)
     assert "--recall is for chats of several turns" in str(caught.value)

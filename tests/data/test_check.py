@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from onecard.data import check, findings, reader
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from tests.support import tiny
 from tests.support.paths import ROOT
 
@@ -26,7 +26,7 @@ PLANTED = {  # what the report calls it -> a row that has it
 def look(path: Path, cutoff_len: int = 400, cleaner: check.Cleaner | None = None) -> findings.Findings:
     tokenizer = tiny.tokenizer()
     found = findings.Findings()
-    rows = check.examine(found, [path], None, templates.load("alpaca", tokenizer), tokenizer, cutoff_len)
+    rows = check.examine(found, [path], None, data_template.load("alpaca", tokenizer), tokenizer, cutoff_len)
     check.read_all(rows, cleaner)
     return found
 
@@ -155,6 +155,6 @@ def test_rows_with_the_same_letters_are_not_the_same(tmp_path):
     )
     found = findings.Findings()
     tokenizer = tiny.tokenizer()
-    template = templates.load("alpaca", tokenizer)
+    template = data_template.load("alpaca", tokenizer)
     list(check.examine(found, [tmp_path / "rows.jsonl"], None, template, tokenizer, 256))
     assert found.problems["duplicates"] == 1  # the third, but for what cannot be seen

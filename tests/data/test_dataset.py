@@ -17,12 +17,12 @@ import pytest
 from pyarrow import parquet
 
 from benchmarks.memory_rise import memory_rise
-from onecard.config import training as training_config
+from onecard.config import training as config_training
 from onecard.data import conversation as data_conversation
 from onecard.data import dataset, reader, run_data, tables
 from onecard.data import encode as data_encode
 from onecard.data import examples as data_examples
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.data.schemas import BadRow
 from onecard.errors import DATA, UNSAFE, UserError
 from onecard.system import sandbox
@@ -31,7 +31,7 @@ from tests.support.encoded_rows import encode, options
 from tests.support.faults import Touch
 from tests.support.paths import ROOT
 
-SAMPLES = sorted(path for path in (ROOT / "sample").iterdir() if path.suffix in training_config.FORMATS)
+SAMPLES = sorted(path for path in (ROOT / "sample").iterdir() if path.suffix in config_training.FORMATS)
 
 
 @pytest.fixture(autouse=True)
@@ -308,7 +308,7 @@ def test_raw_text_becomes_whole_blocks(tmp_path, length, overlap):
     path.write_text("".join(json.dumps(text) + "\n" for text in texts))
     tokenizer, stream = tiny.tokenizer(), []
     for number, row in enumerate(reader.read_rows(path)):
-        ids, is_target = data_encode.encode(row, templates.load("alpaca", tokenizer), tokenizer)
+        ids, is_target = data_encode.encode(row, data_template.load("alpaca", tokenizer), tokenizer)
         assert ids[-1] == tokenizer.eos_token_id
         stream += [(token, flag, number) for token, flag in zip(ids, is_target, strict=True)]
     found = encode(path, tokenizer, cutoff_len=length, overlap=overlap)
@@ -450,7 +450,7 @@ def test_nothing_stale_is_used(tmp_path, change, cache):
         dataset.encode(
             options(path),
             reader.locate_files(str(path)),
-            [templates.load("alpaca", None)],
+            [data_template.load("alpaca", None)],
             tiny.tokenizer(),
             "2",
         )
@@ -525,7 +525,7 @@ def test_rows_of_a_hub_dataset(tmp_path):
 
 def test_a_million_rows_stay_on_the_disk(tmp_path):
     """Memory does not grow with the rows: twenty times as many, and the process holds hardly more."""
-    tokenizer, template = tiny.tokenizer(), templates.load("tigerbot", None)
+    tokenizer, template = tiny.tokenizer(), data_template.load("tigerbot", None)
 
     def many(count: int):
         return (data_conversation.single(f"Say {n}", "", "red") for n in range(count))
@@ -663,7 +663,7 @@ def test_a_flipped_bit_of_kept_rows_is_found_when_asked(tmp_path, cache):
     raw[40] ^= 1
     kept.write_bytes(bytes(raw))
     given = options(path)
-    row_templates = [templates.load(given.template, tiny.tokenizer())]
+    row_templates = [data_template.load(given.template, tiny.tokenizer())]
     arguments = (given, reader.locate_files(str(path)), row_templates, tiny.tokenizer(), "tokenizer 1")
     assert dataset.encode(*arguments, again=True).encoding.examples.ids.tolist() == whole
 

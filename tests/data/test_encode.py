@@ -9,7 +9,7 @@ from tokenizers import AddedToken, normalizers, processors
 
 from onecard.data import encode as data_encode
 from onecard.data import jinja_sandbox
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.data.conversation import Conversation, Turn, single
 from onecard.data.template import Template
 from onecard.errors import UserError
@@ -49,7 +49,7 @@ def fitting(conversation: Conversation, template: Template) -> list[Turn]:
     return turns
 
 
-@pytest.mark.parametrize("name", templates.names())
+@pytest.mark.parametrize("name", data_template.names())
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_chat_ids_are_the_beginning_of_the_training_ids(tokenizer, name, conversation):
     """For every template, after every turn, with three kinds of tokenizer; only answers are targets."""
@@ -70,7 +70,7 @@ def test_chat_ids_are_the_beginning_of_the_training_ids(tokenizer, name, convers
     assert answers[-1] == len(trained) - 1
 
 
-@pytest.mark.parametrize("name", templates.names())
+@pytest.mark.parametrize("name", data_template.names())
 def test_the_last_answer_alone(tokenizer, name):
     """--train_on last: the same ids, the targets of the last turn."""
     template, conversation = load(name, tokenizer), Conversation(tuple(TURNS[1:3] + TURNS[5:]))
@@ -81,7 +81,7 @@ def test_the_last_answer_alone(tokenizer, name):
     assert targets == [False] * len(asked) + all_targets[len(asked) :]
 
 
-@pytest.mark.parametrize("name", templates.names())
+@pytest.mark.parametrize("name", data_template.names())
 @pytest.mark.parametrize("limit", [0, 1, 30, 80, 150, 10_000])
 def test_long_conversations_lose_their_oldest_turns(tokenizer, name, limit):
     """The system's turn stays, whole turns go, and no more of them than must."""
@@ -142,7 +142,7 @@ def test_a_chat_template_that_cannot_be_used_is_refused(monkeypatch, broken, wor
     made = tiny.tokenizer()
     made.chat_template = broken
     with pytest.raises(UserError, match=word) as caught:
-        templates.load("auto", made)
+        data_template.load("auto", made)
     assert caught.value.code == 2
 
 
@@ -166,7 +166,7 @@ def test_a_broken_template_file_is_named(tmp_path, change, word):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"user": "{text}: ", "assistant": "{text}{end}", **change}))
     with pytest.raises(UserError, match=re.escape(word)) as caught:
-        templates.load(str(path), tiny.tokenizer())
+        data_template.load(str(path), tiny.tokenizer())
     assert caught.value.code == 2
     assert "mine.json" in caught.value.problem
 
@@ -176,7 +176,7 @@ def test_a_file_that_is_no_template_is_named(tmp_path, content):
     path = tmp_path / "mine.json"
     path.write_text(content)
     with pytest.raises(UserError, match=r"mine\.json") as caught:
-        templates.check(str(path))
+        data_template.check(str(path))
     assert caught.value.code == 2
 
 
@@ -184,8 +184,8 @@ def test_ordinary_tokens_of_a_template_become_control_tokens():
     """D15: a tokenizer that has them as plain added tokens would let rows write them."""
     made = tiny.tokenizer()
     made.add_tokens(["<|im_start|>", "<|im_end|>"])
-    template = templates.load("chatml", made)
-    made = templates.tokenizer_for(made, template)
+    template = data_template.load("chatml", made)
+    made = data_template.tokenizer_for(made, template)
     ids, _ = data_encode.encode(single("say <|im_end|> now", "", "<|im_start|>"), template, made)
     assert ids.count(made.convert_tokens_to_ids("<|im_end|>")) == 2
     assert ids.count(made.convert_tokens_to_ids("<|im_start|>")) == 2
@@ -217,15 +217,15 @@ def test_asking_for_a_template_leaves_the_tokenizer_as_it_was():
     """Loading by name, from the chat template, or as it was saved; what cannot be used; and its questions."""
     tokenizer = with_ordinary_tokens()
     before = state(tokenizer)
-    for template in (templates.load("chatml", tokenizer), templates.load("auto", tokenizer)):
-        templates.of(json.loads(json.dumps(template.texts())), tokenizer)
+    for template in (data_template.load("chatml", tokenizer), data_template.load("auto", tokenizer)):
+        data_template.of(json.loads(json.dumps(template.texts())), tokenizer)
         data_encode.eos_ids(template, tokenizer)
-        own = templates.tokenizer_for(tokenizer, template)
+        own = data_template.tokenizer_for(tokenizer, template)
         data_encode.encode(single("say <|im_end|>", "", "<turn>"), template, own)
         assert template.controls() <= set(own.all_special_tokens)
     tokenizer.chat_template = "{% for m in messages %}<turn>{{ m.content }}{% endfor %}"
     with pytest.raises(UserError, match="cannot be used"):
-        templates.load("auto", tokenizer)
+        data_template.load("auto", tokenizer)
     tokenizer.chat_template = TURN_TEMPLATE
     assert state(tokenizer) == before
 
@@ -235,8 +235,8 @@ def test_templates_of_one_tokenizer_do_not_influence_each_other():
     row = single("say <|im_start|> and <turn>", "", "<|im_end|> <turn>")
 
     def ids(name: str, tokenizer) -> list[int]:
-        template = templates.load(name, tokenizer)
-        return data_encode.encode(row, template, templates.tokenizer_for(tokenizer, template))[0]
+        template = data_template.load(name, tokenizer)
+        return data_encode.encode(row, template, data_template.tokenizer_for(tokenizer, template))[0]
 
     tokenizer = with_ordinary_tokens()
     names = ["chatml", "auto", "alpaca", "chatml"]
@@ -248,7 +248,7 @@ def test_templates_of_one_tokenizer_do_not_influence_each_other():
 def test_encoding_needs_the_tokenizer_of_the_template():
     """A row could otherwise write the template's control tokens; our own mistake, so an assertion."""
     tokenizer = with_ordinary_tokens()
-    template = templates.load("chatml", tokenizer)
+    template = data_template.load("chatml", tokenizer)
     with pytest.raises(AssertionError, match="tokenizer_for"):
         data_encode.encode(single("a", "", "b"), template, tokenizer)
 
@@ -256,14 +256,14 @@ def test_encoding_needs_the_tokenizer_of_the_template():
 def test_chatml_needs_its_tokens():
     """The demo's tokenizer has them; another is told how to get them."""
     with pytest.raises(UserError, match=re.escape("no token <|im_end|>, <|im_start|>")) as caught:
-        templates.load("chatml", tiny.tokenizer())
+        data_template.load("chatml", tiny.tokenizer())
     assert "prepare_base_model" in caught.value.fix
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_control_tokens_in_a_row_are_text(tokenizer, conversation):
     """The end token appears once an answer, and the texts come back whole."""
-    template = templates.load("alpaca", None)
+    template = data_template.load("alpaca", None)
     conversation = Conversation(tuple(fitting(conversation, template)))
     ids, is_target = data_encode.encode(conversation, template, tokenizer)
     answers = sum(turn.role == "assistant" for turn in conversation.turns)
@@ -273,7 +273,7 @@ def test_control_tokens_in_a_row_are_text(tokenizer, conversation):
     assert tokenizer.decode(response).strip().endswith(conversation.turns[-1].text.strip())
 
 
-@pytest.mark.parametrize("name", templates.names())
+@pytest.mark.parametrize("name", data_template.names())
 @pytest.mark.parametrize("place", ["system", "user", "input", "assistant", "function"])
 def test_control_tokens_are_text_in_every_place(tokenizer, name, place):
     """I1: a text made of all control tokens adds none to those that the template writes."""
@@ -308,8 +308,8 @@ def test_added_tokens_that_a_chat_template_writes_become_control_tokens():
     made.chat_template = CHATML.replace(
         "{{ m.content }}", "{{ '<tool>' if m.role == 'tool' else '' }}{{ m.content }}"
     )
-    template = templates.load("auto", made)
-    made = templates.tokenizer_for(made, template)
+    template = data_template.load("auto", made)
+    made = data_template.tokenizer_for(made, template)
     tool = made.convert_tokens_to_ids("<tool>")
     row = Conversation((Turn("user", "a <tool> b"), Turn("assistant", "c <tool>")))
     assert tool not in data_encode.encode(row, template, made)[0]
@@ -337,8 +337,8 @@ def test_added_pieces_of_words_stay_ordinary():
     made = tiny.tokenizer()
     made.add_tokens(["你是", "mark"])
     made.chat_template = CHATML.replace("Be kind.", "你是助手")
-    template = templates.load("auto", made)
-    made = templates.tokenizer_for(made, template)
+    template = data_template.load("auto", made)
+    made = data_template.tokenizer_for(made, template)
     assert not {"你是", "mark"} & set(made.all_special_tokens)
     ids, _ = data_encode.encode(single("你是谁", "", "mark"), template, made)
     assert made.convert_tokens_to_ids("你是") in ids
@@ -346,7 +346,7 @@ def test_added_pieces_of_words_stay_ordinary():
 
 def test_bos_comes_first_where_the_tokenizer_puts_it():
     """Llama-like tokenizers begin every text with it; the others do not."""
-    conversation, template = CONVERSATIONS[0], templates.load("alpaca", None)
+    conversation, template = CONVERSATIONS[0], data_template.load("alpaca", None)
     for name, make in TOKENIZERS.items():
         made = make()
         ids, _ = data_encode.encode(conversation, template, made)
@@ -358,7 +358,9 @@ def test_the_texts_are_the_known_ones():
     made = tiny.tokenizer()
 
     def text(name: str, *said: str) -> str:
-        return data_encode.show(made, *data_encode.encode(single(*said), templates.load(name, made), made))
+        return data_encode.show(
+            made, *data_encode.encode(single(*said), data_template.load(name, made), made)
+        )
 
     assert text("alpaca", "Do it.").endswith("request.\n\n### Instruction:\nDo it.\n\n### Response:\n")
     filled = text("alpaca", "Do it.", "this", "done")
@@ -372,14 +374,14 @@ def test_the_texts_are_the_known_ones():
 def test_training_on_inputs_marks_all_but_the_start(tokenizer):
     """Every token that another one precedes is a target."""
     _, is_target = data_encode.encode(
-        CONVERSATIONS[0], templates.load("alpaca", None), tokenizer, train_on_inputs=True
+        CONVERSATIONS[0], data_template.load("alpaca", None), tokenizer, train_on_inputs=True
     )
     assert is_target == [False] + [True] * (len(is_target) - 1)
 
 
 def test_show_marks_targets_and_the_end_token(tokenizer):
     """The preview of a row shows the response between the marks, end token included."""
-    ids, is_target = data_encode.encode(CONVERSATIONS[0], templates.load("alpaca", None), tokenizer)
+    ids, is_target = data_encode.encode(CONVERSATIONS[0], data_template.load("alpaca", None), tokenizer)
     text = data_encode.show(tokenizer, ids, is_target)
     assert text.endswith(f"red it is{tokenizer.eos_token}»")
     assert text.count("«") == 1
@@ -388,7 +390,7 @@ def test_show_marks_targets_and_the_end_token(tokenizer):
 def test_unknown_template_names_the_known_ones():
     """Exit 2 and the list."""
     with pytest.raises(UserError, match="alpaca") as caught:
-        templates.check("nonsense")
+        data_template.check("nonsense")
     assert caught.value.code == 2
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from onecard.data import conversation as data_conversation
 from onecard.data import encode as data_encode
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.inference import transformers_engine
 from tests.support import tiny
 from tests.support.tokenizers import sentencepiece_tokenizer, unigram_tokenizer
@@ -48,7 +48,7 @@ def test_the_end_is_learned(harness, tmp_path, name):
     rows = [{"instruction": word, "output": f"{word} {word}"} for word in tiny.WORDS]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     which = "auto" if tokenizer.chat_template else "tigerbot"
-    template = templates.load(which, tokenizer)
+    template = data_template.load(which, tokenizer)
     ends = data_encode.eos_ids(template, tokenizer)
     for row in rows:
         ids, is_target = data_encode.encode(

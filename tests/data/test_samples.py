@@ -10,7 +10,7 @@ from onecard.data.reader import RowFile
 from onecard.errors import UserError
 from onecard.hub import locate
 from onecard.models import tokenizer as models_tokenizer
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from tests.support import golden_tokens
 from tests.support.golden_tokens import SAMPLES
 from tests.support.harness import Harness
@@ -41,7 +41,7 @@ def train_on(path: Path, harness: Harness, tiny_model: Path, run: Path) -> None:
         {**FLAGS, "model_path": tiny_model, "data_path": path, "output_path": run, "cutoff_len": 500},
     )
     assert answer["code"] == 0, answer["said"]
-    records = [json.loads(line) for line in (run / run_folder.LOG).read_text().splitlines()]
+    records = [json.loads(line) for line in (run / runs_folder.LOG).read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
     assert len(steps) == FLAGS["max_steps"]
     assert all(0 < record["target_tokens"] < record["tokens"] for record in steps)

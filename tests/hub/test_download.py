@@ -27,7 +27,7 @@ from onecard.inference import loader, resolve
 from onecard.inference.resolve import ModelRequest
 from onecard.models import base_model
 from onecard.models import tokenizer as models_tokenizer
-from onecard.runs import adapters as run_adapters
+from onecard.runs import adapters as runs_adapters
 from onecard.system import hashing, lock
 from tests.support import bad_hub
 from tests.support.bad_hub import NAME, download
@@ -777,15 +777,15 @@ def test_what_an_adapter_names_is_not_followed(tmp_path, base, monkeypatch):
     (tmp_path / "outside").mkdir()
     (tmp_path / "in" / "a").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "in")
-    found = run_adapters.Adapter("adapter", tmp_path / "in" / "a", base=base)
-    monkeypatch.setattr(run_adapters, "find", lambda *_: found)
+    found = runs_adapters.Adapter("adapter", tmp_path / "in" / "a", base=base)
+    monkeypatch.setattr(runs_adapters, "find", lambda *_: found)
     located: list[str] = []
     monkeypatch.setattr(locate, "locate", lambda name: located.append(name) or name)
     with pytest.raises(UserError, match="not on this machine") as caught:
         loader.prepare(ChatConfig(lora_path="a"))
     assert base in str(caught.value)
     assert located == []
-    listed, find = run_adapters.read_list("a"), lambda name: (locate.locate(name), None)
+    listed, find = runs_adapters.read_list("a"), lambda name: (locate.locate(name), None)
     typed = ModelRequest(base, listed, resolve.TRANSFORMERS, find, gguf_remedy="", code_remedy="")
     assert resolve.resolve(typed).base == base  # typed by the user
     assert located == [base]

@@ -16,7 +16,7 @@ import pytest
 
 from onecard.config import declaration
 from onecard.config import options as config_options
-from onecard.config import tools as tool_config
+from onecard.config import tools as config_tools
 from onecard.config.chat import ChatConfig, CpuConfig
 from onecard.config.declaration import Place
 from onecard.config.generation import Generation
@@ -29,8 +29,8 @@ from onecard.hub import manifest, remote_code, transfer
 from onecard.inference import chat, loader, resolve
 from onecard.models import base_model
 from onecard.models import tokenizer as models_tokenizer
-from onecard.runs import adapters as run_adapters
-from onecard.runs import folder as run_folder
+from onecard.runs import adapters as runs_adapters
+from onecard.runs import folder as runs_folder
 from onecard.training import loop, resume, run_options
 from onecard.training.starting_point import StartingPoint
 from tests.support import bad_hub
@@ -387,8 +387,8 @@ def test_a_run_goes_on_with_the_code_it_began_with(before, asked, code):
 
 def test_an_adapters_word_is_no_consent(fetched, tmp_path, monkeypatch):
     """Its run had code; whoever talks with it has to ask for that commit too."""
-    adapter = run_adapters.Adapter("a", tmp_path, fingerprints={remote_code.PRINT: COMMIT})
-    monkeypatch.setattr(run_adapters, "find", lambda *_: adapter)
+    adapter = runs_adapters.Adapter("a", tmp_path, fingerprints={remote_code.PRINT: COMMIT})
+    monkeypatch.setattr(runs_adapters, "find", lambda *_: adapter)
     paths = {"model_path": str(fetched), "lora_path": "a"}
     for commit in (None, OTHER):
         with pytest.raises(UserError, match=f"{COMMIT}.*--remote_code") as caught:
@@ -426,7 +426,7 @@ def test_a_training_and_answers_with_code_of_the_model(fetched, tmp_path, tiny_r
         assert "now runs on this machine with your rights" in ended.stdout + ended.stderr
         assert canary(tmp_path) == {"configuration_odd", "modeling_odd", "parts", "tokenizer"}
         (tmp_path / "canary").unlink()
-    stored = json.loads((run / run_folder.CONFIG).read_text())
+    stored = json.loads((run / runs_folder.CONFIG).read_text())
     assert stored["options"]["remote_code"] is None
     assert stored["fingerprints"][remote_code.PRINT] == COMMIT
     assert not list(run.rglob("*.py"))
@@ -478,8 +478,8 @@ def test_the_other_programs_have_no_such_option():
         MergeConfig,
         ExportConfig,
         QuantizeConfig,
-        tool_config.CheckConfig,
-        tool_config.PrepareConfig,
+        config_tools.CheckConfig,
+        config_tools.PrepareConfig,
     ):
         with pytest.raises(UserError, match="unrecognized arguments: --remote_code"):
             config_options.parse(options, [f"--remote_code={COMMIT}"])

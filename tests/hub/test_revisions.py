@@ -23,7 +23,7 @@ from onecard.hub import client, manifest, model_files, remote_code, revisions
 from onecard.hub import locate as hub_locate
 from onecard.inference import resolve
 from onecard.models import base_model
-from onecard.runs import adapters as run_adapters
+from onecard.runs import adapters as runs_adapters
 from onecard.training import recorded_names
 from tests.support import fake_hub, tiny
 from tests.support.fake_hub import Repository
@@ -184,7 +184,7 @@ def test_an_adapter_by_its_name(tmp_path):
         hub.branch = NEW
         said = fake_hub.fetch(address, tmp_path / "home", "fetch_adapter", "someone/lora")
         assert f"from {OLD[:12]} to {NEW[:12]}" in said
-    assert run_adapters.read_list(f"someone/lora@{OLD}:0.5") == [("lora", f"someone/lora@{OLD}", 0.5)]
+    assert runs_adapters.read_list(f"someone/lora@{OLD}:0.5") == [("lora", f"someone/lora@{OLD}", 0.5)]
 
 
 def test_a_folder_says_its_version(cached, said, tmp_path, monkeypatch):
@@ -225,14 +225,14 @@ def test_a_folder_says_its_version(cached, said, tmp_path, monkeypatch):
     ],
 )
 def test_which_base_an_adapter_gets(cached, recorded, asked, base):
-    found = run_adapters.Adapter("adapter", Path("a"), base=recorded)
+    found = runs_adapters.Adapter("adapter", Path("a"), base=recorded)
     assert resolve.base_of(found, asked) == (str(cached / "snapshots" / base) if base in (OLD, NEW) else base)
 
 
 def test_a_recorded_commit_that_is_not_here_is_fetched_when_its_name_is_typed(cached, capsys):
     """That commit, no other, and it is said."""
     shutil.rmtree(cached / "snapshots" / OLD)
-    found = run_adapters.Adapter("adapter", Path("a"), base=f"{NAME}@{OLD}")
+    found = runs_adapters.Adapter("adapter", Path("a"), base=f"{NAME}@{OLD}")
     assert resolve.base_of(found, NAME) == f"{NAME}@{OLD}"
     line = f"hub         {NAME}: commit {OLD}, which was trained on, is not here and is fetched"
     assert capsys.readouterr().out.splitlines() == [line]
@@ -241,7 +241,7 @@ def test_a_recorded_commit_that_is_not_here_is_fetched_when_its_name_is_typed(ca
 def test_a_recorded_commit_that_is_not_here_is_not_replaced(cached):
     """Both commits are named, and both ways on."""
     shutil.rmtree(cached / "snapshots" / OLD)
-    found = run_adapters.Adapter("adapter", Path("a"), base=f"{NAME}@{OLD}")
+    found = runs_adapters.Adapter("adapter", Path("a"), base=f"{NAME}@{OLD}")
     with pytest.raises(UserError, match=f"{OLD}, which is not on this machine; here is {NEW}") as caught:
         resolve.base_of(found, None)
     assert f"--model_path {NAME}@{OLD}" in str(caught.value)
@@ -260,7 +260,7 @@ def test_what_an_adapters_settings_say(tmp_path, values, base):
     """peft's own field for the commit, taken only when it is one."""
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **values}))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    assert run_adapters.find(str(tmp_path), "adapter", "best", tmp_path).base == base
+    assert runs_adapters.find(str(tmp_path), "adapter", "best", tmp_path).base == base
 
 
 @pytest.mark.parametrize(

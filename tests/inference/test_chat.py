@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from onecard.config import chat as chat_config
+from onecard.config import chat as config_chat
 from onecard.config import generation
 from onecard.config.generation import BEAM, BEAM_SAMPLE, GREEDY, MODES, Generation
 from onecard.data import encode as data_encode
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.data.conversation import Conversation, Turn
 from onecard.errors import UserError
 from onecard.inference import history, transformers_engine
@@ -24,7 +24,7 @@ from onecard.inference.engine import Capabilities
 from onecard.inference.transformers_engine import Engine
 from onecard.models import adapter as models_adapter
 from onecard.models import base_model, lora_shape, trainable
-from onecard.system import safetensors as safetensors_file
+from onecard.system import safetensors as system_safetensors
 from tests.support import tiny
 from tests.support.tokenizers import TOKENIZERS, load
 
@@ -55,7 +55,7 @@ def base(folder: Path) -> torch.nn.Module:
 
 def chat_with(made: torch.nn.Module, names: tuple[str, ...] = (), form: str = "alpaca") -> Chat:
     own = tiny.tokenizer()
-    return Chat(Engine(made, own, 512, names), own, templates.load(form, own))
+    return Chat(Engine(made, own, 512, names), own, data_template.load(form, own))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def encoded(turns, form, tokenizer) -> list[int]:
     return data_encode.encode(Conversation(tuple(turns)), form, tokenizer)[0]
 
 
-@pytest.mark.parametrize("name", templates.names())
+@pytest.mark.parametrize("name", data_template.names())
 def test_the_newest_whole_turns_are_shown(tokenizer, name):
     """For every room: the longest ending of whole turns that fits, the system's turn always, never more."""
     form = load(name, tokenizer)
@@ -120,7 +120,7 @@ def test_the_newest_whole_turns_are_shown(tokenizer, name):
     assert alone.ids == endings[-1]  # the question stays, however little memory there is
 
 
-@pytest.mark.parametrize("name", templates.names())
+@pytest.mark.parametrize("name", data_template.names())
 def test_what_the_model_is_shown_is_the_beginning_of_what_it_was_trained_on(tokenizer, name):
     """For every template, after every turn, and for an answer that goes on, wherever it was cut."""
     form = load(name, tokenizer)
@@ -163,7 +163,7 @@ def test_a_question_that_is_too_long_is_refused_with_the_counts(talk):
     assert (reply.prompt_tokens, reply.left_out) == (count, 3)
 
 
-@pytest.mark.parametrize("name", templates.names())
+@pytest.mark.parametrize("name", data_template.names())
 @pytest.mark.parametrize("place", ["system", "user", "input", "assistant"])
 def test_control_tokens_in_what_is_said_are_text(tokenizer, name, place):
     """I1, I2: whole, split over turns, role names, raw ids, look-alikes: no control token is added, the text
@@ -377,8 +377,8 @@ def test_another_template_for_an_answer(loaded, talk):
     """The answer is that of a chat with this template; the own one stays; a file's name is none."""
     plain = last(talk, asked("Say red")).text.whole
     for name in ("cutegpt", "tigerbot"):
-        assert name in templates.names()
-        replies = list(talk.stream(asked("Say red"), QUICK, form=name))
+        assert name in data_template.names()
+        replies = list(talk.stream(asked("Say red"), QUICK, template_name=name))
         assert replies[-1].text.whole == fresh(chat_with(loaded, form=name), asked("Say red"), QUICK)
         assert replies[-1].text.whole != plain
         assert talk.template_of(name).name == name
@@ -632,7 +632,7 @@ def merged(source: Path, *parts: tuple[Path, float]) -> torch.Tensor:
     """Logits of the base with B A added to its matrices by hand, times 2 (alpha / rank) and its weight."""
     made = base(source)
     for folder, weight in parts:
-        tensors = safetensors_file.read_tensors(folder / "adapter_model.safetensors")
+        tensors = system_safetensors.read_tensors(folder / "adapter_model.safetensors")
         for name in (name for name in tensors if "lora_A" in name):
             low, high = tensors[name], tensors[name.replace("lora_A", "lora_B")]
             module = made.get_submodule(name.removeprefix("base_model.model.").split(".lora_A")[0])
@@ -688,7 +688,7 @@ def test_active_adapters_that_cannot_be_are_refused(tiny_model, adapters):
     """An unknown name, and trained embeddings with a weight or beside another; before any token."""
     folders, _ = adapters
     engine = engine_with(tiny_model, {name: folders[name] for name in ("a", "both")})
-    talk = Chat(engine, engine.tokenizer, templates.load("alpaca", engine.tokenizer))
+    talk = Chat(engine, engine.tokenizer, data_template.load("alpaca", engine.tokenizer))
     for active_adapters, word in (
         ((("x", 1.0),), "No adapter is called x. Loaded: a, both"),
         ((("both", 0.5),), "cannot be weighted or mixed"),
@@ -714,7 +714,7 @@ def test_kept_keys_and_values_are_those_of_the_adapter(tiny_model, adapters):
     """The same conversation with another adapter begins anew."""
     folders, _ = adapters
     engine = engine_with(tiny_model, {name: folders[name] for name in ("a", "b")})
-    talk = Chat(engine, engine.tokenizer, templates.load("alpaca", engine.tokenizer))
+    talk = Chat(engine, engine.tokenizer, data_template.load("alpaca", engine.tokenizer))
     choices = ((), (("a", 1.0),), (("a", 0.5), ("b", 0.5)))
     texts = {active: fresh(talk, asked("Say red"), QUICK, active) for active in choices}
     for active in (*choices, *choices):
@@ -727,7 +727,7 @@ def test_four_answers_at_once_keep_to_their_adapters(tiny_model, adapters):
     """I10: four threads, each with other adapters and four questions, beams too: each its own answer."""
     folders, _ = adapters
     engine = engine_with(tiny_model, {name: folders[name] for name in ("a", "b", "both")})
-    talk = Chat(engine, engine.tokenizer, templates.load("alpaca", engine.tokenizer))
+    talk = Chat(engine, engine.tokenizer, data_template.load("alpaca", engine.tokenizer))
     choices = [(), (("a", 1.0),), (("a", 0.5), ("b", 0.5)), (("both", 1.0),)]
     jobs = [
         [(asked(f"Say {word}"), changed(mode=mode, num_beams=2), active) for word, mode in zip(
@@ -771,7 +771,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny_model, tmp_path, adapters)
             with pytest.raises(UserError, match="does not fit this base model") as caught:
                 engine_with(source, {**others, "x": folder})
             assert caught.value.code == 4
-    tensors = safetensors_file.read_tensors(folders["a"] / "adapter_model.safetensors")
+    tensors = system_safetensors.read_tensors(folders["a"] / "adapter_model.safetensors")
     tensors["base_model.model.model.norm.weight"] = torch.ones(96)
     extra = tmp_path / "extra"
     extra.mkdir()
@@ -783,12 +783,12 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny_model, tmp_path, adapters)
 
 def test_modes_an_engine_has_not_are_refused(talk):
     """With the engine's own reason; `unused` and `modes` say so beforehand."""
-    lacks = {"beam": chat_config.ONE_SEQUENCE}
+    lacks = {"beam": config_chat.ONE_SEQUENCE}
     talk.engine.capabilities = Capabilities(interleaves=True, lacks=lacks)
     with pytest.raises(UserError, match="--mode beam: transformers follows one sequence"):
         last(talk, asked("x"), changed(mode=BEAM))
     assert talk.modes() == [mode for mode in MODES if mode != BEAM]
     assert talk.unused(GREEDY) == {
-        **chat_config.unused(GREEDY),
-        **chat_config.unused_by("transformers", lacks),
+        **config_chat.unused(GREEDY),
+        **config_chat.unused_by("transformers", lacks),
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from onecard.config import chat as chat_config
+from onecard.config import chat as config_chat
 from onecard.config import options as config_options
 from onecard.config.chat import ChatConfig
 from onecard.conversion import gguf
@@ -124,7 +124,7 @@ def test_open_sequences_keep_to_their_adapters(engine):
 def test_beams_are_advanced_together(engine):
     """Where a mode with beams is not lacking: two beams of one sequence are two sequences of their own."""
     if "beam" in engine.capabilities.lacks:
-        assert engine.capabilities.lacks["beam"] in chat_config.LACKS
+        assert engine.capabilities.lacks["beam"] in config_chat.LACKS
         return
     prompt, active_adapters = JOBS[1]
     wanted = [answer(engine, [*prompt, token], active_adapters)[0] for token in (30, 31)]

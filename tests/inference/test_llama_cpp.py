@@ -22,11 +22,11 @@ from onecard.config.generation import Generation
 from onecard.conversion import gguf, gguf_cache, llama_cpp_converter
 from onecard.data import conversation as data_conversation
 from onecard.data import encode as data_encode
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.data.conversation import Conversation, Turn
 from onecard.errors import CHECKPOINT, UserError
 from onecard.hub import locate
-from onecard.inference import llama_cpp as llama_cpp_library
+from onecard.inference import llama_cpp as inference_llama_cpp
 from onecard.inference import llama_cpp_engine, transformers_engine
 from onecard.inference.chat import Chat
 from onecard.models import adapter as models_adapter
@@ -98,7 +98,7 @@ def files(demo, adapters, tmp_path_factory) -> tuple[Path, dict[str, Path]]:
 def llama(demo, files) -> Chat:
     tokenizer = models_tokenizer.load_tokenizer(str(demo))
     engine = llama_cpp_engine.Engine(files[0], tokenizer, 1024, files[1], threads=1)
-    yield Chat(engine, tokenizer, templates.load("auto", tokenizer))
+    yield Chat(engine, tokenizer, data_template.load("auto", tokenizer))
     engine.close()
 
 
@@ -110,7 +110,7 @@ def reference(demo, adapters) -> Chat:
         made = models_adapter.attach(made, folder, name)
     tokenizer = models_tokenizer.load_tokenizer(str(demo))
     engine = transformers_engine.Engine(made, tokenizer, 1024, list(adapters))
-    return Chat(engine, tokenizer, templates.load("auto", tokenizer))
+    return Chat(engine, tokenizer, data_template.load("auto", tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def test_control_tokens_in_a_text_stay_text(llama, monkeypatch):
 
 def test_the_file_has_the_tokenizer(llama, files):
     """For .gguf files without a model folder."""
-    own = llama_cpp_library.tokenizer_of(files[0])
+    own = inference_llama_cpp.tokenizer_of(files[0])
     for sample in ("Hello wörld, 你好 🙂", "<|im_start|>user\n  x = 1\n"):
         assert own(sample).input_ids == llama.tokenizer(sample).input_ids
     assert (own.eos_token_id, own.chat_template) == (2, llama.tokenizer.chat_template)
@@ -259,7 +259,7 @@ def test_the_file_has_the_tokenizer(llama, files):
 def test_the_context_ends_the_answer(tiny_files):
     """It is at most the one the model was trained with, and filled to its last token."""
     engine = llama_cpp_engine.Engine(tiny_files[1], tiny.tokenizer(), 10**6, threads=1)
-    chat = Chat(engine, engine.tokenizer, templates.load("alpaca", engine.tokenizer))
+    chat = Chat(engine, engine.tokenizer, data_template.load("alpaca", engine.tokenizer))
     last = ask(chat, "red", greedy(512, min_new_tokens=512))
     assert engine.context == tiny.config().max_position_embeddings == 512
     assert (last.finished, last.prompt_tokens + last.text.tokens) == ("length", 512)
@@ -304,7 +304,7 @@ def test_file_that_does_not_belong_is_refused(files, llama, tiny_files):
 
 
 def test_missing_package_names_the_command(tiny_files, monkeypatch):
-    llama_cpp_library.library.cache_clear()
+    inference_llama_cpp.library.cache_clear()
     monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", None)
     with pytest.raises(UserError, match=r"bash tools/setup.sh cpu"):
         llama_cpp_engine.Engine(tiny_files[1], tiny.tokenizer(), 128)

@@ -14,7 +14,7 @@ import pytest
 from onecard.config.generation import GREEDY, SAMPLE, Generation
 from onecard.conversion import gguf
 from onecard.data import conversation as data_conversation
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.inference import llama_cpp_engine
 from onecard.inference.chat import Chat
 from onecard.models import tokenizer as models_tokenizer
@@ -41,7 +41,7 @@ def talk(tiny_model, tmp_path_factory) -> Iterator[Chat]:
     base = gguf.base(tiny_model, place / "base.gguf", any_tokenizer=True, kind="f32")
     own = models_tokenizer.load_tokenizer(str(tiny_model))
     engine = llama_cpp_engine.Engine(base, own, 512, files, threads=1, exact=True)
-    yield Chat(engine, engine.tokenizer, templates.load("alpaca", engine.tokenizer))
+    yield Chat(engine, engine.tokenizer, data_template.load("alpaca", engine.tokenizer))
     engine.close()
 
 

@@ -19,7 +19,7 @@ from onecard.hub.revisions import Version
 from onecard.inference import loader, resolve
 from onecard.inference.resolve import ResolvedModel
 from onecard.models import base_model
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.system import hashing
 from tests.support import console, tiny
 from tests.support.adapters import save_adapter
@@ -54,14 +54,14 @@ RECORDED = {"base model": "weights", "tokenizer": "tokenizer"}
 def record(adapter: Path, base: str | None, fingerprints: dict[str, str]) -> None:
     options = {"model_path": base, "bits": 16, "template": TEMPLATE}
     stored = {"options": options, "resolved": {}, "fingerprints": fingerprints}
-    (adapter / run_folder.CONFIG).write_text(json.dumps(stored))
+    (adapter / runs_folder.CONFIG).write_text(json.dumps(stored))
 
 
 @pytest.fixture
 def pair(trained, tmp_path) -> tuple[Path, Path]:
     """Copies of both that a test may change; the adapter names the copy of its base."""
     base, adapter = (Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in trained)
-    stored = json.loads((adapter / run_folder.CONFIG).read_text())
+    stored = json.loads((adapter / runs_folder.CONFIG).read_text())
     record(adapter, str(base), stored["fingerprints"])
     return base, adapter
 
@@ -90,7 +90,7 @@ def forget_fingerprints(base: Path, adapter: Path) -> None:
 
 
 def name_no_base(base: Path, adapter: Path) -> None:
-    (adapter / run_folder.CONFIG).unlink()
+    (adapter / runs_folder.CONFIG).unlink()
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
 

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from onecard.config import options as config_options
-from onecard.config import training as training_config
+from onecard.config import training as config_training
 from onecard.config.chat import ChatConfig
 from onecard.config.generation import BEAM, GREEDY, SAMPLE, Generation
 from onecard.data import conversation as data_conversation
@@ -149,7 +149,7 @@ def trained(tiny_model: Path, folder: Path, **changes) -> Path:
     rows = tiny.save_rows(folder / "rows.json", 24)
     flags = {"model_path": tiny_model, "data_path": rows, "output_path": folder / "run", "device": "cuda:0"}
     argv = [f"--{name}={value}" for name, value in {**resume_cases.FLAGS, **flags, **changes}.items()]
-    options, explicit = config_options.parse_given(training_config.FinetuneConfig, argv)
+    options, explicit = config_options.parse_given(config_training.FinetuneConfig, argv)
     loop.run(options, explicit=explicit, sample=lambda *_: [], draw=lambda *_: None)
     return folder / "run"
 
@@ -178,7 +178,7 @@ def test_training_learns_and_continues_bit_for_bit(tiny_model, tmp_path, how):
     assert last < first - 0.2
     part = resume_cases.stopped_at(whole, 6, tmp_path / "part")
     options, explicit = config_options.parse_given(
-        training_config.ContinueConfig, [f"--output_path={part}", "--device=cuda:0"]
+        config_training.ContinueConfig, [f"--output_path={part}", "--device=cuda:0"]
     )
     loop.go_on(options, explicit, sample=lambda *_: [], draw=lambda *_: None)
     assert resume_cases.differences(resume_cases.outcome(whole), resume_cases.outcome(part)) == []

@@ -18,9 +18,9 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from onecard.config import options as config_options
-from onecard.config import training as training_config
+from onecard.config import training as config_training
 from onecard.runs import jobs
-from onecard.runs import log as run_log
+from onecard.runs import log as runs_log
 from onecard.training import loop, metrics
 from tests.support import tiny
 from tests.support.browser import ask, finished, opened, serving, set_slider
@@ -112,7 +112,7 @@ def run(tmp_path_factory, tiny_model) -> Path:
     flags = {"model_path": tiny_model, "data_path": tiny.save_rows(folder / "rows.json", 8), "device": "cpu"}
     flags |= {"output_path": folder / "mine", "bits": 16, "dtype": "fp32", "max_steps": 1, "test_size": 0}
     options = config_options.build(
-        training_config.FinetuneConfig, {name: str(value) for name, value in flags.items()}
+        config_training.FinetuneConfig, {name: str(value) for name, value in flags.items()}
     )
     loop.run(options, sample=None, draw=metrics.loss_curve)
     return folder / "mine"
@@ -211,9 +211,9 @@ def test_the_studio_trains_and_chats(browser, tiny_model, tmp_path):
             page.get_by_role("tab", name="Chat").click()
             answered(page, single=False)
             folder = tmp_path / "lora-checkpoints" / "mine"
-        seen = run_log.last_step(folder)
+        seen = runs_log.last_step(folder)
         assert program.end(signal.SIGINT) == 0, program.said()
-        eventually(lambda: run_log.last_step(folder) > seen)
+        eventually(lambda: runs_log.last_step(folder) > seen)
         again = stack.enter_context(started(command, tmp_path, tmp_path / "log2"))
         with opened(browser, again, "#box textarea") as page:
             training = TrainingPage(page)

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from onecard.config import chat as chat_config
+from onecard.config import chat as config_chat
 from onecard.config.chat import ChatConfig
 from onecard.config.generation import GREEDY, Generation
 from onecard.config.options import build
 from onecard.config.training import FinetuneConfig
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.data.conversation import Conversation, Turn
 from onecard.errors import UserError
 from onecard.hub import locate
@@ -32,8 +32,8 @@ from onecard.inference.decoding import CANCELLED
 from onecard.models import adapter as models_adapter
 from onecard.models import base_model, lora_shape, trainable
 from onecard.models import tokenizer as models_tokenizer
-from onecard.runs import adapters as run_adapters
-from onecard.runs import folder as run_folder
+from onecard.runs import adapters as runs_adapters
+from onecard.runs import folder as runs_folder
 from onecard.system import hardware
 from onecard.training import loop
 from onecard.ui import sessions as ui_sessions
@@ -160,8 +160,8 @@ def test_a_finished_run_a_checkpoint_and_an_adapter_folder(run, tiny_model, tmp_
             assert chat.template.name == "alpaca"
             assert any("no template is recorded with the adapter" in line for line in said)
         else:
-            own = {key: templates.parts(text, []) for key, text in MINE.items()}
-            assert texts(chat.template) == texts(templates.Template("", **own))
+            own = {key: data_template.parts(text, []) for key, text in MINE.items()}
+            assert texts(chat.template) == texts(data_template.Template("", **own))
             assert any("was trained with it" in line for line in said)
     assert tree(run) == before
     assert load(run, template="cutegpt")[0].template.name == "cutegpt"
@@ -343,7 +343,7 @@ def test_the_usual_template_says_why(run, tiny_model):
     """Without an adapter nothing is said of one."""
     own = models_tokenizer.load_tokenizer(str(tiny_model))
     assert "adapter" not in resolve.choose_template(None, [], own)[1]
-    alone = run_adapters.Adapter("mine", run)
+    alone = runs_adapters.Adapter("mine", run)
     assert "no template is recorded with the adapter" in resolve.choose_template(None, [alone], own)[1]
 
 
@@ -365,7 +365,7 @@ def test_the_usual_template_says_why(run, tiny_model):
 )
 def test_the_list_of_adapters(text, wanted):
     """NAME=PATH:WEIGHT with commas between, name and weight left out as one likes."""
-    assert run_adapters.read_list(text) == wanted
+    assert runs_adapters.read_list(text) == wanted
 
 
 def test_the_template_that_was_saved_counts(run, tiny_model, tmp_path):
@@ -475,7 +475,7 @@ def test_folders_that_hold_nothing(tmp_path, tiny_model):
     """An empty folder, a run that has not saved yet: exit 4, with what would do."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "young").mkdir()
-    (tmp_path / "young" / run_folder.CONFIG).write_text('{"options": {}}')
+    (tmp_path / "young" / runs_folder.CONFIG).write_text('{"options": {}}')
     for name, word in (("empty", "neither an adapter"), ("young", "no complete checkpoint")):
         with pytest.raises(UserError, match=word) as caught:
             load(tmp_path / name, model_path=str(tiny_model))
@@ -537,7 +537,7 @@ def test_options_that_do_not_go_together(tiny_model, run):
         ({"load_8bit": "true", "bits": "16"}, "contradict"),
     ):
         with pytest.raises(UserError) as caught:
-            chat_config.check_used(build(ChatConfig, given))
+            config_chat.check_used(build(ChatConfig, given))
         assert word in str(caught.value)
 
 

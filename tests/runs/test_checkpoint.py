@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from onecard.errors import UserError
 from onecard.runs import checkpoint as runs_checkpoint
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from tests.support import promises
 from tests.support.power_failure import optimizer, power_failures, save
 from tests.support.promises import check_old_or_new, in_child, killed_at_operation, until_untouched
@@ -61,7 +61,7 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(tmp_path):
         assert runs_checkpoint.read_progress(newest).micro_batch_tokens in (50, 100)
         if code:
             killed += 1
-            run_folder.go_back(folder, 2)
+            runs_folder.go_back(folder, 2)
             save(folder, 2, budget=25)
             assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
     assert runs_checkpoint.read_progress(newest).micro_batch_tokens == 50
@@ -236,7 +236,7 @@ def test_leftovers_go_but_not_what_a_link_points_to(tmp_path):
     (run / ".saving-3-77").mkdir(parents=True)
     (run / ".saving-3-78").symlink_to(outside)
     (run / ".saving-notes").mkdir()
-    run_folder.go_back(run, 0)
+    runs_folder.go_back(run, 0)
     assert [path.name for path in run.iterdir()] == [".saving-notes"]
     assert (outside / "file").read_text() == "mine"
 

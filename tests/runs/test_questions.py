@@ -14,9 +14,9 @@ import pytest
 from onecard.hub import locate, manifest, remote_code, revisions
 from onecard.models import base_model
 from onecard.runs import checkpoint as runs_checkpoint
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.runs import jobs, legacy
-from onecard.runs import log as run_log
+from onecard.runs import log as runs_log
 from onecard.system import files as system_files
 from onecard.system import lock, output_folder
 from tests.support.power_failure import save
@@ -44,9 +44,9 @@ def place(tmp_path, monkeypatch) -> Path:
     save(run, 1)
     save(run, 2).rename(run / f"{runs_checkpoint.REPLACED}2")
     options = {"options": {"train_what": "lora"}, "resolved": {"total_steps": 2}}
-    (run / run_folder.CONFIG).write_text(json.dumps(options))
-    (run / run_folder.LOG).write_text('{"step": 1, "loss": 1.0}\n{"step": 1, "eval_loss": 1.0}\n')
-    (run / run_folder.SAMPLES).write_text('{"step": 1, "answers": []}\n')
+    (run / runs_folder.CONFIG).write_text(json.dumps(options))
+    (run / runs_folder.LOG).write_text('{"step": 1, "loss": 1.0}\n{"step": 1, "eval_loss": 1.0}\n')
+    (run / runs_folder.SAMPLES).write_text('{"step": 1, "answers": []}\n')
     (run / lock.NAME).write_text(str(os.getpid()))
     jobs.console_of(run).write_text("=== 2026-11-30 12:00:00 onecard finetune\n=== process 1\n")
     snapshot = tmp_path / "hub" / "models--someone--model" / "snapshots" / COMMIT
@@ -67,19 +67,19 @@ def questions(place: Path) -> list:
     assert snapshot is None, "it has no weights"
     snapshot = place / "hub" / "models--someone--model" / "snapshots" / COMMIT
     asking_runs = [
-        run_folder.contents,
-        run_folder.trained_all,
-        run_folder.leftovers,
-        run_folder.has_log,
-        run_folder.aside,
-        run_log.evaluations,
-        run_log.last_sampled,
-        run_folder.checkpoint_steps,
+        runs_folder.contents,
+        runs_folder.trained_all,
+        runs_folder.leftovers,
+        runs_folder.has_log,
+        runs_folder.aside,
+        runs_log.evaluations,
+        runs_log.last_sampled,
+        runs_folder.checkpoint_steps,
         runs_checkpoint.newest,
         legacy.is_legacy,
-        run_log.last_step,
-        run_log.best_step,
-        run_log.samples,
+        runs_log.last_step,
+        runs_log.best_step,
+        runs_log.samples,
         jobs.config_of,
         jobs.console_of,
         lock.check_free,

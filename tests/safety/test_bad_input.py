@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from onecard.config import options as config_options
-from onecard.config import training as training_config
-from onecard.data import template as templates
+from onecard.config import training as config_training
+from onecard.data import template as data_template
 from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, UserError, run_program
 from onecard.inference import chat
 from onecard.programs import finetune
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.training import loop, metrics
 from tests.support import tiny
 
@@ -171,7 +171,7 @@ def test_unknown_template(bad_run):
         USAGE,
         "There is no template called 'alpacca'",
         "Choose from",
-        *templates.names(),
+        *data_template.names(),
     )
 
 
@@ -297,7 +297,7 @@ def run_before(tiny_model, tmp_path_factory) -> tuple[Path, tuple[object, ...]]:
     rows = tiny.save_rows(folder / "rows.json", 24)
     arguments = ("--data_path", rows, "--model_path", tiny_model, *QUICK, "--test_size", 0, "--save_steps", 1)
     options = config_options.parse(
-        training_config.FinetuneConfig, [*map(str, arguments), "--output_path", str(folder / "run")]
+        config_training.FinetuneConfig, [*map(str, arguments), "--output_path", str(folder / "run")]
     )
     loop.run(options, sample=chat.reply, draw=metrics.loss_curve)
     return folder / "run", arguments
@@ -316,7 +316,7 @@ def test_folder_with_another_run(run, run_before, folder, finished, arguments, w
     """Exit 2, what differs, how to go on; the run that is there is not touched."""
     shutil.copytree(run_before[0], folder)
     if not finished:
-        (folder / run_folder.FINISHED).unlink()
+        (folder / runs_folder.FINISHED).unlink()
         shutil.rmtree(folder / "checkpoint-2")
     before = tree(folder)
     check(run(*run_before[1], "--output_path", folder, *arguments), USAGE, folder, "--overwrite", *words)
@@ -336,7 +336,7 @@ def test_folder_with_the_same_run_finished(run, run_before, folder):
 def test_damaged_record_of_a_run(run, tiny_model, tiny_rows, folder):
     """A run folder whose options cannot be read: exit 4 with the file, and it is left alone."""
     folder.mkdir(parents=True)
-    path = save_text(folder / run_folder.CONFIG, '{"options": ')
+    path = save_text(folder / runs_folder.CONFIG, '{"options": ')
     base = ("--data_path", tiny_rows, "--model_path", tiny_model, "--output_path", folder, *QUICK)
     check(run(*base), CHECKPOINT, path, "--overwrite")
     assert list(folder.iterdir()) == [path]
@@ -345,12 +345,12 @@ def test_damaged_record_of_a_run(run, tiny_model, tiny_rows, folder):
 def test_overwrite_gets_past_a_damaged_record(run, tiny_model, tiny_rows, folder):
     """What the message about a damaged run advises works."""
     folder.mkdir(parents=True)
-    save_text(folder / run_folder.CONFIG, '{"options": ')
+    save_text(folder / runs_folder.CONFIG, '{"options": ')
     save_text(folder / "notes.txt", "mine")
     base = ("--data_path", tiny_rows, "--model_path", tiny_model, "--output_path", folder, *QUICK)
     result = run(*base, "--test_size", 0, "--overwrite")
     assert result.code == 0, result.err
-    assert (folder / run_folder.FINISHED).is_file()
+    assert (folder / runs_folder.FINISHED).is_file()
     assert (folder / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
@@ -367,16 +367,16 @@ def test_bad_rows_are_left_out_and_written_down(run, tiny_model, tmp_path, folde
     assert result.code == 0, result.err
     assert "3 rejected" in result.out
     assert "warning: --overlap is for raw text" in result.out
-    text = (folder / run_folder.REJECTED).read_text(encoding="utf-8")
+    text = (folder / runs_folder.REJECTED).read_text(encoding="utf-8")
     rejected = [json.loads(line) for line in text.splitlines()]
     assert [(row["line"], row["column"]) for row in rejected] == [(4, 21), (7, 1), (11, 1)]
     assert all(row["reason"] for row in rejected)
     assert '"a" "output"' in rejected[0]["text"]
     assert "caf" in rejected[2]["text"]
-    record = json.loads((folder / run_folder.CONFIG).read_text(encoding="utf-8"))["data"]
+    record = json.loads((folder / runs_folder.CONFIG).read_text(encoding="utf-8"))["data"]
     counts = {key: record[key] for key in ("train_rows", "validation_rows", "dropped", "rejected")}
     assert counts == {"train_rows": 9, "validation_rows": 0, "dropped": 0, "rejected": 3}
-    assert json.loads((folder / run_folder.FINISHED).read_text(encoding="utf-8"))["steps"] == 2
+    assert json.loads((folder / runs_folder.FINISHED).read_text(encoding="utf-8"))["steps"] == 2
 
 
 @pytest.fixture
@@ -429,7 +429,7 @@ class TestCardThatTorchCannotUse:
         base = ("--data_path", tiny_rows, "--model_path", tiny_model, "--output_path", folder, *QUICK)
         result = run(*base, "--test_size", 0)
         assert result.code == 0, result.err
-        assert (folder / run_folder.FINISHED).is_file()
+        assert (folder / runs_folder.FINISHED).is_file()
 
     @pytest.mark.parametrize("answer", ["exit 9", 'echo "No devices were found"', "true"])
     def test_driver_without_a_card_is_no_card(self, bad_run, card_without_torch, answer):

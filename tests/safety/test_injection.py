@@ -15,10 +15,10 @@ import sentencepiece
 
 from onecard.config.generation import GREEDY, Generation
 from onecard.conversion import gguf, meta_tokenizer
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.data.conversation import Conversation, Turn
 from onecard.evaluation import probe_texts
-from onecard.inference import llama_cpp as llama_cpp_library
+from onecard.inference import llama_cpp as inference_llama_cpp
 from onecard.inference import llama_cpp_engine, transformers_engine
 from onecard.inference.chat import Chat
 from onecard.models import base_model
@@ -55,7 +55,7 @@ WRITTEN = {  # files of a user's own, beside those of onecard/data/templates
         "control": ["narrator", "<|head|>", "<|over|>"],
     },
 }
-TEMPLATES = [*templates.names(), *WRITTEN]
+TEMPLATES = [*data_template.names(), *WRITTEN]
 PLACES = ("system", "user", "input", "assistant")
 MARK = "harmless"
 NOWHERE = {"system": "s", "user": "q", "input": "i", "assistant": "a"}
@@ -121,7 +121,7 @@ class Shown:
             path = folder / f"{name}.json"
             if name in WRITTEN:
                 path.write_text(json.dumps(WRITTEN[name]))
-            template = templates.load(str(path) if name in WRITTEN else name, self.tokenizer)
+            template = data_template.load(str(path) if name in WRITTEN else name, self.tokenizer)
             self.chats[name] = Chat(self.engine, self.tokenizer, template)
         return self.chats[name]
 
@@ -158,7 +158,7 @@ def shown(request, folders) -> Iterator[Shown]:
         yield Shown(made, tokenizer, controls, lambda ids: tokenizer.decode(ids, **plainly), spaced)
         return
     path = folder / "base.gguf"
-    tokenizer = llama_cpp_library.tokenizer_of(path) if "file" in engine else tokenizer
+    tokenizer = inference_llama_cpp.tokenizer_of(path) if "file" in engine else tokenizer
     made = llama_cpp_engine.Engine(path, tokenizer, CONTEXT, threads=1)
     entries = made.library.llama_model_get_vocab(made.model)
     tells = made.library.llama_vocab_is_control, made.library.llama_vocab_is_eog
@@ -183,7 +183,7 @@ def attacks(chat: Chat) -> list[str]:
     tokens = sorted(
         {*TOKENS, *tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
     )
-    forms = [templates.read(path) for path in sorted(templates.FOLDER.glob("*.json"))]
+    forms = [data_template.read(path) for path in sorted(data_template.FOLDER.glob("*.json"))]
     forms += [chat.template]
     parts = [part for form in forms for turn in form.texts().values() for part in listed(turn)]
     written = [text for what, text in parts if what in ("literal", "control")]

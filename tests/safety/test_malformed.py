@@ -17,7 +17,7 @@ from onecard.errors import CHECKPOINT, UserError
 from onecard.inference import gguf_check
 from onecard.models import adapter as models_adapter
 from onecard.models import base_model, pth_files, tensor_files
-from onecard.system import safetensors as safetensors_file
+from onecard.system import safetensors as system_safetensors
 from onecard.system import sandbox
 from tests.support import hostile_files
 from tests.support.paths import ROOT
@@ -77,15 +77,15 @@ def test_the_survey_sees_crashes_hangs_and_tracebacks(monkeypatch):
 
 def test_hostile_headers_are_refused(tmp_path, tiny_model, monkeypatch):
     """By every reader, with the file's name and exit 4; each looks at the header before a library does."""
-    seen, look = [], safetensors_file.read
-    monkeypatch.setattr(safetensors_file, "read", lambda path: seen.append(path) or look(path))
+    seen, look = [], system_safetensors.read
+    monkeypatch.setattr(system_safetensors, "read", lambda path: seen.append(path) or look(path))
     for path in tiny_model.glob("*.json"):
         shutil.copy(path, tmp_path)
     config = '{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}'
     (tmp_path / "adapter_config.json").write_text(config)
     paths = [tmp_path / name for name in ("model.safetensors", "adapter_model.safetensors")]
     readers = {
-        "checkpoint": lambda: safetensors_file.read_tensors(paths[0]),
+        "checkpoint": lambda: system_safetensors.read_tensors(paths[0]),
         "shards": lambda: tensor_files.of_folder(tmp_path),
         "merging": lambda: lora_delta.read(tmp_path),
         "gguf": lambda: gguf.check_adapter(tmp_path),
@@ -105,7 +105,7 @@ def test_hostile_headers_are_refused(tmp_path, tiny_model, monkeypatch):
             seen.clear()
 
 
-@pytest.mark.parametrize("length", [safetensors_file.MOST + 1, 100 << 20, (1 << 63) + 5, (1 << 64) - 1])
+@pytest.mark.parametrize("length", [system_safetensors.MOST + 1, 100 << 20, (1 << 63) + 5, (1 << 64) - 1])
 def test_a_large_header_costs_nothing(tmp_path, length):
     """Nothing of it is read, whether it is there or not."""
     path = tmp_path / "model.safetensors"
@@ -113,7 +113,7 @@ def test_a_large_header_costs_nothing(tmp_path, length):
     os.truncate(path, min(length, 200 << 20) + 8)
     tracemalloc.start()
     with pytest.raises(UserError, match=f"its header would have {length} bytes") as caught:
-        safetensors_file.read(path)
+        system_safetensors.read(path)
     assert (caught.value.code, tracemalloc.get_traced_memory()[1] < 1 << 20) == (CHECKPOINT, True)
     tracemalloc.stop()
 

@@ -22,7 +22,7 @@ from onecard.data import pickled_rows, reader
 from onecard.errors import CHECKPOINT, DATA, UNSAFE, UserError
 from onecard.models import base_model
 from onecard.models import tokenizer as models_tokenizer
-from onecard.runs import adapters as run_adapters
+from onecard.runs import adapters as runs_adapters
 from onecard.runs import legacy
 from onecard.system import sandbox
 from tests.support import hostile_files
@@ -279,7 +279,7 @@ def test_the_whole_way(tmp_path, name, ending):
         if ending == ".pkl":
             list(reader.read_rows(path))
         else:
-            run_adapters.find(str(path.parent), "x", "best", tmp_path)
+            runs_adapters.find(str(path.parent), "x", "best", tmp_path)
 
     with pytest.raises(UserError, match="would run code") as caught:
         read()

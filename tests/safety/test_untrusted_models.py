@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from onecard.data import jinja_sandbox
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.errors import UNSAFE, UserError
 from onecard.models import base_model
 from onecard.models import tokenizer as models_tokenizer
@@ -180,7 +180,7 @@ def test_a_gguf_file_brings_the_same_template(tmp_path, monkeypatch):
     """The template in a file's metadata goes through the same child."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own")
     from onecard.conversion import gguf as conversion_gguf
-    from onecard.inference import llama_cpp as llama_cpp_library
+    from onecard.inference import llama_cpp as inference_llama_cpp
 
     monkeypatch.setattr(jinja_sandbox, "SECONDS", 12)
     canary = tmp_path / "canary"
@@ -189,10 +189,10 @@ def test_a_gguf_file_brings_the_same_template(tmp_path, monkeypatch):
     path = conversion_gguf.base(
         tiny.save_model(tmp_path / "model", own), tmp_path / "x.gguf", any_tokenizer=True
     )
-    found = llama_cpp_library.tokenizer_of(path)
+    found = inference_llama_cpp.tokenizer_of(path)
     assert "cycler" in found.chat_template
     with pytest.raises(UserError, match="cannot be used"):
-        templates.load("auto", found)
+        data_template.load("auto", found)
     assert not canary.exists()
 
 

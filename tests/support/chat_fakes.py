@@ -46,7 +46,7 @@ class Scripted:
         self.active_adapters: generation.ActiveAdapters = (("one", 1.0),)
         self.versions: dict[str, str] = {}
         self.asked: list[tuple[list[str], Generation, generation.ActiveAdapters]] = []
-        self.forms: list[str] = []
+        self.template_names: list[str] = []
 
     unused, modes, check_mode = chat.Chat.unused, chat.Chat.modes, chat.Chat.check_mode
     _lacking = chat.Chat._lacking
@@ -54,9 +54,9 @@ class Scripted:
     def template_of(self, name: str = "") -> Template:
         return {"": self.template, "alpaca": dataclasses.replace(NO_SYSTEM, name="alpaca")}[name]
 
-    def stream(self, conversation, settings, active_adapters=None, cancelled=lambda: False, form=""):
+    def stream(self, conversation, settings, active_adapters=None, cancelled=lambda: False, template_name=""):
         self.asked.append(([turn.text for turn in conversation.turns], settings, active_adapters))
-        self.forms.append(form)
+        self.template_names.append(template_name)
         self.engine.check_active_adapters(active_adapters)
         for text in self.write(conversation):
             if cancelled() and not text.finished:

@@ -51,7 +51,7 @@ class Recorded(chat.Chat):
 
     texts: list[str]
 
-    def stream(self, conversation, settings, active_adapters=None, cancelled=lambda: False, form=""):
+    def stream(self, conversation, settings, active_adapters=None, cancelled=lambda: False, template_name=""):
         text = self.texts.pop(0)
         for end in range(1, len(text) + 1, 7):
             yield chat.Reply(PartialText(text[:end], tokens=end), 5, 5, 0, 0, 0.1, 0.1)

@@ -31,7 +31,7 @@ import pytest
 from tqdm import tqdm
 
 from onecard.runs import checkpoint as runs_checkpoint
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.system import hardware
 from onecard.training import plan
 from tests.support import faults, power_failure, tiny
@@ -168,7 +168,7 @@ def signals(
             return False
         if name == "SIGTERM" and list(run.glob("checkpoint-*")):  # the last finished step is saved
             logged = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
-            if max(logged, default=0) != max(run_folder.checkpoint_steps(run)):
+            if max(logged, default=0) != max(runs_folder.checkpoint_steps(run)):
                 return False
         if not (run / "finetune_config.json").exists():  # it stopped before anything was written
             straight(harness, settings)

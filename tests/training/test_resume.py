@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file
 
 from onecard.config import options as config_options
-from onecard.config import training as training_config
+from onecard.config import training as config_training
 from onecard.runs import checkpoint as runs_checkpoint
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.system import hardware
 from onecard.training import loop, resume
 from tests.support import fake_hub, faults, promises, tiny
@@ -70,7 +70,7 @@ def test_a_run_goes_on_after_every_step(harness, straight, tiny_model, rows, tmp
     for number in range(STEPS - 1):
         answer = go_on(harness, run, kill_in_step=[3, int(number % 4 != 2)])
         assert answer["code"] == -9, answer["said"]
-        assert max(run_folder.checkpoint_steps(run)) == number + 1
+        assert max(runs_folder.checkpoint_steps(run)) == number + 1
     assert go_on(harness, run)["code"] == 0
     assert differences(outcome(straight("16 bits")), outcome(run)) == []
     assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["step"] == STEPS
@@ -121,7 +121,7 @@ def test_a_signal_at_any_moment_loses_nothing(
         assert answer["code"] == code, answer["said"]
         if code != -9 and not (run / "finished.json").exists() and list(run.glob("checkpoint-*")):
             logged = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
-            assert max(run_folder.checkpoint_steps(run)) == max(logged, default=0)
+            assert max(runs_folder.checkpoint_steps(run)) == max(logged, default=0)
             assert "finetune_continue.py --output_path" in answer["said"]
         assert not (run / ".lock").exists() or code == -9
         begun = (run / "finetune_config.json").exists()
@@ -174,7 +174,7 @@ def test_going_back_sets_later_steps_aside(harness, straight, tmp_path):
     answer = harness.run("finetune_continue", {"resume_from_checkpoint": run / "checkpoint-5"})
     assert answer["code"] == 0, answer["said"]
     assert differences(outcome(whole), outcome(run)) == []
-    assert sorted(run_folder.checkpoint_steps(run / "set-aside-1")) == list(range(6, 13))
+    assert sorted(runs_folder.checkpoint_steps(run / "set-aside-1")) == list(range(6, 13))
     dropped = [json.loads(line)["step"] for line in (run / "log.dropped.jsonl").read_text().splitlines()]
     assert dropped == [6, 6, 7, 8, 9, 9, 10, 11, 12, 12]
 
@@ -312,7 +312,7 @@ def test_a_new_run_from_an_adapter_can_be_killed_at_once(harness, straight, tiny
     (tmp_path / "new" / "finished.json").unlink()
     answer = go_on(harness, tmp_path / "new")
     assert answer["code"] == 4
-    assert "it began from" in answer["said"]
+    assert "stopped before its first save" in answer["said"]
 
 
 def test_a_damaged_best_checkpoint_does_not_stop_the_end(harness, straight, tmp_path):
@@ -393,7 +393,7 @@ def test_a_run_of_max_steps_is_made_longer_by_epochs(harness, tiny_model, rows, 
 @pytest.mark.parametrize(("given", "taken"), [({"dtype": "bf16"}, "bf16"), ({"dtype": "auto"}, "fp32")])
 def test_other_rows_in_another_compute_dtype(monkeypatch, given, taken):
     """What is asked for counts; auto stays what it was."""
-    options = training_config.FinetuneConfig(**given, device="cpu")
+    options = config_training.FinetuneConfig(**given, device="cpu")
     resolved = {"dtype": "fp32", "gradient_checkpointing": False}
     kept = resume._resolved_before(options, resolved).get("dtype")
     assert (kept or options.dtype) == taken
@@ -551,9 +551,9 @@ def test_a_checkpoint_at_least_every_ten_minutes(tiny_model, rows, tmp_path, mon
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
     settings = flags(tiny_model, rows, tmp_path / "run", max_steps=3, save_steps=1000, eval_steps=1000)
     settings = {**settings, "test_size": 0}
-    options = config_options.build(training_config.FinetuneConfig, {k: str(v) for k, v in settings.items()})
+    options = config_options.build(config_training.FinetuneConfig, {k: str(v) for k, v in settings.items()})
     loop.run(options, sample=lambda *_: [], draw=lambda *_: None)
-    assert sorted(run_folder.checkpoint_steps(tmp_path / "run")) == [0, 1, 2, 3]
+    assert sorted(runs_folder.checkpoint_steps(tmp_path / "run")) == [0, 1, 2, 3]
 
 
 def test_training_goes_on_when_its_terminal_is_gone(tiny_model, rows, tmp_path):
@@ -634,7 +634,7 @@ def test_auto_dtype_changes_with_the_gpu_only(monkeypatch, before, now, device, 
     monkeypatch.setattr(hardware, "choose_device", lambda *_: hardware.Choice(device, ""))
     monkeypatch.setattr(hardware, "choose_dtype", lambda *_: hardware.Choice(now, ""))
     resolved = {"dtype": before, "gradient_checkpointing": False}
-    assert resume._resolved_before(training_config.FinetuneConfig(), resolved).get("dtype", now) == taken
+    assert resume._resolved_before(config_training.FinetuneConfig(), resolved).get("dtype", now) == taken
 
 
 def test_a_stop_within_the_last_evaluation(harness, straight, tiny_model, rows, tmp_path):

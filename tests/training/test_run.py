@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM
 from onecard.config.training import FinetuneConfig
 from onecard.data import examples as data_examples
 from onecard.data import reader
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.errors import UserError
 from onecard.inference import chat, transformers_engine
 from onecard.models import adapter as models_adapter
 from onecard.models import base_model, lora_shape, trainable
 from onecard.models import tokenizer as models_tokenizer
 from onecard.runs import checkpoint as runs_checkpoint
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.training import loop, metrics, out_of_memory, step, trainer
 from tests.support import tiny
 from tests.support.paths import ROOT
@@ -168,7 +168,7 @@ def test_unfinished_run_is_refused_and_overwrite_clears_only_the_run(tiny_model,
     first = log(folder)
     run(options(tiny_model, tiny_rows, tmp_path / "run", max_steps=1, overwrite=True))
     assert (folder / "notes.txt").read_text() == "mine"
-    assert sorted(run_folder.checkpoint_steps(folder)) == [0, 1]
+    assert sorted(runs_folder.checkpoint_steps(folder)) == [0, 1]
     assert len(log(folder)) < len(first)
 
 
@@ -179,7 +179,7 @@ def test_the_best_adapter_is_published(tiny_model, tiny_rows, tmp_path, monkeypa
     folder = run(options(tiny_model, tiny_rows, tmp_path / "run", eval_steps=1))
     finished = json.loads((folder / "finished.json").read_text())
     assert (finished["best_step"], finished["eval_loss_after"], finished["eval_loss_before"]) == (3, 2.0, 1.0)
-    assert sorted(run_folder.checkpoint_steps(folder)) == [
+    assert sorted(runs_folder.checkpoint_steps(folder)) == [
         0,
         1,
         2,
@@ -198,7 +198,7 @@ def test_without_validation_rows_the_last_adapter_is_published(tiny_model, tiny_
         options(tiny_model, tiny_rows, tmp_path / "run", test_size=0, save_steps=1, save_total_limit=2)
     )
     assert all("eval_loss" not in record for record in log(folder))
-    assert sorted(run_folder.checkpoint_steps(folder)) == [7, 8]
+    assert sorted(runs_folder.checkpoint_steps(folder)) == [7, 8]
     assert json.loads((folder / "finished.json").read_text())["best_step"] == 8
 
 
@@ -285,7 +285,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(
         run(settings)
     assert caught.value.code == 5
     folder = tmp_path / "run"
-    assert run_folder.checkpoint_steps(folder) and max(run_folder.checkpoint_steps(folder)) == 2  # noqa: PT018
+    assert runs_folder.checkpoint_steps(folder) and max(runs_folder.checkpoint_steps(folder)) == 2  # noqa: PT018
     for path in folder.glob("checkpoint-*/*.safetensors"):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
     last = log(folder)[-1]
@@ -369,7 +369,7 @@ def test_a_validation_loss_that_is_no_number_stops(tiny_model, tiny_rows, tmp_pa
         run(options(tiny_model, tiny_rows, tmp_path / "run", eval_steps=1))
     assert caught.value.code == 5
     assert log(tmp_path / "run")[-1] == {"step": 2, "eval_loss": "nan", "stopped": "validation loss"}
-    assert sorted(run_folder.checkpoint_steps(tmp_path / "run")) == [0, 1]
+    assert sorted(runs_folder.checkpoint_steps(tmp_path / "run")) == [0, 1]
     assert not (tmp_path / "run" / "finished.json").exists()
 
 
@@ -547,7 +547,7 @@ def test_what_chat_asks_is_the_beginning_of_what_training_saw(tiny_model, tiny_r
     chat.reply(
         base,
         models_tokenizer.load_tokenizer(str(tiny_model)),
-        templates.load("alpaca", None),
+        data_template.load("alpaca", None),
         reader.pick_rows([tiny_rows], numbers),
         2,
     )

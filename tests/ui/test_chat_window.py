@@ -30,7 +30,7 @@ class Sides(Scripted):
         self.scripts, self.engine.name = {(("one", 1.0),): left, (): right}, name
 
     def stream(
-        self, conversation, settings, active_adapters=None, cancelled=lambda: False, form=""
+        self, conversation, settings, active_adapters=None, cancelled=lambda: False, template_name=""
     ) -> Iterator:
         for step in self.scripts[active_adapters]:
             if isinstance(step, Exception):

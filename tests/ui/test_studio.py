@@ -18,12 +18,12 @@ import pytest
 from onecard.config.options import build
 from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.data import preview
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.errors import Stopped, UserError
 from onecard.models import tokenizer as models_tokenizer
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.runs import jobs
-from onecard.runs import log as run_log
+from onecard.runs import log as runs_log
 from onecard.system import commands, svg_plot
 from onecard.training import loop, metrics
 from onecard.ui import training_html, training_window
@@ -34,7 +34,7 @@ from tests.support.training_page import eventually, visited, windows
 
 
 def samples(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / run_folder.SAMPLES).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / runs_folder.SAMPLES).read_text().splitlines()]
 
 
 @pytest.mark.parametrize("bits", [16, 8])
@@ -44,7 +44,7 @@ def test_answers_on_the_way_change_nothing_that_is_learned(one_thread, tiny_mode
     prompts = {"sample_steps": 4, "sample_prompts": "Say red | Say  blue 3"}
     asked = trained(tiny_model, tiny_rows, tmp_path / "asked", bits=bits, **prompts)
     assert resume_cases.differences(resume_cases.outcome(plain), resume_cases.outcome(asked)) == []
-    assert not (plain / run_folder.SAMPLES).exists()
+    assert not (plain / runs_folder.SAMPLES).exists()
     rounds = samples(asked)
     assert [record["step"] for record in rounds] == [0, 4, 6]
     questions = [[answer["instruction"] for answer in record["answers"]] for record in rounds]
@@ -73,7 +73,7 @@ def test_answers_on_the_way_survive_a_stop(one_thread, tiny_model, tiny_rows, tm
     with pytest.raises(Stopped):
         trained(tiny_model, tiny_rows, folder, killed, **flags)
     assert [record["step"] for record in samples(folder)] == [0, 1, 2]
-    with open(folder / run_folder.SAMPLES, "a") as file:
+    with open(folder / runs_folder.SAMPLES, "a") as file:
         file.write('{"step": 99, "answers": []}\n{"step": 3, "ans')
     wish = build(ContinueConfig, {"output_path": str(folder)})
     loop.go_on(wish, frozenset({"output_path"}), short_reply, metrics.loss_curve)
@@ -285,7 +285,7 @@ def test_who_is_trained_on_a_device(workspace, sleeper):
         if device:
             folder = planted(workspace, f"run-{number}")
             stored = {"options": {}, "resolved": {"device": device}}
-            (folder / run_folder.CONFIG).write_text(json.dumps(stored))
+            (folder / runs_folder.CONFIG).write_text(json.dumps(stored))
     for device, names in (("cpu", "03"), ("cuda:0", "13"), ("cuda:1", "23"), ("all", "123"), ("cuda", "13")):
         assert sorted(jobs.training_on(workspace, device)) == [f"run-{name}" for name in names]
 
@@ -323,18 +323,18 @@ def test_how_a_run_stands_is_read_from_its_files(workspace):
     assert said(f"step 1\n{jobs.STOP_NOTE}\n").kind == jobs.STOPPED
     said("step 3/5")
     later = time.time() + 5
-    os.utime(folder / run_folder.LOG, (later, later))
+    os.utime(folder / runs_folder.LOG, (later, later))
     assert jobs.state(workspace, "run").kind == jobs.STOPPED
-    (folder / run_folder.FINISHED).write_text("{}")
+    (folder / runs_folder.FINISHED).write_text("{}")
     assert said("error: in a row\nall is well\n").kind == jobs.FINISHED
     jobs.console_of(workspace / "failed").write_text(f"{start}error: no such file\n")
     jobs.console_of(workspace / "deleted").write_text(f"{start}step 5\n")
     assert sorted(jobs.names(workspace)) == ["failed", "run"]
     assert jobs.state(workspace, "deleted").kind == jobs.STOPPED
     assert jobs.free_name(workspace) == "run-1"
-    (folder / run_folder.CONFIG).write_text('{"options": {}, "resolved": {"total_steps": "<script>"}}')
+    (folder / runs_folder.CONFIG).write_text('{"options": {}, "resolved": {"total_steps": "<script>"}}')
     assert jobs.state(workspace, "run").total is None
-    (folder / run_folder.CONFIG).write_text("{")
+    (folder / runs_folder.CONFIG).write_text("{")
     assert jobs.state(workspace, "run").kind == jobs.FINISHED
 
 
@@ -365,43 +365,45 @@ def test_memory_is_predicted_from_the_form(workspace, tiny_model, tmp_path):
 def test_curves_grow_with_the_log_and_go_back_with_it(workspace):
     """Half a line waits, damaged ones are left out, a log that was cut is read anew."""
     folder = planted(workspace, "run")
-    made = run_log.Curves(folder)
+    made = runs_log.Curves(folder)
     made.refresh()
     assert made.points["loss"] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
     assert made.latest()["speed"] == 5.0
-    log = folder / run_folder.LOG
+    log = folder / runs_folder.LOG
     with open(log, "ab") as file:
         file.write(
             b'\xff\xfe\n[1]\n{"step": "4"}\n{"step": true}\n{"step": 4, "loss": "nan"}\n{"step": 5, "lo'
         )
     made.refresh()
     assert made.points["loss"][-1] == (3, 1 / 3)
-    assert run_log.last_step(folder) == 4
+    assert runs_log.last_step(folder) == 4
     with open(log, "ab") as file:
         file.write(b'ss": 0.25}\n{"step": 5, "eval_loss": 0.5}\n')
     made.refresh()
     assert made.points["loss"][-1] == (5, 0.25)
     assert made.points["eval_loss"] == [(5, 0.5)]
-    run_folder.cut_log(folder, 2)
+    runs_folder.cut_log(folder, 2)
     made.refresh()
     assert made.points["loss"] == [(1, 1.0), (2, 0.5)]
     assert made.thinned("loss", 1) == [(2, 0.75)]
     log.unlink()
     made.refresh()
     assert made.points["loss"] == []
-    assert run_log.last_step(folder) == 0
+    assert runs_log.last_step(folder) == 0
 
 
 def test_answers_are_those_of_the_rounds_or_of_the_end(workspace):
     """Damaged records are left out; without rounds a finished run has those before and after."""
     folder = planted(workspace, "run")
-    assert run_log.samples(folder) == {}
+    assert runs_log.samples(folder) == {}
     answer = {"instruction": "a", "input": "", "before": "x", "after": "y"}
-    (folder / run_folder.FINISHED).write_text(json.dumps({"steps": 5, "answers": [answer]}))
-    assert {step: given[0]["answer"] for step, given in run_log.samples(folder).items()} == {0: "x", 5: "y"}
+    (folder / runs_folder.FINISHED).write_text(json.dumps({"steps": 5, "answers": [answer]}))
+    assert {step: given[0]["answer"] for step, given in runs_log.samples(folder).items()} == {0: "x", 5: "y"}
     lines = ['{"step": 4, "answers": [{"instruction": "q", "answer": 7}]}', '{"step": 0, "answers": []}']
-    (folder / run_folder.SAMPLES).write_text("\n".join([*lines, '{"step": 9, "answers": [1]}', '{"step": 8']))
-    assert run_log.samples(folder) == {0: [], 4: [{"instruction": "q", "input": "", "answer": "7"}]}
+    (folder / runs_folder.SAMPLES).write_text(
+        "\n".join([*lines, '{"step": 9, "answers": [1]}', '{"step": 8'])
+    )
+    assert runs_log.samples(folder) == {0: [], 4: [{"instruction": "q", "input": "", "answer": "7"}]}
 
 
 def test_nothing_that_is_shown_becomes_a_tag(workspace, tiny_model):
@@ -414,7 +416,7 @@ def test_nothing_that_is_shown_becomes_a_tag(workspace, tiny_model):
 
     def load(model_path: str, name: str):
         tokenizer = models_tokenizer.load_tokenizer(model_path)
-        return tokenizer, templates.load(name, tokenizer)
+        return tokenizer, data_template.load(name, tokenizer)
 
     rows = preview.first_rows(options, load, 5)
     assert len(rows) == 2
@@ -479,20 +481,20 @@ def test_a_training_in_the_browser(window, browser, tiny_model, tmp_path):
 
         folder = tmp_path / "lora-checkpoints" / "mine"
         pid = jobs.state(folder.parent, "mine").pid
-        eventually(lambda: run_log.last_step(folder) >= 1, 90)
+        eventually(lambda: runs_log.last_step(folder) >= 1, 90)
         os.kill(pid, signal.SIGSTOP)  # between looks at the page: the tiny run would soon be over
         seen = page.wait("running", 1)
         os.kill(pid, signal.SIGCONT)
         first.send_signal(signal.SIGKILL)
         first.wait()
-        eventually(lambda: run_log.last_step(folder) >= seen + 2)
+        eventually(lambda: runs_log.last_step(folder) >= seen + 2)
         os.kill(pid, signal.SIGSTOP)
     _, url = window()
     with visited(browser, url) as page:
         seen = page.wait("running", seen + 2)
         assert page.page.input_value("#train-run input") == "mine"
         os.kill(pid, signal.SIGCONT)
-        eventually(lambda: run_log.last_step(folder) > seen)
+        eventually(lambda: runs_log.last_step(folder) > seen)
         os.kill(pid, signal.SIGSTOP)
         seen = page.wait("running", seen + 1)
         page.press("stop")

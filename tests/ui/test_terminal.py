@@ -27,7 +27,7 @@ from wcwidth import wcwidth
 from onecard import errors
 from onecard.config.chat import ChatConfig
 from onecard.config.generation import Generation
-from onecard.data import template as templates
+from onecard.data import template as data_template
 from onecard.data.conversation import Conversation, Turn
 from onecard.errors import UserError
 from onecard.inference import chat, decoding, transcript, transformers_engine
@@ -342,7 +342,7 @@ def test_a_saved_chat_is_taken_up_again(piped, tmp_path):
     piped(Scripted(echo), f"/template alpaca\na\n/save {path}\n")
     made = Scripted(echo)
     piped(made, f"/load {path}\nb\n")
-    assert made.forms == ["alpaca"]
+    assert made.template_names == ["alpaca"]
 
 
 def test_retry_of_a_loaded_turn_has_its_input(piped, tmp_path):
@@ -403,7 +403,7 @@ def test_templates(piped):
     made = Scripted(echo)
     settings = dataclasses.replace(SETTINGS, system="Be kind.")
     _, notes, problem = piped(made, "a\n/template alpaca\nb\n/template trained\nc\n/template\n", settings)
-    assert (made.forms, problem) == (["", "alpaca", ""], "")
+    assert (made.template_names, problem) == (["", "alpaca", ""], "")
     assert made.questions[1] == ["a", "A", "b"]
     lines = notes.splitlines()
     assert "no place for a system prompt" in lines[0]
@@ -831,7 +831,7 @@ def real_chat(folder: Path) -> chat.Chat:
     tokenizer = models_tokenizer.load_tokenizer(str(folder))
     made = base_model.load_base(str(folder), 16, "fp32", "cpu").eval()
     engine = transformers_engine.Engine(made, tokenizer, 512)
-    return chat.Chat(engine, tokenizer, templates.load("alpaca", tokenizer))
+    return chat.Chat(engine, tokenizer, data_template.load("alpaca", tokenizer))
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beam"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from onecard.runs import folder as run_folder
+from onecard.runs import folder as runs_folder
 from onecard.runs import jobs
 from tests.support import tiny
 from tests.support.browser import WAIT
@@ -33,7 +33,7 @@ def place(tmp_path_factory, tiny_model, one_thread) -> Path:
     shutil.copytree(tiny_model, folder / "tiny")
     tiny.save_rows(folder / "rows.json", 24)
     for name, steps in (("first", 3), ("second", 5)):
-        log = planted(workspace, name, steps) / run_folder.LOG
+        log = planted(workspace, name, steps) / runs_folder.LOG
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": steps, "eval_loss": 0.25}) + "\n")
     with contextlib.chdir(folder):  # what the run stores is named as the window names it
@@ -44,12 +44,12 @@ def place(tmp_path_factory, tiny_model, one_thread) -> Path:
     hostile = planted(workspace, "hostile", options=options, begun_from=BAD)
     answer = {"instruction": BAD, "input": BAD, "answer": BAD}
     lines = [json.dumps({"step": step, "answers": [answer]}) for step in (0, 3)]
-    (hostile / run_folder.SAMPLES).write_text("\n".join([*lines, ""]), encoding="utf-8")
+    (hostile / runs_folder.SAMPLES).write_text("\n".join([*lines, ""]), encoding="utf-8")
     start = f"=== 2020-01-01 10:00:00 {BAD}\n"
     jobs.console_of(hostile).write_text(f"{start}error: {BAD}\n", encoding="utf-8")
     jobs.console_of(workspace / TAG).write_text(f"{start}error: {BAD}\n", encoding="utf-8")
     (workspace / TAG).mkdir()
-    shutil.copy(hostile / run_folder.CONFIG, workspace / TAG)
+    shutil.copy(hostile / runs_folder.CONFIG, workspace / TAG)
     return folder
 
 
