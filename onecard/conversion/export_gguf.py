@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard import errors
-from onecard.config.tools import PLAIN_TYPES, ExportConfig
+from onecard.config.conversion import PLAIN_TYPES, ExportConfig
 from onecard.conversion import export_manifest, gguf, gguf_cache, llama_cpp_converter, modelfile
 from onecard.data import encode as data_encode
 from onecard.data import template as data_template

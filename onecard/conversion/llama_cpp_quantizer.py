@@ -1,6 +1,8 @@
 """A GGUF file of 16 or 32 bits -> a file of another type, by the quantiser of llama.cpp; runs as a child.
 
-python -m onecard.conversion.llama_cpp_quantizer SOURCE OUTPUT TYPE, with one of GGUF_TYPES in config/tools.py
+python -m onecard.conversion.llama_cpp_quantizer SOURCE OUTPUT TYPE
+
+TYPE is one of GGUF_TYPES in config/conversion.py.
 """
 
 import ctypes

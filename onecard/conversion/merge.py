@@ -16,7 +16,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from onecard.config import options as config_options
-from onecard.config.tools import REPORT, MergeConfig
+from onecard.config.conversion import REPORT, MergeConfig
 from onecard.conversion import lora_delta, side_files
 from onecard.conversion.lora_delta import Change
 from onecard.errors import CHECKPOINT, UserError

@@ -11,7 +11,7 @@ from typing import Any
 
 from onecard.config import declaration
 from onecard.config import options as config_options
-from onecard.config.tools import NOT_TOKENIZER_ONLY, ConvertConfig
+from onecard.config.conversion import NOT_TOKENIZER_ONLY, ConvertConfig
 from onecard.conversion import meta_layout, meta_tokenizer
 from onecard.conversion.meta_layout import TO_HF
 from onecard.errors import CHECKPOINT, UserError

@@ -18,7 +18,7 @@ import torch
 from onecard import errors
 from onecard.config import declaration
 from onecard.config import options as config_options
-from onecard.config.tools import CALIBRATION, GPTQ_ONLY, QuantizeConfig
+from onecard.config.conversion import CALIBRATION, GPTQ_ONLY, QuantizeConfig
 from onecard.errors import CHECKPOINT, UserError, is_out_of_memory
 from onecard.evaluation import eval_rows
 from onecard.evaluation.eval_rows import EvalRow

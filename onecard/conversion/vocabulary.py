@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from onecard.config.tools import PrepareConfig, VocabConfig
+from onecard.config.conversion import PrepareConfig, VocabConfig
 from onecard.errors import CHECKPOINT, DATA, DISK, UserError
 from onecard.hub import locate, model_files
 from onecard.hub.model_files import INDEX

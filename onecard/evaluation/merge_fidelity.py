@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from onecard import errors
-from onecard.config.tools import MergeConfig
+from onecard.config.conversion import MergeConfig
 from onecard.errors import CHECKPOINT, UserError
 from onecard.evaluation import eval_rows, likelihood
 from onecard.evaluation.eval_rows import EvalRow

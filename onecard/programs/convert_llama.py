@@ -6,7 +6,7 @@ python tools/convert_llama.py --input_dir LLAMA/13B --output_dir llama-13b --to 
 """
 
 from onecard.config import options as config_options
-from onecard.config.tools import ConvertConfig
+from onecard.config.conversion import ConvertConfig
 from onecard.errors import UserError
 
 SETTINGS = ConvertConfig  # the class of its options

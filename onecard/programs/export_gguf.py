@@ -6,7 +6,7 @@ python tools/export_gguf.py --model_path demo --type q8_0
 """
 
 from onecard.config import options as config_options
-from onecard.config.tools import ExportConfig
+from onecard.config.conversion import ExportConfig
 from onecard.system import commands
 
 SETTINGS = ExportConfig  # the class of its options

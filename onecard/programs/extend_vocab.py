@@ -5,11 +5,11 @@ python tools/extend_vocab.py --model_path MODEL --pieces pieces.txt --sample_tex
 Then give the model rows for them: run prepare_base_model.py (prepare-base) with --tokenizer_path NEW.
 """
 
+from onecard.config import conversion as config_conversion
 from onecard.config import options as config_options
-from onecard.config import tools as config_tools
 from onecard.errors import UserError
 
-SETTINGS = config_tools.VocabConfig  # the class of its options
+SETTINGS = config_conversion.VocabConfig  # the class of its options
 LESS_MEMORY = ""  # options whose smaller values need less memory
 
 

@@ -5,7 +5,7 @@ python tools/merge_lora.py --model_path MODEL --lora_path ADAPTER --output_path 
 """
 
 from onecard.config import options as config_options
-from onecard.config.tools import MergeConfig
+from onecard.config.conversion import MergeConfig
 from onecard.errors import UserError
 
 SETTINGS = MergeConfig  # the class of its options

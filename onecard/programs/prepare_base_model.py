@@ -4,10 +4,10 @@ python tools/prepare_base_model.py --model_path MODEL --output_path NEW
 python tools/prepare_base_model.py --model_path MODEL --tokenizer_path EXTENDED --output_path NEW
 """
 
+from onecard.config import conversion as config_conversion
 from onecard.config import options as config_options
-from onecard.config import tools as config_tools
 
-SETTINGS = config_tools.PrepareConfig  # the class of its options
+SETTINGS = config_conversion.PrepareConfig  # the class of its options
 LESS_MEMORY = ""  # options whose smaller values need less memory
 
 

@@ -7,7 +7,7 @@ python tools/quantize.py --model_path MODEL --method bnb --bits 8
 
 from onecard.config import declaration
 from onecard.config import options as config_options
-from onecard.config.tools import QuantizeConfig
+from onecard.config.conversion import QuantizeConfig
 
 SETTINGS = QuantizeConfig  # the class of its options
 LESS_MEMORY = declaration.memory_savers(SETTINGS)  # options whose smaller values need less memory

@@ -10,9 +10,9 @@ from onecard.config import chat as config_chat
 from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config.chat import TRANSFORMERS, WINDOW, SingleConfig
+from onecard.config.conversion import QuantizeConfig
 from onecard.config.declaration import EXECUTION, LEARNED, ROWS, Hub, OnResume, Place, execution, learned
 from onecard.config.generation import SAMPLING, SEVERAL_TURNS, Generation, absent_uses
-from onecard.config.tools import QuantizeConfig
 from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.config.training_adapter import LORA
 from onecard.data import dataset

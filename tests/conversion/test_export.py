@@ -15,8 +15,8 @@ from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from onecard.config.chat import ChatConfig
+from onecard.config.conversion import GGUF_TYPES, ExportConfig
 from onecard.config.generation import Generation
-from onecard.config.tools import GGUF_TYPES, ExportConfig
 from onecard.conversion import export_gguf, gguf, gguf_cache, llama_cpp_converter, lora_delta, modelfile
 from onecard.data import conversation as data_conversation
 from onecard.data import encode as data_encode

@@ -18,7 +18,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from onecard.config.tools import MergeConfig
+from onecard.config.conversion import MergeConfig
 from onecard.conversion import lora_delta, merge
 from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, UserError
 from onecard.evaluation import merge_fidelity

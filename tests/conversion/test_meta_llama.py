@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from onecard.config.tools import ConvertConfig
+from onecard.config.conversion import ConvertConfig
 from onecard.conversion import meta_layout, meta_llama, meta_tokenizer, meta_weights
 from onecard.errors import CHECKPOINT, DISK, MEMORY, UNSAFE, USAGE, UserError
 from onecard.hub import model_files
@@ -567,7 +567,7 @@ def test_a_killed_parent_takes_its_child_along(tmp_path, pieces):
     program = (
         "import os, signal, sys\n"
         "from onecard.conversion import meta_llama\n"
-        "from onecard.config.tools import ConvertConfig\n"
+        "from onecard.config.conversion import ConvertConfig\n"
         "def progress(done, total): os.kill(os.getpid(), signal.SIGKILL)\n"
         "options = ConvertConfig(input_dir=sys.argv[1], output_dir=sys.argv[2])\n"
         "meta_llama.run(options, progress)\n"

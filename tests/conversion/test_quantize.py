@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from onecard.config.conversion import QuantizeConfig
 from onecard.config.options import build
-from onecard.config.tools import QuantizeConfig
 from onecard.conversion import quantize
 from onecard.data import template as data_template
 from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, UserError

@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from onecard.config import conversion as config_conversion
 from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config import tools as config_tools
 from onecard.config.chat import ChatConfig, CpuConfig
+from onecard.config.conversion import ExportConfig, MergeConfig, QuantizeConfig
 from onecard.config.declaration import Place
 from onecard.config.generation import Generation
-from onecard.config.tools import DownloadConfig, ExportConfig, MergeConfig, PerplexityConfig, QuantizeConfig
+from onecard.config.tools import DownloadConfig, PerplexityConfig
 from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.conversion import export_gguf, merge
 from onecard.errors import CHECKPOINT, UNSAFE, USAGE, UserError
@@ -479,7 +481,7 @@ def test_the_other_programs_have_no_such_option():
         ExportConfig,
         QuantizeConfig,
         config_tools.CheckConfig,
-        config_tools.PrepareConfig,
+        config_conversion.PrepareConfig,
     ):
         with pytest.raises(UserError, match="unrecognized arguments: --remote_code"):
             config_options.parse(options, [f"--remote_code={COMMIT}"])

@@ -9,8 +9,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from onecard.config.chat import ChatConfig
+from onecard.config.conversion import ExportConfig, MergeConfig
 from onecard.config.options import build
-from onecard.config.tools import ExportConfig, MergeConfig, PerplexityConfig
+from onecard.config.tools import PerplexityConfig
 from onecard.conversion import export_gguf, merge
 from onecard.errors import CHECKPOINT, USAGE, UserError
 from onecard.evaluation import perplexity

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from onecard.config import options as config_options
 from onecard.config.chat import ChatConfig
-from onecard.config.tools import ConvertConfig, ExportConfig, MergeConfig, PerplexityConfig, QuantizeConfig
+from onecard.config.conversion import ConvertConfig, ExportConfig, MergeConfig, QuantizeConfig
+from onecard.config.tools import PerplexityConfig
 from onecard.conversion import gguf_cache, merge, meta_llama, vocabulary
 from onecard.conversion import quantize as conversion_quantize
 from onecard.errors import CHECKPOINT, USAGE, UserError, run_program

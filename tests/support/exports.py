@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from onecard.config import options as config_options
-from onecard.config.tools import ExportConfig
+from onecard.config.conversion import ExportConfig
 from onecard.conversion import export_gguf
 from tests.support import console
 

@@ -470,7 +470,7 @@ class Original:
 
     def read(self, _: int) -> None:
         from onecard.config import options as config_options
-        from onecard.config.tools import ConvertConfig
+        from onecard.config.conversion import ConvertConfig
         from onecard.conversion import meta_llama, meta_weights
         from tests.support import console
 

@@ -34,7 +34,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def convert(target: Path, options: dict[str, str]) -> None:
     from onecard.config import options as config_options
-    from onecard.config.tools import ConvertConfig
+    from onecard.config.conversion import ConvertConfig
     from onecard.conversion import meta_llama, meta_tokenizer, meta_weights
 
     def work(request: dict[str, Any], report: Any, keep: int) -> None:
@@ -47,7 +47,7 @@ def convert(target: Path, options: dict[str, str]) -> None:
 
 def merge(target: Path, options: dict[str, str]) -> None:
     from onecard.config import options as config_options
-    from onecard.config.tools import MergeConfig
+    from onecard.config.conversion import MergeConfig
     from onecard.conversion import merge as conversion_merge
 
     settings = config_options.build(MergeConfig, {**options, "output_path": str(target)})
@@ -57,7 +57,7 @@ def merge(target: Path, options: dict[str, str]) -> None:
 def export(target: Path, options: dict[str, str]) -> None:
     """Export with a converter that only writes a few bytes, which nothing reads."""
     from onecard.config import options as config_options
-    from onecard.config.tools import ExportConfig
+    from onecard.config.conversion import ExportConfig
     from onecard.conversion import export_gguf, llama_cpp_converter
     from onecard.inference import llama_cpp_engine
 
@@ -75,7 +75,7 @@ def export(target: Path, options: dict[str, str]) -> None:
 
 def quantize(target: Path, options: dict[str, str]) -> None:
     from onecard.config import options as config_options
-    from onecard.config.tools import QuantizeConfig
+    from onecard.config.conversion import QuantizeConfig
     from onecard.conversion import quantize as conversion_quantize
 
     fixed = {"method": "bnb", "device": "cpu", "output_path": str(target)}
