@@ -330,16 +330,16 @@ def test_failed_conversion_leaves_nothing(tiny_model, tmp_path):
     weights = folder / "model.safetensors"
     whole, config = weights.read_bytes(), folder / "config.json"
     weights.write_bytes(whole[:-1000])
-    with pytest.raises(UserError, match=rf"{weights}: damaged \(") as caught:
+    with pytest.raises(UserError, match=rf"{weights}: the file is damaged \(") as caught:
         gguf.base(folder, output)
     assert (caught.value.code, output.parent.exists()) == (CHECKPOINT, False)
     weights.write_bytes(whole)
     config.write_text(config.read_text().replace("LlamaForCausalLM", "NoSuchForCausalLM"))
-    with pytest.raises(UserError, match=rf"{folder}: cannot be converted to GGUF: \S") as caught:
+    with pytest.raises(UserError, match=rf"{folder} cannot be converted to GGUF: \S") as caught:
         gguf.base(folder, output)
     assert (caught.value.code, list(output.parent.iterdir())) == (CHECKPOINT, [])
     weights.unlink()
-    with pytest.raises(UserError, match="no model folder"):
+    with pytest.raises(UserError, match="not a model folder"):
         gguf.base(folder, output)
 
 

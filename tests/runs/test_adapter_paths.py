@@ -181,7 +181,7 @@ def test_an_unfinished_run_answers_with_its_best_or_newest_checkpoint(unfinished
     chat, said = load(unfinished)
     assert is_checkpoint(chat, tiny_model, unfinished / "checkpoint-3")
     assert any("checkpoint-3 is used, the newest" in line for line in said)
-    with pytest.raises(UserError, match="changed since it was saved") as caught:
+    with pytest.raises(UserError, match="was changed after it was saved") as caught:
         load(unfinished / "checkpoint-4")
     assert caught.value.code == 4
     for number in (0, 1, 3):
@@ -226,7 +226,7 @@ def test_runs_that_train_more_than_an_adapter(tiny_model, tmp_path, what):
         assert torch.allclose(scores(load(early)[0]), plain(folder / "model"), atol=1e-5)
         with open(early / "checkpoint-2" / "model.safetensors", "ab") as file:
             file.write(b" ")
-        with pytest.raises(UserError, match="changed since it was saved"):
+        with pytest.raises(UserError, match="was changed after it was saved"):
             load(early / "checkpoint-2")
         for more in ({"model_path": str(tiny_model)}, {"lora_path": f"{folder},{folder}"}):
             with pytest.raises(UserError, match="is a whole model, not an adapter"):

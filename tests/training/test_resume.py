@@ -242,8 +242,7 @@ def test_changed_rows_tokenizer_or_base_are_refused(harness, straight, tiny_mode
     answer = go_on(harness, run)
     assert answer["code"] == 4, answer["said"]
     field = {"tokenizer": "tokenizer", "base": "base model", "config": "base model"}.get(what, "rows")
-    assert f"{field} " in answer["said"]
-    assert " -> " in answer["said"]
+    assert re.search(rf"{field}( \(.*\))?: \w+ -> \w+", answer["said"])
 
 
 def test_rows_and_base_may_move(harness, straight, tiny_model, rows, tmp_path):
@@ -361,7 +360,7 @@ def test_a_checkpoint_outside_of_its_run_is_checked_too(harness, straight, tiny_
     (adapter / "adapter_model.safetensors").write_bytes(raw)
     answer = harness.run("finetune_continue", {**wish, "output_path": tmp_path / "other"})
     assert answer["code"] == 4
-    assert "changed since it was saved" in answer["said"]
+    assert "was changed after it was saved" in answer["said"]
 
 
 def test_a_run_is_made_longer(harness, straight, tiny_model, rows, tmp_path):
