@@ -96,14 +96,14 @@ def random_heads(heads: int, tokens: int) -> torch.Tensor:
 
 
 def best(ways: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Best time of each way in milliseconds. They take turns, so a busy moment slows down all of them."""
+    """The best time of each way in milliseconds. They take turns, so a busy moment slows down all of them."""
     times: list[list[float]] = [[] for _ in ways]
     for _ in range(repeats + 2):  # two rounds to warm up
-        for way, taken in zip(ways, times, strict=True):
+        for way, milliseconds in zip(ways, times, strict=True):
             started = time.perf_counter()
             way()
-            taken.append(1000 * (time.perf_counter() - started))
-    return [min(taken[2:]) for taken in times]
+            milliseconds.append(1000 * (time.perf_counter() - started))
+    return [min(milliseconds[2:]) for milliseconds in times]
 
 
 def dropout_line(name: str, times: list[float]) -> str:

@@ -36,11 +36,11 @@ from onecard.system import hardware
 from onecard.training import plan
 
 QUESTION = "Write a long story about a lighthouse keeper who finds a letter in a bottle."
-Run = tuple[float, float, str]  # seconds to the first token, seconds in all, text
+Run = tuple[float, float, str]  # seconds to the first token, seconds of the whole answer, text
 
 
 class First(BaseStreamer):
-    """Records when the first new token came."""
+    """A streamer that records when the first new token came."""
 
     def __init__(self) -> None:
         self.calls, self.at = 0, 0.0
@@ -55,7 +55,7 @@ class First(BaseStreamer):
 
 
 def our_tokens(talk: chat.Chat, settings: Generation) -> Iterator[str]:
-    """Yields an empty text for each token of OneCard's answer, and the whole text at the end."""
+    """Yield an empty text for each token of OneCard's answer, and the whole text at the end."""
     for reply in talk.stream(conversation(), settings):
         if reply.text.tokens:
             yield ""
@@ -101,7 +101,7 @@ def conversation() -> data_conversation.Conversation:
 
 @dataclasses.dataclass
 class Compared:
-    """Two ways to the same answer, run in pairs. Of two values the first is ours."""
+    """Results of two ways to the same answer, run in pairs. The first of two values is ours."""
 
     speeds: tuple[float, float]  # tokens/s, medians
     firsts: tuple[float, float]  # seconds to the first token, medians
@@ -110,7 +110,7 @@ class Compared:
 
 
 def compared(mine: Callable[[], Run], other: Callable[[], Run], tokens: int, pairs: int) -> Compared:
-    """Run both sides in pairs, after one run each to warm up; tokens: how many each of them writes."""
+    """Run both sides in pairs, after one run each to warm up; tokens: the number that each side writes."""
     sides, runs = (mine, other), ([], [])
     for side in sides:  # once to warm up
         side()
@@ -123,25 +123,25 @@ def compared(mine: Callable[[], Run], other: Callable[[], Run], tokens: int, pai
 def compared_in_turns(
     mine: Callable[[], Iterator[str]], other: Callable[[], Iterator[str]], tokens: int, pairs: int
 ) -> Compared:
-    """The same, of two that write at the same time, a token each in turn."""
+    """Compare two sides that write at the same time, one token each in turn."""
     runs: tuple[list[Run], list[Run]] = ([], [])
     for number in range(-1, pairs):  # once to warm up
-        sides, taken, firsts, texts = (mine(), other()), [0.0, 0.0], [0.0, 0.0], ["", ""]
+        sides, seconds, firsts, texts = (mine(), other()), [0.0, 0.0], [0.0, 0.0], ["", ""]
         for step in range(tokens + 1):
-            for which in (0, 1) if step % 2 else (1, 0):
+            for side in (0, 1) if step % 2 else (1, 0):
                 started = time.perf_counter()
-                texts[which] = next(sides[which])
-                taken[which] += time.perf_counter() - started
-                firsts[which] = firsts[which] or taken[which]
+                texts[side] = next(sides[side])
+                seconds[side] += time.perf_counter() - started
+                firsts[side] = firsts[side] or seconds[side]
         assert all(texts), "another number of tokens"
-        for which in (0, 1) if number >= 0 else ():
-            runs[which].append((firsts[which], taken[which], texts[which]))
+        for side in (0, 1) if number >= 0 else ():
+            runs[side].append((firsts[side], seconds[side], texts[side]))
     return summed_up(runs, tokens)
 
 
 def summed_up(runs: tuple[list[Run], list[Run]], tokens: int) -> Compared:
     return Compared(
-        tuple(statistics.median(tokens / taken for _, taken, _ in side) for side in runs),
+        tuple(statistics.median(tokens / seconds for _, seconds, _ in side) for side in runs),
         tuple(statistics.median(first for first, _, _ in side) for side in runs),
         [one[1] / two[1] for one, two in zip(*runs, strict=True)],
         len({text for side in runs for *_, text in side}) == 1,

@@ -10,7 +10,7 @@ TOKENS, SQUARE, SECONDS = 2048, 4096, 1.5
 
 
 def measure(dtype: Any, hidden: int, inner: int) -> dict[str, float]:
-    """Shape -> FLOP per second (a median): two products of the model and a large square one."""
+    """The median FLOP per second by shape, for two products of the model and a large square one."""
     square = SQUARE
     shapes = [(TOKENS, hidden, inner), (TOKENS, inner, hidden), (square, square, square)]
     speeds = {}

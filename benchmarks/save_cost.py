@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def measure(weights: int) -> tuple[list[float], int, int]:
-    """(seconds of each save, bytes of a checkpoint, rise of the peak memory in bytes)."""
+    """Return the seconds of each save, the bytes of a checkpoint, and the bytes by which the peak rises."""
     parameter = torch.nn.Parameter(torch.ones(weights))
     optimizer = torch.optim.AdamW([parameter])
     parameter.grad = torch.ones_like(parameter)

@@ -6,7 +6,7 @@ from datetime import date
 from pathlib import Path
 from statistics import mean
 
-TARGET_SPEED, TARGET_MEMORY = 2.0, 0.6  # at least, at most; OneCard / plain
+TARGET_SPEED, TARGET_MEMORY = 2.0, 0.6  # OneCard / plain, at least and at most
 CURVE_LINES = 20  # steps shown of the loss curves
 
 

@@ -1,4 +1,4 @@
-"""The two sides of train_speed.py, OneCard and plain transformers + peft, and what is prepared for both.
+"""The two sides of train_speed.py, OneCard and plain transformers + peft, and the preparation for both.
 
 Each function is the work of one process and returns its result as JSON values. Only the standard library is
 imported at the top, because train_speed.py reads the constants in a process that has to stay small.

@@ -56,8 +56,8 @@ def main() -> None:
             "optimizer state": equal(whole, killed, f"checkpoint-{STEPS}/optimizer.safetensors"),
             "log": log(whole) == log(killed),
         }
-    for what, is_same in same.items():
-        print(f"{what}: {'equal' if is_same else 'DIFFERENT'}")
+    for part, is_same in same.items():
+        print(f"{part}: {'equal' if is_same else 'DIFFERENT'}")
     sys.exit(not all(same.values()))
 
 

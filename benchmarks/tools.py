@@ -57,13 +57,13 @@ from onecard.training import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 NARROW = 128  # width of the model that measures start-up alone
-BYTES = 2  # of a weight
-# goals: at least this share of a copy's speed, at most this share of the model's size, at least this share
-# of the speed of llama.cpp alone
+BYTES = 2  # size of a weight
+# Goals: at least this share of a copy's speed, at most this share of the model's size, and at least this
+# share of the speed of llama.cpp alone.
 SPEED, MEMORY, ENGINE = 0.5, 0.25, 0.97
 CONTEXT, BATCH = 1024, 256  # tokens
-# runs a program and writes the peak memory of its largest process (KiB) into a file; it imports nothing
-# large, because its own memory counts too
+# This runs a program and writes the peak memory of its largest process (KiB) into a file. It imports nothing
+# large, because its own memory also counts.
 WITH_PEAK = """import resource, subprocess, sys
 ended = subprocess.run(sys.argv[2:])
 open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
@@ -137,11 +137,11 @@ def weights(args: argparse.Namespace) -> None:
                 size, plain, tool, peak = measure(work, place, options, args.repeats)
                 verdicts.append(f"{work}: {plain / tool:.2f} of a copy's speed, {goal(plain / tool, SPEED)}")
                 shares.append(peak / size)
-                seconds, held = starts[work]
+                seconds, memory = starts[work]
                 print(
                     f"| {work} | {size / 1e9:.2f} GB | {size / plain / 1e9:.2f} GB/s "
                     f"| {size / tool / 1e9:.2f} GB/s | {plain / tool:.2f} | {peak / 2**20:.0f} MiB "
-                    f"| {peak / size:.3f} | {seconds:.1f} s, {held / 2**20:.0f} MiB |",
+                    f"| {peak / size:.3f} | {seconds:.1f} s, {memory / 2**20:.0f} MiB |",
                     flush=True,
                 )
     met = "met" if max(shares) < MEMORY else "NOT met"
@@ -169,7 +169,7 @@ def command(work: str, place: Path, options: list[str]) -> list[str | Path]:
 
 
 def measure(work: str, place: Path, options: list[str], repeats: int) -> tuple[int, float, float, int]:
-    """(bytes, seconds of a plain copy, of the tool, peak bytes), the best of some tries."""
+    """Return size, seconds of a plain copy and of the tool, and peak bytes, from the best of some tries."""
     source = place / "source"
     size = sum(path.stat().st_size for path in source.iterdir())
     plain, tool, peaks = [], [], []
@@ -182,7 +182,7 @@ def measure(work: str, place: Path, options: list[str], repeats: int) -> tuple[i
 
 
 def copied(source: Path, target: Path) -> float:
-    """Seconds of a plain copy with sync."""
+    """Return the seconds of a plain copy with sync."""
     started = time.monotonic()
     target.mkdir()
     for path in source.iterdir():
@@ -195,7 +195,7 @@ def copied(source: Path, target: Path) -> float:
 
 
 def ran(command: list[str | Path], place: Path) -> tuple[float, int]:
-    """(seconds, peak bytes of the largest process) of a tool, including start-up."""
+    """Return the seconds of a tool with its start, and the peak bytes of its largest process."""
     started = time.monotonic()
     watched = [sys.executable, "-c", WITH_PEAK, place / "peak", sys.executable, *command]
     subprocess.run(list(map(str, watched)), check=True, stdout=subprocess.DEVNULL)
@@ -280,7 +280,7 @@ class Bare:
             )
 
     def tokens(self, prompt: list[int], count: int, decode: Callable[[list[int]], str]) -> Iterator[str]:
-        """Yields an empty text for each of `count` most probable tokens, and the whole text at the end."""
+        """Yield an empty text for each of `count` most probable tokens, and the whole text at the end."""
         api, answer = self.api, []
         api.llama_memory_clear(api.llama_get_memory(self.state), False)
         while len(answer) < count:

@@ -113,7 +113,7 @@ def run_side(side: str, args: argparse.Namespace, folder: Path, title: str, toke
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
     if side == "plain":
         environment["THP_MEM_ALLOC_ENABLE"] = "0"  # importing onecard would set it to 1
-    said = []
+    lines = []
     with subprocess.Popen(
         command,
         env=environment,
@@ -123,12 +123,12 @@ def run_side(side: str, args: argparse.Namespace, folder: Path, title: str, toke
         errors="replace",
     ) as process:
         for line in process.stdout:
-            said.append(line)
+            lines.append(line)
             if line.startswith(("step ", "Fetching ", "matmul ")):
                 print(f"  {line.rstrip()}", flush=True)
     if process.returncode:
         code = process.returncode
-        print("".join(said[-40:]), end="", file=sys.stderr)
+        print("".join(lines[-40:]), end="", file=sys.stderr)
         print(f"error: this side ended with exit code {code}; its last lines are above.", file=sys.stderr)
         sys.exit(code if code > 0 else 1)
     print(f"  done in {time.monotonic() - started:.0f} s, loading included", flush=True)

@@ -34,8 +34,8 @@ from onecard.system import hardware
 from onecard.training import plan
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT, LONG = 16, 1000  # tokens of an answer to many clicks; of an answer whose page is closed
-PATIENCE = 600  # seconds; only a hang takes as long
+SHORT, LONG = 16, 1000  # tokens of an answer to many clicks, and of an answer whose page is closed
+PATIENCE = 600  # seconds; only a hang takes longer
 API = "/gradio_api/"
 
 
@@ -87,7 +87,7 @@ class Page:
         return self.site.request("POST", f"{API}{path}", body)
 
     def click(self, tokens: int) -> tuple[int, float]:
-        """(status, seconds until the page knows it) of one question; 503 means that the queue is full."""
+        """Send a question; return its status, 503 for a full queue, and the seconds until it was known."""
         site, started = self.site, time.monotonic()
         values = {
             **site.values,
@@ -146,7 +146,7 @@ def window(model_path: str, queue: int, device: str) -> Iterator[Site]:
 
 
 def flood(site: Site, clicks: int) -> dict[str, float]:
-    """Let this many pages click at the same moment; the questions that are taken are answered to the end."""
+    """Let this many pages click at the same moment, and wait for the answers to the accepted questions."""
     together = threading.Barrier(clicks)
     with ThreadPoolExecutor(clicks) as pool:
         pages = list(pool.map(lambda _: Page(site), range(clicks)))
@@ -174,9 +174,9 @@ def flood(site: Site, clicks: int) -> dict[str, float]:
 
 
 def closed(site: Site, count: int) -> list[float]:
-    """Seconds from closing a page during its answer until the answer to the waiting question begins."""
+    """Measure the seconds from closing a page during its answer to the start of the next answer."""
     answered = []
-    while True:  # until all places are taken
+    while True:  # stops when all places are occupied
         waiting = Page(site)
         waiting.click(LONG)
         waiting.followed()
@@ -186,9 +186,9 @@ def closed(site: Site, count: int) -> list[float]:
         still_growing(answered)
     gaps = []
     for _ in range(count):
-        gone = answered.pop(0)
+        closed_page = answered.pop(0)
         started = time.monotonic()
-        gone.close()
+        closed_page.close()
         waiting.begun.wait(PATIENCE)
         still_growing(answered)
         gaps.append(waiting.events["process_starts"] - started)
@@ -232,7 +232,7 @@ def main() -> None:
     fine = fine and seen["answered"] == seen["taken"]
     print(f"{date.today().isoformat()}; {hardware.describe_machine()}; {named}. Model: {args.model_path}.\n")
     print("| | |\n|---|---:|")
-    for what, value in (
+    for title, value in (
         ("clicks on Send in the same moment", args.clicks),
         (f"answered, {SHORT} tokens each", f"{seen['answered']} of {seen['taken']} taken"),
         ("told that too many wait", seen["refused"]),
@@ -244,7 +244,7 @@ def main() -> None:
         ("95 % within", f"{share(95, gaps):.2f} s"),
         ("longest", f"{max(gaps):.2f} s"),
     ):
-        print(f"| {what} | {value} |")
+        print(f"| {title} | {value} |")
     sys.exit(not fine)
 
 

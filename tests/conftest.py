@@ -1,9 +1,9 @@
-"""Shared by all tests: nothing reaches a model hub, two threads between them, a tiny model."""
+"""Settings and fixtures of all tests: no model hub, at most two threads, and a tiny model."""
 
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
-if "PYTEST_XDIST_WORKER" in os.environ:  # beside another one: threads that wait for a core slow both down
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of two workers that wait for a core slow both down
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import shutil
@@ -30,7 +30,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes comes first.
+    """Put the tests that take minutes first.
 
     test.sh gives each of two workers the next file when it is done with one. By their names training/ and ui/
     would come last, and a long file that begins last runs on alone.
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def turn(name: str) -> int:
-    """The place of a test in LONG; behind all of them for one that is quick."""
+    """The place of a test in LONG, or a place after all of them for a quick test."""
     return next((number for number, start in enumerate(LONG) if name.startswith(start)), len(LONG))
 
 
@@ -63,7 +63,7 @@ def tiny_rows(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Which is several times as fast as two with matrices this small."""
+    """Use one thread, which is several times as fast as two with matrices this small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -72,7 +72,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def browser():
-    """A headless Chromium, the system's own, driven by playwright; without one the test is left out."""
+    """The system's Chromium, headless and driven by playwright; without it the test is skipped."""
     api = pytest.importorskip("playwright.sync_api")
     names = ("chromium", "chromium-browser", "google-chrome")
     path = next(filter(None, map(shutil.which, names)), None)
@@ -80,9 +80,9 @@ def browser():
         pytest.skip("no Chromium: apt install chromium")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     with api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=flags)
-        yield opened
-        opened.close()
+        chromium = playwright.chromium.launch(executable_path=path, args=flags)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")

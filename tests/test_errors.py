@@ -1,4 +1,4 @@
-"""Errors: the remedy that a caller adds, and the one line of an error or of a child process that is shown."""
+"""Errors: the remedy that a caller adds, and the line of an error or a child process that is shown."""
 
 import re
 
@@ -14,7 +14,7 @@ CUT = re.compile(
 
 
 def test_the_innermost_caller_says_what_to_do():
-    """An error without a remedy gets that of the caller who knows most; one that has its own keeps it."""
+    """An error without a remedy gets that of the innermost caller; an error with a remedy keeps it."""
     with pytest.raises(UserError) as raised, errors.remedy("Outer."), errors.remedy("Use --device cpu."):
         raise UserError("There is no GPU.", code=errors.MEMORY)
     assert str(raised.value) == "There is no GPU. Use --device cpu."
@@ -64,7 +64,7 @@ def test_last_line_of_a_child(output, line):
 
 
 def test_lines_are_cut_in_one_place():
-    """No module cuts the first or last line of an error by itself."""
+    """No other module takes the first or last line of an error by itself."""
     places = [
         f"{module}: {match[0]}"
         for module, source in library().items()

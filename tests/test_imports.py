@@ -1,8 +1,8 @@
-"""Imports go to lower rooms, never in a circle, never from the product to its tests.
+"""Imports go to lower rooms, never in a circle and never from the product to its tests.
 
 The rules and the reading of the source are in tests/support/rooms.py; nothing is imported. Imports inside
-functions count, and so do the dotted names of modules that are started as children. Who uses tests/ is
-looked at everywhere, texts included.
+functions count, and so do the dotted names of modules that are started as children. Uses of tests/ are
+searched everywhere, also in texts.
 """
 
 import ast
@@ -22,7 +22,7 @@ def programs() -> dict[str, str]:
 
 
 def test_the_listing_shows_the_rooms():
-    """At the root of onecard/ stand the entry, the errors and the rooms; every room says what it is for."""
+    """The root of onecard/ has the entry, the errors and the rooms, and every room states its purpose."""
     at_the_root = {module for module in LIBRARY if "." not in module}
     assert at_the_root == AT_THE_ROOT
     rooms = {room_of(module) for module in LIBRARY} - AT_THE_ROOT
@@ -32,7 +32,7 @@ def test_the_listing_shows_the_rooms():
 
 
 def test_the_table_agrees_with_the_ranks():
-    """What a room may import stands below it."""
+    """The rooms that a room may import are below it."""
     assert all(RANKS[there] < RANKS[room] for room, rooms in ALSO.items() for there in rooms)
 
 
@@ -48,7 +48,7 @@ def test_no_circle():
 
 @pytest.mark.parametrize(("name", "source"), sorted(programs().items()))
 def test_programs_import_only_the_library(name, source):
-    """The entries that users know stand above the library: none imports another."""
+    """The entries that users know are above the library, and none imports another."""
     assert {"finetune", "merge_lora"} <= set(programs())
     names = {alias for node in ast.walk(ast.parse(source)) for alias in imported(node)}
     assert not {each.split(".")[0] for each in names} & {*programs(), "tools", "serve"} - {name}
@@ -101,7 +101,7 @@ def imported(node: ast.AST) -> set[str]:
     ],
 )
 def test_planted_arrow_is_found(module, source):
-    """The checker fails on each kind of wrong arrow, wherever and however the import is written."""
+    """The check finds each kind of wrong arrow, wherever and however the import is written."""
     assert len(wrong_arrows(module, source, LIBRARY)) == 1
 
 
@@ -124,12 +124,12 @@ def test_planted_arrow_is_found(module, source):
     ],
 )
 def test_right_arrow_is_let_through(module, source):
-    """Lower rooms, the own room, and torch inside a function are no mistakes."""
+    """Imports of lower rooms, of the same room and of torch inside a function are allowed."""
     assert wrong_arrows(module, source, LIBRARY) == []
 
 
 def test_planted_circle_is_found():
-    """A circle inside a room of any length is named, and one that a function or a child's name closes."""
+    """A circle of any length inside a room is named, also when a function or a child's name closes it."""
     assert circle({"data.a": {"data.b"}, "data.b": {"data.c"}, "data.c": {"data.a"}}) == [
         "data.a",
         "data.b",
@@ -148,20 +148,20 @@ def test_planted_circle_is_found():
         assert module in circle(graph)
 
 
-# who imports tests: a test file nobody, tests/support/ the tests alone
+# uses of tests: nobody imports a test file, and only tests import tests/support/
 
 FOLDERS = ("benchmarks", "docs", "onecard", "sample", "serve", "tools")
 PRODUCT = ("*.py", *(f"{folder}/**/*.py" for folder in FOLDERS))
 
 
 def files(*patterns: str) -> dict[str, str]:
-    """Path from the root -> source."""
+    """The source of each file by its path from the root."""
     paths = {path for pattern in patterns for path in ROOT.glob(pattern)}
     return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(paths)}
 
 
 def mentioned(path: str, source: str) -> set[str]:
-    """Dotted names that a file imports anywhere, in functions too, or writes in a text, as for a child."""
+    """Dotted names that a file imports, also inside functions, or writes in a text, as for a child."""
     folder, names = path.split("/")[:-1], set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -176,7 +176,7 @@ def mentioned(path: str, source: str) -> set[str]:
 
 
 def wrong_uses_of_tests(path: str, source: str) -> list[str]:
-    """What a file takes from tests/ that is not for it."""
+    """The uses of tests/ in a file that are not allowed there."""
     names, inside = sorted(mentioned(path, source)), path.startswith("tests/")
     if inside:
         names = [name for name in names if any(part.startswith("test_") for part in name.split("."))]
@@ -186,7 +186,7 @@ def wrong_uses_of_tests(path: str, source: str) -> list[str]:
 
 
 def test_no_test_is_imported():
-    """Each test file can be read, moved and deleted alone. This file is left out: it plants such imports."""
+    """Each test file can be read, moved and deleted alone. This file plants such imports and is excepted."""
     sources = files("tests/**/*.py")
     del sources["tests/test_imports.py"]
     assert {"tests/conftest.py", "tests/support/tiny.py", "tests/data/test_encode.py"} <= set(sources)
@@ -194,7 +194,7 @@ def test_no_test_is_imported():
 
 
 def test_nothing_else_needs_the_tests():
-    """Whoever has no tests/ folder can run everything."""
+    """Everything runs without the tests/ folder."""
     sources = files(*PRODUCT)
     assert {"finetune.py", "benchmarks/rows.py", "docs/pictures.py", "tools/merge_lora.py"} <= set(sources)
     assert [wrong for path, source in sources.items() for wrong in wrong_uses_of_tests(path, source)] == []
@@ -219,7 +219,7 @@ def test_nothing_else_needs_the_tests():
     ],
 )
 def test_planted_use_of_a_test_is_found(path, source):
-    """However it is imported, and in the text of a command or program for a child."""
+    """A use is found in any form of import, and in the text of a command or program for a child."""
     assert len(wrong_uses_of_tests(path, source)) == 1
 
 

@@ -1,7 +1,7 @@
-"""The tests of what must not be lost can fail: each mutant breaks one promise, and its check sees it.
+"""The checks that nothing is lost can fail: each mutant breaks one promise, and its check notices.
 
-The checks are those of tests/support/promises.py, which the tests of the code as it is make too. Mutants of
-what a resume restores: test_resume.py (faults.MUTANTS); of syncing: test_checkpoint.py.
+The checks are those of tests/support/promises.py, which other tests run on the unbroken code. Mutants of a
+resume are in test_resume.py (faults.MUTANTS), and mutants of syncing in test_checkpoint.py.
 """
 
 import shutil
@@ -24,7 +24,7 @@ FAILURE = (AssertionError, pytest.fail.Exception)
 
 
 def noticed(promise: Callable, *arguments, **fault) -> None:
-    """The check fails when it is made with a mutant in place."""
+    """Assert that the check fails, which runs with a mutant in place."""
     with pytest.raises(FAILURE):
         promise(*arguments, **fault)
 
@@ -54,7 +54,7 @@ def test_without_a_manifest_cut_and_mixed_files_are_noticed(run, monkeypatch):
 
 
 def test_a_save_in_place_is_noticed(tmp_path, monkeypatch):
-    """The manifest comes first, then the files, right where they belong."""
+    """The mutant writes the manifest first and then the files, directly in their final place."""
 
     def save(folder: Path, progress, save_adapter, *_) -> Path:
         target = folder / f"checkpoint-{progress.step}"
@@ -105,12 +105,12 @@ def test_a_partial_gradient_is_noticed(harness, tiny_model, tmp_path):
 
 
 def test_an_unpickler_that_knows_everything_is_noticed(tmp_path, monkeypatch):
-    """The canary of the hostile files is one that sings."""
+    """The canary of the hostile files appears when an unpickler runs their code."""
     canary = tmp_path / "canary"
     torch.save({"state": faults.Touch(canary)}, tmp_path / "hostile.pt")
     plain = torch.load
 
-    def read() -> None:  # it limits its own process, so in a child
+    def read() -> None:  # this limits its own process, so it runs in a child
         legacy._child(f"{tmp_path}/hostile.pt", f"{tmp_path}/out")
 
     promises.in_child(read)

@@ -1,4 +1,4 @@
-"""Files that comments and docstrings name are there, and everything that the docs name."""
+"""The files that comments and docstrings name exist, and so does everything that the docs name."""
 
 import ast
 import io
@@ -14,12 +14,12 @@ from tests.support.rooms import RANKS
 
 FOLDERS = ("onecard", "tests", "tools", "benchmarks", "sample", "docs")
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-STRANGERS = ("modeling_x.py",)  # of a model that brings code
+STRANGERS = ("modeling_x.py",)  # belongs to a model with code of its own
 NAMED = re.compile(r"(?<![\w/.<>-])(?:[\w-]+/)*[\w-]+\.py\b")
 
 
 def sources() -> dict[str, str]:
-    """Path of every Python file, from the root -> its text."""
+    """The text of every Python file by its path from the root."""
     paths = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
     return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(paths)}
 
@@ -35,7 +35,7 @@ def prose(source: str) -> Iterator[str]:
 
 
 def missing(text: str, known: set[str]) -> list[str]:
-    """The .py files that a text names and that are not there."""
+    """The .py files that a text names and that do not exist."""
     return [
         name for name in NAMED.findall(text) if not any(f"/{path}".endswith(f"/{name}") for path in known)
     ]
@@ -43,7 +43,7 @@ def missing(text: str, known: set[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def known() -> set[str]:
-    """Every way to name a file that is there: from the root, or from any folder on the way to it."""
+    """Every way to name an existing file: from the root, or from any folder on the way to it."""
     parts = [path.split("/") for path in sources()]
     return {*STRANGERS, *("/".join(each[start:]) for each in parts for start in range(len(each)))}
 
@@ -71,7 +71,7 @@ def test_a_stale_name_is_found(known):
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_the_docs_name_what_exists(path):
-    """Options, files, code, commands, variables; in docs/decisions.md every word in backticks. Links too."""
+    """Named options, files, code, commands and variables exist; in decisions.md all words in backticks do."""
     page = path.read_text(encoding="utf-8")
     names = doc_names.of_project()
     assert names.missing(page, strict=path.name == "decisions.md") == []
@@ -80,7 +80,7 @@ def test_the_docs_name_what_exists(path):
 
 
 def test_the_decisions_are_grouped_by_room():
-    """Sections in the order of the rooms, then the whole project; each paragraph begins with its title."""
+    """The sections follow the order of the rooms, then the project; each paragraph begins with its title."""
     page = (ROOT / "docs/decisions.md").read_text(encoding="utf-8")
     sections = re.findall(r"^## (\w+)", page, flags=re.MULTILINE)
     rooms = [room for room in RANKS if (ROOT / "onecard" / room).is_dir()]
@@ -109,7 +109,7 @@ def test_the_decisions_are_grouped_by_room():
     ],
 )
 def test_a_planted_name_is_found(span):
-    """On any page, in backticks and in a block of code."""
+    """It is found on any page, in backticks and in a block of code."""
     names = doc_names.of_project()
     for page in (f"Here `{span}` is.", f"```text\n{span}\n```\n"):
         assert len(names.missing(page)) == 1
@@ -121,7 +121,7 @@ def test_a_planted_name_is_found(span):
     [
         "torch.amp.NoScaler",
         "peft.helpers.nowhere",
-        "torch.cuda.is_bf16_supported",  # which exists, but nothing here uses it
+        "torch.cuda.is_bf16_supported",  # this exists, but nothing in the project uses it
         "use_cache=None",
         "nowhere",
         "no-package",
@@ -129,7 +129,7 @@ def test_a_planted_name_is_found(span):
     ],
 )
 def test_a_planted_word_is_found_in_the_decisions(span):
-    """There every word in backticks is the name of something in this project, or used by it."""
+    """In the decisions every word in backticks names something that is in this project or used by it."""
     assert doc_names.of_project().missing(f"Here `{span}` is.", strict=True) == [span]
 
 
@@ -154,7 +154,7 @@ def test_names_that_exist_are_let_through():
     ],
 )
 def test_an_option_of_another_program_is_found(line, wrong):
-    """In backticks and in a block of code, whose lines may go on."""
+    """It is found in backticks and in a block of code, also where a line is continued."""
     assert doc_names.wrong_options(f"`{line}`") == [wrong]
     assert doc_names.wrong_options("```text\n" + line.replace(" --", " \\\n--") + "\n```\n") == [wrong]
 

@@ -1,7 +1,7 @@
 """Every option that a message of a program names is an option of that program.
 
-tests/support/remedies.py reads it from the source; the planted faults show that it sees each way of putting a
-message together and of reaching a function. Then some of the worst cases, by the programs themselves.
+tests/support/remedies.py reads this from the source. The planted faults show that it sees each way of putting
+a message together and of reaching a function. In the last tests the programs themselves meet bad cases.
 """
 
 import ast
@@ -25,7 +25,7 @@ from tests.support.call_graph import CallGraph, Part
 from tests.support.remedies import FLAG, commands_in, errors_in, options_of, product, program_modules, wrong
 from tests.support.rooms import library
 
-LEAST = {  # errors that each program can raise at least, so that the sweep does not go blind unnoticed
+LEAST = {  # the least numbers of errors that programs can raise, so that a sweep that misses them fails
     "finetune": 120,
     "continue": 140,
     "generate": 120,
@@ -59,16 +59,18 @@ def test_messages_name_options_that_the_program_has(results, program):
 def test_every_error_belongs_to_a_program(results):
     """The sweep reaches each place where a UserError is made, and every program is swept."""
     assert LEAST.keys() == program_modules().keys()
-    made = {
+    places = {
         place
         for name, module in product().modules.items()
         for part in module.parts
         for place in errors_in(product(), Part(name, part))
     }
-    at_the_entry = {place for place in made if place[0] == "__main__"}  # of `onecard` before any program
-    assert made - at_the_entry == set().union(*(raised for raised, _ in results.values()))
+    at_the_entry = {
+        place for place in places if place[0] == "__main__"
+    }  # raised by `onecard` before any program
+    assert places - at_the_entry == set().union(*(raised for raised, _ in results.values()))
     written = sum(source.count("UserError(") for source in library().values())
-    assert len(made) >= written - 5  # the class itself, and what docstrings say of it
+    assert len(places) >= written - 5  # some are the class itself or stand in docstrings
 
 
 def test_commands_that_messages_name_exist():
@@ -87,7 +89,7 @@ def test_commands_that_messages_name_exist():
 
 @pytest.mark.parametrize("program", sorted(LEAST))
 def test_help_names_options_that_the_program_has(program):
-    """Also the reasons why an option has no effect, which refuse_unused prints."""
+    """This includes the reasons why an option has no effect, which refuse_unused prints."""
     options = declaration.declared(remedies.settings(program)).values()
     texts = [option.help[0] for option in options]
     texts += [use.reason[0] for option in options for use in option.only]
@@ -95,7 +97,7 @@ def test_help_names_options_that_the_program_has(program):
     assert flags <= options_of(program)
 
 
-# planted faults: a small library, whose program has --own; another program has --other
+# planted faults in a small library, whose program has --own; another program, merge, has --report
 
 COMMANDS = "def name(command):\n    return command\n"
 ERRORS = "class UserError(Exception):\n    pass\n"
@@ -115,8 +117,8 @@ def findings(low: str, program: str = CALL) -> list[str]:
         "programs.tool": f"import functools\nfrom onecard.system import low\n{program}",
     }
     graph = CallGraph(sources)
-    found = wrong(graph, "tool", graph.reachable({Part("programs.tool", "main")}), OPTIONS)
-    return [finding.flag for finding in found]
+    problems = wrong(graph, "tool", graph.reachable({Part("programs.tool", "main")}), OPTIONS)
+    return [finding.flag for finding in problems]
 
 
 MESSAGES = {
@@ -242,7 +244,7 @@ PLANTED = {  # functions of lower rooms -> programs that reach them
 
 
 def test_fault_planted_in_the_product_is_found():
-    """An option that nothing has, in functions that several programs call."""
+    """A planted option that no program has is found in functions that several programs call."""
     sources = dict(library())
     for number, (module, function) in enumerate(PLANTED):
         source = sources[module]
@@ -252,16 +254,16 @@ def test_fault_planted_in_the_product_is_found():
         sources[module] = "".join(lines)
     graph = CallGraph(sources)
     options = {program: options_of(program) for program in program_modules()}
-    found: dict[str, set[str]] = {}
+    programs_of_flag: dict[str, set[str]] = {}
     for program in sorted(set().union(*PLANTED.values())):
         for finding in wrong(graph, program, graph.reachable(remedies.start_of(program)), options):
-            found.setdefault(finding.flag, set()).add(program)
+            programs_of_flag.setdefault(finding.flag, set()).add(program)
     for number, programs in enumerate(PLANTED.values()):
-        assert programs <= found[f"--wrong-{number}"]
-    assert found.keys() == {f"--wrong-{number}" for number in range(len(PLANTED))}
+        assert programs <= programs_of_flag[f"--wrong-{number}"]
+    assert programs_of_flag.keys() == {f"--wrong-{number}" for number in range(len(PLANTED))}
 
 
-# the programs themselves, in the worst cases
+# the programs themselves in bad cases
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +282,7 @@ def no_command_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["onecard"])
 
 
-ARGUMENTS = {  # of each program, for the folder of `place`
+ARGUMENTS = {  # the arguments of each program in the folder of `place`
     "finetune": "--model_path base --data_path rows.json --output_path new --device cpu --max_steps 1",
     "merge": "--model_path base --lora_path adapter --output_path new",
     "export-gguf": "--model_path base --lora_path adapter --output_path new",
@@ -317,7 +319,7 @@ def refusal(program: str, more: str = "") -> tuple[UserError, set[Part]]:
 
 
 def check(program: str, more: str = "") -> UserError:
-    """The error of a program, which names only options that it has; the sweep knew of all that ran."""
+    """The error of a program, after a check that it names only its options and the sweep saw all that ran."""
     error, ran = refusal(program, more)
     assert {match[1] for match in FLAG.finditer(str(error))} <= options_of(program), str(error)
     assert error.fix, str(error)
@@ -372,7 +374,7 @@ def test_no_gpu(here, program, monkeypatch):
 
 
 def test_report_of_merge_without_its_gpu(here, monkeypatch):
-    """merge has no --device: its report is what can be left out."""
+    """merge has no --device, so its message advises to leave the report out."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(hardware, "_gpu_problem", lambda: "Update the driver.")
     error = check("merge", "--report --data_path rows.json")
@@ -380,7 +382,7 @@ def test_report_of_merge_without_its_gpu(here, monkeypatch):
 
 
 def test_damaged_run(here):
-    """A damaged finetune_config.json of the folder that a new run would take."""
+    """The finetune_config.json in the output folder of a new run is damaged."""
     (here / "new").mkdir()
     (here / "new" / "finetune_config.json").write_text("{", encoding="utf-8")
     error = check("finetune")

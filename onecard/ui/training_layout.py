@@ -90,8 +90,8 @@ class TrainingLayout:
     def files(self) -> list[str]:
         """Files of rows that are offered; any other inside this folder can be typed."""
         places = [*map(Path, FOLDERS), self.workspace / jobs.UPLOADS]
-        found = [path for place in places for path in sorted(place.glob("*")) if path.is_file()]
-        return [str(path) for path in found if path.suffix in config_training.FORMATS and path.name[0] != "."]
+        paths = [path for place in places for path in sorted(place.glob("*")) if path.is_file()]
+        return [str(path) for path in paths if path.suffix in config_training.FORMATS and path.name[0] != "."]
 
     def names_at(self, place: Place) -> list[str]:
         return declaration.names(self.settings, lambda option: option.place == place)

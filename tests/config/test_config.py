@@ -1,4 +1,4 @@
-"""Options: flags, a JSON file, both, and what is wrong with them, all in one message."""
+"""Options as flags, as a JSON file and as both, and one message about all that is wrong with them."""
 
 import contextlib
 import dataclasses
@@ -42,13 +42,13 @@ def mistakes(*argv: object) -> str:
 
 
 def test_without_flags_every_option_has_its_default():
-    """No flags, no file: the defaults that are declared, and each passes its own check."""
+    """Without flags and file the declared defaults are used, and each passes its own check."""
     assert parse() == FinetuneConfig()
     assert config_options.build(FinetuneConfig, dataclasses.asdict(FinetuneConfig())) == FinetuneConfig()
 
 
 def test_flags_become_values_of_their_type():
-    """Text, whole number, fraction and optional values arrive as what they are."""
+    """Text, whole numbers, fractions and optional values get their own types."""
     options = parse(
         *("--data_path", "a b.json", "--bits", "4", "--seed", "7", "--learning_rate", "1e-4"),
         *("--num_epochs", "0.5", "--max_steps", "3", "--test_size", "20", "--save_total_limit=2"),
@@ -61,7 +61,7 @@ def test_flags_become_values_of_their_type():
 
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("4096", 4096), ("1", 1)])
 def test_micro_batch_tokens_is_auto_or_a_number(tmp_path, text, value):
-    """auto stays a word, a number becomes one, from a flag and from the file."""
+    """auto stays a word and a number becomes a number, from a flag and from the file."""
     assert parse("--micro_batch_tokens", text).micro_batch_tokens == value
     assert parse("--config", json_file(tmp_path, {"micro_batch_tokens": value})).micro_batch_tokens == value
 
@@ -82,7 +82,7 @@ def test_micro_batch_tokens_takes_nothing_else(text):
     ],
 )
 def test_booleans_stand_alone_or_with_a_word(name, words, value):
-    """--x means true; --x true|false means what it says, and the flag behind it is not swallowed."""
+    """--x means true, --x true|false what it says, and the flag behind it is not swallowed."""
     options = parse(f"--{name}", *words, "--seed", 5)
     assert (getattr(options, name), options.seed) == (value, 5)
 
@@ -98,8 +98,8 @@ def test_file_gives_values_and_flags_override_them(tmp_path):
 
 def test_file_of_all_options_is_those_options(tmp_path):
     """The options of a run, written as JSON, give the same run again."""
-    wanted = FinetuneConfig(data_path="x", bits=16, max_steps=9, micro_batch_tokens=512, wandb=True)
-    assert parse("--config", json_file(tmp_path, dataclasses.asdict(wanted))) == wanted
+    expected = FinetuneConfig(data_path="x", bits=16, max_steps=9, micro_batch_tokens=512, wandb=True)
+    assert parse("--config", json_file(tmp_path, dataclasses.asdict(expected))) == expected
 
 
 WRONG = {
@@ -137,7 +137,7 @@ WRONG = {
     ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
 )
 def test_wrong_value_names_its_flag_and_no_other(name, value):
-    """Each option refuses what it cannot be, by its name and with the value."""
+    """Each option refuses a wrong value, and the error has its name and the value."""
     message = mistakes(f"--{name}={value}")
     assert f"--{name} {value}" in message
     assert not [other for other in FIELDS if f"--{other} " in message and other != name]
@@ -145,13 +145,13 @@ def test_wrong_value_names_its_flag_and_no_other(name, value):
 
 @pytest.mark.parametrize("name", [name for name, option in OPTIONS.items() if option.choices])
 def test_wrong_choice_lists_the_choices(name):
-    """A word that is no choice is answered with all choices."""
+    """The error for a word that is no choice lists all choices."""
     message = mistakes(f"--{name}=99")
     assert all(str(choice) in message for choice in OPTIONS[name].choices)
 
 
 def test_all_mistakes_come_in_one_message(tmp_path):
-    """Wrong flags, wrong values of the file and its unknown keys are told together."""
+    """Wrong flags, wrong values of the file and its unknown keys are in one message."""
     file = json_file(
         tmp_path, {"lora_rank": 8, "batch_size": "many", "seed": [1], "bits": True, "wandb": None}
     )
@@ -172,7 +172,7 @@ def test_unknown_flags_come_with_the_other_mistakes():
 
 @pytest.mark.parametrize("flag", ["--lora_rank", "--lora", "--bit", "--learning-rate", "rows.json"])
 def test_unknown_flag_is_refused_by_name(flag):
-    """No abbreviation and no other spelling is guessed."""
+    """Neither an abbreviation nor another spelling is guessed."""
     assert flag in mistakes(flag, "8")
 
 
@@ -206,13 +206,13 @@ def test_whole_numbers_keep_every_digit():
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_option_has_a_role_and_help(name):
-    """learned or execution, and words that say what it is."""
+    """The role is learned or execution, and the help is more than one word."""
     assert OPTIONS[name].role in (declaration.LEARNED, declaration.EXECUTION)
     assert len(OPTIONS[name].help[0].split()) > 1
 
 
 def test_help_shows_every_option_at_once_and_loads_no_torch():
-    """finetune.py --help ends with 0, names every flag, default and role, and imports nothing heavy."""
+    """It ends with 0, names every flag, default and role, and imports nothing heavy."""
     command = [sys.executable, "-X", "importtime", "finetune.py", "--help"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0
@@ -221,29 +221,29 @@ def test_help_shows_every_option_at_once_and_loads_no_torch():
     assert not {name.split(".")[0] for name in modules} & {"torch", "transformers", "peft", "numpy"}
     text = " ".join(result.stdout.split())
     for name, field in FIELDS.items():
-        shown = "none" if field.default is None else field.default
-        shown = str(shown).lower() if field.type is bool else shown
+        default = "none" if field.default is None else field.default
+        default = str(default).lower() if field.type is bool else default
         assert f"--{name} " in text
-        assert f"{OPTIONS[name].help[0]} [{shown}; {OPTIONS[name].role}]" in text
+        assert f"{OPTIONS[name].help[0]} [{default}; {OPTIONS[name].role}]" in text
 
 
 @pytest.mark.parametrize("program", command.PROGRAMS)
 def test_help_of_every_sub_command_loads_nothing_heavy(program):
-    """Neither torch nor any other installed package, nor more of onecard than the options."""
+    """It loads no installed package, such as torch, and no more of onecard than the options."""
     line = [sys.executable, "-X", "importtime", "-m", "onecard", program, "--help"]
-    ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
-    modules = {line.split("|")[-1].strip() for line in ended.stderr.splitlines()}
+    process = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    modules = {line.split("|")[-1].strip() for line in process.stderr.splitlines()}
     assert "onecard.config.options" in modules
-    brought = {name for name in importlib.metadata.packages_distributions() if not name.startswith("_")}
-    assert {"torch", "tqdm"} <= brought
-    assert not {module.split(".")[0] for module in modules} & (brought - {"onecard"})
+    packages = {name for name in importlib.metadata.packages_distributions() if not name.startswith("_")}
+    assert {"torch", "tqdm"} <= packages
+    assert not {module.split(".")[0] for module in modules} & (packages - {"onecard"})
     small = {"onecard.hub", "onecard.hub.session"}  # onecard/__main__.py opens a session around each program
     rooms = {module.split(".")[1] for module in modules - small if module.startswith("onecard.")}
     assert rooms <= {"__main__", "errors", "config", "system", "programs"}
 
 
 def test_examples_are_shown_as_the_program_was_called():
-    """Each on its own line; a file of a checkout keeps its own name."""
+    """Each example is on its own line; a file of a checkout keeps its own name."""
     text = "What it does.\n\npython tools/merge_lora.py --a 1\necho x | python tools/merge_lora.py\n"
     called = config_options.as_called(text, "onecard merge")
     assert called == "What it does.\n\nonecard merge --a 1\necho x | onecard merge\n"
@@ -251,7 +251,7 @@ def test_examples_are_shown_as_the_program_was_called():
 
 
 def test_help_is_shown_even_beside_a_mistake(capsys):
-    """--help is answered, not the mistake."""
+    """--help is answered and the mistake is not reported."""
     with pytest.raises(SystemExit) as caught:
         parse("--bits", "5", "--help")
     assert caught.value.code == 0
@@ -292,18 +292,18 @@ WINDOW = {
     ],
 )
 def test_options_that_a_program_does_not_use_are_refused(settings, given, idle):
-    """All of them in one message, none that has its default value."""
+    """One message names all of them, and none that has its default value."""
     options = config_options.parse(settings, [f"--{name}={value}" for name, value in given.items()])
     with pytest.raises(UserError) if idle else contextlib.nullcontext() as caught:
         config_chat.check_used(options)
-    told = str(caught.value) if idle else ""
-    assert set(re.findall(r"--(\w+) is", told)) == set(idle)
+    message = str(caught.value) if idle else ""
+    assert set(re.findall(r"--(\w+) is", message)) == set(idle)
 
 
 @pytest.mark.parametrize("program", ["generate.py", "interaction.py", "tools/cpu_chat.py"])
 def test_programs_refuse_what_they_do_not_use(program):
-    """Before anything is loaded."""
+    """They refuse it before anything is loaded."""
     command = [sys.executable, program, "--terminal", "--share"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert ended.returncode == USAGE
-    assert ended.stderr == "error: --share is for a window, not for a terminal. Leave it out.\n"
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert process.returncode == USAGE
+    assert process.stderr == "error: --share is for a window, not for a terminal. Leave it out.\n"

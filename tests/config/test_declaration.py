@@ -1,4 +1,4 @@
-"""An imaginary option of each kind is declared, and all that depends on it follows without another line."""
+"""Imaginary options of each kind are declared, and all that depends on them follows without another line."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -27,13 +27,13 @@ PLAIN = {"changes_rows": False, "fixed_for_other_rows": False}
 
 
 def words(name: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Label and help in English and Chinese."""
+    """Return label and help in English and Chinese."""
     return (f"Label of {name}", f"{name} 的标签"), (f"help of {name}", f"{name} 的说明")
 
 
 @dataclasses.dataclass(frozen=True)
 class Imaginary:
-    """One option of training of each kind."""
+    """Options of training, one of each kind."""
 
     stretch: int = learned(
         1,
@@ -65,12 +65,12 @@ class Imaginary:
 
 @dataclasses.dataclass(frozen=True)
 class Training(Imaginary, FinetuneConfig):
-    """Options of finetune.py, if it had these too."""
+    """The options of finetune.py, if it had these too."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Continuing(Imaginary, ContinueConfig):
-    """Options of finetune_continue.py, if it had these too."""
+    """The options of finetune_continue.py, if it had these too."""
 
     @classmethod
     def run_settings(cls) -> type[FinetuneConfig]:
@@ -79,7 +79,7 @@ class Continuing(Imaginary, ContinueConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Chatting(SingleConfig):
-    """Options of generate.py, if it had one for each use."""
+    """The options of generate.py, if it had one for each use."""
 
     frame: int = declaration.option(0, EXECUTION, "width of the frame", only=(WINDOW,))
     recall: int = declaration.option(0, EXECUTION, "turns to recall", only=(SEVERAL_TURNS,))
@@ -88,7 +88,7 @@ class Chatting(SingleConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Answering(Generation):
-    """Options of an answer, if there was one more."""
+    """The options of an answer, if there were one more."""
 
     wander: float = declaration.window_option(
         0.5, EXECUTION, *words("wander"), slider=(0, 1, 0.1), only=(SAMPLING,)
@@ -97,7 +97,7 @@ class Answering(Generation):
 
 @dataclasses.dataclass(frozen=True)
 class Quantizing(QuantizeConfig):
-    """Options of tools/quantize.py, if awq recorded one more."""
+    """The options of tools/quantize.py, if awq recorded one more."""
 
     scale: int = declaration.option(1, LEARNED, "scale of the weights", recorded=("awq",))
 
@@ -107,7 +107,7 @@ def key(**changes: Any) -> str:
 
 
 def test_encoded_rows_are_kept_apart():
-    """The key of the cache changes with what changes rows, and with nothing else."""
+    """The key of the cache depends on the options that change rows, and on no others."""
     assert key(stretch=2) != key()
     assert key(sharpness=6, passes=4, chunk=9, glossary="x", afresh=True) == key()
 
@@ -147,7 +147,7 @@ NEW = {
 )
 @pytest.mark.parametrize("name", NEW)
 def test_the_rules_of_resuming_are_applied(is_fixed, fixed, name):
-    """Another value is refused by name, or is in the options of the run that goes on."""
+    """Another value is refused by name, or becomes an option of the continued run."""
     request = Continuing(**{name: NEW[name]})
     if name in fixed:
         with pytest.raises(UserError, match=f"{name} .* -> {NEW[name]}") as caught:
@@ -197,7 +197,7 @@ def test_a_typed_name_of_the_hub_may_be_downloaded():
 
 
 def test_a_message_about_memory_names_it():
-    """Where it can change, and where its use applies."""
+    """It names options that may change and whose use applies."""
     assert "--stretch" in declaration.memory_savers(Training)
     may_change = declaration.memory_savers(Continuing, rules=[OnResume.FREE])
     assert "--chunk" in may_change
@@ -209,13 +209,13 @@ def test_a_message_about_memory_names_it():
 def test_help_shows_it(capsys):
     with pytest.raises(SystemExit):
         config_options.parse(Training, ["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "help of stretch [1; learned]" in shown
-    assert "help of chunk [8; execution]" in shown
+    output = " ".join(capsys.readouterr().out.split())
+    assert "help of stretch [1; learned]" in output
+    assert "help of chunk [8; execution]" in output
 
 
 def test_it_is_refused_where_it_has_no_effect():
-    """In a terminal, where one question is asked, and named by a training without LoRA."""
+    """That is in a terminal, in a chat of one question, and in a training without LoRA."""
     with pytest.raises(UserError) as caught:
         config_chat.check_used(Chatting(frame=1, recall=1, terminal=True))
     assert caught.value.code == USAGE
@@ -236,16 +236,16 @@ def test_a_quantised_folder_records_it():
 
 @pytest.mark.parametrize(("lang", "number"), [("en", 0), ("zh", 1)])
 def test_the_form_for_training_has_an_input_for_it(tmp_path, lang, number):
-    """With label and help in both languages; its value is read, and what decides memory predicts it anew."""
+    """It has label and help in both languages; its value is read, and may change the predicted memory."""
     gr = pytest.importorskip("gradio")
     from onecard.ui import training_window
 
     with gr.Blocks() as page:
         window = training_window.TrainingWindow(lang, tmp_path, Training)
     inputs = window.layout.inputs
-    shown = [name for name in NEW if name != "home"]
+    names = [name for name in NEW if name != "home"]
     assert "home" not in inputs
-    for name in shown:
+    for name in names:
         label, text = words(name)
         assert (inputs[name].label, inputs[name].info) == (label[number], text[number])
     values = {name: window.layout.fields[name].default for name in inputs} | {"stretch": 4, "chunk": 16}
@@ -263,14 +263,14 @@ def test_the_form_for_training_has_an_input_for_it(tmp_path, lang, number):
 
 @pytest.mark.parametrize(("lang", "number"), [("en", 0), ("zh", 1)])
 def test_a_window_for_chats_makes_an_input_for_it(lang, number):
-    """A slider where one is declared; without effect it is disabled and says why."""
+    """It is a slider if one is declared, and when it has no effect it is disabled and says why."""
     gr = pytest.importorskip("gradio")
     from onecard.ui import forms
 
     with gr.Blocks():
-        made = forms.inputs(Answering(), ["wander"], lang, {})["wander"]
+        slider = forms.inputs(Answering(), ["wander"], lang, {})["wander"]
     label, text = words("wander")
-    assert (made.label, made.info, made.maximum) == (label[number], text[number], 1)
+    assert (slider.label, slider.info, slider.maximum) == (label[number], text[number], 1)
     idle = declaration.without_effect(Answering, absent_uses("greedy"))
     (update,) = forms.usable(["wander"], idle, Answering(), lang)
     assert (update["interactive"], update["info"]) == (False, SAMPLING.reason[number])

@@ -1,4 +1,4 @@
-"""No file lists names of options where their declarations say what is true of them."""
+"""No file lists names of options for which their declarations could say what is true of them."""
 
 import pytest
 
@@ -32,16 +32,16 @@ LISTED = {  # (file, names) -> why these names stand there
 def test_no_list_of_names_of_options_is_left():
     """Declare what is true of an option instead, and ask `declaration.names` for the options."""
     unknown = [
-        f"{found.file}:{found.line}: {', '.join(found.names)}"
-        for found in option_lists.of_project()
-        if (found.file.removeprefix("onecard/"), ", ".join(found.names)) not in LISTED
+        f"{option_list.file}:{option_list.line}: {', '.join(option_list.names)}"
+        for option_list in option_lists.of_project()
+        if (option_list.file.removeprefix("onecard/"), ", ".join(option_list.names)) not in LISTED
     ]
     assert unknown == []
 
 
 def test_every_exception_is_still_there():
-    found = {(each.file, ", ".join(each.names)) for each in option_lists.of_project()}
-    assert [key for key in LISTED if (f"onecard/{key[0]}", key[1]) not in found] == []
+    present = {(each.file, ", ".join(each.names)) for each in option_lists.of_project()}
+    assert [key for key in LISTED if (f"onecard/{key[0]}", key[1]) not in present] == []
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_every_exception_is_still_there():
         'match name:\n    case "data_path" | "model_path":\n        a()',
         'match name:\n    case "data_path":\n        a()\n    case "model_path":\n        b()',
         'PATHS = ("data_path", "model_path", "no_option", "none_either")',
-        'IDLE = ("rope_factor", "card_memory")',  # of another program
+        'IDLE = ("rope_factor", "card_memory")',  # options of another program
         'RECORDED = ["act_order", "damp"]',
     ],
 )
@@ -78,7 +78,7 @@ def test_a_planted_list_is_found(source):
     "source",
     [
         'ONE = ("data_path", "no_option")',
-        'WORDS = ("rows", "row", "line", "lines", "seed", "word")',  # most are no options
+        'WORDS = ("rows", "row", "line", "lines", "seed", "word")',  # most of them are no options
         'OF_TWO_PROGRAMS = ("wandb", "pickles")',
         "values = (options.data_path, options.model_path)",  # values that are used
         "start(data_path=a, model_path=b)",

@@ -19,18 +19,18 @@ def test_the_page_is_up_to_date():
 
 @pytest.mark.parametrize("command", PROGRAMS)
 def test_every_option_of_a_program_is_on_the_page(command):
-    """In the program's own section, or in that of the program to which this section refers."""
+    """It is in the program's own section, or in the section to which that one refers."""
     sections = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", option_page.page(), re.MULTILINE | re.DOTALL))
-    own = sections[command]
-    referred = re.search(r"those of \[([\w-]+)\]", own)
-    text = own + (sections[referred[1]] if referred else "")
+    section = sections[command]
+    referred = re.search(r"those of \[([\w-]+)\]", section)
+    text = section + (sections[referred[1]] if referred else "")
     assert [
         name for name in declared(option_page.settings_of(command)) if f"| `--{name}` |" not in text
     ] == []
 
 
 def test_a_new_option_is_in_the_table():
-    """With its default, values, help, uses and role, and for training with all rules."""
+    """The table has its default, values, help, uses and role, and for training all rules."""
 
     @dataclasses.dataclass(frozen=True)
     class Imaginary:

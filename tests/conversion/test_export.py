@@ -1,4 +1,7 @@
-"""Exported files do what the model does, others are not kept (the comparison: evaluation/test_parity.py)."""
+"""Exported files answer as the model does; others are not kept.
+
+The comparison itself is tested in evaluation/test_parity.py.
+"""
 
 import dataclasses
 import json
@@ -43,10 +46,10 @@ EXPORTED = ["Modelfile", "adapter.gguf", "base-f16.gguf", "export.json"]
 
 
 def save_sentencepiece(folder: Path, spaced: bool) -> Path:
-    """A tiny Llama with a tokenizer.model: pieces and byte fallback.
+    """A tiny Llama model with a tokenizer.model that has pieces and byte fallback.
 
-    spaced: a space before every text, as SentencePiece writes it; transformers' own leaves it out before a
-    text that begins with one.
+    spaced: put a space before every text, as SentencePiece does; transformers' own tokenizer leaves it out
+    before a text that begins with one.
     """
     tiny.save_model(folder, vocab_size=400, bos_token_id=1, eos_token_id=2)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
@@ -85,37 +88,40 @@ def exported(base, adapter) -> tuple[Path, list[str]]:
 
 
 def test_what_is_exported(exported, adapter):
-    """Beside the adapter, compared, with a table; nothing unfinished stays."""
-    folder, said = exported
+    """The files lie in the adapter's folder and are compared with a table; nothing unfinished stays."""
+    folder, lines = exported
     assert folder == adapter / "gguf-f16"
     assert sorted(path.name for path in folder.iterdir()) == EXPORTED
     assert not list(adapter.glob(".*"))
-    assert "0 of 1000 texts differ" in said[-1]
-    assert "5 of 5 answers are equal" in said[-1]
-    assert "FAILED" not in said[-1]
+    assert "0 of 1000 texts differ" in lines[-1]
+    assert "5 of 5 answers are equal" in lines[-1]
+    assert "FAILED" not in lines[-1]
 
 
 def test_a_second_time_nothing_is_done(exported, base, adapter, monkeypatch):
-    """The same table, the same bytes; a changed file is made again, to the same bytes."""
-    folder, said = exported
+    """The second call prints the same table and changes no byte.
+
+    A file that was changed is made again with the same bytes.
+    """
+    folder, lines = exported
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    real, ran = llama_cpp_converter.run, []
-    monkeypatch.setattr(llama_cpp_converter, "run", lambda *args: (ran.append(args), real(*args)))
+    real, calls = llama_cpp_converter.run, []
+    monkeypatch.setattr(llama_cpp_converter, "run", lambda *args: (calls.append(args), real(*args)))
     again = run(model_path=base, lora_path=adapter, type="f16")
-    assert (again[0], again[1][-1], ran) == (folder, said[-1], [])
+    assert (again[0], again[1][-1], calls) == (folder, lines[-1], [])
     (folder / "adapter.gguf").write_bytes(b"GGUF")
     run(model_path=base, lora_path=adapter, type="f16")
-    assert len(ran) == 2
+    assert len(calls) == 2
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_chat_answers_from_the_exported_files(exported, base, adapter):
-    """By the folder, by its files, and by the adapter's folder; always the answer of transformers."""
+    """The folder, its files and the adapter's folder all give the answer that transformers gives."""
     folder = exported[0]
 
     def answer(**options) -> str:
-        asked = ChatConfig(mode="greedy", context=256, **options)
-        talk = chat.start(asked, gguf_cache.for_llama)
+        config = ChatConfig(mode="greedy", context=256, **options)
+        talk = chat.start(config, gguf_cache.for_llama)
         settings = Generation(mode="greedy", max_new_tokens=24, repetition_penalty=1.0)
         *_, last = talk.stream(data_conversation.single("Say red"), settings)
         used.append(getattr(talk.engine, "path", None))
@@ -128,21 +134,21 @@ def test_chat_answers_from_the_exported_files(exported, base, adapter):
     assert answer(**files) == expected
     assert answer(model_path=str(base), lora_path=str(adapter), engine="llama.cpp") == expected
     assert answer(model_path=str(base), lora_path=files["lora_path"], engine="llama.cpp") == expected
-    assert used[1:3] == [folder / "base-f16.gguf"] * 2  # of the adapter's folder no base is taken
+    assert used[1:3] == [folder / "base-f16.gguf"] * 2  # the adapter's folder gives no base model
     assert system_files.cache_folder() in used[3].parents
     assert answer(model_path=files["model_path"]) != expected
 
 
 def test_tokens_with_byte_fallback(tmp_path):
-    """A SentencePiece model: the ids are transformers', for letters it has no piece for too.
+    """A SentencePiece model gives the ids of transformers, also for letters for which it has no piece.
 
-    One that puts no space before a text that begins with one is not what llama.cpp does: refused.
+    A tokenizer that puts no space before a text that begins with one differs from llama.cpp: it is refused.
     """
     folder = save_sentencepiece(tmp_path / "model", spaced=True)
-    made, said = run(model_path=folder, output_path=tmp_path / "made", type="f32")
-    assert "0 of 1000 texts differ" in said[-1]
+    export, lines = run(model_path=folder, output_path=tmp_path / "made", type="f32")
+    assert "0 of 1000 texts differ" in lines[-1]
     engine = llama_cpp_engine.Engine(
-        made / "base-f32.gguf", models_tokenizer.load_tokenizer(str(folder)), 64, threads=1
+        export / "base-f32.gguf", models_tokenizer.load_tokenizer(str(folder)), 64, threads=1
     )
     pieces = engine.tokenizer.convert_ids_to_tokens(engine.encode("\u4e16"))
     engine.close()
@@ -155,10 +161,10 @@ def test_tokens_with_byte_fallback(tmp_path):
 
 @pytest.mark.parametrize("kind", [pytest.param("q8_0", marks=pytest.mark.slow), "q4_0"])
 def test_quantised(base, tmp_path, kind):
-    """Smaller, of that type, the perplexity's ratio is what counts and a random model's is near 1."""
-    folder, said = run(model_path=base, output_path=tmp_path / "made", type=kind)
+    """The file has the wanted type. For a random model the ratio of the perplexities is near 1."""
+    folder, lines = run(model_path=base, output_path=tmp_path / "made", type=kind)
     assert (folder / f"base-{kind}.gguf").is_file()
-    assert re.search(r"ratio (0\.9|1\.0)", said[-1])
+    assert re.search(r"ratio (0\.9|1\.0)", lines[-1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made"]
 
 
@@ -171,26 +177,29 @@ def test_every_type_is_one_of_llama_cpps():
 
 
 def test_what_fails_is_not_kept(base, tmp_path, monkeypatch):
-    """Exit code 4; --check false keeps it and says so."""
+    """The exit code is 4.
+
+    With --check false the folder is kept, and the output says that it was not compared.
+    """
     monkeypatch.setattr(parity, "MOST_GAP", -1.0)
     with pytest.raises(UserError, match=r"largest logit gap\. Nothing was kept") as caught:
         run(model_path=base, output_path=tmp_path / "made")
     assert (caught.value.code, list(tmp_path.iterdir())) == (CHECKPOINT, [])
-    folder, said = run(model_path=base, output_path=tmp_path / "made", check=False)
+    folder, lines = run(model_path=base, output_path=tmp_path / "made", check=False)
     assert folder.is_dir()
-    assert "Not compared" in said[-1]
+    assert "Not compared" in lines[-1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("over", [{}, {"over": "base-f16.gguf"}])
 def test_killed_at_every_operation(base, adapter, tmp_path, over):
-    """SIGKILL before each operation: no folder is seen, or the damaged one; the next run is clean."""
-    found = {"model_path": base, "lora_path": adapter, "template": "alpaca"}
-    kill_points.check("export", tmp_path / "out", **found, **over)
+    """SIGKILL before each operation leaves no folder or the damaged one, and the next run is clean."""
+    options = {"model_path": base, "lora_path": adapter, "template": "alpaca"}
+    kill_points.check("export", tmp_path / "out", **options, **over)
 
 
 def test_a_swapped_tokenizer_is_refused(base, tmp_path):
-    """Larger than the model, without its end tokens, missing, or not the one the run was trained with."""
+    """It is larger than the model, lacks the end tokens, is missing, or is not the one of the training."""
     folder = tmp_path / "model"
     shutil.copytree(base, folder)
     large = tiny.tokenizer()
@@ -216,18 +225,18 @@ def test_a_swapped_tokenizer_is_refused(base, tmp_path):
 
 
 def test_further_end_tokens_come_along(base, tmp_path):
-    """The tokenizer's is the file's; those that the model's settings name are the ends of turns there."""
+    """The tokenizer's end token is the file's; those of the model's settings end turns in the file."""
     folder = Path(shutil.copytree(base, tmp_path / "model"))
     settings = json.loads((folder / "config.json").read_text())
     turn = models_tokenizer.load_tokenizer(str(base)).convert_tokens_to_ids("<turn>")
     (folder / "config.json").write_text(json.dumps({**settings, "eos_token_id": turn}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [turn, 1, 0]}))
-    made, said = run(model_path=folder, output_path=tmp_path / "made", check=False)
-    told = next(line for line in said if line.startswith("end tokens"))
-    assert f"1 <end> as eos: the tokenizer's, {turn} <turn> as eot, 0 <start> as eom" in told
-    assert json.loads((made / "export.json").read_text())["ends"] == [1, turn, 0]
+    export, lines = run(model_path=folder, output_path=tmp_path / "made", check=False)
+    summary = next(line for line in lines if line.startswith("end tokens"))
+    assert f"1 <end> as eos: the tokenizer's, {turn} <turn> as eot, 0 <start> as eom" in summary
+    assert json.loads((export / "export.json").read_text())["ends"] == [1, turn, 0]
     engine = llama_cpp_engine.Engine(
-        made / "base-f16.gguf", models_tokenizer.load_tokenizer(str(folder)), 64, threads=1
+        export / "base-f16.gguf", models_tokenizer.load_tokenizer(str(folder)), 64, threads=1
     )
     written = [engine.written(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     assert written == ["1", str(turn), "0"]
@@ -237,13 +246,16 @@ def test_further_end_tokens_come_along(base, tmp_path):
 
 
 def test_a_way_of_cutting_that_llama_cpp_does_not_know_is_refused(tmp_path):
-    """Export does not guess; chat, which brings the tokenizer, does not mind."""
+    """The export does not guess how to split a text.
+
+    The chat could use the model, since it has the tokenizer.
+    """
     from tokenizers import Regex, pre_tokenizers
 
-    made = tiny.tokenizer()
+    tokenizer = tiny.tokenizer()
     cutting = [pre_tokenizers.Split(Regex("[aeiou]"), "isolated"), pre_tokenizers.ByteLevel(use_regex=False)]
-    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cutting)
-    folder = tiny.save_model(tmp_path / "model", made)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cutting)
+    folder = tiny.save_model(tmp_path / "model", tokenizer)
     with pytest.raises(UserError, match="does not know how this tokenizer splits a text"):
         run(model_path=folder, output_path=tmp_path / "made")
     assert not (tmp_path / "made").exists()
@@ -257,7 +269,7 @@ def test_other_peoples_files_stay(base, tmp_path):
 
 
 def refused(folder: Path, *words: str, **options) -> None:
-    """Exit 2 with these words, before any work, and the folder as it was."""
+    """The exit code is 2 with these words, before any work, and the folder does not change."""
     before = kill_points.contents(folder)
     with pytest.raises(UserError) as caught:
         run(**options)
@@ -272,7 +284,7 @@ def no_work(*_: object) -> None:
 
 @pytest.fixture
 def quick(monkeypatch) -> None:
-    """Exports of a few bytes, which hold what decides: the base's type and the adapter."""
+    """Exports of a few bytes that hold only what decides: the type of the base model and the adapter."""
 
     def make(job: export_gguf.ExportJob, folder: Path) -> None:
         (folder / job.base_name).write_text(job.kind)
@@ -285,62 +297,65 @@ def quick(monkeypatch) -> None:
 
 
 def test_an_export_is_replaced_by_the_same_one_only(quick, base, tmp_path, monkeypatch):
-    """Compared later, or damaged: made again, and told. Another one, edits and other files stay: exit 2.
+    """An export that was not compared or is damaged is made again, and the output says so.
 
-    The same command finds nothing to do whatever lies beside the files, an edited Modelfile too.
+    Another export, edited files and other files in the folder are refused with exit code 2. The same command
+    has nothing to do whatever else is in the folder, even when the Modelfile was edited.
     """
-    given = {"model_path": base, "output_path": tmp_path / "made", "type": "f32"}
-    made = run(**given, check=False)[0]
-    (made / "notes.txt").write_text("mine")
-    refused(made, "notes.txt", **given)
-    (made / "notes.txt").unlink()
-    assert "It was not compared with the model; it is made again" in " ".join(run(**given)[1])
-    (made / "base-f32.gguf").write_bytes(b"GGUF")
-    assert "base-f32.gguf is not as it was written" in " ".join(run(**given)[1])
+    options = {"model_path": base, "output_path": tmp_path / "made", "type": "f32"}
+    folder = run(**options, check=False)[0]
+    (folder / "notes.txt").write_text("mine")
+    refused(folder, "notes.txt", **options)
+    (folder / "notes.txt").unlink()
+    assert "It was not compared with the model; it is made again" in " ".join(run(**options)[1])
+    (folder / "base-f32.gguf").write_bytes(b"GGUF")
+    assert "base-f32.gguf is not as it was written" in " ".join(run(**options)[1])
     monkeypatch.setattr(export_gguf, "_make", no_work)
-    refused(made, "another type (f32)", "Name a new folder", **{**given, "type": "q4_0"})
+    refused(folder, "another type (f32)", "Name a new folder", **{**options, "type": "q4_0"})
     other = tiny.save_model(tmp_path / "other", chatty(), vocab_size=301, hidden_size=48)
-    refused(made, "another base model", **{**given, "model_path": other})
-    with open(made / "Modelfile", "a") as file:
+    refused(folder, "another base model", **{**options, "model_path": other})
+    with open(folder / "Modelfile", "a") as file:
         file.write("# mine")
-    (made / "notes.txt").write_text("mine")
-    said = " ".join(run(**given)[1])
-    assert "nothing to do" in said
-    assert "Modelfile" in said
-    (made / "base-f32.gguf").write_bytes(b"GGUF")
-    refused(made, "Modelfile, notes.txt", **given)
-    (made / "export.json").write_text("{")
+    (folder / "notes.txt").write_text("mine")
+    output = " ".join(run(**options)[1])
+    assert "nothing to do" in output
+    assert "Modelfile" in output
+    (folder / "base-f32.gguf").write_bytes(b"GGUF")
+    refused(folder, "Modelfile, notes.txt", **options)
+    (folder / "export.json").write_text("{")
     with pytest.raises(UserError, match=r"export\.json is damaged"):
-        run(**given)
+        run(**options)
 
 
 def test_an_export_of_a_run_follows_its_training(quick, base, adapter, tmp_path):
-    """In the adapter's own folder an older one is replaced, and told, if it is as it was written."""
+    """In the adapter's own folder an unchanged older export is replaced, and the output says so."""
     shutil.copytree(adapter, tmp_path / "run", ignore=shutil.ignore_patterns("gguf-*"))
-    given = {"model_path": base, "lora_path": tmp_path / "run", "check": False}
-    made, _ = run(**given)
-    before = (made / "adapter.gguf").read_bytes()
+    options = {"model_path": base, "lora_path": tmp_path / "run", "check": False}
+    folder, _ = run(**options)
+    before = (folder / "adapter.gguf").read_bytes()
     save_adapter(base, tmp_path / "run", 1)
-    refused(made, "another adapter", **given, output_path=made)
-    (made / "notes.txt").write_text("mine")
-    refused(made, "notes.txt", **given)
-    (made / "notes.txt").unlink()
-    assert f"{made}: an export with another adapter is replaced" in " ".join(run(**given)[1])
-    assert (made / "adapter.gguf").read_bytes() != before
-    assert sorted(path.name for path in made.iterdir()) == EXPORTED
+    refused(folder, "another adapter", **options, output_path=folder)
+    (folder / "notes.txt").write_text("mine")
+    refused(folder, "notes.txt", **options)
+    (folder / "notes.txt").unlink()
+    assert f"{folder}: an export with another adapter is replaced" in " ".join(run(**options)[1])
+    assert (folder / "adapter.gguf").read_bytes() != before
+    assert sorted(path.name for path in folder.iterdir()) == EXPORTED
 
 
 def test_files_that_come_while_an_export_is_made_stay(quick, base, tmp_path, monkeypatch):
-    """Looked at once more before the rename."""
-    made, real = tmp_path / "made", export_gguf._make
-    monkeypatch.setattr(export_gguf, "_make", lambda *args: (real(*args), made.mkdir(), (made / "x").touch()))
+    """The folder is checked once more before the rename."""
+    folder, real = tmp_path / "made", export_gguf._make
+    monkeypatch.setattr(
+        export_gguf, "_make", lambda *args: (real(*args), folder.mkdir(), (folder / "x").touch())
+    )
     with pytest.raises(UserError, match="is there already"):
-        run(model_path=base, output_path=made, check=False)
+        run(model_path=base, output_path=folder, check=False)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["made", "made/x"]
 
 
 def test_where_an_export_cannot_come(quick, base, tmp_path, monkeypatch):
-    """The current folder and one in a file are refused; a link leads where it points."""
+    """The current folder and a path below a file are refused; a link is followed to its target."""
     for name in ("here", "disk"):
         (tmp_path / name).mkdir()
     (tmp_path / "file").touch()
@@ -356,12 +371,12 @@ def test_where_an_export_cannot_come(quick, base, tmp_path, monkeypatch):
 
 
 def test_adapter_for_another_base_is_refused(exported, tmp_path):
-    """A GGUF adapter on a base of other shapes: in words, exit code 4."""
+    """A GGUF adapter on a base model with other shapes gives a message and exit code 4."""
     other = tiny.save_model(tmp_path / "model", hidden_size=48, vocab_size=301)
     path = gguf.base(other, tmp_path / "other.gguf", any_tokenizer=True)
-    asked = ChatConfig(model_path=str(path), lora_path=str(exported[0] / "adapter.gguf"))
+    config = ChatConfig(model_path=str(path), lora_path=str(exported[0] / "adapter.gguf"))
     with pytest.raises(UserError, match="does not fit this base model") as caught:
-        chat.start(asked, gguf_cache.for_llama)
+        chat.start(config, gguf_cache.for_llama)
     assert caught.value.code == CHECKPOINT
 
 
@@ -372,7 +387,7 @@ def test_gguf_adapter_alone_asks_for_its_base(exported, tmp_path):
 
 
 def test_swapping_adapters_keeps_the_base(exported, base, adapter, tmp_path):
-    """20 swaps, one file of the base loaded once; every answer's scores are those of its adapter alone."""
+    """After 20 swaps the base model was loaded once, and all scores equal those of the adapter alone."""
     two = gguf.adapter(save_adapter(base, tmp_path / "two", 1), base, tmp_path / "two.gguf")
     paths = {"one": exported[0] / "adapter.gguf", "two": two}
     tokenizer, path = models_tokenizer.load_tokenizer(str(base)), exported[0] / "base-f16.gguf"
@@ -382,9 +397,9 @@ def test_swapping_adapters_keeps_the_base(exported, base, adapter, tmp_path):
     def scores(engine, active_adapters) -> torch.Tensor:
         stream = engine.open(ids, active_adapters)
         assert list(stream.read())
-        made = stream.first().clone()  # they lie in llama.cpp's memory
+        logits = stream.first().clone()  # the scores lie in llama.cpp's memory
         stream.close()
-        return made
+        return logits
 
     alone = []
     for active in choices:
@@ -404,17 +419,17 @@ def test_a_base_that_only_the_adapter_names_is_not_fetched(adapter, tmp_path, mo
     shutil.copytree(adapter, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "evil/model"}))
-    asked: list[str] = []
-    monkeypatch.setattr(locate, "fetch_model", asked.append)
-    monkeypatch.setattr(locate, "fetch_adapter", asked.append)
+    names: list[str] = []
+    monkeypatch.setattr(locate, "fetch_model", names.append)
+    monkeypatch.setattr(locate, "fetch_adapter", names.append)
     with pytest.raises(UserError, match="evil/model, which is not on this machine"):
         export_gguf.run(ExportConfig(lora_path=str(tmp_path / "adapter")))
-    assert asked == []
+    assert names == []
 
 
 @pytest.mark.parametrize("name", ["../stranger.gguf", "/stranger.gguf", "..", 3])
 def test_files_of_an_export_lie_in_its_folder(tmp_path, name):
-    """export.json may be anybody's: it names an adapter beside it, or nothing."""
+    """export.json may come from anybody, so it can only name an adapter in its own folder."""
     folder = tmp_path / "gguf-f16"
     folder.mkdir()
     (tmp_path / "stranger.gguf").write_bytes(b"GGUF")
@@ -427,35 +442,36 @@ def test_files_of_an_export_lie_in_its_folder(tmp_path, name):
 
 
 def test_the_export_of_a_checkpoint_is_found_again(base, tmp_path):
-    """It lies in the run's folder, whatever its type, and counts for that checkpoint's content alone."""
-    made = {step: save_adapter(base, tmp_path / f"run/checkpoint-{step}", step) for step in (1, 2)}
+    """It lies in the run's folder, whatever its type, and belongs to the content of that checkpoint alone."""
+    adapters = {step: save_adapter(base, tmp_path / f"run/checkpoint-{step}", step) for step in (1, 2)}
     place = tmp_path / "run/gguf-q4_k_m"
     place.mkdir()
     (place / "adapter.gguf").write_bytes(b"GGUF")
-    of_base, of_adapter = gguf_cache.keys(base, made[2])
+    of_base, of_adapter = gguf_cache.keys(base, adapters[2])
     values = {"of_base": of_base, "of_adapter": of_adapter, "adapter": "adapter.gguf"}
     (place / "export.json").write_text(json.dumps(values))
-    assert gguf_cache._exported(made[2], *gguf_cache.keys(base, made[2])) == place / "adapter.gguf"
-    assert gguf_cache._exported(made[1], *gguf_cache.keys(base, made[1])) is None
-    save_adapter(base, made[2], 3)  # trained on under its old name
-    assert gguf_cache._exported(made[2], *gguf_cache.keys(base, made[2])) is None
-    other = save_adapter(base, tmp_path / "run/mine", 2)  # no checkpoint: its neighbours are others'
+    assert gguf_cache._exported(adapters[2], *gguf_cache.keys(base, adapters[2])) == place / "adapter.gguf"
+    assert gguf_cache._exported(adapters[1], *gguf_cache.keys(base, adapters[1])) is None
+    save_adapter(base, adapters[2], 3)  # it was trained further under its old name
+    assert gguf_cache._exported(adapters[2], *gguf_cache.keys(base, adapters[2])) is None
+    # no checkpoint, so the export beside it is not its own
+    other = save_adapter(base, tmp_path / "run/mine", 2)
     assert gguf_cache._exported(other, of_base, of_adapter) is None
 
 
 def test_one_meaning_of_a_plain_start():
-    """What can be merged can be a GGUF adapter: the base stayed as it was when training began."""
+    """What can be merged can be a GGUF adapter: the base model is the same as when the training began."""
     assert lora_delta.PLAIN_VALUES["init_lora_weights"] == runs_folder.PLAIN_STARTS
     assert {True, False, "eva"} <= set(runs_folder.PLAIN_STARTS)
     assert "pissa" not in runs_folder.PLAIN_STARTS
 
 
 def rendered(source: str, messages: list[dict[str, str]]) -> str:
-    """What Go's text/template writes: range, if eq, else, assignment and fields, which is all we use."""
+    """What Go's text/template writes for range, if eq, else, assignment and fields; we use no more."""
     steps = re.split(r"(\{\{.*?\}\})", source)
 
-    def block(start: int, known: dict, on: bool) -> tuple[str, int, str]:
-        """(text, place behind it, the action that ended it) of a block; on: whether it is written."""
+    def block(start: int, variables: dict, on: bool) -> tuple[str, int, str]:
+        """(text, place behind it, the action that ended it) of a block; on: whether its text is written."""
         text, place = "", start
         while place < len(steps):
             step, place = steps[place], place + 1
@@ -467,31 +483,31 @@ def rendered(source: str, messages: list[dict[str, str]]) -> str:
             elif action.startswith("range"):
                 inner = ""
                 for message in messages:
-                    known["$m"] = message
-                    piece, behind, _ = block(place, known, on)
+                    variables["$m"] = message
+                    piece, behind, _ = block(place, variables, on)
                     inner += piece
                 text, place = text + inner, behind
             elif action.startswith("if"):
                 left, right = re.fullmatch(r"if eq (\S+) (\S+)", action).groups()
-                yes = value(left, known) == value(right, known)
-                piece, place, ended = block(place, known, on and yes)
+                yes = value(left, variables) == value(right, variables)
+                piece, place, ended = block(place, variables, on and yes)
                 text += piece
                 if ended == "else":
-                    piece, place, _ = block(place, known, on and not yes)
+                    piece, place, _ = block(place, variables, on and not yes)
                     text += piece
             elif "=" in action:
-                name, given = re.split(r"\s*:?=\s*", action)
+                name, expression = re.split(r"\s*:?=\s*", action)
                 if on:
-                    known[name] = value(given, known)
+                    variables[name] = value(expression, variables)
             elif on:
-                text += value(action, known)
+                text += value(action, variables)
         return text, place, ""
 
-    def value(word: str, known: dict) -> str:
+    def value(word: str, variables: dict) -> str:
         if word.startswith('"'):
             return json.loads(word)
         name, _, field = word.partition(".")
-        return known[name][field.lower()] if field else known[name]
+        return variables[name][field.lower()] if field else variables[name]
 
     return block(0, {}, True)[0]
 
@@ -505,7 +521,7 @@ TALK = (
 
 @pytest.mark.parametrize("name", ["alpaca", "chatml", "vicuna-chat", "tigerbot", "cutegpt", "auto"])
 def test_modelfile_says_the_template(name):
-    """What Ollama's template writes is what the model was trained on, text by text."""
+    """Ollama's template writes exactly the text that the model was trained on."""
     tokenizer = chatty()
     controls = data_template.read(data_template.FOLDER / f"{name}.json").controls() if name != "auto" else []
     tokenizer.add_special_tokens(
@@ -516,8 +532,10 @@ def test_modelfile_says_the_template(name):
     for turns in TALK:
         if turns[0].role == "system" and form.system is None:
             continue
-        made = data_encode.pieces(Conversation(turns), form, tokenizer)
-        names = [text if isinstance(text, str) else tokenizer.convert_ids_to_tokens(text) for text, _ in made]
+        pieces = data_encode.pieces(Conversation(turns), form, tokenizer)
+        names = [
+            text if isinstance(text, str) else tokenizer.convert_ids_to_tokens(text) for text, _ in pieces
+        ]
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         assert rendered(source, messages) == "".join(names)
     file = modelfile.modelfile(form, tokenizer, "base-f16.gguf", "adapter.gguf")
@@ -536,7 +554,7 @@ def test_a_template_that_a_modelfile_cannot_hold():
 
 @pytest.mark.slow
 def test_the_demo_with_the_tool(tmp_path):
-    """The whole way, with an adapter: a table without a failed row, the same perplexity to a thousandth."""
+    """The demo with an adapter: no row fails, and the perplexity is equal to a thousandth."""
     adapter = save_adapter(Path(locate.locate("demo")), tmp_path / "adapter", std=0.01)
     command = [sys.executable, ROOT / "tools" / "export_gguf.py", "--model_path", "demo"]
     command += ["--lora_path", adapter]

@@ -46,7 +46,7 @@ def saved(folder: Path, **settings) -> torch.nn.Module:
 @pytest.mark.parametrize("use_rslora", [False, True], ids=["plain", "rsLoRA"])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_ranks_and_scales_are_those_of_peft(tmp_path, name, use_rslora):
-    """With patterns for ranks, and with other values for alphas."""
+    """This holds with patterns for ranks, and with other values for alphas."""
     alphas = {pattern: 5 * value for pattern, value in PATTERNS[name].items()}
     model = saved(tmp_path, rank_pattern=PATTERNS[name], alpha_pattern=alphas, use_rslora=use_rslora)
     layers = {
@@ -62,7 +62,7 @@ def test_ranks_and_scales_are_those_of_peft(tmp_path, name, use_rslora):
 @pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
 @pytest.mark.parametrize("patterns", [{"(": 4}, ["q_proj"], 3], ids=str)
 def test_damaged_patterns_are_refused(tmp_path, setting, patterns):
-    """Exit 4 and the name of the setting, for a merge and for an export."""
+    """A merge and an export both give exit code 4 and the name of the setting."""
     saved(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), setting: patterns}))

@@ -1,4 +1,4 @@
-"""A merged model answers like base + adapter, for every kind of module; what does not fit is refused."""
+"""A merged model answers as base + adapter does, for every kind of module; what does not fit is refused."""
 
 import json
 import os
@@ -39,38 +39,40 @@ def base_of(kind: str, folder: Path, **changes: Any) -> Path:
     if kind == "llama":
         return tiny.save_model(folder, **changes)
     if kind == "gpt2":
-        made = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64))
     else:
-        made = BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4))
-    for parameter in made.parameters():
+        model = BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4))
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    made.save_pretrained(folder)
+    model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder
 
 
 def adapter_of(base: Path, folder: Path, resize: int | None = None, **settings: Any) -> Path:
-    """A LoRA adapter as peft saves it, all of whose tensors are random."""
+    """A LoRA adapter as peft saves it, with random numbers in all of its tensors."""
     bare = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if resize:
         bare.resize_token_embeddings(resize)
-    made = get_peft_model(bare, LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **settings}))
+    model = get_peft_model(
+        bare, LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **settings})
+    )
     torch.manual_seed(1)
-    for name, parameter in made.named_parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             grown = parameter.data * (1 + 0.3 * torch.rand_like(parameter))
             is_magnitude = "magnitude" in name
             parameter.data = grown if is_magnitude else parameter.data + torch.randn_like(parameter) * 0.1
-    made.save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder
 
 
 def run(base: Path | None, adapter: Path, target: Path, **more: Any) -> list[str]:
     path = str(base) if base else None
     options = MergeConfig(model_path=path, lora_path=str(adapter), output_path=str(target), **more)
-    with console.heard() as said:
+    with console.heard() as lines:
         merge.run(options, lambda done, total: None)
-    return said
+    return lines
 
 
 def refused(code: int, *words: str, **arguments: Any) -> None:
@@ -94,14 +96,14 @@ def unmerged(base: Path, adapter: Path, resize: int | None = None) -> torch.Tens
 
 
 def check_equal(base: Path, adapter: Path, target: Path, resize: int | None = None) -> torch.nn.Module:
-    """The merged model's logits are base + adapter's, and not the base's."""
-    made = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    merged, wanted = logits(made), unmerged(base, adapter, resize)
-    scale = wanted.abs().max()
-    assert (merged - wanted).abs().max() < 1e-5 * max(1, scale)
+    """The merged model has the logits of base + adapter, which differ from those of the base model."""
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    merged, expected = logits(model), unmerged(base, adapter, resize)
+    scale = expected.abs().max()
+    assert (merged - expected).abs().max() < 1e-5 * max(1, scale)
     plain = logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
-    assert plain.shape != wanted.shape or (plain - wanted).abs().max() > 1e-3 * scale
-    return made
+    assert plain.shape != expected.shape or (plain - expected).abs().max() > 1e-3 * scale
+    return model
 
 
 SETTINGS = {
@@ -127,7 +129,7 @@ SETTINGS = {
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_llama(tmp_path, name, tied):
-    """Every kind of module of a Llama, its head tied to the embedding or not."""
+    """Every kind of module of a Llama model, with its head tied to the embedding or not."""
     base = base_of("llama", tmp_path / "base", tie_word_embeddings=tied)
     adapter = adapter_of(base, tmp_path / "adapter", **SETTINGS[name])
     run(base, adapter, tmp_path / "made")
@@ -137,7 +139,7 @@ def test_llama(tmp_path, name, tied):
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"bias": "all"}], ids=["plain", "DoRA", "bias"])
 @pytest.mark.parametrize("kind", ["gpt2", "bloom"])
 def test_other_architectures(tmp_path, kind, settings):
-    """GPT-2, whose Conv1D weights are the other way round, and Bloom; both with biases and a tied head."""
+    """Bloom, and GPT-2, whose Conv1D weights are transposed; both have biases and a tied head."""
     base = base_of(kind, tmp_path / "base")
     modules = {"gpt2": ["c_attn", "c_proj", "c_fc"], "bloom": ["query_key_value", "dense", "dense_h_to_4h"]}
     adapter = adapter_of(base, tmp_path / "adapter", target_modules=modules[kind], **settings)
@@ -146,7 +148,7 @@ def test_other_architectures(tmp_path, kind, settings):
 
 
 def test_bias_of_b(tmp_path):
-    """lora_bias: what B adds to a bias."""
+    """With lora_bias, B also adds something to a bias."""
     base = base_of("gpt2", tmp_path / "base")
     adapter = adapter_of(base, tmp_path / "adapter", target_modules=["c_attn"], lora_bias=True)
     run(base, adapter, tmp_path / "made")
@@ -154,10 +156,10 @@ def test_bias_of_b(tmp_path):
 
 
 def test_names_without_the_inner_models_prefix(tmp_path):
-    """GPT-2's files on the hub leave `transformer.` out."""
+    """The files of GPT-2 on the hub leave out the prefix `transformer.`."""
     base = base_of("gpt2", tmp_path / "base")
-    held = load_file(base / "model.safetensors")
-    short = {name.removeprefix("transformer."): tensor for name, tensor in held.items()}
+    tensors = load_file(base / "model.safetensors")
+    short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     save_file(short, base / "model.safetensors", metadata={"format": "pt"})
     adapter = adapter_of(base, tmp_path / "adapter", target_modules=["c_attn"])
     run(base, adapter, tmp_path / "made")
@@ -167,22 +169,22 @@ def test_names_without_the_inner_models_prefix(tmp_path):
 
 @pytest.mark.parametrize("name", ["attention", "the head", "a whole embedding"])
 def test_a_head_of_its_own_in_a_base_that_says_tied(tmp_path, name):
-    """transformers ties only what is equal: a head that differs stays, and the merged model says so."""
+    """transformers ties only equal tensors: a different head stays, and the merged model's config says so."""
     base = base_of("llama", tmp_path / "base", tie_word_embeddings=True)
-    held = load_file(base / "model.safetensors")
-    for head, tied in ((held["model.embed_tokens.weight"].clone(), True), (torch.randn(300, 96), False)):
-        both = {**held, "lm_head.weight": head}
+    tensors = load_file(base / "model.safetensors")
+    for head, tied in ((tensors["model.embed_tokens.weight"].clone(), True), (torch.randn(300, 96), False)):
+        both = {**tensors, "lm_head.weight": head}
         save_file(both, base / "model.safetensors", metadata={"format": "pt"})
         adapter = adapter_of(base, tmp_path / f"adapter{tied}", **SETTINGS[name])
         run(base, adapter, tmp_path / f"made{tied}")
-        made = check_equal(base, adapter, tmp_path / f"made{tied}")
-        assert made.config.tie_word_embeddings == (tied and name == "attention")
-        assert ("lm_head.weight" in read(tmp_path / f"made{tied}")) != made.config.tie_word_embeddings
+        model = check_equal(base, adapter, tmp_path / f"made{tied}")
+        assert model.config.tie_word_embeddings == (tied and name == "attention")
+        assert ("lm_head.weight" in read(tmp_path / f"made{tied}")) != model.config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_resized_vocabulary(tmp_path, tied):
-    """More tokens than the base has: embedding and head grow, the adapter's tokenizer comes along."""
+    """With more tokens than the base model, embedding and head grow, and the tokenizer is the adapter's."""
     base = base_of("llama", tmp_path / "base", tie_word_embeddings=tied)
     modules = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
     adapter = adapter_of(
@@ -197,14 +199,14 @@ def test_resized_vocabulary(tmp_path, tied):
     tokenizer.add_tokens(["<a>", "<b>"])
     tokenizer.save_pretrained(adapter)
     run(base, adapter, tmp_path / "made")
-    made = check_equal(base, adapter, tmp_path / "made", resize=304)
-    assert made.config.vocab_size == 304
-    assert made.config.tie_word_embeddings == tied
+    model = check_equal(base, adapter, tmp_path / "made", resize=304)
+    assert model.config.vocab_size == 304
+    assert model.config.tie_word_embeddings == tied
     assert "<b>" in models_tokenizer.load_tokenizer(str(tmp_path / "made")).get_vocab()
 
 
 def test_our_own_embedding_adapter(tmp_path):
-    """Embeddings trained by OneCard with a tied head: both names are saved, and the head stays tied."""
+    """OneCard saves trained tied embeddings under both names; the merged head is still tied."""
     base = base_of("llama", tmp_path / "base", tie_word_embeddings=True)
     settings = {
         "modules_to_save": ["embed_tokens"],
@@ -213,14 +215,14 @@ def test_our_own_embedding_adapter(tmp_path):
     }
     adapter = adapter_of(base, tmp_path / "adapter", **settings)
     run(base, adapter, tmp_path / "made")
-    made = check_equal(base, adapter, tmp_path / "made")
-    assert made.config.tie_word_embeddings
+    model = check_equal(base, adapter, tmp_path / "made")
+    assert model.config.tie_word_embeddings
     assert "lm_head.weight" not in load_file(tmp_path / "made/model.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_stored_in_the_bases_dtype(tmp_path, dtype, monkeypatch):
-    """Computed in fp32 and rounded once, in blocks over several files; what is not changed is a copy."""
+    """Sums are made in fp32 and rounded once, in blocks over several files; other tensors are copied."""
     monkeypatch.setattr(tensor_files, "BLOCK", 5000)
     tiny.save_model(tmp_path / "fp32")
     AutoModelForCausalLM.from_pretrained(tmp_path / "fp32", dtype=dtype).save_pretrained(
@@ -232,11 +234,11 @@ def test_stored_in_the_bases_dtype(tmp_path, dtype, monkeypatch):
     names = [[path.name for path in model_files.files_of(tmp_path / name)] for name in ("base", "made")]
     assert names[0] == names[1]
     assert len(names[0]) > 2
-    given = load_file(adapter / "adapter_model.safetensors")
+    tensors = load_file(adapter / "adapter_model.safetensors")
     for name, weight in before.items():
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        if f"{module}.lora_A.weight" in given:
-            delta = given[f"{module}.lora_B.weight"] @ given[f"{module}.lora_A.weight"] * 2
+        if f"{module}.lora_A.weight" in tensors:
+            delta = tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"] * 2
             assert torch.equal(after[name], (weight.float() + delta).to(dtype)) or torch.allclose(
                 after[name].float(), weight.float() + delta, rtol=torch.finfo(dtype).eps
             )
@@ -263,8 +265,8 @@ def pair(tmp_path_factory) -> tuple[Path, Path]:
 
 def change_tensors(how: Any) -> Any:
     def apply(folder: Path) -> None:
-        held = load_file(folder / "adapter_model.safetensors")
-        save_file(how(held), folder / "adapter_model.safetensors")
+        tensors = load_file(folder / "adapter_model.safetensors")
+        save_file(how(tensors), folder / "adapter_model.safetensors")
 
     return apply
 
@@ -308,7 +310,7 @@ MISFITS = {
 
 @pytest.mark.parametrize("fault", MISFITS)
 def test_adapters_that_do_not_fit(tmp_path, pair, fault):
-    """Missing, renamed and unknown keys, a wrong rank and other kinds end with exit 4 and are named (X5)."""
+    """X5: missing, renamed and unknown keys, a wrong rank and other kinds are named, with exit code 4."""
     base, adapter = pair
     shutil.copytree(adapter, tmp_path / "adapter")
     make, word = MISFITS[fault]
@@ -323,29 +325,29 @@ def test_adapters_that_do_not_fit(tmp_path, pair, fault):
     ids=["narrower", "more KV heads", "deeper", "flatter"],
 )
 def test_a_wrong_base(tmp_path, pair, changes):
-    """A base of other sizes ends with exit 4 and the list of keys (X5)."""
+    """X5: a base model of other sizes gives exit code 4 and the list of keys."""
     base = base_of("llama", tmp_path / "base", **changes)
     refused(CHECKPOINT, "layers", base=base, adapter=pair[1], target=tmp_path / "made")
 
 
 def test_another_base_of_the_same_shape(tmp_path, pair):
-    """The run that made the adapter noted its base's SHA-256; another one is refused, the same one taken."""
+    """The run recorded the SHA-256 of its base model: only the same one is accepted."""
     base, adapter = pair
     shutil.copytree(adapter, tmp_path / "adapter")
-    wanted = hashing.of_folder(base_model.identity_files(str(base))["weights"])
-    record = {"options": {"model_path": str(base), "bits": 8}, "fingerprints": {"base model": wanted}}
+    digest = hashing.of_folder(base_model.identity_files(str(base))["weights"])
+    record = {"options": {"model_path": str(base), "bits": 8}, "fingerprints": {"base model": digest}}
     (tmp_path / "adapter" / runs_folder.CONFIG).write_text(json.dumps(record))
-    run(None, tmp_path / "adapter", tmp_path / "made")  # its base is named there
+    run(None, tmp_path / "adapter", tmp_path / "made")  # finetune_config.json names the base model
     check_equal(base, adapter, tmp_path / "made")
     other = tiny.save_model(tmp_path / "other")
-    held = load_file(other / "model.safetensors")
-    held["model.norm.weight"] += 1
-    save_file(held, other / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     refused(CHECKPOINT, "SHA-256", base=other, adapter=tmp_path / "adapter", target=tmp_path / "no")
 
 
 def test_a_tokenizer_with_too_many_tokens(tmp_path, pair):
-    """Ids beyond the merged embedding would crash later; they are refused."""
+    """Ids beyond the merged embedding would crash later, so they are refused."""
     base, adapter = pair
     shutil.copytree(adapter, tmp_path / "adapter")
     tokenizer = tiny.tokenizer()
@@ -355,7 +357,11 @@ def test_a_tokenizer_with_too_many_tokens(tmp_path, pair):
 
 
 def test_folders(tmp_path, pair, monkeypatch):
-    """Source and target apart, a quantised base, no room: refused before writing; twice is once."""
+    """What cannot be merged is refused before anything is written; a second merge has nothing to do.
+
+    Refused are a target inside the base model or the adapter, a changed target, a quantised base model and a
+    full disk.
+    """
     base, adapter = pair
     for target in (base, base / "made", adapter / "made"):
         refused(USAGE, "--output_path", base=base, adapter=adapter, target=target)
@@ -378,35 +384,36 @@ def test_folders(tmp_path, pair, monkeypatch):
 
 
 def test_a_base_that_only_the_adapter_names_is_not_fetched(tmp_path, pair, monkeypatch):
-    """A stranger's adapter makes nobody fetch; what the user types is another matter."""
+    """A stranger's adapter cannot cause a download; a name that the user types can."""
     shutil.copytree(pair[1], tmp_path / "adapter")
     change_config(base_model_name_or_path="evil/model")(tmp_path / "adapter")
-    asked: list[str] = []
-    monkeypatch.setattr(locate, "fetch_model", asked.append)
-    monkeypatch.setattr(locate, "fetch_adapter", asked.append)
+    names: list[str] = []
+    monkeypatch.setattr(locate, "fetch_model", names.append)
+    monkeypatch.setattr(locate, "fetch_adapter", names.append)
     options = MergeConfig(lora_path=str(tmp_path / "adapter"), output_path=str(tmp_path / "made"))
     with pytest.raises(UserError, match="evil/model, which is not on this machine"):
         merge.run(options, lambda *_: None)
-    assert asked == []
+    assert names == []
 
 
 def test_only_the_models_own_files_come_along(tmp_path, pair):
-    """Receipts, logs and records of the base's folder or the adapter's say nothing about the merged model."""
+    """Records and logs in the folders of base model and adapter are not copied: they describe other files."""
     for name, source in zip(("base", "adapter"), pair, strict=True):
         shutil.copytree(source, tmp_path / name)
-        for own in ("onecard_download.json", "export.json", "finished.json", "log.jsonl", "loss.png"):
-            (tmp_path / name / own).write_text("{}")
-    (tmp_path / "adapter" / "export.json").unlink()  # or it would be one of GGUF files
+        for record in ("onecard_download.json", "export.json", "finished.json", "log.jsonl", "loss.png"):
+            (tmp_path / name / record).write_text("{}")
+    # with it the folder would count as an export of GGUF files
+    (tmp_path / "adapter" / "export.json").unlink()
     (tmp_path / "base" / runs_folder.CONFIG).write_text("{}")
     (tmp_path / "base" / "README.md").write_text("A card")
     run(tmp_path / "base", tmp_path / "adapter", tmp_path / "made")
     run(*pair, tmp_path / "plain")
-    made, plain = ({path.name for path in (tmp_path / name).iterdir()} for name in ("made", "plain"))
-    assert made == plain | {"README.md"}
+    merged, plain = ({path.name for path in (tmp_path / name).iterdir()} for name in ("made", "plain"))
+    assert merged == plain | {"README.md"}
 
 
 def test_another_tokenizer_is_another_merge(tmp_path, pair):
-    """The record names the small files too: a changed one is not called the same."""
+    """The record names the small files too, so a changed one makes it another merge."""
     base, adapter = tmp_path / "base", pair[1]
     shutil.copytree(pair[0], base)
     run(base, adapter, tmp_path / "made")
@@ -415,7 +422,7 @@ def test_another_tokenizer_is_another_merge(tmp_path, pair):
 
 
 def test_an_older_adapter(tmp_path, pair):
-    """Its own folder counts, not the temporary copy: twice is once, and the target lies elsewhere."""
+    """Its own folder counts and not the temporary copy, both for a second merge and for the target."""
     base, old = pair[0], tmp_path / "old"
     old.mkdir()
     torch.save(load_file(pair[1] / "adapter_model.safetensors"), old / "adapter_model.bin")
@@ -431,7 +438,7 @@ def test_an_older_adapter(tmp_path, pair):
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
 def test_a_damaged_adapter(tmp_path, pair, name):
-    """Exit code 4, whichever of its files is cut."""
+    """The exit code is 4, whichever of its files is cut short."""
     shutil.copytree(pair[1], tmp_path / "adapter")
     path = tmp_path / "adapter" / name
     path.write_bytes(path.read_bytes()[:-40])
@@ -450,27 +457,29 @@ def test_a_folder_has_the_users_rights(tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_every_operation(tmp_path, pair):
-    """SIGKILL before each operation of a merge: no folder is seen, the next run is clean."""
+    """SIGKILL before each operation of a merge leaves no folder, and the next run is clean."""
     kill_points.check("merge", tmp_path / "out", model_path=pair[0], lora_path=pair[1])
 
 
 def test_report(tmp_path, pair):
-    """Perplexity and logit differences against base + adapter, and the quantised base of the training."""
+    """Perplexity and logit differences against base + adapter, also on the quantised base of the training."""
     base, adapter = pair
     shutil.copytree(adapter, tmp_path / "adapter")
     (tmp_path / "adapter" / runs_folder.CONFIG).write_text(json.dumps({"options": {"bits": 8}}))
     rows = tiny.save_rows(tmp_path / "rows.json", 6)
-    said = run(base, tmp_path / "adapter", tmp_path / "made", report=True, data_path=str(rows), report_rows=4)
-    table = {line[:30].strip(): line[30:].split() for line in said}
+    lines = run(
+        base, tmp_path / "adapter", tmp_path / "made", report=True, data_path=str(rows), report_rows=4
+    )
+    table = {line[:30].strip(): line[30:].split() for line in lines}
     same, coarse = table["base + adapter (peft)"], table["8-bit base + adapter"]
     assert float(table["merged"][0]) > 1
-    assert abs(float(same[1]) - 1) < 0.05  # bf16 on a processor
+    assert abs(float(same[1]) - 1) < 0.05  # bf16 on the CPU
     assert float(coarse[2]) > 0
 
 
 @pytest.mark.parametrize("rows", ["none.json", "no_answers.json"])
 def test_the_rows_of_a_report_are_looked_at_first(tmp_path, pair, monkeypatch, rows):
-    """Exit 3 before any merging; the sample's rows are found from any folder."""
+    """Wrong rows give exit code 3 before any merging; the sample's rows are found from any folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "no_answers.json").write_text('[{"instruction": "a"}]')
     before = sorted(tmp_path.iterdir())
@@ -482,30 +491,30 @@ def test_the_rows_of_a_report_are_looked_at_first(tmp_path, pair, monkeypatch, r
 
 @pytest.mark.parametrize("given", [{"data_path": "rows.json"}, {"report_rows": 2}, {"cutoff_len": 99}])
 def test_options_of_a_report_that_is_not_asked_for(pair, tmp_path, given):
-    """They would do nothing: refused, and nothing is made."""
+    """They would do nothing, so they are refused and nothing is written."""
     refused(USAGE, "is for --report", base=pair[0], adapter=pair[1], target=tmp_path / "made", **given)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_report_numbers():
-    """Perplexity is that of the targets alone; the difference is the largest over all of them."""
+    """The perplexity is that of the targets alone; the difference is the largest over all of them."""
 
     class Even(torch.nn.Module):
         def forward(self, ids, use_cache):
-            made = torch.zeros(1, ids.shape[1], 8)
-            made[0, 0, 3] = 100.0  # the first token is sure of 3
-            return type("Output", (), {"logits": made})
+            scores = torch.zeros(1, ids.shape[1], 8)
+            scores[0, 0, 3] = 100.0  # after the first token, 3 is certain
+            return type("Output", (), {"logits": scores})
 
-    perplexity, kept = merge_fidelity.outcome(Even(), [([1, 3, 5], [False, False, True])], "cpu")
+    perplexity, outputs = merge_fidelity.outcome(Even(), [([1, 3, 5], [False, False, True])], "cpu")
     assert perplexity == pytest.approx(8.0)
-    assert kept[0].shape == (1, 8)
-    assert merge_fidelity.largest_difference([kept[0]], [kept[0] + torch.eye(1, 8) * 3]) == 3.0
+    assert outputs[0].shape == (1, 8)
+    assert merge_fidelity.largest_difference([outputs[0]], [outputs[0] + torch.eye(1, 8) * 3]) == 3.0
     sure, _ = merge_fidelity.outcome(Even(), [([1, 3, 5], [False, True, False])], "cpu")
     assert sure == pytest.approx(1.0)
 
 
 def test_a_difference_that_is_no_number_is_told(tmp_path, monkeypatch):
-    """max() would pass it over; the report ends with exit code 4."""
+    """max() would ignore it, so the report checks for it and ends with exit code 4."""
     fine, broken = torch.zeros(1, 8), torch.full((1, 8), float("nan"))
     assert merge_fidelity.largest_difference([fine, broken], [fine, fine]) != 0
     outcomes = iter([(1.0, [fine, broken]), (1.0, [fine, fine])])

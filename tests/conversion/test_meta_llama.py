@@ -1,4 +1,4 @@
-"""Original LLaMA folders to transformers' and back: equal bit for bit, equal logits, faults refused."""
+"""Original LLaMA folders become transformers' and original again, with equal bits and equal logits."""
 
 import dataclasses
 import json
@@ -39,16 +39,16 @@ def pieces(tmp_path_factory) -> tuple[Path, int]:
 
 
 def here(request: dict[str, Any], told: Any, keep: int) -> None:
-    """The child's work in this process, without its limits."""
+    """Do the child's work in this process, without its limits."""
     module = meta_weights if request["step"] == meta_llama.WEIGHTS else meta_tokenizer
     module.work({**request, "limit": 0}, lambda **report: told(report))
 
 
 def run(source: Path, target: Path, to: str, work: Any = here, **more: Any) -> list[str]:
     options = ConvertConfig(input_dir=str(source), output_dir=str(target), to=to, **more)
-    with console.heard() as said:
+    with console.heard() as lines:
         meta_llama.run(options, lambda done, total: None, work)
-    return said
+    return lines
 
 
 def refused(code: int, *words: str, **arguments: Any) -> None:
@@ -80,7 +80,7 @@ def model(
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("heads", [(8, 8), (12, 4), (32, 4)], ids=["8/8", "12/4", "32/4"])
 def test_there_and_back(tmp_path, pieces, heads, count, tied, dtype):
-    """Equal bit for bit, under the same names in as many shards; transformers' logits are the original's."""
+    """The weights come back bit for bit with the same names and shards; the logits are the original's."""
     start = tmp_path / "start"
     settings, whole = model(start, pieces, count, tied, dtype, heads=heads[0], kv_heads=heads[1])
     run(start, tmp_path / "hf", "hf")
@@ -90,15 +90,15 @@ def test_there_and_back(tmp_path, pieces, heads, count, tied, dtype):
     )
     assert json.loads((tmp_path / "back/params.json").read_text()) == settings
     assert (tmp_path / "back/tokenizer.model").read_bytes() == pieces[0].read_bytes()
-    made = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    assert (made.lm_head.weight is made.model.embed_tokens.weight) == tied
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     ids = torch.randint(0, pieces[1], (40,), generator=torch.Generator().manual_seed(1))
-    wanted = meta_llama_reference.logits(settings, whole, ids)
-    assert (made(ids[None]).logits[0] - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    expected = meta_llama_reference.logits(settings, whole, ids)
+    assert (loaded(ids[None]).logits[0] - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_reference_is_sensitive(pieces):
-    """The reference notices rows of q that are not in its order; else equal logits would prove nothing."""
+    """The reference notices rows of q in the wrong order; otherwise equal logits would prove nothing."""
     settings = params(vocab=64)
     whole = meta_llama_reference.weights(settings, 64, torch.float32, tied=False)
     ids = torch.arange(40)
@@ -111,17 +111,17 @@ def test_reference_is_sensitive(pieces):
 @pytest.mark.parametrize(("one", "other"), [(1, 4), (4, 1), (2, 4), (4, 2)])
 @pytest.mark.parametrize("embedding", [0, 1])
 def test_reshard(tmp_path, pieces, one, other, embedding):
-    """Any number of shards into any other; the embedding stays cut as it was."""
+    """Any number of shards becomes any other; the embedding is cut along the same dimension as before."""
     start = tmp_path / "start"
     _, whole = model(start, pieces, one, embedding=embedding, heads=12, kv_heads=4)
     run(start, tmp_path / "made", "meta", num_shards=other)
-    along = embedding if one > 1 else 1  # of one that is not cut the tokenizer says how
-    wanted = meta_llama_reference.cut(whole, other, along)
-    assert meta_llama_reference.same(wanted, meta_llama_reference.load(tmp_path / "made"))
+    along = embedding if one > 1 else 1  # for an uncut one the tokenizer decides
+    expected = meta_llama_reference.cut(whole, other, along)
+    assert meta_llama_reference.same(expected, meta_llama_reference.load(tmp_path / "made"))
 
 
 def test_blocks_smaller_than_a_tensor(tmp_path, pieces, monkeypatch):
-    """Every tensor goes by in several blocks, across the borders of shards, and comes out the same."""
+    """Every tensor is copied in several blocks, across the borders of shards, and stays the same."""
     monkeypatch.setattr(tensor_files, "BLOCK", 3000)
     start = tmp_path / "start"
     _, whole = model(start, pieces, 4, heads=12, kv_heads=4, embedding=0)
@@ -133,16 +133,16 @@ def test_blocks_smaller_than_a_tensor(tmp_path, pieces, monkeypatch):
 
 
 def test_many_files(tmp_path, pieces, monkeypatch):
-    """Large models come in several safetensors files with an index, which transformers and we read."""
+    """Large models are written as several safetensors files with an index, which transformers and we read."""
     monkeypatch.setattr(tensor_files, "divide", lambda tensors: plain(tensors, 40_000))
     model(tmp_path / "start", pieces)
     run(tmp_path / "start", tmp_path / "hf", "hf")
     files = model_files.files_of(tmp_path / "hf")
     assert len(files) > 2
-    held = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    stored = {name: tensor for path in files for name, tensor in load_file(path).items()}
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=BF16).state_dict()
-    assert held.keys() == state.keys()
-    assert all(torch.equal(held[name], state[name]) for name in held)
+    assert stored.keys() == state.keys()
+    assert all(torch.equal(stored[name], state[name]) for name in stored)
     run(tmp_path / "hf", tmp_path / "back", "meta")
     start, back = (meta_llama_reference.load(tmp_path / name) for name in ("start", "back"))
     assert meta_llama_reference.same(start, back)
@@ -165,28 +165,28 @@ plain = tensor_files.divide
     ids=["LLaMA 1", "LLaMA 2", "LLaMA 3", "LLaMA 3.1"],
 )
 def test_generations(tmp_path, pieces, settings, wanted):
-    """params.json of each generation gives its configuration, and comes back; logits show theta is used."""
+    """params.json of each generation gives its configuration and comes back; the logits show its theta."""
     start = tmp_path / "start"
-    given, whole = model(start, pieces, **settings)
+    original, whole = model(start, pieces, **settings)
     run(start, tmp_path / "hf", "hf")
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert {name: config[name] for name in wanted} == wanted
-    assert config["intermediate_size"] == meta_llama_reference.hidden(given)
+    assert config["intermediate_size"] == meta_llama_reference.hidden(original)
     run(tmp_path / "hf", tmp_path / "back", "meta")
     back = json.loads((tmp_path / "back/params.json").read_text())
     wide = ("multiple_of", "ffn_dim_multiplier")  # several pairs of them give the same size
-    assert meta_llama_reference.hidden(back) == meta_llama_reference.hidden(given)
+    assert meta_llama_reference.hidden(back) == meta_llama_reference.hidden(original)
     assert {k: v for k, v in back.items() if k not in wide} == {
-        **{k: v for k, v in given.items() if k not in wide},
+        **{k: v for k, v in original.items() if k not in wide},
         "vocab_size": pieces[1],
     }
-    made = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    if "use_scaled_rope" not in given:
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    if "use_scaled_rope" not in original:
         ids = torch.arange(3, 43)
-        expected = meta_llama_reference.logits(given, whole, ids)
-        assert (made(ids[None]).logits[0] - expected).abs().max() < 1e-4 * expected.abs().max()
+        expected = meta_llama_reference.logits(original, whole, ids)
+        assert (loaded(ids[None]).logits[0] - expected).abs().max() < 1e-4 * expected.abs().max()
     else:
-        assert made.config.rope_parameters["rope_type"] == "llama3"
+        assert loaded.config.rope_parameters["rope_type"] == "llama3"
 
 
 @pytest.mark.parametrize(
@@ -194,22 +194,22 @@ def test_generations(tmp_path, pieces, settings, wanted):
     [(4096, 11008), (4096, 14336), (8192, 28672), (5120, 13824), (576, 1536), (96, 97), (64, 10)],
 )
 def test_feed_forward_sizes_come_back(dim, f):
-    """Whatever size the feed-forward part has, params.json can say it."""
+    """params.json can express every size of the feed-forward part."""
     shape = meta_layout.Shape(dim, 2, 8, 8, f, 100, 1e-5)
-    said = meta_layout.to_params(shape)
-    assert meta_layout.from_params(said, Path("params.json"), 100).hidden == f
+    values = meta_layout.to_params(shape)
+    assert meta_layout.from_params(values, Path("params.json"), 100).hidden == f
 
 
 def test_tables_and_missing_heads(tmp_path, pieces):
-    """Rotary tables of old files are left out, and said so; a model without head is tied."""
+    """Rotary tables of old files are left out, and the output says so; a model without head is tied."""
     settings = params(vocab=pieces[1])
     whole = meta_llama_reference.weights(settings, pieces[1], BF16, tied=True)
     head = whole.pop("output.weight")
     meta_llama_reference.save(tmp_path / "a", settings, [{**whole, "rope.freqs": torch.ones(4)}])
-    shutil.copy(pieces[0], tmp_path / "tokenizer.model")  # beside, where LLaMA 1 has it
-    said = " ".join(run(tmp_path / "a", tmp_path / "hf", "hf"))
-    assert "1 tables" in said
-    assert "no output.weight" in said
+    shutil.copy(pieces[0], tmp_path / "tokenizer.model")  # beside the folder, as in LLaMA 1
+    output = " ".join(run(tmp_path / "a", tmp_path / "hf", "hf"))
+    assert "1 tables" in output
+    assert "no output.weight" in output
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.tie_word_embeddings
     run(tmp_path / "hf", tmp_path / "back", "meta")
     assert meta_llama_reference.same(
@@ -221,24 +221,24 @@ def test_tables_and_missing_heads(tmp_path, pieces):
 
 
 def test_tokens_are_sentencepieces(tmp_path, pieces):
-    """What AutoTokenizer loads gives SentencePiece's ids, with the begin token before them, and decodes."""
+    """AutoTokenizer gives SentencePiece's ids, with the begin token before them, and decodes them."""
     import sentencepiece
 
     model(tmp_path / "start", pieces)
     run(tmp_path / "start", tmp_path / "hf", "hf")
-    made = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    own = sentencepiece.SentencePieceProcessor(model_file=str(pieces[0]))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(pieces[0]))
     texts = [*meta_tokenizer.SAMPLES, " lead", "trail ", "a\n\n b", "▁x", "你好 🙂"]
     for text in texts:
-        assert made(text, add_special_tokens=False).input_ids == own.encode(text), text
-        assert made(text).input_ids == [own.bos_id(), *own.encode(text)]
-        assert made.decode(made(text).input_ids, skip_special_tokens=True) == text.replace("▁", " ")
-    assert (made.bos_token_id, made.eos_token_id) == (own.bos_id(), own.eos_id())
-    assert made.model_max_length == 4096
+        assert tokenizer(text, add_special_tokens=False).input_ids == reference.encode(text), text
+        assert tokenizer(text).input_ids == [reference.bos_id(), *reference.encode(text)]
+        assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text.replace("▁", " ")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (reference.bos_id(), reference.eos_id())
+    assert tokenizer.model_max_length == 4096
 
 
 def test_another_kind_of_tokenizer_is_refused(tmp_path):
-    """A SentencePiece model that transformers' LLaMA tokenizer would read differently is not converted."""
+    """A SentencePiece model that transformers' LLaMA tokenizer would read differently is refused."""
     path = tmp_path / "tokenizer.model"
     count = meta_llama_reference.sentencepiece(
         path, 392, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False
@@ -248,25 +248,25 @@ def test_another_kind_of_tokenizer_is_refused(tmp_path):
 
 
 def test_tokens_are_tiktokens(tmp_path):
-    """A LLaMA 3 tokenizer gives the tokens of the plain algorithm over its ranks; the file comes along."""
+    """A LLaMA 3 tokenizer gives the tokens of the plain algorithm over its ranks; its file is copied."""
     path = tmp_path / "tokenizer.model"
     tokens = meta_llama_reference.ranks(path)
     count = len(tokens) + 256
     model(tmp_path / "start", (path, count), 4, embedding=0, rope_theta=500000.0)
     run(tmp_path / "start", tmp_path / "hf", "hf")
-    made = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    known = {token: rank for rank, token in enumerate(tokens)}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ranks = {token: rank for rank, token in enumerate(tokens)}
     for text in [*meta_tokenizer.SAMPLES, "hello worlds this  is llama's 12345"]:
-        words = [piece for piece, _ in made.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        words = [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
         assert words
         split = words_of(text)
-        wanted = [known[part] for word in split for part in meta_llama_reference.by_rank(word, known)]
-        assert made(text, add_special_tokens=False).input_ids == wanted, text
-        assert made.decode(wanted) == text
-    assert len(made) == count
-    assert made("a").input_ids[0] == made.convert_tokens_to_ids("<|begin_of_text|>") == len(tokens)
-    assert made.convert_tokens_to_ids("<|eot_id|>") == len(tokens) + 9
-    assert made.convert_tokens_to_ids("<|reserved_special_token_250|>") == count - 1
+        ids = [ranks[part] for word in split for part in meta_llama_reference.by_rank(word, ranks)]
+        assert tokenizer(text, add_special_tokens=False).input_ids == ids, text
+        assert tokenizer.decode(ids) == text
+    assert len(tokenizer) == count
+    assert tokenizer("a").input_ids[0] == tokenizer.convert_tokens_to_ids("<|begin_of_text|>") == len(tokens)
+    assert tokenizer.convert_tokens_to_ids("<|eot_id|>") == len(tokens) + 9
+    assert tokenizer.convert_tokens_to_ids("<|reserved_special_token_250|>") == count - 1
     run(tmp_path / "hf", tmp_path / "back", "meta", num_shards=4)
     assert (tmp_path / "back/tokenizer.model").read_bytes() == path.read_bytes()
     assert meta_llama_reference.same(
@@ -282,7 +282,7 @@ def words_of(text: str) -> list[bytes]:
 
 
 def test_special_names_of_later_models():
-    """LLaMA 3.1 named three of the reserved tokens; there are always 256."""
+    """LLaMA 3.1 named three of the reserved tokens; there are always 256 special tokens."""
     before, after = meta_tokenizer.specials(False), meta_tokenizer.specials(True)
     assert len(before) == len(after) == len(set(after)) == 256
     assert before[2:6] == [f"<|reserved_special_token_{n}|>" for n in range(4)]
@@ -295,7 +295,7 @@ def test_special_names_of_later_models():
 
 @pytest.mark.parametrize("to", ["hf", "meta"])
 def test_tokenizer_only(tmp_path, pieces, to):
-    """The tokenizer alone, from a folder that holds nothing else."""
+    """The tokenizer is converted alone, from a folder that holds nothing else."""
     (tmp_path / "start").mkdir()
     shutil.copy(pieces[0], tmp_path / "start/tokenizer.model")
     run(tmp_path / "start", tmp_path / "made", to, tokenizer_only=True)
@@ -306,7 +306,7 @@ def test_tokenizer_only(tmp_path, pieces, to):
 
 
 def test_shards_of_a_tokenizer_are_refused(tmp_path, pieces):
-    """It has no weights that could be cut; nothing is written."""
+    """A tokenizer has no weights to cut into shards; nothing is written."""
     (tmp_path / "start").mkdir()
     shutil.copy(pieces[0], tmp_path / "start/tokenizer.model")
     with pytest.raises(UserError, match="--num_shards is for weights") as caught:
@@ -318,7 +318,7 @@ def test_shards_of_a_tokenizer_are_refused(tmp_path, pieces):
 @pytest.mark.parametrize("to", ["hf", "meta"])
 @pytest.mark.parametrize("fault", ["missing", "another's", "garbage"])
 def test_wrong_tokenizers(tmp_path, pieces, fault, to):
-    """A tokenizer that is missing or not the model's is refused, not guessed (X9)."""
+    """X9: a tokenizer that is missing or belongs to another model is refused, and none is guessed."""
     start = tmp_path / "in/start"
     model(start, pieces)
     path = start / "tokenizer.model"
@@ -344,16 +344,16 @@ def shift(start: Path, one: str, other: str) -> None:
 
 
 def change(start: Path, **settings: Any) -> None:
-    known = json.loads((start / "params.json").read_text())
-    changed = {name: value for name, value in {**known, **settings}.items() if value is not None}
+    stored = json.loads((start / "params.json").read_text())
+    changed = {name: value for name, value in {**stored, **settings}.items() if value is not None}
     (start / "params.json").write_text(json.dumps(changed))
 
 
 def edit(start: Path, number: int, how: Any) -> None:
     path = start / f"consolidated.{number:02d}.pth"
-    held = torch.load(path, weights_only=True)
-    how(held)
-    torch.save(held, path)
+    tensors = torch.load(path, weights_only=True)
+    how(tensors)
+    torch.save(tensors, path)
 
 
 FAULTS = {
@@ -409,25 +409,25 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_wrong_folders(tmp_path, pieces, fault):
-    """A file that is missing, renamed, too many or another's is named, with the shape; nothing remains."""
+    """A file that is missing, renamed, too much or of another model is named; nothing is written."""
     start = tmp_path / "in/start"
     model(start, pieces, 4)
     make, word = FAULTS[fault]
     make(start)
-    code = UNSAFE if fault == "cut short" else CHECKPOINT  # what is no zip any more may be anything
+    code = UNSAFE if fault == "cut short" else CHECKPOINT  # a file that is no zip archive may be anything
     refused(code, word, source=start, target=tmp_path / "out/made", to="hf")
     assert not (tmp_path / "out").exists() or not names(tmp_path / "out")
 
 
 def change_config(start: Path, **settings: Any) -> None:
-    known = json.loads((start / "config.json").read_text())
-    (start / "config.json").write_text(json.dumps({**known, **settings}))
+    config = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps({**config, **settings}))
 
 
 def edit_hf(start: Path, how: Any) -> None:
-    held = load_file(start / "model.safetensors")
-    how(held)
-    save_file(held, start / "model.safetensors")
+    tensors = load_file(start / "model.safetensors")
+    how(tensors)
+    save_file(tensors, start / "model.safetensors")
 
 
 HF_FAULTS = {
@@ -462,7 +462,7 @@ HF_FAULTS = {
 
 @pytest.mark.parametrize("fault", HF_FAULTS)
 def test_wrong_hf_folders(tmp_path, pieces, fault):
-    """The same for folders of transformers."""
+    """The same holds for folders of transformers."""
     model(tmp_path / "start", pieces)
     run(tmp_path / "start", tmp_path / "hf", "hf")
     make, code, word = HF_FAULTS[fault]
@@ -473,7 +473,7 @@ def test_wrong_hf_folders(tmp_path, pieces, fault):
 
 @pytest.mark.parametrize("count", [3, 8, 16])
 def test_shards_that_do_not_divide(tmp_path, pieces, count):
-    """Heads, KV heads and every tensor must be divisible among the shards."""
+    """The number of shards must divide the heads, the KV heads and every tensor."""
     model(tmp_path / "start", pieces, heads=12, kv_heads=4)
     target = tmp_path / "made"
     refused(
@@ -482,7 +482,7 @@ def test_shards_that_do_not_divide(tmp_path, pieces, count):
 
 
 def test_code_in_a_shard_is_not_run(tmp_path, pieces):
-    """A pickle that asks for more than tensors, and old formats, end with exit 8 in the child."""
+    """A pickle that asks for more than tensors, or an old format, gives exit code 8 from the child."""
     canary = tmp_path / "canary"
     start = tmp_path / "start"
     model(start, pieces)
@@ -500,7 +500,7 @@ def test_code_in_a_shard_is_not_run(tmp_path, pieces):
 
 
 def test_source_and_target_are_apart(tmp_path, pieces):
-    """The target cannot be the source, nor lie in it, nor around it; a link does not hide that (X4)."""
+    """X4: the target may not be the source, nor inside or around it; a link does not hide that."""
     start = tmp_path / "in/start"
     model(start, pieces)
     before = kill_points.contents(start)
@@ -511,7 +511,7 @@ def test_source_and_target_are_apart(tmp_path, pieces):
 
 
 def test_a_full_disk_is_refused_before_writing(tmp_path, pieces, monkeypatch):
-    """Room is looked at first, and nothing is left (X4)."""
+    """X4: the free space is checked first, and nothing is written."""
     model(tmp_path / "in/start", pieces)
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
     monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: usage)
@@ -520,7 +520,7 @@ def test_a_full_disk_is_refused_before_writing(tmp_path, pieces, monkeypatch):
 
 
 def test_a_disk_that_fills_up(tmp_path, pieces, monkeypatch):
-    """A write that fails ends with exit 7, and nothing is left."""
+    """A write that fails gives exit code 7, and no file stays."""
 
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
@@ -533,7 +533,7 @@ def test_a_disk_that_fills_up(tmp_path, pieces, monkeypatch):
 
 @pytest.mark.parametrize("to", ["hf", "meta"])
 def test_the_same_command_twice(tmp_path, pieces, to):
-    """Nothing is done the second time; made elsewhere, every byte is the same; other settings are refused."""
+    """The second call has nothing to do; another target gets the same bytes; other settings are refused."""
     model(tmp_path / "start", pieces)
     run(tmp_path / "start", tmp_path / "made", to)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "made").rglob("*")}
@@ -555,13 +555,13 @@ def test_the_same_command_twice(tmp_path, pieces, to):
 
 @pytest.mark.parametrize("to", ["hf", pytest.param("meta", marks=pytest.mark.slow)])
 def test_killed_at_every_operation(tmp_path, pieces, to):
-    """SIGKILL before each open, sync, rename, mkdir, delete: nothing is seen, the next run is clean (X3)."""
+    """X3: SIGKILL before each file operation leaves no folder, and the next run is clean."""
     model(tmp_path / "start", pieces)
     kill_points.check("convert", tmp_path / "out", input_dir=tmp_path / "start", to=to)
 
 
 def test_a_killed_parent_takes_its_child_along(tmp_path, pieces):
-    """The child ends with its parent, and the next run makes the folder anew."""
+    """The child ends with its parent, and the next run makes the folder from the start."""
     start = tmp_path / "start"
     model(start, pieces)
     program = (
@@ -582,7 +582,7 @@ def test_a_killed_parent_takes_its_child_along(tmp_path, pieces):
 
 
 def test_two_at_a_time(tmp_path, pieces, monkeypatch):
-    """A second process that makes the same folder is refused, and does not disturb the first."""
+    """A second process that makes the same folder is refused and does not disturb the first."""
     monkeypatch.setattr(output_folder, "PATIENCE", 0.2)
     model(tmp_path / "start", pieces)
     with output_folder.making(tmp_path / "made", 0, {}, "--output_dir") as (place, _):
@@ -596,7 +596,7 @@ def test_two_at_a_time(tmp_path, pieces, monkeypatch):
 
 
 def program(start: Path, target: Path, to: str, limit: int | None = None) -> subprocess.CompletedProcess:
-    """The tool itself, perhaps within so many bytes of address space."""
+    """Run the tool itself, with a limit of its address space in bytes if one is given."""
     command = [
         sys.executable,
         "tools/convert_llama.py",
@@ -626,7 +626,7 @@ SLOW = [pytest.param(limit, marks=pytest.mark.slow) for limit in (150, 450, 750)
 
 @pytest.mark.parametrize("limit", [300, 600, 1200, *SLOW])
 def test_little_address_space(tmp_path, pieces, limit):
-    """Under RLIMIT_AS it converts, or ends with exit 6 and leaves nothing (X10)."""
+    """X10: under RLIMIT_AS it converts, or it ends with exit code 6 and leaves nothing behind."""
     model(tmp_path / "in/start", pieces)
     ended = program(tmp_path / "in/start", tmp_path / "out/made", "hf", limit << 20)
     assert ended.returncode in (0, MEMORY), ended.stderr
@@ -651,7 +651,7 @@ def test_peak_memory(tmp_path, pieces, direction):
     shutil.copy(path, tmp_path / "start/tokenizer.model")
     largest = max(tensor.nbytes for tensor in whole.values())
     del whole
-    # a small process measures: a child forked from this one would begin with all that pytest holds
+    # a small process measures, since a child forked from this one would begin with all of pytest's memory
     watch = (
         "import resource, subprocess, sys\n"
         "subprocess.run([sys.executable, *sys.argv[1:]], check=True)\n"
@@ -661,13 +661,13 @@ def test_peak_memory(tmp_path, pieces, direction):
     command = [sys.executable, "-c", watch, "tools/convert_llama.py", *folders, "--to", direction]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    peak = 1024 * int(ended.stdout.split()[-1])  # of the largest process
+    peak = 1024 * int(ended.stdout.split()[-1])  # ru_maxrss is that of the largest process
     assert size > 4 * largest
     assert peak < largest + 300_000_000, f"{peak >> 20} MiB"
 
 
 def test_address_space_for_large_shards(tmp_path, pieces, monkeypatch):
-    """The child's limit leaves room for the files that are written too: one large one made of many small."""
+    """The child's limit has room for the files it writes, such as one large file made of many small ones."""
     monkeypatch.setattr(tensor_files, "divide", lambda tensors: plain(tensors, 40_000))
     model(tmp_path / "start", pieces)
     run(tmp_path / "start", tmp_path / "hf", "hf")
@@ -682,7 +682,7 @@ def test_address_space_for_large_shards(tmp_path, pieces, monkeypatch):
 
 
 def test_the_child_reports_its_crash(tmp_path):
-    """A child that dies without a word is an error of this program's user, not a traceback."""
+    """A child that dies without a message gives the user an error and no traceback."""
     handle = os.open(tmp_path, os.O_RDONLY)
     with pytest.raises(UserError) as caught:
         sandbox.work("onecard.no_such_module", {}, print, handle)
@@ -691,6 +691,6 @@ def test_the_child_reports_its_crash(tmp_path):
 
 
 def test_options_are_declared():
-    """The names users know."""
+    """The options have the names that users know."""
     fields = [field.name for field in dataclasses.fields(ConvertConfig)]
     assert fields == ["input_dir", "output_dir", "to", "num_shards", "tokenizer_only"]

@@ -1,4 +1,4 @@
-"""Quantised folders: made, loaded by others' libraries, trained on; what cannot be quantised is refused."""
+"""Quantised folders can be loaded by other libraries and trained on; what cannot be quantised is refused."""
 
 import functools
 import importlib.util
@@ -46,7 +46,7 @@ def rows(tmp_path_factory) -> Path:
 
 
 def run(folder: Path, program: str, *flags) -> subprocess.CompletedProcess:
-    """A program in a process of its own, as gptqmodel keeps threads."""
+    """Run a program in a process of its own, since gptqmodel keeps threads."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     command = [sys.executable, ROOT / program, *map(str, flags)]
     settings = {"capture_output": True, "text": True, "timeout": 1500, "env": environment}
@@ -54,20 +54,20 @@ def run(folder: Path, program: str, *flags) -> subprocess.CompletedProcess:
 
 
 def quantise(source: Path | str, rows: Path, target: Path, *flags) -> str:
-    given = ("--model_path", source, "--data_path", rows, "--output_path", target, "--device", "cpu")
-    ended = run(target.parent, "tools/quantize.py", *given, *flags)
+    options = ("--model_path", source, "--data_path", rows, "--output_path", target, "--device", "cpu")
+    ended = run(target.parent, "tools/quantize.py", *options, *flags)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return ended.stdout
 
 
 def bnb(source: Path, rows: Path, target: Path, **changes) -> QuantizeConfig:
-    given = {"model_path": source, "data_path": rows, "output_path": target, "device": "cpu"}
-    given = {name: str(value) for name, value in given.items()}
-    return build(QuantizeConfig, {**given, "method": "bnb", "report_rows": 2, **changes})
+    options = {"model_path": source, "data_path": rows, "output_path": target, "device": "cpu"}
+    options = {name: str(value) for name, value in options.items()}
+    return build(QuantizeConfig, {**options, "method": "bnb", "report_rows": 2, **changes})
 
 
 def told_of(said: str) -> list[str]:
-    """The lines of what it cost."""
+    """The lines about size and perplexity before and after."""
     return re.findall(r"^(?:size|perplexity)  .* -> .*$", said, re.MULTILINE)
 
 
@@ -82,25 +82,29 @@ def logits(folder: Path, ids: Sequence[int] = range(2, 130)) -> torch.Tensor:
 
 
 def rounded(source: Path, target: Path, bits: int, group: int) -> Path:
-    """The model with each linear weight rounded to the nearest of its group's steps."""
-    made = base_model.load_base(str(source), 16, "fp32", "cpu")
-    for name, layer in made.named_modules():
+    """The model with each linear weight rounded to the nearest step of its group."""
+    model = base_model.load_base(str(source), 16, "fp32", "cpu")
+    for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear) and name != "lm_head":
             width = layer.in_features if group == -1 else group
             grouped = layer.weight.data.reshape(layer.out_features, -1, width)
             step = grouped.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 0.5)
             whole = (grouped / step).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
             layer.weight.data = (whole * step).reshape(layer.weight.shape)
-    made.save_pretrained(target)
+    model.save_pretrained(target)
     return target
 
 
 def errors(source: Path, rows: Path, *targets: Path) -> list[float]:
-    """How far each target's logits are from the model's on rows of the file, as a share of their norm."""
-    own = models_tokenizer.load_tokenizer(str(source))
-    seen = [ids for ids, _ in eval_rows.read(str(rows), 512, data_template.load("alpaca", own), own)][:20]
-    expected, *found = (torch.cat([logits(folder, ids) for ids in seen]) for folder in (source, *targets))
-    return [((each - expected).norm() / expected.norm()).item() for each in found]
+    """How far the logits of each target are from the model's on rows of the file, relative to their norm."""
+    tokenizer = models_tokenizer.load_tokenizer(str(source))
+    sequences = [
+        ids for ids, _ in eval_rows.read(str(rows), 512, data_template.load("alpaca", tokenizer), tokenizer)
+    ][:20]
+    expected, *outputs = (
+        torch.cat([logits(folder, ids) for ids in sequences]) for folder in (source, *targets)
+    )
+    return [((each - expected).norm() / expected.norm()).item() for each in outputs]
 
 
 @pytest.mark.skipif(HAS_LIBRARY, reason="gptqmodel is here: they run by themselves")
@@ -124,31 +128,34 @@ def by_gptq(source, rows, tmp_path_factory) -> tuple[Path, str]:
 @pytest.mark.gptq
 @needs_library
 def test_a_gptq_folder_is_what_others_load(source, by_gptq, rows, tmp_path):
-    """Standard keys and settings, smaller, nearer to the model than rounding; made once."""
-    target, said = by_gptq
+    """It has the standard keys and settings, is smaller, and nearer to the model than rounding.
+
+    A second call has nothing to do.
+    """
+    target, output = by_gptq
     settings = json.loads((target / "config.json").read_text())["quantization_config"]
     assert (settings["quant_method"], settings["bits"], settings["group_size"]) == ("gptq", 4, 32)
     names = set(load_file(target / "model.safetensors"))
     layer = "model.layers.0.self_attn.q_proj"
     assert {f"{layer}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")} <= names
-    assert "rows        56 calibration rows of" in said
-    assert "size        " in said
-    told = re.findall(r"^layer (\d+) +squared error (\S+), (\S+) in \S+_proj$", said, re.MULTILINE)
-    assert [int(number) for number, *_ in told] == list(range(tiny.config().num_hidden_layers))
-    assert all(0 < float(most) <= float(both) < 1 for _, both, most in told)
-    assert f"on 4 rows of {rows} that were not calibration rows" in said
+    assert "rows        56 calibration rows of" in output
+    assert "size        " in output
+    layers = re.findall(r"^layer (\d+) +squared error (\S+), (\S+) in \S+_proj$", output, re.MULTILINE)
+    assert [int(number) for number, *_ in layers] == list(range(tiny.config().num_hidden_layers))
+    assert all(0 < float(most) <= float(both) < 1 for _, both, most in layers)
+    assert f"on 4 rows of {rows} that were not calibration rows" in output
     error, plain = errors(source, rows, target, rounded(source, tmp_path / "rounded", 4, 32))
     assert error < plain < 0.5
     again = quantise(source, rows, target, "--report_rows", 4, "--group_size", 32)
     assert "made from the same files and options, so there is nothing to do" in again
-    assert told_of(again) == told_of(said) != []
+    assert told_of(again) == told_of(output) != []
     assert not {"logs", ".waiting"} & {path.name for path in (*target.iterdir(), *target.parent.iterdir())}
 
 
 @pytest.mark.gptq
 @needs_library
 def test_an_adapter_learns_on_a_gptq_base(by_gptq, rows, tmp_path):
-    """finetune.py takes the folder as it is, and the loss falls; all-linear means the packed layers."""
+    """finetune.py trains on the folder, and the loss falls; all-linear means the packed layers."""
     flags = {"model_path": by_gptq[0], "data_path": rows, "output_path": tmp_path / "run", "device": "cpu"}
     flags |= {"dtype": "fp32", "learning_rate": 1e-2, "num_epochs": 2, "batch_size": 6, "test_size": 0}
     flags |= {"lora_target_modules": "all-linear", "warmup_steps": 0}
@@ -162,15 +169,15 @@ def test_an_adapter_learns_on_a_gptq_base(by_gptq, rows, tmp_path):
 
 
 def test_a_bitsandbytes_folder_is_the_model_in_these_bits(source, rows, tmp_path):
-    """The same logits as the 16-bit folder loaded in 4 bits."""
-    said = quantise(source, rows, tmp_path / "small", "--method", "bnb", "--report_rows", 0)
-    assert "perplexity" not in said
+    """Its logits equal those of the 16-bit folder loaded in 4 bits."""
+    output = quantise(source, rows, tmp_path / "small", "--method", "bnb", "--report_rows", 0)
+    assert "perplexity" not in output
     dtype = json.loads((tmp_path / "small" / "config.json").read_text())["dtype"]
     short = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
     expected = base_model.load_base(str(source), 4, short, "cpu").eval()
-    got = base_model.load_base(str(tmp_path / "small"), 16, short, "cpu").eval()
+    actual = base_model.load_base(str(tmp_path / "small"), 16, short, "cpu").eval()
     with torch.no_grad():
-        assert torch.equal(got(input_ids=IDS).logits, expected(input_ids=IDS).logits)
+        assert torch.equal(actual(input_ids=IDS).logits, expected(input_ids=IDS).logits)
 
 
 @pytest.mark.gptq
@@ -191,9 +198,10 @@ def test_a_bitsandbytes_folder_is_the_model_in_these_bits(source, rows, tmp_path
     ids=str,
 )
 def test_every_kind_loads_with_finite_logits(source, rows, tmp_path, flags):
-    """X6: few bits, one row, hardly any damping, a dead input: finite, and no worse than rounding.
+    """X6: with few bits, one row, little damping or a dead input: finite logits, no worse than rounding.
 
-    At the logits, on rows like the calibration rows; on others no method promises less error than rounding.
+    The error is that of the logits on rows like the calibration rows; on other rows no method promises less
+    error than rounding.
     """
     whole = load_file(source / "model.safetensors")
     whole["model.embed_tokens.weight"][:, 5] = 0  # this input of the first layer is always zero
@@ -213,7 +221,7 @@ def test_every_kind_loads_with_finite_logits(source, rows, tmp_path, flags):
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_error_is_at_most_that_of_rounding(source, rows, tmp_path, bits):
-    """X6: at the logits, on rows like the calibration rows, with the same bits and groups."""
+    """X6: this holds for the logits, on rows like the calibration rows, with the same bits and groups."""
     quantise(source, rows, tmp_path / "made", "--bits", bits, "--group_size", 32, "--report_rows", 0)
     error, plain = errors(source, rows, tmp_path / "made", rounded(source, tmp_path / "rounded", bits, 32))
     assert error <= plain
@@ -223,11 +231,11 @@ def test_the_error_is_at_most_that_of_rounding(source, rows, tmp_path, bits):
 @needs_library
 @pytest.mark.slow
 def test_the_demo_with_the_tool(tmp_path):
-    """GPTQ with 4 bits: the perplexity of other rows is printed, and hardly larger than before."""
+    """GPTQ with 4 bits: the perplexity of other rows is printed and is hardly larger than before."""
     sample = ROOT / "sample" / "instruct.json"
-    said = quantise("demo", sample, tmp_path / "made", "--rows", 64)
+    output = quantise("demo", sample, tmp_path / "made", "--rows", 64)
     before, after, ratio = map(
-        float, re.search(r"perplexity  ([\d.]+) -> ([\d.]+) \(ratio ([\d.]+)\) on 16 rows", said).groups()
+        float, re.search(r"perplexity  ([\d.]+) -> ([\d.]+) \(ratio ([\d.]+)\) on 16 rows", output).groups()
     )
     assert 1 < before < 100
     assert ratio == pytest.approx(after / before, abs=1e-3)
@@ -235,7 +243,7 @@ def test_the_demo_with_the_tool(tmp_path):
 
 
 def test_each_layers_error_is_told(capsys):
-    """The sum of a layer's modules and the largest; a module that no row reached, in the library's words."""
+    """The sum over a layer's modules and the largest one; a module without rows in the library's words."""
     noted = [("q", 0, "0.25"), ("up", 0, "0.5"), ("q", 1, "0.125"), ("up", 1, "rtn fallback")]
     quantize._print_errors([{"module": m, "layer": n, "loss": loss} for m, n, loss in noted])
     assert capsys.readouterr().out.splitlines() == [
@@ -259,11 +267,11 @@ def test_each_layers_error_is_told(capsys):
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, rows, changes, words):
-    """Before anything is read or written, with the layer's name and shape."""
+    """It is refused before anything is read or written, with the name and shape of the layer."""
     hidden = changes.pop("hidden", 128)
     source = tiny.save_model(tmp_path / "model", **{**SHAPE, "hidden_size": hidden, "head_dim": 16})
-    given = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
-    options = build(QuantizeConfig, {**given, **changes})
+    paths = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
+    options = build(QuantizeConfig, {**paths, **changes})
     with pytest.raises(UserError, match=words) as caught:
         quantize.run(options)
     assert caught.value.code == USAGE
@@ -277,14 +285,14 @@ def test_damping_is_a_share(damp):
 
 
 def test_weights_that_are_no_numbers_are_refused(source, rows, tmp_path):
-    """X6: exit 4 with the tensor's name; nothing is written."""
+    """X6: the exit code is 4 with the name of the tensor, and nothing is written."""
     whole = load_file(source / "model.safetensors")
     whole["model.layers.1.mlp.up_proj.weight"][7, 7] = float("nan")
     bad = tmp_path / "bad"
     tiny.save_model(bad, **SHAPE)
     save_file(whole, bad / "model.safetensors", {"format": "pt"})
-    given = {"model_path": str(bad), "data_path": str(rows), "output_path": str(tmp_path / "out")}
-    options = build(QuantizeConfig, {**given, "method": "bnb"})
+    paths = {"model_path": str(bad), "data_path": str(rows), "output_path": str(tmp_path / "out")}
+    options = build(QuantizeConfig, {**paths, "method": "bnb"})
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds values") as caught:
         quantize.run(options)
     assert caught.value.code == CHECKPOINT
@@ -314,7 +322,7 @@ def test_options_are_checked_before_the_weights_are_read(source, rows, tmp_path,
 
 
 def test_rows_are_needed_only_for_calibration_and_report(source, tmp_path, monkeypatch):
-    """bitsandbytes without a report needs none; the sample file is found from any working directory."""
+    """bitsandbytes without a report needs no rows; the sample is found from any working directory."""
     monkeypatch.chdir(tmp_path)
     assert quantize._rows(bnb(source, "none.json", tmp_path / "out", report_rows=0), source) == (
         [],
@@ -324,14 +332,14 @@ def test_rows_are_needed_only_for_calibration_and_report(source, tmp_path, monke
     assert len(quantize._rows(options, source)[1]) == 3
     tiny.save_rows(tmp_path / "rows.json", 8)
     (tmp_path / "sample").mkdir()
-    (tmp_path / "rows.json").rename(tmp_path / options.data_path)  # the user's own comes first
+    (tmp_path / "rows.json").rename(tmp_path / options.data_path)  # the user's own file comes first
     assert len(quantize._rows(options, source)[1]) == 2
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_perplexity_that_is_no_number_is_refused(source, rows, tmp_path, monkeypatch, when, number):
-    """X6: exit 4, and no folder is kept."""
+    """X6: the exit code is 4, and no folder is kept."""
     plain = eval_rows.perplexity
 
     def measured(*arguments) -> float:
@@ -349,7 +357,7 @@ def test_perplexity_of_a_token(nats, found):
 
 
 def test_what_can_be_seen_has_been_measured(source, rows, tmp_path, monkeypatch, capsys):
-    """Cut while it is measured, no folder is there; made, its figures are told again."""
+    """If it is interrupted while it measures, there is no folder; a second call prints its figures again."""
     plain, target = eval_rows.perplexity, tmp_path / "out"
 
     def cut(*arguments) -> float:
@@ -373,35 +381,35 @@ def test_what_can_be_seen_has_been_measured(source, rows, tmp_path, monkeypatch,
 
 
 def test_a_full_disk_is_told_before_anything_is_read(source, rows, tmp_path, monkeypatch, capsys):
-    """Exit 7 with the size, before the weights are checked and the perplexity is measured."""
+    """Exit code 7 with the size comes before the weights are checked and the perplexity is measured."""
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    given = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
+    options = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
     with pytest.raises(UserError, match=r"--output_path .*needs .*free: 0 MiB") as caught:
-        quantize.run(build(QuantizeConfig, {**given, "method": "bnb"}))
+        quantize.run(build(QuantizeConfig, {**options, "method": "bnb"}))
     assert (caught.value.code, capsys.readouterr().out, list(tmp_path.iterdir())) == (DISK, "", [])
 
 
 @pytest.mark.slow
 def test_killed_at_every_operation(source, rows, tmp_path):
-    """SIGKILL before each operation: no folder is seen without its figures, the next run is clean."""
+    """SIGKILL before each operation leaves no folder without its figures, and the next run is clean."""
     kill_points.check("quantize", tmp_path / "out", model_path=source, data_path=rows, report_rows=1)
 
 
 def test_a_terminal_sees_how_far_it_is(source, rows, tmp_path, capsys, monkeypatch):
-    """A progress bar for the check of the weights and for each perplexity; a pipe gets none."""
+    """The check of the weights and each perplexity have a progress bar in a terminal, and none in a pipe."""
     titles = ("checking the weights:", "perplexity before:", "perplexity after:")
-    given = {"model_path": str(source), "data_path": str(rows), "method": "bnb", "report_rows": 2}
-    given |= {"device": "cpu"}
-    quantize.run(build(QuantizeConfig, {**given, "output_path": str(tmp_path / "one")}))
+    options = {"model_path": str(source), "data_path": str(rows), "method": "bnb", "report_rows": 2}
+    options |= {"device": "cpu"}
+    quantize.run(build(QuantizeConfig, {**options, "output_path": str(tmp_path / "one")}))
     assert not [title for title in titles if title in capsys.readouterr().err]
     monkeypatch.setattr(sys, "stderr", tiny.Screen())
-    quantize.run(build(QuantizeConfig, {**given, "output_path": str(tmp_path / "two")}))
+    quantize.run(build(QuantizeConfig, {**options, "output_path": str(tmp_path / "two")}))
     assert [title for title in titles if title not in sys.stderr.getvalue()] == []
 
 
 def test_missing_packages_are_named(monkeypatch, source, rows, tmp_path):
     monkeypatch.setattr(quantized, "PACKAGES", ("no_such_package",))
-    given = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
+    options = {"model_path": str(source), "data_path": str(rows), "output_path": str(tmp_path / "out")}
     with pytest.raises(UserError, match=r"no_such_package.*setup\.sh gptq"):
-        quantize.run(build(QuantizeConfig, given))
+        quantize.run(build(QuantizeConfig, options))

@@ -1,4 +1,4 @@
-"""Looking at rows: every planted fault is found and counted; what is cleaned adds up; the page is safe."""
+"""Checking rows: every planted fault is found and counted, cleaning adds up, and the page is safe."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from onecard.data import template as data_template
 from tests.support import tiny
 from tests.support.paths import ROOT
 
-PLANTED = {  # what the report calls it -> a row that has it
+PLANTED = {  # the report's name of the fault -> a row that has it
     "empty outputs": {"instruction": "Say nothing", "output": ""},
     "instruction equal to input": {"instruction": "same", "input": "same ", "output": "x"},
     "answer equal to question": {"instruction": "echo", "output": "echo"},
@@ -25,10 +25,10 @@ PLANTED = {  # what the report calls it -> a row that has it
 
 def look(path: Path, cutoff_len: int = 400, cleaner: check.Cleaner | None = None) -> findings.Findings:
     tokenizer = tiny.tokenizer()
-    found = findings.Findings()
-    rows = check.examine(found, [path], None, data_template.load("alpaca", tokenizer), tokenizer, cutoff_len)
+    result = findings.Findings()
+    rows = check.examine(result, [path], None, data_template.load("alpaca", tokenizer), tokenizer, cutoff_len)
     check.read_all(rows, cleaner)
-    return found
+    return result
 
 
 def save(path: Path, rows: list) -> Path:
@@ -37,67 +37,67 @@ def save(path: Path, rows: list) -> Path:
 
 
 def test_every_planted_fault_is_found_once(tmp_path):
-    """D8: and its first place is named; rows without faults are not accused."""
+    """D8: the first place of each fault is named, and rows without faults are not reported."""
     good = tiny.rows(30)
     rows = [*good[:10], *PLANTED.values(), good[3], good[3], {"instruction": 7}, *good[10:]]
-    found = look(save(tmp_path / "rows.jsonl", rows))
-    assert found.problems == {**dict.fromkeys(PLANTED, 1), "duplicates": 2, "unreadable": 1}
+    result = look(save(tmp_path / "rows.jsonl", rows))
+    assert result.problems == {**dict.fromkeys(PLANTED, 1), "duplicates": 2, "unreadable": 1}
     for number, name in enumerate(PLANTED, start=11):
-        assert found.examples[name] == f"{tmp_path / 'rows.jsonl'}:{number}:1"
-    assert found.read == len(rows)
-    text = findings.report(found, 400)
+        assert result.examples[name] == f"{tmp_path / 'rows.jsonl'}:{number}:1"
+    assert result.read == len(rows)
+    text = findings.report(result, 400)
     assert "alpaca 39" in text
     assert "the row has no 'output'" in text
     assert all(name in text for name in PLANTED)
 
 
 def test_lengths_cuts_and_rows_without_targets(tmp_path):
-    """Counts are those of the encoding: what is longer, what is left with no target."""
+    """The counts are those of the encoding: rows too long, and rows left without a target."""
     rows = [{"instruction": "a" * n, "output": "b"} for n in (1, 10, 600)]
-    found = look(save(tmp_path / "rows.jsonl", rows), cutoff_len=300)
-    assert found.problems == {"without targets": 1}
-    assert found.cut == 1
-    assert len(found.lengths) == 3
-    assert len(found.cut_lengths) == 2
-    assert found.targets == 4
-    assert f"An epoch computes {sum(found.cut_lengths)} tokens" in findings.report(found, 300)
+    result = look(save(tmp_path / "rows.jsonl", rows), cutoff_len=300)
+    assert result.problems == {"without targets": 1}
+    assert result.cut == 1
+    assert len(result.lengths) == 3
+    assert len(result.cut_lengths) == 2
+    assert result.targets == 4
+    assert f"An epoch computes {sum(result.cut_lengths)} tokens" in findings.report(result, 300)
 
 
 def test_raw_text_is_not_cut(tmp_path):
     """It is trained in blocks, so a long context is no reason to leave a row out."""
     row = {"context": "c " * 300, "completion": "the end"}
     cleaner = check.Cleaner(tmp_path / "clean.jsonl", repair=False)
-    found = look(save(tmp_path / "rows.jsonl", [row]), cutoff_len=50, cleaner=cleaner)
-    assert (found.cut, dict(found.problems), cleaner.kept) == (0, {}, 1)
-    assert found.cut_lengths == found.lengths
+    result = look(save(tmp_path / "rows.jsonl", [row]), cutoff_len=50, cleaner=cleaner)
+    assert (result.cut, dict(result.problems), cleaner.kept) == (0, {}, 1)
+    assert result.cut_lengths == result.lengths
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "sample").glob("*.json*")), ids=lambda path: path.name)
 def test_what_is_cleaned_reads_the_same(tmp_path, path):
-    """Every sample goes through --clean and comes back as the same conversations."""
+    """Every sample that passes through --clean is read as the same conversations."""
     cleaner = check.Cleaner(tmp_path / "clean.jsonl", repair=True)
     look(path, cutoff_len=5000, cleaner=cleaner)
     assert list(reader.read_rows(tmp_path / "clean.jsonl")) == list(reader.read_rows(path))
 
 
 def test_cleaning_adds_up(tmp_path):
-    """Rows in = rows kept + rows left out with a reason; texts are freed of what is invisible, and mended."""
+    """Rows kept and rows left out with a reason make up all rows; texts are repaired."""
     good = tiny.rows(20)
     path = save(tmp_path / "rows.jsonl", [*good, *PLANTED.values(), good[0]])
     path.write_text(path.read_text() + "broken\n")
     cleaner = check.Cleaner(tmp_path / "clean.jsonl", repair=True)
-    found = look(path, cleaner=cleaner)
-    kept = [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text().splitlines()]
+    result = look(path, cleaner=cleaner)
+    rows = [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text().splitlines()]
     dropped = [json.loads(line) for line in (tmp_path / "clean.dropped.jsonl").read_text().splitlines()]
-    assert (len(kept), len(dropped)) == (cleaner.kept, cleaner.left_out)
-    assert len(kept) + len(dropped) == found.read == 29
+    assert (len(rows), len(dropped)) == (cleaner.kept, cleaner.left_out)
+    assert len(rows) + len(dropped) == result.read == 29
     assert [row["why"][0] for row in dropped[:3]] == [
         "an answer is empty",
         "holds placeholder text",
         "the same as an earlier row",
     ]
     assert dropped[3]["row"] == "broken"
-    texts = [row["instruction"] for row in kept]
+    texts = [row["instruction"] for row in rows]
     assert "zerowidth" in texts
     assert "What is café in über?" in texts
     again = look(tmp_path / "clean.jsonl")
@@ -105,7 +105,7 @@ def test_cleaning_adds_up(tmp_path):
 
 
 def test_a_broken_look_leaves_nothing(tmp_path):
-    """An error on the way: neither half of a file appears."""
+    """After an error neither of the two files is left incomplete."""
     cleaner = check.Cleaner(tmp_path / "clean.jsonl", repair=False)
     with pytest.raises(reader.UserError):
         look(save(tmp_path / "rows.csv", []), cleaner=cleaner)
@@ -113,10 +113,10 @@ def test_a_broken_look_leaves_nothing(tmp_path):
 
 
 def test_the_page_shows_targets_and_runs_nothing(tmp_path):
-    """What rows hold is text in it, scripts too; end tokens are visible inside the marks."""
+    """Rows are only text in it, scripts too; end tokens are visible inside the marks."""
     row = {"instruction": "<script>alert(1)</script>", "output": "</mark><img src=x onerror=alert(1)>"}
-    found = look(save(tmp_path / "rows.jsonl", [row]))
-    findings.write_html(found, "<b>title", findings.report(found, 400), tmp_path / "page.html")
+    result = look(save(tmp_path / "rows.jsonl", [row]))
+    findings.write_html(result, "<b>title", findings.report(result, 400), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "<script" not in page
     assert "<img" not in page
@@ -125,7 +125,7 @@ def test_the_page_shows_targets_and_runs_nothing(tmp_path):
 
 
 def test_the_tools_run(tmp_path, tiny_model):
-    """As programs, on a sample file; naming the input as output is refused and changes nothing."""
+    """They run as programs on a sample file; the input as output is refused and changes nothing."""
     chat = ROOT / "sample" / "chat.jsonl"
     command = [sys.executable, "tools/check_data.py", f"--data_path={chat}", f"--model_path={tiny_model}"]
     paths = [
@@ -133,8 +133,8 @@ def test_the_tools_run(tmp_path, tiny_model):
         f"--png={tmp_path / 'l.png'}",
         f"--clean={tmp_path / 'c.jsonl'}",
     ]
-    ended = subprocess.run([*command, *paths], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "chat 40" in ended.stdout
+    process = subprocess.run([*command, *paths], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "chat 40" in process.stdout
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "c.jsonl").read_text() == chat.read_text()
     refused = subprocess.run([*command, f"--clean={chat}"], cwd=ROOT, capture_output=True, text=True)
@@ -142,19 +142,20 @@ def test_the_tools_run(tmp_path, tiny_model):
     assert f"--clean {chat} is one of the files that are read" in refused.stderr
     out = tmp_path / "rows.parquet"
     convert = [sys.executable, "tools/json_to_parquet.py", f"--data_path={chat}", f"--output_path={out}"]
-    ended = subprocess.run(convert, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "40 rows with the columns input, output" in ended.stdout
+    process = subprocess.run(convert, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "40 rows with the columns input, output" in process.stdout
 
 
 def test_rows_with_the_same_letters_are_not_the_same(tmp_path):
-    """An instruction with an input is another row than both in one."""
+    """An instruction with an input differs from one text that joins both."""
     (tmp_path / "rows.jsonl").write_text(
         '{"instruction": "Say: hello", "input": "", "output": "x"}\n'
         '{"instruction": "Say: ", "input": "hello", "output": "x"}\n'
         '{"instruction": "Say: \u200bhello", "input": "", "output": "x"}\n'
     )
-    found = findings.Findings()
+    result = findings.Findings()
     tokenizer = tiny.tokenizer()
     template = data_template.load("alpaca", tokenizer)
-    list(check.examine(found, [tmp_path / "rows.jsonl"], None, template, tokenizer, 256))
-    assert found.problems["duplicates"] == 1  # the third, but for what cannot be seen
+    list(check.examine(result, [tmp_path / "rows.jsonl"], None, template, tokenizer, 256))
+    # the third, which differs from the first only in an invisible character
+    assert result.problems["duplicates"] == 1

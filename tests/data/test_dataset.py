@@ -41,7 +41,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def as_files(folder: Path, values: list[dict]) -> list[Path]:
-    """The same rows in every format."""
+    """Write the same rows in every format."""
     folder.mkdir(exist_ok=True)
     paths = [folder / f"rows{ending}" for ending in (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".pkl")]
     paths[0].write_text(json.dumps(values, ensure_ascii=False))
@@ -57,7 +57,7 @@ def as_files(folder: Path, values: list[dict]) -> list[Path]:
 
 
 def test_every_format_gives_the_same_tokens(tmp_path):
-    """D19: JSON, JSONL, CSV, TSV, Parquet and pickle, quotes, line breaks and Chinese included."""
+    """D19: JSON, JSONL, CSV, TSV, Parquet and pickle agree, with quotes, line breaks and Chinese too."""
     values = tiny.rows(20)
     values[3]["output"] = 'a "quoted", text\nover two lines\t答案'
     digests = {path.suffix: encode(path).encoding.sha256 for path in as_files(tmp_path / "r", values)}
@@ -67,14 +67,14 @@ def test_every_format_gives_the_same_tokens(tmp_path):
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
 def test_sample_files_are_whole(path):
     """Every row of every sample file is used, and some but not all of its tokens are targets."""
-    found = encode(path, cutoff_len=2000)
-    assert found.encoding.read > 30
-    assert (found.encoding.dropped, found.encoding.rejected) == (0, [])
-    assert found.encoding.cut == 0
-    targets = found.encoding.examples.target_counts.sum()
-    assert 0 < targets < found.encoding.examples.lengths.sum()
+    encoded = encode(path, cutoff_len=2000)
+    assert encoded.encoding.read > 30
+    assert (encoded.encoding.dropped, encoded.encoding.rejected) == (0, [])
+    assert encoded.encoding.cut == 0
+    targets = encoded.encoding.examples.target_counts.sum()
+    assert 0 < targets < encoded.encoding.examples.lengths.sum()
     raw = path.stem in ("text", "content", "context_completion")
-    assert found.task == ("pretrain" if raw else "sft")
+    assert encoded.task == ("pretrain" if raw else "sft")
 
 
 @pytest.mark.parametrize(
@@ -88,20 +88,20 @@ def test_sample_files_are_whole(path):
     ],
 )
 def test_a_broken_row_of_a_table_is_named(tmp_path, content, line, word):
-    """D1: file and line; the others are read."""
+    """D1: the error names file and line, and the other rows are read."""
     path = tmp_path / "rows.csv"
     path.write_bytes(content.encode(errors="surrogateescape"))
-    found = list(reader.read_rows(path))
-    bad = [row for row in found if isinstance(row, BadRow)]
+    rows = list(reader.read_rows(path))
+    bad = [row for row in rows if isinstance(row, BadRow)]
     assert [row.line for row in bad] == [line]
     assert word in bad[0].reason
     assert bad[0].text.strip()
     with pytest.raises(UserError, match=f"rows.csv:{line}:1") as caught:
         encode(path)
     assert caught.value.code == DATA
-    if len(found) > 1:
-        kept = encode(path, skip_bad_rows=True).encoding
-        assert kept.read == len(kept.examples) + len(kept.rejected) == len(found)
+    if len(rows) > 1:
+        encoding = encode(path, skip_bad_rows=True).encoding
+        assert encoding.read == len(encoding.examples) + len(encoding.rejected) == len(rows)
 
 
 @pytest.mark.parametrize("content", ["", "a,a\n1,2\n", "\n"])
@@ -113,7 +113,7 @@ def test_a_table_without_a_header_is_named(tmp_path, content):
 
 
 def test_damaged_parquet_is_named_and_crashes_nothing(tmp_path):
-    """D11: cut, a footer of zeros, flipped bytes: exit 3 or the same rows, never a crash."""
+    """D11: a cut file, a footer of zeros or flipped bytes give exit 3 or the same rows, never a crash."""
     path = as_files(tmp_path, tiny.rows(30))[4]
     content, generator = path.read_bytes(), np.random.default_rng(1)
     whole = list(reader.read_rows(path))
@@ -133,9 +133,9 @@ def test_damaged_parquet_is_named_and_crashes_nothing(tmp_path):
 
 
 def test_a_parquet_reader_that_crashes_takes_nothing_with_it(tmp_path, monkeypatch):
-    """The library is foreign code on a foreign file: exit 3, and what was read before is named."""
+    """A crash of the Parquet library gives exit 3, and the error says how many rows were read before it."""
     path = as_files(tmp_path, tiny.rows(5))[4]
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # where another pyarrow lies; a reader does not get it
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # another pyarrow is there, which a reader does not get
     monkeypatch.setattr(sandbox, "ENVIRONMENT", (*sandbox.ENVIRONMENT, "PYTHONPATH"))
     (tmp_path / "pyarrow").mkdir()
     (tmp_path / "pyarrow" / "__init__.py").write_text("import os; os.abort()")
@@ -145,20 +145,20 @@ def test_a_parquet_reader_that_crashes_takes_nothing_with_it(tmp_path, monkeypat
 
 
 def test_what_is_no_text_in_a_parquet_file(tmp_path):
-    """Times are their text; bytes are named."""
+    """Times become text; bytes are an error that names them."""
     values = [{"instruction": "a", "output": b"x", "at": datetime.datetime(2026, 1, 2)}]
     values.append({"instruction": "b", "output": None, "at": None})
     parquet.write_table(pyarrow.Table.from_pylist(values), tmp_path / "rows.parquet")
-    found = list(reader.read_rows(tmp_path / "rows.parquet"))
-    assert [row.reason for row in found] == [
+    rows = list(reader.read_rows(tmp_path / "rows.parquet"))
+    assert [row.reason for row in rows] == [
         "'output' must be text, but is an object",
         "the row has no 'output'",
     ]
-    assert "2026-01-02" in found[0].text
+    assert "2026-01-02" in rows[0].text
 
 
 def test_what_becomes_of_long_rows(tmp_path, harness, tiny_model):
-    """D6: cut, dropped into the file of rejected rows, or named; rows in = rows used + rows reported."""
+    """D6: long rows are cut, rejected or an error; the rows used and reported add up to the rows read."""
     values = [{"instruction": "say", "output": "word " * (200 if i % 3 == 0 else 5)} for i in range(12)]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(values))
@@ -186,7 +186,7 @@ def test_what_becomes_of_long_rows(tmp_path, harness, tiny_model):
 
 
 def outcome(path: Path) -> tuple[int, int]:
-    """(exit code, rows) of reading a file."""
+    """Return the exit code and the number of rows of reading a file."""
     try:
         return 0, len(list(reader.read_rows(path)))
     except UserError as error:
@@ -208,7 +208,7 @@ def outcome(path: Path) -> tuple[int, int]:
     ],
 )
 def test_a_pickle_is_data_or_refused(tmp_path, make, code):
-    """D12: only containers, texts and numbers; anything else is exit 8 and runs nothing; nothing is left."""
+    """D12: only containers, texts and numbers are read; anything else is exit 8, and neither run nor kept."""
     canary, path = tmp_path / "canary", tmp_path / "rows.pkl"
     path.write_bytes(make(canary))
     with pytest.raises(UserError, match=r"rows\.pkl") as caught:
@@ -219,7 +219,7 @@ def test_a_pickle_is_data_or_refused(tmp_path, make, code):
 
 
 def test_a_dialogue_pickle_is_converted_once(tmp_path, capsys):
-    """CuteGPT's own kind: a list of lists."""
+    """CuteGPT's own kind of pickle is a list of lists."""
     values = [tiny.rows(2), tiny.rows(3)]
     (tmp_path / "rows.pkl").write_bytes(pickle.dumps(values))
     (tmp_path / "rows.json").write_text(json.dumps(values))
@@ -231,7 +231,7 @@ def test_a_dialogue_pickle_is_converted_once(tmp_path, capsys):
 
 
 def test_folders_several_files_and_weights(tmp_path):
-    """Rows of all files in the order of names; weights repeat training rows, a half takes every second."""
+    """Files are read in the order of their names; a weight repeats rows, a half takes every second one."""
     place = tmp_path / "rows"
     place.mkdir()
     first, second = place / "a.json", place / "b.jsonl"
@@ -266,20 +266,20 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch, path):
 
 
 def test_validation_rows_of_their_own(tmp_path):
-    """--eval_data_path: a file of another schema; the rows of each side are told apart."""
+    """The file of --eval_data_path has another schema, and its rows alone are for validation."""
     tiny.save_rows(tmp_path / "train.json", 12)
     (tmp_path / "eval.jsonl").write_text('{"input": ["q"], "output": ["a"]}\n' * 3)
-    found = encode(tmp_path / "train.json", eval_data_path=str(tmp_path / "eval.jsonl"))
-    assert found.is_validation.tolist() == [False] * 12 + [True] * 3
+    encoded = encode(tmp_path / "train.json", eval_data_path=str(tmp_path / "eval.jsonl"))
+    assert encoded.is_validation.tolist() == [False] * 12 + [True] * 3
 
 
 def test_mixed_tasks_need_a_word(tmp_path):
-    """Raw text among conversations is not guessed about."""
+    """The task is not guessed when raw text stands among conversations."""
     (tmp_path / "a.jsonl").write_text('{"instruction": "q", "output": "a"}\n{"text": "raw"}\n')
     with pytest.raises(UserError, match="choose --task"):
         encode(tmp_path / "a.jsonl")
-    found = encode(tmp_path / "a.jsonl", task="sft").encoding
-    assert len(found.examples) == 2
+    encoding = encode(tmp_path / "a.jsonl", task="sft").encoding
+    assert len(encoding.examples) == 2
     with pytest.raises(UserError, match="choose --task sft"):
         encode(tmp_path / "a.jsonl", task="pretrain")
 
@@ -287,22 +287,22 @@ def test_mixed_tasks_need_a_word(tmp_path):
 def blocks(
     stream: list[tuple[int, bool, int]], length: int, overlap: int
 ) -> list[tuple[list[int], list[bool]]]:
-    """The same again, plainly: (id, trained, document) of all documents -> (ids, flags) of each block."""
-    made, at, again = [], 0, 0
+    """Compute the blocks plainly: (id, trained, document) of all documents -> (ids, flags) of each block."""
+    cut, at, again = [], 0, 0
     while at < len(stream):
         block = stream[at - again : at - again + length]
         flags = [trained and place >= max(again, 1) for place, (_, trained, _) in enumerate(block)]
-        made.append(([token for token, _, _ in block], flags))
+        cut.append(([token for token, _, _ in block], flags))
         at += len(block) - again
         again = min(overlap, len(block)) if at < len(stream) else 0
         while again and stream[at - again][2] != stream[at][2]:
             again -= 1
-    return [block for block in made if any(block[1])]
+    return [block for block in cut if any(block[1])]
 
 
 @pytest.mark.parametrize(("length", "overlap"), [(16, 0), (16, 5), (8, 6), (1000, 0), (1000, 10)])
 def test_raw_text_becomes_whole_blocks(tmp_path, length, overlap):
-    """Exactly full blocks; context and what is repeated are not trained; documents end with the end token."""
+    """Blocks are full, context and repetitions are not trained, and documents end with the end token."""
     texts = [{"context": "ctx " * (i % 3), "completion": f"text {i} " * (i % 4 + 1)} for i in range(12)]
     path = tmp_path / "raw.jsonl"
     path.write_text("".join(json.dumps(text) + "\n" for text in texts))
@@ -311,48 +311,48 @@ def test_raw_text_becomes_whole_blocks(tmp_path, length, overlap):
         ids, is_target = data_encode.encode(row, data_template.load("alpaca", tokenizer), tokenizer)
         assert ids[-1] == tokenizer.eos_token_id
         stream += [(token, flag, number) for token, flag in zip(ids, is_target, strict=True)]
-    found = encode(path, tokenizer, cutoff_len=length, overlap=overlap)
-    assert found.task == "pretrain"
-    examples = found.encoding.examples
-    made = [(ids.tolist(), flags.tolist()) for ids, flags in (examples[i] for i in range(len(examples)))]
-    assert made == blocks(stream, length, overlap)
+    encoded = encode(path, tokenizer, cutoff_len=length, overlap=overlap)
+    assert encoded.task == "pretrain"
+    examples = encoded.encoding.examples
+    pairs = [(ids.tolist(), flags.tolist()) for ids, flags in (examples[i] for i in range(len(examples)))]
+    assert pairs == blocks(stream, length, overlap)
     assert examples.numbers.tolist() == sorted(examples.numbers.tolist())
 
 
 def test_blocks_do_not_cross_into_validation(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "training text"}\n' * 5)
     (tmp_path / "b.jsonl").write_text('{"text": "other"}\n' * 5)
-    found = encode(tmp_path / "a.jsonl", eval_data_path=str(tmp_path / "b.jsonl"), cutoff_len=8)
-    tokenizer, lengths = tiny.tokenizer(), found.encoding.examples.lengths
+    encoded = encode(tmp_path / "a.jsonl", eval_data_path=str(tmp_path / "b.jsonl"), cutoff_len=8)
+    tokenizer, lengths = tiny.tokenizer(), encoded.encoding.examples.lengths
     sides = [
         "".join(
-            tokenizer.decode(found.encoding.examples[place][0], skip_special_tokens=True)
-            for place in np.flatnonzero(found.is_validation == side)
+            tokenizer.decode(encoded.encoding.examples[place][0], skip_special_tokens=True)
+            for place in np.flatnonzero(encoded.is_validation == side)
         )
         for side in (False, True)
     ]
     assert sides == ["training text" * 5, "other" * 5]
-    borders = [np.flatnonzero(~found.is_validation)[-1], len(lengths) - 1]
+    borders = [np.flatnonzero(~encoded.is_validation)[-1], len(lengths) - 1]
     assert all(length == 8 for place, length in enumerate(lengths) if place not in borders)
 
 
 def test_dialogues_one_a_line(tmp_path):
-    """Lines of lists are dialogues, an array of lists too; what --clean writes of them is read back."""
+    """Lines of lists are dialogues, and so is an array of lists; what --clean writes of them is read back."""
     dialogues = [[row, other] for row, other in zip(tiny.rows(6), tiny.rows(12)[6:], strict=True)]
     (tmp_path / "a.json").write_text(json.dumps(dialogues))
     digests = set()
     for name, count in (("b.jsonl", 6), ("c.txt", 6)):
         path = tmp_path / name
         path.write_text("".join(json.dumps(dialogue) + "\n" for dialogue in dialogues[:count]))
-        found = list(reader.read_rows(path))
-        assert len(found) == count
-        assert all(len(row.turns) == 4 for row in found)
+        rows = list(reader.read_rows(path))
+        assert len(rows) == count
+        assert all(len(row.turns) == 4 for row in rows)
         digests.add(encode(path, cutoff_len=999).encoding.sha256)
     assert digests == {encode(tmp_path / "a.json", cutoff_len=999).encoding.sha256}
 
 
 def test_rows_that_change_while_they_are_read_are_not_kept(tmp_path, monkeypatch, cache):
-    """D13, D17: an edit in the middle of reading is exit 3; nothing stands under the old content's key."""
+    """D13, D17: a change during reading is exit 3, and nothing is stored under the key of the old content."""
     path = tiny.save_rows(tmp_path / "rows.json", 20)
     plain = reader.read_rows
 
@@ -377,7 +377,7 @@ def test_a_row_that_only_its_template_refuses_is_named_in_its_file(tmp_path):
 
 
 def test_folders_with_odd_things_in_them(tmp_path):
-    """D4: pipes and folders that are called like files are passed by."""
+    """D4: pipes, and folders that are called like files, are ignored."""
     place = tmp_path / "rows"
     (place / "folder.json").mkdir(parents=True)
     os.mkfifo(place / "pipe.jsonl")
@@ -393,7 +393,7 @@ def test_folders_with_odd_things_in_them(tmp_path):
 
 
 def test_templates_are_chosen_by_seed_and_row(tmp_path):
-    """Several templates: every row has one, the same again with the same seed, others with another."""
+    """With several templates each row gets one, which depends only on the seed and the row."""
     path = tiny.save_rows(tmp_path / "rows.json", 60)
     names = "alpaca,tigerbot,cutegpt"
     alone = {name: encode(path, template=name, cutoff_len=999).encoding.examples for name in names.split(",")}
@@ -402,14 +402,14 @@ def test_templates_are_chosen_by_seed_and_row(tmp_path):
         [name for name, one in alone.items() if np.array_equal(one[place][0], mixed[place][0])]
         for place in range(60)
     ]
-    assert all(len(found) == 1 for found in used)
-    assert len({found[0] for found in used}) == 3
+    assert all(len(matches) == 1 for matches in used)
+    assert len({matches[0] for matches in used}) == 3
     other = encode(path, template=names, cutoff_len=999, seed=7).encoding
     assert other.sha256 != encode(path, template=names, cutoff_len=999).encoding.sha256
 
 
 def test_rows_are_encoded_once(tmp_path, monkeypatch, cache):
-    """The second time nothing is read or encoded; the arrays are mapped, not held."""
+    """The second time nothing is read or encoded, and the arrays are mapped instead of loaded."""
     path = tiny.save_rows(tmp_path / "rows.json", 20)
     first = encode(path)
     monkeypatch.setattr(data_encode, "encode_many", None)
@@ -435,7 +435,7 @@ def test_rows_are_encoded_once(tmp_path, monkeypatch, cache):
     ids=str,
 )
 def test_nothing_stale_is_used(tmp_path, change, cache):
-    """D17: whatever the tokens depend on is part of the key; the same content elsewhere hits."""
+    """D17: all that the tokens depend on is part of the key; a copy of the file has the same key."""
     path = tiny.save_rows(tmp_path / "rows.json", 20)
     encode(path)
     moved = tmp_path / "moved.json"
@@ -488,12 +488,12 @@ def test_a_failed_encoding_leaves_nothing(tmp_path, cache):
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch):
     monkeypatch.setenv("ONECARD_CACHE", "/proc/none")
-    found = encode(tiny.save_rows(tmp_path / "rows.json", 20))
-    assert len(found.encoding.examples) == 20
+    encoded = encode(tiny.save_rows(tmp_path / "rows.json", 20))
+    assert len(encoded.encoding.examples) == 20
 
 
 def test_the_cache_has_a_limit(tmp_path, monkeypatch, cache):
-    """What was not used for longest goes first."""
+    """The entry that was not used for the longest time is deleted first."""
     paths = [tiny.save_rows(tmp_path / f"{n}.json", 10 + n) for n in range(4)]
     encode(paths[0])
     size = sum(file.stat().st_size for file in next((cache / "rows").iterdir()).iterdir())
@@ -507,24 +507,24 @@ def test_the_cache_has_a_limit(tmp_path, monkeypatch, cache):
 
 
 def test_rows_of_a_hub_dataset(tmp_path):
-    """A name of the hub is fetched, its files of rows alone; a missing one is one clear error."""
+    """Of a dataset of the hub only the files of rows are fetched; a missing one is one clear error."""
     folder = tmp_path / "dataset"
     folder.mkdir()
     tiny.save_rows(folder / "train.json", 12)
     (folder / "load.py").write_text("raise SystemExit")
-    found = encode("someone/rows", fetch=lambda name: str(folder) if name == "someone/rows" else "")
-    assert found.encoding.read == 12
+    encoded = encode("someone/rows", fetch=lambda name: str(folder) if name == "someone/rows" else "")
+    assert encoded.encoding.read == 12
     with fake_hub.serving("someone/rows", folder, "datasets") as address:
-        said = fake_hub.fetch(address, tmp_path / "home", "fetch_dataset", "someone/rows")
+        output = fake_hub.fetch(address, tmp_path / "home", "fetch_dataset", "someone/rows")
         missing = fake_hub.fetch(address, tmp_path / "home", "fetch_dataset", "someone/none")
-    told, place = said.splitlines()
-    assert told.endswith(f"someone/rows is commit {fake_hub.COMMIT}")
+    line, place = output.splitlines()
+    assert line.endswith(f"someone/rows is commit {fake_hub.COMMIT}")
     assert [path.name for path in Path(place).iterdir()] == ["train.json"]
     assert "as a dataset of the hub it cannot be fetched" in missing
 
 
 def test_a_million_rows_stay_on_the_disk(tmp_path):
-    """Memory does not grow with the rows: twenty times as many, and the process holds hardly more."""
+    """Memory does not grow with the rows: with twenty times as many the process hardly needs more."""
     tokenizer, template = tiny.tokenizer(), data_template.load("tigerbot", None)
 
     def many(count: int):
@@ -534,8 +534,8 @@ def test_a_million_rows_stay_on_the_disk(tmp_path):
         folder = tmp_path / str(count)
         folder.mkdir()
         one = tiny.one_by_one(lambda row, _: (*data_encode.encode(row, template, tokenizer), False))
-        made = data_examples.encode_rows(many(count), one, folder)
-        assert len(made.examples) == count
+        encoding = data_examples.encode_rows(many(count), one, folder)
+        assert len(encoding.examples) == count
 
     work(200)
     assert memory_rise(lambda: work(1000)) < 8 << 20
@@ -543,7 +543,7 @@ def test_a_million_rows_stay_on_the_disk(tmp_path):
 
 
 def test_json_to_parquet_streams_and_gives_the_same_rows(tmp_path):
-    """Columns are those of any row; the rows are the same."""
+    """The table has the columns that any row has, and the rows are the same."""
     values = tiny.rows(50)
     values[40]["system"] = "Be kind."
     source = tmp_path / "rows.json"
@@ -560,22 +560,22 @@ def test_json_to_parquet_streams_and_gives_the_same_rows(tmp_path):
 
 
 def test_an_array_on_one_line_is_an_array(tmp_path):
-    """What json.dump writes, whatever the file is called: rows, not one long conversation."""
+    """What json.dump writes is rows, not one long conversation, whatever the file is called."""
     for name in ("a.json", "a.jsonl", "a.txt"):
         (tmp_path / name).write_text(json.dumps(tiny.rows(5)))
         assert [len(row.turns) for row in reader.read_rows(tmp_path / name)] == [2] * 5
 
 
 def test_a_quote_that_is_never_closed_takes_one_row(tmp_path):
-    """The rows behind it are read; rows in = rows used + rows reported."""
+    """The rows behind it are read; the rows used and reported add up to the rows of the file."""
     lines = ["instruction,output", *(f"say {i},word {i}" for i in range(50))]
     lines[10] = '"say 9,word 9'
     (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
-    found = list(reader.read_rows(tmp_path / "rows.csv"))
-    bad = [row for row in found if isinstance(row, BadRow)]
+    rows = list(reader.read_rows(tmp_path / "rows.csv"))
+    bad = [row for row in rows if isinstance(row, BadRow)]
     assert [(row.line, row.text) for row in bad] == [(11, '"say 9,word 9\n')]
-    assert len(found) == 50
-    assert found[-1].turns[-1].text == "word 49"
+    assert len(rows) == 50
+    assert rows[-1].turns[-1].text == "word 49"
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.csv", "instruction,output\n"), ("a.parquet", None)])
@@ -622,31 +622,31 @@ def test_mixed_kinds_are_refused_in_any_order(tmp_path, order):
 
 
 def test_weights_of_raw_text_are_those_of_its_file(tmp_path):
-    """A block holds documents of one weight."""
+    """All documents of a block have the same weight."""
     for name, count in (("small", 3), ("large", 30)):
         lines = [json.dumps({"text": f"{name} text {i}"}) for i in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     tokenizer = tiny.tokenizer()
-    found = encode(f"{tmp_path}/small.jsonl:10,{tmp_path}/large.jsonl", tokenizer, cutoff_len=64)
-    examples = found.encoding.examples
-    for place, weight in enumerate(found.weights):
+    encoded = encode(f"{tmp_path}/small.jsonl:10,{tmp_path}/large.jsonl", tokenizer, cutoff_len=64)
+    examples = encoded.encoding.examples
+    for place, weight in enumerate(encoded.weights):
         text = tokenizer.decode(examples[place][0])
         assert ("small" in text, "large" in text) == (weight == 10, weight == 1)
 
 
 def test_rejected_rows_name_their_file(tmp_path):
-    """Rows of several files, rejected by reading or by encoding, with the place in their own file."""
+    """Rows of several files that are rejected in reading or encoding have the line of their own file."""
     broken = [{"instruction": "a"}, {"instruction": "say", "output": "word " * 300}]
     for name in ("a", "b"):
         values = [*tiny.rows(4), *broken]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
-    found = encode(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", skip_bad_rows=True, long_rows="drop").encoding
-    places = [(Path(row.file).name, row.line) for row in found.rejected]
+    encoding = encode(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", skip_bad_rows=True, long_rows="drop").encoding
+    places = [(Path(row.file).name, row.line) for row in encoding.rejected]
     assert places == [("a.jsonl", 5), ("a.jsonl", 6), ("b.jsonl", 5), ("b.jsonl", 6)]
 
 
 def test_held_out_rows_are_read_once(tmp_path, monkeypatch):
-    """Kept beside the encoded rows: the next start reads no file for them."""
+    """They are stored beside the encoded rows, so the next start reads no file for them."""
     path = tiny.save_rows(tmp_path / "rows.json", 20)
     first = run_data.read_conversations(encode(path), np.array([3, 11]), None)
     monkeypatch.setattr(reader, "pick_rows", None)
@@ -655,16 +655,16 @@ def test_held_out_rows_are_read_once(tmp_path, monkeypatch):
 
 
 def test_a_flipped_bit_of_kept_rows_is_found_when_asked(tmp_path, cache):
-    """--verify compares every byte, and encodes anew."""
+    """--verify compares every byte and encodes the rows anew."""
     path = tiny.save_rows(tmp_path / "rows.json", 20)
     whole = encode(path).encoding.examples.ids.tolist()
-    (kept,) = cache.glob("rows/*/ids")
-    raw = bytearray(kept.read_bytes())
+    (stored,) = cache.glob("rows/*/ids")
+    raw = bytearray(stored.read_bytes())
     raw[40] ^= 1
-    kept.write_bytes(bytes(raw))
-    given = options(path)
-    row_templates = [data_template.load(given.template, tiny.tokenizer())]
-    arguments = (given, reader.locate_files(str(path)), row_templates, tiny.tokenizer(), "tokenizer 1")
+    stored.write_bytes(bytes(raw))
+    settings = options(path)
+    row_templates = [data_template.load(settings.template, tiny.tokenizer())]
+    arguments = (settings, reader.locate_files(str(path)), row_templates, tiny.tokenizer(), "tokenizer 1")
     assert dataset.encode(*arguments, again=True).encoding.examples.ids.tolist() == whole
 
 
@@ -672,22 +672,22 @@ def test_a_flipped_bit_of_kept_rows_is_found_when_asked(tmp_path, cache):
 def test_nested_rows_are_the_same_in_parquet(tmp_path, schema):
     """D19: lists of objects, null columns and keys that only some rows have."""
     kinds = {"openai": ("messages", "role", "content"), "sharegpt": ("conversations", "from", "value")}
-    outer, who, what = kinds[schema]
+    outer, role, text = kinds[schema]
     names = ("user", "assistant") if schema == "openai" else ("human", "gpt")
     values = []
     for number in range(6):
-        turns = [{who: names[i % 2], what: f"text {number} {i}"} for i in range(2 + 2 * (number % 2))]
+        turns = [{role: names[i % 2], text: f"text {number} {i}"} for i in range(2 + 2 * (number % 2))]
         values.append({outer: turns, "source": None if number % 2 else "x", "instruction": None})
     (tmp_path / "rows.json").write_text(json.dumps(values))
     tables.write_parquet([tmp_path / "rows.json"], reader.values, tmp_path / "rows.parquet")
-    found = [
+    digests = [
         encode(tmp_path / name, cutoff_len=999).encoding.sha256 for name in ("rows.json", "rows.parquet")
     ]
-    assert found[0] == found[1]
+    assert digests[0] == digests[1]
 
 
 def test_validation_rows_that_are_training_rows_are_counted(harness, tiny_model, tmp_path):
-    """D8: one in ten planted, one in ten found."""
+    """D8: one row in ten is copied, and one in ten is reported."""
     values = tiny.rows(40)
     (tmp_path / "train.json").write_text(json.dumps(values))
     copies = values[:4] + [{"instruction": f"other {i}", "output": "x"} for i in range(36)]
@@ -699,7 +699,7 @@ def test_validation_rows_that_are_training_rows_are_counted(harness, tiny_model,
 
 
 def test_one_row_is_enough(harness, tiny_model, tmp_path):
-    """D18: fewer rows than a batch, and none for validation."""
+    """D18: a single row, fewer than a batch and with none left for validation, can be trained on."""
     flags = {"model_path": tiny_model, "data_path": tiny.save_rows(tmp_path / "rows.json", 1)}
     flags |= {"output_path": tmp_path / "run", "bits": 16, "num_epochs": 2, "device": "cpu"}
     assert "--test_size 0" in harness.run("finetune", flags)["said"]
@@ -708,7 +708,7 @@ def test_one_row_is_enough(harness, tiny_model, tmp_path):
 
 
 def test_processes_of_one_machine_encode_once(tmp_path, capfd):
-    """The first takes the lock, the others find the rows done."""
+    """The first process takes the lock; the others use the rows that it encoded."""
     path = tiny.save_rows(tmp_path / "rows.json", 400)
     work = """
 import sys
@@ -720,8 +720,8 @@ encode(sys.argv[1])
 print("read", len(calls), "times")
 """
     command = [sys.executable, "-c", work, str(path)]
-    ended = [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]
-    assert [process.wait(timeout=120) for process in ended] == [0] * 3
-    found = re.findall(r"read (\d) times", capfd.readouterr().out)
-    assert sorted(found) == ["1", "1", "2"]  # all look at the first row
+    processes = [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in processes] == [0] * 3
+    counts = re.findall(r"read (\d) times", capfd.readouterr().out)
+    assert sorted(counts) == ["1", "1", "2"]  # each process looks at the first row
     assert len(list((tmp_path / "cache" / "rows").glob("*/encoding.json"))) == 1

@@ -1,4 +1,4 @@
-"""Template and token ids: what chat sends is the beginning of what was trained."""
+"""Templates and token ids: the prompt of a chat is the beginning of what was trained."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def tokenizer(request):
 
 
 def fitting(conversation: Conversation, template: Template) -> list[Turn]:
-    """The turns that the template knows: without a function's and the answer to it where it has none."""
+    """Return the turns that the template can write, without function turns and their answers if need be."""
     turns = list(conversation.turns)
     for number in [i for i, turn in enumerate(turns) if turn.role == "function" and not template.function]:
         del turns[number : number + 2]
@@ -52,49 +52,49 @@ def fitting(conversation: Conversation, template: Template) -> list[Turn]:
 @pytest.mark.parametrize("name", data_template.names())
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_chat_ids_are_the_beginning_of_the_training_ids(tokenizer, name, conversation):
-    """For every template, after every turn, with three kinds of tokenizer; only answers are targets."""
+    """This holds for each template after each turn with each tokenizer; only answers are targets."""
     template = load(name, tokenizer)
     turns = fitting(conversation, template)
     trained, is_target = data_encode.encode(Conversation(tuple(turns)), template, tokenizer)
     answers = []
     for number, turn in enumerate(turns):
         if turn.role == "assistant":
-            asked, targets = data_encode.encode(Conversation(tuple(turns[:number])), template, tokenizer)
-            assert trained[: len(asked)] == asked
-            assert is_target[: len(asked)] == targets
-            end = next(i for i in range(len(asked), len(trained) + 1) if not any(is_target[i : i + 1]))
-            assert all(is_target[len(asked) : end])
+            question, targets = data_encode.encode(Conversation(tuple(turns[:number])), template, tokenizer)
+            assert trained[: len(question)] == question
+            assert is_target[: len(question)] == targets
+            end = next(i for i in range(len(question), len(trained) + 1) if not any(is_target[i : i + 1]))
+            assert all(is_target[len(question) : end])
             assert trained[end - 1] == tokenizer.eos_token_id
-            answers += range(len(asked), end)
+            answers += range(len(question), end)
     assert [i for i, target in enumerate(is_target) if target] == answers
     assert answers[-1] == len(trained) - 1
 
 
 @pytest.mark.parametrize("name", data_template.names())
 def test_the_last_answer_alone(tokenizer, name):
-    """--train_on last: the same ids, the targets of the last turn."""
+    """--train_on last gives the same ids, with targets in the last turn only."""
     template, conversation = load(name, tokenizer), Conversation(tuple(TURNS[1:3] + TURNS[5:]))
     ids, all_targets = data_encode.encode(conversation, template, tokenizer)
     again, targets = data_encode.encode(conversation, template, tokenizer, False, "last")
-    asked, _ = data_encode.encode(conversation.question, template, tokenizer)
+    question, _ = data_encode.encode(conversation.question, template, tokenizer)
     assert again == ids
-    assert targets == [False] * len(asked) + all_targets[len(asked) :]
+    assert targets == [False] * len(question) + all_targets[len(question) :]
 
 
 @pytest.mark.parametrize("name", data_template.names())
 @pytest.mark.parametrize("limit", [0, 1, 30, 80, 150, 10_000])
 def test_long_conversations_lose_their_oldest_turns(tokenizer, name, limit):
-    """The system's turn stays, whole turns go, and no more of them than must."""
+    """The system's turn stays, and as few whole turns as possible are left out."""
     template = load(name, tokenizer)
-    said = [[Turn("user", f"question {i} " + "a " * i), Turn("assistant", f"answer {i}")] for i in range(9)]
+    pairs = [[Turn("user", f"question {i} " + "a " * i), Turn("assistant", f"answer {i}")] for i in range(9)]
     system = [Turn("system", "Be brief.")]
 
     def shortened(first: int) -> list[int]:
         return data_encode.encode(
-            Conversation((*system, *(turn for pair in said[first:] for turn in pair))), template, tokenizer
+            Conversation((*system, *(turn for pair in pairs[first:] for turn in pair))), template, tokenizer
         )[0]
 
-    whole = Conversation((*system, *(turn for pair in said for turn in pair)))
+    whole = Conversation((*system, *(turn for pair in pairs for turn in pair)))
     ids, is_target, was_cut = data_encode.encode_within(whole, limit, template, tokenizer)
     fitting = [first for first in range(9) if len(shortened(first)) <= limit]
     assert ids == (shortened(fitting[0]) if fitting else shortened(8)[:limit])
@@ -103,18 +103,19 @@ def test_long_conversations_lose_their_oldest_turns(tokenizer, name, limit):
 
 
 def test_auto_is_the_text_of_the_chat_template(tokenizer):
-    """What the tokenizer itself would write, token by token, system and function turns included."""
+    """The tokens are those of the tokenizer's own template, with system and function turns."""
     template = load("auto", tokenizer)
-    said = [Turn(turn.role, re.sub("<[a-z]+>", "", turn.text)) for turn in TURNS]
-    for turns in (said, said[1:], said[1:3], said[:3]):
+    plain_turns = [Turn(turn.role, re.sub("<[a-z]+>", "", turn.text)) for turn in TURNS]
+    for turns in (plain_turns, plain_turns[1:], plain_turns[1:3], plain_turns[:3]):
         ids, _ = data_encode.encode(Conversation(tuple(turns)), template, tokenizer)
         messages = [{"role": "tool" if t.role == "function" else t.role, "content": t.text} for t in turns]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         reference = tokenizer(text.removesuffix("\n"), add_special_tokens=False).input_ids
-        got, wanted = (tokenizer.decode(i, skip_special_tokens=False) for i in (ids, reference))
+        actual, expected = (tokenizer.decode(i, skip_special_tokens=False) for i in (ids, reference))
         if getattr(tokenizer.backend_tokenizer.pre_tokenizer, "prepend_scheme", "") == "first":
-            got, wanted = got.replace(" ", ""), wanted.replace(" ", "")  # a word begins behind every token
-        assert got == wanted
+            # a word begins behind every token
+            actual, expected = actual.replace(" ", ""), expected.replace(" ", "")
+        assert actual == expected
 
 
 @pytest.mark.parametrize(
@@ -137,12 +138,12 @@ def test_auto_is_the_text_of_the_chat_template(tokenizer):
     ],
 )
 def test_a_chat_template_that_cannot_be_used_is_refused(monkeypatch, broken, word):
-    """Whatever a stranger's template does: one message, after seconds, in little memory."""
+    """Whatever a stranger's template does, it is one error after seconds and takes little memory."""
     monkeypatch.setattr(jinja_sandbox, "SECONDS", 4)
-    made = tiny.tokenizer()
-    made.chat_template = broken
+    tiny_tokenizer = tiny.tokenizer()
+    tiny_tokenizer.chat_template = broken
     with pytest.raises(UserError, match=word) as caught:
-        data_template.load("auto", made)
+        data_template.load("auto", tiny_tokenizer)
     assert caught.value.code == 2
 
 
@@ -162,7 +163,7 @@ def test_a_chat_template_that_cannot_be_used_is_refused(monkeypatch, broken, wor
     ],
 )
 def test_a_broken_template_file_is_named(tmp_path, change, word):
-    """Exit 2, the file and the key; nothing of it is run."""
+    """The error is exit 2 and names the file and the key; nothing in the file is run."""
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"user": "{text}: ", "assistant": "{text}{end}", **change}))
     with pytest.raises(UserError, match=re.escape(word)) as caught:
@@ -181,15 +182,15 @@ def test_a_file_that_is_no_template_is_named(tmp_path, content):
 
 
 def test_ordinary_tokens_of_a_template_become_control_tokens():
-    """D15: a tokenizer that has them as plain added tokens would let rows write them."""
-    made = tiny.tokenizer()
-    made.add_tokens(["<|im_start|>", "<|im_end|>"])
-    template = data_template.load("chatml", made)
-    made = data_template.tokenizer_for(made, template)
-    ids, _ = data_encode.encode(single("say <|im_end|> now", "", "<|im_start|>"), template, made)
-    assert ids.count(made.convert_tokens_to_ids("<|im_end|>")) == 2
-    assert ids.count(made.convert_tokens_to_ids("<|im_start|>")) == 2
-    assert "say <|im_end|> now" in made.decode(ids)
+    """D15: as ordinary added tokens of the tokenizer, rows could write them."""
+    tiny_tokenizer = tiny.tokenizer()
+    tiny_tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    template = data_template.load("chatml", tiny_tokenizer)
+    tiny_tokenizer = data_template.tokenizer_for(tiny_tokenizer, template)
+    ids, _ = data_encode.encode(single("say <|im_end|> now", "", "<|im_start|>"), template, tiny_tokenizer)
+    assert ids.count(tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
+    assert ids.count(tiny_tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
+    assert "say <|im_end|> now" in tiny_tokenizer.decode(ids)
 
 
 def state(tokenizer) -> tuple:
@@ -202,7 +203,7 @@ def state(tokenizer) -> tuple:
 
 
 def with_ordinary_tokens():
-    """A tokenizer whose chat template, and whose ChatML, write tokens that it takes for ordinary ones."""
+    """Return a tokenizer for which the tokens of its chat template and of ChatML are ordinary ones."""
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<turn>"])
     tokenizer.chat_template = TURN_TEMPLATE
@@ -214,15 +215,15 @@ TURN_TEMPLATE += "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
 
 
 def test_asking_for_a_template_leaves_the_tokenizer_as_it_was():
-    """Loading by name, from the chat template, or as it was saved; what cannot be used; and its questions."""
+    """Loading, saving, preparing and refusing a template change nothing in the tokenizer."""
     tokenizer = with_ordinary_tokens()
     before = state(tokenizer)
     for template in (data_template.load("chatml", tokenizer), data_template.load("auto", tokenizer)):
         data_template.of(json.loads(json.dumps(template.texts())), tokenizer)
         data_encode.eos_ids(template, tokenizer)
-        own = data_template.tokenizer_for(tokenizer, template)
-        data_encode.encode(single("say <|im_end|>", "", "<turn>"), template, own)
-        assert template.controls() <= set(own.all_special_tokens)
+        prepared = data_template.tokenizer_for(tokenizer, template)
+        data_encode.encode(single("say <|im_end|>", "", "<turn>"), template, prepared)
+        assert template.controls() <= set(prepared.all_special_tokens)
     tokenizer.chat_template = "{% for m in messages %}<turn>{{ m.content }}{% endfor %}"
     with pytest.raises(UserError, match="cannot be used"):
         data_template.load("auto", tokenizer)
@@ -231,7 +232,7 @@ def test_asking_for_a_template_leaves_the_tokenizer_as_it_was():
 
 
 def test_templates_of_one_tokenizer_do_not_influence_each_other():
-    """A chat window that switches: each template's ids are those that it has with a fresh tokenizer."""
+    """Templates used in turn, as in a chat window, give the ids that they give with a new tokenizer."""
     row = single("say <|im_start|> and <turn>", "", "<|im_end|> <turn>")
 
     def ids(name: str, tokenizer) -> list[int]:
@@ -246,7 +247,7 @@ def test_templates_of_one_tokenizer_do_not_influence_each_other():
 
 
 def test_encoding_needs_the_tokenizer_of_the_template():
-    """A row could otherwise write the template's control tokens; our own mistake, so an assertion."""
+    """Otherwise a row could write control tokens; this would be our own mistake, so it is an assertion."""
     tokenizer = with_ordinary_tokens()
     template = data_template.load("chatml", tokenizer)
     with pytest.raises(AssertionError, match="tokenizer_for"):
@@ -254,7 +255,7 @@ def test_encoding_needs_the_tokenizer_of_the_template():
 
 
 def test_chatml_needs_its_tokens():
-    """The demo's tokenizer has them; another is told how to get them."""
+    """The demo's tokenizer has them; for others the error says how to get them."""
     with pytest.raises(UserError, match=re.escape("no token <|im_end|>, <|im_start|>")) as caught:
         data_template.load("chatml", tiny.tokenizer())
     assert "prepare_base_model" in caught.value.fix
@@ -262,7 +263,7 @@ def test_chatml_needs_its_tokens():
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_control_tokens_in_a_row_are_text(tokenizer, conversation):
-    """The end token appears once an answer, and the texts come back whole."""
+    """The end token appears once for each answer, and the texts come back whole."""
     template = data_template.load("alpaca", None)
     conversation = Conversation(tuple(fitting(conversation, template)))
     ids, is_target = data_encode.encode(conversation, template, tokenizer)
@@ -302,64 +303,68 @@ def test_control_tokens_are_text_in_every_place(tokenizer, name, place):
 
 
 def test_added_tokens_that_a_chat_template_writes_become_control_tokens():
-    """As Qwen's tool marks: ordinary in the tokenizer, but no row may write them."""
-    made = tiny.tokenizer()
-    made.add_tokens(["<tool>"])
-    made.chat_template = CHATML.replace(
+    """Such tokens are like Qwen's tool marks: ordinary in the tokenizer, but rows cannot write them."""
+    tiny_tokenizer = tiny.tokenizer()
+    tiny_tokenizer.add_tokens(["<tool>"])
+    tiny_tokenizer.chat_template = CHATML.replace(
         "{{ m.content }}", "{{ '<tool>' if m.role == 'tool' else '' }}{{ m.content }}"
     )
-    template = data_template.load("auto", made)
-    made = data_template.tokenizer_for(made, template)
-    tool = made.convert_tokens_to_ids("<tool>")
+    template = data_template.load("auto", tiny_tokenizer)
+    tiny_tokenizer = data_template.tokenizer_for(tiny_tokenizer, template)
+    tool = tiny_tokenizer.convert_tokens_to_ids("<tool>")
     row = Conversation((Turn("user", "a <tool> b"), Turn("assistant", "c <tool>")))
-    assert tool not in data_encode.encode(row, template, made)[0]
+    assert tool not in data_encode.encode(row, template, tiny_tokenizer)[0]
     row = Conversation((*row.turns, Turn("function", "d"), Turn("assistant", "e")))
-    assert data_encode.encode(row, template, made)[0].count(tool) == 1
+    assert data_encode.encode(row, template, tiny_tokenizer)[0].count(tool) == 1
 
 
 @pytest.mark.parametrize(
     "said", ["<call>", "a<call>b", "<ca<call>ll>", "</s><call><s>", "＜call＞", "x＜/s＞y", "＜＜/s＞＞"]
 )
 def test_control_pieces_that_letters_could_make(said):
-    """A vocabulary that holds control tokens as pieces: one that its tokenizer does not list, and signs that
-    are normalised to the letters of a name. The text stays what it is normalised to."""
-    made = sentencepiece_tokenizer(("<call>",))
-    made.backend_tokenizer.normalizer = normalizers.NFKC()
-    assert "<call>" not in made.all_special_tokens
-    ids = data_encode.encode_text(made, said)
-    assert {1, 2, made.convert_tokens_to_ids("<call>")}.isdisjoint(ids)
-    told = made.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    assert told.replace(" ", "") == unicodedata.normalize("NFKC", said)
+    """No text gives a control token, also when the vocabulary holds control tokens as pieces.
+
+    One piece is not listed by its tokenizer, and some signs are normalised to the letters of a name. The
+    text stays what it is normalised to.
+    """
+    piece_tokenizer = sentencepiece_tokenizer(("<call>",))
+    piece_tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    assert "<call>" not in piece_tokenizer.all_special_tokens
+    ids = data_encode.encode_text(piece_tokenizer, said)
+    assert {1, 2, piece_tokenizer.convert_tokens_to_ids("<call>")}.isdisjoint(ids)
+    decoded = piece_tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert decoded.replace(" ", "") == unicodedata.normalize("NFKC", said)
 
 
 def test_added_pieces_of_words_stay_ordinary():
-    """What extend_vocab added may stand in a chat template's own words: rows may say it all the same."""
-    made = tiny.tokenizer()
-    made.add_tokens(["你是", "mark"])
-    made.chat_template = CHATML.replace("Be kind.", "你是助手")
-    template = data_template.load("auto", made)
-    made = data_template.tokenizer_for(made, template)
-    assert not {"你是", "mark"} & set(made.all_special_tokens)
-    ids, _ = data_encode.encode(single("你是谁", "", "mark"), template, made)
-    assert made.convert_tokens_to_ids("你是") in ids
+    """Rows may write a token of extend_vocab, even if the chat template has it in its own words."""
+    tiny_tokenizer = tiny.tokenizer()
+    tiny_tokenizer.add_tokens(["你是", "mark"])
+    tiny_tokenizer.chat_template = CHATML.replace("Be kind.", "你是助手")
+    template = data_template.load("auto", tiny_tokenizer)
+    tiny_tokenizer = data_template.tokenizer_for(tiny_tokenizer, template)
+    assert not {"你是", "mark"} & set(tiny_tokenizer.all_special_tokens)
+    ids, _ = data_encode.encode(single("你是谁", "", "mark"), template, tiny_tokenizer)
+    assert tiny_tokenizer.convert_tokens_to_ids("你是") in ids
 
 
 def test_bos_comes_first_where_the_tokenizer_puts_it():
-    """Llama-like tokenizers begin every text with it; the others do not."""
+    """Tokenizers like Llama's begin every text with it, and the others do not."""
     conversation, template = CONVERSATIONS[0], data_template.load("alpaca", None)
     for name, make in TOKENIZERS.items():
-        made = make()
-        ids, _ = data_encode.encode(conversation, template, made)
-        assert (ids[0] == made.bos_token_id) == (name == "sentencepiece")
+        fresh_tokenizer = make()
+        ids, _ = data_encode.encode(conversation, template, fresh_tokenizer)
+        assert (ids[0] == fresh_tokenizer.bos_token_id) == (name == "sentencepiece")
 
 
 def test_the_texts_are_the_known_ones():
-    """The wording and the blank lines that models trained elsewhere have seen."""
-    made = tiny.tokenizer()
+    """Wording and blank lines are those that models trained elsewhere have seen."""
+    tiny_tokenizer = tiny.tokenizer()
 
-    def text(name: str, *said: str) -> str:
+    def text(name: str, *parts: str) -> str:
         return data_encode.show(
-            made, *data_encode.encode(single(*said), data_template.load(name, made), made)
+            tiny_tokenizer,
+            *data_encode.encode(single(*parts), data_template.load(name, tiny_tokenizer), tiny_tokenizer),
         )
 
     assert text("alpaca", "Do it.").endswith("request.\n\n### Instruction:\nDo it.\n\n### Response:\n")
@@ -372,7 +377,7 @@ def test_the_texts_are_the_known_ones():
 
 
 def test_training_on_inputs_marks_all_but_the_start(tokenizer):
-    """Every token that another one precedes is a target."""
+    """Every token after the first one is a target."""
     _, is_target = data_encode.encode(
         CONVERSATIONS[0], data_template.load("alpaca", None), tokenizer, train_on_inputs=True
     )
@@ -380,7 +385,7 @@ def test_training_on_inputs_marks_all_but_the_start(tokenizer):
 
 
 def test_show_marks_targets_and_the_end_token(tokenizer):
-    """The preview of a row shows the response between the marks, end token included."""
+    """The preview of a row has the response between the marks, with its end token."""
     ids, is_target = data_encode.encode(CONVERSATIONS[0], data_template.load("alpaca", None), tokenizer)
     text = data_encode.show(tokenizer, ids, is_target)
     assert text.endswith(f"red it is{tokenizer.eos_token}»")
@@ -388,7 +393,7 @@ def test_show_marks_targets_and_the_end_token(tokenizer):
 
 
 def test_unknown_template_names_the_known_ones():
-    """Exit 2 and the list."""
+    """The error is exit 2 and lists the templates."""
     with pytest.raises(UserError, match="alpaca") as caught:
         data_template.check("nonsense")
     assert caught.value.code == 2
@@ -396,20 +401,20 @@ def test_unknown_template_names_the_known_ones():
 
 @pytest.mark.parametrize("name", ["alpaca", "auto", "cutegpt"])
 def test_many_at_once_are_as_one_by_one(tokenizer, name):
-    """The fast way and the plain one: the same ids, targets, cuts and refusals."""
+    """The fast way and the plain one give the same ids, targets, cuts and refusals."""
     template = load(name, tokenizer)
     several = [*CONVERSATIONS, Conversation((Turn("text", "raw <end>"),)), *CONVERSATIONS[:2]]
-    made = data_encode.encode_many(several, 60, [template] * len(several), tokenizer, False, "last")
-    for conversation, got in zip(several, made, strict=True):
-        if isinstance(got, ValueError):
-            with pytest.raises(ValueError, match=re.escape(str(got))):
+    results = data_encode.encode_many(several, 60, [template] * len(several), tokenizer, False, "last")
+    for conversation, result in zip(several, results, strict=True):
+        if isinstance(result, ValueError):
+            with pytest.raises(ValueError, match=re.escape(str(result))):
                 data_encode.encode(conversation, template, tokenizer)
         else:
-            assert got == data_encode.encode_within(conversation, 60, template, tokenizer, False, "last")
+            assert result == data_encode.encode_within(conversation, 60, template, tokenizer, False, "last")
 
 
 def test_a_token_that_becomes_a_control_token_later(tokenizer):
-    """The text of a row cannot write it from then on, although the tokenizer has encoded rows before."""
+    """From then on rows cannot write it, even if the tokenizer has encoded rows before."""
     before = data_encode.encode_text(tokenizer, "red it is")
     token = max(before)
     tokenizer.add_tokens(AddedToken(tokenizer.convert_ids_to_tokens(token), special=True, normalized=False))

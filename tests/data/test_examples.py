@@ -1,4 +1,4 @@
-"""Rows: what is read, what is refused and where, and the order and packing of what is kept."""
+"""Rows: what is read, what is refused and at which place, and the order and packing of the others."""
 
 import json
 import random
@@ -43,7 +43,7 @@ def conversation(row: dict) -> Conversation:
 
 
 def layout(texts: list[str], kind: str) -> str:
-    """Texts of rows as a file: one row a line (jsonl, array) or all rows in one line."""
+    """Return the texts of rows as a file: one row a line (jsonl, array) or all rows in one line."""
     joined = {"jsonl": "\n".join(texts) + "\n", "array": "[\n  " + ",\n  ".join(texts) + "\n]\n"}
     return joined.get(kind) or "[" + ", ".join(texts) + "]"
 
@@ -58,9 +58,9 @@ def texts_of(rows: list[dict]) -> list[str]:
 
 
 def as_letters(row: Conversation, number: int = 0, limit: int = 10**6) -> tuple[list[int], list[bool], bool]:
-    """An encoding that can be counted by hand: one token a character, targets are the output and its end."""
-    asked = row.turns[0]
-    prompt, response = asked.text + asked.input, row.turns[-1].text + "\0"
+    """An encoding to count by hand: a token for each character; targets are the output and its end."""
+    question = row.turns[0]
+    prompt, response = question.text + question.input, row.turns[-1].text + "\0"
     ids, is_target = [ord(c) for c in prompt + response], [False] * len(prompt) + [True] * len(response)
     return ids[:limit], is_target[:limit], len(ids) > limit
 
@@ -72,7 +72,7 @@ def random_rows(count: int, seed: int = 0) -> list[Conversation]:
 
 @pytest.mark.parametrize("kind", ["jsonl", "array", "one line"])
 def test_each_file_form_gives_the_same_conversations(tmp_path, kind):
-    """A JSON array over several lines or one, and JSONL, hold the same rows."""
+    """A JSON array over several lines, one on a single line, and JSONL hold the same rows."""
     assert read(tmp_path / "rows", layout(texts_of(GOOD), kind)) == [conversation(row) for row in GOOD]
 
 
@@ -94,7 +94,7 @@ def test_byte_order_mark_and_crlf_change_nothing(tmp_path, monkeypatch, kind, ch
 
 @pytest.mark.parametrize("kind", ["jsonl", "array"])
 def test_escapes_are_the_characters_they_stand_for(tmp_path, monkeypatch, kind):
-    r"""`\u` escapes, surrogate pairs among them, read as the plain characters, across any chunk border."""
+    """Escaped characters, also surrogate pairs, are read as plain ones across any chunk border."""
     content = layout([json.dumps(row, ensure_ascii=True) for row in GOOD], kind)
     assert r"\ud83d\ude00" in content
     for chunk in range(2, len(content) + 2, 3):
@@ -115,7 +115,7 @@ def test_utf16_is_refused(tmp_path, encoding):
 @pytest.mark.parametrize("kind", ["jsonl", "array", "one line"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_broken_row_is_named_by_file_line_and_column(tmp_path, monkeypatch, fault, kind, where):
-    """The message points at the very character, the other rows are kept, whatever the chunk border cuts."""
+    """The message names the exact character, and the other rows are kept at any chunk border."""
     path, (text, part) = tmp_path / "rows", FAULTS[fault]
     content = layout([*texts_of(GOOD)[:where], text, *texts_of(GOOD)[where:]], kind)
     line, column = place(content, content.index(text) + text.index(part))
@@ -129,7 +129,7 @@ def test_broken_row_is_named_by_file_line_and_column(tmp_path, monkeypatch, faul
 
 
 def test_broken_row_across_the_real_chunk_border_is_placed(tmp_path):
-    """A fault behind the first million characters, in a row that lies across the border, has its place."""
+    """A fault behind the first million characters, in a row across the border, is placed exactly."""
     long = {"instruction": "长" * 300_000, "input": "", "output": "b"}
     broken = json.dumps(long, ensure_ascii=False).replace(', "output"', ' "output"')
     content = layout([*texts_of([long] * 3), broken, *texts_of([long] * 3)], "array")
@@ -198,15 +198,17 @@ def test_reading_does_not_depend_on_the_chunk(tmp_path, monkeypatch, content):
 @pytest.mark.parametrize("where", [1, 2, 3])
 @pytest.mark.parametrize("braces", [False, True], ids=["plain text", "braces in the text"])
 def test_missing_comma_is_named_between_its_rows(tmp_path, where, braces):
-    """The place is where the comma should have been; only the row behind it is lost."""
+    """The place is where the comma should have been, and only the row behind it is lost."""
     rows = [{"instruction": f"Say {i}", "output": "[{}, {}]" if braces else "yes"} for i in range(4)]
     texts = texts_of(rows)
     first, second = ",\n".join(texts[:where]), ",\n".join(texts[where:])
-    found = read(tmp_path / "rows", f"[\n{first}\n{second}\n]")
-    [bad] = [row for row in found if isinstance(row, BadRow)]
+    results = read(tmp_path / "rows", f"[\n{first}\n{second}\n]")
+    [bad] = [row for row in results if isinstance(row, BadRow)]
     assert "comma" in bad.reason
     assert (bad.line, bad.column) == (where + 2, 1)
-    assert [row for row in found if row is not bad] == [conversation(rows[i]) for i in range(4) if i != where]
+    assert [row for row in results if row is not bad] == [
+        conversation(rows[i]) for i in range(4) if i != where
+    ]
 
 
 def test_missing_closing_bracket_is_named_at_the_end(tmp_path):
@@ -268,7 +270,7 @@ def test_row_of_the_wrong_shape_is_rejected_at_its_line(tmp_path, row, word, kin
 @pytest.mark.parametrize("kind", ["jsonl", "array"])
 @pytest.mark.parametrize("key", ["instruction", "input", "output"])
 def test_bytes_that_are_not_utf8_are_rejected_at_their_line(tmp_path, key, kind):
-    """A damaged byte is never trained on as some other character."""
+    """A damaged byte is never read as some other character."""
     row = json.dumps({"instruction": "a", "input": "b", "output": "c", key: "caf@"})
     content = layout([*texts_of(GOOD[:2]), row, *texts_of(GOOD[2:])], kind).encode().replace(b"@", b"\xe9")
     rows = read(tmp_path / "rows", content)
@@ -282,7 +284,7 @@ def test_bytes_that_are_not_utf8_are_rejected_at_their_line(tmp_path, key, kind)
 @pytest.mark.parametrize("kind", ["jsonl", "array"])
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
 def test_words_that_are_not_json_are_rejected(tmp_path, word, kind):
-    """NaN and Infinity, which Python's reader takes, are no JSON."""
+    """NaN and Infinity, which Python's reader accepts, are not JSON."""
     row = f'{{"instruction": "a", "output": "b", "score": {word}}}'
     rows = read(tmp_path / "rows", layout([*texts_of(GOOD), row], kind))
     bad = rows.pop()
@@ -311,7 +313,7 @@ def test_endless_row_is_rejected_not_a_crash(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", [b"", b" \r\n\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
 def test_empty_file_is_an_error_that_says_so(tmp_path, content):
-    """No bytes, blanks only or a byte order mark only: exit code 3."""
+    """A file without bytes, or with only blanks or a byte order mark, is exit code 3."""
     with pytest.raises(UserError, match="empty") as caught:
         read(tmp_path / "rows", content)
     assert caught.value.code == DATA
@@ -324,7 +326,7 @@ def test_empty_array_has_no_rows(tmp_path):
 
 @pytest.mark.parametrize("content", ["instruction,output\na,b\n", '"text"', "PK\x03\x04"])
 def test_another_kind_of_file_is_an_error_with_its_start(tmp_path, content):
-    """Neither an array nor JSONL: exit code 3, with what the file begins with."""
+    """What is neither an array nor JSONL is exit code 3, and the error shows its beginning."""
     with pytest.raises(UserError, match=":1:1: ") as caught:
         read(tmp_path / "rows", content)
     assert caught.value.code == DATA
@@ -333,7 +335,7 @@ def test_another_kind_of_file_is_an_error_with_its_start(tmp_path, content):
 
 @pytest.mark.parametrize("name", [".", "missing.json", "/dev/null"])
 def test_what_is_no_file_is_an_error_that_names_it(tmp_path, name):
-    """A directory, a device and a missing file: exit code 3, with the path."""
+    """A directory, a device and a missing file are exit code 3, with the path."""
     path = tmp_path / name
     with pytest.raises(UserError) as caught:
         list(reader.read_rows(path))
@@ -342,7 +344,7 @@ def test_what_is_no_file_is_an_error_that_names_it(tmp_path, name):
 
 
 def test_picked_rows_are_the_rows_of_those_numbers(tmp_path):
-    """Rows are found again by their number in the file, in the order asked for, rejected rows counted."""
+    """Rows are picked by their number in the file, in any order; rejected rows have a number too."""
     texts = texts_of([{"instruction": f"i{n}", "input": "", "output": f"o{n}"} for n in range(1, 31)])
     texts[6] = FAULTS["no comma"][0]
     rows = read(tmp_path / "rows", layout(texts, "array"))
@@ -421,7 +423,7 @@ def test_split_gives_the_validation_rows_asked_for(count, size, expected):
 
 
 def test_split_depends_on_the_seed():
-    """Another seed holds other rows out."""
+    """With another seed other rows are for validation."""
     assert not np.array_equal(
         data_examples.split(100, 20, seed=0)[1], data_examples.split(100, 20, seed=1)[1]
     )
@@ -463,12 +465,12 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 
 def test_rows_of_a_step_do_not_depend_on_the_calls_before():
-    """Any step of any epoch is the same asked first, last or again: a run can go on anywhere."""
-    asked = [(seed, seen, batch) for seed in (0, 1) for seen in range(0, 60, 7) for batch in (1, 4, 20)]
+    """Steps give the same rows in any order of calls, so a run can continue at any step."""
+    arguments = [(seed, seen, batch) for seed in (0, 1) for seen in range(0, 60, 7) for batch in (1, 4, 20)]
     data_examples._order.cache_clear()
-    forward = {each: data_examples.rows_at(*each, 20).tolist() for each in asked}
-    random.Random(0).shuffle(asked)
-    for each in asked:
+    forward = {each: data_examples.rows_at(*each, 20).tolist() for each in arguments}
+    random.Random(0).shuffle(arguments)
+    for each in arguments:
         data_examples._order.cache_clear()
         assert data_examples.rows_at(*each, 20).tolist() == forward[each]
     whole = [place for step in range(20) for place in forward.get((0, step, 1), [])]
@@ -485,7 +487,7 @@ def test_plan_is_a_partition_within_the_budget(budget):
         assert sorted(chain(*groups)) == list(range(count))
         assert all(sum(lengths[i] for i in group) <= budget or len(group) == 1 for group in groups)
         sums = [sum(lengths[i] for i in group) for group in groups]
-        assert all(a + b > budget for a, b in pairwise(sums))  # no two could be one
+        assert all(a + b > budget for a, b in pairwise(sums))  # no two neighbours fit into one group
 
 
 def test_packed_rows_are_the_rows(tmp_path):
@@ -534,7 +536,7 @@ def test_processes_share_the_rows_of_a_step(tmp_path, world):
     ],
 )
 def test_doubtful_json_is_rejected_by_line(tmp_path, kind, text, word):
-    """D10: doubled keys, of which one would be lost, and numbers that are none."""
+    """D10: of two equal keys one would be lost, and some numbers are too large to be read."""
     rows = read(tmp_path / "rows", layout([*texts_of(GOOD[:2]), text, *texts_of(GOOD[2:])], kind))
     bad = rows.pop(2)
     assert word in bad.reason
@@ -543,17 +545,17 @@ def test_doubtful_json_is_rejected_by_line(tmp_path, kind, text, word):
 
 
 def test_a_huge_line_is_rejected_without_being_held(tmp_path):
-    """D9: 200 million characters on one line; the rows around it are read, memory stays small."""
+    """D9: after 200 million characters on a line the next row is read, with little memory."""
     path, row = tmp_path / "rows.jsonl", json.dumps(GOOD[0])
     with path.open("w") as file:
         file.write(row + "\n" + '{"instruction": "')
         for _ in range(200):
             file.write("x" * 1_000_000)
         file.write('", "output": "b"}\n' + row + "\n")
-    found = []
-    assert memory_rise(lambda: found.extend(reader.read_rows(path))) < 200 << 20
-    assert "more than 32 million characters" in found.pop(1).reason
-    assert found == [conversation(GOOD[0])] * 2
+    rows = []
+    assert memory_rise(lambda: rows.extend(reader.read_rows(path))) < 200 << 20
+    assert "more than 32 million characters" in rows.pop(1).reason
+    assert rows == [conversation(GOOD[0])] * 2
 
 
 ROLES = [(role, number) for number in (1, 2) for role in ("user", "assistant")]
@@ -564,7 +566,7 @@ NESTED = {
     "chat": {"input": ["a", "b"], "output": ["c", "d"]},
     "dialogue": [{"instruction": f"a {i}", "input": "", "output": f"b {i}"} for i in range(3)],
 }
-# a list that does not end has those behind it in it, so that one is left out
+# a dialogue without its last bracket would also hold the rows behind it, so that case is left out
 LOST = [(name, mark) for name in NESTED for mark in ',"{}]' if (name, mark) != ("dialogue", "]")]
 NESTED_LAYOUTS = {
     "indented": lambda texts: "[\n  " + ",\n  ".join(t.replace("\n", "\n  ") for t in texts) + "\n]",
@@ -577,29 +579,29 @@ NESTED_LAYOUTS = {
 @pytest.mark.parametrize("kind", NESTED_LAYOUTS)
 @pytest.mark.parametrize(("schema", "mark"), LOST)
 def test_a_broken_row_of_turns_takes_no_other_with_it(tmp_path, mark, schema, kind, where):
-    """One character lost inside a row: no part of it is taken for a row, all rows behind it are read."""
+    """One character is missing inside a row: no part becomes a row, and all rows behind it are read."""
     rows = [NESTED[schema] for _ in range(5)]
     texts = [json.dumps(row, indent=2 if kind == "indented" else None) for row in rows]
     text = texts[where]
     place = text.index(mark, text.index('"') + 1) if mark in text[3:] else len(text) - 1
     texts[where] = texts[where][:place] + texts[where][place + 1 :]
-    found = read(tmp_path / "rows.json", NESTED_LAYOUTS[kind](texts))
-    bad = [row for row in found if isinstance(row, BadRow)]
+    results = read(tmp_path / "rows.json", NESTED_LAYOUTS[kind](texts))
+    bad = [row for row in results if isinstance(row, BadRow)]
     good = data_schemas.conversation(NESTED[schema])
-    assert [row for row in found if row not in bad] == [good] * 4
+    assert [row for row in results if row not in bad] == [good] * 4
     assert len(bad) == 1
 
 
 def test_rows_behind_an_endless_row_of_an_array_are_read(tmp_path, monkeypatch):
-    """One bad row that is named; the others are rows, and little of it was held."""
+    """The error names the one bad row, the others are rows, and little of it was in memory."""
     monkeypatch.setattr(json_rows, "LONGEST_ROW", 5000)
     monkeypatch.setattr(json_rows, "CHUNK", 500)
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     long = {"messages": [{"role": "user", "content": "q" * 60_000}, {"role": "assistant", "content": "a"}]}
     for layout_ in (NESTED_LAYOUTS["a line each"], NESTED_LAYOUTS["one line"]):
-        found = read(tmp_path / "rows.json", layout_([json.dumps(r) for r in (row, long, row, row)]))
-        assert [isinstance(one, BadRow) for one in found] == [False, True, False, False]
-        assert "characters" in found[1].reason
+        rows = read(tmp_path / "rows.json", layout_([json.dumps(r) for r in (row, long, row, row)]))
+        assert [isinstance(one, BadRow) for one in rows] == [False, True, False, False]
+        assert "characters" in rows[1].reason
 
 
 FLAT = [{"instruction": f"a{i}", "output": "b"} for i in range(6)]
@@ -633,16 +635,16 @@ INSIDE = [json.dumps(row)[1:-1] for row in FLAT]
     ids=["behind a brace", "one line of several", "another key", "a column called role", "two in a row"],
 )
 def test_odd_layouts_lose_no_row(tmp_path, content, bad, good):
-    found = read(tmp_path / "rows.json", content)
-    assert [sum(isinstance(row, BadRow) for row in found), len(found)] == [bad, bad + good]
+    rows = read(tmp_path / "rows.json", content)
+    assert [sum(isinstance(row, BadRow) for row in rows), len(rows)] == [bad, bad + good]
 
 
 def test_many_broken_rows_on_one_line_are_looked_at_once(tmp_path, monkeypatch):
-    """Work grows with the file, not with its square: what could be a row is tried a few times at most."""
-    row, tried = json.dumps(NESTED["openai"]).replace("]", ""), []
+    """Work grows with the file, not its square: each possible row is tried a few times at most."""
+    row, calls = json.dumps(NESTED["openai"]).replace("]", ""), []
     plain = json_rows._Window._is_row
-    monkeypatch.setattr(json_rows._Window, "_is_row", lambda *given: tried.append(1) or plain(*given))
+    monkeypatch.setattr(json_rows._Window, "_is_row", lambda *arguments: calls.append(1) or plain(*arguments))
     path = tmp_path / "rows.json"
     path.write_text("[" + ", ".join([row] * 10_000) + "]")
     assert all(isinstance(one, BadRow) for one in reader.read_rows(path))
-    assert len(tried) <= 10 * 10_000
+    assert len(calls) <= 10 * 10_000

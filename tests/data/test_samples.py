@@ -1,4 +1,4 @@
-"""Every sample file trains with one command, and what the model sees of its first row is written down."""
+"""Every sample file trains with one command, and a golden file holds what the model sees of its first row."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ FLAGS = {
 
 
 def test_one_command_trains_on_each_sample_file(harness, tiny_model, tmp_path):
-    """Some but not all tokens are targets, every row is used, the loss falls below 0.8 of its start."""
+    """Some but not all tokens are targets, and the loss falls below 0.8 of its start."""
     harness.map(lambda path: train_on(path, harness, tiny_model, tmp_path / path.name), SAMPLES)
 
 
@@ -51,7 +51,7 @@ def train_on(path: Path, harness: Harness, tiny_model: Path, run: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
 def test_the_demo_model_learns_from_each_sample_file(harness, tmp_path, path):
-    """The same with the real model, 8 bits, defaults otherwise."""
+    """The same is done with the real model in 8 bits, with defaults otherwise."""
     run = tmp_path / "run"
     flags = {"model_path": locate.locate("demo"), "data_path": path, "output_path": run, "batch_size": 4}
     answer = harness.run(
@@ -70,13 +70,13 @@ def test_the_demo_model_learns_from_each_sample_file(harness, tmp_path, path):
 
 
 def test_what_the_model_sees_is_written_down():
-    """The golden file: ids, targets and text of a row of every schema in every template."""
-    made = golden_tokens.dump(models_tokenizer.load_tokenizer(locate.locate("demo")))
-    assert made == json.loads(golden_tokens.FILE.read_text(encoding="utf-8"))
+    """The golden file has ids, targets and text of a row of every schema in every template."""
+    dump = golden_tokens.dump(models_tokenizer.load_tokenizer(locate.locate("demo")))
+    assert dump == json.loads(golden_tokens.FILE.read_text(encoding="utf-8"))
 
 
 def test_the_samples_are_found_from_any_folder(tmp_path, monkeypatch):
-    """By the name that the documentation has for them, with a weight too; the user's own files go before."""
+    """They have the name of the documentation, also with a weight; the user's own files come first."""
     monkeypatch.chdir(tmp_path)
     assert reader.locate_files("sample/chat.jsonl:2") == [RowFile(ROOT / "sample" / "chat.jsonl", 2.0)]
     (tmp_path / "sample").mkdir()

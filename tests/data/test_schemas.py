@@ -1,4 +1,4 @@
-"""Rows of every schema become the same conversation, or are named with the reason."""
+"""Rows of every schema become the same conversation, or the error names the reason."""
 
 import json
 
@@ -127,7 +127,7 @@ def test_what_is_no_conversation_is_named(value, word):
 
 
 def test_schema_can_be_given():
-    """--schema text takes the text of a row that looks like something else."""
+    """--schema text uses the text of a row that looks like one of another schema."""
     value = {"instruction": "q", "output": "a", "text": "t"}
     assert data_schemas.conversation(value, "text") == Conversation((Turn("text", "t"),))
     assert sorted(training_rows.SCHEMAS) == sorted(data_schemas.SCHEMAS)

@@ -1,4 +1,4 @@
-"""Exported files beside the model they were made of: equal ones agree, planted faults are found."""
+"""Exported files beside the model they were made of: equal ones agree, and planted faults are found."""
 
 import shutil
 import sys
@@ -33,12 +33,12 @@ def adapter(base) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(base, adapter) -> Path:
-    """The folder of an export that nothing has looked at yet."""
+    """The folder of an export that no test has compared yet."""
     return run(model_path=base, lora_path=adapter, type="f16", check=False)[0]
 
 
 def rows_of(folder: Path, base: Path, adapter: Path | None, kind: str = "f16") -> dict[str, parity.ParityRow]:
-    """The comparison of files in a folder with a model, row by row."""
+    """Compare the files of a folder with a model, and return the rows by name."""
     tokenizer = models_tokenizer.load_tokenizer(str(base))
     form = data_template.load("auto" if tokenizer.chat_template else "alpaca", tokenizer)
     expected = parity.reference(base, adapter, form, tokenizer)
@@ -47,7 +47,7 @@ def rows_of(folder: Path, base: Path, adapter: Path | None, kind: str = "f16") -
 
 
 def test_planted_faults_are_found(exported, base, adapter, tmp_path):
-    """A token of the file renamed, weights a little off, another adapter, another end token."""
+    """A renamed token, slightly changed weights, another adapter and another end token are found."""
     good, plant = (exported / "base-f16.gguf").read_bytes(), tmp_path / "plant"
     shutil.copytree(exported, plant)
     assert not any(row.failed for row in rows_of(plant, base, adapter).values())
@@ -72,9 +72,9 @@ def test_planted_faults_are_found(exported, base, adapter, tmp_path):
 
 
 def test_a_terminal_sees_how_far_the_comparison_is(exported, base, capsys, monkeypatch):
-    """A bar for each side's answers and text; a pipe gets none."""
+    """There is a bar for the answers and the text of each side; a pipe gets none."""
     titles = [
-        f"{what} by {side}:" for side in ("transformers", "llama.cpp") for what in ("answers", "a text")
+        f"{part} by {side}:" for side in ("transformers", "llama.cpp") for part in ("answers", "a text")
     ]
     rows_of(exported, base, None)
     assert not [title for title in titles if title in capsys.readouterr().err]
@@ -85,16 +85,16 @@ def test_a_terminal_sees_how_far_the_comparison_is(exported, base, capsys, monke
 
 @pytest.mark.parametrize("kind", ["f16", "q4_k_m"])
 def test_logits_that_are_no_numbers_fail(monkeypatch, kind):
-    """Whatever the type; max() would pass them over."""
+    """They fail at any type, although max() would ignore them."""
     answers = [parity.Answer([1], [2], torch.zeros(1, 4))] * 2
     monkeypatch.setattr(parity, "_greedy", lambda *_: [2])
-    found = iter([torch.zeros(1, 4), torch.full((1, 4), float("nan"))])
-    monkeypatch.setattr(parity, "_scores", lambda *_: next(found))
+    scores = iter([torch.zeros(1, 4), torch.full((1, 4), float("nan"))])
+    monkeypatch.setattr(parity, "_scores", lambda *_: next(scores))
     assert parity._answers(None, answers, kind, (), [])[1].failed
 
 
 def test_texts_are_a_thousand_different_ones():
-    made = probe_texts.texts(["<turn>"])
-    assert len(made) == len(set(made)) == probe_texts.COUNT
-    assert made == probe_texts.texts(["<turn>"]) != probe_texts.texts()
-    assert sum("<turn>" in text for text in made) > 50
+    texts = probe_texts.texts(["<turn>"])
+    assert len(texts) == len(set(texts)) == probe_texts.COUNT
+    assert texts == probe_texts.texts(["<turn>"]) != probe_texts.texts()
+    assert sum("<turn>" in text for text in texts) > 50

@@ -1,4 +1,4 @@
-"""Perplexity is the plain sum over every token once, and the same in both engines."""
+"""Perplexity is the plain sum over every token once, and equal in both engines."""
 
 import math
 import subprocess
@@ -35,12 +35,12 @@ def adapter(base) -> Path:
 
 @pytest.fixture(scope="module")
 def files(base, adapter) -> tuple[Path, Path]:
-    """Model and adapter as GGUF files."""
+    """The model and the adapter as GGUF files."""
     pytest.importorskip(
         "llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu"
     )
-    made = gguf.base(base, base.parent / "base.gguf", any_tokenizer=True)
-    return made, gguf.adapter(adapter, base, base.parent / "adapter.gguf")
+    model_file = gguf.base(base, base.parent / "base.gguf", any_tokenizer=True)
+    return model_file, gguf.adapter(adapter, base, base.parent / "adapter.gguf")
 
 
 @pytest.mark.parametrize("length", [0, 1])
@@ -50,44 +50,44 @@ def test_windows_that_do_not_move_on_are_refused(length):
 
 
 def test_a_context_too_short_to_measure(tmp_path):
-    """In words, instead of without end; a model of llama.cpp may have less than is asked for."""
-    made = tiny.save_model(tmp_path / "model")
+    """It is refused with words instead of running forever; llama.cpp's context may be below the option's."""
+    folder = tiny.save_model(tmp_path / "model")
     (tmp_path / "text.txt").write_text("red green blue")
-    given = PerplexityConfig(data_path=str(tmp_path / "text.txt"), model_path=str(made), context=2)
+    options = PerplexityConfig(data_path=str(tmp_path / "text.txt"), model_path=str(folder), context=2)
     with pytest.raises(UserError, match="context of 2 tokens"):
-        perplexity.perplexity(given, gguf_cache.for_llama)
+        perplexity.perplexity(options, gguf_cache.for_llama)
 
 
 def test_windows_score_every_token_once():
     for count, length in ((5, 8), (8, 8), (9, 8), (100, 7), (1000, 64)):
         for unscored in (0, 1):
-            made = perplexity.windows(count, length, unscored)
-            scored = [place for window in made for place in range(window.scored, window.end)]
+            windows = perplexity.windows(count, length, unscored)
+            scored = [place for window in windows for place in range(window.scored, window.end)]
             assert scored == list(range(unscored, count))
-            assert all(window.end - window.start <= length for window in made)
-            assert all(window.scored - window.start >= length // 2 for window in made[1:])
+            assert all(window.end - window.start <= length for window in windows)
+            assert all(window.scored - window.start >= length // 2 for window in windows[1:])
 
 
 def test_score_is_the_plain_sum(base):
-    """Against transformers' own logits, window by window, in one forward pass each."""
+    """It is compared with transformers' own logits, one forward pass for each window."""
     tokenizer = models_tokenizer.load_tokenizer(str(base))
-    made = base_model.load_base(str(base), 16, "fp32", "cpu").eval()
+    model = base_model.load_base(str(base), 16, "fp32", "cpu").eval()
     text = perplexity.encode(tokenizer, "red green été 🙂 " * 20, most=150)
-    found = perplexity.score(transformers_engine.Engine(made, tokenizer, 64), text, 64)
+    score = perplexity.score(transformers_engine.Engine(model, tokenizer, 64), text, 64)
     nats = 0.0
     for start, end, scored in perplexity.windows(150, 64):
         ids = torch.tensor(text.ids[start:end])
         with torch.inference_mode():
-            chances = torch.log_softmax(made(ids[None], use_cache=False).logits[0, :-1].double(), -1)
+            chances = torch.log_softmax(model(ids[None], use_cache=False).logits[0, :-1].double(), -1)
         nats -= chances.gather(1, ids[1:, None])[scored - start - 1 :].sum().item()
-    assert (found.tokens, found.nats) == (149, pytest.approx(nats, rel=1e-6))
-    shown = text.text[text.ends[0] : text.ends[-1]]
-    assert (found.characters, found.bytes) == (len(shown), len(shown.encode()))
-    assert found.perplexity == pytest.approx(math.exp(nats / 149), rel=1e-6)
+    assert (score.tokens, score.nats) == (149, pytest.approx(nats, rel=1e-6))
+    scored_text = text.text[text.ends[0] : text.ends[-1]]
+    assert (score.characters, score.bytes) == (len(scored_text), len(scored_text.encode()))
+    assert score.perplexity == pytest.approx(math.exp(nats / 149), rel=1e-6)
 
 
 def test_rows_and_texts_have_the_same_perplexity(base):
-    """A text in one window and a row with the same tokens as targets: one figure, to the last digit."""
+    """A text in one window and a row with the same tokens as targets give exactly one figure."""
     tokenizer = models_tokenizer.load_tokenizer(str(base))
     model = base_model.load_base(str(base), 16, "fp32", "cpu").eval()
     text = perplexity.encode(tokenizer, "red green été 🙂 " * 20, most=60)
@@ -99,20 +99,20 @@ def test_rows_and_texts_have_the_same_perplexity(base):
 
 @pytest.mark.parametrize("nats", [0.0, 3.5, 1e9, math.inf, math.nan])
 def test_a_score_and_rows_agree_on_extreme_figures(nats):
-    """An infinite loss is an infinite perplexity, and not the largest finite one."""
+    """An infinite loss is an infinite perplexity, not the largest finite one."""
     figures = [perplexity.Score(nats, 2, 5, 7).perplexity, likelihood.perplexity(nats, 2)]
     assert figures[0] == figures[1] or all(map(math.isnan, figures))
     assert math.isfinite(figures[0]) == math.isfinite(nats)
 
 
 def test_perplexity_is_the_same_in_both_engines(files, base, adapter, tmp_path):
-    """Same ids, same windows; base and adapter as folders, as files, with a weight."""
+    """Ids and windows are the same for base and adapter as folders, as files, and with a weight."""
     file = tmp_path / "text.txt"
     file.write_text(probe_texts.TEXT[:600], encoding="utf-8")
 
     def measured(**options):
-        given = PerplexityConfig(data_path=str(file), context=64, **options)
-        return perplexity.perplexity(given, gguf_cache.for_llama)
+        settings = PerplexityConfig(data_path=str(file), context=64, **options)
+        return perplexity.perplexity(settings, gguf_cache.for_llama)
 
     base_file, file_of_adapter = str(files[0]), files[1]
     for weight in (1, 0.5):
@@ -127,8 +127,8 @@ def test_perplexity_is_the_same_in_both_engines(files, base, adapter, tmp_path):
 def test_a_file_that_is_no_text(tmp_path):
     (tmp_path / "bad").write_bytes(b"\xff\xfe")
     (tmp_path / "empty").write_bytes(b"")
-    for path, said in ((tmp_path / "bad", "not UTF-8"), (tmp_path / "none", "No such file")):
-        with pytest.raises(UserError, match=said) as caught:
+    for path, message in ((tmp_path / "bad", "not UTF-8"), (tmp_path / "none", "No such file")):
+        with pytest.raises(UserError, match=message) as caught:
             perplexity.read(str(path))
         assert caught.value.code == DATA
     command = [sys.executable, ROOT / "tools" / "perplexity.py", "--help"]

@@ -1,6 +1,6 @@
-"""A server that points into the user's own network: nothing there is ever asked (S13).
+"""A server that points into the user's own network: nothing there is ever requested (S13).
 
-Every attempt to connect is noted; the addresses of names come from a table, so that no name server is asked.
+Every attempt to connect is recorded; the addresses of names come from a table instead of a name server.
 """
 
 import dataclasses
@@ -75,21 +75,21 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def names(monkeypatch):
-    """A table of names in the place of the name server; addresses are read by the system itself."""
-    known, ask = {name: list(ips) for name, ips in NAMES.items()}, socket.getaddrinfo
+    """A table of names in place of the name server; the system itself reads addresses."""
+    table, ask = {name: list(ips) for name, ips in NAMES.items()}, socket.getaddrinfo
 
     def answer(host, port, *rest, **options):
-        if host in known:
-            return [(0, 0, 0, "", (ip, port)) for ip in known[host]]
+        if host in table:
+            return [(0, 0, 0, "", (ip, port)) for ip in table[host]]
         return ask(host, port, *rest, **{**options, "flags": socket.AI_NUMERICHOST})
 
     monkeypatch.setattr(socket, "getaddrinfo", answer)
-    return known
+    return table
 
 
 @pytest.fixture
 def connections(monkeypatch):
-    """Where a connection was tried; only this machine's own are made."""
+    """The hosts to which a connection was tried; only those to this machine are made."""
     tried, connect = [], socket.create_connection
 
     def note(address, *rest, **options):
@@ -104,8 +104,8 @@ def connections(monkeypatch):
 
 @pytest.fixture
 def served(names):
-    with bad_hub.serving(bad_hub.hub_of({"config.json": b"{}", "model.safetensors": b"x" * 1000})) as made:
-        yield made
+    with bad_hub.serving(bad_hub.hub_of({"config.json": b"{}", "model.safetensors": b"x" * 1000})) as hub:
+        yield hub
 
 
 def port(served: bad_hub.Hub) -> str:
@@ -113,7 +113,7 @@ def port(served: bad_hub.Hub) -> str:
 
 
 def ask(url: str, *typed: str) -> UserError | None:
-    """What a client says that was told these addresses by its user; None for an answer."""
+    """Return the error of a client whose user typed these addresses, or None for an answer."""
     try:
         with transfer.connect(Hosts(typed)) as client:
             transfer.get(client, url, {}, "x")
@@ -137,7 +137,7 @@ def test_there_are_enough():
 
 @pytest.mark.parametrize("url", HOSTILE)
 def test_nothing_is_asked(served, connections, tmp_path, url):
-    """Asked for directly, and by a redirect of the host that the user typed: not one connection (S13)."""
+    """Typed or redirected to by the user's host, an address gets not one connection (S13)."""
     url = url.replace("{port}", port(served))
     absolute = url if not url.startswith("//") else f"http:{url}"
     assert ask(absolute).code in (UNSAFE, USAGE)
@@ -155,21 +155,21 @@ def test_nothing_is_asked(served, connections, tmp_path, url):
 
 
 def test_a_name_that_changes_its_answer(names, connections):
-    """Public when looked at, private a moment later: what is connected to is what was looked at (S13)."""
-    asked = []
+    """Its address is public when checked and private later: the checked one is connected to (S13)."""
+    hosts = []
 
     def fickle(host, *_, **__):
-        asked.append(host)
-        return [(0, 0, 0, "", (PUBLIC if len(asked) == 1 else "127.0.0.1", 0))]
+        hosts.append(host)
+        return [(0, 0, 0, "", (PUBLIC if len(hosts) == 1 else "127.0.0.1", 0))]
 
     for typed in ([], ["http://fickle.example"]):
-        asked.clear()
+        hosts.clear()
         connections.clear()
         with transfer.connect(Hosts(typed, fickle)) as client:
             with pytest.raises(UserError, match="cannot be reached"):
                 transfer.get(client, "http://fickle.example/", {}, "x")
             assert connections == [PUBLIC]
-            assert asked == ["fickle.example"]  # once for a request, and by nobody else
+            assert hosts == ["fickle.example"]  # looked up once for a request, and nowhere else
             with pytest.raises(UserError, match="not a public address") as caught:
                 transfer.get(client, "http://fickle.example/", {}, "x")
         assert caught.value.code == UNSAFE
@@ -177,7 +177,7 @@ def test_a_name_that_changes_its_answer(names, connections):
 
 
 def test_all_public_addresses_are_tried(names, connections):
-    """One after the other, as always; but not hundreds of them."""
+    """They are tried one after the other, but only up to a limit."""
     assert "cannot be reached" in str(ask("http://public.example/"))
     assert connections == [PUBLIC, OTHER_PUBLIC]
     connections.clear()
@@ -187,7 +187,7 @@ def test_all_public_addresses_are_tried(names, connections):
 
 
 def test_what_the_user_typed_may_be_private(served, connections, tmp_path):
-    """A mirror on this machine, under an address or a name, and its other ports."""
+    """It is a mirror on this machine, by address or name; its other ports are allowed too."""
     assert download(served, tmp_path / "a") is None
     by_name = f"http://own.example:{port(served)}"
     assert download(served, tmp_path / "b", endpoint=by_name) is None
@@ -215,11 +215,11 @@ def test_typed_addresses_are_read_strictly(served, connections, tmp_path):
 
 
 def test_https_stays_https(monkeypatch):
-    """Whoever sits on the line would choose the bytes; the same host over http included."""
-    asked = []
+    """Otherwise anybody on the line could choose the bytes, even for the same host over http."""
+    requests = []
 
     def answer(self, request):
-        asked.append((str(request.url), request.headers["Host"], request.extensions["sni_hostname"]))
+        requests.append((str(request.url), request.headers["Host"], request.extensions["sni_hostname"]))
         target = "http://public.example/x" if request.url.path == "/down" else "/down"
         return httpx2.Response(302, headers={"Location": target})
 
@@ -229,30 +229,30 @@ def test_https_stays_https(monkeypatch):
         transfer.get(client, "https://public.example/start", {}, "x")
     assert caught.value.code == UNSAFE
     there = ("public.example", "public.example")
-    assert asked == [(f"https://{PUBLIC}/start", *there), (f"https://{PUBLIC}/down", *there)]
+    assert requests == [(f"https://{PUBLIC}/start", *there), (f"https://{PUBLIC}/down", *there)]
 
 
 def test_the_certificate_is_the_names(names):
-    """TLS asks for the host's name, though the connection goes to its address."""
-    heard = []
+    """TLS names the host, although the connection goes to its address."""
+    messages = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
-        def hear() -> None:
+        def receive() -> None:
             with server.accept()[0] as line:
-                heard.append(line.recv(4096))
+                messages.append(line.recv(4096))
 
-        thread = threading.Thread(target=hear)
+        thread = threading.Thread(target=receive)
         thread.start()
         url = f"https://own.example:{server.getsockname()[1]}/"
         assert isinstance(ask(url, url), UserError)
         thread.join(10)
-    assert b"own.example" in heard[0]  # the name in the first message of TLS
+    assert b"own.example" in messages[0]  # the first message of TLS holds the name
     assert isinstance(httpx2.create_ssl_context(), ssl.SSLContext)
     assert httpx2.create_ssl_context().check_hostname
 
 
 def test_a_proxy_does_the_asking(served, connections, names, monkeypatch):
-    """Names go to the proxy unresolved; addresses that are not public, and this machine's name, do not."""
+    """Names go to the proxy unresolved; private addresses and this machine's own name do not."""
     monkeypatch.setenv("http_proxy", served.address)
     names.pop("localhost")
     assert "404" in str(ask("http://unknown.example/x"))

@@ -1,4 +1,4 @@
-"""Downloads from a hub that goes wrong: what counts as done has the listed bytes, or nothing is there."""
+"""Downloads from a hub that fails: a finished folder has exactly the listed bytes, else there is none."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ TOKEN = "hf_secret_of_this_test"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    """The network is allowed, waits are short, caches and tokens are the test's own."""
+    """The network is allowed, waits are short, and each test has its own caches and tokens."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(transfer, "FIRST_WAIT", 0.001)
     monkeypatch.setattr(transfer, "LONGEST_WAIT", 0.01)
@@ -51,7 +51,7 @@ def quick(monkeypatch, tmp_path):
 
 @pytest.fixture
 def other_is_public(monkeypatch):
-    """This machine's other name stands for a host somewhere else."""
+    """This machine's other name stands for a public host."""
     monkeypatch.setattr(addresses, "is_public", lambda _: True)
 
 
@@ -66,8 +66,8 @@ def model_files(seed: int = 0) -> dict[str, bytes]:
 @pytest.fixture
 def served():
     """A hub with one model."""
-    with bad_hub.serving(bad_hub.hub_of(model_files())) as made:
-        yield made
+    with bad_hub.serving(bad_hub.hub_of(model_files())) as hub:
+        yield hub
 
 
 def refused(served: bad_hub.Hub, folder: Path | None, code: int, **options) -> str:
@@ -92,7 +92,7 @@ def parts(folder: Path) -> list[Path]:
 
 
 def check_whole(folder: Path, served: bad_hub.Hub) -> None:
-    """The folder holds the listed bytes, a receipt that is true, and nothing else."""
+    """Check that the folder holds the listed bytes, a correct receipt and nothing else."""
     files = served.commits[served.branch]
     assert inside(folder) == sorted(["config.json", WEIGHTS, manifest.NAME])
     for name in ("config.json", WEIGHTS):
@@ -103,7 +103,7 @@ def check_whole(folder: Path, served: bad_hub.Hub) -> None:
 
 
 def test_only_what_a_model_needs_is_fetched(served, tmp_path):
-    """Weights and settings; no code, no pickles, no read-me; the commit is written down."""
+    """Weights and settings are fetched, but no code, pickles or read-me; the commit is recorded."""
     served.commits[served.branch] |= {
         "modeling_x.py": b"open('canary', 'w')",
         "pytorch_model.bin": b"pickle",
@@ -111,9 +111,9 @@ def test_only_what_a_model_needs_is_fetched(served, tmp_path):
         "consolidated.safetensors": b"twice",
         manifest.NAME: b"{}",
     }
-    said = download(served, tmp_path / "m")
+    lines = download(served, tmp_path / "m")
     check_whole(tmp_path / "m", served)
-    assert any(served.branch in line for line in said)
+    assert any(served.branch in line for line in lines)
     assert not served.files("modeling_x.py")
     assert not served.files("pytorch_model.bin")
 
@@ -133,12 +133,12 @@ def test_only_what_a_model_needs_is_fetched(served, tmp_path):
     ids=str,
 )
 def test_a_bad_line_is_survived(served, tmp_path, faults, monkeypatch, other_is_public):
-    """Cuts, stalls, 429, 5xx, a server without ranges: the bytes are right in the end (X12)."""
+    """After cuts, stalls, 429, 5xx or a server without ranges the bytes are right in the end (X12)."""
     monkeypatch.setattr(transfer, "SILENCE", 0.3)
     served.faults[WEIGHTS] = list(faults)
     download(served, tmp_path / "m")
     check_whole(tmp_path / "m", served)
-    assert served.faults[WEIGHTS] == []  # all of them happened
+    assert served.faults[WEIGHTS] == []  # all faults happened
 
 
 def test_a_cut_is_continued_and_not_begun_again(served, tmp_path):
@@ -150,7 +150,7 @@ def test_a_cut_is_continued_and_not_begun_again(served, tmp_path):
 
 
 def test_random_cuts(tmp_path):
-    """A hundred files, each cut at three random places: never a wrong byte."""
+    """A hundred files, each cut at three random places, never have a wrong byte."""
     rng, data = random.Random(5), content(20_000)
     digest = hashlib.sha256(data).hexdigest()
     with bad_hub.serving(bad_hub.hub_of({"x": data})) as served, connected(served) as client:
@@ -164,7 +164,7 @@ def test_random_cuts(tmp_path):
 
 
 def test_a_stopped_run_is_continued(served, tmp_path):
-    """A run that gives up leaves .part files alone; the next one fetches only the rest."""
+    """A run that gives up leaves only .part files, and the next one fetches only the rest."""
     served.faults[WEIGHTS] = [100_000] + [(503, {})] * 20
     message = refused(served, tmp_path / "m", USAGE)
     assert "run the same command again" in message
@@ -180,7 +180,7 @@ def test_a_stopped_run_is_continued(served, tmp_path):
 @pytest.mark.parametrize("lie", ["same size", "longer", "shorter", "empty"])
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
 def test_wrong_bytes_are_never_done(served, tmp_path, lie, name):
-    """Asked twice, removed, exit 4 (X12); afterwards a good server serves."""
+    """They are requested twice, removed, and exit 4 (X12); afterwards a correct server succeeds."""
     true = served.commits[served.branch][name]
     wrong = {"same size": bytes(len(true)), "longer": true + b"x", "shorter": true[:-1], "empty": b""}
     served.lies[name] = wrong[lie]
@@ -195,7 +195,7 @@ def test_wrong_bytes_are_never_done(served, tmp_path, lie, name):
 
 
 def test_one_lie_is_forgiven(served, tmp_path):
-    """A .part that holds other bytes is thrown away and fetched anew."""
+    """A .part file that holds other bytes is thrown away and fetched anew."""
     download(served, tmp_path / "other")
     digest = hashlib.sha256(model_files()[WEIGHTS]).hexdigest()
     (tmp_path / "m").mkdir()
@@ -205,7 +205,7 @@ def test_one_lie_is_forgiven(served, tmp_path):
 
 
 def test_a_file_changed_between_two_pieces(served, tmp_path):
-    """The server's file changes while the line is cut: it is not sewn together of both."""
+    """The server's file changes while the line is cut: the pieces of both are not joined."""
     served.lies[WEIGHTS] = bytes(len(served.commits[served.branch][WEIGHTS]))
     served.faults[WEIGHTS] = [150_000, "true again"]
     download(served, tmp_path / "m")
@@ -259,7 +259,7 @@ def test_two_files_of_one_name(served, tmp_path, names):
 
 
 def test_links_in_the_folder_are_not_followed(tmp_path):
-    """A link at a folder's, a file's or a .part's place: nothing behind it changes (X13)."""
+    """A link in place of a folder, a file or a .part file changes nothing at its target (X13)."""
     outside = tmp_path / "outside"
     outside.mkdir()
     folder = tmp_path / "m"
@@ -289,23 +289,23 @@ def test_files_of_others_are_not_overwritten(served, tmp_path):
 
 
 def test_a_repeated_run_does_nothing(served, tmp_path):
-    """No file is asked for, none is written (X15)."""
+    """No file is requested and none is written (X15)."""
     download(served, tmp_path / "m")
 
-    def files() -> dict[Path, tuple[int, ...]]:  # not when they were last read
+    def files() -> dict[Path, tuple[int, ...]]:  # without the time of the last reading
         stats = {path: path.stat() for path in (tmp_path / "m").iterdir()}
         return {path: (stat.st_ino, stat.st_size, stat.st_ctime_ns) for path, stat in stats.items()}
 
     before = files()
     served.asked.clear()
-    said = download(served, tmp_path / "m")
-    assert any("nothing to fetch" in line for line in said)
+    lines = download(served, tmp_path / "m")
+    assert any("nothing to fetch" in line for line in lines)
     assert [path for _, path, _ in served.asked] == [f"/api/models/{NAME}/revision/main"]
     assert files() == before
 
 
 def test_damage_on_the_disk_is_found(served, tmp_path):
-    """A flipped bit is not taken for the file, nor overwritten unasked; deleted, it is fetched anew."""
+    """A file with a flipped bit is neither accepted nor overwritten; once deleted, it is fetched anew."""
     download(served, tmp_path / "m")
     path = tmp_path / "m" / WEIGHTS
     data = bytearray(path.read_bytes())
@@ -318,18 +318,18 @@ def test_damage_on_the_disk_is_found(served, tmp_path):
 
 
 def test_a_moved_branch_is_told_and_not_followed(served, tmp_path):
-    """Old and new commit are named; --update true or --revision moves (S9)."""
+    """Old and new commit are named; only --update true or --revision changes the commit (S9)."""
     download(served, tmp_path / "m")
     old = served.branch
     served.branch = bad_hub.commit(2)
     served.commits[served.branch] = model_files(seed=1)
-    said = " ".join(download(served, tmp_path / "m"))
-    assert old[:12] in said
-    assert served.branch[:12] in said
-    assert "--update true" in said
+    output = " ".join(download(served, tmp_path / "m"))
+    assert old[:12] in output
+    assert served.branch[:12] in output
+    assert "--update true" in output
     assert json.loads((tmp_path / "m" / manifest.NAME).read_text())["commit"] == old
     assert (tmp_path / "m" / WEIGHTS).read_bytes() == served.commits[old][WEIGHTS]
-    (tmp_path / "m" / WEIGHTS).unlink()  # completed at the commit that it is of
+    (tmp_path / "m" / WEIGHTS).unlink()  # it is completed at its own commit
     download(served, tmp_path / "m")
     assert (tmp_path / "m" / WEIGHTS).read_bytes() == served.commits[old][WEIGHTS]
     download(served, tmp_path / "m", update=True)
@@ -350,27 +350,27 @@ def test_an_update_removes_what_the_new_version_has_not(served, tmp_path):
 
 
 def test_other_files_of_the_same_version_stay(served, tmp_path):
-    """Two patterns, one after the other: both are there, both are in the receipt; removing is said."""
+    """Files of two patterns are both there and in the receipt; a removal is reported."""
     download(served, tmp_path / "m", files="*.safetensors")
-    said = download(served, tmp_path / "m", files="*.json")
+    lines = download(served, tmp_path / "m", files="*.json")
     check_whole(tmp_path / "m", served)
-    assert not any("Removed" in line for line in said)
+    assert not any("Removed" in line for line in lines)
     served.branch = bad_hub.commit(2)
     served.commits[served.branch] = model_files(seed=1)
-    said = download(served, tmp_path / "m", files="*.json", update=True)
-    assert any("Removed" in line and WEIGHTS in line for line in said)
+    lines = download(served, tmp_path / "m", files="*.json", update=True)
+    assert any("Removed" in line and WEIGHTS in line for line in lines)
     assert not (tmp_path / "m" / WEIGHTS).exists()
 
 
 def fetch_list(folder: Path, lines: list[str]) -> None:
-    """Fetch what such a list names; the list stays beside the model."""
+    """Fetch the files of such a list, which stays beside the model."""
     path = folder / "list.txt"
     path.write_text("\n".join(lines), encoding="utf-8")
     hub_download.run(DownloadConfig(url_list=str(path), to=str(folder / "m")))
 
 
 def test_an_edited_list_is_followed(served, tmp_path):
-    """New lines are fetched, what was fetched before stays."""
+    """New lines are fetched, and what was fetched before stays."""
 
     def bring(*names: str) -> None:
         sums = {name: hashlib.sha256(model_files()[name]).hexdigest() for name in names}
@@ -385,20 +385,20 @@ def test_an_edited_list_is_followed(served, tmp_path):
 
 
 def test_the_token_stays_with_its_host(served, tmp_path, monkeypatch, other_is_public):
-    """A mirror gets it on request only, and nobody whom the mirror points to; it is never said (S10)."""
+    """A mirror gets the token only on request, hosts it points to never, and it is never printed (S10)."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    said = download(served, tmp_path / "a")
+    lines = download(served, tmp_path / "a")
     assert all("Authorization" not in headers for _, _, headers in served.asked)
-    assert "--send_token" in " ".join(said)
+    assert "--send_token" in " ".join(lines)
     served.asked.clear()
     served.faults[WEIGHTS] = ["elsewhere", 1000, "elsewhere"]  # the second fault meets the other host
-    said += download(served, tmp_path / "b", send_token=True)
+    lines += download(served, tmp_path / "b", send_token=True)
     mine = served.address.removeprefix("http://")
     assert served.faults[WEIGHTS] == []
     for host, _, headers in served.asked:
         assert (headers.get("Authorization") == f"Bearer {TOKEN}") == (host == mine)
     assert {host for host, _, _ in served.asked} == {mine, served.other.removeprefix("http://")}
-    assert TOKEN not in " ".join(said)
+    assert TOKEN not in " ".join(lines)
     assert TOKEN not in (tmp_path / "b" / manifest.NAME).read_text()
 
 
@@ -413,19 +413,19 @@ def test_the_tokens_cookie_of_modelscope_too(served, tmp_path, monkeypatch, othe
 
 
 def test_modelscope(served, tmp_path):
-    """Its interface as its own client uses it, on a stand-in; a moved branch is told here too."""
+    """A stand-in has the interface that ModelScope's own client uses; a moved branch is reported here too."""
     download(served, tmp_path / "m", source="modelscope")
     stored = json.loads((tmp_path / "m" / manifest.NAME).read_text())
     assert stored["source"] == "modelscope"
     assert (tmp_path / "m" / WEIGHTS).read_bytes() == model_files()[WEIGHTS]
-    assert "holds" in refused(served, tmp_path / "m", USAGE)  # the hub's of that name is another
+    assert "holds" in refused(served, tmp_path / "m", USAGE)  # the hub's model of that name is another one
     served.branch = bad_hub.commit(2)
     served.commits[served.branch] = model_files(seed=1)
     assert "has moved" in " ".join(download(served, tmp_path / "m", source="modelscope"))
 
 
 def test_modelscope_has_no_way_back(served, tmp_path):
-    """Our name of a version is not ModelScope's: a folder that is not whole can only move on."""
+    """Our name of a version is not ModelScope's, so an incomplete folder can only be updated."""
     download(served, tmp_path / "m", source="modelscope")
     served.branch = bad_hub.commit(2)
     served.commits[served.branch] = model_files(seed=1)
@@ -446,7 +446,7 @@ def test_pickles_need_a_word(tmp_path):
 
 
 def test_asked_to_wait(served, tmp_path, monkeypatch):
-    """Retry-After is kept within a limit; beyond it the user is told, at once."""
+    """Retry-After is obeyed up to a limit; beyond it the error comes at once."""
     waits = []
     monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
     served.faults[WEIGHTS] = [(429, {"Retry-After": "7"})]
@@ -475,7 +475,7 @@ def test_the_disk_is_checked_first(served, tmp_path, monkeypatch):
     [b"not json", b"[]", b"{}", b'{"sha": "x", "siblings": []}', b'{"sha": 5, "siblings": 7}'],
 )
 def test_a_hub_that_talks_nonsense(served, tmp_path, listing):
-    """One clear message, no traceback."""
+    """There is one clear error and no traceback."""
     for source in ("hub", "modelscope"):
         served.faults["list"] = [(200, {}, None, listing)]
         refused(served, tmp_path / "m", USAGE, source=source)
@@ -491,7 +491,7 @@ def test_unknown_names(served, tmp_path):
 
 
 def list_file(served: bad_hub.Hub, tmp_path: Path, size: str, shards: int) -> dict[str, bytes]:
-    """An original-format LLaMA folder on the server, with its MD5 lists."""
+    """Put a folder of the original LLaMA format on the server, with its MD5 lists."""
     names = [f"consolidated.{number:02}.pth" for number in range(shards)]
     files = {f"{size}/{name}": content(50_000, seed) for seed, name in enumerate(names)}
     files[f"{size}/params.json"] = b'{"dim": 64}'
@@ -506,38 +506,38 @@ def list_file(served: bad_hub.Hub, tmp_path: Path, size: str, shards: int) -> di
 
 def llama(served: bad_hub.Hub, size: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     command = ["bash", "tools/download_llama.sh", size, str(folder)]
-    given = {**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "0", **environment}
-    return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, check=False)
+    variables = {**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "0", **environment}
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(("size", "shards"), [("7B", 1), ("13B", 2)])
 def test_llama_folders(served, tmp_path, size, shards):
-    """The files of one size and the tokenizer, compared with its own MD5 lists; the address is not kept."""
+    """Files of one size and the tokenizer match their MD5 lists; the address is not stored."""
     files = list_file(served, tmp_path, size, shards)
     address = f"{served.address}/plain/*?Signature=secret"
-    ended = llama(served, size, tmp_path / "m", PRESIGNED_URL=address)
-    assert ended.returncode == 0, ended.stderr
+    process = llama(served, size, tmp_path / "m", PRESIGNED_URL=address)
+    assert process.returncode == 0, process.stderr
     assert inside(tmp_path / "m") == sorted([*files, manifest.NAME])
     assert all((tmp_path / "m" / name).read_bytes() == data for name, data in files.items())
-    kept = (tmp_path / "m" / manifest.NAME).read_text() + ended.stdout + ended.stderr
-    assert "secret" not in kept
+    output = (tmp_path / "m" / manifest.NAME).read_text() + process.stdout + process.stderr
+    assert "secret" not in output
     served.lies[f"{size}/consolidated.00.pth"] = bytes(50_000)
-    ended = llama(served, size, tmp_path / "n", BASE_URL=f"{served.address}/plain/")
-    assert ended.returncode == CHECKPOINT
+    process = llama(served, size, tmp_path / "n", BASE_URL=f"{served.address}/plain/")
+    assert process.returncode == CHECKPOINT
     assert not list((tmp_path / "n").glob("*.pth"))
-    assert "in two attempts" in ended.stderr
+    assert "in two attempts" in process.stderr
 
 
 def test_llama_without_an_address(served, tmp_path):
-    """No address of anybody's is built in; what is wrong is said."""
+    """No address is built in, and the error says what is wrong."""
     for size, environment, word in (
         ("7B", {}, "PRESIGNED_URL"),
         ("8B", {}, "7B|13B|30B|65B"),
         ("7B", {"PRESIGNED_URL": "https://x/y"}, "no *"),
     ):
-        ended = llama(served, size, tmp_path / "m", **environment)
-        assert ended.returncode == USAGE
-        assert word in ended.stderr
+        process = llama(served, size, tmp_path / "m", **environment)
+        assert process.returncode == USAGE
+        assert word in process.stderr
     assert "http" not in (ROOT / "tools/download_llama.sh").read_text().split("set -e")[1]
 
 
@@ -567,7 +567,7 @@ def test_a_list_from_stdin(served, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["missing", "no text"])
 def test_a_list_that_cannot_be_read(tmp_path, content):
-    """Refused before its folder is made."""
+    """It is refused before its folder is made."""
     path = tmp_path / "list.txt"
     if content:
         path.write_bytes(content)
@@ -579,7 +579,7 @@ def test_a_list_that_cannot_be_read(tmp_path, content):
 
 @pytest.mark.parametrize("lines", [[], ["# nothing", ""]], ids=["empty", "comments"])
 def test_a_list_without_files(tmp_path, lines):
-    """What a line looks like is said, and nothing of checksums that lack."""
+    """The error says what a line looks like, and nothing of missing checksums."""
     with pytest.raises(UserError) as caught:
         fetch_list(tmp_path, lines)
     assert (caught.value.code, caught.value.problem) == (
@@ -610,7 +610,7 @@ OF_HUBS = {
     ],
 )
 def test_options_that_do_nothing_are_refused(tmp_path, monkeypatch, given, idle):
-    """A list and the demo have no versions, mirrors or choice of files; nothing is asked or written."""
+    """A list and the demo have no versions, mirrors or patterns; nothing is requested or written."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         hub_download.run(DownloadConfig(**given))
@@ -621,12 +621,12 @@ def test_options_that_do_nothing_are_refused(tmp_path, monkeypatch, given, idle)
 
 def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "tools/download.py", *arguments]
-    given = {**os.environ, "HF_HUB_OFFLINE": "0", **environment}
-    return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, check=False)
+    variables = {**os.environ, "HF_HUB_OFFLINE": "0", **environment}
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
 
 
 def test_offline(served, tmp_path):
-    """Warm: the folder serves and says its commit. Cold: exit 2, nothing left (X14)."""
+    """If the files were fetched, the folder serves and names its commit; else exit 2, nothing left (X14)."""
     cold = program(NAME, HF_HUB_OFFLINE="1")
     assert cold.returncode == USAGE
     assert "HF_HUB_OFFLINE" in cold.stderr
@@ -644,31 +644,31 @@ def test_offline(served, tmp_path):
 
 
 def test_nothing_else_is_asked(served, tmp_path):
-    """The list and the files: no telemetry, no other host (S14)."""
-    ended = program(NAME, "--to", str(tmp_path / "m"), "--endpoint", served.address)
-    assert ended.returncode == 0, ended.stderr
-    asked = {path for _, path, _ in served.asked}
+    """Only the list and the files are requested: no telemetry, no other host (S14)."""
+    process = program(NAME, "--to", str(tmp_path / "m"), "--endpoint", served.address)
+    assert process.returncode == 0, process.stderr
+    paths = {path for _, path, _ in served.asked}
     base = f"/{NAME}/resolve/{served.branch}"
-    assert asked == {f"/api/models/{NAME}/revision/main", f"{base}/config.json", f"{base}/{WEIGHTS}"}
+    assert paths == {f"/api/models/{NAME}/revision/main", f"{base}/config.json", f"{base}/{WEIGHTS}"}
 
 
 def test_ctrl_c(served, tmp_path):
-    """What is left are .part files, and the same command goes on from them."""
+    """Only .part files are left, and the same command continues them."""
     served.commits[served.branch][WEIGHTS] = data = content(3_000_000)
     served.faults[WEIGHTS] = [1_000_000] + [(503, {"Retry-After": "60"})] * 9
     command = [sys.executable, "tools/download.py", NAME, "--to", str(tmp_path / "m")]
     command += ["--endpoint", served.address]
     environment = {**os.environ, "HF_HUB_OFFLINE": "0"}
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (a background job ignores it)
+    reset_signal = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (a background job ignores it)
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, preexec_fn=heard
-    ) as running:
-        for line in running.stderr:
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, preexec_fn=reset_signal
+    ) as process:
+        for line in process.stderr:
             if b"again in 60 s" in line:
                 break
-        running.send_signal(signal.SIGINT)
-        assert b"Ctrl-C" in running.stderr.read()
-        assert running.wait(20) == 130
+        process.send_signal(signal.SIGINT)
+        assert b"Ctrl-C" in process.stderr.read()
+        assert process.wait(20) == 130
     assert {path.suffix for path in (tmp_path / "m").iterdir()} == {".part"}
     served.faults.clear()
     served.asked.clear()
@@ -684,7 +684,7 @@ def test_two_at_a_time(served, tmp_path):
 
 
 def test_the_demo(tmp_path, tiny_model, monkeypatch, capsys):
-    """Copied with its checksums; again: nothing; altered: told."""
+    """It is copied with its checksums; a second time copies nothing, and a changed file is an error."""
     options = DownloadConfig(model_path="demo", to=str(tmp_path / "m"))
     monkeypatch.setattr(locate, "locate", {"demo": str(tiny_model)}.__getitem__)
     hub_download.run(options)
@@ -712,18 +712,18 @@ def test_the_demo_is_read_again_on_request(tmp_path, tiny_model, monkeypatch):
 
 
 def test_command_line():
-    """The name stands without a flag, before or after options."""
+    """The name may stand without a flag, before or after options."""
     for words in (["demo"], ["--model_path", "demo"], ["--verify", "true", "demo"], ["demo", "--verify"]):
         assert program(*words, "--url_list", "x").returncode == USAGE
-    ended = program("--to", "x", "--nothing")
-    assert (ended.returncode, "--nothing" in ended.stderr) == (USAGE, True)
+    process = program("--to", "x", "--nothing")
+    assert (process.returncode, "--nothing" in process.stderr) == (USAGE, True)
 
 
-# What a downloaded folder, or any other, may not do.
+# What no folder may do, whether it was downloaded or not.
 
 
 def poisoned(tiny_model: Path, folder: Path, kind: str) -> Path:
-    """The tiny model as a stranger's of another kind, whose code writes a canary when it is imported."""
+    """Make the tiny model a stranger's of another type, whose code writes a canary when it is imported."""
     shutil.copytree(tiny_model, folder)
     canary = f"open({str(folder.parent / 'canary')!r}, 'w').write('ran')\n"
     for name in ("modeling_x", "configuration_x", "tokenization_x", "tokenizer"):
@@ -740,7 +740,7 @@ def poisoned(tiny_model: Path, folder: Path, kind: str) -> Path:
 
 
 def test_code_of_a_model_is_never_run(tiny_model, tmp_path, monkeypatch):
-    """Refused with exit 8, and nobody is asked whether it may run (S6)."""
+    """It is refused with exit 8, and nobody is asked whether it may run (S6)."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     folder = poisoned(tiny_model, tmp_path / "m", "strange")
     with pytest.raises(UserError, match=r"configuration_x\.X.*--remote_code COMMIT") as caught:
@@ -751,7 +751,7 @@ def test_code_of_a_model_is_never_run(tiny_model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["strange", "tokenizer", "known"])
 def test_code_is_not_imported(tiny_model, tmp_path, kind, monkeypatch):
-    """Whatever is loaded of a folder with code; one whose kind transformers knows works without it (S6)."""
+    """No code is imported, whatever is loaded; a model of a known type works without its code (S6)."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     folder = str(poisoned(tiny_model, tmp_path / "m", kind))
     worked = 0
@@ -773,12 +773,12 @@ def test_code_is_not_imported(tiny_model, tmp_path, kind, monkeypatch):
     ["https://evil.example/model", "../outside", "a/../../outside", "evil/model", "file:///etc", "/gone"],
 )
 def test_what_an_adapter_names_is_not_followed(tmp_path, base, monkeypatch):
-    """Shown, and to be typed by the user; nothing is fetched on an adapter's word (S11)."""
+    """The error shows the name for the user to type; an adapter's record fetches nothing (S11)."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "in" / "a").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "in")
-    found = runs_adapters.Adapter("adapter", tmp_path / "in" / "a", base=base)
-    monkeypatch.setattr(runs_adapters, "find", lambda *_: found)
+    adapter = runs_adapters.Adapter("adapter", tmp_path / "in" / "a", base=base)
+    monkeypatch.setattr(runs_adapters, "find", lambda *_: adapter)
     located: list[str] = []
     monkeypatch.setattr(locate, "locate", lambda name: located.append(name) or name)
     with pytest.raises(UserError, match="not on this machine") as caught:
@@ -792,7 +792,7 @@ def test_what_an_adapter_names_is_not_followed(tmp_path, base, monkeypatch):
 
 
 def test_a_base_that_is_here_is_followed(served, tmp_path, tiny_model):
-    """The demo, a folder, and what was fetched before."""
+    """This is the demo, a folder, or what was fetched before."""
     assert not resolve.is_here(NAME)
     download(served, None)
     for base in ("demo", str(tiny_model), NAME):

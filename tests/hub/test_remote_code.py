@@ -1,4 +1,4 @@
-"""--remote_code: code of a model runs when its commit was typed and is there unchanged, else never.
+"""--remote_code: code of a model runs only if its commit was typed and it is that commit's, unchanged.
 
 Every Python file of the model here writes its name into a canary when it is imported.
 """
@@ -71,7 +71,7 @@ TOKENIZER = {"AutoTokenizer": [None, "tokenizer.OddTokenizer"]}
 
 @pytest.fixture(autouse=True)
 def apart(monkeypatch, tmp_path):
-    """Caches, canary and copies of code are the test's own; the network is allowed."""
+    """Each test has its own caches, canary and copies of code; the network is allowed."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "cache"))
@@ -80,45 +80,45 @@ def apart(monkeypatch, tmp_path):
 
 
 def canary(folder: Path) -> set[str]:
-    """The files that were imported."""
+    """Return the names of the files that were imported."""
     path = folder / "canary"
     return set(path.read_text().split()) if path.exists() else set()
 
 
 @pytest.fixture(scope="module")
 def files(tiny_model) -> dict[str, bytes]:
-    """The tiny model as a stranger's of a kind of its own."""
-    found = {path.name: path.read_bytes() for path in tiny_model.iterdir()}
-    settings = json.loads(found["config.json"]) | {"auto_map": AUTO, "model_type": "odd"}
-    words = json.loads(found["tokenizer_config.json"]) | {"auto_map": TOKENIZER}
+    """The files of the tiny model, changed into a stranger's model of a type of its own."""
+    contents = {path.name: path.read_bytes() for path in tiny_model.iterdir()}
+    settings = json.loads(contents["config.json"]) | {"auto_map": AUTO, "model_type": "odd"}
+    words = json.loads(contents["tokenizer_config.json"]) | {"auto_map": TOKENIZER}
     words["tokenizer_class"] = "OddTokenizer"
-    found["config.json"] = json.dumps(settings).encode()
-    found["tokenizer_config.json"] = json.dumps(words).encode()
-    found |= {name: (CANARY + text).encode() for name, text in CODE.items()}
-    return found | {"custom_generate/generate.py": CANARY.encode(), "run.sh": b"touch canary"}
+    contents["config.json"] = json.dumps(settings).encode()
+    contents["tokenizer_config.json"] = json.dumps(words).encode()
+    contents |= {name: (CANARY + text).encode() for name, text in CODE.items()}
+    return contents | {"custom_generate/generate.py": CANARY.encode(), "run.sh": b"touch canary"}
 
 
 @pytest.fixture
 def served(files):
     """A hub with the model at two commits."""
-    made = bad_hub.Hub({COMMIT: dict(files), OTHER: dict(files)}, COMMIT)
-    with bad_hub.serving(made):
-        yield made
+    hub = bad_hub.Hub({COMMIT: dict(files), OTHER: dict(files)}, COMMIT)
+    with bad_hub.serving(hub):
+        yield hub
 
 
 @pytest.fixture
 def fetched(served, tmp_path) -> Path:
-    """A folder with the model and its code, as tools/download.py leaves it."""
+    """A folder with the model and its code, as tools/download.py writes it."""
     download(served, tmp_path / "m", remote_code=COMMIT)
     return tmp_path / "m"
 
 
 def refusal(folder: Path | str, commit: str, code: int = UNSAFE) -> str:
-    """Why the code is refused, before anything says that it runs."""
-    said = io.StringIO()
-    with pytest.raises(UserError) as caught, contextlib.redirect_stdout(said):
+    """Return the reason for refusing the code, which comes before any line about running it."""
+    output = io.StringIO()
+    with pytest.raises(UserError) as caught, contextlib.redirect_stdout(output):
         remote_code.verify_commit(str(folder), commit)
-    assert not said.getvalue()
+    assert not output.getvalue()
     assert caught.value.code == code
     return str(caught.value)
 
@@ -140,38 +140,38 @@ def program(*words: object, lines: str = "") -> subprocess.CompletedProcess:
 
 
 def test_code_is_fetched_when_its_commit_is_named(served, tmp_path):
-    """Python files of the top folder alone; recorded, and nothing of them is run."""
-    said = download(served, tmp_path / "m", remote_code=COMMIT)
+    """Only Python files of the top folder are fetched; they are recorded, and none is run."""
+    lines = download(served, tmp_path / "m", remote_code=COMMIT)
     names = {path.relative_to(tmp_path / "m").as_posix() for path in (tmp_path / "m").rglob("*")}
     assert set(CODE) <= names
     assert not {"custom_generate/generate.py", "run.sh"} & names
     stored = manifest.read(tmp_path / "m")
     assert stored["commit"] == COMMIT
     assert set(CODE) <= set(stored["files"])
-    assert any("modeling_odd.py" in line and "Read it" in line for line in said)
-    assert any(f"--remote_code {COMMIT}" in line for line in said)
+    assert any("modeling_odd.py" in line and "Read it" in line for line in lines)
+    assert any(f"--remote_code {COMMIT}" in line for line in lines)
     assert not canary(tmp_path)
 
 
 def test_code_from_elsewhere_is_told_when_it_is_fetched(served, tmp_path):
     auto = {"auto_map": {"AutoConfig": "other/repo--configuration_odd.OddConfig"}}
     served.commits[COMMIT]["config.json"] = json.dumps(auto).encode()
-    said = download(served, tmp_path / "m", remote_code=COMMIT)
-    assert any("from elsewhere" in line and "other/repo" in line for line in said)
-    assert not any("To run it" in line for line in said)
+    lines = download(served, tmp_path / "m", remote_code=COMMIT)
+    assert any("from elsewhere" in line and "other/repo" in line for line in lines)
+    assert not any("To run it" in line for line in lines)
 
 
 def test_without_the_option_no_code_comes_and_what_came_stays(served, tmp_path):
-    said = download(served, tmp_path / "m")
+    lines = download(served, tmp_path / "m")
     assert not list((tmp_path / "m").rglob("*.py"))
-    assert any("--remote_code COMMIT" in line for line in said)
+    assert any("--remote_code COMMIT" in line for line in lines)
     download(served, tmp_path / "m", remote_code=COMMIT)
     download(served, tmp_path / "m")
     assert remote_code.verified(tmp_path / "m", COMMIT) == sorted(CODE)
 
 
 def test_another_commit_takes_the_code_of_the_first_away(served, fetched):
-    """A file that the other commit has not is gone, and the consent to the first holds no more."""
+    """A file that only the first commit has is removed, and consent to that commit is void."""
     served.commits[OTHER].pop("parts.py")
     download(served, fetched, remote_code=OTHER)
     assert not (fetched / "parts.py").exists()
@@ -179,13 +179,15 @@ def test_another_commit_takes_the_code_of_the_first_away(served, fetched):
 
 
 def test_no_network_is_no_way_around(served, tmp_path):
-    """A whole folder without code does not count as the one that was asked for."""
+    """A complete folder without code does not pass for the one that was requested."""
     download(served, tmp_path / "m")
-    gone = {"endpoint": "http://127.0.0.1:9"}
+    unreachable = {"endpoint": "http://127.0.0.1:9"}
     with pytest.raises(UserError, match="cannot be reached"):
-        download(served, tmp_path / "m", remote_code=COMMIT, **gone)
+        download(served, tmp_path / "m", remote_code=COMMIT, **unreachable)
     download(served, tmp_path / "m", remote_code=COMMIT)
-    assert any("is whole" in line for line in download(served, tmp_path / "m", remote_code=COMMIT, **gone))
+    assert any(
+        "is whole" in line for line in download(served, tmp_path / "m", remote_code=COMMIT, **unreachable)
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,8 +203,8 @@ def test_what_has_no_commit_or_two_is_refused(served, tmp_path, options):
 
 
 def test_a_server_that_answers_with_another_commit(served, tmp_path, monkeypatch):
-    given = hub_listing.list_hub
-    monkeypatch.setattr(hub_listing, "list_hub", lambda name, _, *rest: given(name, OTHER, *rest))
+    list_hub = hub_listing.list_hub
+    monkeypatch.setattr(hub_listing, "list_hub", lambda name, _, *rest: list_hub(name, OTHER, *rest))
     with pytest.raises(UserError, match="another commit") as caught:
         download(served, tmp_path / "m", remote_code=COMMIT)
     assert caught.value.code == UNSAFE
@@ -216,14 +218,14 @@ def test_a_server_that_answers_with_another_commit(served, tmp_path, monkeypatch
 )
 @pytest.mark.parametrize("settings", [FinetuneConfig, ChatConfig, PerplexityConfig, DownloadConfig])
 def test_only_a_full_commit_is_a_consent(settings, text):
-    """No branch, no tag, no short hash, no plain yes."""
+    """A branch, a tag, a short hash or a plain yes is no consent."""
     with pytest.raises(UserError, match="must be a full commit: 40 characters") as caught:
         config_options.parse(settings, [f"--remote_code={text}"])
     assert caught.value.code == USAGE
 
 
 def test_a_file_of_options_is_no_consent(tmp_path):
-    """It may have come from somebody else."""
+    """The file may have been written by somebody else."""
     path = tmp_path / "options.json"
     path.write_text(json.dumps({"remote_code": COMMIT}))
     with pytest.raises(UserError, match="Give --remote_code on the command line"):
@@ -233,7 +235,7 @@ def test_a_file_of_options_is_no_consent(tmp_path):
 
 
 def test_no_window_offers_it():
-    """Neither the form for training nor the inputs of an answer; somebody at a page has no such rights."""
+    """It is in no form for training and no input of an answer: users of a page have no such rights."""
     assert declaration.declared(FinetuneConfig)["remote_code"].place == Place.NOWHERE
     assert "remote_code" not in declaration.declared(Generation)
 
@@ -268,7 +270,7 @@ def test_code_that_was_not_fetched(served, tmp_path):
 
 @pytest.mark.parametrize("name", ["modeling_odd.py", "parts.py", "new.py"])
 def test_a_file_that_changed_or_came_later(fetched, name):
-    """Also when the file's time and size are those of before."""
+    """A change is noticed even if the file's time and size stayed the same."""
     path = fetched / name
     before = path.stat() if path.exists() else None
     text = path.read_text() if before else "pass\n"
@@ -290,7 +292,7 @@ def test_a_file_that_changed_or_came_later(fetched, name):
     ],
 )
 def test_code_from_elsewhere_stays_refused(fetched, file, value):
-    """Of another repository, or outside of the top folder, at any depth of the settings."""
+    """Code of another repository or outside of the top folder is refused, however deep it is named."""
     path = fetched / file
     values = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({**values, "text_config": {"auto_map": value}}))
@@ -304,27 +306,27 @@ def test_a_folder_of_code_that_would_run_too(fetched):
 
 def test_a_model_without_code_needs_no_consent(served, tmp_path, tiny_model):
     served.commits[COMMIT] = {path.name: path.read_bytes() for path in tiny_model.iterdir()}
-    said = download(served, tmp_path / "plain", remote_code=COMMIT)
-    assert any("is not needed" in line for line in said)
+    lines = download(served, tmp_path / "plain", remote_code=COMMIT)
+    assert any("is not needed" in line for line in lines)
     assert "Leave the option out" in refusal(tmp_path / "plain", COMMIT, USAGE)
 
 
 def test_what_is_accepted_is_said_aloud(fetched, tmp_path, capsys):
-    """Rights, files and commit in one line, before anything runs."""
+    """One line tells of rights, files and commit before anything runs."""
     assert remote_code.verify_commit(str(fetched), None) is None
     capsys.readouterr()
-    given = remote_code.verify_commit(str(fetched), COMMIT)
-    assert (given.folder, given.commit) == (fetched, COMMIT)
+    code = remote_code.verify_commit(str(fetched), COMMIT)
+    assert (code.folder, code.commit) == (fetched, COMMIT)
     [line] = capsys.readouterr().out.splitlines()
     assert all(word in line for word in ("with your rights", COMMIT, str(fetched), *CODE))
     assert not canary(tmp_path)
 
 
 def test_a_consent_ends_when_a_file_changes(fetched, tmp_path):
-    given = remote_code.verify_commit(str(fetched), COMMIT)
+    code = remote_code.verify_commit(str(fetched), COMMIT)
     (fetched / "modeling_odd.py").write_text(CANARY)
     with pytest.raises(UserError, match="is not what was fetched"):
-        base_model.load_config(str(fetched), given)
+        base_model.load_config(str(fetched), code)
     assert not canary(tmp_path)
 
 
@@ -347,9 +349,9 @@ def cached(files, tmp_path, monkeypatch) -> Path:
 
 
 def test_the_hubs_own_cache(cached, tmp_path):
-    """By the snapshot's folder, whose blobs are called by their checksum; a copy elsewhere says nothing."""
-    given = remote_code.verify_commit(NAME, COMMIT)
-    assert given.folder == cached
+    """The snapshot's folder is verified by its blobs, named by checksum; a copy elsewhere proves nothing."""
+    code = remote_code.verify_commit(NAME, COMMIT)
+    assert code.folder == cached
     assert "not on this machine at that commit. Fetch it" in refusal(NAME, OTHER)
     assert f"is at commit {COMMIT}" in refusal(cached, OTHER)
     shutil.copytree(tmp_path / "hub", tmp_path / "elsewhere")
@@ -368,11 +370,11 @@ def test_a_name_that_is_on_no_hub():
 
 
 def test_a_runs_word_is_no_consent(tmp_path):
-    """An option that stands in a run's file is not taken, whatever it says."""
+    """The option is ignored in a run's file, whatever value it has there."""
     stored = {"options": {"remote_code": COMMIT, "model_path": "x"}}
     assert run_options.options_of(stored, ContinueConfig()).remote_code is None
-    asked = run_options.options_of({"options": {}}, ContinueConfig(remote_code=OTHER))
-    assert asked.remote_code == OTHER
+    options = run_options.options_of({"options": {}}, ContinueConfig(remote_code=OTHER))
+    assert options.remote_code == OTHER
 
 
 @pytest.mark.parametrize(
@@ -388,7 +390,7 @@ def test_a_run_goes_on_with_the_code_it_began_with(before, asked, code):
 
 
 def test_an_adapters_word_is_no_consent(fetched, tmp_path, monkeypatch):
-    """Its run had code; whoever talks with it has to ask for that commit too."""
+    """Its run used code, but whoever talks with it must type that commit again."""
     adapter = runs_adapters.Adapter("a", tmp_path, fingerprints={remote_code.PRINT: COMMIT})
     monkeypatch.setattr(runs_adapters, "find", lambda *_: adapter)
     paths = {"model_path": str(fetched), "lora_path": "a"}
@@ -409,12 +411,12 @@ def test_llama_cpp_runs_no_code(fetched):
         loader.prepare(CpuConfig(model_path=str(fetched), remote_code=COMMIT))
 
 
-# all of it, in processes of their own
+# everything together, in processes of their own
 
 
 def test_a_training_and_answers_with_code_of_the_model(fetched, tmp_path, tiny_rows):
-    """Downloaded, trained, continued, measured and talked to: by its own classes, each time asked for."""
-    run, asked = tmp_path / "run", f"--remote_code={COMMIT}"
+    """The model is downloaded, trained, continued, measured and talked to, each time with consent."""
+    run, consent = tmp_path / "run", f"--remote_code={COMMIT}"
     text = tmp_path / "text.txt"
     text.write_text("red green blue small large")
     training = ["finetune.py", *flags(fetched, tiny_rows, run)]
@@ -422,10 +424,10 @@ def test_a_training_and_answers_with_code_of_the_model(fetched, tmp_path, tiny_r
     measuring = ["tools/perplexity.py", text, f"--model_path={fetched}", "--device=cpu"]
     talking = ["interaction.py", "--terminal", f"--lora_path={run}", "--max_new_tokens=4", "--mode=greedy"]
     for words in (training, longer, measuring, talking):
-        ended = program(*words, asked, lines="Say red\n")
-        assert ended.returncode == 0, ended.stderr[-3000:]
-        assert ended.stdout.strip()
-        assert "now runs on this machine with your rights" in ended.stdout + ended.stderr
+        process = program(*words, consent, lines="Say red\n")
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert process.stdout.strip()
+        assert "now runs on this machine with your rights" in process.stdout + process.stderr
         assert canary(tmp_path) == {"configuration_odd", "modeling_odd", "parts", "tokenizer"}
         (tmp_path / "canary").unlink()
     stored = json.loads((run / runs_folder.CONFIG).read_text())
@@ -433,7 +435,7 @@ def test_a_training_and_answers_with_code_of_the_model(fetched, tmp_path, tiny_r
     assert stored["fingerprints"][remote_code.PRINT] == COMMIT
     assert not list(run.rglob("*.py"))
 
-    for commit in (None, OTHER):  # the run alone starts nothing
+    for commit in (None, OTHER):  # without consent the run starts nothing
         for work in (
             lambda c: begin(config_options.build(FinetuneConfig, {**settings(training), "remote_code": c})),
             lambda c: go_on(ContinueConfig(output_path=str(run), max_steps=3, remote_code=c)),
@@ -453,9 +455,9 @@ def flags(base: Path, rows: Path, run: Path) -> list[str]:
 
 
 def settings(words: list[str]) -> dict[str, str]:
-    """The options of a command line, for a run in a folder of its own."""
-    found = dict(word.removeprefix("--").split("=") for word in words[1:])
-    return {**found, "output_path": found["output_path"] + "-2"}
+    """Return the options of a command line, for a run in another folder."""
+    options = dict(word.removeprefix("--").split("=") for word in words[1:])
+    return {**options, "output_path": options["output_path"] + "-2"}
 
 
 def begin(options: FinetuneConfig) -> None:
@@ -463,12 +465,12 @@ def begin(options: FinetuneConfig) -> None:
 
 
 def go_on(wish: ContinueConfig) -> None:
-    given = frozenset({"output_path", "max_steps", "remote_code"})
-    loop.go_on(wish, given, sample=lambda *_: [], draw=lambda *_: None)
+    names = frozenset({"output_path", "max_steps", "remote_code"})
+    loop.go_on(wish, names, sample=lambda *_: [], draw=lambda *_: None)
 
 
 def test_all_weights_are_not_trained(fetched, tmp_path, tiny_rows):
-    """What came out could not be loaded again: nobody downloaded it."""
+    """The trained model could not be loaded again, because nobody downloaded its code."""
     values = settings(["", *flags(fetched, tiny_rows, tmp_path / "run")])
     with pytest.raises(UserError, match="--train_what lora") as caught:
         begin(config_options.build(FinetuneConfig, {**values, "train_what": "full", "remote_code": COMMIT}))
@@ -491,15 +493,15 @@ def test_the_other_programs_have_no_such_option():
     "fault", ["import a_package_that_is_missing", "raise RuntimeError('odd')", "len(5)", "1 / 0"]
 )
 def test_code_that_fails_is_told(served, tmp_path, fault):
-    """A package that is missing, or code for another version of transformers: no traceback."""
+    """A missing package, or code for another version of transformers, gives no traceback."""
     served.commits[COMMIT]["parts.py"] = f"{fault}\n{CODE['parts.py']}".encode()
     download(served, tmp_path / "m", remote_code=COMMIT)
     script = "import sys; from onecard import errors\nfrom onecard.hub import remote_code\n"
     script += "from onecard.models import base_model\n"
     script += "def main():\n    code = remote_code.verify_commit(sys.argv[1], sys.argv[2])\n"
     script += "    base_model.load_base(sys.argv[1], 16, 'fp32', 'cpu', code=code)\nerrors.run_program(main)"
-    ended = program("-c", script, tmp_path / "m", COMMIT)
-    assert ended.returncode == USAGE, ended.stderr
-    assert "the model's code fails" in ended.stderr
-    assert ("a_package_that_is_missing" in ended.stderr) == fault.startswith("import")
-    assert "Traceback" not in ended.stderr
+    process = program("-c", script, tmp_path / "m", COMMIT)
+    assert process.returncode == USAGE, process.stderr
+    assert "the model's code fails" in process.stderr
+    assert ("a_package_that_is_missing" in process.stderr) == fault.startswith("import")
+    assert "Traceback" not in process.stderr

@@ -1,6 +1,7 @@
-"""A hub's name given straight to a program: its commit is said and recorded, a moved branch is told (S9).
+"""A name of the hub given to a program: its commit is reported and recorded, and so is a moved branch (S9).
 
-The hub is a stand-in on the loopback address, its cache a folder of the test; programs run as users run them.
+The hub is a stand-in on the loopback address and its cache a folder of the test; the programs run as users
+run them.
 """
 
 import errno
@@ -60,7 +61,7 @@ def cached(folders, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
-    """What is said about names."""
+    """The lines that are printed about names."""
     lines: list[str] = []
     for module in (revisions, remote_code):
         monkeypatch.setattr(module, "say", lines.append)
@@ -69,95 +70,96 @@ def said(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def asking(monkeypatch) -> None:
-    """Names that are located or fetched say so, instead of being it."""
+    """Locating or fetching a name gives a text that says so, and nothing else happens."""
     for function in ("locate", "fetch_dataset"):
         monkeypatch.setattr(hub_locate, function, "asked {}".format)
 
 
 def run(program: str, address: str, home: Path, *flags: object, offline: int = 0, **options: object) -> str:
-    """What a program says; it ends well."""
+    """Run a program, which must succeed, and return its output."""
     hub = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(offline)}
-    given = [*map(str, flags), *(f"--{name}={value}" for name, value in options.items())]
-    command = [sys.executable, str(ROOT / program), *given]
+    arguments = [*map(str, flags), *(f"--{name}={value}" for name, value in options.items())]
+    command = [sys.executable, str(ROOT / program), *arguments]
     settings = {"capture_output": True, "text": True, "cwd": home.parent, "input": "Hello\n"}
-    ended = subprocess.run(command, env={**os.environ, **hub, "OMP_NUM_THREADS": "2"}, **settings)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout + ended.stderr
+    process = subprocess.run(command, env={**os.environ, **hub, "OMP_NUM_THREADS": "2"}, **settings)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout + process.stderr
 
 
 def test_a_name_stays_at_its_commit(folders, tmp_path):
-    """Trained, continued, talked with, merged: the run's commit all the way, and the move is told."""
-    home, made = tmp_path / "home", tmp_path / "run"
+    """Training, continuing, talking and merging use the run's commit and report that the branch moved."""
+    home, folder = tmp_path / "home", tmp_path / "run"
     rows = tiny.save_rows(tmp_path / "rows.json", 8)
     hub = Repository(dict(folders), OLD)
     moved = f"{NAME} has moved from {OLD[:12]} to {NEW[:12]}; the first, which was trained on, is used"
     with fake_hub.serving(NAME, hub) as address:
-        said = run("finetune.py", address, home, model_path=NAME, data_path=rows, output_path=made, **QUIET)
-        assert said.count(f"{NAME} is commit {OLD}") == 1
-        stored = json.loads((made / "finetune_config.json").read_text())
+        output = run(
+            "finetune.py", address, home, model_path=NAME, data_path=rows, output_path=folder, **QUIET
+        )
+        assert output.count(f"{NAME} is commit {OLD}") == 1
+        stored = json.loads((folder / "finetune_config.json").read_text())
         assert stored["options"]["model_path"] == NAME
         assert stored["resolved"]["base"] == f"{NAME}@{OLD}"
-        adapter = json.loads((made / "adapter_config.json").read_text())
+        adapter = json.loads((folder / "adapter_config.json").read_text())
         assert (adapter["base_model_name_or_path"], adapter["revision"]) == (NAME, OLD)
 
-        said = run("finetune_continue.py", address, home, output_path=made, max_steps=2)
-        assert "has moved" not in said
+        output = run("finetune_continue.py", address, home, output_path=folder, max_steps=2)
+        assert "has moved" not in output
 
         hub.branch = NEW
         hub.asked.clear()
-        said = run("finetune_continue.py", address, home, output_path=made, max_steps=3)
-        assert f"hub         {NAME} is commit {OLD}" in said
-        talk = ("--terminal", "--mode=greedy", "--max_new_tokens=2", "--device=cpu", f"--lora_path={made}")
+        output = run("finetune_continue.py", address, home, output_path=folder, max_steps=3)
+        assert f"hub         {NAME} is commit {OLD}" in output
+        talk = ("--terminal", "--mode=greedy", "--max_new_tokens=2", "--device=cpu", f"--lora_path={folder}")
         assert f"hub         {NAME} is commit {OLD}" in run("interaction.py", address, home, *talk)
-        merge = {"lora_path": made, "output_path": tmp_path / "out"}
+        merge = {"lora_path": folder, "output_path": tmp_path / "out"}
         assert f"hub         {NAME} is commit {OLD}" in run("tools/merge_lora.py", address, home, **merge)
-        assert hub.asked == []  # none of these lines names it
+        assert hub.asked == []  # none of these commands names the model
         assert moved in run("interaction.py", address, home, *talk, model_path=NAME)
         assert hub.asked == [f"/api/models/{NAME}/revision/main"]
-        said = run("interaction.py", address, home, *talk, model_path=f"{NAME}@main")
-        assert f"commit {OLD} was trained on, {NEW} is used" in said
+        output = run("interaction.py", address, home, *talk, model_path=f"{NAME}@main")
+        assert f"commit {OLD} was trained on, {NEW} is used" in output
         assert moved in run("tools/merge_lora.py", address, home, **merge, model_path=NAME)
-        noted = json.loads((tmp_path / "out" / "onecard.json").read_text())["versions"]
-        assert noted == {"model_path": f"{NAME}@{OLD}"}
+        versions = json.loads((tmp_path / "out" / "onecard.json").read_text())["versions"]
+        assert versions == {"model_path": f"{NAME}@{OLD}"}
 
-        warm = {"model_path": NAME, "data_path": rows, "output_path": tmp_path / "warm", "lora_path": made}
-        said = run("finetune.py", address, home, **warm, **QUIET)
-        assert f"commit {OLD} was trained on, {NEW} is used" in said
+        warm = {"model_path": NAME, "data_path": rows, "output_path": tmp_path / "warm", "lora_path": folder}
+        output = run("finetune.py", address, home, **warm, **QUIET)
+        assert f"commit {OLD} was trained on, {NEW} is used" in output
 
-        said = run("tools/perplexity.py", address, home, rows, model_path=NAME, device="cpu", max_tokens=64)
-        assert f"{NAME} is commit {NEW}" in said
-    assert stored["fingerprints"] == json.loads((made / "finetune_config.json").read_text())["fingerprints"]
+        output = run("tools/perplexity.py", address, home, rows, model_path=NAME, device="cpu", max_tokens=64)
+        assert f"{NAME} is commit {NEW}" in output
+    assert stored["fingerprints"] == json.loads((folder / "finetune_config.json").read_text())["fingerprints"]
 
 
 def test_a_move_since_the_last_fetch_is_told(folders, tmp_path):
-    """A name without a record is what it means now, which is said; without network, what it was."""
+    """A name without a record means its newest commit, which is reported, and offline the fetched one."""
     hub = Repository(dict(folders), OLD)
     with fake_hub.serving(NAME, hub) as address:
         fake_hub.fetch(address, tmp_path / "home", "locate", NAME)
         snapshot = next((tmp_path / "home").rglob(OLD))
-        (snapshot / "pytorch_model.bin").write_bytes(b"")  # of another program: not what is loaded
-        said = fake_hub.fetch(address, tmp_path / "home", "fetch_model", NAME).splitlines()
-        assert said[0].endswith(f"{NAME} is commit {OLD}")
-        assert Path(said[-1]).name == OLD
-        assert (Path(said[-1]) / WEIGHTS).is_file()
+        (snapshot / "pytorch_model.bin").write_bytes(b"")  # another program's file, which is not loaded
+        lines = fake_hub.fetch(address, tmp_path / "home", "fetch_model", NAME).splitlines()
+        assert lines[0].endswith(f"{NAME} is commit {OLD}")
+        assert Path(lines[-1]).name == OLD
+        assert (Path(lines[-1]) / WEIGHTS).is_file()
         hub.branch = NEW
-        said = fake_hub.fetch(address, tmp_path / "home", "locate", NAME).splitlines()
-        assert f"main has moved from {OLD[:12]} to {NEW[:12]} since it was last fetched" in said[0]
-        assert f"{NAME}@{OLD}" in said[0]
-        assert Path(said[-1]).name == NEW
-        assert not (Path(said[-1]) / WEIGHTS).exists()  # a tokenizer needs none
-        said = fake_hub.fetch(address, tmp_path / "home", "locate", f"{NAME}@{OLD}").splitlines()
-        assert [Path(said[-1]).name, len(said)] == [OLD, 2]
-    said = fake_hub.fetch(address, tmp_path / "home", "fetch_model", f"{NAME}@{OLD}").splitlines()
-    assert Path(said[-1]).name == OLD
-    said = fake_hub.fetch(address, tmp_path / "home", "locate", NAME).splitlines()
-    assert (
-        f"the hub did not answer (ConnectError); commit {OLD} of the cache is used" in said[0]
-    )  # has weights
+        lines = fake_hub.fetch(address, tmp_path / "home", "locate", NAME).splitlines()
+        assert f"main has moved from {OLD[:12]} to {NEW[:12]} since it was last fetched" in lines[0]
+        assert f"{NAME}@{OLD}" in lines[0]
+        assert Path(lines[-1]).name == NEW
+        assert not (Path(lines[-1]) / WEIGHTS).exists()  # a tokenizer needs none
+        lines = fake_hub.fetch(address, tmp_path / "home", "locate", f"{NAME}@{OLD}").splitlines()
+        assert [Path(lines[-1]).name, len(lines)] == [OLD, 2]
+    lines = fake_hub.fetch(address, tmp_path / "home", "fetch_model", f"{NAME}@{OLD}").splitlines()
+    assert Path(lines[-1]).name == OLD
+    lines = fake_hub.fetch(address, tmp_path / "home", "locate", NAME).splitlines()
+    # only that commit has its weights here
+    assert f"the hub did not answer (ConnectError); commit {OLD} of the cache is used" in lines[0]
 
 
 def test_a_commit_that_is_gone_from_the_hub(folders, tmp_path):
-    """A rewritten branch: what was fetched before is still used."""
+    """After a branch was rewritten, what was fetched before is still used."""
     hub = Repository(dict(folders), OLD)
     with fake_hub.serving(NAME, hub) as address:
         fake_hub.fetch(address, tmp_path / "home", "fetch_model", NAME)
@@ -165,30 +167,30 @@ def test_a_commit_that_is_gone_from_the_hub(folders, tmp_path):
             shutil.rmtree(tree)
         del hub.commits[OLD]
         hub.branch = NEW
-        said = fake_hub.fetch(address, tmp_path / "home", "fetch_model", f"{NAME}@{OLD}").splitlines()
-        assert Path(said[-1]).name == OLD
-        said = fake_hub.fetch(address, tmp_path / "home", "fetch_model", f"{NAME}@{'c' * 40}")
-        assert "cannot be fetched" in said
+        output = fake_hub.fetch(address, tmp_path / "home", "fetch_model", f"{NAME}@{OLD}").splitlines()
+        assert Path(output[-1]).name == OLD
+        output = fake_hub.fetch(address, tmp_path / "home", "fetch_model", f"{NAME}@{'c' * 40}")
+        assert "cannot be fetched" in output
 
 
 def test_an_adapter_by_its_name(tmp_path):
-    """Its commit is said, and moves are told, as a base's."""
+    """The commit of an adapter and its moves are reported like those of a base model."""
     one, two = (tmp_path / name for name in ("one", "two"))
     for folder in (one, two):
         folder.mkdir()
         (folder / "adapter_config.json").write_text(json.dumps({"r": len(folder.name)}))
     hub = Repository({OLD: one, NEW: two}, OLD)
     with fake_hub.serving("someone/lora", hub) as address:
-        said = fake_hub.fetch(address, tmp_path / "home", "fetch_adapter", "someone/lora")
-        assert f"someone/lora is commit {OLD}" in said
+        output = fake_hub.fetch(address, tmp_path / "home", "fetch_adapter", "someone/lora")
+        assert f"someone/lora is commit {OLD}" in output
         hub.branch = NEW
-        said = fake_hub.fetch(address, tmp_path / "home", "fetch_adapter", "someone/lora")
-        assert f"from {OLD[:12]} to {NEW[:12]}" in said
+        output = fake_hub.fetch(address, tmp_path / "home", "fetch_adapter", "someone/lora")
+        assert f"from {OLD[:12]} to {NEW[:12]}" in output
     assert runs_adapters.read_list(f"someone/lora@{OLD}:0.5") == [("lora", f"someone/lora@{OLD}", 0.5)]
 
 
 def test_a_folder_says_its_version(cached, said, tmp_path, monkeypatch):
-    """A snapshot by its name, a download by its receipt, a file in a snapshot; others say nothing."""
+    """The version of a snapshot, a download and a file in a snapshot is known; other folders have none."""
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "own"))
     assert str(revisions.of(cached / "snapshots" / OLD)) == f"{NAME}@{OLD}"
     assert str(revisions.of(cached / "snapshots" / OLD / "config.json")) == f"{NAME}@{OLD}"
@@ -220,30 +222,32 @@ def test_a_folder_says_its_version(cached, said, tmp_path, monkeypatch):
         (f"{NAME}@{OLD}", NAME, OLD),
         (f"{NAME}@{OLD}", f"{NAME}@main", f"{NAME}@main"),
         (f"{NAME}@{OLD}", "other/model", "other/model"),
-        (NAME, None, NEW),  # what is here, and nothing newer on its word
+        (NAME, None, NEW),  # the commit in the cache; a record fetches nothing newer
         (NAME, NAME, NAME),
     ],
 )
 def test_which_base_an_adapter_gets(cached, recorded, asked, base):
-    found = runs_adapters.Adapter("adapter", Path("a"), base=recorded)
-    assert resolve.base_of(found, asked) == (str(cached / "snapshots" / base) if base in (OLD, NEW) else base)
+    adapter = runs_adapters.Adapter("adapter", Path("a"), base=recorded)
+    assert resolve.base_of(adapter, asked) == (
+        str(cached / "snapshots" / base) if base in (OLD, NEW) else base
+    )
 
 
 def test_a_recorded_commit_that_is_not_here_is_fetched_when_its_name_is_typed(cached, capsys):
-    """That commit, no other, and it is said."""
+    """Exactly that commit is fetched, and the output says so."""
     shutil.rmtree(cached / "snapshots" / OLD)
-    found = runs_adapters.Adapter("adapter", Path("a"), base=f"{NAME}@{OLD}")
-    assert resolve.base_of(found, NAME) == f"{NAME}@{OLD}"
+    adapter = runs_adapters.Adapter("adapter", Path("a"), base=f"{NAME}@{OLD}")
+    assert resolve.base_of(adapter, NAME) == f"{NAME}@{OLD}"
     line = f"hub         {NAME}: commit {OLD}, which was trained on, is not here and is fetched"
     assert capsys.readouterr().out.splitlines() == [line]
 
 
 def test_a_recorded_commit_that_is_not_here_is_not_replaced(cached):
-    """Both commits are named, and both ways on."""
+    """The error names both commits and both ways to continue."""
     shutil.rmtree(cached / "snapshots" / OLD)
-    found = runs_adapters.Adapter("adapter", Path("a"), base=f"{NAME}@{OLD}")
+    adapter = runs_adapters.Adapter("adapter", Path("a"), base=f"{NAME}@{OLD}")
     with pytest.raises(UserError, match=f"{OLD}, which is not on this machine; here is {NEW}") as caught:
-        resolve.base_of(found, None)
+        resolve.base_of(adapter, None)
     assert f"--model_path {NAME}@{OLD}" in str(caught.value)
 
 
@@ -257,7 +261,7 @@ def test_a_recorded_commit_that_is_not_here_is_not_replaced(cached):
     ],
 )
 def test_what_an_adapters_settings_say(tmp_path, values, base):
-    """peft's own field for the commit, taken only when it is one."""
+    """The commit in peft's own field is used only when it is a commit."""
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **values}))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     assert runs_adapters.find(str(tmp_path), "adapter", "best", tmp_path).base == base
@@ -275,29 +279,29 @@ def test_what_an_adapters_settings_say(tmp_path, values, base):
     ],
 )
 def test_a_hub_that_gives_nothing(folders, tmp_path, fails, reason):
-    """What is cached is used, and the reason is said; what is not is refused."""
+    """What is cached is used and the reason is reported; what is not cached is refused."""
     hub = Repository(dict(folders), OLD)
     with fake_hub.serving(NAME, hub) as address:
         fake_hub.fetch(address, tmp_path / "home", "fetch_model", NAME)
         hub.silent, hub.fails = fails is None, {"/": fails} if fails else {}
         hub.asked.clear()
-        said = fake_hub.fetch(address, tmp_path / "home", "fetch_model", NAME).splitlines()
-        assert said[0] == f"hub         {NAME}: {reason}; commit {OLD} of the cache is used"
-        assert Path(said[-1]).name == OLD
+        lines = fake_hub.fetch(address, tmp_path / "home", "fetch_model", NAME).splitlines()
+        assert lines[0] == f"hub         {NAME}: {reason}; commit {OLD} of the cache is used"
+        assert Path(lines[-1]).name == OLD
         assert len(hub.asked) == 1
-        said = fake_hub.fetch(address, tmp_path / "home", "fetch_model", f"{NAME}@{OLD}").splitlines()
-        assert said[0] == f"hub         {NAME} is commit {OLD}"
+        lines = fake_hub.fetch(address, tmp_path / "home", "fetch_model", f"{NAME}@{OLD}").splitlines()
+        assert lines[0] == f"hub         {NAME} is commit {OLD}"
         assert len(hub.asked) == 1  # a commit in the cache is not asked for
         assert "cannot be fetched" in fake_hub.fetch(address, tmp_path / "other", "fetch_model", NAME)
 
 
 def test_a_silent_hub_is_left_alone(cached, said, monkeypatch):
-    """One wait for all names of a program, whatever keeps the hub from answering."""
-    asked: list[str] = []
+    """A program waits only once for all its names, whatever keeps the hub from answering."""
+    requests: list[str] = []
     never = threading.Event()
 
     def answer(_: object, name: str, **__: object) -> None:
-        asked.append(name)
+        requests.append(name)
         never.wait()
 
     monkeypatch.setattr("huggingface_hub.HfApi.repo_info", answer)
@@ -308,44 +312,44 @@ def test_a_silent_hub_is_left_alone(cached, said, monkeypatch):
     with pytest.raises(TimeoutError):
         revisions.fetch("someone/other", revisions.MODEL, model_files.SETTINGS)
     never.set()
-    assert asked == [NAME]
+    assert requests == [NAME]
 
 
 def test_files_that_a_hub_holds_back(folders, tmp_path):
-    """The commit is told, its files are not given (403): what was fetched before is used."""
+    """The hub gives the commit but not its files (403): what was fetched before is used."""
     hub = Repository(dict(folders), OLD)
     with fake_hub.serving(NAME, hub) as address:
         fake_hub.fetch(address, tmp_path / "home", "fetch_model", NAME)
         hub.branch, hub.fails = NEW, {"/resolve/": 403}
-        for _ in range(2):  # a move is not lost when its files were not fetched
-            said = fake_hub.fetch(address, tmp_path / "home", "fetch_model", NAME).splitlines()
-            assert f"main has moved from {OLD[:12]} to {NEW[:12]}" in said[0]
-            assert f"commit {OLD} of the cache is used" in said[1]
-            assert Path(said[-1]).name == OLD
+        for _ in range(2):  # a move is reported again while its files are not fetched
+            lines = fake_hub.fetch(address, tmp_path / "home", "fetch_model", NAME).splitlines()
+            assert f"main has moved from {OLD[:12]} to {NEW[:12]}" in lines[0]
+            assert f"commit {OLD} of the cache is used" in lines[1]
+            assert Path(lines[-1]).name == OLD
         hub.fails = {}
-        said = fake_hub.fetch(address, tmp_path / "home", "fetch_model", NAME).splitlines()
-        assert f"main has moved from {OLD[:12]} to {NEW[:12]}" in said[0]
-        assert said[1] == f"hub         {NAME} is commit {NEW}"
+        lines = fake_hub.fetch(address, tmp_path / "home", "fetch_model", NAME).splitlines()
+        assert f"main has moved from {OLD[:12]} to {NEW[:12]}" in lines[0]
+        assert lines[1] == f"hub         {NAME} is commit {NEW}"
 
 
 def test_a_list_of_files_that_never_comes(folders, tmp_path, cached, monkeypatch):
-    """The hub's client sets no limit there; every wait has one."""
+    """The hub's client sets no time limit there, so every wait is given one."""
     request = httpx2.Request("GET", "http://127.0.0.1/", extensions={"timeout": {"read": None, "write": 3.0}})
     client._end_in_time(request)
     limits = {"connect": 5.0, "read": 5.0, "write": 3.0, "pool": 5.0}
     assert request.extensions["timeout"] == limits
-    seen: list[object] = []
+    hooks: list[object] = []
     monkeypatch.setattr(
         revisions,
         "snapshot_download",
-        lambda *_, **__: seen.extend(get_session().event_hooks["request"]) or "x",
+        lambda *_, **__: hooks.extend(get_session().event_hooks["request"]) or "x",
     )
     revisions._bring(revisions.Version(NAME, OLD), ("*",))
-    assert client._end_in_time in seen
+    assert client._end_in_time in hooks
 
 
 def test_a_snapshot_given_as_a_folder_is_nobodys_question(cached, monkeypatch):
-    """Not completed, whole or not: it was not named."""
+    """A snapshot given as a folder is not completed, whole or not, because no name was given."""
     monkeypatch.setattr(revisions, "_bring", lambda *_: pytest.fail("asked"))
     hub_locate.fetch_model(str(cached / "snapshots" / OLD))
     (cached / "snapshots" / OLD / WEIGHTS).unlink()
@@ -354,7 +358,7 @@ def test_a_snapshot_given_as_a_folder_is_nobodys_question(cached, monkeypatch):
 
 
 def test_settings_alone_are_no_base_that_is_here(cached):
-    """A snapshot without weights is followed by no adapter's word; another one with weights stands in."""
+    """No adapter's record leads to a snapshot without weights; another snapshot with weights is used."""
     (cached / "snapshots" / NEW / WEIGHTS).unlink()
     assert not resolve.is_here(f"{NAME}@{NEW}")
     assert revisions.at_hand(NAME) == cached / "snapshots" / OLD
@@ -369,7 +373,7 @@ def test_settings_alone_are_no_base_that_is_here(cached):
 
 
 def test_modelscope_is_another_source(cached, said, tmp_path, monkeypatch):
-    """Its commits are compared and said, never looked up at the hub."""
+    """Commits of ModelScope are compared and reported, but never looked up at the hub."""
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "own"))
     monkeypatch.setattr(client, "ask_commit", lambda *_: pytest.fail("asked"))
     folder = manifest.place(NAME)
@@ -413,7 +417,7 @@ def test_another_commit_than_the_one_whose_code_is_read(cached):
     ],
 )
 def test_the_base_of_a_run_that_goes_on(cached, asking, recorded, typed, found):
-    """The recorded commit, fetched only where its name was typed."""
+    """The recorded commit is used, and it is fetched only if its name was typed."""
     stored = {"resolved": {"base": recorded}}
     locate = recorded_names.Names(stored, typed).base
     if found is None:
@@ -428,7 +432,7 @@ def test_the_base_of_a_run_that_goes_on(cached, asking, recorded, typed, found):
 
 
 def test_the_rows_of_a_run_that_goes_on(cached, asking):
-    """Of a dataset its recorded commit, which is here; nothing is asked unless it is typed."""
+    """A dataset is used at its recorded commit in the cache; the hub is only asked for a typed name."""
     place = cached.parent / "datasets--someone--rows" / "snapshots" / OLD
     place.mkdir(parents=True)
     stored = {"data": {"versions": [f"someone/rows@{OLD}"]}}
@@ -448,7 +452,7 @@ def test_the_names_of_a_run_that_begins_were_typed(cached, asking):
 
 
 def test_a_stored_name_with_a_branch_has_its_commit(cached, asking):
-    """A run that was begun with name@main stays where it began; one that is typed so follows the branch."""
+    """A run begun with name@main stays at its commit; a typed name@main follows the branch."""
     stored = {"resolved": {"base": f"{NAME}@{OLD}"}}
     assert recorded_names.Names(stored).base(f"{NAME}@main") == str(cached / "snapshots" / OLD)
     typed = {Hub.BASE: [f"{NAME}@main"]}
@@ -457,18 +461,18 @@ def test_a_stored_name_with_a_branch_has_its_commit(cached, asking):
 
 @pytest.mark.parametrize("branch", ["/etc/passwd", "../../../x", "..", "x/../../../../x"])
 def test_a_revision_that_is_a_path(cached, branch):
-    """It leads out of the cache to nothing."""
+    """Such a revision leads to nothing outside of the cache."""
     assert revisions.at_hand(f"{NAME}@{branch}") is None
 
 
 def test_a_branch_that_cannot_be_read(cached):
-    """What is no commit says nothing; the snapshots are still there."""
+    """A file that holds no commit is ignored; the snapshots are still there."""
     (cached / "refs" / "main").write_bytes(b"\xff\xfe")
     assert revisions.at_hand(NAME).parent == cached / "snapshots"
 
 
 def test_a_cache_on_another_disk(cached, tmp_path, monkeypatch):
-    """A repository's folder that is a link, and a cache whose path has dots, keep their versions."""
+    """Versions are known when a repository's folder is a link and when the path of the cache has dots."""
     cached.rename(tmp_path / "elsewhere")
     cached.symlink_to(tmp_path / "elsewhere")
     (tmp_path / "x").mkdir()
@@ -480,7 +484,7 @@ def test_a_cache_on_another_disk(cached, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_no_silent_hub(cached, said, monkeypatch):
-    """An older commit is not taken instead."""
+    """An older commit is not used instead."""
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -494,7 +498,7 @@ def test_a_full_disk_is_no_silent_hub(cached, said, monkeypatch):
 
 @pytest.mark.parametrize("use", [hub_locate.fetch_model, base_model.fetch_weights])
 def test_weights_that_the_disk_has_no_room_for(cached, monkeypatch, use):
-    """It is not said that they cannot be fetched: whoever fetches them, the disk's own error stays."""
+    """Whoever fetches the weights gets the disk's own error, not one about fetching."""
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -505,7 +509,7 @@ def test_weights_that_the_disk_has_no_room_for(cached, monkeypatch, use):
 
 
 def test_an_endpoint_that_is_no_address(cached, monkeypatch):
-    """What the client makes of it is one of the refusals."""
+    """Whatever error the client makes of it becomes one of the refusals."""
 
     def odd(*_: object, **__: object) -> None:
         raise KeyError("sha")

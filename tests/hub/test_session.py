@@ -1,4 +1,4 @@
-"""In one session a name of the hub means one commit, said once; a later session sees a moved branch."""
+"""In a session a name of the hub means one commit, reported once; a later session sees a moved branch."""
 
 import contextvars
 import threading
@@ -14,7 +14,7 @@ NAME, OLD, NEW = "someone/model", "a" * 40, "b" * 40
 
 
 class Hub:
-    """A hub whose branch moves; it counts the questions, and its files are there at once."""
+    """A hub whose branch moves; it records the requests, and its files are there at once."""
 
     def __init__(self, cache: Path):
         self.cache, self.branch, self.asked = cache, OLD, []
@@ -33,12 +33,12 @@ class Hub:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Hub:
-    made = Hub(tmp_path / "hub")
+    moving_hub = Hub(tmp_path / "hub")
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "own"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(made.cache))
-    monkeypatch.setattr(client, "ask_commit", made.ask_commit)
-    monkeypatch.setattr(revisions, "_bring", made.bring)
-    return made
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(moving_hub.cache))
+    monkeypatch.setattr(client, "ask_commit", moving_hub.ask_commit)
+    monkeypatch.setattr(revisions, "_bring", moving_hub.bring)
+    return moving_hub
 
 
 def fetch() -> str:
@@ -46,7 +46,7 @@ def fetch() -> str:
 
 
 def test_two_sessions_of_one_process(hub, capsys):
-    """A command, and a later one: the second is told of the move. Within each nothing is asked twice."""
+    """A second command is told of the move, and within each command nothing is requested twice."""
     with hub_session.session():
         assert fetch() == OLD
         hub.branch = NEW
@@ -69,7 +69,7 @@ def test_without_a_session_every_call_asks(hub):
 
 
 def test_requests_of_two_threads_do_not_meet(hub):
-    """A thread has no session of another's; in a copy of the context it has the same."""
+    """A thread does not have the session of another, except in a copy of its context."""
     commits: list[str] = []
 
     def request() -> None:
@@ -88,7 +88,7 @@ def test_requests_of_two_threads_do_not_meet(hub):
 
 
 def test_weights_are_those_of_the_commit_that_the_session_means(hub):
-    """Outside of it the folder is one like any other, and nothing is fetched into it."""
+    """Outside of the session the folder is like any other, and nothing is fetched into it."""
     with hub_session.session():
         folder = revisions.fetch(NAME, revisions.MODEL, model_files.SETTINGS)
         hub.branch = NEW
@@ -111,7 +111,7 @@ def test_a_move_is_looked_up_once_in_a_session(hub, capsys):
 
 
 def test_the_training_window_asks_once(hub, tmp_path, monkeypatch):
-    """Each preview of rows runs in a thread of the page; a name means what it meant at the first."""
+    """Previews run in threads of the page, and a name keeps the meaning that it had at the first one."""
     training_form = pytest.importorskip("onecard.ui.training_form")  # brings gradio
     monkeypatch.setattr(training_form, "_encoder", lambda folder, template: (Path(folder).name, template))
     with hub_session.session():

@@ -1,4 +1,4 @@
-"""Conversation in, text out: what fits, kept keys and values, adapters, and what may go wrong on the way."""
+"""From a conversation to its answer: what fits, reused keys and values, adapters, and what may go wrong."""
 
 import dataclasses
 import itertools
@@ -44,7 +44,7 @@ TURNS = (
 
 
 def asked(*texts: str) -> Conversation:
-    """Question, answer, question, ..."""
+    """Build a conversation of a question, an answer, a question and so on."""
     roles = ("user", "assistant") * len(texts)
     return Conversation(tuple(Turn(role, text) for role, text in zip(roles, texts, strict=False)))
 
@@ -54,8 +54,10 @@ def base(folder: Path) -> torch.nn.Module:
 
 
 def chat_with(made: torch.nn.Module, names: tuple[str, ...] = (), form: str = "alpaca") -> Chat:
-    own = tiny.tokenizer()
-    return Chat(Engine(made, own, 512, names), own, data_template.load(form, own))
+    tiny_tokenizer = tiny.tokenizer()
+    return Chat(
+        Engine(made, tiny_tokenizer, 512, names), tiny_tokenizer, data_template.load(form, tiny_tokenizer)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def talk(loaded) -> Chat:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> torch.nn.Module:
-    """One layer, for many answers."""
+    """A model of one layer, for tests with many answers."""
     return base(tiny.save_model(tmp_path_factory.mktemp("small") / "model", num_hidden_layers=1))
 
 
@@ -97,7 +99,7 @@ def encoded(turns, form, tokenizer) -> list[int]:
 
 @pytest.mark.parametrize("name", data_template.names())
 def test_the_newest_whole_turns_are_shown(tokenizer, name):
-    """For every room: the longest ending of whole turns that fits, the system's turn always, never more."""
+    """The prompt is the longest ending of whole turns that fits, and always has the system's turn."""
     form = load(name, tokenizer)
     system, pairs = TURNS[:1], [TURNS[1:3], TURNS[3:5], TURNS[5:7], TURNS[7:]]
     endings = [
@@ -122,7 +124,7 @@ def test_the_newest_whole_turns_are_shown(tokenizer, name):
 
 @pytest.mark.parametrize("name", data_template.names())
 def test_what_the_model_is_shown_is_the_beginning_of_what_it_was_trained_on(tokenizer, name):
-    """For every template, after every turn, and for an answer that goes on, wherever it was cut."""
+    """This holds for each template after each turn, and for an answer that continues from any place."""
     form = load(name, tokenizer)
     for number, turn in enumerate(TURNS):
         if turn.role != "assistant":
@@ -132,17 +134,17 @@ def test_what_the_model_is_shown_is_the_beginning_of_what_it_was_trained_on(toke
         assert trained[: len(fitted.ids)] == fitted.ids
         assert fitted.answer == []
         for cut in range(len(turn.text) + 1):
-            begun = (*TURNS[:number], turn._replace(text=turn.text[:cut]))
-            trained = encoded(begun, form, tokenizer)
-            going_on = history.fit(Conversation(begun), form, tokenizer, 10_000)
-            assert trained[: len(going_on.ids)] == going_on.ids
-            assert going_on.ids == fitted.ids + going_on.answer
-            assert tokenizer.decode(going_on.answer).strip() == turn.text[:cut].strip()
-            assert len(trained) - len(going_on.ids) <= 2  # its end tokens
+            turns = (*TURNS[:number], turn._replace(text=turn.text[:cut]))
+            trained = encoded(turns, form, tokenizer)
+            continued = history.fit(Conversation(turns), form, tokenizer, 10_000)
+            assert trained[: len(continued.ids)] == continued.ids
+            assert continued.ids == fitted.ids + continued.answer
+            assert tokenizer.decode(continued.answer).strip() == turn.text[:cut].strip()
+            assert len(trained) - len(continued.ids) <= 2  # the answer's end tokens
 
 
 def test_a_question_that_is_too_long_is_refused_with_the_counts(talk):
-    """One token too many and ten times too many; what just fits is answered."""
+    """One token too many is refused, and so are ten times too many; what just fits is answered."""
     question = asked("说 blue " * 9)
     count = len(history.fit(question, talk.template, talk.tokenizer, 10_000).ids)
     plain = talk.engine.context
@@ -166,8 +168,10 @@ def test_a_question_that_is_too_long_is_refused_with_the_counts(talk):
 @pytest.mark.parametrize("name", data_template.names())
 @pytest.mark.parametrize("place", ["system", "user", "input", "assistant"])
 def test_control_tokens_in_what_is_said_are_text(tokenizer, name, place):
-    """I1, I2: whole, split over turns, role names, raw ids, look-alikes: no control token is added, the text
-    comes back."""
+    """I1, I2: no text adds a control token, and each text comes back whole.
+
+    The texts are control tokens, whole or split over two turns, names of roles, raw ids and look-alikes.
+    """
     form = load(name, tokenizer)
     control = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     specials = [token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token]
@@ -184,27 +188,27 @@ def test_control_tokens_in_what_is_said_are_text(tokenizer, name, place):
     ]
     attacks += ["<|im_start|>system", "assistant", "### Response:", "<" * 40 + "end>" * 40, "\x00\x01\ufeff"]
 
-    def shown(text: str) -> list[int]:
+    def prompt(text: str) -> list[int]:
         turns = [turn._replace(text="x" if turn.role != "user" else "y", input="z") for turn in TURNS[:4]]
         for number, turn in enumerate(turns):
             if turn.role == ("user" if place == "input" else place):
                 turns[number] = turn._replace(**{"input" if place == "input" else "text": text})
         return history.fit(Conversation(tuple(turns)), form, tokenizer, 10_000).ids
 
-    plain = [token for token in shown("harmless") if token in control]
+    plain = [token for token in prompt("harmless") if token in control]
     spaceless = getattr(tokenizer.backend_tokenizer.pre_tokenizer, "prepend_scheme", "") == "first"
     for attack in attacks:
-        ids = shown(attack)
+        ids = prompt(attack)
         assert [token for token in ids if token in control] == plain, attack
-        said = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if spaceless:  # a word begins where a piece was cut
-            said, attack = said.replace(" ", ""), attack.replace(" ", "")
-        assert attack in said
+            decoded, attack = decoded.replace(" ", ""), attack.replace(" ", "")
+        assert attack in decoded
     half = len(specials[-1]) // 2
     turns = (Turn("system", specials[-1][:half]), Turn("user", specials[-1][half:], specials[-1][:half]))
     turns += (Turn("assistant", specials[-1][half:]), Turn("user", "?"))
     harmless = [turn._replace(text="x", input="x" if turn.input else "") for turn in turns]
-    found = [
+    controls = [
         [
             token
             for token in history.fit(Conversation(tuple(some)), form, tokenizer, 10_000).ids
@@ -212,7 +216,7 @@ def test_control_tokens_in_what_is_said_are_text(tokenizer, name, place):
         ]
         for some in (turns, harmless)
     ]
-    assert found[0] == found[1]
+    assert controls[0] == controls[1]
 
 
 NOTHING = Conversation(())
@@ -237,19 +241,19 @@ STRANGE = {
 
 @pytest.mark.parametrize("name", STRANGE)
 def test_strange_prompts_are_answered_or_refused(talk, name):
-    """I5: an answer or a UserError with something to do; the next question is answered as if alone."""
-    wanted = last(talk, asked("Say red")).text
+    """I5: each gets an answer or a UserError with a remedy, and the next answer is as if asked alone."""
+    expected = last(talk, asked("Say red")).text
     refusal = None
     try:
         assert last(talk, STRANGE[name]).finished in ("end", "length")
     except UserError as error:
         refusal = error
     assert refusal is None or (refusal.problem and refusal.fix)
-    assert last(talk, asked("Say red")).text == wanted
+    assert last(talk, asked("Say red")).text == expected
 
 
 def test_a_prompt_of_no_token_is_refused(talk):
-    """A template that writes nothing around an empty question."""
+    """The template writes nothing around an empty question."""
     talk.template = dataclasses.replace(talk.template, opening=(), user=(("{text}", ""),))
     with pytest.raises(UserError, match="no question"):
         last(talk, asked(""))
@@ -259,9 +263,10 @@ def test_a_prompt_of_no_token_is_refused(talk):
 
 
 def test_stable_text_of_beams_is_never_taken_back(small):
-    """Over 200 prompts, with stop words: each text begins with the stable one before, the answer too.
+    """Over 200 prompts with stop words, each text and the answer begin with the stable text before.
 
-    Most of the answers have stable text before they end. All beams are given, and the best is the answer.
+    Most of the answers have stable text before they end. All beams are given, and the best one is the
+    answer.
     """
     talk = chat_with(small)
     shares = []
@@ -286,7 +291,7 @@ def test_stable_text_of_beams_is_never_taken_back(small):
 
 
 def test_replies_tell_how_far_it_is(talk, monkeypatch):
-    """Tokens read, reused and said, and the time, rise; a long prompt is told of while it is read."""
+    """The counts of tokens and the time rise, also while a long prompt is read."""
     monkeypatch.setattr(transformers_engine, "CHUNK", 16)
     replies = list(talk.stream(asked("Say red " * 20), QUICK))
     reading = [reply for reply in replies if reply.first is None]
@@ -314,7 +319,7 @@ OTHER = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_control_does_something_or_says_that_it_does_not(small, mode):
-    """An option of `unused` changes no answer; every other one changes some."""
+    """An option in `unused` changes no answer, and every other option changes at least one."""
     talk = chat_with(small)
     settings = Generation(mode, 1.5, 0.98, 100, 4, 1.0, 0, 0, 14, seed=1)
     questions = [asked("Say red", "red", "Say blue", "blue", f"Say {word}") for word in tiny.WORDS[:4]]
@@ -322,23 +327,23 @@ def test_every_control_does_something_or_says_that_it_does_not(small, mode):
     count = last(talk, questions[0], settings).prompt_tokens
     talk.eos_ids = [talk.engine.caches[-1][1][count + 4]]  # so that an answer ends by itself
 
-    def said(settings: Generation) -> list[tuple[str, int]]:
+    def answers(settings: Generation) -> list[tuple[str, int]]:
         replies = [last(talk, question, settings) for question in questions]
         return [(reply.text.whole, reply.prompt_tokens) for reply in replies]
 
-    plain = said(settings)
-    assert said(settings) == plain
+    plain = answers(settings)
+    assert answers(settings) == plain
     letters = "|".join(sorted({letter for text, _ in plain for letter in text[1:3] if letter not in "| "}))
     other = {**OTHER, "stop": letters, "banned": letters}
     assert {"mode", *other} == {field.name for field in dataclasses.fields(Generation)}
-    same = {name for name, value in other.items() if said(changed(settings, **{name: value})) == plain}
+    same = {name for name, value in other.items() if answers(changed(settings, **{name: value})) == plain}
     assert same == talk.unused(mode).keys()
     assert all(english and chinese for english, chinese in talk.unused(mode).values())
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_drawn_seed_is_told_and_gives_the_answer_again(talk, mode):
-    """Without one each sampled answer has its own, which repeats it; the other modes have none."""
+    """Without a seed each sampled answer draws its own, which repeats it; other modes have no seed."""
     settings = changed(mode=mode, num_beams=2, temperature=2.0, seed=None)
     first, second = last(talk, asked("Say red"), settings), last(talk, asked("Say red"), settings)
     if not settings.samples:
@@ -352,8 +357,10 @@ def test_a_drawn_seed_is_told_and_gives_the_answer_again(talk, mode):
 
 @pytest.mark.parametrize("mode", ["sample", BEAM_SAMPLE])
 def test_a_seed_gives_the_same_answer_twenty_times(loaded, mode):
-    """I11: alone, and while another user is answered all the time: an answer is never part of a batch with
-    another's, so all 20 are equal."""
+    """I11: all 20 answers are equal, alone and while another user is answered all the time.
+
+    An answer is never computed in one batch with that of another user.
+    """
     talk = chat_with(loaded)
     settings = changed(mode=mode, num_beams=2, temperature=1.5, seed=12)
     alone = {last(talk, asked("Say red"), settings).text.whole for _ in range(20)}
@@ -374,7 +381,7 @@ def test_a_seed_gives_the_same_answer_twenty_times(loaded, mode):
 
 
 def test_another_template_for_an_answer(loaded, talk):
-    """The answer is that of a chat with this template; the own one stays; a file's name is none."""
+    """The answer is that of a chat with this template; the chat's own template stays; a file is refused."""
     plain = last(talk, asked("Say red")).text.whole
     for name in ("cutegpt", "tigerbot"):
         assert name in data_template.names()
@@ -390,7 +397,7 @@ def test_another_template_for_an_answer(loaded, talk):
 
 
 def test_stop_words_and_banned_phrases_of_the_options(talk):
-    """Several with | between: the answer ends before the first, or goes another way."""
+    """Of several, separated by |, the first that comes ends the answer or makes it go another way."""
     free = last(talk, asked("Say red"), changed(max_new_tokens=24)).text.whole
     word = free[6:8]
     stopped = last(talk, asked("Say red"), changed(max_new_tokens=24, stop=f"never|{word}")).text
@@ -401,20 +408,20 @@ def test_stop_words_and_banned_phrases_of_the_options(talk):
 
 
 def test_an_answer_goes_on(talk):
-    """Cut anywhere it is continued to the same text; what was there is never taken back."""
+    """An answer that was cut is continued, and the text it begins with is never taken back."""
     whole = last(talk, asked("Say green"), changed(max_new_tokens=20)).text.whole
     ids = data_encode.encode_text(talk.tokenizer, whole)
-    begun = talk.tokenizer.decode(ids[:6])
-    replies = list(talk.stream(asked("Say green", begun), changed(stop=begun)))
-    assert all(reply.text.whole.startswith(begun) for reply in replies)
-    assert len(replies[-1].text.whole) > len(begun)
+    beginning = talk.tokenizer.decode(ids[:6])
+    replies = list(talk.stream(asked("Say green", beginning), changed(stop=beginning)))
+    assert all(reply.text.whole.startswith(beginning) for reply in replies)
+    assert len(replies[-1].text.whole) > len(beginning)
 
 
 # keys and values
 
 
 def fresh(chat: Chat, conversation: Conversation, settings: Generation, active_adapters=()) -> str:
-    """The answer of an engine that has seen nothing."""
+    """Return the answer of a new engine, which has read nothing before."""
     engine = Engine(chat.engine.model, chat.tokenizer, chat.engine.context, chat.engine.adapters)
     return last(
         Chat(engine, chat.tokenizer, chat.template, active_adapters), conversation, settings
@@ -425,39 +432,39 @@ def fresh(chat: Chat, conversation: Conversation, settings: Generation, active_a
     "how", [{}, {"mode": BEAM, "num_beams": 3}, {"mode": BEAM_SAMPLE, "seed": 5}], ids=str
 )
 def test_kept_keys_and_values_change_no_answer(talk, monkeypatch, how):
-    """Over turns, after cancelling, a retry, an earlier turn that changed, another conversation between."""
+    """Answers stay the same over turns, cancelling, retries, changed turns and other conversations."""
     monkeypatch.setattr(transformers_engine, "CHUNK", 24)
-    settings, said = changed(**how), []
+    settings, earlier = changed(**how), []
 
     def ask(*texts: str, reuses: bool = True) -> str:
-        conversation = asked(*said, *texts)
+        conversation = asked(*earlier, *texts)
         reply = last(talk, conversation, settings)
         assert reply.text.whole == fresh(talk, conversation, settings)
         assert (reply.reused > 30) == reuses  # more than the template's opening
         return reply.text.whole
 
     def cancelled_after(calls: int, question: str) -> Reply:
-        left = iter(range(calls))
-        return last(talk, asked(*said, question), settings, None, lambda: next(left, None) is None)
+        countdown = iter(range(calls))
+        return last(talk, asked(*earlier, question), settings, None, lambda: next(countdown, None) is None)
 
     for number, question in enumerate(("Say red", "Say blue", "Say green and " + "old " * 9)):
-        said += [question, ask(question, reuses=number > 0)]
+        earlier += [question, ask(question, reuses=number > 0)]
     assert cancelled_after(9, "Say warm").finished == CANCELLED
     assert ask("Say warm") == ask("Say warm")  # a retry
     assert cancelled_after(2, "Say " + "quick " * 40).finished == CANCELLED  # while reading
-    reply = last(talk, asked(*said, "Say " + "quick " * 40), settings)
+    reply = last(talk, asked(*earlier, "Say " + "quick " * 40), settings)
     assert reply.reused > reply.prompt_tokens - 300 + 24
-    said[2] = "Say dark"
+    earlier[2] = "Say dark"
     ask("Say soft")
     ask("Say hard")
-    said.clear()
+    earlier.clear()
     talk.engine.caches.clear()
     ask("Another", reuses=False)
     assert len(talk.engine.caches) <= transformers_engine.KEPT
 
 
 def test_an_answer_that_nobody_reads_on_is_kept(talk):
-    """Who stops listening loses nothing: the next turn begins with what was read."""
+    """When the reader stops early, the next answer still reuses what was read."""
     stream = talk.stream(asked("Say red and green"), QUICK)
     next(stream)
     next(stream)
@@ -468,28 +475,28 @@ def test_an_answer_that_nobody_reads_on_is_kept(talk):
 
 
 def test_a_sliding_window_that_has_moved_is_read_again(tmp_path):
-    """Its older keys are gone, so a shorter prompt cannot go back to them."""
+    """The window's older keys are gone, so a shorter prompt cannot reuse them."""
     config = MistralConfig(**{**tiny.config().to_dict(), "sliding_window": 40, "model_type": "mistral"})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     talk = chat_with(base(tmp_path))
-    said = []
+    earlier = []
     for question in ("Say red", "Say blue", "Say red"):
-        conversation = asked(*said, question)
+        conversation = asked(*earlier, question)
         text = last(talk, conversation).text.whole
         assert text == fresh(talk, conversation, QUICK)
-        said += [question, text[:3]]
+        earlier += [question, text[:3]]
 
 
 @pytest.mark.parametrize("settings", [QUICK, changed(mode=BEAM)], ids=["greedy", "beam"])
 def test_at_most_one_token_more_after_cancelling(talk, monkeypatch, settings):
-    """Counted at the model, while a long prompt is read too; what was said stays."""
+    """Calls of the model are counted, also while a long prompt is read; the text so far stays."""
     monkeypatch.setattr(transformers_engine, "CHUNK", 16)
     plain, calls = talk.engine.scores, []
-    talk.engine.scores = lambda *how: calls.append(1) or plain(*how)
+    talk.engine.scores = lambda *arguments: calls.append(1) or plain(*arguments)
     whole = [reply.text for reply in talk.stream(asked("Say red " * 9), settings)]
-    total, shown = len(calls), [text.beams[0] for text in whole]
+    total, texts = len(calls), [text.beams[0] for text in whole]
     chunks = total - len([text for text in whole if text.tokens])
     for at in range(1, total, 2):
         talk.engine.caches.clear()
@@ -499,20 +506,20 @@ def test_at_most_one_token_more_after_cancelling(talk, monkeypatch, settings):
         assert replies[-1].finished == CANCELLED
         assert replies[-1].text.open == ""
         assert (replies[-1].text.tokens > 0) == (at > chunks + 1)
-        assert replies[-1].text.whole in ("", *shown)
+        assert replies[-1].text.whole in ("", *texts)
 
 
 def broken_at(talk: Chat, monkeypatch, step: int, error: Exception, layer: int | None) -> None:
-    """The model raises at its step-th call, before it begins or in a layer, when those below are through."""
+    """Let the model raise at its step-th call, before the call or in a layer after the lower layers ran."""
     calls = []
     if layer is None:
         plain = talk.engine.scores
 
-        def scores(*how):
+        def scores(*arguments):
             calls.append(1)
             if len(calls) == step:
                 raise error
-            return plain(*how)
+            return plain(*arguments)
 
         monkeypatch.setattr(talk.engine, "scores", scores)
         return
@@ -537,10 +544,10 @@ def broken_at(talk: Chat, monkeypatch, step: int, error: Exception, layer: int |
 def test_out_of_memory_keeps_the_answer_and_the_next_question_works(
     talk, monkeypatch, layer, settings, error, step
 ):
-    """At the prompt, the first and a later token, and with some layers' keys ahead of others'."""
+    """Memory runs out at the prompt, at a token, or when only some layers have new keys."""
     question = asked("Say red")
     whole = [reply.text.beams[0] for reply in talk.stream(question, settings)]
-    for other in ("Say blue", "Say warm"):  # of which one is still kept while the question is answered
+    for other in ("Say blue", "Say warm"):  # the keys of one are still kept while the question is answered
         last(talk, asked(other))
     broken_at(talk, monkeypatch, step, error, layer)
     *_, reply = talk.stream(question, settings)
@@ -559,7 +566,7 @@ def test_out_of_memory_keeps_the_answer_and_the_next_question_works(
     "error", [RuntimeError("shapes differ"), ValueError("no"), KeyboardInterrupt()], ids=repr
 )
 def test_other_errors_are_not_hidden(talk, monkeypatch, layer, error):
-    """They come out as they are; half a step is not kept, and the next question works."""
+    """The error is raised unchanged, no half step is kept, and the next question is answered."""
     question = asked("Say red")
     whole = last(talk, question).text.whole
     broken_at(talk, monkeypatch, 5, error, layer)
@@ -577,16 +584,16 @@ def test_other_errors_are_not_hidden(talk, monkeypatch, layer, error):
 
 
 def make_adapter(folder: Path, source: Path, seed: int, what: str = lora_shape.LORA, **extra) -> torch.Tensor:
-    """A folder as a training saves it, with random weights; returns the trained model's logits of IDS."""
+    """Write a folder as a training does, with random weights, and return the model's logits of IDS."""
     shape = lora_shape.LoraShape(4, 8.0, 0.0, "q_proj,v_proj,down_proj", extra, what)
-    made = trainable.prepare(base(source), shape, seed)
+    model = trainable.prepare(base(source), shape, seed)
     generator = torch.Generator().manual_seed(seed)
-    for parameter in trainable.trainable(made):
+    for parameter in trainable.trainable(model):
         with torch.no_grad():
             parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
     folder.mkdir(parents=True)
-    trainable.save(made, None, folder, was_updated=True)
-    return logits(made.eval())
+    trainable.save(model, None, folder, was_updated=True)
+    return logits(model.eval())
 
 
 IDS = list(range(2, 22))
@@ -605,8 +612,8 @@ def scores(engine: Engine, active_adapters: generation.ActiveAdapters) -> torch.
 
 @pytest.fixture(scope="module")
 def adapters(tiny_model, tmp_path_factory) -> tuple[dict[str, Path], dict[str, torch.Tensor]]:
-    """Adapters of every kind on the tiny model: folders, and logits of the models as they were trained."""
-    place, wanted = tmp_path_factory.mktemp("adapters"), {}
+    """Folders of adapters of every kind for the tiny model, and the logits of the models as trained."""
+    place, expected = tmp_path_factory.mktemp("adapters"), {}
     kinds = {
         "a": {},
         "b": {},
@@ -616,61 +623,61 @@ def adapters(tiny_model, tmp_path_factory) -> tuple[dict[str, Path], dict[str, t
         "embeddings": {"what": lora_shape.EMBEDDINGS},
         "both": {"what": lora_shape.BOTH},
     }
-    for seed, (name, how) in enumerate(kinds.items(), 1):
-        wanted[name] = make_adapter(place / name, tiny_model, seed, **how)
-    return {name: place / name for name in kinds}, wanted
+    for seed, (name, options) in enumerate(kinds.items(), 1):
+        expected[name] = make_adapter(place / name, tiny_model, seed, **options)
+    return {name: place / name for name in kinds}, expected
 
 
 def engine_with(source: Path, folders: dict[str, Path]) -> Engine:
-    made = base(source)
+    model = base(source)
     for name, folder in folders.items():
-        made = models_adapter.attach(made, folder, name)
-    return Engine(made, tiny.tokenizer(), 512, list(folders))
+        model = models_adapter.attach(model, folder, name)
+    return Engine(model, tiny.tokenizer(), 512, list(folders))
 
 
 def merged(source: Path, *parts: tuple[Path, float]) -> torch.Tensor:
-    """Logits of the base with B A added to its matrices by hand, times 2 (alpha / rank) and its weight."""
-    made = base(source)
+    """Return the base's logits with B A added to its matrices, times 2 (alpha / rank) and the weight."""
+    model = base(source)
     for folder, weight in parts:
         tensors = system_safetensors.read_tensors(folder / "adapter_model.safetensors")
         for name in (name for name in tensors if "lora_A" in name):
             low, high = tensors[name], tensors[name.replace("lora_A", "lora_B")]
-            module = made.get_submodule(name.removeprefix("base_model.model.").split(".lora_A")[0])
+            module = model.get_submodule(name.removeprefix("base_model.model.").split(".lora_A")[0])
             module.weight.data += 2 * weight * (high @ low)
-    return logits(made)
+    return logits(model)
 
 
 def test_all_kinds_of_adapters_are_what_was_trained(tiny_model, adapters):
-    """Loaded together, switched from one to the next and off: the logits of training, or the base's."""
-    folders, wanted = adapters
+    """Loaded together, each gives the logits of its training; without one they are the base's."""
+    folders, expected = adapters
     engine = engine_with(tiny_model, folders)
     plain = scores(engine_with(tiny_model, {}), ())
     order = [*folders, "both", "a", "embeddings", "dora", "b"]
     for name in order:
-        assert torch.allclose(scores(engine, ((name, 1.0),)), wanted[name], atol=1e-4), name
-        assert not torch.allclose(wanted[name], plain, atol=0.05)
+        assert torch.allclose(scores(engine, ((name, 1.0),)), expected[name], atol=1e-4), name
+        assert not torch.allclose(expected[name], plain, atol=0.05)
         assert torch.equal(scores(engine, ()), plain), name
 
 
 @pytest.mark.parametrize("what", [lora_shape.EMBEDDINGS, lora_shape.BOTH])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_trained_embeddings_of_tied_models(tied_model, tmp_path, what, dtype):
-    """A head that is the embedding follows it, with the adapter on and off, in 16 bits too."""
-    wanted = make_adapter(tmp_path / "e", tied_model, 1, what)
-    made = base_model.load_base(str(tied_model), 16, dtype, "cpu").eval()
-    plain = scores(Engine(made, tiny.tokenizer(), 512), ())
-    engine = Engine(models_adapter.attach(made, tmp_path / "e", "e"), tiny.tokenizer(), 512, ["e"])
-    close = 1e-4 if dtype == "fp32" else 0.05 * wanted.std().item()
+    """A head that shares the embedding follows it, with the adapter on or off, in 16 bits too."""
+    expected = make_adapter(tmp_path / "e", tied_model, 1, what)
+    model = base_model.load_base(str(tied_model), 16, dtype, "cpu").eval()
+    plain = scores(Engine(model, tiny.tokenizer(), 512), ())
+    engine = Engine(models_adapter.attach(model, tmp_path / "e", "e"), tiny.tokenizer(), 512, ["e"])
+    close = 1e-4 if dtype == "fp32" else 0.05 * expected.std().item()
     for _ in range(2):
-        difference = scores(engine, (("e", 1.0),)).float() - wanted
+        difference = scores(engine, (("e", 1.0),)).float() - expected
         assert difference.abs().mean() < close
         assert torch.equal(scores(engine, ()), plain)
-    assert (plain.float() - wanted).abs().mean() > 4 * close
+    assert (plain.float() - expected).abs().mean() > 4 * close
 
 
 def test_weights_scale_and_add(tiny_model, adapters):
-    """0 is the base, w is B times w, two adapters are the sum; rsLoRA and rank patterns keep their scale."""
-    folders, wanted = adapters
+    """A weight multiplies B A, and two adapters add up; rsLoRA and rank patterns keep their scale."""
+    folders, expected = adapters
     engine = engine_with(tiny_model, {name: folders[name] for name in ("a", "b", "rs", "ranks")})
     plain = logits(base(tiny_model))
     for name in ("a", "rs", "ranks"):
@@ -680,12 +687,12 @@ def test_weights_scale_and_add(tiny_model, adapters):
         assert torch.allclose(scores(engine, (("a", weight),)), merged(tiny_model, (a, weight)), atol=1e-3)
     active_adapters = (("a", 0.7), ("b", 0.4))
     assert torch.allclose(scores(engine, active_adapters), merged(tiny_model, (a, 0.7), (b, 0.4)), atol=1e-3)
-    for name in ("a", "rs", "ranks"):  # no weight stays
-        assert torch.allclose(scores(engine, ((name, 1.0),)), wanted[name], atol=1e-4)
+    for name in ("a", "rs", "ranks"):  # the weights above leave nothing behind
+        assert torch.allclose(scores(engine, ((name, 1.0),)), expected[name], atol=1e-4)
 
 
 def test_active_adapters_that_cannot_be_are_refused(tiny_model, adapters):
-    """An unknown name, and trained embeddings with a weight or beside another; before any token."""
+    """Unknown names, and trained embeddings with a weight or a second adapter, are refused at once."""
     folders, _ = adapters
     engine = engine_with(tiny_model, {name: folders[name] for name in ("a", "both")})
     talk = Chat(engine, engine.tokenizer, data_template.load("alpaca", engine.tokenizer))
@@ -703,15 +710,15 @@ def test_active_adapters_that_cannot_be_are_refused(tiny_model, adapters):
     "name", ["train", "keys", "v1.1", "lora", "lora_A", "default", "l", "a+", "weight", "模型"]
 )
 def test_an_adapter_may_have_any_name(tiny_model, adapters, name):
-    """Names become names of modules, where torch and peft have their own."""
-    folders, wanted = adapters
+    """Names become names of modules, and torch and peft have such names of their own."""
+    folders, expected = adapters
     engine = engine_with(tiny_model, {name: folders["a"], "other": folders["b"]})
-    assert torch.allclose(scores(engine, ((name, 1.0),)), wanted["a"], atol=1e-4)
-    assert torch.allclose(scores(engine, (("other", 1.0),)), wanted["b"], atol=1e-4)
+    assert torch.allclose(scores(engine, ((name, 1.0),)), expected["a"], atol=1e-4)
+    assert torch.allclose(scores(engine, (("other", 1.0),)), expected["b"], atol=1e-4)
 
 
 def test_kept_keys_and_values_are_those_of_the_adapter(tiny_model, adapters):
-    """The same conversation with another adapter begins anew."""
+    """The same conversation is read anew for another adapter."""
     folders, _ = adapters
     engine = engine_with(tiny_model, {name: folders[name] for name in ("a", "b")})
     talk = Chat(engine, engine.tokenizer, data_template.load("alpaca", engine.tokenizer))
@@ -724,7 +731,7 @@ def test_kept_keys_and_values_are_those_of_the_adapter(tiny_model, adapters):
 
 
 def test_four_answers_at_once_keep_to_their_adapters(tiny_model, adapters):
-    """I10: four threads, each with other adapters and four questions, beams too: each its own answer."""
+    """I10: four threads with different adapters ask four questions each, and each gets its own answers."""
     folders, _ = adapters
     engine = engine_with(tiny_model, {name: folders[name] for name in ("a", "b", "both")})
     talk = Chat(engine, engine.tokenizer, data_template.load("alpaca", engine.tokenizer))
@@ -753,11 +760,11 @@ def test_four_answers_at_once_keep_to_their_adapters(tiny_model, adapters):
     for thread in threads:
         thread.join(60)
     assert together == alone
-    assert sum(one != other for one, other in itertools.pairwise(turns)) > 20  # they did alternate
+    assert sum(one != other for one, other in itertools.pairwise(turns)) > 20  # the answers did alternate
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tiny_model, tmp_path, adapters):
-    """Of more layers, fewer, other sizes, and one with tensors that would replace the base's: exit 4."""
+    """Other numbers of layers, other sizes, and tensors that replace the base's are exit 4."""
     folders, _ = adapters
     deep = tiny.save_model(tmp_path / "deep", num_hidden_layers=3)
     wide = tiny.save_model(tmp_path / "wide", intermediate_size=200)
@@ -782,7 +789,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny_model, tmp_path, adapters)
 
 
 def test_modes_an_engine_has_not_are_refused(talk):
-    """With the engine's own reason; `unused` and `modes` say so beforehand."""
+    """The error has the engine's own reason, and `unused` and `modes` know it beforehand."""
     lacks = {"beam": config_chat.ONE_SEQUENCE}
     talk.engine.capabilities = Capabilities(interleaves=True, lacks=lacks)
     with pytest.raises(UserError, match="--mode beam: transformers follows one sequence"):

@@ -1,4 +1,4 @@
-"""The choice of the next token: transformers' generate, exact probabilities, plain properties."""
+"""The choice of the next token, compared with transformers' generate, exact probabilities and plain rules."""
 
 import collections
 import dataclasses
@@ -24,14 +24,14 @@ PLAIN = Generation(GREEDY, 1.0, 1.0, 0, 4, 1.0, 0, 0, 16)
 
 
 def with_(**changes) -> Generation:
-    """Settings that change no probability, but for these."""
+    """Return settings that change no probability, except by these changes."""
     return Generation(**{**vars(PLAIN), **changes})
 
 
 @pytest.fixture(scope="module")
 def engines() -> list[Engine]:
-    """Three tiny random models with probabilities far from even: end tokens come early and late."""
-    made = []
+    """Three tiny random models with very uneven probabilities: end tokens come early and late."""
+    all_engines = []
     for seed, spread in enumerate((0.15, 0.3, 0.6)):
         torch.manual_seed(seed)
         config = LlamaConfig(
@@ -45,12 +45,12 @@ def engines() -> list[Engine]:
             initializer_range=spread,
         )
         model = LlamaForCausalLM(config).eval()
-        made.append(Engine(model, None, 256))
-    return made
+        all_engines.append(Engine(model, None, 256))
+    return all_engines
 
 
 class Table:
-    """A stream without a model: scores by place and last token, a quarter apart."""
+    """A stream without a model: scores depend on place and last token, and are a quarter apart."""
 
     def __init__(self, prompt: list[int]):
         self.rows = [list(prompt)]
@@ -85,13 +85,13 @@ def answer(engine: Engine, prompt: list[int], settings: Generation, ends, watch=
 
 
 def said(prompt: list[int], settings: Generation, ends=(0,), watch=None) -> list[decoding.Step]:
-    """An answer out of the table."""
+    """Return the steps of an answer whose scores come from the table."""
     return list(decoding.decode(Table(prompt), prompt, settings, ends, settings.max_new_tokens, watch))
 
 
 @torch.no_grad()
 def reference(engine: Engine, prompt: list[int], settings: Generation, ends: list[int]) -> list[list[int]]:
-    """transformers' own answers, all beams, without prompt, end tokens and padding."""
+    """Return all beams of transformers' generate, without prompt, end tokens and padding."""
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         min_new_tokens=settings.min_new_tokens or None,
@@ -104,14 +104,14 @@ def reference(engine: Engine, prompt: list[int], settings: Generation, ends: lis
         pad_token_id=ends[0],
     )
     ids = torch.tensor([prompt])
-    made = engine.model.generate(
+    rows = engine.model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
     )[:, len(prompt) :].tolist()
-    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in made]
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
 
 
 def case(number: int, width: int) -> tuple[list[int], Generation, list[int]]:
-    """A random question: prompt, settings, end tokens."""
+    """Return a random question: prompt, settings, end tokens."""
     chance = random.Random(number)
     longest = chance.choice([1, 2, 5, 9, 14, 20])
     settings = with_(
@@ -128,24 +128,24 @@ def case(number: int, width: int) -> tuple[list[int], Generation, list[int]]:
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 6])
 def test_greedy_and_beams_are_those_of_transformers(engines, width):
-    """Token for token, all beams and their order, over 40 random cases of each width."""
-    seen = collections.Counter()
+    """All beams and their order are equal, token for token, over 40 random cases of each width."""
+    endings = collections.Counter()
     for number in range(40):
         engine = engines[number % len(engines)]
         prompt, settings, ends = case(number, width)
         steps = answer(engine, prompt, settings, ends)
-        wanted = reference(engine, prompt, settings, ends)
-        assert steps[-1].beams == wanted, (number, settings)
+        expected = reference(engine, prompt, settings, ends)
+        assert steps[-1].beams == expected, (number, settings)
         assert [bool(step.finished) for step in steps] == [False] * (len(steps) - 1) + [True]
-        seen[steps[-1].finished, len(wanted[0]) < settings.max_new_tokens] += 1
-    assert seen[END, True] >= 8, seen  # both kinds of ends were there
-    assert seen[LENGTH, False] >= 8, seen
+        endings[steps[-1].finished, len(expected[0]) < settings.max_new_tokens] += 1
+    assert endings[END, True] >= 8, endings  # both kinds of endings occurred
+    assert endings[LENGTH, False] >= 8, endings
 
 
 @pytest.mark.parametrize("one_tensor", [True, False])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_short_way_to_the_highest_score_is_the_long_one(kind, one_tensor):
-    """With a watch that says nothing the scores go all the way; ties, -inf and no possible token too."""
+    """A watch that forbids nothing forces the long way; ties, -inf and no possible token are tried too."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(-6, 6, (400, 40), generator=generator).float()
     rows[torch.rand(rows.shape, generator=generator) < 0.3] = -torch.inf
@@ -165,13 +165,13 @@ def test_the_short_way_to_the_highest_score_is_the_long_one(kind, one_tensor):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_has_one_token_more(engines, mode):
-    """So that a caller may stop after any token: nothing is computed ahead of the step that is given out."""
+    """Nothing is computed ahead of the step that is given out, so a caller may stop after any token."""
     engine = engines[0]
     stream = engine.open([1, 2, 3])
     list(stream.read())
     calls = []
     plain = stream.advance
-    stream.advance = lambda *how: calls.append(1) or plain(*how)
+    stream.advance = lambda *arguments: calls.append(1) or plain(*arguments)
     steps = decoding.decode(stream, [1, 2, 3], with_(mode=mode, seed=1), [0], 12)
     for number, step in enumerate(steps):
         assert len(calls) == number
@@ -180,7 +180,7 @@ def test_a_step_has_one_token_more(engines, mode):
 
 @pytest.mark.parametrize("mode", [SAMPLE, BEAM_SAMPLE])
 def test_a_seed_repeats_exactly(mode):
-    """The same seed twenty times gives one answer; other seeds, and none, give others."""
+    """The same seed gives one answer twenty times; other seeds, and none, give others."""
 
     def one(seed: int | None) -> tuple[int, ...]:
         return tuple(said([3, 4], with_(mode=mode, seed=seed, max_new_tokens=10))[-1].beams[0])
@@ -191,12 +191,12 @@ def test_a_seed_repeats_exactly(mode):
 
 
 def exact(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
-    """Probabilities after the three, computed plainly."""
+    """Compute plainly the probabilities after the three options."""
     weights = [math.exp(value / temperature) for value in logits]
     order = sorted(range(len(weights)), key=lambda i: -weights[i])
-    kept = order[: top_k or len(order)]
-    total, share, nucleus = sum(weights[i] for i in kept), 0.0, []
-    for i in kept:
+    candidates = order[: top_k or len(order)]
+    total, share, nucleus = sum(weights[i] for i in candidates), 0.0, []
+    for i in candidates:
         nucleus.append(i)
         share += weights[i] / total
         if share >= top_p:
@@ -206,7 +206,7 @@ def exact(logits: list[float], temperature: float, top_k: int, top_p: float) -> 
 
 
 def variation(counts: collections.Counter, expected: dict) -> float:
-    """Total variation between drawn and expected shares."""
+    """Return the total variation between drawn and expected shares."""
     total = sum(counts.values())
     return sum(abs(counts[key] / total - expected.get(key, 0)) for key in {*counts, *expected}) / 2
 
@@ -220,14 +220,14 @@ DRAWS = 4000
     [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 3, 1.0), (1.0, 0, 0.6), (0.7, 5, 0.8)],
 )
 def test_sampled_tokens_have_the_exact_probabilities(temperature, top_k, top_p):
-    """4000 draws: total variation below 0.03 from the right probabilities, above it from the plain ones."""
+    """In 4000 draws the variation from the right shares is below 0.03, and from the plain ones above it."""
     settings = with_(mode=SAMPLE, temperature=temperature, top_k=top_k, top_p=top_p)
     pick = decoding._Picker(dataclasses.replace(settings, seed=0), [], [0], None)
     scores = torch.tensor([LOGITS])
     drawn = collections.Counter(pick.best(scores, [[]], [0.0], 1)[0][2] for _ in range(DRAWS))
-    wanted = dict(enumerate(exact(LOGITS, temperature, top_k, top_p)))
-    assert variation(drawn, wanted) < 0.03
-    assert {token for token, share in wanted.items() if share == 0}.isdisjoint(drawn)
+    expected = dict(enumerate(exact(LOGITS, temperature, top_k, top_p)))
+    assert variation(drawn, expected) < 0.03
+    assert {token for token, share in expected.items() if share == 0}.isdisjoint(drawn)
     if settings != with_(mode=SAMPLE):
         assert variation(drawn, dict(enumerate(exact(LOGITS, 1.0, 0, 1.0)))) > 0.03
 
@@ -235,7 +235,7 @@ def test_sampled_tokens_have_the_exact_probabilities(temperature, top_k, top_p):
 @pytest.mark.parametrize("shortlist", [1, 2, 5])
 @pytest.mark.parametrize("top_k", [0, 4])
 def test_a_draw_depends_on_seed_step_and_token_alone(monkeypatch, shortlist, top_k):
-    """However many tokens are looked at first, and in which order equal ones come, the same are drawn."""
+    """Neither the length of the shortlist nor the order of equal tokens changes what is drawn."""
     settings = with_(mode=SAMPLE, top_k=top_k, seed=3)
     scores = torch.tensor([[0.5, 1.0, 0.5, 1.0, -1.0, 0.5, 1.0, 0.0]])
 
@@ -250,11 +250,11 @@ def test_a_draw_depends_on_seed_step_and_token_alone(monkeypatch, shortlist, top
     monkeypatch.setattr(decoding, "SHORTLIST", shortlist)
     assert drawn(0.0) == whole
     if not top_k:
-        assert drawn(1e-6) == whole  # as another device would round
+        assert drawn(1e-6) == whole  # differences like another device's rounding
 
 
 def test_uniform_numbers():
-    """Of different seeds, steps and places: even, uncorrelated, never 0 or 1."""
+    """Numbers of different seeds, steps and places are even, uncorrelated and never 0 or 1."""
     grid = np.array(
         [[decoding.uniforms(seed, step, np.arange(500)) for step in range(4)] for seed in range(5)]
     )
@@ -271,7 +271,7 @@ def test_uniform_numbers():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_beam_sampling_is_without_replacement(temperature):
-    """Pairs out of two beams with four tokens each come as often as two draws without putting back."""
+    """Pairs from two beams of four tokens come as often as two draws without putting back."""
     settings = with_(mode=BEAM_SAMPLE, num_beams=2, temperature=temperature)
     pick = decoding._Picker(dataclasses.replace(settings, seed=0), [], [0], None)
     scores, totals = torch.tensor([LOGITS[:4], LOGITS[3:7]]), [-0.5, -1.2]
@@ -284,21 +284,21 @@ def test_beam_sampling_is_without_replacement(temperature):
     assert sum(pairs.values()) == pytest.approx(1)
     drawn = collections.Counter()
     for _ in range(DRAWS):
-        found = pick.best(scores, [[1], [2]], totals, 2)
-        assert found[0][0] >= found[1][0]
-        for value, beam, token, _ in found:
+        picks = pick.best(scores, [[1], [2]], totals, 2)
+        assert picks[0][0] >= picks[1][0]
+        for value, beam, token, _ in picks:
             assert value == pytest.approx(math.log(weights[4 * beam + token]), abs=1e-5)
-        drawn[frozenset(4 * beam + token for _, beam, token, _ in found)] += 1
+        drawn[frozenset(4 * beam + token for _, beam, token, _ in picks)] += 1
     assert variation(drawn, pairs) < 0.05
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_lengths_are_kept(mode):
-    """No answer is shorter or longer than asked for; without a least length some are shorter."""
+    """No answer is shorter or longer than the options allow; with no least length some are shorter."""
 
     def lengths(least: int) -> list[int]:
-        how = {"mode": mode, "min_new_tokens": least, "max_new_tokens": 9}
-        return [len(said([5, n], with_(**how, seed=n), range(8))[-1].beams[0]) for n in range(30)]
+        options = {"mode": mode, "min_new_tokens": least, "max_new_tokens": 9}
+        return [len(said([5, n], with_(**options, seed=n), range(8))[-1].beams[0]) for n in range(30)]
 
     assert min(lengths(0)) < 6
     assert min(lengths(6)) >= 6
@@ -307,7 +307,7 @@ def test_lengths_are_kept(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_repetition_is_avoided(mode):
-    """No n-gram comes twice; a high penalty leaves fewer tokens that were there before."""
+    """No n-gram comes twice, and a high penalty leaves fewer tokens that came before."""
     repeats = collections.Counter()
     for number in range(20):
         prompt = [5, 6, 5, number]
@@ -329,14 +329,14 @@ def test_repetition_is_avoided(mode):
 
 @pytest.mark.parametrize("narrow", [{"temperature": 0.01}, {"top_k": 1}, {"top_p": 0.0}])
 def test_the_narrowest_sampling_is_greedy(narrow):
-    """Each of the three alone; without it other tokens come."""
+    """Each of the three options does this alone; without them other tokens come."""
     greedy = [said([9, n], with_())[-1].beams for n in range(20)]
     assert [said([9, n], with_(mode=SAMPLE, seed=n, **narrow))[-1].beams for n in range(20)] == greedy
     assert [said([9, n], with_(mode=SAMPLE, seed=n))[-1].beams for n in range(20)] != greedy
 
 
 def test_more_beams_find_likelier_answers(engines):
-    """Of fixed length, the mean log probability over 20 prompts rises from greedy to two and six beams."""
+    """At fixed length the mean log probability rises from greedy to two and six beams, over 20 prompts."""
 
     @torch.no_grad()
     def likelihood(prompt: list[int], ids: list[int]) -> float:
@@ -344,12 +344,12 @@ def test_more_beams_find_likelier_answers(engines):
         return torch.log_softmax(logits, -1)[range(len(ids)), ids].mean().item()
 
     means = []
-    for how in ({"mode": GREEDY}, {"mode": BEAM, "num_beams": 2}, {"mode": BEAM, "num_beams": 6}):
-        settings = with_(**how, min_new_tokens=8, max_new_tokens=8)
-        found = [
+    for options in ({"mode": GREEDY}, {"mode": BEAM, "num_beams": 2}, {"mode": BEAM, "num_beams": 6}):
+        settings = with_(**options, min_new_tokens=8, max_new_tokens=8)
+        likelihoods = [
             likelihood([n, 2], answer(engines[0], [n, 2], settings, [0])[-1].beams[0]) for n in range(20)
         ]
-        means.append(sum(found) / 20)
+        means.append(sum(likelihoods) / 20)
     assert means == sorted(set(means)), means
 
 
@@ -372,7 +372,7 @@ def test_a_watch_bans_and_stops(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_when_everything_is_banned_the_answer_ends(mode):
-    """At the first token or at the third; what was there stays."""
+    """This is tried at the first and the third token; the tokens before stay."""
     for length in (1, 3):
         watch = {True: BANNED, False: GOES}
         steps = said([4, 4], with_(mode=mode, seed=1), watch=lambda ids, n=length, w=watch: w[len(ids) >= n])
@@ -382,22 +382,22 @@ def test_when_everything_is_banned_the_answer_ends(mode):
 
 @pytest.mark.parametrize("mode", [GREEDY, BEAM])
 def test_equal_scores_lose_no_candidate(mode):
-    """Sixteen tokens with one score, all but one banned: the one is found, and none comes twice."""
-    for left in range(16):
+    """Of sixteen tokens with one score all but one are banned: that one is picked, and none twice."""
+    for allowed in range(16):
         pick = decoding._Picker(
-            with_(mode=mode), [], [99], lambda ids, left=left: GOES if ids[-1] == left else BANNED
+            with_(mode=mode), [], [99], lambda ids, allowed=allowed: GOES if ids[-1] == allowed else BANNED
         )
-        found = pick.best(torch.zeros(1, 16), [[]], [0.0], 1 if mode == GREEDY else 8)
-        assert [token for _, _, token, _ in found] == [left]
+        picks = pick.best(torch.zeros(1, 16), [[]], [0.0], 1 if mode == GREEDY else 8)
+        assert [token for _, _, token, _ in picks] == [allowed]
     pick = decoding._Picker(with_(mode=mode), [], [99], lambda ids: GOES if ids[-1] % 2 else BANNED)
-    found = pick.best(torch.zeros(1, 64), [[]], [0.0], 20)
-    assert len({token for _, _, token, _ in found}) == 20
+    picks = pick.best(torch.zeros(1, 64), [[]], [0.0], 20)
+    assert len({token for _, _, token, _ in picks}) == 20
 
 
 def test_least_length_is_kept_on_the_scores_own_device():
-    """And an end that there are no scores of is none."""
-    made = decoding._scored([1, 2, 7], torch.zeros(1, 5, device="meta"))
-    assert (made.device.type, made.shape) == ("meta", (2,))
+    """An end token for which there is no score is ignored."""
+    ids = decoding._scored([1, 2, 7], torch.zeros(1, 5, device="meta"))
+    assert (ids.device.type, ids.shape) == ("meta", (2,))
     pick = decoding._Picker(with_(min_new_tokens=2), [0, 0], [1, 2, 7], None)
     scores = torch.tensor([[0.0, 3.0, 2.0, 1.0, 0.0]])
     assert [pick.best(scores, [[0] * length], [0.0], 1)[0][2] for length in range(4)] == [3, 3, 1, 1]
@@ -407,23 +407,23 @@ def test_least_length_is_kept_on_the_scores_own_device():
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
 @pytest.mark.parametrize("top_k", [0, 5, 60])
 def test_a_shortlist_draws_what_all_tokens_would(monkeypatch, top_k, top_p):
-    """The same draws whether a few or all are looked at; of equal scores --top_p cuts off any."""
+    """The draws do not depend on how many tokens are compared; of equal scores --top_p cuts off any."""
     settings = with_(mode=SAMPLE, top_k=top_k, top_p=top_p, temperature=0.7, seed=3)
     luck = torch.Generator().manual_seed(0)
     digits = 1 if top_p == 1 else 6
     scores = [(4 * torch.randn(1, 2000, generator=luck)).round(decimals=digits) for _ in range(100)]
-    found = []
+    draws = []
     for shortlist in (2000, 256, 16):
         monkeypatch.setattr(decoding, "SHORTLIST", shortlist)
         pick = decoding._Picker(settings, [], [0], None)
-        found.append([pick.best(each, [[]], [0.0], 1)[0][1:3] for each in scores])
-    assert found[0] == found[1] == found[2]
-    assert len(set(found[0])) > 20
+        draws.append([pick.best(each, [[]], [0.0], 1)[0][1:3] for each in scores])
+    assert draws[0] == draws[1] == draws[2]
+    assert len(set(draws[0])) > 20
 
 
 @pytest.mark.parametrize("mode", [BEAM, BEAM_SAMPLE])
 def test_stable_tokens_of_beams_are_never_taken_back(mode):
-    """Over 200 prompts: a prefix of every later best beam and of the answer; it grows before the end."""
+    """Over 200 prompts they begin every later best beam and the answer, and grow before the end."""
     shares = []
     for number in range(200):
         prompt, settings, ends = case(number, 2 + number % 5)

@@ -1,4 +1,4 @@
-"""Tokens -> the text that is shown: joined it is the whole text, nothing is taken back, phrases keep out."""
+"""From tokens to the text shown: its parts join to the whole text, none is taken back, phrases stay out."""
 
 import itertools
 import random
@@ -52,7 +52,7 @@ PIECES += ["😀", "👨\u200d👩\u200d👧\u200d👦", "🇨🇳", "👍🏽",
 
 
 def crossing_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with tokens that end in the middle of one character and begin in that of another."""
+    """A byte-level BPE with tokens that end inside one character and begin inside another."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -77,7 +77,7 @@ def decoded(tokenizer, ids: list[int]) -> str:
 
 
 def written(tokenizer, chance: random.Random, count: int) -> list[int]:
-    """Tokens of a random text, cut in odd places."""
+    """Return the tokens of a random text that is cut in odd places."""
     text = "".join(chance.choice(PIECES) for _ in range(count))
     cuts = sorted(chance.randrange(len(text) + 1) for _ in range(count))
     parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
@@ -85,7 +85,7 @@ def written(tokenizer, chance: random.Random, count: int) -> list[int]:
 
 
 def thrown(tokenizer, chance: random.Random, count: int) -> list[int]:
-    """Any tokens: broken characters, control tokens, halves of both."""
+    """Return random tokens, with broken characters, control tokens and halves of both."""
     return [chance.randrange(len(tokenizer)) for _ in range(2 * count)]
 
 
@@ -95,7 +95,7 @@ def single(ids: list[int], finished: str = LENGTH) -> Iterator[Step]:
 
 
 def plainly(tokenizer, ids: list[int]) -> str:
-    """What the tokens say: the decoder's text; of a vocabulary with bytes their UTF-8, mended byte by byte.
+    """Return the text of the tokens; if the vocabulary has bytes, their UTF-8, mended byte by byte.
 
     (A decoder that falls back on bytes takes a whole character for broken when a broken byte follows it.)
     """
@@ -110,7 +110,7 @@ def plainly(tokenizer, ids: list[int]) -> str:
 
 
 def test_the_joined_stream_is_the_whole_text(tokenizer):
-    """1,000 sequences: every text shown is a beginning of the last one, and that is what the tokens say.
+    """Over 1,000 sequences every text shown is a beginning of the last one, which is the tokens' text.
 
     So no broken character is shown that does not stay.
     """
@@ -119,15 +119,15 @@ def test_the_joined_stream_is_the_whole_text(tokenizer):
         chance = random.Random(number)
         make = thrown if number % 3 == 0 else written
         ids = make(tokenizer, chance, chance.randint(1, 8))
-        shown = list(detokenizer.grow(tokenizer, single(ids), []))
-        said, stream = plainly(tokenizer, ids).strip(), ""
+        replies = list(detokenizer.grow(tokenizer, single(ids), []))
+        expected, stream = plainly(tokenizer, ids).strip(), ""
         whole = detokenizer.final(tokenizer, ids, [])
         # a character that the end has cut off is left out
-        assert said.startswith(whole)
-        assert not said[len(whole) :].replace(BROKEN, "").strip()
+        assert expected.startswith(whole)
+        assert not expected[len(whole) :].replace(BROKEN, "").strip()
         sure = plainly(tokenizer, ids[: -detokenizer.LONGEST]).strip()  # no later token can be a part of it
         assert whole.startswith(sure.rstrip(BROKEN).strip())
-        for text in shown:
+        for text in replies:
             assert text.stable.startswith(stream)
             stream += text.stable[len(stream) :]
             assert whole.startswith(text.beams[0])
@@ -135,14 +135,14 @@ def test_the_joined_stream_is_the_whole_text(tokenizer):
         assert stream == whole
         if BROKEN not in decoded(tokenizer, ids):
             assert whole == decoded(tokenizer, ids).strip()
-        broken += BROKEN in said
-        cut += whole != said
+        broken += BROKEN in expected
+        cut += whole != expected
     assert 100 < broken < 500
     assert 50 < cut < 500
 
 
 def test_a_character_that_the_end_cuts_off_is_left_out(tokenizer):
-    """Wherever an answer is cut, and an answer that goes on behind it has the whole one."""
+    """This holds wherever an answer is cut; a continued answer has the whole character."""
     text = "在这个示例中 🙂 我将"
     ids = encode_text(tokenizer, text)
     for length in range(1, len(ids) + 1):
@@ -154,7 +154,7 @@ def test_a_character_that_the_end_cuts_off_is_left_out(tokenizer):
 
 
 def test_broken_bytes_are_as_many_as_utf8_says(tokenizer):
-    """2,000 runs of bytes that begin, go on and break characters in every way, beside whole letters."""
+    """The 2,000 runs of bytes begin, continue and break characters in every way, beside whole letters."""
     if "<0x00>" in tokenizer.get_vocab():
         names = [f"<0x{byte:02X}>" for byte in range(256)]
     else:
@@ -162,27 +162,27 @@ def test_broken_bytes_are_as_many_as_utf8_says(tokenizer):
     tokens = tokenizer.convert_tokens_to_ids(names)
     chance = random.Random(0)
     for _ in range(2000):
-        made = bytes(chance.choices(b"A\x80\x8e\x9f\xbf\xc3\xe4\xed\xf0\xf4\xfc", k=chance.randint(1, 14)))
-        whole = made.decode("utf-8", "replace")
+        data = bytes(chance.choices(b"A\x80\x8e\x9f\xbf\xc3\xe4\xed\xf0\xf4\xfc", k=chance.randint(1, 14)))
+        whole = data.decode("utf-8", "replace")
         window = Detokenizer(tokenizer)
-        for number, byte in enumerate(made, 1):
+        for number, byte in enumerate(data, 1):
             window.push([tokens[byte]])
-            assert whole.startswith(window.with_tail([])), (made, number)
-        assert window.text + window.tail([]) == whole, made
+            assert whole.startswith(window.with_tail([])), (data, number)
+        assert window.text + window.tail([]) == whole, data
 
 
 def test_text_comes_as_soon_as_its_characters_are_whole(tokenizer):
-    """After each whole character of a text nothing waits, unless a token is cut through the next one."""
+    """No whole character waits, unless a token is cut through the next one."""
     text = "红色 green 水在一百度沸腾 😀 ok"
     ids = encode_text(tokenizer, text)
-    window, known = Detokenizer(tokenizer), ""
+    window, complete = Detokenizer(tokenizer), ""
     for length in range(1, len(ids) + 1):
         window.push(ids[length - 1 : length])
         whole = decoded(tokenizer, ids[:length])
         if BROKEN not in whole:
-            known = whole
+            complete = whole
             assert window.text == whole
-        assert window.with_tail([]) == max(known, whole.rstrip(BROKEN), key=len)
+        assert window.with_tail([]) == max(complete, whole.rstrip(BROKEN), key=len)
     assert window.text == decoded(tokenizer, ids) == text
 
 
@@ -195,20 +195,20 @@ class Counting:
     def __getattr__(self, name: str):
         return getattr(self.tokenizer, name)
 
-    def decode(self, ids: Sequence[int], **how) -> str:
+    def decode(self, ids: Sequence[int], **options) -> str:
         self.count += len(ids)
-        return self.tokenizer.decode(ids, **how)
+        return self.tokenizer.decode(ids, **options)
 
 
-MOST = 32  # times a token is decoded, the last step's texts included
-SPELT = 3  # tokens that a broken byte is written with
+MOST = 32  # times that a token may be decoded, with the texts of the last step
+SPELT = 3  # tokens that write one broken byte
 
 
 @pytest.mark.parametrize("kind", ["written", "thrown", "bytes", "nothing"])
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("stops", [[], ["\n\n\n\n", "never"]])
 def test_tokens_are_decoded_a_bounded_number_of_times(tokenizer, kind, width, stops):
-    """The cost of an answer grows with its length: broken bytes, control tokens, unsettled beams as well."""
+    """The cost of an answer is linear, also with broken bytes, control tokens or unsettled beams."""
     chance = random.Random(1)
     per_token = []
     for count in (60, 300):
@@ -241,15 +241,15 @@ def test_tokens_are_decoded_a_bounded_number_of_times(tokenizer, kind, width, st
 
 
 def phrases(chance: random.Random, text: str, count: int) -> list[str]:
-    """Random pieces of the text, of one to six characters."""
+    """Return random pieces of the text, of one to six characters."""
     places = [chance.randrange(len(text)) for _ in range(count)]
     return [text[place : place + chance.randint(1, 6)] for place in places]
 
 
 def test_stop_words_end_the_answer_and_are_never_shown(tokenizer):
-    """Random pieces of 120 texts: the watch sees the token that completes one, the text ends before it, and
+    """The watch sees the token that completes a stop word, and the text ends before the word.
 
-    nothing behind that place was in any stable text.
+    The stop words are random pieces of 120 texts; nothing behind them was in any stable text.
     """
     stopped = 0
     for number in range(120):
@@ -261,24 +261,24 @@ def test_stop_words_end_the_answer_and_are_never_shown(tokenizer):
         stops = phrases(chance, text, chance.randint(1, 3))
         watch = detokenizer.watch(tokenizer, stops, [])
         texts = [plainly(tokenizer, ids[:n]).rstrip(BROKEN) for n in range(len(ids) + 1)]
-        wanted = next((n for n, t in enumerate(texts) if any(s in t for s in stops)), None)
-        verdicts = [watch(ids[:n]) for n in range(1, (wanted or len(ids)) + 1)]
-        assert verdicts == [GOES] * (len(verdicts) - 1) + [STOPS if wanted else GOES]
-        if not wanted:
+        stop_at = next((n for n, t in enumerate(texts) if any(s in t for s in stops)), None)
+        verdicts = [watch(ids[:n]) for n in range(1, (stop_at or len(ids)) + 1)]
+        assert verdicts == [GOES] * (len(verdicts) - 1) + [STOPS if stop_at else GOES]
+        if not stop_at:
             continue
         stopped += 1
-        shown = list(detokenizer.grow(tokenizer, single(ids[:wanted], STOP), stops))
-        last = shown[-1].whole
-        begun = min(texts[wanted].find(stop) for stop in stops if stop in texts[wanted])
-        assert last == texts[wanted][:begun].strip()
+        replies = list(detokenizer.grow(tokenizer, single(ids[:stop_at], STOP), stops))
+        last = replies[-1].whole
+        place = min(texts[stop_at].find(stop) for stop in stops if stop in texts[stop_at])
+        assert last == texts[stop_at][:place].strip()
         assert not any(stop in last for stop in stops)
-        for one, later in itertools.pairwise(shown):
+        for one, later in itertools.pairwise(replies):
             assert later.stable.startswith(one.stable)
     assert stopped > 80
 
 
 def test_words_in_a_long_run_of_bytes_are_seen():
-    """A decoder that falls back on bytes judges a run of them as a whole: a piece of it alone is broken."""
+    """A decoder that falls back on bytes reads a run of them as a whole; a piece of it alone is broken."""
     tokenizer = TOKENIZERS["sentencepiece"]()
     text = "".join(chr(0x9F00 + i) for i in range(60))
     ids = encode_text(tokenizer, text)
@@ -291,7 +291,7 @@ def test_words_in_a_long_run_of_bytes_are_seen():
 
 
 class Writer:
-    """An engine's stream that wants to write one text; where it cannot it goes on behind."""
+    """An engine's stream that prefers the tokens of one text, or continues behind one that is banned."""
 
     def __init__(self, wanted: list[int], size: int, seed: int):
         self.wanted = wanted
@@ -300,10 +300,10 @@ class Writer:
         self.rows: list[list[int]] = [[]]
 
     def first(self) -> torch.Tensor:
-        made = torch.stack([self.noise[(sum(row) + len(row)) % 64] for row in self.rows])
+        scores = torch.stack([self.noise[(sum(row) + len(row)) % 64] for row in self.rows])
         for number, row in enumerate(self.rows):
-            made[number, self.wanted[len(row) % len(self.wanted)]] += 9
-        return made
+            scores[number, self.wanted[len(row) % len(self.wanted)]] += 9
+        return scores
 
     def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
         self.rows = [[*self.rows[p], token] for p, token in zip(parents, tokens, strict=True)]
@@ -312,15 +312,15 @@ class Writer:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_banned_phrases_are_never_said(tokenizer, mode):
-    """Random pieces of what would have been said, of many tokens, CJK and emoji: in no beam, in no text."""
-    said, long = 0, 0
+    """Random pieces of the free answer, with many tokens, CJK and emoji, are in no beam and no text."""
+    changed, long = 0, 0
     for number in range(20):
         chance = random.Random(number)
-        wanted = written(tokenizer, chance, 8)[:20]
-        settings = Generation(mode, 1.0, 1.0, 0, 3, 1.0, 0, 0, len(wanted), seed=number)
+        ids = written(tokenizer, chance, 8)[:20]
+        settings = Generation(mode, 1.0, 1.0, 0, 3, 1.0, 0, 0, len(ids), seed=number)
 
-        def write(banned, wanted=wanted, settings=settings, number=number) -> list[detokenizer.PartialText]:
-            stream = Writer(wanted, len(tokenizer), number)
+        def write(banned, ids=ids, settings=settings, number=number) -> list[detokenizer.PartialText]:
+            stream = Writer(ids, len(tokenizer), number)
             watch = detokenizer.watch(tokenizer, [], banned)
             ends = [tokenizer.eos_token_id]
             steps = decoding.decode(stream, [5], settings, ends, settings.max_new_tokens, watch)
@@ -330,55 +330,55 @@ def test_banned_phrases_are_never_said(tokenizer, mode):
         if not free:
             continue
         banned = [phrase for phrase in phrases(chance, free, 3) if phrase.strip()]
-        shown = write(banned)
-        for text in shown:
+        replies = write(banned)
+        for text in replies:
             assert not any(phrase in one for phrase in banned for one in (text.stable, *text.beams))
-        assert shown[-1].whole
-        said += shown[-1].whole != free
+        assert replies[-1].whole
+        changed += replies[-1].whole != free
         long += any(len(encode_text(tokenizer, phrase)) > 3 for phrase in banned)
-    assert said > 12
+    assert changed > 12
     assert long > 8
 
 
 @pytest.mark.parametrize("mode", [BEAM, BEAM_SAMPLE])
 def test_stop_words_end_beams_too(tokenizer, mode):
-    """No beam holds one; stable text is a beginning of every later one and of the answer."""
+    """No beam holds a stop word, and stable text is a beginning of every later one and of the answer."""
     stopped = 0
     for number in range(30):
         chance = random.Random(number)
-        wanted = written(tokenizer, chance, 8)[:20]
-        text = decoded(tokenizer, wanted).replace(BROKEN, "")
+        ids = written(tokenizer, chance, 8)[:20]
+        text = decoded(tokenizer, ids).replace(BROKEN, "")
         if not text.strip():
             continue
         stops = phrases(chance, text, 2)
-        settings = Generation(mode, 1.0, 1.0, 0, 3, 1.0, 0, 0, len(wanted), seed=number)
+        settings = Generation(mode, 1.0, 1.0, 0, 3, 1.0, 0, 0, len(ids), seed=number)
         steps = decoding.decode(
-            Writer(wanted, len(tokenizer), number),
+            Writer(ids, len(tokenizer), number),
             [5],
             settings,
             [tokenizer.eos_token_id],
-            len(wanted),
+            len(ids),
             detokenizer.watch(tokenizer, stops, []),
         )
-        shown = list(detokenizer.grow(tokenizer, steps, stops))
-        assert not any(stop in one for stop in stops for one in shown[-1].beams)
-        for one, later in itertools.pairwise(shown):
+        replies = list(detokenizer.grow(tokenizer, steps, stops))
+        assert not any(stop in one for stop in stops for one in replies[-1].beams)
+        for one, later in itertools.pairwise(replies):
             assert later.stable.startswith(one.stable)
             assert one.whole == one.beams[0]
-        stopped += shown[-1].finished == STOP
+        stopped += replies[-1].finished == STOP
     assert stopped > 15
 
 
 def test_a_continued_answer_keeps_its_beginning(tokenizer):
-    """Whatever the stop words: what stands there is never cut, a word over the border still ends it."""
+    """No stop word cuts the given beginning, but one that crosses its end stops the answer."""
     ids = encode_text(tokenizer, "one STOP two STOP three")
     cut = next(n for n in range(len(ids)) if decoded(tokenizer, ids[:n]) == "one STOP two ST")
     before, rest = ids[:cut], ids[cut:]
     started = detokenizer.beginning(tokenizer, before, ["STOP"])
     assert started.whole == "one STOP two ST"
-    shown = list(detokenizer.grow(tokenizer, single(rest, END), ["STOP"], before))
-    assert all(text.stable.startswith(started.stable) for text in shown)
-    assert shown[-1].whole == "one STOP two"
+    replies = list(detokenizer.grow(tokenizer, single(rest, END), ["STOP"], before))
+    assert all(text.stable.startswith(started.stable) for text in replies)
+    assert replies[-1].whole == "one STOP two"
     watch = detokenizer.watch(tokenizer, ["STOP"], [], before)
     verdicts = [watch(rest[:n]) for n in range(1, len(rest) + 1)]
     texts = [decoded(tokenizer, [*before, *rest[:n]]) for n in range(1, len(rest) + 1)]
@@ -390,7 +390,7 @@ def test_a_continued_answer_keeps_its_beginning(tokenizer):
 
 
 def test_a_cancelled_answer_shows_what_was_held_back(tokenizer):
-    """The beams are whole: the beginning of a stop word that did not come is in them."""
+    """The beams hold the beginning of a stop word that was not completed."""
     ids = encode_text(tokenizer, "well then, no")
     *_, text, _ = detokenizer.grow(tokenizer, single(ids), ["not", "nothing"])
     assert not text.stable.endswith(("n", "no"))

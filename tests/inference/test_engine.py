@@ -1,6 +1,6 @@
-"""Every engine fulfils engine.Engine: one behavioural test of all, that knows nothing but this Protocol.
+"""Every engine fulfils engine.Engine: each of these tests is for all engines and uses only this Protocol.
 
-Weights, keys and values are in fp32, so that what stood in the cache before changes no token.
+Weights, keys and values are in fp32, so that earlier contents of the cache change no token.
 """
 
 import itertools
@@ -46,7 +46,7 @@ def adapters(tiny_model, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module", params=["transformers", "llama.cpp", "lazy"])
 def make(request, tiny_model, adapters, tmp_path_factory) -> Callable[[], Engine]:
-    """Makes an engine of one kind, with the adapters a and b."""
+    """A function that makes an engine of one kind, with the adapters a and b."""
 
     def of_transformers() -> Engine:
         model = base_model.load_base(str(tiny_model), 16, "fp32", "cpu").eval()
@@ -56,8 +56,8 @@ def make(request, tiny_model, adapters, tmp_path_factory) -> Callable[[], Engine
 
     def lazily() -> Engine:
         named = ",".join(f"{name}={folder}" for name, folder in adapters.items())
-        given = {"model_path": str(tiny_model), "lora_path": named, "dtype": "fp32", "device": "cpu"}
-        options = config_options.build(ChatConfig, given)
+        settings = {"model_path": str(tiny_model), "lora_path": named, "dtype": "fp32", "device": "cpu"}
+        options = config_options.build(ChatConfig, settings)
         return inference_chat.later(options, None, lambda device: ["run-7"]).engine
 
     if request.param != "llama.cpp":
@@ -73,13 +73,13 @@ def make(request, tiny_model, adapters, tmp_path_factory) -> Callable[[], Engine
 
 @pytest.fixture(scope="module")
 def engine(make) -> Iterator[Engine]:
-    made = make()
-    yield made
-    made.close()
+    new_engine = make()
+    yield new_engine
+    new_engine.close()
 
 
 def growing(sequence: Sequence) -> Iterator[int]:
-    """The most probable tokens, one a step."""
+    """Yield the most probable tokens, one for each step."""
     for _ in sequence.read():
         pass
     scores = sequence.first()
@@ -97,7 +97,7 @@ def answer(engine: Engine, prompt: list[int], active_adapters) -> list[int]:
 
 
 def test_open_sequences_keep_to_their_adapters(engine):
-    """All are open at once, and are advanced by turns where the engine says that it can do that."""
+    """All are open at once, and they are advanced by turns if the engine can do that."""
     alone = []
     for job in JOBS:
         alone.append(answer(engine, *job))
@@ -113,26 +113,26 @@ def test_open_sequences_keep_to_their_adapters(engine):
         together = []
         for sequence, following in itertools.zip_longest(opened, opened[1:]):
             tokens = growing(sequence)
-            begun = [next(tokens)]
+            beginning = [next(tokens)]
             if following is not None:
                 assert next(iter(following.read())) == 0  # it waits for its turn
-            together.append(begun + list(itertools.islice(tokens, COUNT - 1)))
+            together.append(beginning + list(itertools.islice(tokens, COUNT - 1)))
             sequence.close()
     assert together == alone
 
 
 def test_beams_are_advanced_together(engine):
-    """Where a mode with beams is not lacking: two beams of one sequence are two sequences of their own."""
+    """Where an engine has beams, two beams of one sequence are like two sequences."""
     if "beam" in engine.capabilities.lacks:
         assert engine.capabilities.lacks["beam"] in config_chat.LACKS
         return
     prompt, active_adapters = JOBS[1]
-    wanted = [answer(engine, [*prompt, token], active_adapters)[0] for token in (30, 31)]
+    expected = [answer(engine, [*prompt, token], active_adapters)[0] for token in (30, 31)]
     sequence = engine.open(prompt, active_adapters)
     assert list(sequence.read())[-1] == len(prompt)
     scores = sequence.advance([0, 0], [30, 31])
-    assert scores.argmax(-1).tolist() == wanted
-    again = sequence.advance([1, 0], wanted[::-1])
+    assert scores.argmax(-1).tolist() == expected
+    again = sequence.advance([1, 0], expected[::-1])
     assert again.shape == scores.shape
     sequence.close()
 
@@ -148,30 +148,30 @@ def test_what_was_read_is_kept_for_the_next_turn(engine):
 
 
 def test_a_cancelled_sequence_is_free_for_others(engine):
-    """While it is read, between two steps, and while it waits; close() may be called twice."""
+    """It is cancelled unread, between two steps, and while it waits; close() may be called twice."""
     alone = answer(engine, *JOBS[0])
     engine.forget()
-    unread, begun = engine.open(*JOBS[1]), None
+    unread, running = engine.open(*JOBS[1]), None
     unread.cancel()
     list(unread.read())
     with pytest.raises(RuntimeError, match="cancelled"):
         unread.first()
     unread.close()
-    begun = engine.open(*JOBS[2])
-    token = next(growing(begun))
-    waiting, ended = engine.open(*JOBS[3]), threading.Event()
-    thread = threading.Thread(target=lambda: [list(waiting.read()), ended.set()])
+    running = engine.open(*JOBS[2])
+    token = next(growing(running))
+    waiting, finished = engine.open(*JOBS[3]), threading.Event()
+    thread = threading.Thread(target=lambda: [list(waiting.read()), finished.set()])
     thread.start()
     waiting.cancel()
-    assert ended.wait(30)
+    assert finished.wait(30)
     waiting.close()
-    begun.cancel()
+    running.cancel()
     with pytest.raises(RuntimeError, match="cancelled"):
-        begun.advance([0], [token])
-    begun.close()
-    begun.close()
+        running.advance([0], [token])
+    running.close()
+    running.close()
     with pytest.raises(RuntimeError, match="closed"):
-        begun.advance([0], [token])
+        running.advance([0], [token])
     assert answer(engine, *JOBS[0]) == alone
 
 
@@ -182,25 +182,25 @@ def test_adapters_that_are_not_there_are_refused(engine):
 
 
 def test_asking_reads_no_weights(make):
-    """What a page needs before a question; then load() does it, and close() frees it for good."""
-    made = make()
-    loaded = made.is_loaded
-    assert (made.name, list(made.adapters)) == (made.name, ["a", "b"])
-    assert made.capabilities.interleaves == ("beam" not in made.capabilities.lacks)
-    assert made.placement.device == "cpu"
-    made.check_active_adapters((("a", 1.0),))
-    made.forget()
-    assert made.is_loaded == loaded
+    """What a page needs before a question loads none; load() does, and close() frees them for good."""
+    new_engine = make()
+    loaded = new_engine.is_loaded
+    assert (new_engine.name, list(new_engine.adapters)) == (new_engine.name, ["a", "b"])
+    assert new_engine.capabilities.interleaves == ("beam" not in new_engine.capabilities.lacks)
+    assert new_engine.placement.device == "cpu"
+    new_engine.check_active_adapters((("a", 1.0),))
+    new_engine.forget()
+    assert new_engine.is_loaded == loaded
     if not loaded:
-        assert made.placement.beside == ("run-7",)
+        assert new_engine.placement.beside == ("run-7",)
         with pytest.raises(RuntimeError, match="before the weights are loaded"):
-            _ = made.context
-    made.load()
-    assert made.is_loaded
-    assert made.context > len(JOBS[0][0])
-    made.close()
-    made.close()
-    for work in (lambda: answer(made, *JOBS[0]), lambda: list(made.each(*JOBS[0]))):
+            _ = new_engine.context
+    new_engine.load()
+    assert new_engine.is_loaded
+    assert new_engine.context > len(JOBS[0][0])
+    new_engine.close()
+    new_engine.close()
+    for work in (lambda: answer(new_engine, *JOBS[0]), lambda: list(new_engine.each(*JOBS[0]))):
         with pytest.raises(RuntimeError, match="closed"):
             work()
 

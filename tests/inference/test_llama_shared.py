@@ -1,7 +1,8 @@
-"""Several people at one GGUF file: whoever is answered, and however the adapters change, each gets their own.
+"""Several people use one GGUF file: whoever is answered with which adapters, each gets their own answer.
 
-Weights, keys and values in fp32: in 16 bits a prompt that is read anew and one whose beginning was kept round
-differently, and may part where two tokens are nearly equal (docs/chat.md says how often).
+Weights, keys and values are in fp32. In 16 bits a prompt that is read anew is rounded in another way than
+one whose beginning is reused, so texts may differ where two tokens are nearly equal (docs/chat.md says how
+often).
 """
 
 import dataclasses
@@ -39,8 +40,8 @@ def talk(tiny_model, tmp_path_factory) -> Iterator[Chat]:
         folder = save_adapter(tiny_model, place / name, seed, r=8, lora_alpha=32, target_modules=modules)
         files[name] = gguf.adapter(folder, tiny_model, place / f"{name}.gguf")
     base = gguf.base(tiny_model, place / "base.gguf", any_tokenizer=True, kind="f32")
-    own = models_tokenizer.load_tokenizer(str(tiny_model))
-    engine = llama_cpp_engine.Engine(base, own, 512, files, threads=1, exact=True)
+    tokenizer = models_tokenizer.load_tokenizer(str(tiny_model))
+    engine = llama_cpp_engine.Engine(base, tokenizer, 512, files, threads=1, exact=True)
     yield Chat(engine, engine.tokenizer, data_template.load("alpaca", engine.tokenizer))
     engine.close()
 
@@ -51,14 +52,16 @@ def answer(talk: Chat, word: str, settings: Generation, active=()) -> str:
 
 
 def test_four_answers_at_once_keep_to_their_adapters(talk, monkeypatch):
-    """I10: four threads ask at once, of the base, of two adapters, of both with weights; the adapters change
-    from answer to answer, and each is the one that is given alone."""
+    """I10: four threads ask at once, and each gets the answers that it gets alone.
+
+    They use the base, two adapters, and both with weights, so the adapters change from answer to answer.
+    """
     words = tiny.WORDS[:4]
 
-    def said(word: str, active) -> tuple[str, ...]:
+    def answers(word: str, active) -> tuple[str, ...]:
         return tuple(answer(talk, word, settings, active) for settings in (QUICK, DRAWN))
 
-    alone = {(word, active): said(word, active) for word, active in itertools.product(words, CHOICES)}
+    alone = {(word, active): answers(word, active) for word, active in itertools.product(words, CHOICES)}
     assert all(len({alone[word, active] for active in CHOICES}) == 4 for word in words)
     together, changes, activate = {}, [], talk.engine._activate
     monkeypatch.setattr(talk.engine, "_activate", lambda active: changes.append(active) or activate(active))
@@ -67,7 +70,7 @@ def test_four_answers_at_once_keep_to_their_adapters(talk, monkeypatch):
     def work(active) -> None:
         for word in words:
             starts.wait(60)
-            together[word, active] = said(word, active)
+            together[word, active] = answers(word, active)
 
     threads = [threading.Thread(target=work, args=(active,)) for active in CHOICES]
     for thread in threads:
@@ -79,7 +82,7 @@ def test_four_answers_at_once_keep_to_their_adapters(talk, monkeypatch):
 
 
 def test_a_seed_gives_the_same_answer_twenty_times(talk):
-    """I11: alone, and while another user is answered all the time."""
+    """I11: the answers are equal, alone and while another user is answered all the time."""
     alone = {answer(talk, "red", DRAWN) for _ in range(20)}
     assert len(alone) == 1
     stop, others = threading.Event(), []

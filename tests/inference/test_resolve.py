@@ -39,7 +39,7 @@ PROGRAMS = {**ANSWERING, **WRITING}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Path]:
-    """A base, and an adapter with what a run records about it."""
+    """A base, and an adapter with the record that a run makes of it."""
     place = tmp_path_factory.mktemp("trained")
     base = tiny.save_model(place / "base")
     adapter = save_adapter(base, place / "adapter")
@@ -116,7 +116,7 @@ def options(base: Path | None, adapter: Path) -> dict[str, str]:
 @pytest.mark.parametrize("is_named", [False, True], ids=["unnamed", "named"])
 @pytest.mark.parametrize("change", [nothing, forget_fingerprints])
 def test_the_same_base_and_template(pair, program, is_named, change):
-    """Named or not, with fingerprints that are right and without any: no warning, no refusal."""
+    """If the base is named or not, and with or without correct fingerprints, there is no warning."""
     base, adapter = pair
     change(base, adapter)
     with console.heard() as lines:
@@ -141,7 +141,7 @@ def test_the_same_base_and_template(pair, program, is_named, change):
     ],
 )
 def test_the_same_refusals(pair, program, change, words, code):
-    """The user named no base: what the adapter was trained on is gone or another one."""
+    """The user named no base, and the one that the adapter was trained on is missing or has changed."""
     change(*pair)
     with pytest.raises(UserError, match=words) as caught:
         PROGRAMS[program](options(None, pair[1]))
@@ -159,7 +159,7 @@ def test_the_same_refusals(pair, program, change, words, code):
     ],
 )
 def test_another_base_that_the_user_names(pair, program, change, words):
-    """Answers come with a warning; files that are kept are refused."""
+    """Answers come with a warning; a program that writes files refuses."""
     base, adapter = pair
     change(base, adapter)
     if program in WRITING:
@@ -183,7 +183,7 @@ def test_a_gguf_file_and_an_adapter_of_peft(pair, tmp_path, program):
 
 
 def test_a_merge_takes_the_tokenizer_that_the_adapter_brings(pair):
-    """Then the base's tokenizer may be another one; chat and export use the base's own."""
+    """The base's tokenizer may then differ; chat and export use that of the base."""
     base, adapter = pair
     tiny.tokenizer().save_pretrained(adapter)
     change_tokenizer(base, adapter)
@@ -194,7 +194,7 @@ def test_a_merge_takes_the_tokenizer_that_the_adapter_brings(pair):
 
 @pytest.mark.parametrize("program", ["chat", "perplexity", "export"])
 def test_nothing_is_named(program, monkeypatch, tmp_path):
-    """The demo model, with the tokenizer's own template if it has one."""
+    """The demo model is used, with the tokenizer's own template if it has one."""
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path))
     monkeypatch.setattr(demo, "make_demo", tiny.save_model)
     model = PROGRAMS[program]({})
@@ -214,11 +214,11 @@ def test_adapters_on_different_bases_are_refused_without_a_download(pair, tmp_pa
 
 
 def test_versions_of_a_merge_whose_adapter_is_called_base(pair, tmp_path, monkeypatch):
-    """A folder of that name is no other base: each option has the version of its own folder."""
+    """The folder's name does not matter: each option has the version of its own folder."""
     base, adapter = pair
     (tmp_path / "elsewhere").mkdir()
-    own = adapter.rename(tmp_path / "elsewhere" / "base")
-    versions = {base: Version("someone/model", "a" * 40), own: Version("someone/adapter", "b" * 40)}
+    renamed = adapter.rename(tmp_path / "elsewhere" / "base")
+    versions = {base: Version("someone/model", "a" * 40), renamed: Version("someone/adapter", "b" * 40)}
     monkeypatch.setattr(revisions, "of", lambda path: versions.get(Path(path)))
-    model = PROGRAMS["merge"](options(base, own))
-    assert model.versions_by_option == {"model_path": versions[base], "lora_path": versions[own]}
+    model = PROGRAMS["merge"](options(base, renamed))
+    assert model.versions_by_option == {"model_path": versions[base], "lora_path": versions[renamed]}

@@ -1,4 +1,4 @@
-"""Saved chats: what is in them, what comes back of them, in the window without a browser."""
+"""Saved chats: what they hold and what is restored from them, in the window without a browser."""
 
 import dataclasses
 import json
@@ -40,25 +40,25 @@ def saved(chat: Toy, adapters_by_side: dict, form: str = TRAINED, **options) -> 
 
 
 def load(window, chat: Toy, tmp_path: Path, values: dict, weights=(1.0, 1.0)) -> tuple[dict, str]:
-    """What each input shows afterwards (left out: as before), and the status line."""
-    made = window(chat)
+    """Return what each input shows after loading (without those that stay as before), and the status line."""
+    page = window(chat)
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps(values), encoding="utf-8")
-    updates, layout = made.saved_chats.load(str(path), *weights), made.layout
+    updates, layout = page.saved_chats.load(str(path), *weights), page.layout
     assert not path.exists(), "the server keeps no chat"
-    components = [*made.view.outputs(), *layout.side()]
+    components = [*page.view.outputs(), *layout.side()]
     assert len(updates) == len(components)
     named = {layout.adapter: "adapter", layout.compare: "compare", layout.against: "against"}
     named |= {layout.template: "form", layout.system: "system", layout.context: "context"}
     named |= {layout.state: "turns"}
     named |= {component: name for name, component in layout.inputs.items()}
     named |= {slider: slider.label for slider in layout.weights}
-    shown = {
+    inputs = {
         named[one]: value
         for one, value in zip(components, updates, strict=True)
         if one in named and not (isinstance(value, dict) and value.get("__type__") == "update")
     }
-    return shown, updates[made.view.outputs().index(layout.status)]
+    return inputs, updates[page.view.outputs().index(layout.status)]
 
 
 @pytest.mark.parametrize(
@@ -72,15 +72,15 @@ def load(window, chat: Toy, tmp_path: Path, values: dict, weights=(1.0, 1.0)) ->
     ],
 )
 def test_a_loaded_chat_is_as_it_was_saved(window, tmp_path, adapters_by_side, pickers):
-    """Turns, texts, options, template, adapters, weights and the comparison."""
+    """Turns, texts, options, template, adapters, weights and the comparison are restored."""
     chat = Toy()
-    shown, status = load(window, chat, tmp_path, saved(chat, adapters_by_side, "alpaca", seed=5))
-    assert (shown["adapter"], shown["compare"], shown["one"], shown["two"]) == pickers
+    inputs, status = load(window, chat, tmp_path, saved(chat, adapters_by_side, "alpaca", seed=5))
+    assert (inputs["adapter"], inputs["compare"], inputs["one"], inputs["two"]) == pickers
     if RIGHT in adapters_by_side:
-        assert shown["against"] == (adapters_by_side[RIGHT][0][0] if adapters_by_side[RIGHT] else BASE)
-    assert (shown["system"], shown["context"], shown["form"]) == ("Be brief.", "c", "alpaca")
-    assert (shown["top_k"], shown["seed"], shown["temperature"]) == (7, 5, 0.7)
-    assert shown["turns"] == [TURN]
+        assert inputs["against"] == (adapters_by_side[RIGHT][0][0] if adapters_by_side[RIGHT] else BASE)
+    assert (inputs["system"], inputs["context"], inputs["form"]) == ("Be brief.", "c", "alpaca")
+    assert (inputs["top_k"], inputs["seed"], inputs["temperature"]) == (7, 5, 0.7)
+    assert inputs["turns"] == [TURN]
     assert "Loaded." in status
     assert "alert" not in status
 
@@ -101,18 +101,18 @@ def test_a_loaded_chat_is_as_it_was_saved(window, tmp_path, adapters_by_side, pi
     ],
 )
 def test_what_cannot_be_restored_is_named(window, tmp_path, change, words, kept):
-    """It is left or clamped, with one notice for all; the turns are there."""
+    """It is left out or clamped, with one notice for all of it, and the turns are restored."""
     chat = Toy(Capabilities(interleaves=False, lacks={"beam": ONE_SEQUENCE}))
-    shown, status = load(window, chat, tmp_path, {**saved(chat, {LEFT: ()}), **change})
+    inputs, status = load(window, chat, tmp_path, {**saved(chat, {LEFT: ()}), **change})
     assert words in status
     assert "with differences from the saved chat" in status
-    assert shown["turns"] == [TURN]
+    assert inputs["turns"] == [TURN]
     for name, value in kept.items():
-        assert shown.get(name) == value
+        assert inputs.get(name) == value
 
 
 def test_another_commit_than_the_chat_was_saved_with_is_named(window, tmp_path):
-    """Of the base or an adapter of the hub; both are told, the same one is not."""
+    """Both commits of a base or adapter of the hub are named; if they are equal there is no notice."""
     chat = Toy()
     chat.versions = {"base": "someone/model@" + "a" * 40, "one": "someone/lora@" + "c" * 40}
     values = saved(chat, {LEFT: ()})
@@ -126,14 +126,14 @@ def test_another_commit_than_the_chat_was_saved_with_is_named(window, tmp_path):
 
 @pytest.mark.parametrize("name", ["top_k", "no_repeat_ngram_size", "max_memory", "last_turns"])
 def test_zero_on_a_slider_is_explained(name):
-    """It switches a limit off, which nobody would guess from the number."""
+    """Zero switches a limit off, which nobody would guess from the number."""
     option = declared(Generation)[name]
     assert option.slider[0] == 0
     assert "0 = " in option.help[0]
 
 
 def test_a_template_that_this_vocabulary_lacks_is_named(window, tmp_path):
-    """The one that is there stays; the page does not offer what every question would fail with."""
+    """The present template stays, because every question would fail with the other."""
 
     class Lacking(Toy):
         def template_of(self, name: str = TRAINED) -> Template:
@@ -143,23 +143,23 @@ def test_a_template_that_this_vocabulary_lacks_is_named(window, tmp_path):
 
     chat = Lacking()
     values = {**saved(chat, {LEFT: ()}), "template": "chatml"}
-    shown, status = load(window, chat, tmp_path, values)
+    inputs, status = load(window, chat, tmp_path, values)
     assert "Template chatml needs a token that is not there. plain stays" in status
-    assert "form" not in shown
+    assert "form" not in inputs
     read, notes = transcript.fitted(transcript.read(json.dumps(values)), chat)
     assert (read.template, len(notes)) == (None, 1)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"turns": 1}', '{"turns": [], "options": {"mode": "x"}}'])
 def test_files_that_hold_no_chat(window, tmp_path, text):
-    """Told, and nothing on the page changes."""
+    """The error says so, and nothing on the page changes."""
     with pytest.raises(UserError, match="not a saved chat") as caught:
         transcript.read(text)
     assert caught.value.code == 3
 
 
 def test_a_file_that_an_editor_marked_as_utf8(tmp_path):
-    """Some write a byte order mark; bytes that are no text are told as such."""
+    """A byte order mark, as some editors write it, is accepted; bytes that are no text are an error."""
     line = transcript.record([TURN], Generation(), Toy(), START, {LEFT: ()}, system="", context="")
     file = tmp_path / "chat.jsonl"
     file.write_text(line, encoding="utf-8-sig")
@@ -170,10 +170,10 @@ def test_a_file_that_an_editor_marked_as_utf8(tmp_path):
 
 
 def test_turns_keep_what_made_them():
-    """Options (with the seed that was drawn), adapters and template of each turn survive saving twice."""
+    """Options (with the drawn seed), adapters and template of each turn survive saving twice."""
     chat = Toy()
-    how = transcript.made_by(chat, Generation(seed=9), {LEFT: (("one", 0.5),), RIGHT: ()}, "alpaca")
-    turn = {"question": "q", "input": "i", LEFT: "a", RIGHT: "b", **how}
+    origin = transcript.made_by(chat, Generation(seed=9), {LEFT: (("one", 0.5),), RIGHT: ()}, "alpaca")
+    turn = {"question": "q", "input": "i", LEFT: "a", RIGHT: "b", **origin}
     line = transcript.record([turn], Generation(), chat, START, {LEFT: ()}, system="", context="")
     read = transcript.read(line)
     assert read.turns == [turn]
@@ -185,11 +185,11 @@ def test_turns_keep_what_made_them():
 
 
 def test_a_new_session_is_as_the_program_was_started(window):
-    """Template, adapter, comparison, weights, options and texts; no turns."""
-    made = window(Toy(active_adapters=(("one", 0.25), ("two", 1.0))))
-    layout = made.layout
-    components = [*made.view.outputs(), *layout.side()]
-    updates = dict(zip(components, made.new_session(), strict=True))
+    """Template, adapter, comparison, weights, options and texts are those of the start, without turns."""
+    page = window(Toy(active_adapters=(("one", 0.25), ("two", 1.0))))
+    layout = page.layout
+    components = [*page.view.outputs(), *layout.side()]
+    updates = dict(zip(components, page.new_session(), strict=True))
     assert updates[layout.state] == []
     assert [updates[one] for one in layout.pickers()] == [TRAINED, MIX, False, BASE]
     assert [updates[one] for one in layout.weights] == [0.25, 1.0]
@@ -198,17 +198,17 @@ def test_a_new_session_is_as_the_program_was_started(window):
 
 
 def test_what_a_tab_kept_is_checked(window):
-    """A tab's storage may hold anything: turns come back, the rest is no chat."""
-    made = window(Toy()).saved_chats
-    assert made.reopen(json.dumps([TURN]))[0] == [TURN]
-    for kept in (None, "", "{", "7", '{"a": 1}', '[{"question": "q"}]', "[[]]", "[" * 100_000):
-        assert made.reopen(kept)[0] == []
+    """A tab's storage may hold anything: valid turns are restored, anything else is no chat."""
+    saved_chats = window(Toy()).saved_chats
+    assert saved_chats.reopen(json.dumps([TURN]))[0] == [TURN]
+    for stored in (None, "", "{", "7", '{"a": 1}', '[{"question": "q"}]', "[[]]", "[" * 100_000):
+        assert saved_chats.reopen(stored)[0] == []
 
 
 def test_a_template_without_a_system_turn_closes_its_box(window):
-    """With the reason; the other way round it is open again."""
-    made = window(Toy()).layout
-    assert made.system_prompt_state(TRAINED) == {"interactive": True, "info": ""}
-    made.chat.template = dataclasses.replace(PLAIN_TEMPLATE, system=None)
-    closed = made.system_prompt_state("alpaca")
+    """The closed box gives the reason, and a template with a system turn opens it again."""
+    layout = window(Toy()).layout
+    assert layout.system_prompt_state(TRAINED) == {"interactive": True, "info": ""}
+    layout.chat.template = dataclasses.replace(PLAIN_TEMPLATE, system=None)
+    closed = layout.system_prompt_state("alpaca")
     assert closed == {"interactive": False, "info": "template alpaca has no place for it"}

@@ -38,7 +38,7 @@ BLOOM = {
     "n_head": 12,
     **{k: COMMON[k] for k in ("vocab_size", "hidden_size", "initializer_range")},
 }
-ARCHITECTURES = {  # configuration, what all-linear must find, can rows be packed
+ARCHITECTURES = {  # configuration, modules that all-linear must find, whether rows can be packed
     "qwen3": (transformers.Qwen3Config(**GROUPED, head_dim=8), LLAMA_LIKE, True),
     "mistral": (transformers.MistralConfig(**GROUPED, sliding_window=None), LLAMA_LIKE, True),
     "phi3, fused": (
@@ -66,7 +66,7 @@ ARCHITECTURES = {  # configuration, what all-linear must find, can rows be packe
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def other(request, tmp_path_factory) -> tuple[Path, set[str], bool]:
-    """Folder of a tiny random model of another architecture, its linear modules, whether it packs."""
+    """The folder of a tiny random model of another architecture, its linear modules and whether it packs."""
     config, linear, packs = ARCHITECTURES[request.param]
     folder = tmp_path_factory.mktemp("other")
     torch.manual_seed(0)
@@ -76,20 +76,20 @@ def other(request, tmp_path_factory) -> tuple[Path, set[str], bool]:
 
 
 def test_all_linear_finds_the_right_modules(other):
-    """And as many parameters as the plan says; the head is left out."""
+    """It finds all of them except the head, with as many parameters as the plan says."""
     folder, linear, _ = other
     shape = lora_shape.LoraShape(4, 8.0, 0.0, "all-linear")
     planned = base_model.check_architecture(str(folder), base_model.load_config(str(folder)), shape)
     adapted = models_adapter.add_adapter(base_model.load_base(str(folder), 16, "fp32", "cpu"), shape, seed=3)
-    found = {
+    modules = {
         n.split(".lora_")[0].rsplit(".", 1)[-1] for n, p in adapted.named_parameters() if p.requires_grad
     }
-    assert found == linear
+    assert modules == linear
     assert sum(p.numel() for p in trainable.trainable(adapted)) == planned
 
 
 def test_the_loss_is_that_of_the_plain_model(other):
-    """Rows packed, where the model's attention allows it, or alone: transformers' own loss of each row."""
+    """With rows packed or alone, the loss of each row is the one that transformers computes."""
     folder, _, packs = other
     examples = tiny.encoded([single(**row) for row in tiny.rows(5)], tiny.tokenizer())
     adapted = models_adapter.add_adapter(
@@ -115,7 +115,7 @@ def test_the_loss_is_that_of_the_plain_model(other):
 
 @pytest.mark.parametrize("other", ["qwen3", "phi3, fused", "bloom, fused"], indirect=True)
 def test_other_models_train_and_go_on(harness, other, tmp_path):
-    """A run is stopped and goes on bit for bit; the loss falls; peft loads the adapter."""
+    """A stopped run continues bit for bit, the loss falls, and peft loads the adapter."""
     folder, _, packs = other
     rows, whole = tiny.save_rows(tmp_path / "rows.json", 24), tmp_path / "whole"
     answer = harness.run("finetune", flags(folder, rows, whole, lora_target_modules="all-linear"))
@@ -130,7 +130,7 @@ def test_other_models_train_and_go_on(harness, other, tmp_path):
 
 
 def test_attention_that_mixes_documents_is_seen(tiny_model, monkeypatch):
-    """A model that ignores the documents' lengths is not packed, whatever it says."""
+    """A model that ignores the documents' lengths is not packed, even if it claims to support it."""
     adapted = models_adapter.add_adapter(
         base_model.load_base(str(tiny_model), 16, "fp32", "cpu"),
         lora_shape.LoraShape(4, 8.0, 0.0, "q_proj"),
@@ -155,7 +155,7 @@ def test_attention_that_mixes_documents_is_seen(tiny_model, monkeypatch):
     ids=str,
 )
 def test_other_kinds_of_adapters(harness, tiny_model, tmp_path, given):
-    """rsLoRA by a flag, others by --peft_config: bit-equal when stopped, and plain adapters for peft."""
+    """rsLoRA has a flag, others use --peft_config: a stopped run is bit-equal, and peft loads the adapter."""
     settings = dict(given)
     if "rslora" not in settings:
         (tmp_path / "peft.json").write_text(json.dumps(settings))
@@ -171,8 +171,8 @@ def test_other_kinds_of_adapters(harness, tiny_model, tmp_path, given):
     assert all(saved["use_" * (name == "rslora") + name] == value for name, value in given.items())
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), whole)
     stored = load_file(whole / "adapter_model.safetensors")
-    own = {n.replace(".default", ""): p for n, p in loaded.named_parameters() if "lora_" in n}
-    assert all(torch.equal(own[n if n in own else f"{n}.weight"], stored[n]) for n in stored)
+    tensors = {n.replace(".default", ""): p for n, p in loaded.named_parameters() if "lora_" in n}
+    assert all(torch.equal(tensors[n if n in tensors else f"{n}.weight"], stored[n]) for n in stored)
     if "peft_config" in settings:
         (tmp_path / "peft.json").write_text('{"use_rslora": true}')
         refused = harness.run("finetune_continue", {"output_path": stopped_at(whole, 5, tmp_path / "other")})
@@ -192,7 +192,7 @@ def test_other_kinds_of_adapters(harness, tiny_model, tmp_path, given):
     ],
 )
 def test_wrong_settings_of_an_adapter_are_named(tmp_path, text, word):
-    """Exit 2, the file and the setting."""
+    """The exit code is 2 with the file and the setting."""
     (tmp_path / "peft.json").write_text(text)
     with pytest.raises(UserError, match=word) as caught:
         lora_shape.read_extras(str(tmp_path / "peft.json"), rslora=False)

@@ -1,4 +1,4 @@
-"""Two models of one process: a memory prediction while the chat's weights are read, what it may switch."""
+"""Two models in one process: a memory prediction while the chat loads its weights, and what it may change."""
 
 import ast
 import dataclasses
@@ -18,29 +18,29 @@ from onecard.training import memory as training_memory
 from tests.support import tiny
 from tests.support.paths import ROOT
 
-OTHER = 0.5  # seconds for another thread to come to where it must not come
+OTHER = 0.5  # seconds in which another thread would reach a place that it must not reach
 OPTIONS = dataclasses.replace(FinetuneConfig(), bits=16, dtype="fp32", batch_size=4)
 
 
 @pytest.fixture(scope="module")
 def half_model(tmp_path_factory) -> Path:
-    """A model whose config.json says bf16, as most on the hub do."""
+    """A model whose config.json says bf16, like most on the hub."""
     folder = tiny.save_model(tmp_path_factory.mktemp("half") / "model", num_hidden_layers=4)
-    made = base_model.load_base(str(folder), 16, "bf16", "cpu")
-    made.save_pretrained(folder)
+    model = base_model.load_base(str(folder), 16, "bf16", "cpu")
+    model.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
 def at_each_layer(monkeypatch) -> Callable[[Callable[[int], None]], None]:
-    """Have a function called before each layer of a model that is built, with the layer's number."""
+    """A function that has a hook called with the layer's number before each layer is built."""
 
     def call(hook: Callable[[int], None]) -> None:
-        own = modeling_llama.LlamaDecoderLayer.__init__
+        original = modeling_llama.LlamaDecoderLayer.__init__
 
         def init(layer: Any, config: Any, layer_idx: int) -> None:
             hook(layer_idx)
-            own(layer, config, layer_idx)
+            original(layer, config, layer_idx)
 
         monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "__init__", init)
 
@@ -52,7 +52,7 @@ def dtypes(made: torch.nn.Module) -> set[torch.dtype]:
 
 
 def test_a_prediction_does_not_change_the_default_dtype(half_model, at_each_layer):
-    """Not even for the moment in which transformers builds the model; another thread may compute then."""
+    """It does not change even while transformers builds the model, since another thread may compute then."""
     seen = []
     with ThreadPoolExecutor(1) as other:
         at_each_layer(lambda _: seen.append(other.submit(torch.get_default_dtype).result()))
@@ -69,7 +69,7 @@ def test_a_skeleton_leaves_the_config_alone(half_model):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_model_is_whole_whatever_is_predicted_meanwhile(half_model, at_each_layer, dtype):
-    """Loaded in one thread, predicted in another, each in the middle of the other's work if it can be."""
+    """One thread loads and another predicts, each in the middle of the other's work if that is possible."""
     loading, predicting, loaded = threading.Event(), threading.Event(), threading.Event()
 
     def meet(layer: int) -> None:
@@ -94,13 +94,13 @@ def test_a_model_is_whole_whatever_is_predicted_meanwhile(half_model, at_each_la
     expected = training_memory.predict(OPTIONS, str(half_model), "cpu", None)
     at_each_layer(meet)
     with ThreadPoolExecutor(1, "load") as one, ThreadPoolExecutor(1, "predict") as two:
-        made, parts = one.submit(load), two.submit(predict)
-        made, parts = made.result(), parts.result()
-    assert dtypes(made) == {base_model.DTYPES[dtype]}
+        model, parts = one.submit(load), two.submit(predict)
+        model, parts = model.result(), parts.result()
+    assert dtypes(model) == {base_model.DTYPES[dtype]}
     assert torch.get_default_dtype() == torch.float32
     assert parts == expected
     with torch.no_grad():
-        assert made(torch.arange(2, 10)[None]).logits.isfinite().all()
+        assert model(torch.arange(2, 10)[None]).logits.isfinite().all()
 
 
 BUILDERS = {"get_peft_model", "load_adapter", "from_config", "from_pretrained", "read", "build", "load"}
@@ -109,15 +109,15 @@ OF_MODELS = {"AutoModelForCausalLM", "PeftModel", "GPTQModel", "model", ""}
 
 def unguarded(source: str) -> list[str]:
     """Calls that build a model or an adapter outside of `with build_lock.alone()`."""
-    found = []
+    calls = []
 
     def builds(call: ast.Call) -> str:
         owner, _, name = ast.unparse(call.func).rpartition(".")
         through_consent = owner == "code" and any(
             ast.unparse(argument).startswith("AutoModel") for argument in call.args
         )
-        own = owner.rpartition(".")[2] in OF_MODELS and (owner or name == "get_peft_model")
-        return name if name in BUILDERS and (own or through_consent) else ""
+        of_model = owner.rpartition(".")[2] in OF_MODELS and (owner or name == "get_peft_model")
+        return name if name in BUILDERS and (of_model or through_consent) else ""
 
     def look(node: ast.AST, alone: bool) -> None:
         if isinstance(node, ast.With):
@@ -125,16 +125,16 @@ def unguarded(source: str) -> list[str]:
                 ast.unparse(each.context_expr) == "build_lock.alone()" for each in node.items
             )
         if isinstance(node, ast.Call) and builds(node) and not alone:
-            found.append(ast.unparse(node))
+            calls.append(ast.unparse(node))
         for child in ast.iter_child_nodes(node):
             look(child, alone)
 
     look(ast.parse(source), False)
-    return found
+    return calls
 
 
 def test_every_model_is_built_alone():
-    """In all of the library; each kind of call is found where it stands open."""
+    """This holds in the whole library, and each kind of unguarded call is found."""
     for path in sorted((ROOT / "onecard").rglob("*.py")):
         assert unguarded(path.read_text(encoding="utf-8")) == [], path.name
     for call in (

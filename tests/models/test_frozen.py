@@ -1,4 +1,4 @@
-"""Frozen products: right values, right gradient, nothing kept; checkpointing that really frees."""
+"""Products with frozen weights have the right values and gradient; checkpointing really frees memory."""
 
 import bitsandbytes as bnb
 import pytest
@@ -17,21 +17,21 @@ from tests.support import tiny
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made inside that are still alive, wherever they are kept."""
+    """Counts the bytes of tensors that were made inside and are still alive, wherever they are stored."""
 
     def __init__(self):
         super().__init__()
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {
+        existing = {
             t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
         }
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in known:
+                if storage._cdata not in existing:
                     self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return result
 
@@ -83,18 +83,18 @@ def test_a_row_does_not_depend_on_its_neighbours(bits):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_product_keeps_nothing(bits):
-    """Between forward and backward only the result is alive: not the input's copy, not the weight."""
+    """Between forward and backward only the result is alive, neither a copy of the input nor the weight."""
     holder = torch.nn.Sequential(quantised_layer(bits))
     frozen_linear.use_frozen_products(holder)
     x = torch.randn(1000, 128, requires_grad=True)
     with LiveBytes() as live:
-        y = holder(x * 1.0)  # x * 1.0 must die
+        y = holder(x * 1.0)  # the tensor x * 1.0 must be freed
         assert live.total() <= y.nbytes + 4096
     assert y.requires_grad
 
 
 def kept_bytes(folder, bits: int, checkpointing: bool, layers: int, hidden: int, tokens: int = 256) -> int:
-    """Bytes alive after a forward pass that the loss will need again."""
+    """The bytes that are alive after a forward pass because the backward pass needs them."""
     config = tiny.config()
     config.num_hidden_layers, config.hidden_size, config.intermediate_size = layers, hidden, 4 * hidden
     config.head_dim = hidden // config.num_attention_heads
@@ -114,14 +114,14 @@ def kept_bytes(folder, bits: int, checkpointing: bool, layers: int, hidden: int,
     step_model(packed)[0].backward()  # bitsandbytes prepares its states at the first pass
     with LiveBytes() as live:
         loss_sum, _, _ = step_model(packed)
-        kept = live.total()
+        size = live.total()
     loss_sum.backward()
-    return kept
+    return size
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_checkpointing_keeps_layers_times_hidden_only(tmp_path, bits):
-    """With checkpointing a layer more adds its input (tokens x hidden) and next to nothing else."""
+    """With checkpointing one more layer adds its input (tokens x hidden) and almost nothing else."""
     tokens, hidden = 256, 192
     few = kept_bytes(tmp_path / "few", bits, True, 2, hidden, tokens)
     many = kept_bytes(tmp_path / "many", bits, True, 6, hidden, tokens)
@@ -133,8 +133,8 @@ def test_checkpointing_keeps_layers_times_hidden_only(tmp_path, bits):
 
 
 def test_estimate_of_activations_is_near_what_is_kept(tmp_path):
-    """memory.bytes_per_token against a real forward pass: not below it, at most twice it."""
+    """memory.bytes_per_token is at least what a real forward pass keeps, and at most twice that."""
     config = tiny.config()
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 192, 768, 6
-    kept = kept_bytes(tmp_path / "model", 8, False, 6, 192, 256) / 256
-    assert kept <= training_memory.bytes_per_token(config, 4, False) <= 2 * kept
+    size = kept_bytes(tmp_path / "model", 8, False, 6, 192, 256) / 256
+    assert size <= training_memory.bytes_per_token(config, 4, False) <= 2 * size

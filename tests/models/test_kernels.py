@@ -1,4 +1,4 @@
-"""Attention, loss and dropout of packed rows against their plain versions."""
+"""Attention, loss and dropout of packed rows, compared with their plain versions."""
 
 import math
 from itertools import pairwise
@@ -26,7 +26,7 @@ def dense_reference(query, key, value, lengths, scaling):
 )
 @pytest.mark.parametrize("scaling", [None, 0.3])
 def test_packed_attention_is_dense_masked_attention(lengths, scaling):
-    """Output and all three gradients, in fp64, for short and long documents and grouped heads."""
+    """Output and all gradients agree in fp64, for short and long documents and grouped heads."""
     torch.manual_seed(0)
     total = sum(lengths)
     shapes = ((1, 6, total, 8), (1, 2, total, 8), (1, 2, total, 8))
@@ -46,7 +46,7 @@ def test_packed_attention_is_dense_masked_attention(lengths, scaling):
 
 @pytest.mark.parametrize("offset", [0.0, 3.0])
 def test_bf16_gradients_are_as_good_as_those_of_torch(offset):
-    """Against fp64, with numbers that cancel too (an offset shared by all queries and keys)."""
+    """They are compared with fp64, also for numbers that cancel (an offset of all queries and keys)."""
     torch.manual_seed(0)
     lengths = (130, 200, 64, 300)
     inputs = [
@@ -68,7 +68,7 @@ def test_bf16_gradients_are_as_good_as_those_of_torch(offset):
 
 
 def test_short_documents_are_grouped_without_much_padding():
-    """Every document once; padding at most a fifth of a group's longest; groups within the limit."""
+    """Each document is there once, padding is at most a fifth of the longest, and groups fit the limit."""
     lengths = tuple(int(x) for x in torch.randint(1, 300, (60,), generator=torch.Generator().manual_seed(1)))
     groups = packed_attention.similar_lengths(lengths)
     places = sorted(place for group in groups for place in group)
@@ -83,7 +83,7 @@ def test_short_documents_are_grouped_without_much_padding():
 
 @pytest.mark.parametrize("other", [{"softcap": 30.0}, {"sliding_window": 3}, {"s_aux": torch.zeros(2)}])
 def test_attention_of_another_kind_is_refused(other):
-    """Soft caps, sinks and windows shorter than a row are not computed, so they are not ignored either."""
+    """Soft caps, sinks and windows shorter than a row are not implemented, so they are refused."""
     q = torch.randn(1, 2, 4, 8)
     with pytest.raises(ValueError, match="soft cap"):
         packed_attention.packed_attention(None, q, q, q, None, document_lengths=(4,), **other)
@@ -91,7 +91,7 @@ def test_attention_of_another_kind_is_refused(other):
 
 
 def test_attention_refuses_what_it_cannot_do():
-    """Without document lengths, with a mask, or with two rows it says so instead of mixing documents."""
+    """No document lengths, a mask or two rows give an error, instead of documents that are mixed."""
     q = torch.randn(1, 2, 4, 8)
     for arguments in ({}, {"document_lengths": (4,), "mask": torch.ones(1, 1, 4, 4)}):
         with pytest.raises(ValueError, match="document_lengths"):
@@ -106,15 +106,15 @@ def test_loss_is_the_full_cross_entropy(targets, bias, trained):
     torch.manual_seed(0)
     head = torch.nn.Linear(32, 700, bias=bias).requires_grad_(trained)
     hidden = torch.randn(targets, 32, requires_grad=True)
-    wanted = torch.randint(0, 700, (targets,))
-    ours, correct = loss.loss_and_correct(hidden, head, wanted)
-    reference = torch.nn.functional.cross_entropy(head(hidden), wanted, reduction="sum")
+    labels = torch.randint(0, 700, (targets,))
+    ours, correct = loss.loss_and_correct(hidden, head, labels)
+    reference = torch.nn.functional.cross_entropy(head(hidden), labels, reduction="sum")
     assert ours.item() == pytest.approx(reference.item(), rel=1e-5)
     scale = 1 / targets
     of = [hidden, *head.parameters()] if trained else hidden
     mine, other = (torch.autograd.grad(total * scale, of) for total in (ours, reference))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(mine, other, strict=True))
-    assert correct.item() == (head(hidden).argmax(-1) == wanted).sum().item()
+    assert correct.item() == (head(hidden).argmax(-1) == labels).sum().item()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -123,24 +123,24 @@ def test_loss_of_many_half_precision_targets_is_not_rounded(dtype):
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 300, bias=False).requires_grad_(False).to(dtype)
     hidden = torch.randn(20_000, 16).to(dtype).requires_grad_()
-    wanted = torch.randint(0, 300, (20_000,))
-    ours, _ = loss.loss_and_correct(hidden, head, wanted)
+    labels = torch.randint(0, 300, (20_000,))
+    ours, _ = loss.loss_and_correct(hidden, head, labels)
     assert ours.dtype == torch.float32
     logits = head(hidden.detach()).double()
     assert ours.item() == pytest.approx(
-        torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item(), rel=1e-5
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item(), rel=1e-5
     )
     (gradient,) = torch.autograd.grad(ours / 997, hidden)
     exact = hidden.detach().double().requires_grad_()
     loss_exact = (
-        torch.nn.functional.cross_entropy(exact @ head.weight.double().T, wanted, reduction="sum") / 997
+        torch.nn.functional.cross_entropy(exact @ head.weight.double().T, labels, reduction="sum") / 997
     )
     (expected,) = torch.autograd.grad(loss_exact, exact)
     assert gradient.double().norm().item() == pytest.approx(expected.norm().item(), rel=2e-3)
 
 
 def test_full_logits_never_exist():
-    """No tensor as large as [targets, vocabulary] is made on the way forth or back."""
+    """No tensor as large as [targets, vocabulary] is made in the forward or backward pass."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
@@ -185,9 +185,9 @@ def test_cheap_dropout_follows_the_seed():
     first = dropout(x)
     torch.manual_seed(7)
     assert torch.equal(dropout(x), first)
-    kept = (first != 0).double()
+    mask = (first != 0).double()
     for distance in (1, 2, 3, 4):
-        together = (kept[:-distance] * kept[distance:]).mean().item()
+        together = (mask[:-distance] * mask[distance:]).mean().item()
         assert together == pytest.approx(0.25, abs=0.01)
 
 
@@ -195,7 +195,7 @@ def test_cheap_dropout_follows_the_seed():
     ("capability", "builds", "runs"),
     [
         ((7, 5), ["sm_75", "sm_80"], True),
-        ((8, 6), ["sm_75", "sm_80"], True),  # code of the same major, earlier minor
+        ((8, 6), ["sm_75", "sm_80"], True),  # code for the same major and an earlier minor version
         ((7, 0), ["sm_75", "sm_80"], False),
         ((9, 0), ["sm_75", "sm_80"], False),
         ((9, 0), ["sm_75", "compute_80"], True),  # intermediate code is compiled by the driver
@@ -203,5 +203,5 @@ def test_cheap_dropout_follows_the_seed():
     ],
 )
 def test_a_card_needs_code_in_the_build(capability, builds, runs):
-    """CUDA's rules of binary compatibility, as far as they can be checked without a card."""
+    """These are CUDA's rules of binary compatibility, as far as they can be checked without a GPU."""
     assert hardware.has_code_for(*capability, builds) == runs

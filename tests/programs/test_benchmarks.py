@@ -1,4 +1,4 @@
-"""The measuring programs run as they are, on something small, and print whole tables. No figure is judged."""
+"""The benchmark programs run unchanged on something small and print complete tables. No figure is judged."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ def cells(*arguments: str, program: str = "tools.py") -> list[list[str]]:
 
 @pytest.mark.slow
 def test_the_engine_writes_what_llama_writes():
-    """With an adapter and without one."""
+    """This holds with an adapter and without one."""
     pytest.importorskip(
         "llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu"
     )
@@ -35,7 +35,7 @@ def test_the_engine_writes_what_llama_writes():
 
 @pytest.mark.slow
 def test_converting_and_merging_are_measured(tmp_path):
-    """Each tool has its row; nothing is left behind."""
+    """Each tool has its row, and no file is left behind."""
     rows = cells(*WEIGHTS[:1], str(tmp_path), *WEIGHTS[1:])
     assert [row[0].split()[0] for row in rows] == ["original", "transformers", "merge,"]
     assert list(tmp_path.iterdir()) == []

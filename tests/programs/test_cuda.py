@@ -33,9 +33,9 @@ LARGE |= {"num_attention_heads": 16, "num_key_value_heads": 4, "initializer_rang
 def started(folder: Path, **changes) -> tuple[chat.Chat, list[str]]:
     """A chat, and the lines that it printed while it started."""
     settings = {"model_path": str(folder), "template": "alpaca", "device": GPU, **changes}
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
         session = chat.start(ChatConfig(**settings), None)
-    return session, said.getvalue().splitlines()
+    return session, output.getvalue().splitlines()
 
 
 def answer(session: chat.Chat, settings: Generation, question: str = "Say red") -> chat.Reply:
@@ -103,8 +103,8 @@ def only_free(size: int):
 def test_auto_takes_the_most_bits_that_fit(large_model, free, bits):
     """--bits auto follows the free memory of the GPU and prints the reason; then the model fits."""
     with only_free(int(free * GIB)):
-        session, said = started(large_model)
-        assert any(f"{bits} bits: " in line and "GiB of weights" in line for line in said), said
+        session, lines = started(large_model)
+        assert any(f"{bits} bits: " in line and "GiB of weights" in line for line in lines), lines
         assert answer(session, QUICK).text.tokens == 24
         del session
 
@@ -116,9 +116,9 @@ def test_a_cap_per_gpu_is_kept(large_model):
     del whole
     hardware.forget_cached_memory(GPU)
     torch.cuda.reset_peak_memory_stats()
-    capped, said = started(large_model, device="all", card_memory="0:1GiB,cpu:20GiB", dtype="fp32")
+    capped, lines = started(large_model, device="all", card_memory="0:1GiB,cpu:20GiB", dtype="fp32")
     devices = {p.device.type for p in capped.engine.model.parameters()}
-    assert devices == {"cuda", "meta"}, said  # meta: is in CPU memory until it is needed
+    assert devices == {"cuda", "meta"}, lines  # meta: it is in CPU memory until it is needed
     assert torch.cuda.max_memory_allocated() < 1.1 * GIB
     assert answer(capped, QUICK).text.stable == expected
 
@@ -195,15 +195,21 @@ def test_training_on_gpu_and_cpu_agrees(tiny_model, tmp_path):
 
 def test_a_full_gpu_repeats_the_step(large_model, tmp_path, capsys):
     """Real out of memory: the same rows are cut into smaller micro-batches, and the losses are the same."""
-    how = {"lora_dropout": 0, "dtype": "bf16", "micro_batch_tokens": 5000, "max_steps": 3, "batch_size": 24}
-    how |= {"gradient_checkpointing": "off", "test_size": 0, "save_steps": 3, "learning_rate": 1e-4}
+    options = {
+        "lora_dropout": 0,
+        "dtype": "bf16",
+        "micro_batch_tokens": 5000,
+        "max_steps": 3,
+        "batch_size": 24,
+    }
+    options |= {"gradient_checkpointing": "off", "test_size": 0, "save_steps": 3, "learning_rate": 1e-4}
     for name in ("free", "full"):
         (tmp_path / name).mkdir()
     torch.cuda.reset_peak_memory_stats()
-    free = trained(large_model, tmp_path / "free", **how)
+    free = trained(large_model, tmp_path / "free", **options)
     assert "out of memory" not in capsys.readouterr().out
     peak, weights = torch.cuda.max_memory_allocated(), 1.25 * GIB
     with only_free(int(weights + 0.5 * (peak - weights))):
-        full = trained(large_model, tmp_path / "full", **how)
+        full = trained(large_model, tmp_path / "full", **options)
     assert "out of memory with micro-batches of 5000 tokens" in capsys.readouterr().out
     assert losses(full) == pytest.approx(losses(free), rel=1e-2)

@@ -42,15 +42,15 @@ def readme(newcomer) -> dict[str, subprocess.CompletedProcess]:
 
 
 def test_readme_commands_work(readme):
-    """Each ends with exit code 0."""
+    """Each command ends with exit code 0."""
     assert "bash finetune.sh" in readme
     failed = {command: result.stderr[-2000:] for command, result in readme.items() if result.returncode}
     assert not failed
 
 
 def test_the_default_run_says_what_it_does(readme):
-    """What was chosen and why, parameters, three rows, steps, validation, answers, where the adapter is."""
-    said = readme["bash finetune.sh"].stdout
+    """It prints its choices, parameters, three rows, steps, validation, answers and the adapter's path."""
+    output = readme["bash finetune.sh"].stdout
     for line in (
         r"device      cpu: .+",
         r"dtype       computation in (bf16|fp32): this CPU .+",
@@ -66,13 +66,13 @@ def test_the_default_run_says_what_it_does(readme):
         r"Validation loss [\d.]+ before, [\d.]+ after \(best at step \d+\)\.",
         r"The adapter is in lora-checkpoints/demo: .+",
     ):
-        assert re.search(f"^{line}$", said, flags=re.MULTILINE), line
-    assert said.count("<|im_end|>»") == 3
-    assert said.count("\n  before: ") == said.count("\n  after:  ") == 8
+        assert re.search(f"^{line}$", output, flags=re.MULTILINE), line
+    assert output.count("<|im_end|>»") == 3
+    assert output.count("\n  before: ") == output.count("\n  after:  ") == 8
 
 
 def test_the_default_run_teaches_the_form(readme, newcomer):
-    """At least 6 of 8 answers to validation prompts have the form after it, and none before; losses fall."""
+    """After it at least 6 of 8 validation answers have the form, and before it none; losses fall."""
     folder = newcomer.folder / "lora-checkpoints" / "demo"
     counted = readme["python3 sample/check_form.py lora-checkpoints/demo"].stdout
     before, after = (int(number) for number in re.findall(r"training: (\d) of 8", counted))
@@ -135,7 +135,7 @@ def test_several_gpus_start_torchrun(tmp_path, copy):
         '#!/bin/sh\n[ "$1" = -m ] && [ "$2" = pip ] && exit 0\necho "$CUDA_VISIBLE_DEVICES: $*"\n'
     )
     fake.chmod(0o755)
-    fake.with_name("activate").touch()  # which venv writes last
+    fake.with_name("activate").touch()  # venv writes this file last
     variables = {
         "PORT": "23456",
         "DATA_PATH": "a b.json",
@@ -143,14 +143,14 @@ def test_several_gpus_start_torchrun(tmp_path, copy):
         "MODEL_PATH": "m",
         "TEST_SIZE": "7",
     }
-    said = {}
+    lines = {}
     for gpus in ("0,1", "1"):
         environment = {**os.environ, **variables, "TOT_CUDA": gpus}
         command = ["bash", "finetune.sh", "--num_epochs", "1"]
         result = subprocess.run(
             command, cwd=other, env=environment, capture_output=True, text=True, check=True
         )
-        said[gpus] = result.stdout.splitlines()[-1]
+        lines[gpus] = result.stdout.splitlines()[-1]
     flags = "finetune.py --data_path a b.json --output_path o --model_path m --test_size 7 --num_epochs 1"
-    assert said["1"] == f"1: {flags}"
-    assert said["0,1"] == f"0,1: -m torch.distributed.run --nproc_per_node=2 --master_port=23456 {flags}"
+    assert lines["1"] == f"1: {flags}"
+    assert lines["0,1"] == f"0,1: -m torch.distributed.run --nproc_per_node=2 --master_port=23456 {flags}"

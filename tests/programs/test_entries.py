@@ -1,7 +1,7 @@
-"""The programs as a user starts them: real processes, used in a real browser, ended by a signal.
+"""The programs as a user starts them: real processes, used in a real browser and ended by a signal.
 
-What the windows can do is tested in test_windows.py and test_studio.py; here the way from a command to a
-page, and back.
+What the windows can do is tested in test_windows.py and test_studio.py; here it is the way from a command to
+a page, and back.
 """
 
 import contextlib
@@ -40,16 +40,16 @@ GROWING = """place => {  // notes every length of the answer that is shown
 
 
 class Program:
-    """A program in a session of its own, as in a terminal; it is ready when it has printed its address."""
+    """A program in a session of its own, as in a terminal; it is ready once it has printed its address."""
 
     def __init__(self, command: list[str], folder: Path, log: Path, **variables: str):
         hidden = ("HF_HUB_OFFLINE", "BASE_MODEL", "MODEL_PATH", "LORA_PATH", "USE_LOCAL")
-        own = {name: value for name, value in os.environ.items() if name not in hidden}
+        inherited = {name: value for name, value in os.environ.items() if name not in hidden}
         with log.open("w", encoding="utf-8") as file:
             self.process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env={**own, "OMP_NUM_THREADS": "1", **variables},
+                env={**inherited, "OMP_NUM_THREADS": "1", **variables},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -57,20 +57,20 @@ class Program:
             )
         self.log = log
         eventually(lambda: self.process.poll() is not None or "Ctrl-C to end." in self.said(), 180)
-        told = re.search(r"Open (http://127\.0\.0\.1:(\d+))/ in a browser", self.said())
-        assert told, self.said()
-        self.address, self.port = told[1], int(told[2])
+        match = re.search(r"Open (http://127\.0\.0\.1:(\d+))/ in a browser", self.said())
+        assert match, self.said()
+        self.address, self.port = match[1], int(match[2])
 
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8")
 
     def environment(self) -> dict[str, str]:
-        """The command line of the program itself, without that of the shell."""
+        """The environment of the process, as the kernel keeps it."""
         lines = Path(f"/proc/{self.process.pid}/environ").read_text(encoding="utf-8").split("\0")
         return dict(line.split("=", 1) for line in lines if line)
 
     def end(self, number: int) -> int:
-        """The exit code after a signal to the group, as from Ctrl-C; no process of it may be left."""
+        """Send a signal to the group, as Ctrl-C does, and return the exit code; no process may be left."""
         os.killpg(self.process.pid, number)
         code = self.process.wait(timeout=60)
         eventually(lambda: not self.group())
@@ -82,10 +82,10 @@ class Program:
         for path in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
                 stats.append(path.read_text(encoding="utf-8").rpartition(")"))
-        held = {before: after.split() for before, _, after in stats}
+        processes = {before: after.split() for before, _, after in stats}
         return [
             name
-            for name, (state, _, group, *_) in held.items()
+            for name, (state, _, group, *_) in processes.items()
             if state != "Z" and int(group) == self.process.pid
         ]
 
@@ -97,7 +97,7 @@ class Program:
 
 @contextlib.contextmanager
 def started(command: list[str], folder: Path, log: Path, **variables: str) -> Iterator[Program]:
-    """A program that has printed its address; at the end it is killed if it still runs."""
+    """A program that has printed its address; if it still runs at the end, it is killed."""
     program = Program(command, folder, log, **variables)
     try:
         yield program
@@ -119,7 +119,7 @@ def run(tmp_path_factory, tiny_model) -> Path:
 
 
 def answered(page: Page, single: bool) -> None:
-    """Type and send a question; the answer grows in the page until it is complete."""
+    """Type and send a question; the answer grows on the page until it is complete."""
     page.evaluate(GROWING, "#output .answer" if single else "#left [data-testid=bot]")
     if single:
         page.fill("#instruction textarea", "Say red")
@@ -151,7 +151,7 @@ ENTRIES = {
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_a_program_opens_its_page_answers_and_ends(browser, copy, run, tiny_model, tmp_path, name):
-    """The command opens a page that streams an answer; one signal ends every process."""
+    """The command opens a page that streams an answer, and one signal ends every process."""
     arguments, variables, adapters, number = ENTRIES[name]
 
     def named(text: str) -> str:
@@ -159,9 +159,9 @@ def test_a_program_opens_its_page_answers_and_ends(browser, copy, run, tiny_mode
 
     interpreter = ["bash"] if name.endswith(".sh") else [str(copy / ".venv" / "bin" / "python")]
     command = [*interpreter, name, *map(named, arguments), *ANSWER]
-    given = {variable: named(value) for variable, value in variables.items()}
+    environment = {variable: named(value) for variable, value in variables.items()}
     single = name.startswith("generate")
-    with started(command, copy, tmp_path / "log", **given) as program:
+    with started(command, copy, tmp_path / "log", **environment) as program:
         assert (program.environment().get("HF_HUB_OFFLINE") == "1") == ("USE_LOCAL" in variables)
         with opened(browser, program, "#instruction textarea" if single else "#box textarea") as page:
             picker = page.locator("#adapter input")
@@ -174,7 +174,7 @@ def test_a_program_opens_its_page_answers_and_ends(browser, copy, run, tiny_mode
 
 
 def test_ctrl_c_in_the_middle_of_an_answer_ends_the_program(browser, tmp_path):
-    """It ends before the answer is complete, although the page stays open, and it ends without an abort."""
+    """It ends before the answer is complete, without an abort, although the page stays open."""
     with (
         serving("turns", tmp_path / "server", "--mode=greedy", "--min_new_tokens=450") as server,
         opened(browser, server, "#box textarea") as page,
@@ -188,7 +188,7 @@ def test_ctrl_c_in_the_middle_of_an_answer_ends_the_program(browser, tmp_path):
 
 
 def test_the_studio_trains_and_chats(browser, tiny_model, tmp_path):
-    """interaction.py --studio: a training starts and is seen in its tab, a question is answered in the other.
+    """interaction.py --studio trains in one tab and answers a question in the other.
 
     Ctrl-C ends the window and not the training, which the next window shows and stops.
     """

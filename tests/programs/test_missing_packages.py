@@ -1,4 +1,4 @@
-"""What works with each part of the set-up, and what a program says that needs a package of another part."""
+"""What works with each part of the set-up, and what a program that needs another part says."""
 
 import os
 import pty
@@ -20,7 +20,7 @@ ASK = 'echo "Say red" | .venv/bin/python'
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_model):
-    """A function from a part of the set-up, or "" for none, to a newcomer who has only that part."""
+    """A function that gives, for a part of the set-up ("" for none), a newcomer who has only that part."""
     there: dict[str, fresh.Newcomer] = {}
 
     def make(part: str) -> fresh.Newcomer:
@@ -60,7 +60,7 @@ def test_a_window_says_what_it_lacks(made, program):
 
 @pytest.mark.parametrize("part", ["train", "chat"])
 def test_llama_cpp_is_missed_at_once(made, part):
-    """The program that uses nothing else says so at once."""
+    """The program that can use nothing else says so at once."""
     refused(made(part).run(f"{ASK} tools/cpu_chat.py --model_path tiny"), "llama_cpp", "cpu")
 
 
@@ -95,8 +95,8 @@ def test_a_terminal_says_what_it_lacks_before_it_loads(made, program, part):
 def test_without_any_package_nothing_is_a_traceback(made, program):
     """With the Python of the system, for example, one line names the set-up; --help needs no package."""
     assert made("").run(f".venv/bin/python {program} --help").returncode == 0
-    given = "--output_path out --data_path sample/instruct.json" if program == "finetune.py" else ""
-    ended = made("").run(f".venv/bin/python {program} {given}")
+    options = "--output_path out --data_path sample/instruct.json" if program == "finetune.py" else ""
+    ended = made("").run(f".venv/bin/python {program} {options}")
     assert ended.returncode in (2, 3, 4)
     assert re.search(r"^error: .*\n$", ended.stderr, re.MULTILINE), ended.stderr
     assert "Traceback" not in ended.stderr

@@ -1,4 +1,4 @@
-"""The Colab notebook, run from top to bottom on the demo model, as Jupyter runs it, here and as in Colab."""
+"""The Colab notebook on the demo model, run from top to bottom as Jupyter runs it, here and as in Colab."""
 
 import json
 import os
@@ -11,12 +11,13 @@ from nbclient import NotebookClient
 
 from tests.support.paths import ROOT
 
-SHORT = {  # a few steps instead of the demo's
+SHORT = {  # a few steps instead of those of the demo
     "OPTIONS": '"--max_steps 2 --batch_size 4 --micro_batch_tokens 512 --test_size 2 --learning_rate 3e-3"',
     "OUTPUT_PATH": '"lora-checkpoints/notebook-test"',
 }
 ROWS = [{"instruction": f"Say {word}", "output": f"{word}, as you wish"} for word in ("red", "green", "blue")]
-SAME = ("## 4. Train", "## 5. The loss", "## 6. Ask it something")  # in Colab as elsewhere
+# these sections are the same in Colab and elsewhere
+SAME = ("## 4. Train", "## 5. The loss", "## 6. Ask it something")
 
 
 def run(folder: Path, left_out: tuple[str, ...] = (), **environment: str) -> str:
@@ -31,13 +32,13 @@ def run(folder: Path, left_out: tuple[str, ...] = (), **environment: str) -> str
             rf"^{name} = .*$", f"{name} = {value}", settings.source, flags=re.MULTILINE
         )
         assert times == 1, f"the notebook has no {name}"
-    section, kept = "", []
+    section, cells = "", []
     for cell in notebook.cells:
         section = cell.source if cell.cell_type == "markdown" else section
         if not section.startswith(left_out or "no section"):
-            kept.append(cell)
-    assert len(notebook.cells) - len(kept) == 2 * len(left_out)
-    notebook.cells = kept
+            cells.append(cell)
+    assert len(notebook.cells) - len(cells) == 2 * len(left_out)
+    notebook.cells = cells
     place = {"metadata": {"path": str(folder / "notebooks")}}
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place)
     client.execute(env={**os.environ, **environment})
@@ -51,7 +52,7 @@ def said(copy) -> str:
 
 
 def test_notebook_runs_from_top_to_bottom(said, copy):
-    """Rows, training, the plot, an answer, the chat page and the archive, in a copy of the project."""
+    """It has rows, training, the plot, an answer, the chat page and the archive, in a copy of the project."""
     assert "step 2/2" in said
     assert "image/png" in said
     assert re.search(r"Answer: \w+", said)
@@ -62,14 +63,17 @@ def test_notebook_runs_from_top_to_bottom(said, copy):
 
 @pytest.mark.parametrize("chosen", [True, False])
 def test_notebook_in_colab(said, copy, tmp_path, chosen):
-    """What it does there and nowhere else: the rows that are uploaded, or the sample when none were chosen;
-    the page through Colab's proxy, which alone is let in; the adapter downloaded. Trained above."""
+    """Only in Colab rows are uploaded, or the sample is used when none were chosen.
+
+    The page opens through Colab's proxy, which alone is let in, and the adapter is downloaded. The training
+    is tested above.
+    """
     uploads, calls, programs = tmp_path / "uploads", tmp_path / "calls", tmp_path / "bin"
     uploads.mkdir()
     programs.mkdir()
     if chosen:
         (uploads / "mine.json").write_text(json.dumps(ROWS))
-    install = programs / "apt-get"  # Colab's Python comes without the module that makes environments
+    install = programs / "apt-get"  # Colab's Python lacks the module that makes environments
     install.write_text(f'#!/bin/sh\necho "[\\"apt-get\\", \\"$*\\"]" >> "{calls}"\n')
     install.chmod(0o755)
     (copy / "adapter.zip").unlink(missing_ok=True)
@@ -77,13 +81,13 @@ def test_notebook_in_colab(said, copy, tmp_path, chosen):
         "PATH": f"{programs}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT / "tests" / "support" / "colab"),
     }
-    told = run(copy, SAME, **path, COLAB_CALLS=str(calls))
+    output = run(copy, SAME, **path, COLAB_CALLS=str(calls))
     rows = ROWS if chosen else json.loads((ROOT / "sample" / "instruct.json").read_text(encoding="utf-8"))
-    assert re.search(rf"^rows +{len(rows)}$", told, re.MULTILINE)
-    assert "Open http" not in told
-    asked = [json.loads(line) for line in calls.read_text().splitlines()]
-    (_, installed), (_, names), (_, code), (_, opened), (_, downloaded) = asked
-    assert [call for call, _ in asked] == ["apt-get", "upload", "eval_js", "window", "download"]
+    assert re.search(rf"^rows +{len(rows)}$", output, re.MULTILINE)
+    assert "Open http" not in output
+    requests = [json.loads(line) for line in calls.read_text().splitlines()]
+    (_, installed), (_, names), (_, code), (_, opened), (_, downloaded) = requests
+    assert [call for call, _ in requests] == ["apt-get", "upload", "eval_js", "window", "download"]
     assert re.fullmatch(r"install .*python3\.\d+-venv", installed)
     assert names == (["mine.json"] if chosen else [])
     assert code == f"google.colab.kernel.proxyPort({opened[0]})"

@@ -1,7 +1,7 @@
-"""tools/setup.sh after a set-up that was stopped at any point: the next one mends it, or says what is wrong.
+"""tools/setup.sh after a set-up that was stopped at any point: the next one repairs it or says what is wrong.
 
-The real script runs in a copy of the project; no package index can be reached, so each run ends at the first
-download, behind everything that is tested here.
+The real script runs in a copy of the project. No package index can be reached, so each run ends at the first
+download, after everything that is tested here.
 """
 
 import atexit
@@ -28,7 +28,7 @@ PACKAGES = Path(sysconfig.get_path("purelib", "posix_prefix", {"base": ".venv"})
 
 @pytest.fixture
 def project(tmp_path) -> Path:
-    """What set-up reads, in an empty folder."""
+    """The files that the set-up reads, in an empty folder."""
     (tmp_path / "tools").mkdir()
     for name in ("finetune.sh", "tools/setup.sh", "tools/launch.sh", "requirements.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -52,7 +52,7 @@ def set_up(
 
 @functools.cache
 def whole_venv() -> Path:
-    """An environment with pip, made once: putting pip there takes seconds."""
+    """An environment with pip, which is made once because installing pip takes seconds."""
     folder = Path(tempfile.mkdtemp(prefix="onecard-venv-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     subprocess.run([PYTHON, "-m", "venv", folder], check=True)
@@ -67,7 +67,7 @@ def make_venv(project: Path, pip: bool = True) -> None:
 
 
 def mark_complete(project: Path) -> Path:
-    """The stamp that a set-up of `train` writes last."""
+    """Write the stamp that a set-up of `train` writes last."""
     script = 'echo ".venv/onecard-train-$(cat requirements.txt pyproject.toml | cksum | cut -d" " -f1)"'
     named = subprocess.run(["bash", "-c", script], cwd=project, capture_output=True, text=True, check=True)
     stamp = project / named.stdout.strip()
@@ -90,19 +90,19 @@ def script(path: Path, text: str) -> Path:
 
 
 def without_pip(project: Path) -> None:
-    """As `uv venv` makes it: whole, and no pip in it."""
+    """An environment as `uv venv` makes it: complete, but without pip."""
     make_venv(project, pip=False)
 
 
 def stopped_in_ensurepip(project: Path) -> None:
-    """As Ctrl-C leaves it while venv puts pip there: neither pip nor bin/activate, which venv writes last."""
+    """Ctrl-C while venv installs pip leaves neither pip nor bin/activate, which venv writes last."""
     without_pip(project)
     for path in (project / ".venv/bin").glob("[aA]ctivate*"):
         path.unlink()
 
 
 def broken_link(project: Path) -> None:
-    """It was complete, and the Python it was made with is gone."""
+    """The environment was complete, but the Python with which it was made was removed."""
     without_pip(project)
     (project / ".venv/bin/python").unlink()
     (project / ".venv/bin/python").symlink_to("/nowhere/python3")
@@ -110,13 +110,13 @@ def broken_link(project: Path) -> None:
 
 
 def half_removed_pip(project: Path) -> None:
-    """pip replaces itself: its old files are moved away, its old metadata is still there."""
+    """pip was replacing itself: its old files were moved away, and its old metadata is still there."""
     make_venv(project)
     (project / PACKAGES / "pip").rename(project / PACKAGES / "~ip")
 
 
 def half_written_pip(project: Path) -> None:
-    """pip replaces itself: its new files are there, but not yet what pip writes behind them."""
+    """pip was replacing itself: the new files are there, but not what pip writes after them."""
     make_venv(project)
     (info,) = (project / PACKAGES).glob("pip-*.dist-info")
     (info / "INSTALLER").unlink()
@@ -134,7 +134,7 @@ def half_written_pip(project: Path) -> None:
     ],
 )
 def test_a_stopped_set_up_is_mended(project, state):
-    """Whatever lies in .venv: afterwards Python and pip run, and only then is the network in question."""
+    """Whatever is in .venv, Python and pip run afterwards, before the network is needed."""
     state(project)
     ended = set_up(project)
     assert pip_runs(project)
@@ -147,7 +147,7 @@ def test_a_stopped_set_up_is_mended(project, state):
 
 
 def test_what_is_whole_stays(project):
-    """A whole .venv is not made again, and a package whose files were all there keeps its metadata."""
+    """A complete .venv is not made again, and a package with all of its files keeps its metadata."""
     make_venv(project)
     whole, unfinished = (project / PACKAGES / f"{name}-1.dist-info" for name in ("whole", "unfinished"))
     for info in (whole, unfinished):
@@ -169,7 +169,7 @@ def test_a_complete_set_up_is_left_alone(project):
 
 
 def test_a_link_is_never_emptied(project):
-    """.venv may lead to an environment that is somebody else's."""
+    """.venv may be a link to an environment of somebody else."""
     (project / "elsewhere/bin").mkdir(parents=True)
     (project / "elsewhere/notes.txt").touch()
     (project / ".venv").symlink_to("elsewhere")
@@ -180,7 +180,10 @@ def test_a_link_is_never_emptied(project):
 
 
 def test_a_python_without_venv_is_named(project):
-    """Debian's Python without python3-venv: its words, then ours, and nothing about a network."""
+    """For Debian's Python without python3-venv its words come first, then ours.
+
+    Nothing is said about a network.
+    """
     refuse = '[ "$1 $2" = "-m venv" ] && { echo "ensurepip is not available"; exit 1; }'
     ended = set_up(project, script(project / "python3", f'{refuse}\nexec {PYTHON} "$@"'))
     assert ended.returncode == 2
@@ -190,7 +193,7 @@ def test_a_python_without_venv_is_named(project):
 
 
 def test_a_half_made_environment_beside_it_is_made_again(project):
-    """.venv/gptq, which the tests need. Here pip and apt-get do nothing, and say that it went well."""
+    """This is .venv/gptq, which the tests need. Here pip and apt-get do nothing and report success."""
     make_venv(project)
     (project / PACKAGES / "pip/__main__.py").write_text("", encoding="utf-8")
     (project / "bin").mkdir()
@@ -214,16 +217,19 @@ def test_a_half_made_environment_beside_it_is_made_again(project):
     ],
 )
 def test_a_part_is_installed_in_place_and_marked_complete(project, part, extras, complete):
-    """What is complete with it too, so that no entry sets up again. Here pip and the converter do nothing."""
+    """The parts that it includes are marked too, so that no program sets up again.
+
+    Here pip and the converter do nothing.
+    """
     make_venv(project)
     (project / ".venv/bin/python").unlink()
     quiet = 'case "$*" in *"pip install"* | *llama_cpp_converter*) echo "$*" >>asked; exit 0;; esac'
     script(project / ".venv/bin/python", f'{quiet}\nexec -a "$0" {PYTHON} "$@"')
     ended = set_up(project, part=part)
     assert ended.returncode == 0, ended.stderr
-    asked = (project / "asked").read_text(encoding="utf-8")
-    assert f"-m pip install -c requirements.txt -e .[{extras}]\n" in asked
-    assert ("llama_cpp_converter" in asked) == ("cpu" in complete)
+    calls = (project / "asked").read_text(encoding="utf-8")
+    assert f"-m pip install -c requirements.txt -e .[{extras}]\n" in calls
+    assert ("llama_cpp_converter" in calls) == ("cpu" in complete)
     stamps = {path.name.split("-")[1] for path in (project / ".venv").glob("onecard-*")}
     assert stamps == complete
     (project / "asked").unlink()
@@ -231,13 +237,13 @@ def test_a_part_is_installed_in_place_and_marked_complete(project, part, extras,
     assert not (project / "asked").exists()
 
 
-# where Ctrl-C comes: what Python is doing then, as the words of its command
+# the moment of Ctrl-C: the words in the command that Python is running then
 MOMENTS = {"venv": "-m venv", "ensurepip": "-m ensurepip", "pip": "-m pip install"}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_ctrl_c_ends_it_with_one_line(project, moment):
-    """Exit 130, one line; the next set-up mends what was left."""
+    """The exit code is 130 with one line, and the next set-up repairs what was left."""
     sleep = f'touch reached; exec {PYTHON} -c "import time; time.sleep(60)"'
     slow = f'case "$*" in *"{MOMENTS[moment]}"*) {sleep};; esac'
     stub = script(project / "slow-python", f'{slow}\nexec -a "$0" {PYTHON} "$@"')
@@ -258,7 +264,7 @@ def test_ctrl_c_ends_it_with_one_line(project, moment):
         if (project / "reached").exists() or process.poll() is not None:
             break
         time.sleep(0.05)
-    time.sleep(0.3)  # until the sleeper is a Python that knows what Ctrl-C is
+    time.sleep(0.3)  # until the sleeping Python handles Ctrl-C
     os.killpg(process.pid, signal.SIGINT)
     _, words = process.communicate(timeout=30)
     assert process.returncode == 130, words

@@ -1,4 +1,4 @@
-"""test.sh: types are checked before all tests, and a wrong one stops them."""
+"""test.sh checks the types before all tests, and a wrong type stops them."""
 
 import shutil
 import subprocess
@@ -24,7 +24,7 @@ echo "$*" >> called
     ids=["right types", "a wrong type", "some tests only"],
 )
 def test_types_come_first(tmp_path: Path, arguments, code, called):
-    """A stand-in for .venv/bin/python notes what it is called with; there is nothing to set up."""
+    """A stand-in for .venv/bin/python records its calls, and nothing has to be set up."""
     shutil.copy(ROOT / "test.sh", tmp_path)
     for name, source in (("tools/setup.sh", ""), (".venv/bin/python", PYTHON)):
         (tmp_path / name).parent.mkdir(parents=True)

@@ -30,7 +30,7 @@ BUILD_SDIST = "from setuptools import build_meta; print(build_meta.build_sdist('
 
 
 def pip(python: Path | str, *words: object, **settings) -> str:
-    """What pip says on stdout; words: its command and options."""
+    """What pip prints on stdout; words: its command and options."""
     line = [python, "-m", "pip", *words, "--disable-pip-version-check"]
     ended = subprocess.run(
         [*map(str, line)], capture_output=True, text=True, env=fresh.of_a_newcomer(), **settings
@@ -40,7 +40,7 @@ def pip(python: Path | str, *words: object, **settings) -> str:
 
 
 def built(source: Path, folder: Path) -> Path:
-    """The wheel of a folder or an sdist, made with the setuptools of these tests."""
+    """The wheel of a folder or an sdist, made with the setuptools of this environment."""
     pip(sys.executable, "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", folder, source)
     return next(folder.glob("*.whl"))
 
@@ -52,7 +52,7 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """The project's files alone; building leaves files beside them."""
+    """The project's files alone, since building writes files beside them."""
     return fresh.copy_project(tmp_path_factory.mktemp("source") / "onecard")
 
 
@@ -63,7 +63,7 @@ def wheel(source, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> fresh.Environment:
-    """An environment with the wheel and what its extras for training and chatting bring."""
+    """An environment with the wheel and the packages of its extras for training and chatting."""
     environment = fresh.Environment(tmp_path_factory.mktemp("installed") / "environment")
     environment.link(fresh.closure(["train", "chat"]))
     pip(environment.bin / "python", "install", "--no-deps", "--quiet", wheel)
@@ -77,7 +77,7 @@ class Elsewhere:
         self.environment, self.folder = environment, folder
 
     def run(self, line: str) -> subprocess.CompletedProcess:
-        """A command as it is typed; the environment's programs come first."""
+        """Run a command as it is typed, with the programs of the environment first in the path."""
         path = f"{self.environment.bin}:{os.environ['PATH']}"
         variables = {**fresh.of_a_newcomer(), "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         return subprocess.run(
@@ -92,7 +92,7 @@ class Elsewhere:
 
 @pytest.fixture(scope="module")
 def elsewhere(installed, tiny_model, tmp_path_factory) -> Elsewhere:
-    """Nothing lies there but the base model."""
+    """A working folder with nothing but the base model."""
     folder = tmp_path_factory.mktemp("elsewhere")
     (folder / "tiny").symlink_to(tiny_model)
     return Elsewhere(installed, folder)
@@ -103,26 +103,26 @@ TRAIN = "--model_path tiny --device cpu --bits 16 --max_steps 2 --batch_size 2 -
 
 @pytest.fixture(scope="module")
 def trained(elsewhere) -> str:
-    """What a training says of which only the model and its length were chosen."""
+    """The output of a training for which only the model and its length were chosen."""
     return elsewhere.output(f"onecard finetune {TRAIN}")
 
 
-# what is in it
+# the contents of the wheel
 
 
 def test_every_room_and_sample_is_in_the_wheel(source, wheel):
-    """Each file of onecard/ and sample/ that git knows, byte for byte."""
+    """Each file of onecard/ and sample/ that git tracks is in it, byte for byte."""
     inside = contents(wheel)
-    wanted = {path.relative_to(source).as_posix(): path for path in source.glob("onecard/**/*.*")}
-    wanted |= {f"onecard/{p.relative_to(source).as_posix()}": p for p in source.glob("sample/**/*.*")}
+    expected = {path.relative_to(source).as_posix(): path for path in source.glob("onecard/**/*.*")}
+    expected |= {f"onecard/{p.relative_to(source).as_posix()}": p for p in source.glob("sample/**/*.*")}
     left_out = {f"onecard/{name}" for name in NEEDS_A_CHECKOUT}
-    assert {name for name in inside if ".dist-info/" not in name} == set(wanted) - left_out
-    assert all(inside[name] == path.read_bytes() for name, path in wanted.items() if name not in left_out)
+    assert {name for name in inside if ".dist-info/" not in name} == set(expected) - left_out
+    assert all(inside[name] == path.read_bytes() for name, path in expected.items() if name not in left_out)
     assert {"onecard/sample/instruct.json", "onecard/data/templates/alpaca.json"} <= set(inside)
 
 
 def test_every_room_is_listed():
-    """pyproject.toml lists the packages; a new room must not be forgotten."""
+    """pyproject.toml lists the packages, and a new one must not be forgotten."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     rooms = {f"onecard.{path.parent.name}" for path in ROOT.glob("onecard/*/__init__.py")}
     assert set(listed["packages"]) == {"onecard", "onecard.sample", *rooms}
@@ -141,32 +141,36 @@ def test_an_sdist_is_enough_for_the_same_wheel(source, wheel, tmp_path):
 
 
 def pins(lines: list[str]) -> dict[str, str]:
-    """Canonical name -> the one version that is asked for, "" for none."""
-    asked = [Requirement(line.partition(" --")[0]) for line in lines]
-    return {canonicalize_name(each.name): str(each.specifier) for each in asked}
+    """The one version that each package is asked for, by canonical name; "" for none."""
+    requirements = [Requirement(line.partition(" --")[0]) for line in lines]
+    return {canonicalize_name(each.name): str(each.specifier) for each in requirements}
 
 
 def test_the_extras_carry_the_pins_of_requirements():
-    """Each of their packages in exactly the version that requirements.txt lists; torch above all."""
+    """Each package has exactly the version of requirements.txt, above all torch."""
     written = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     all_of_them = pins([line for line in written if line and not line.startswith("#")])
-    asked = pins([line for lines in EXTRAS.values() for line in lines if not line.startswith("onecard[")])
-    assert asked["torch"] == "==2.13.0"
-    assert {name: all_of_them.get(name) for name in asked} == asked
-    assert all(re.fullmatch(r"==[\w.]+", version) for version in asked.values())
+    versions = pins([line for lines in EXTRAS.values() for line in lines if not line.startswith("onecard[")])
+    assert versions["torch"] == "==2.13.0"
+    assert {name: all_of_them.get(name) for name in versions} == versions
+    assert all(re.fullmatch(r"==[\w.]+", version) for version in versions.values())
     assert fresh.PYPROJECT["dependencies"] == []
 
 
 def test_pip_agrees_that_the_extras_are_there(installed, wheel):
-    """Of all that [train,chat] ask for nothing is left to install but the wheel itself."""
+    """With the packages of [train,chat] only the wheel itself is left to install."""
     address = f"onecard[train,chat] @ {wheel.as_uri()}"
-    said = pip(installed.bin / "python", "install", "--dry-run", "--no-index", address)
-    assert re.findall(r"^Would install (.*)$", said, re.MULTILINE) in ([], ["onecard-0.1.0"])
-    kept = pip(installed.bin / "python", "install", "--dry-run", "--no-index", "onecard[train,chat]")
-    assert "Would install" not in kept, "what our own messages tell to type asks an index for onecard"
+    output = pip(installed.bin / "python", "install", "--dry-run", "--no-index", address)
+    assert re.findall(r"^Would install (.*)$", output, re.MULTILINE) in ([], ["onecard-0.1.0"])
+    without_address = pip(
+        installed.bin / "python", "install", "--dry-run", "--no-index", "onecard[train,chat]"
+    )
+    assert "Would install" not in without_address, (
+        "what our own messages tell to type asks an index for onecard"
+    )
 
 
-# what it does
+# what the installed command does
 
 
 def test_the_command_lists_its_programs(elsewhere):
@@ -186,7 +190,7 @@ def test_nothing_of_a_checkout_is_used(elsewhere):
 
 @pytest.mark.parametrize("program", command.PROGRAMS)
 def test_help_shows_the_command_as_it_is_called(elsewhere, program):
-    """Usage and examples; what only a checkout has is named nowhere."""
+    """The help has usage and examples, and names nothing that only a checkout has."""
     text = elsewhere.output(f"onecard {program} --help")
     assert text.startswith(f"usage: onecard {program} ")
     assert re.search(rf"^(echo .*\| )?onecard {program} ", text, re.MULTILINE), "an example of its own line"
@@ -194,7 +198,7 @@ def test_help_shows_the_command_as_it_is_called(elsewhere, program):
 
 
 def test_two_steps_on_the_samples(elsewhere, trained):
-    """The demo's rows come with the package, the run goes to the folder where the command was typed."""
+    """The demo's rows come with the package, and the run is written to the folder of the command."""
     run = elsewhere.folder / "lora-checkpoints" / "demo"
     assert "216 to train on" in trained
     assert json.loads((run / "finished.json").read_text(encoding="utf-8"))["steps"] == 2
@@ -208,23 +212,23 @@ def test_one_answer(elsewhere, trained):
 
 
 def test_rows_are_looked_at(elsewhere):
-    """A sample by the name that the documentation has for it."""
-    said = elsewhere.output("onecard check-data --model_path tiny --data_path sample/chat.jsonl")
-    assert re.search(r"\brows\b", said)
+    """A sample has the name that the documentation gives it."""
+    output = elsewhere.output("onecard check-data --model_path tiny --data_path sample/chat.jsonl")
+    assert re.search(r"\brows\b", output)
 
 
 def test_going_on_is_told_as_it_is_typed(elsewhere, trained):
-    """The words of a checkout appear nowhere, and what they say works."""
-    said = elsewhere.output(f"onecard finetune {TRAIN}")
-    assert "onecard continue with a larger --num_epochs" in said
+    """The commands of a checkout appear nowhere, and those that are printed work."""
+    output = elsewhere.output(f"onecard finetune {TRAIN}")
+    assert "onecard continue with a larger --num_epochs" in output
     longer = elsewhere.output("onecard continue --output_path lora-checkpoints/demo --max_steps 3")
     assert "step 3/3" in longer
-    for text in (trained, said, longer):
+    for text in (trained, output, longer):
         assert not re.search(r"\.venv|\.py\b|setup\.sh", text), text
 
 
 def test_a_window_starts_its_trainings_there(installed, tiny_model, tmp_path):
-    """As a page does: a child that finds the package, beside which lies a folder that is called like it."""
+    """As on a page, the child finds the package although a folder beside it has the same name."""
     (tmp_path / "tiny").symlink_to(tiny_model)
     (tmp_path / "onecard").mkdir()
     (tmp_path / "onecard" / "__init__.py").write_text("raise SystemExit('a stranger')\n")
@@ -257,7 +261,7 @@ def test_without_any_extra_it_says_what_to_install(wheel, tmp_path):
 
 
 def test_an_installation_in_place_is_the_checkout(tmp_path):
-    """As tools/setup.sh makes it: the command, with messages that name files, and the checkout's samples."""
+    """tools/setup.sh makes it: the command works, messages name files, and samples are the checkout's."""
     copied = fresh.copy_project(tmp_path / "source")
     environment = fresh.Environment(copied / ".venv")
     environment.link(["setuptools"])
@@ -267,8 +271,8 @@ def test_an_installation_in_place_is_the_checkout(tmp_path):
     assert there.output("onecard merge --help").startswith("usage: onecard merge ")
     code = "from onecard.system import commands, files as f; from pathlib import Path"
     code += "; print(commands.line('continue'), f.or_sample(Path('sample/chat.jsonl')))"
-    said = there.output(f'python -c "{code}"')
-    assert said == f".venv/bin/python finetune_continue.py {copied / 'sample' / 'chat.jsonl'}\n"
+    output = there.output(f'python -c "{code}"')
+    assert output == f".venv/bin/python finetune_continue.py {copied / 'sample' / 'chat.jsonl'}\n"
 
 
 # how a checkout calls the same programs
@@ -276,7 +280,7 @@ def test_an_installation_in_place_is_the_checkout(tmp_path):
 
 @pytest.mark.parametrize("program", command.PROGRAMS)
 def test_every_program_is_a_file_too(program):
-    """The file that messages name in a checkout starts just this sub-command."""
+    """The file that messages name in a checkout starts exactly this sub-command."""
     file = ROOT / commands.FILES[program]
     assert f'start("{program}")' in file.read_text(encoding="utf-8")
     assert set(commands.FILES) == set(command.PROGRAMS)

@@ -1,4 +1,4 @@
-"""What --lora_path and --model_path may name, and what comes of it: adapter, base, template, or a message."""
+"""What --lora_path and --model_path may name, and which adapter, base model, template or message follows."""
 
 import contextlib
 import dataclasses
@@ -51,9 +51,9 @@ MINE = {"user": "Q {text} A", "assistant": "{text}{end}", "between": "\n"}
 
 
 def trained(base: Path, place: Path, **changes) -> Path:
-    """A run of four steps, with a validation loss and a checkpoint at each."""
+    """A run of four steps, with a validation loss and a checkpoint at each step."""
     rows = tiny.save_rows(place / "rows.json", 24)
-    given = {
+    options = {
         "model_path": str(base),
         "data_path": str(rows),
         "output_path": str(place / "run"),
@@ -71,38 +71,38 @@ def trained(base: Path, place: Path, **changes) -> Path:
         "lora_alpha": ALPHA,
         "lora_target_modules": TARGETS,
     }
-    settings = build(FinetuneConfig, {**given, **changes})
+    settings = build(FinetuneConfig, {**options, **changes})
     loop.run(settings, sample=lambda *_: [], draw=lambda *_: None)
     return place / "run"
 
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tmp_path_factory) -> Path:
-    """A finished run, with a template of its own that is gone by now; its best step is the second."""
+    """A finished run whose own template file has been deleted since; its best step is the second."""
     place = tmp_path_factory.mktemp("finished")
     (place / "mine.json").write_text(json.dumps(MINE))
-    made = trained(tiny_model, place, template=str(place / "mine.json"))
+    folder = trained(tiny_model, place, template=str(place / "mine.json"))
     (place / "mine.json").unlink()
-    lines = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     for record in lines:
         if "eval_loss" in record:
             record["eval_loss"] = {0: 0.1, 1: 3.0, 2: 1.5, 3: 2.5, 4: 2.0}[record["step"]]
-    (made / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
-    return made
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    return folder
 
 
 @pytest.fixture
 def unfinished(run, tmp_path) -> Path:
-    """The run as it was before its end, its log's last line torn off."""
+    """The run as it was before its end, with the last line of its log torn off."""
     return stopped_at(run, 4, tmp_path / "unfinished")
 
 
 def load(lora_path=None, **changes) -> tuple[Chat, list[str]]:
-    """A chat and what was said while it was made."""
+    """A chat, and the lines that were printed while it was loaded."""
     options = {"dtype": "fp32", "device": "cpu", "lora_path": None if lora_path is None else str(lora_path)}
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        made = loader.load(build(ChatConfig, {**options, **changes}), None)
-    return Chat(*made), said.getvalue().splitlines()
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        parts = loader.load(build(ChatConfig, {**options, **changes}), None)
+    return Chat(*parts), output.getvalue().splitlines()
 
 
 def scores(chat: Chat, active_adapters=None) -> torch.Tensor:
@@ -119,13 +119,13 @@ def plain(folder: Path) -> torch.Tensor:
 
 
 def merged(base: Path, tensors: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
-    """Scores of the base with scale B A added by hand."""
-    made = AutoModelForCausalLM.from_pretrained(base)
+    """The scores of the base model with scale * B A added by hand."""
+    model = AutoModelForCausalLM.from_pretrained(base)
     for name in (name for name in tensors if "lora_A" in name):
-        module = made.get_submodule(name.removeprefix("base_model.model.").split(".lora_A")[0])
+        module = model.get_submodule(name.removeprefix("base_model.model.").split(".lora_A")[0])
         module.weight.data += scale * (tensors[name.replace("lora_A", "lora_B")] @ tensors[name])
     with torch.no_grad():
-        return made(torch.arange(2, 14)[None]).logits[0, -1]
+        return model(torch.arange(2, 14)[None]).logits[0, -1]
 
 
 def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -145,42 +145,45 @@ def texts(form) -> dict:
 
 
 def test_a_finished_run_a_checkpoint_and_an_adapter_folder(run, tiny_model, tmp_path):
-    """Each is its own adapter on the run's own base, in the template of training; nothing is changed."""
+    """Each is loaded as its own adapter on the base model of the run, with the template of the training.
+
+    No file changes.
+    """
     alone = tmp_path / "alone"
     alone.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(run / name, alone / name)
     before = tree(run)
     for path, folder in ((run, run), (run / "checkpoint-3", run / "checkpoint-3"), (alone, alone)):
-        chat, said = load(path)
+        chat, lines = load(path)
         assert is_checkpoint(chat, tiny_model, folder)
         assert not torch.allclose(scores(chat), plain(tiny_model), atol=1e-3)
         assert torch.allclose(scores(chat, ()), plain(tiny_model), atol=1e-5)
         if folder == alone:
             assert chat.template.name == "alpaca"
-            assert any("no template is recorded with the adapter" in line for line in said)
+            assert any("no template is recorded with the adapter" in line for line in lines)
         else:
-            own = {key: data_template.parts(text, []) for key, text in MINE.items()}
-            assert texts(chat.template) == texts(data_template.Template("", **own))
-            assert any("was trained with it" in line for line in said)
+            pieces = {key: data_template.parts(text, []) for key, text in MINE.items()}
+            assert texts(chat.template) == texts(data_template.Template("", **pieces))
+            assert any("was trained with it" in line for line in lines)
     assert tree(run) == before
     assert load(run, template="cutegpt")[0].template.name == "cutegpt"
 
 
 def test_an_unfinished_run_answers_with_its_best_or_newest_checkpoint(unfinished, tiny_model):
-    """Of those that are whole: a damaged newest is left out, without any there is a message."""
-    for checkpoint, wanted in (("best", 2), ("newest", 4)):
+    """Damaged checkpoints are passed over, and without any whole one there is a message."""
+    for checkpoint, step in (("best", 2), ("newest", 4)):
         before = tree(unfinished)
-        chat, said = load(unfinished, checkpoint=checkpoint)
-        assert is_checkpoint(chat, tiny_model, unfinished / f"checkpoint-{wanted}")
-        assert any(f"checkpoint-{wanted} is used" in line for line in said)
+        chat, lines = load(unfinished, checkpoint=checkpoint)
+        assert is_checkpoint(chat, tiny_model, unfinished / f"checkpoint-{step}")
+        assert any(f"checkpoint-{step} is used" in line for line in lines)
         assert tree(unfinished) == before
     damage(unfinished / "checkpoint-4")
     assert is_checkpoint(load(unfinished, checkpoint="newest")[0], tiny_model, unfinished / "checkpoint-3")
-    damage(unfinished / "checkpoint-2")  # the best
-    chat, said = load(unfinished)
+    damage(unfinished / "checkpoint-2")  # the best checkpoint
+    chat, lines = load(unfinished)
     assert is_checkpoint(chat, tiny_model, unfinished / "checkpoint-3")
-    assert any("checkpoint-3 is used, the newest" in line for line in said)
+    assert any("checkpoint-3 is used, the newest" in line for line in lines)
     with pytest.raises(UserError, match="was changed after it was saved") as caught:
         load(unfinished / "checkpoint-4")
     assert caught.value.code == 4
@@ -199,7 +202,7 @@ def damage(checkpoint: Path) -> None:
 
 
 def test_an_unfinished_run_without_validation_answers_with_its_newest(unfinished, tiny_model):
-    """No loss in the log, or no log at all."""
+    """The log has no validation loss, or there is no log at all."""
     lines = [line for line in (unfinished / "log.jsonl").read_text().splitlines() if "eval_loss" not in line]
     for text in ("\n".join(lines), "[]\n7\nnull\n", None):
         (unfinished / "log.jsonl").unlink()
@@ -211,7 +214,11 @@ def test_an_unfinished_run_without_validation_answers_with_its_newest(unfinished
 
 @pytest.mark.parametrize("what", ["full", "lora+embeddings"])
 def test_runs_that_train_more_than_an_adapter(tiny_model, tmp_path, what):
-    """All weights: RUN, RUN/model and its checkpoints are models of their own; embeddings come and go."""
+    """A run that trains all weights is a model of its own; trained embeddings go with the adapter.
+
+    The first holds for RUN, RUN/model and the checkpoints. Without the adapter the embeddings are the base
+    model's.
+    """
     folder = trained(
         tiny_model, tmp_path, train_what=what, max_steps=2, template="vicuna-chat", learning_rate=3e-3
     )
@@ -232,22 +239,22 @@ def test_runs_that_train_more_than_an_adapter(tiny_model, tmp_path, what):
             with pytest.raises(UserError, match="is a whole model, not an adapter"):
                 load(**{"lora_path": folder, **more})
         return
-    wanted = models_adapter.add_adapter(
+    model = models_adapter.add_adapter(
         base_model.load_base(str(tiny_model), 16, "fp32", "cpu"),
         lora_shape.LoraShape(RANK, ALPHA, 0.0, TARGETS, what=what),
         seed=0,
     )
-    trainable.load(wanted, folder)
+    trainable.load(model, folder)
     chat, _ = load(folder)
     with torch.no_grad():
-        assert torch.allclose(scores(chat), wanted.eval()(torch.arange(2, 14)[None]).logits[0, -1], atol=1e-4)
+        assert torch.allclose(scores(chat), model.eval()(torch.arange(2, 14)[None]).logits[0, -1], atol=1e-4)
     assert torch.allclose(scores(chat, ()), plain(tiny_model), atol=1e-5)
     assert "embed_tokens" in (folder / "adapter_config.json").read_text()
 
 
 @pytest.fixture
 def old(run, tmp_path) -> Path:
-    """A folder as Chinese-Vicuna left it: pickled weights, no adapter_config.json."""
+    """A folder as Chinese-Vicuna wrote it: pickled weights and no adapter_config.json."""
     folder = tmp_path / "old"
     folder.mkdir()
     (folder / "trainer_state.json").write_text('{"global_step": 3}')
@@ -264,26 +271,28 @@ def old(run, tmp_path) -> Path:
     ],
 )
 def test_older_folders_are_read_and_left_as_they_are(run, tiny_model, old, name, config, named):
-    """Pickled weights with and without a configuration: same bytes, same times, no file more or less."""
+    """Pickled weights are read with and without a configuration; nothing in the folder changes."""
     (old / "pytorch_model.bin").rename(old / name)
     if config:
         values = json.loads((run / "adapter_config.json").read_text())
         (old / "adapter_config.json").write_text(json.dumps(values))
     (old / "trainer_state.json").unlink()
     before, folder_before = tree(old), old.stat().st_mtime_ns
-    chat, said = load(f"mine={old}" if named else old, model_path=str(tiny_model))
+    chat, lines = load(f"mine={old}" if named else old, model_path=str(tiny_model))
     assert (tree(old), old.stat().st_mtime_ns) == (before, folder_before)
     tensors = load_file(run / "adapter_model.safetensors")
-    scale = ALPHA / RANK if config else 2.0  # where it is not written: twice the rank, and said so
+    # without a recorded alpha it is twice the rank, and a line says so
+    scale = ALPHA / RANK if config else 2.0
     assert torch.allclose(scores(chat), merged(tiny_model, tensors, scale), atol=1e-4)
-    assert any("does not record its alpha" in line for line in said) == (not config)
-    assert f"adapter     {'mine' if named else 'old'}: {old}" in said  # not a copy of ours
+    assert any("does not record its alpha" in line for line in lines) == (not config)
+    # the folder itself and not our temporary copy
+    assert f"adapter     {'mine' if named else 'old'}: {old}" in lines
     assert chat.engine.adapters == ["mine" if named else "old"]
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin"])
 def test_a_pickle_that_would_run_code_is_refused(old, tmp_path, tiny_model, name):
-    """S1: exit 8, and nothing ran."""
+    """S1: the exit code is 8, and no code ran."""
     (old / "pytorch_model.bin").unlink()
     canary = tmp_path / "canary"
     (old / name).write_bytes(pickle.dumps({"x": Touch(canary)}, protocol=2))
@@ -294,17 +303,17 @@ def test_a_pickle_that_would_run_code_is_refused(old, tmp_path, tiny_model, name
 
 
 def test_an_adapter_of_the_hub(run, tiny_model, tmp_path, monkeypatch):
-    """A name that is no folder is fetched; a path that is none is told to be neither."""
-    asked = []
+    """A name that is no folder is fetched from the hub; a path that does not exist is refused as neither."""
+    names = []
 
     def fetch(name: str) -> str:
-        asked.append(name)
+        names.append(name)
         return str(run)
 
     with monkeypatch.context() as patched:
         patched.setattr(locate, "fetch_adapter", fetch)
         chat, _ = load("someone/some-lora")
-    assert asked == ["someone/some-lora"]
+    assert names == ["someone/some-lora"]
     assert is_checkpoint(chat, tiny_model, run)
     assert chat.engine.adapters == ["some-lora"]
     with pytest.raises(UserError, match="no such folder here"):
@@ -312,7 +321,10 @@ def test_an_adapter_of_the_hub(run, tiny_model, tmp_path, monkeypatch):
 
 
 def test_several_adapters_with_names_and_weights(run, tiny_model):
-    """The first answers; with weights all answer together; names are given, or the folders'."""
+    """The first adapter answers, or all together if they have weights.
+
+    Names are given or come from the folders.
+    """
     best, third = run / "checkpoint-2", run / "checkpoint-3"
     chat, _ = load(f"one={best}, {third}")
     assert chat.engine.adapters == ["one", "run-checkpoint-3"]
@@ -340,11 +352,11 @@ def test_several_adapters_with_names_and_weights(run, tiny_model):
 
 
 def test_the_usual_template_says_why(run, tiny_model):
-    """Without an adapter nothing is said of one."""
-    own = models_tokenizer.load_tokenizer(str(tiny_model))
-    assert "adapter" not in resolve.choose_template(None, [], own)[1]
+    """Without an adapter the reason does not mention one."""
+    tokenizer = models_tokenizer.load_tokenizer(str(tiny_model))
+    assert "adapter" not in resolve.choose_template(None, [], tokenizer)[1]
     alone = runs_adapters.Adapter("mine", run)
-    assert "no template is recorded with the adapter" in resolve.choose_template(None, [alone], own)[1]
+    assert "no template is recorded with the adapter" in resolve.choose_template(None, [alone], tokenizer)[1]
 
 
 @pytest.mark.parametrize(
@@ -364,12 +376,15 @@ def test_the_usual_template_says_why(run, tiny_model):
     ],
 )
 def test_the_list_of_adapters(text, wanted):
-    """NAME=PATH:WEIGHT with commas between, name and weight left out as one likes."""
+    """The list is NAME=PATH:WEIGHT, separated by commas; name and weight may be left out."""
     assert runs_adapters.read_list(text) == wanted
 
 
 def test_the_template_that_was_saved_counts(run, tiny_model, tmp_path):
-    """Its texts, then its name; a chat template only without an adapter; a damaged one is named."""
+    """The saved texts of the template count first, then its name.
+
+    The tokenizer's chat template is used only without an adapter. A damaged record is named.
+    """
     form = json.loads((run / "finetune_config.json").read_text())["resolved"]["template"]
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
@@ -379,7 +394,7 @@ def test_the_template_that_was_saved_counts(run, tiny_model, tmp_path):
         change(values)
         (copy / "finetune_config.json").write_text(json.dumps(values))
 
-    def older(values: dict) -> None:  # before texts were saved
+    def older(values: dict) -> None:  # as runs were recorded before texts were saved
         del values["resolved"]["template"]
         values["options"]["template"] = "cutegpt,alpaca"
 
@@ -394,19 +409,19 @@ def test_the_template_that_was_saved_counts(run, tiny_model, tmp_path):
     assert form["name"] == "mine"
     other = tmp_path / "chatting"
     shutil.copytree(tiny_model, other)
-    own = tiny.tokenizer()
-    own.chat_template = (
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
         "{% for m in messages %}<start>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"
         "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
     )
-    own.save_pretrained(other)
+    tokenizer.save_pretrained(other)
     assert load(model_path=str(other))[0].template.name == "auto"
     assert load(run, model_path=str(other))[0].template.name == "mine"
     assert load(model_path=str(tiny_model))[0].template.name == "alpaca"
 
 
 def test_the_base_is_the_runs_own(run, tiny_model, tmp_path):
-    """Another one by --model_path; one that is gone is a message that names it."""
+    """--model_path chooses another base model; when the run's own is missing, the message names it."""
     moved = tmp_path / "moved"
     shutil.copytree(run, moved)
     values = json.loads((moved / "finetune_config.json").read_text())
@@ -422,7 +437,7 @@ def test_the_base_is_the_runs_own(run, tiny_model, tmp_path):
         load(model_path=str(tmp_path / "nowhere"))
 
 
-WRONG = {  # file, its content from what it was, the words, the exit code
+WRONG = {  # file, a function from its old content to the new one, words, exit code
     "no JSON": ("adapter_config.json", lambda raw: raw[:20], "damaged", 4),
     "a list": ("adapter_config.json", lambda _: b"[]", "no JSON object", 4),
     "another kind": ("adapter_config.json", lambda _: b'{"peft_type": "PREFIX_TUNING"}', "not a LoRA", 4),
@@ -443,7 +458,7 @@ WRONG = {  # file, its content from what it was, the words, the exit code
 
 @pytest.mark.parametrize("name", WRONG)
 def test_damaged_adapters_are_named(run, tiny_model, tmp_path, name):
-    """One message with the folder or file, and a code; no traceback."""
+    """There is one message with the folder or file and an exit code, and no traceback."""
     file, change, words, code = WRONG[name]
     folder = tmp_path / "bad"
     folder.mkdir()
@@ -462,7 +477,7 @@ def test_damaged_adapters_are_named(run, tiny_model, tmp_path, name):
 
 
 def test_a_wrong_base_is_refused(run, tmp_path):
-    """Of other sizes, and of another depth, which peft would load in part."""
+    """A base model with other sizes is refused, and one with another depth, which peft would load in part."""
     for change in ({"hidden_size": 48}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}):
         other = tiny.save_model(tmp_path / "-".join(map(str, change.values())), **change)
         with pytest.raises(UserError, match="does not fit this base model") as caught:
@@ -472,7 +487,7 @@ def test_a_wrong_base_is_refused(run, tmp_path):
 
 
 def test_folders_that_hold_nothing(tmp_path, tiny_model):
-    """An empty folder, a run that has not saved yet: exit 4, with what would do."""
+    """An empty folder, or a run without a checkpoint yet, gives exit code 4 and says what is missing."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "young").mkdir()
     (tmp_path / "young" / runs_folder.CONFIG).write_text('{"options": {}}')
@@ -484,7 +499,7 @@ def test_folders_that_hold_nothing(tmp_path, tiny_model):
 
 @pytest.mark.parametrize("how", ["yarn", "dynamic"])
 def test_stretched_contexts(tiny_model, how):
-    """Four times the context: a conversation beyond the model's own is answered, kept keys change nothing."""
+    """With four times the context a longer conversation is answered; reused keys do not change the answer."""
     chat, _ = load(model_path=str(tiny_model), rope_scaling=how)
     assert chat.engine.context == 4 * 512
     long = Conversation((Turn("user", "Say red " * 150),))
@@ -502,16 +517,16 @@ def test_stretched_contexts(tiny_model, how):
 
 
 def test_without_stretching_nothing_changes(tiny_model):
-    """The scores are the plain model's, bit for bit; stretched ones differ."""
+    """The scores equal those of the plain model bit for bit, and stretched ones differ."""
     chat, _ = load(model_path=str(tiny_model), rope_scaling="none", rope_factor=8)
     assert chat.engine.context == 512
     chat.engine.model = base_model.load_base(str(tiny_model), 16, "fp32", "cpu").eval()
     untouched = scores(chat)
     assert torch.equal(scores(load(model_path=str(tiny_model), rope_scaling="none")[0]), untouched)
     assert torch.allclose(untouched, plain(tiny_model), atol=1e-5)
-    for how in ("yarn", "dynamic"):
+    for scaling in ("yarn", "dynamic"):
         assert not torch.allclose(
-            scores(load(model_path=str(tiny_model), rope_scaling=how)[0]), plain(tiny_model)
+            scores(load(model_path=str(tiny_model), rope_scaling=scaling)[0]), plain(tiny_model)
         )
 
 
@@ -523,26 +538,26 @@ def test_threads_are_those_asked_for(tiny_model):
 
 
 def test_options_that_do_not_go_together(tiny_model, run):
-    """Each names the option and what would do."""
-    for given, word in (
+    """Each message names the option and what to use instead."""
+    for options, word in (
         ({"engine": "transformers", "model_path": "x.gguf"}, "llama.cpp"),
         ({"device": "mps"}, "no Apple GPU"),
     ):
         with pytest.raises(UserError) as caught:
-            load(**{"model_path": str(tiny_model), **given})
+            load(**{"model_path": str(tiny_model), **options})
         assert word in str(caught.value)
-    for given, word in (
+    for options, word in (
         ({"card_memory": "0:1GiB"}, "--card_memory is for --device all"),
         ({"load_8bit": True, "bits": 4}, "--load_8bit and --bits 4 contradict"),
         ({"load_8bit": "true", "bits": "16"}, "contradict"),
     ):
         with pytest.raises(UserError) as caught:
-            config_chat.check_used(build(ChatConfig, given))
+            config_chat.check_used(build(ChatConfig, options))
         assert word in str(caught.value)
 
 
 def test_adapters_of_different_bases(run, tiny_model, tmp_path):
-    """Both are named, and --model_path decides; two names of one folder are one base."""
+    """The message names both base models, and --model_path decides. Two paths to one folder are one base."""
     copies = [tmp_path / name for name in ("a", "b")]
     for copy in copies:
         shutil.copytree(run, copy)
@@ -565,67 +580,67 @@ def test_adapters_of_different_bases(run, tiny_model, tmp_path):
 
 
 def later(beside=lambda device: [], **options) -> tuple[Chat, list[str]]:
-    given = build(ChatConfig, {"dtype": "fp32", "device": "cpu", **options})
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        made = inference_chat.later(given, None, beside)
-    return made, said.getvalue().splitlines()
+    settings = build(ChatConfig, {"dtype": "fp32", "device": "cpu", **options})
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        chat = inference_chat.later(settings, None, beside)
+    return chat, output.getvalue().splitlines()
 
 
 def test_a_model_that_waits_for_its_first_question(run, tiny_model):
-    """What a page needs is there without weights; the first question loads them, says so, and is answered."""
-    asked = []
-    made, said = later(lambda device: asked.append(device) or ["run-7"], lora_path=str(run))
-    assert (made.engine.name, made.engine.adapters, made.template.name) == ("transformers", ["run"], "mine")
-    assert made.modes()
-    assert made.active_adapters == (("run", 1.0),)
+    """A page has all it needs before the weights are loaded; the first question loads them and says so."""
+    devices = []
+    chat, lines = later(lambda device: devices.append(device) or ["run-7"], lora_path=str(run))
+    assert (chat.engine.name, chat.engine.adapters, chat.template.name) == ("transformers", ["run"], "mine")
+    assert chat.modes()
+    assert chat.active_adapters == (("run", 1.0),)
     with pytest.raises(UserError, match="No adapter is called x"):
-        made.engine.check_active_adapters((("x", 1.0),))
-    assert not made.engine.is_loaded
-    assert any("not loaded" in line for line in said)
-    sides = ui_sessions.answers(ui_sessions.Sessions(), "page", made, QUESTION, QUICK, None, "en")
+        chat.engine.check_active_adapters((("x", 1.0),))
+    assert not chat.engine.is_loaded
+    assert any("not loaded" in line for line in lines)
+    sides = ui_sessions.answers(ui_sessions.Sessions(), "page", chat, QUESTION, QUICK, None, "en")
     assert next(sides).message.startswith("loading the model ...")
     sides.close()
-    assert not made.engine.is_loaded
-    first, *_, last = made.stream(QUESTION, QUICK)
+    assert not chat.engine.is_loaded
+    first, *_, last = chat.stream(QUESTION, QUICK)
     assert first.loading
-    told = ui_status.describe(first, made, "en"), ui_status.describe(first, made, "zh")
-    assert told[0] == "loading the model ... (run-7 trains on the same device)"
-    assert "run-7" in told[1]
-    *_, wanted = load(run)[0].stream(QUESTION, QUICK)
-    assert last.text == wanted.text
-    assert not any(reply.loading for reply in made.stream(QUESTION, QUICK))
-    assert ui_status.describe(last, made, "en").endswith(
+    messages = ui_status.describe(first, chat, "en"), ui_status.describe(first, chat, "zh")
+    assert messages[0] == "loading the model ... (run-7 trains on the same device)"
+    assert "run-7" in messages[1]
+    *_, expected = load(run)[0].stream(QUESTION, QUICK)
+    assert last.text == expected.text
+    assert not any(reply.loading for reply in chat.stream(QUESTION, QUICK))
+    assert ui_status.describe(last, chat, "en").endswith(
         "cpu, beside the training run-7 · ended at the limit of new tokens"
     )
-    assert set(asked) == {"cpu"}
+    assert set(devices) == {"cpu"}
 
 
 def test_a_model_that_cannot_be_loaded_is_tried_again(tiny_model, monkeypatch):
-    """Out of memory names the training; a second question succeeds; two at once load once."""
+    """Out of memory names the training; a second question succeeds; questions at the same time load once."""
     plain, calls = loader.engine_of, []
 
-    def engine_of(*how):
+    def engine_of(*arguments):
         calls.append(1)
         if len(calls) == 1:
             raise RuntimeError("CUDA out of memory. Tried to allocate")
-        return plain(*how)
+        return plain(*arguments)
 
     monkeypatch.setattr(loader, "engine_of", engine_of)
-    made, _ = later(lambda device: ["run-7"], model_path=str(tiny_model))
+    chat, _ = later(lambda device: ["run-7"], model_path=str(tiny_model))
     with pytest.raises(UserError, match=r"while the model was loaded\. Wait for run-7") as caught:
-        list(made.stream(QUESTION, QUICK))
+        list(chat.stream(QUESTION, QUICK))
     assert caught.value.code == 6
-    threads = [threading.Thread(target=lambda: list(made.stream(QUESTION, QUICK))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: list(chat.stream(QUESTION, QUICK))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
     assert len(calls) == 2
-    assert made.engine.is_loaded
+    assert chat.engine.is_loaded
 
 
 def test_a_model_that_cannot_be_loaded_keeps_no_memory(monkeypatch):
-    """What was read before the memory ran out is let go, then the card's cache is emptied."""
+    """What was read before the memory ran out is released, and then the cache of the GPU is emptied."""
     read, emptied = [], []
 
     def engine_of() -> None:
@@ -637,17 +652,17 @@ def test_a_model_that_cannot_be_loaded_keeps_no_memory(monkeypatch):
         emptied.append((device, read[-1]() is None))
 
     monkeypatch.setattr(hardware, "forget_cached_memory", empty)
-    for device, wanted in (("cuda:1", "cuda:1"), ("all", "cuda")):
+    for device, expected in (("cuda:1", "cuda:1"), ("all", "cuda")):
         nothing = types.SimpleNamespace(name="", capabilities=None)
         model = types.SimpleNamespace(adapters=[])
         plan = types.SimpleNamespace(kind=nothing, model=model, device=hardware.Choice(device, ""))
         with pytest.raises(UserError, match="Out of memory"):
             lazy_engine.Engine(plan, engine_of, lambda device: []).load()
-        assert emptied.pop() == (wanted, True)
+        assert emptied.pop() == (expected, True)
 
 
 def test_mistakes_are_told_before_any_question(tiny_model, tmp_path):
-    """A model that waits is checked as far as that needs no weights."""
+    """A model that is loaded later is checked at once as far as that needs no weights."""
     for options, word in (
         ({"model_path": str(tmp_path)}, "no tokenizer"),
         ({"model_path": str(tiny_model), "lora_path": str(tmp_path / "none")}, "no such folder"),

@@ -1,4 +1,4 @@
-"""Checkpoints cannot be half: kills and power failures at every file operation, rot, full disks."""
+"""No checkpoint is incomplete after a kill, a power failure, damage to its files or a full disk."""
 
 import itertools
 import os
@@ -38,12 +38,12 @@ def copy(saved, tmp_path) -> Path:
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, keep):
-    """C1, C13, C19: the old or the new one, never neither, never mixed; the next save cleans up."""
+    """C1, C13, C19: the old or the new one is there, never neither or a mixture; the next save cleans up."""
     promises.a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, keep)
 
 
 def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(tmp_path):
-    """C1: the same step with another state (another budget) takes the place of the one there."""
+    """C1: the same step with another state (another budget) replaces the existing checkpoint."""
 
     def before(folder: Path) -> None:
         save(folder, 1)
@@ -52,8 +52,8 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(tmp_path):
     killed, attempt = 0, killed_at_operation(lambda folder: save(folder, 2, budget=50))
     for folder, code in until_untouched(tmp_path, before, attempt):
         before_it = sorted(folder.iterdir())
-        found, _ = runs_checkpoint.newest(folder)
-        assert runs_checkpoint.read_progress(found).step == 2
+        checkpoint, _ = runs_checkpoint.newest(folder)
+        assert runs_checkpoint.read_progress(checkpoint).step == 2
         assert sorted(folder.iterdir()) == before_it, "to look is not to rename"
         runs_checkpoint.finish_rename(folder)
         newest, problems = runs_checkpoint.newest(folder)
@@ -74,7 +74,7 @@ SYSTEM_CALLS = ["mkdir", "openat", "ftruncate", "write", "renameat", "fsync", "r
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace (Debian package strace)")
 @pytest.mark.parametrize("call", SYSTEM_CALLS)
 def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(tmp_path, call):
-    """C2: like C1, seen from outside of Python, so with those that safetensors' own code makes."""
+    """C2: as C1, but seen from outside of Python and so with the system calls of safetensors' own code."""
 
     def before(folder: Path) -> None:
         save(folder, 1)
@@ -92,7 +92,7 @@ def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(tmp_path, call):
 
 
 def traced(work, inject: str) -> int:
-    """Exit code of work() in a forked child whose system calls strace interferes with."""
+    """The exit code of work() in a forked child, while strace interferes with its system calls."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -115,7 +115,7 @@ def traced(work, inject: str) -> int:
 
 @pytest.mark.parametrize("fsync_works", [True, False])
 def test_a_power_failure_leaves_a_whole_checkpoint(tmp_path, monkeypatch, fsync_works):
-    """C3: in every legal state after it; once a save has returned, it is never lost. Without fsync it is."""
+    """C3: in each legal state after it, every save that returned is there; without fsync some are lost."""
     with monkeypatch.context() as patch:
         good, total = power_failures(tmp_path, patch, fsync_works)
     assert total > 100
@@ -123,12 +123,12 @@ def test_a_power_failure_leaves_a_whole_checkpoint(tmp_path, monkeypatch, fsync_
 
 
 def test_every_flipped_bit_is_found(copy):
-    """C8: at 300 random places over all files; the checkpoint before is used."""
+    """C8: at 300 random places over all files; then the previous checkpoint is used."""
     promises.every_flipped_bit_is_found(copy)
 
 
 def test_cut_missing_extra_and_mixed_files(copy):
-    """C9, C10, C11: found, except extra files, which are named and not read."""
+    """C9, C10, C11: they are found, except extra files, which are named and not read."""
     promises.cut_missing_and_mixed_files_are_found(copy)
     last = copy / "checkpoint-10"
     (last / "notes.txt").write_text("mine")
@@ -136,7 +136,7 @@ def test_cut_missing_extra_and_mixed_files(copy):
 
 
 def test_the_number_in_the_manifest_counts(copy):
-    """T21, C11: neither the folder's name nor its time."""
+    """T21, C11: neither the folder's name nor its time decides which checkpoint is newest."""
     os.utime(copy / "checkpoint-5", (2e9, 2e9))
     assert runs_checkpoint.newest(copy)[0].name == "checkpoint-10"
     (copy / "checkpoint-5").rename(copy / "checkpoint-99")
@@ -146,7 +146,7 @@ def test_the_number_in_the_manifest_counts(copy):
 
 
 def test_another_format_is_refused(copy):
-    """C16: a later format is not guessed at."""
+    """C16: a later format is refused and not guessed."""
     path = copy / "checkpoint-10" / "manifest.json"
     path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(UserError, match="format 2") as caught:
@@ -156,7 +156,10 @@ def test_another_format_is_refused(copy):
 
 @pytest.mark.parametrize("call", range(1, 11))
 def test_a_failing_sync_is_a_failing_save(tmp_path, monkeypatch, call):
-    """C5: an error of fsync is exit 7, before the rename nothing is promoted; nothing temporary is left."""
+    """C5: an error of fsync gives exit code 7.
+
+    Before the rename nothing is promoted, and nothing temporary stays.
+    """
     save(tmp_path, 1)
     plain, calls = os.fsync, itertools.count(1)
 
@@ -175,7 +178,7 @@ def test_a_failing_sync_is_a_failing_save(tmp_path, monkeypatch, call):
 
 
 def test_a_quota_is_a_failing_save(tmp_path):
-    """C6: files may not grow beyond a limit, whichever; never "saved", and nothing temporary is left."""
+    """C6: when any file cannot grow beyond a limit, it never says "saved", and nothing temporary stays."""
     save(tmp_path, 1)
     largest = max(path.stat().st_size for path in (tmp_path / "checkpoint-1").iterdir())
     for limit in range(0, largest, 16):
@@ -191,10 +194,10 @@ def test_a_quota_is_a_failing_save(tmp_path):
 
 
 def test_a_folder_without_the_right_to_write_is_a_failing_save(tmp_path, monkeypatch):
-    """C6: exit 7; for root, who may write everywhere, as an ordinary user."""
+    """C6: the exit code is 7. Root may write everywhere, so the test becomes an ordinary user."""
     save(tmp_path, 1)
     tmp_path.chmod(0o555)
-    monkeypatch.chdir(tmp_path)  # an ordinary user may not come here through the folders above
+    monkeypatch.chdir(tmp_path)  # an ordinary user may not enter the folders above
 
     def work() -> None:
         if os.getuid() == 0:
@@ -213,12 +216,12 @@ def refused_with(code: int, work) -> None:
 
 
 def test_saving_needs_no_memory_for_the_base(tmp_path):
-    """C21: a base of 130 MB is not gathered, nor are adapter and moments copied."""
+    """C21: a base model of 130 MB is not gathered, and neither adapter nor moments are copied."""
     promises.saving_needs_no_memory_for_the_base(tmp_path)
 
 
 def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
-    """C18: exit 7 with MiB, at a save too."""
+    """C18: exit code 7 with the sizes in MiB, for a later save too."""
     save(tmp_path, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
     with pytest.raises(UserError, match=r"needs about 1 MiB, free: 0 MiB") as caught:
@@ -228,7 +231,7 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatc
 
 
 def test_leftovers_go_but_not_what_a_link_points_to(tmp_path):
-    """C19: own temporary folders are deleted; a link is removed, its target is not touched."""
+    """C19: our own temporary folders are deleted; a link is removed, and its target does not change."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "file").write_text("mine")
@@ -242,13 +245,13 @@ def test_leftovers_go_but_not_what_a_link_points_to(tmp_path):
 
 
 def test_temporary_files_lie_beside_their_place(tmp_path, monkeypatch):
-    """C7: the system's folder for temporary files is on another file system, and does not matter."""
+    """C7: it does not matter that the system's temporary folder is on another file system."""
     monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
     assert save(tmp_path, 1).is_dir()
 
 
 def test_odd_names(tmp_path, monkeypatch):
-    """C17: blanks, Unicode, long names, a linked folder, a relative path."""
+    """C17: names with blanks or Unicode, long names, a linked folder and a relative path all work."""
     for name in ("with blank", "ünï-文件", "x" * 250):
         folder = tmp_path / name
         folder.mkdir()
@@ -260,7 +263,7 @@ def test_odd_names(tmp_path, monkeypatch):
 
 
 def test_saving_over_a_loaded_file_changes_nothing(tmp_path):
-    """C14: tensors read from a checkpoint stay as they were when it is replaced in its place, and pruned."""
+    """C14: tensors that were read from a checkpoint do not change when it is replaced or deleted."""
     tensors = load_file(save(tmp_path, 1) / "optimizer.safetensors")
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     save(tmp_path, 1, budget=7)
@@ -275,13 +278,13 @@ def test_optimizer_comes_back(tmp_path):
     one, path = optimizer(3), save(tmp_path, 3)
     other = torch.optim.AdamW([torch.nn.Parameter(one.param_groups[0]["params"][0].detach().clone())], lr=0.1)
     runs_checkpoint.restore(path, other, torch.amp.GradScaler("cpu", enabled=False))
-    for made in (one, other):
-        parameter = made.param_groups[0]["params"][0]
+    for adamw in (one, other):
+        parameter = adamw.param_groups[0]["params"][0]
         parameter.grad = torch.full_like(parameter, 0.25)
-        made.step()
-    assert torch.equal(*(made.param_groups[0]["params"][0] for made in (one, other)))
+        adamw.step()
+    assert torch.equal(*(adamw.param_groups[0]["params"][0] for adamw in (one, other)))
 
 
 def test_a_lock_dies_with_its_owner(tmp_path):
-    """T22: refused while the owner lives, naming its pid; free after a kill; the file goes at the end."""
+    """T22: refused with the pid while the owner lives, free after a kill; at the end the file is deleted."""
     promises.a_lock_dies_with_its_owner(tmp_path)

@@ -1,4 +1,4 @@
-"""Older checkpoints: written by transformers' Trainer here, and laid out as Chinese-Vicuna left them."""
+"""Older checkpoints: written by transformers' Trainer here, or with the layout of Chinese-Vicuna."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ def written(tiny_model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def written_8bit(tiny_model, tmp_path_factory) -> Path:
-    """The same with bitsandbytes' optimizer."""
+    """The same folder with the optimizer of bitsandbytes."""
     return write(tiny_model, tmp_path_factory.mktemp("trainer8"), "adamw_bnb_8bit")
 
 
@@ -54,7 +54,7 @@ def write(tiny_model: Path, place: Path, optimizer: str) -> Path:
 
 
 def vicuna(written: Path, folder: Path) -> Path:
-    """The same content as Chinese-Vicuna left it: pickled weights under its name, no adapter_config.json."""
+    """The same content as Chinese-Vicuna stored it: pickled weights and no adapter_config.json."""
     shutil.copytree(written, folder)
     torch.save(load_file(written / "adapter_model.safetensors"), folder / "pytorch_model.bin")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -84,7 +84,7 @@ def content(folder: Path) -> dict[str, bytes]:
     ("layout", "kind"), [("trainer", "written"), ("vicuna", "written"), ("trainer", "written_8bit")]
 )
 def test_an_older_checkpoint_goes_on(harness, request, tiny_model, tmp_path, layout, kind):
-    """Weights, moments, schedule and step arrive, said aloud; the folder is not changed."""
+    """Weights, moments, schedule and step are used, and the output says so; the folder does not change."""
     written = request.getfixturevalue(kind)
     source = written if layout == "trainer" else vicuna(written, tmp_path / "old")
     before = content(source)
@@ -93,11 +93,11 @@ def test_an_older_checkpoint_goes_on(harness, request, tiny_model, tmp_path, lay
         wish["lora_alpha"] = ALPHA
     answer = harness.run("finetune_continue", wish)
     assert answer["code"] == 0, answer["said"]
-    said = answer["said"]
-    assert "weights, optimizer, step go on; loss scale start anew" in said
-    assert "rank 4 and targets q_proj,v_proj come from its tensors" in said
-    assert ("does not say its alpha" in said) == (layout == "vicuna")
-    assert "starts fresh" not in said
+    output = answer["said"]
+    assert "weights, optimizer, step go on; loss scale start anew" in output
+    assert "rank 4 and targets q_proj,v_proj come from its tensors" in output
+    assert ("does not say its alpha" in output) == (layout == "vicuna")
+    assert "starts fresh" not in output
     assert content(source) == before
 
     run = tmp_path / "run"
@@ -120,7 +120,7 @@ def test_an_older_checkpoint_goes_on(harness, request, tiny_model, tmp_path, lay
 
 
 def test_moments_that_do_not_fit_start_fresh(harness, written, tiny_model, tmp_path):
-    """Another optimizer was asked for, or the state is another model's: a warning, and weights only."""
+    """Moments of another model give a warning, and only the weights are used."""
     source = tmp_path / "old"
     shutil.copytree(written, source)
     saved = torch.load(source / "optimizer.pt", weights_only=True)
@@ -144,7 +144,7 @@ def test_moments_that_do_not_fit_start_fresh(harness, written, tiny_model, tmp_p
     ],
 )
 def test_a_hostile_file_is_refused_and_runs_nothing(harness, written, tiny_model, tmp_path, name, how):
-    """C20, S1: exit 8, no canary, no run folder."""
+    """C20, S1: the exit code is 8, with no canary and no run folder."""
     source, canary = vicuna(written, tmp_path / "old"), tmp_path / "canary"
     if name == "adapter_model.bin":
         (source / "pytorch_model.bin").unlink()
@@ -162,7 +162,7 @@ def test_a_hostile_file_is_refused_and_runs_nothing(harness, written, tiny_model
 
 
 def test_the_other_pickles_of_the_trainer_are_never_opened(harness, written, tiny_model, tmp_path):
-    """rng_state.pth and training_args.bin hold nothing that is needed, so nothing in them can run."""
+    """rng_state.pth, training_args.bin and scheduler.pt are not needed, so their code cannot run."""
     source, canary = tmp_path / "old", tmp_path / "canary"
     shutil.copytree(written, source)
     for name in ("rng_state.pth", "training_args.bin", "scheduler.pt"):
@@ -173,7 +173,7 @@ def test_the_other_pickles_of_the_trainer_are_never_opened(harness, written, tin
 
 
 def test_damaged_and_empty_files(written, tmp_path):
-    """The 443-byte adapter and a cut file: exit 4, named."""
+    """An adapter without tensors and a file that was cut short give exit code 4 and are named."""
     source = vicuna(written, tmp_path / "old")
     torch.save({}, source / "pytorch_model.bin")
     with pytest.raises(UserError, match="holds no LoRA tensor") as caught:
@@ -187,7 +187,10 @@ def test_damaged_and_empty_files(written, tmp_path):
 
 @pytest.mark.parametrize("what", ["a bit of a tensor", "a record called compressed"])
 def test_damage_that_torch_does_not_see(tmp_path, what):
-    """torch compares no checksum, and gives memory that nobody wrote for a record that is not compressed."""
+    """torch compares no checksum.
+
+    For a record that is wrongly called compressed it returns memory that nobody wrote.
+    """
     path = tmp_path / "x.bin"
     torch.save({"w": torch.arange(400.0)}, path)
     legacy.unpickle(path)
@@ -196,16 +199,16 @@ def test_damage_that_torch_does_not_see(tmp_path, what):
         raw[raw.index(torch.arange(400.0).numpy().tobytes()) + 1000] ^= 1
     else:
         names = [place for place in range(len(raw)) if raw[place:].startswith(b"x/data/0")]
-        raw[names[-1] - 46 + 10] = 8  # its method in the directory behind the records
+        raw[names[-1] - 46 + 10] = 8  # the record's compression method, in the directory after the records
     path.write_bytes(raw)
-    torch.load(path, weights_only=True)  # says nothing
+    torch.load(path, weights_only=True)  # it reports nothing
     with pytest.raises(UserError, match="cannot be read") as caught:
         legacy.unpickle(path)
     assert caught.value.code == 4
 
 
 def test_a_file_without_checksums(tmp_path):
-    """torch can leave them out, all of them: there is nothing to compare then. One alone is a damage."""
+    """torch can leave out all checksums, and then nothing is compared. A single missing one is damage."""
     torch.serialization.set_crc32_options(False)
     try:
         torch.save({"w": torch.arange(400.0)}, tmp_path / "x.bin")
@@ -217,7 +220,7 @@ def test_a_file_without_checksums(tmp_path):
     entry = next(
         entry for entry in zipfile.ZipFile(tmp_path / "x.bin").infolist() if "data/0" in entry.filename
     )
-    place = raw.rindex(entry.CRC.to_bytes(4, "little"))  # in the directory behind the records
+    place = raw.rindex(entry.CRC.to_bytes(4, "little"))  # in the directory after the records
     raw[place : place + 4] = bytes(4)
     (tmp_path / "x.bin").write_bytes(raw)
     with pytest.raises(UserError, match="cannot be read"):
@@ -225,7 +228,7 @@ def test_a_file_without_checksums(tmp_path):
 
 
 def test_plain_values_come_through_the_child(tmp_path):
-    """Nested dictionaries with whole-number keys, lists, tensors of several types."""
+    """They are nested dictionaries with whole-number keys, lists and tensors of several types."""
     value = {
         "state": {0: {"a": torch.arange(3), "b": 1.5}, 1: {"c": [torch.ones(2, dtype=torch.uint8), None]}}
     }

@@ -1,4 +1,4 @@
-"""What log.jsonl and samples.jsonl of a run say while they are written: a line may be half there."""
+"""What log.jsonl and samples.jsonl of a run say while they are written, when a line may be incomplete."""
 
 import json
 from pathlib import Path

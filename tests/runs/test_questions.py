@@ -1,7 +1,7 @@
-"""To ask about a run, a folder or a name of the hub changes nothing and asks nobody.
+"""A question about a run, a folder or a name of the hub changes nothing and uses no network.
 
-Each question is put to a tree that nothing may write to, with a network that refuses; afterwards the tree
-and its times are as before, and nothing was printed.
+Each question is about a tree that nothing may write to, with a network that refuses. Afterwards the tree and
+its times are as before, and nothing was printed.
 """
 
 import json
@@ -25,7 +25,7 @@ NAME, COMMIT = "someone/model", "a" * 40
 
 
 def state(place: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Every name -> its mode, time of change and content."""
+    """The mode, time of change and content of every path, by its name."""
     return {
         str(path.relative_to(place)): (
             path.lstat().st_mode,
@@ -38,7 +38,7 @@ def state(place: Path) -> dict[str, tuple[int, int, bytes]]:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """A run whose last save a kill cut in two, a snapshot without weights, a download, a folder of a tool."""
+    """A run whose last save was killed, a snapshot without weights, a download, a folder of a tool."""
     run = tmp_path / "workspace" / "run"
     run.mkdir(parents=True)
     save(run, 1)

@@ -1,8 +1,8 @@
 """What was written before the modules of OneCard were regrouped is read, continued and answered as before.
 
-Two kinds of evidence. The files in written_before/ were written by that commit's programs
-(tests/support/written_before.py says how), and any later version must still take them up. And where git has
-the commit, its programs run here, beside today's: what both do on one machine must be equal to the last bit.
+There are two kinds of evidence. The files in written_before/ were written by that commit's programs
+(tests/support/written_before.py says how), and any later version must still read them. And where git has the
+commit, its programs run here beside today's: on one machine their results must be equal to the last bit.
 """
 
 import importlib.metadata
@@ -39,7 +39,7 @@ def copy(tmp_path) -> Path:
 
 @pytest.fixture
 def today(copy, tmp_path):
-    """Run today's program in the copy; what it wrote to stdout."""
+    """Run today's program in the copy and return what it wrote to stdout."""
 
     def run(program: str, options: dict[str, Any], lines=()) -> str:
         return before.run(ROOT, program, options, copy, tmp_path / "cache", lines)
@@ -48,12 +48,12 @@ def today(copy, tmp_path):
 
 
 def test_a_stopped_run_goes_on(copy, today):
-    """To the adapter, optimizer state and log that the earlier commit arrived at itself.
+    """It ends with the adapter, optimizer state and log that the earlier commit itself reached.
 
     They are equal bit for bit where the processor, torch's kernels and the packages are those of the machine
     that wrote the fixture. Elsewhere sums are added up in another order: then numbers may differ by 1e-5, and
-    the log may say which versions changed. What compares bits on every machine is
-    test_both_versions_continue_a_run_alike.
+    the log may say which versions changed. test_both_versions_continue_a_run_alike compares bits on every
+    machine.
     """
     today("finetune_continue.py", {"output_path": "run"})
     expected, result = before.outcome(copy / "finished"), before.outcome(copy / "run")
@@ -64,7 +64,7 @@ def test_a_stopped_run_goes_on(copy, today):
 
 
 def assert_close(expected: dict[str, Any], result: dict[str, Any]) -> None:
-    """The same names and shapes; numbers to 1e-5."""
+    """Names and shapes are equal, and numbers agree to 1e-5."""
     assert expected.keys() == result.keys()
     for name, value in expected.items():
         if name.endswith(".safetensors"):
@@ -88,7 +88,7 @@ def test_a_finished_run_is_known_as_finished(copy, today):
 
 
 def test_an_adapter_and_a_saved_chat_answer_as_before(copy, today):
-    """The adapter's folder alone is enough; the chat brings its options, and its question is asked again."""
+    """The adapter's folder is enough; the chat has its options, and its question is asked again."""
     chat = {**before.ANSWER, **CHAT, "lora_path": "adapter", "model_path": "base"}
     answer = WRITTEN["answers"]["transformers"]
     lines = [WRITTEN["question"], "/clear", "/load chat.jsonl", "/retry", "/save again.jsonl"]
@@ -99,7 +99,7 @@ def test_an_adapter_and_a_saved_chat_answer_as_before(copy, today):
 
 @needs_llama
 def test_an_export_answers_as_before(today):
-    """Base and adapter as GGUF files, in llama.cpp."""
+    """The base model and the adapter are GGUF files, and llama.cpp answers."""
     chat = {**before.ANSWER, "lora_path": "gguf"}
     lines = [WRITTEN["question"], "/clear", "/load chat.jsonl", "/retry"]
     assert today("tools/cpu_chat.py", chat, lines) == WRITTEN["answers"]["llama.cpp"] * 2
@@ -107,7 +107,7 @@ def test_an_export_answers_as_before(today):
 
 @needs_llama
 def test_an_export_is_known_as_made(copy, today):
-    """The same export once more changes no file: export.json still says what it was made from."""
+    """The same export again changes no file: export.json still says from what it was made."""
     installed = f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}"
     if json.loads((copy / "gguf" / "export.json").read_text())["made_with"] != installed:
         pytest.skip(f"the export was made with another version than {installed}, which would make another")
@@ -137,15 +137,16 @@ def earlier(tmp_path_factory) -> Path:
 
 
 def test_both_versions_continue_a_run_alike(earlier, tmp_path):
-    """Each begins a run that SIGTERM stops. Both continue the earlier one's, the earlier also today's.
+    """Each version begins a run that SIGTERM stops, and the versions continue these runs alike.
 
-    The results must be equal: options, log, adapter and optimizer state, bit for bit. Where the runs were
-    stopped makes no difference, as test_resume.py shows.
+    Both continue the run of the earlier version, and the earlier one also continues today's. The results must
+    be equal: options, log, adapter and optimizer state, bit for bit. Where the runs were stopped makes no
+    difference, as test_resume.py shows.
     """
     checkouts, cache = {"earlier": earlier, "today": ROOT}, tmp_path / "cache"
     options = {**before.TRAINING, "max_steps": 24, "test_size": 2}
 
-    def begun(writer: str) -> Path:
+    def begin_run(writer: str) -> Path:
         folder = tmp_path / writer
         shutil.copytree(FIXTURES / "base", folder / "base")
         shutil.copy(FIXTURES / "rows.json", folder)
@@ -153,12 +154,12 @@ def test_both_versions_continue_a_run_alike(earlier, tmp_path):
         return folder
 
     def continued(folder: Path, reader: str) -> dict[str, Any]:
-        own = Path(shutil.copytree(folder, tmp_path / f"{folder.name}-{reader}"))
-        before.run(checkouts[reader], "finetune_continue.py", {"output_path": "run"}, own, cache)
-        return before.outcome(own / "run")
+        duplicate = Path(shutil.copytree(folder, tmp_path / f"{folder.name}-{reader}"))
+        before.run(checkouts[reader], "finetune_continue.py", {"output_path": "run"}, duplicate, cache)
+        return before.outcome(duplicate / "run")
 
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(begun, checkouts)
+        first, second = pool.map(begin_run, checkouts)
         pairs = [(first, "earlier"), (first, "today"), (second, "earlier")]
         expected, *others = pool.map(continued, *zip(*pairs, strict=True))
     steps = [record["step"] for record in expected["log.jsonl"] if "loss" in record]
@@ -167,7 +168,7 @@ def test_both_versions_continue_a_run_alike(earlier, tmp_path):
 
 
 def test_a_merged_folder_is_known_as_made(earlier, copy, today, tmp_path):
-    """Its record names files by place and time, so it is written here; the same merge again does nothing."""
+    """Its record names files by place and time, so it is made here; the same merge again does nothing."""
     merge = {"model_path": "base", "lora_path": "adapter", "output_path": "merged"}
     before.run(earlier, "tools/merge_lora.py", merge, copy, tmp_path / "cache")
     files = contents(copy / "merged")

@@ -1,4 +1,4 @@
-"""finetune.py from end to end on input that is wrong: one message, its exit code, and nothing written."""
+"""finetune.py from end to end on wrong input: one message, its exit code, and nothing is written."""
 
 import json
 import os
@@ -27,7 +27,7 @@ Finetune = Callable[..., Result]
 
 @pytest.fixture
 def run(monkeypatch, capsys) -> Finetune:
-    """Runs finetune.py in this process: arguments -> exit code and what was printed."""
+    """A function that runs finetune.py in this process and returns its exit code and output."""
 
     def call(*arguments: object) -> Result:
         capsys.readouterr()
@@ -51,7 +51,7 @@ def own_model(tiny_model, tmp_path) -> Path:
 
 
 def check(result: Result, code: int, *words: object) -> None:
-    """One message of one line on stderr that holds all words, and the exit code; no traceback."""
+    """There is one message of one line on stderr with all words and the exit code, and no traceback."""
     assert result.code == code, result.err
     assert "Traceback" not in result.out + result.err
     assert len(result.err.strip().splitlines()) == 1, result.err
@@ -62,7 +62,7 @@ def check(result: Result, code: int, *words: object) -> None:
 
 @pytest.fixture
 def bad_run(run, tiny_model, tiny_rows, folder) -> Finetune:
-    """finetune.py on good rows and the tiny model, with what a test adds; nothing may be written."""
+    """Run finetune.py on good rows and the tiny model with the test's options; nothing may be written."""
 
     def call(*arguments: object) -> Result:
         defaults = ("--data_path", tiny_rows, "--model_path", tiny_model, "--output_path", folder)
@@ -80,31 +80,31 @@ def save_text(path: Path, text: str) -> Path:
 
 
 def test_missing_data_file(bad_run, tmp_path):
-    """Exit 3, the path, and what it should be."""
+    """The exit code is 3, with the path and what it should be."""
     check(
         bad_run("--data_path", tmp_path / "none.json"), DATA, "--data_path", tmp_path / "none.json", "Name a"
     )
 
 
 def test_empty_directory_as_data(bad_run, tmp_path):
-    """A folder is read file by file; one without files of rows is named."""
+    """A folder is read file by file, and one without files of rows is named."""
     (tmp_path / "nothing").mkdir()
     check(bad_run("--data_path", tmp_path / "nothing"), DATA, "--data_path", "nothing", "no file of rows")
 
 
 def test_overlap_as_long_as_a_block(bad_run):
-    """Exit 2: no block would ever be new."""
+    """The exit code is 2, because no block would have new text."""
     check(bad_run("--overlap", 256), USAGE, "--overlap 256", "--cutoff_len")
 
 
 def test_weights_that_leave_no_row(bad_run, tiny_rows):
-    """D18: exit 3."""
+    """D18: the exit code is 3."""
     check(bad_run("--data_path", f"{tiny_rows}:0.0001"), DATA, "no row is left", "weights")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "endless"])
 def test_what_is_no_file_is_refused_at_once(bad_run, tmp_path, kind):
-    """D4: nothing is waited for."""
+    """D4: such a path is refused at once and nothing is read from it."""
     path = Path("/dev/zero")
     if kind == "pipe":
         path = tmp_path / "pipe.json"
@@ -114,20 +114,20 @@ def test_what_is_no_file_is_refused_at_once(bad_run, tmp_path, kind):
 
 @pytest.mark.parametrize("text", ["", "\n \n"])
 def test_empty_data_file(bad_run, tmp_path, text):
-    """Exit 3, the path, and what rows look like."""
+    """The exit code is 3, with the path and what rows look like."""
     path = save_text(tmp_path / "empty.json", text)
     check(bad_run("--data_path", path), DATA, path, "empty", "instruction, input, output")
 
 
 def test_data_file_without_rows(bad_run, tmp_path):
-    """`[]`: exit 3 and the path."""
+    """A file with `[]` gives exit code 3 and the path."""
     path = save_text(tmp_path / "none.json", "[]")
     check(bad_run("--data_path", path), DATA, path, "no usable row")
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl"])
 def test_broken_row(bad_run, tmp_path, kind):
-    """Exit 3, the file, line and column of the fault, and both ways out."""
+    """The exit code is 3, with the file, the line and column of the fault, and both ways out."""
     texts = [json.dumps(row) for row in tiny.rows(10)]
     texts[7] = '{"instruction": "a" "output": "b"}'
     text = "\n".join(texts) if kind == "jsonl" else "[\n" + ",\n".join(texts) + "\n]"
@@ -138,7 +138,7 @@ def test_broken_row(bad_run, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["json", "jsonl"])
 def test_row_of_wrong_types(bad_run, tmp_path, kind):
-    """Exit 3, the file, line and column of the row, the key, and both ways out."""
+    """The exit code is 3, with the file, line and column of the row, the key, and both ways out."""
     texts = [json.dumps(row) for row in [*tiny.rows(3), {"instruction": "a", "output": 5}]]
     text = "\n".join(texts) if kind == "jsonl" else "[" + ",\n".join(texts) + "]"
     path = save_text(tmp_path / f"types.{kind}", text)
@@ -148,24 +148,24 @@ def test_row_of_wrong_types(bad_run, tmp_path, kind):
 
 
 def test_no_row_left_after_the_cut(bad_run, tiny_rows):
-    """Exit 3, how many rows lost all targets at which length, and what to raise."""
+    """Exit code 3, with the number of rows that lost all targets, the length, and what to raise."""
     check(bad_run("--cutoff_len", 8), DATA, tiny_rows, "without a target", "8 tokens: 24", "--cutoff_len")
 
 
 def test_no_row_left_without_the_bad_ones(bad_run, tmp_path):
-    """--skip_bad_rows on a file of bad rows only: exit 3 and how many were rejected."""
+    """--skip_bad_rows on a file of only bad rows gives exit code 3 and their number."""
     path = save_text(tmp_path / "bad.jsonl", '{"instruction": "a"}\n{"output": 5}\n')
     check(bad_run("--data_path", path, "--skip_bad_rows"), DATA, path, "rejected: 2")
 
 
 @pytest.mark.parametrize("size", [24, 25, 1000])
 def test_no_row_left_to_train_on(bad_run, size):
-    """test_size of all rows or more: exit 3 and both numbers."""
+    """A test_size of all rows or more gives exit code 3 and both numbers."""
     check(bad_run("--test_size", size), DATA, f"--test_size {size}", "24 usable rows", "Leave some")
 
 
 def test_unknown_template(bad_run):
-    """Exit 2 and the templates there are."""
+    """The exit code is 2, with the templates that exist."""
     check(
         bad_run("--template", "alpacca"),
         USAGE,
@@ -177,7 +177,7 @@ def test_unknown_template(bad_run):
 
 @pytest.mark.parametrize("names", ["query_key_value", "q_proj,w_proj", "proj", "lm_head", ",", ""])
 def test_unknown_target_modules(bad_run, own_model, names):
-    """Exit 2 and the names there are, before any weight is read: the weights are not even there."""
+    """Exit code 2 with the existing names, before any weight is read: there are no weights here."""
     (own_model / "model.safetensors").unlink()
     result = bad_run("--model_path", own_model, "--lora_target_modules", names)
     check(result, USAGE, "--lora_target_modules", "all-linear")
@@ -189,13 +189,13 @@ def test_unknown_target_modules(bad_run, own_model, names):
 
 
 def test_model_without_weights(bad_run, own_model):
-    """Exit 2 and the folder, with nothing written although the rows are good."""
+    """The exit code is 2 with the folder, and nothing is written although the rows are good."""
     (own_model / "model.safetensors").unlink()
     check(bad_run("--model_path", own_model), USAGE, f"{own_model}: cannot load", "weights", "Give")
 
 
 def test_model_without_tokenizer(bad_run, own_model):
-    """Exit 2, the folder, and which files it needs."""
+    """The exit code is 2, with the folder and the files that it needs."""
     for path in own_model.glob("tokenizer*"):
         path.unlink()
     check(
@@ -207,7 +207,7 @@ def test_model_without_tokenizer(bad_run, own_model):
 
 
 def test_model_without_end_token(bad_run, own_model):
-    """Exit 2, the folder, and where to set the end token."""
+    """The exit code is 2, with the folder and where to set the end token."""
     path = own_model / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     save_text(path, json.dumps({key: value for key, value in settings.items() if key != "eos_token"}))
@@ -219,7 +219,7 @@ def test_model_without_end_token(bad_run, own_model):
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 @pytest.mark.parametrize("rest", [0, 40], ids=["emptied", "cut short"])
 def test_damaged_model_file(bad_run, own_model, name, rest):
-    """A download that broke off: exit 4 and the folder, no traceback of a library."""
+    """A download that broke off gives exit code 4 and the folder, and no traceback of a library."""
     content = (own_model / name).read_bytes()
     (own_model / name).write_bytes(content[:rest])
     check(bad_run("--model_path", own_model), CHECKPOINT, own_model, "again")
@@ -227,7 +227,7 @@ def test_damaged_model_file(bad_run, own_model, name, rest):
 
 @pytest.mark.parametrize("kind", ["folder", "hub name", "file"])
 def test_model_that_does_not_exist(bad_run, tmp_path, tiny_rows, kind):
-    """Exit 2, the name as it was given, and what may be given."""
+    """The exit code is 2, with the name as the user wrote it and what it may be."""
     name = {"folder": tmp_path / "none", "hub name": "onecard-tests/no-such-model", "file": tiny_rows}[kind]
     check(
         bad_run("--model_path", name),
@@ -242,23 +242,23 @@ def test_model_that_does_not_exist(bad_run, tmp_path, tiny_rows, kind):
     [("--bits", "5"), ("--test_size", "-1"), ("--lr_scheduler", "step"), ("--device", "gpu"), ("--bit", "4")],
 )
 def test_wrong_option_value(bad_run, flag, value):
-    """Exit 2 and the flag."""
+    """The exit code is 2 with the flag."""
     check(bad_run(flag, value), USAGE, flag, "See " if flag != "--device" else "Choose auto, cpu")
 
 
 def test_paged_optimizer_on_the_cpu(bad_run):
-    """Exit 2, why not, and which one instead."""
+    """The exit code is 2, with the reason and the optimizer to use instead."""
     check(bad_run("--optimizer", "paged_adamw_8bit"), USAGE, "--optimizer paged_adamw_8bit", "Use adamw_8bit")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a torch that sees no card")
 def test_card_asked_for_but_not_there(bad_run):
-    """--device cuda without a card: exit 2 and what to ask for instead."""
+    """--device cuda without a GPU gives exit code 2 and says what to use instead."""
     check(bad_run("--device", "cuda"), USAGE, "There is no device cuda", "Use --device cpu.")
 
 
 def test_output_path_is_a_file(bad_run, tmp_path):
-    """Exit 2, and the file is as it was."""
+    """The exit code is 2, and the file does not change."""
     path = save_text(tmp_path / "file", "mine")
     check(bad_run("--output_path", path), USAGE, f"--output_path {path}", "file", "Name a folder")
     assert path.read_text(encoding="utf-8") == "mine"
@@ -266,21 +266,21 @@ def test_output_path_is_a_file(bad_run, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
 def test_output_path_that_cannot_be_written(bad_run):
-    """Exit 7, the path, and the advice to choose another."""
+    """The exit code is 7, with the path and the advice to choose another."""
     check(
         bad_run("--output_path", "/proc/x"), DISK, "--output_path /proc/x", "cannot write", "Choose another"
     )
 
 
 def test_no_space_on_the_disk(bad_run, monkeypatch, folder):
-    """Exit 7 with the space that is needed and free, before any weight is read."""
+    """Exit code 7 with the space that is needed and free comes before any weight is read."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 30, (1 << 30) - (5 << 20), 5 << 20))
     check(bad_run(), DISK, f"--output_path {folder}", "free: 5 MiB", "Make room")
 
 
 def test_missing_rows_are_told_before_the_model_is_looked_for(bad_run, tmp_path):
-    """Rows and model both missing: the rows are told first, since a hub model may take hours to fetch."""
+    """If rows and model are both missing, the rows come first: fetching a model may take hours."""
     check(
         bad_run("--model_path", tmp_path / "none", "--data_path", tmp_path / "none.json"), DATA, "--data_path"
     )
@@ -292,7 +292,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def run_before(tiny_model, tmp_path_factory) -> tuple[Path, tuple[object, ...]]:
-    """Folder of a finished run of two steps, each saved, and its arguments without the output path."""
+    """The folder of a finished run of two steps, each saved, and its arguments without the output path."""
     folder = tmp_path_factory.mktemp("before")
     rows = tiny.save_rows(folder / "rows.json", 24)
     arguments = ("--data_path", rows, "--model_path", tiny_model, *QUICK, "--test_size", 0, "--save_steps", 1)
@@ -313,7 +313,7 @@ def run_before(tiny_model, tmp_path_factory) -> tuple[Path, tuple[object, ...]]:
     ],
 )
 def test_folder_with_another_run(run, run_before, folder, finished, arguments, words):
-    """Exit 2, what differs, how to go on; the run that is there is not touched."""
+    """Exit code 2 with the differences and how to continue; the existing run does not change."""
     shutil.copytree(run_before[0], folder)
     if not finished:
         (folder / runs_folder.FINISHED).unlink()
@@ -324,17 +324,18 @@ def test_folder_with_another_run(run, run_before, folder, finished, arguments, w
 
 
 def test_folder_with_the_same_run_finished(run, run_before, folder):
-    """The same command again is no mistake: exit 0, it says that all is done, and nothing is touched."""
+    """The same command again is no mistake: exit code 0, a message that all is done, and no change."""
     shutil.copytree(run_before[0], folder)
     before = tree(folder)
-    result = run(*run_before[1], "--output_path", folder, "--log_steps", 5)  # how, not what, is learned
+    # this changes the log and not the training
+    result = run(*run_before[1], "--output_path", folder, "--log_steps", 5)
     assert (result.code, result.err) == (0, "")
     assert "finished: 2 steps" in result.out
     assert tree(folder) == before
 
 
 def test_damaged_record_of_a_run(run, tiny_model, tiny_rows, folder):
-    """A run folder whose options cannot be read: exit 4 with the file, and it is left alone."""
+    """A run folder whose options cannot be read gives exit code 4 with the file, and does not change."""
     folder.mkdir(parents=True)
     path = save_text(folder / runs_folder.CONFIG, '{"options": ')
     base = ("--data_path", tiny_rows, "--model_path", tiny_model, "--output_path", folder, *QUICK)
@@ -343,7 +344,7 @@ def test_damaged_record_of_a_run(run, tiny_model, tiny_rows, folder):
 
 
 def test_overwrite_gets_past_a_damaged_record(run, tiny_model, tiny_rows, folder):
-    """What the message about a damaged run advises works."""
+    """The advice in the message about a damaged run works."""
     folder.mkdir(parents=True)
     save_text(folder / runs_folder.CONFIG, '{"options": ')
     save_text(folder / "notes.txt", "mine")
@@ -381,7 +382,7 @@ def test_bad_rows_are_left_out_and_written_down(run, tiny_model, tmp_path, folde
 
 @pytest.fixture
 def card_without_torch(monkeypatch, tmp_path) -> Callable[[str], None]:
-    """Puts an nvidia-smi on the path that answers for a card which torch cannot use."""
+    """Put an nvidia-smi on the path that reports a GPU which torch cannot use."""
 
     def install(answer: str) -> None:
         script = save_text(tmp_path / "bin" / "nvidia-smi", f"#!/bin/sh\n{answer}\n")
@@ -394,19 +395,19 @@ def card_without_torch(monkeypatch, tmp_path) -> Callable[[str], None]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a torch that sees no card")
 class TestCardThatTorchCannotUse:
-    """A card with its driver, and a torch without it."""
+    """There is a GPU with its driver, and a torch without support for it."""
 
     CARD = 'echo "NVIDIA GeForce RTX 2080 Ti, 550.54"'
 
     @pytest.mark.parametrize("device", ["auto", "cuda"])
     def test_it_is_not_passed_over(self, bad_run, card_without_torch, device):
-        """Exit 2 with card, driver, torch's build and the pip line, not hours on the CPU."""
+        """Exit code 2 with GPU, driver, torch's build and the pip line, instead of hours on the CPU."""
         card_without_torch(self.CARD)
         words = ("NVIDIA GeForce RTX 2080 Ti", "550.54", torch.__version__, "pip install", "torch==")
         check(bad_run("--device", device), USAGE, *words)
 
     def test_auto_tells_of_the_cpu(self, bad_run, card_without_torch):
-        """The way to train without the card is told."""
+        """The message names the way to train without the GPU."""
         card_without_torch(self.CARD)
         check(bad_run("--device", "auto"), USAGE, "--device cpu")
 
@@ -419,12 +420,12 @@ class TestCardThatTorchCannotUse:
         ],
     )
     def test_advice_fits_the_driver(self, bad_run, card_without_torch, driver, words):
-        """The pip line always, and the advice to update a driver that is too old for it."""
+        """The pip line is always there; a driver that is too old for it gets the advice to update."""
         card_without_torch(f'echo "Tesla T4, {driver}"')
         check(bad_run("--device", "auto"), USAGE, "Tesla T4", driver, *words)
 
     def test_cpu_goes_on(self, run, card_without_torch, tiny_model, tiny_rows, folder):
-        """--device cpu trains, whatever the card is."""
+        """--device cpu trains, whatever the GPU is."""
         card_without_torch(self.CARD)
         base = ("--data_path", tiny_rows, "--model_path", tiny_model, "--output_path", folder, *QUICK)
         result = run(*base, "--test_size", 0)
@@ -433,9 +434,10 @@ class TestCardThatTorchCannotUse:
 
     @pytest.mark.parametrize("answer", ["exit 9", 'echo "No devices were found"', "true"])
     def test_driver_without_a_card_is_no_card(self, bad_run, card_without_torch, answer):
-        """An nvidia-smi that shows nothing does not keep a machine from training on its CPU."""
+        """An nvidia-smi that lists no GPU does not keep a machine from training on its CPU."""
         card_without_torch(answer)
-        check(bad_run("--device", "auto", "--cutoff_len", 8), DATA, "no usable row")  # the rows come after it
+        # the rows are read after that check
+        check(bad_run("--device", "auto", "--cutoff_len", 8), DATA, "no usable row")
 
 
 @pytest.mark.parametrize(
@@ -448,5 +450,5 @@ class TestCardThatTorchCannotUse:
     ],
 )
 def test_problem_and_advice_are_two_sentences(problem, fix, told):
-    """Words of a library or a server, with which a problem ends, often have no full stop."""
+    """Words of a library or a server at the end of a problem often lack a full stop."""
     assert str(UserError(problem, fix)) == told

@@ -1,7 +1,7 @@
-"""No call that could run a stranger's code stands in the tree, outside of a short reviewed list.
+"""No call that could run a stranger's code is in the source, except those in a short reviewed list.
 
-Reads the source with `ast`; names are followed through imports, assignments and getattr. Tests are left out:
-they plant faults.
+The source is read with `ast`; names are followed through imports, assignments and getattr. Tests are left
+out, because they plant faults.
 """
 
 import ast
@@ -11,7 +11,7 @@ import pytest
 from tests.support.paths import ROOT
 
 PLACES = ("*.py", "onecard/**/*.py", "serve/**/*.py", "tools/**/*.py", "benchmarks/**/*.py", "sample/**/*.py")
-REVIEWED = {  # (file, what): why it is safe
+REVIEWED = {  # (file, call): why it is safe
     (
         "onecard/__main__.py",
         "importlib.import_module of a name that is no constant",
@@ -26,7 +26,7 @@ REVIEWED = {  # (file, what): why it is safe
         "runpy.run_path",
     ): "llama.cpp's own converter, in a child without network",
 }
-NEVER = {  # however it is mentioned
+NEVER = {  # these may not even be mentioned
     *(f"pickle.{name}" for name in ("load", "loads", "Unpickler", "_Unpickler", "_load", "_loads")),
     *(f"builtins.{name}" for name in ("eval", "exec", "compile")),
     *(f"os.{name}" for name in ("system", "popen")),
@@ -40,8 +40,9 @@ NEVER = {  # however it is mentioned
     "shutil.unpack_archive",
     "ssl._create_unverified_context",
 }
-MODULES = ("marshal", "shelve", "dill", "cloudpickle", "joblib", "_pickle", "imp")  # nothing of them
-SAFE_VALUE = {  # of keywords and dictionary keys
+# nothing of these may be used
+MODULES = ("marshal", "shelve", "dill", "cloudpickle", "joblib", "_pickle", "imp")
+SAFE_VALUE = {  # the only values that these keywords and dictionary keys may have
     "trust_remote_code": False,
     "shell": False,
     "allow_pickle": False,
@@ -53,7 +54,7 @@ BUILTINS = ("eval", "exec", "compile", "getattr", "__import__")
 
 
 class Gate(ast.NodeVisitor):
-    """What is unsafe in one file, as `what` strings."""
+    """The unsafe calls of one file, as strings."""
 
     def __init__(self, tree: ast.Module):
         self.found: list[str] = []
@@ -67,7 +68,7 @@ class Gate(ast.NodeVisitor):
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 for alias in node.names:
                     self.names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-        for node in ast.walk(tree):  # names for what has a name
+        for node in ast.walk(tree):  # assignments that give a second name to a known function
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 meant = self.meant(node.value)
                 if meant and (meant in NEVER or "." not in meant or meant == "torch.load"):
@@ -75,19 +76,19 @@ class Gate(ast.NodeVisitor):
         self.visit(tree)
 
     def meant(self, node: ast.AST) -> str:
-        """The dotted name of an expression, "" when it has none."""
+        """The dotted name of an expression, or "" if it has none."""
         if isinstance(node, ast.Name):
             return self.names.get(node.id, "")
         if isinstance(node, ast.Attribute):
             inside = self.meant(node.value)
             return f"{inside}.{node.attr}" if inside else ""
         if isinstance(node, ast.Call):
-            called, given = self.meant(node.func), [self.constant(arg) for arg in node.args]
-            if called == "builtins.getattr" and len(given) > 1 and isinstance(given[1], str):
+            called, arguments = self.meant(node.func), [self.constant(arg) for arg in node.args]
+            if called == "builtins.getattr" and len(arguments) > 1 and isinstance(arguments[1], str):
                 inside = self.meant(node.args[0])
-                return f"{inside}.{given[1]}" if inside else ""
-            if called in ("importlib.import_module", "builtins.__import__") and given and given[0]:
-                return given[0]
+                return f"{inside}.{arguments[1]}" if inside else ""
+            if called in ("importlib.import_module", "builtins.__import__") and arguments and arguments[0]:
+                return arguments[0]
         return ""
 
     def constant(self, node: ast.AST) -> object:
@@ -134,8 +135,8 @@ class Gate(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         called = self.meant(node.func)
         self.called.add(id(node.func))
-        given = {keyword.arg: keyword.value for keyword in node.keywords}
-        for name, value in given.items():
+        arguments = {keyword.arg: keyword.value for keyword in node.keywords}
+        for name, value in arguments.items():
             self.value(name, value)
         if called == "builtins.getattr":
             owner, name = self.meant(node.args[0]), self.constant(node.args[1])
@@ -144,15 +145,15 @@ class Gate(ast.NodeVisitor):
             self.mention(node)
         if called in ("builtins.__import__", "importlib.import_module") and not self.meant(node):
             self.found.append(f"{called} of a name that is no constant")
-        if called == "torch.load" and "weights_only" not in given:
+        if called == "torch.load" and "weights_only" not in arguments:
             self.found.append("torch.load without weights_only=True")
         if called in ("numpy.load", "numpy.lib.npyio.NpzFile") and len(node.args) > 2:
             self.found.append("numpy.load with allow_pickle by its place")
         method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
-        if method in ("extract", "extractall") and self.constant(given.get("filter")) != "data":
+        if method in ("extract", "extractall") and self.constant(arguments.get("filter")) != "data":
             self.found.append(f'{method} without filter="data"')
         owner = self.meant(node.func.value) if method in FROM_HUB else ""
-        if owner.startswith("transformers.Auto") and "trust_remote_code" not in given:
+        if owner.startswith("transformers.Auto") and "trust_remote_code" not in arguments:
             self.found.append(f"{owner}.{method} without trust_remote_code=False")
         self.generic_visit(node)
 
@@ -175,8 +176,8 @@ def test_the_tree_has_no_unsafe_call():
     assert {"finetune.py", "onecard/runs/legacy.py", "tools/check_data.py", "benchmarks/rows.py"} <= set(
         sources
     )
-    found = {(path, what) for path, source in sources.items() for what in findings(source)}
-    assert found == set(REVIEWED)  # one that is gone leaves the list
+    calls = {(path, call) for path, source in sources.items() for call in findings(source)}
+    assert calls == set(REVIEWED)  # a call that was removed leaves the list
 
 
 UNSAFE = [

@@ -1,7 +1,7 @@
 """A child that reads a stranger's file gets the variables that it needs, and none of the user's secrets.
 
-The real children run on real files, and what they were started with is read from the kernel. Below that, the
-source is looked at: a process that is started elsewhere needs a reason.
+The real children run on real files, and the kernel tells what they were started with. The second half checks
+the source: every other start of a process needs a reason.
 """
 
 import ast
@@ -33,7 +33,7 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "planted-4",
     "MY_SECRET": "planted-5",
 }
-OWN = {"HF_HUB_OFFLINE", "GGML_NO_BACKTRACE", "TOKENIZERS_PARALLELISM"}  # what OneCard itself sets
+OWN = {"HF_HUB_OFFLINE", "GGML_NO_BACKTRACE", "TOKENIZERS_PARALLELISM"}  # variables that OneCard itself sets
 
 
 def read_parquet(folder: Path) -> None:
@@ -50,8 +50,8 @@ def read_pickled_rows(folder: Path) -> None:
 def render_a_template(folder: Path) -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = f"{folder}: {{{{ messages[0]['content'] }}}}"
-    said = jinja_sandbox.render(tokenizer, [([{"role": "user", "content": "hello"}], True)])
-    assert said == [f"{folder}: hello"]
+    texts = jinja_sandbox.render(tokenizer, [([{"role": "user", "content": "hello"}], True)])
+    assert texts == [f"{folder}: hello"]
 
 
 def read_a_pickled_adapter(folder: Path) -> None:
@@ -132,7 +132,8 @@ def test_a_reader_sees_no_secret(module, children, tmp_path, monkeypatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     if module == "onecard.data.pickled_rows":
-        monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "cache"))  # or an earlier result would do
+        # otherwise an earlier result would be used
+        monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "cache"))
     READERS[module](tmp_path)
     assert module in [command[command.index("-m") + 1] for command, _ in children]
     for command, variables in children:
@@ -142,20 +143,20 @@ def test_a_reader_sees_no_secret(module, children, tmp_path, monkeypatch):
 
 
 def test_the_kernel_would_tell_a_secret(children, monkeypatch):
-    """The test above is able to fail."""
+    """This shows that the test above can fail."""
     monkeypatch.setenv("HF_TOKEN", "planted-1")
     subprocess.run(["sleep", "0.5"], check=True)
     assert children[0][1]["HF_TOKEN"] == "planted-1"
 
 
 def sources() -> dict[str, str]:
-    """Path from the root -> source, of the library."""
+    """The source of each file of the library, by its path from the root."""
     paths = sorted((ROOT / "onecard").rglob("*.py"))
     return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
 
 
 def test_every_reader_is_tried():
-    """A module that is run as a process reads a stranger's file; it has a place in READERS."""
+    """Each module that runs as a process reads a stranger's file and so has a place in READERS."""
     mains = {
         path.removesuffix(".py").replace("/", ".")
         for path, source in sources().items()
@@ -184,16 +185,16 @@ USERS_OWN = {  # (file, function): why the process keeps the user's environment
 
 
 def meanings(tree: ast.AST) -> dict[str, str]:
-    """Name in a file -> dotted name of what was imported under it."""
-    found: dict[str, str] = {}
+    """The dotted name of what was imported, by its name in the file."""
+    names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 name = alias.asname or alias.name.split(".")[0]
-                found[name] = alias.name if alias.asname else name
+                names[name] = alias.name if alias.asname else name
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 def dotted(node: ast.AST, names: dict[str, str]) -> str:
@@ -206,16 +207,18 @@ def dotted(node: ast.AST, names: dict[str, str]) -> str:
 
 
 def has_the_short_environment(call: ast.Call, names: dict[str, str]) -> bool:
-    """Whether it passes env=environment(...), which is sandbox's."""
-    given = next((keyword.value for keyword in call.keywords if keyword.arg == "env"), None)
-    if not isinstance(given, ast.Call):
+    """Whether the call passes env=environment(...) of onecard.system.sandbox."""
+    value = next((keyword.value for keyword in call.keywords if keyword.arg == "env"), None)
+    if not isinstance(value, ast.Call):
         return False
-    own = isinstance(given.func, ast.Name) and given.func.id == "environment" and "environment" not in names
-    return own or dotted(given.func, names) == "onecard.system.sandbox.environment"
+    is_local = (
+        isinstance(value.func, ast.Name) and value.func.id == "environment" and "environment" not in names
+    )
+    return is_local or dotted(value.func, names) == "onecard.system.sandbox.environment"
 
 
 def inheriting(source: str) -> Iterator[str]:
-    """The function, or "", around each mention of what starts a process, but for calls with environment()."""
+    """The function around each start of a process that does not pass environment(); "" outside of any."""
     tree = ast.parse(source)
     names = meanings(tree)
     waiting: list[tuple[ast.AST, str]] = [(tree, "")]
@@ -234,8 +237,8 @@ def inheriting(source: str) -> Iterator[str]:
 
 
 def test_only_reviewed_processes_inherit_the_environment():
-    found = {(path, function) for path, source in sources().items() for function in inheriting(source)}
-    assert found == set(USERS_OWN)  # one that is gone leaves the list
+    processes = {(path, function) for path, source in sources().items() for function in inheriting(source)}
+    assert processes == set(USERS_OWN)  # a start that was removed leaves the list
 
 
 @pytest.mark.parametrize(

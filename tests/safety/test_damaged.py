@@ -1,4 +1,4 @@
-"""A damaged base model is one thing to every program: the file or folder by its name, and exit code 4."""
+"""Every program refuses a damaged base model alike: it names the file or folder, and the exit code is 4."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def bad_header(folder: Path) -> None:
 
 
 def half_there(folder: Path) -> None:
-    """Of two files that the index names, one."""
+    """The index names two files, and only one of them exists."""
     names = list(load_file(folder / WEIGHTS))
     first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
     (folder / WEIGHTS).rename(folder / first)
@@ -56,9 +56,9 @@ def bad_index(folder: Path) -> None:
 
 
 def embedding_gone(folder: Path) -> None:
-    held = load_file(folder / WEIGHTS)
-    del held["model.embed_tokens.weight"]
-    save_file(held, folder / WEIGHTS, {"format": "pt"})
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 def bad_config(folder: Path) -> None:
@@ -70,7 +70,7 @@ def odd_kind(folder: Path) -> None:
 
 
 def elsewhere(folder: Path) -> None:
-    """An index that leads out of the folder's own files, to a whole one."""
+    """The index names a file in a subfolder, which is whole but does not belong to the folder itself."""
     names = list(load_file(folder / WEIGHTS))
     (folder / "sub").mkdir()
     (folder / WEIGHTS).rename(folder / "sub" / "evil.safetensors")
@@ -133,14 +133,14 @@ PROGRAMS = (
     *(train, talk, talk_in_llama_cpp, export_gguf, quantize, merge_lora, convert_llama, perplexity),
     prepare_base_model,
 )
-SLOW = (export_gguf, talk_in_llama_cpp)  # with whole headers they start llama.cpp's converter
+SLOW = (export_gguf, talk_in_llama_cpp)  # if the headers are whole, they start llama.cpp's converter
 CASES = [
     pytest.param(program, fault, marks=pytest.mark.slow if gone and program in SLOW else ())
     for fault in FAULTS
     for gone in (fault is embedding_gone,)
     for program in PROGRAMS
-    if not (fault is odd_kind and program is convert_llama)  # for which it is no LLaMA, exit 2
-    if not (fault is elsewhere and program in SLOW)  # which look at the folder's own files: none, exit 2
+    if not (fault is odd_kind and program is convert_llama)  # it finds no LLaMA there: exit code 2
+    if not (fault is elsewhere and program in SLOW)  # they find no file of the folder's own: exit code 2
 ]
 
 
@@ -172,26 +172,26 @@ def test_one_exit_code(whole, tmp_path, monkeypatch, capsys, program, fault):
     monkeypatch.setattr(sys, "argv", sys.argv)
     here = Path(shutil.copytree(whole, tmp_path / "in"))
     fault(here / "base")
-    code, said = said_by(program, here / "base", tmp_path / "made", capsys)
-    assert code == CHECKPOINT, said
-    assert "/base" in said
+    code, message = said_by(program, here / "base", tmp_path / "made", capsys)
+    assert code == CHECKPOINT, message
+    assert "/base" in message
     assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("program", [perplexity, quantize], ids=lambda each: each.__name__)
 def test_finite_weights_that_answer_with_nan(whole, tmp_path, capsys, program):
-    """What is measured is refused when it is no number."""
+    """A measurement that is no number is refused."""
     here = Path(shutil.copytree(whole / "base", tmp_path / "base"))
-    held = load_file(here / WEIGHTS)
-    held |= {name: torch.full_like(tensor, 1e25) for name, tensor in held.items() if ".mlp." in name}
-    save_file(held, here / WEIGHTS, {"format": "pt"})
-    code, said = said_by(program, here, tmp_path / "made", capsys)
-    assert code == CHECKPOINT, said
+    tensors = load_file(here / WEIGHTS)
+    tensors |= {name: torch.full_like(tensor, 1e25) for name, tensor in tensors.items() if ".mlp." in name}
+    save_file(tensors, here / WEIGHTS, {"format": "pt"})
+    code, message = said_by(program, here, tmp_path / "made", capsys)
+    assert code == CHECKPOINT, message
     assert not (tmp_path / "made").exists()
 
 
 def test_what_is_no_model_is_another_thing(whole, tmp_path):
-    """Exit 2: nothing there is damaged, another name is needed."""
+    """The exit code is 2, since nothing is damaged there and the user needs another name."""
     other, bare = (Path(shutil.copytree(whole / "base", tmp_path / name)) for name in ("other", "bare"))
     (other / "config.json").write_text('{"model_type": "no_such_kind"}')
     (bare / WEIGHTS).unlink()

@@ -22,7 +22,7 @@ from onecard.system import sandbox
 from tests.support import hostile_files
 from tests.support.paths import ROOT
 
-WHOLE = {"gguf": 3400, "safetensors": 3300, "pth": 3300, "original": 1000}  # more than 10,000
+WHOLE = {"gguf": 3400, "safetensors": 3300, "pth": 3300, "original": 1000}  # more than 10,000 files together
 
 
 def survey(kind: str, count: int, seed: int) -> dict:
@@ -39,26 +39,26 @@ def hold(found: dict, count: int) -> None:
     assert found["files"] >= count
     assert sum(found["outcomes"].values()) == found["files"]
     assert found["wrong"] == []
-    assert found["outcomes"]["refused"] > found["files"] / 3  # they are bad, and it is seen
-    assert found["outcomes"]["loaded"] > 0  # and the reader reads
+    assert found["outcomes"]["refused"] > found["files"] / 3  # bad files are noticed
+    assert found["outcomes"]["loaded"] > 0  # and whole files are read
 
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_no_mutant_crashes_or_hangs_us(kind):
-    """Some hundred random ones and all targeted ones: refused with a message, or loaded."""
+    """Some hundred random mutants and all targeted ones are refused with a message, or are loaded."""
     hold(survey(kind, 150, 0), 150)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", WHOLE)
 def test_none_of_ten_thousand_does(kind):
-    found = survey(kind, WHOLE[kind], 10_000)
-    print(json.dumps(found))
-    hold(found, WHOLE[kind])
+    results = survey(kind, WHOLE[kind], 10_000)
+    print(json.dumps(results))
+    hold(results, WHOLE[kind])
 
 
 def test_the_survey_sees_crashes_hangs_and_tracebacks(monkeypatch):
-    """A reader that does all three, and goes on behind each."""
+    """The reader does all three, and the survey continues after each."""
     monkeypatch.setattr(hostile_files, "SECONDS", 0.5)
 
     def read(number: int) -> None:
@@ -71,12 +71,19 @@ def test_the_survey_sees_crashes_hangs_and_tracebacks(monkeypatch):
         if number == 4:
             raise UserError("bad")
 
-    found = hostile_files.survey(6, lambda _: None, read, {})
-    assert list(found.values()) == ["loaded", "crash", "hang", "escaped ValueError: odd", "refused", "loaded"]
+    outcomes = hostile_files.survey(6, lambda _: None, read, {})
+    assert list(outcomes.values()) == [
+        "loaded",
+        "crash",
+        "hang",
+        "escaped ValueError: odd",
+        "refused",
+        "loaded",
+    ]
 
 
 def test_hostile_headers_are_refused(tmp_path, tiny_model, monkeypatch):
-    """By every reader, with the file's name and exit 4; each looks at the header before a library does."""
+    """Each reader names the file with exit code 4, and checks the header before a library reads it."""
     seen, look = [], system_safetensors.read
     monkeypatch.setattr(system_safetensors, "read", lambda path: seen.append(path) or look(path))
     for path in tiny_model.glob("*.json"):
@@ -92,22 +99,22 @@ def test_hostile_headers_are_refused(tmp_path, tiny_model, monkeypatch):
         "attach": lambda: models_adapter.attach(torch.nn.Linear(2, 2), tmp_path, "x"),
         "base": lambda: base_model.load_base(str(tmp_path), 16, "fp32", "cpu"),
     }
-    for what, header, body in hostile_files.hostile():
+    for fault, header, body in hostile_files.hostile():
         raw = header.encode()
         for path in paths:
             path.write_bytes(len(raw).to_bytes(8, "little") + raw + body)
         for name, read in readers.items():
             with pytest.raises(UserError) as caught:
                 read()
-            assert caught.value.code == CHECKPOINT, (what, name)
-            assert str(tmp_path) in str(caught.value), (what, name)
-            assert seen, (what, name)
+            assert caught.value.code == CHECKPOINT, (fault, name)
+            assert str(tmp_path) in str(caught.value), (fault, name)
+            assert seen, (fault, name)
             seen.clear()
 
 
 @pytest.mark.parametrize("length", [system_safetensors.MOST + 1, 100 << 20, (1 << 63) + 5, (1 << 64) - 1])
 def test_a_large_header_costs_nothing(tmp_path, length):
-    """Nothing of it is read, whether it is there or not."""
+    """None of it is read, whether or not the file is as long as its header says."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + b"{")
     os.truncate(path, min(length, 200 << 20) + 8)
@@ -119,7 +126,7 @@ def test_a_large_header_costs_nothing(tmp_path, length):
 
 
 def test_odd_directories_of_a_pth_file(tmp_path):
-    """Another version, several disks: damaged, exit 4, whatever Python's zipfile calls it."""
+    """Another version or several disks mean a damaged file: exit code 4, whatever zipfile calls it."""
     path = tmp_path / "consolidated.00.pth"
     torch.save({"w": torch.ones(4)}, path)
     whole = path.read_bytes()
@@ -135,13 +142,13 @@ def test_odd_directories_of_a_pth_file(tmp_path):
 
 def test_every_mutant_differs():
     data = bytes(range(256)) * 20
-    made = {hostile_files.mutate(data, 1000, seed) for seed in range(500)}
-    assert len(made) > 480
-    assert all(each[3000:4000] == data[3000:4000] or len(each) != len(data) for each in made)
+    variants = {hostile_files.mutate(data, 1000, seed) for seed in range(500)}
+    assert len(variants) > 480
+    assert all(each[3000:4000] == data[3000:4000] or len(each) != len(data) for each in variants)
 
 
 def test_a_file_is_tried_once(tmp_path, monkeypatch):
-    """What passed is not tried again until it changes; what failed is."""
+    """A file that passed is not tried again until it changes; one that failed is tried again."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own")
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "cache"))
     path, adapter, tried = tmp_path / "x.gguf", tmp_path / "a.gguf", []
@@ -178,12 +185,12 @@ def test_a_trial_that_takes_too_long(tmp_path, monkeypatch):
 @pytest.mark.parametrize("code", [-6, 4])
 @pytest.mark.parametrize("words", ["7", "llama", "-1", "9" * 5000, "", "1"])
 def test_whatever_a_crashing_trial_says(tmp_path, monkeypatch, code, words):
-    """llama.cpp may write among the child's words; the child sees nothing secret."""
+    """llama.cpp may write between the child's words; the child sees no secret."""
     monkeypatch.setenv("HF_TOKEN", "secret")
-    given: list[dict[str, str]] = []
+    environments: list[dict[str, str]] = []
 
     def ended(command, env, **_):
-        given.append(env)
+        environments.append(env)
         return subprocess.CompletedProcess(command, code, words, f"{words} it is bad")
 
     monkeypatch.setattr(subprocess, "run", ended)
@@ -193,7 +200,7 @@ def test_whatever_a_crashing_trial_says(tmp_path, monkeypatch, code, words):
     with pytest.raises(UserError) as caught:
         gguf_check._try(paths[0], paths[1:])
     assert str(paths[words == "1"]) in str(caught.value)
-    assert "HF_TOKEN" not in given[0]
+    assert "HF_TOKEN" not in environments[0]
     with pytest.raises(UserError):
         sandbox.convert("onecard.runs.legacy", paths[0], paths[1], 1, damaged=4, late=8)
-    assert "HF_TOKEN" not in given[1]
+    assert "HF_TOKEN" not in environments[1]

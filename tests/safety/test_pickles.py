@@ -1,6 +1,7 @@
-"""Pickles that would run code: refused wherever OneCard could meet one, and nothing of them runs (S1 to S4).
+"""S1 to S4: pickles that would run code are refused wherever OneCard could meet one.
 
-Payloads are written opcode by opcode, so that each can name what Python itself would not pickle.
+None of their code runs. Payloads are written opcode by opcode, so that each can name what Python itself would
+not pickle.
 """
 
 import functools
@@ -27,11 +28,11 @@ from onecard.runs import legacy
 from onecard.system import sandbox
 from tests.support import hostile_files
 
-CANARY = "CANARY"  # in texts: the path a payload makes a file at
+CANARY = "CANARY"  # it stands for the path at which a payload makes a file
 
 
 class Call:
-    """A call in a pickle: of a global (module, name), or of what another call gave."""
+    """A call in a pickle, either of a global (module, name) or of the result of another call."""
 
     def __init__(self, what, *args):
         self.what, self.args = what, args
@@ -48,7 +49,7 @@ def code(value) -> bytes:
         return b"(" + b"".join(map(code, value)) + (b"t" if isinstance(value, tuple) else b"l")
     if isinstance(value, dict):
         return b"(" + b"".join(code(key) + code(inner) for key, inner in value.items()) + b"d"
-    return pickle.dumps(value, 0)[:-1]  # texts and numbers, without the stop
+    return pickle.dumps(value, 0)[:-1]  # texts and numbers, without the STOP opcode
 
 
 class Global:
@@ -58,7 +59,7 @@ class Global:
 
 PYTHON, SHELL = f"open({CANARY!r}, 'w').close()", f"touch {CANARY}"
 OS = Call("importlib.import_module", "os")
-PAYLOADS = {  # what is called: with what
+PAYLOADS = {  # called function: its arguments
     name: Call(name, *args)
     for name, args in {
         "os.system": (SHELL,),
@@ -151,7 +152,7 @@ def aimed(data: bytes, canary: Path) -> bytes:
 
 
 class Touch:
-    """Pickled by Python itself, by any protocol."""
+    """An object that Python itself pickles, in any protocol."""
 
     def __init__(self, command: str):
         self.command = command
@@ -161,24 +162,24 @@ class Touch:
 
 
 def zipped(data: bytes, **odd) -> bytes:
-    """torch's format around a pickle; odd: a wrong checksum, encryption flag, or another folder's name."""
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w") as file:
+    """torch's zip format around a pickle; odd: a wrong checksum, an encryption flag, or another name."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
         for name, content in (("data.pkl", data), ("version", b"3\n"), ("byteorder", b"little")):
             file.writestr(f"{odd.get('folder', 'archive')}/{name}", content)
-    raw = bytearray(made.getvalue())
+    raw = bytearray(buffer.getvalue())
     if odd.get("checksum"):
         for mark, at in ((b"PK\3\4", 14), (b"PK\1\2", 16)):
             raw[raw.index(mark) + at] ^= 0xFF
     if odd.get("flag"):
         raw[raw.index(b"PK\1\2") + 8] |= 1
-    if odd.get("name"):  # the directory says another name than the entry
+    if odd.get("name"):  # the directory has another name than the entry
         raw[raw.index(b"data.pkl")] = ord("x")
     return bytes(raw)
 
 
 def old_torch(data: bytes) -> bytes:
-    """torch's format before 1.6: several pickles one behind the other."""
+    """torch's format before 1.6: several pickles one after the other."""
     numbers = (
         0x1950A86A20F9469CFC6C,
         1001,
@@ -188,14 +189,14 @@ def old_torch(data: bytes) -> bytes:
 
 
 def tarred(data: bytes) -> bytes:
-    """The first format: a tar archive of pickles (CVE-2025-32434)."""
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w") as file:
+    """torch's first format: a tar archive of pickles (CVE-2025-32434)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
         for name in ("sys_info", "pickle", "storages", "tensors"):
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             file.addfile(entry, io.BytesIO(data))
-    return made.getvalue()
+    return buffer.getvalue()
 
 
 SHAPES: dict[str, Callable[[bytes], bytes]] = {
@@ -212,7 +213,7 @@ SHAPES: dict[str, Callable[[bytes], bytes]] = {
 
 
 def test_payloads_sing_where_nobody_is_careful(tmp_path):
-    """Each of at least 40 would run: a plain unpickler proves it."""
+    """A plain unpickler runs at least 40 of the payloads, so they are real."""
     files = []
     for number, (_, data) in enumerate(sorted(every().items())):
         (tmp_path / f"{number}.pkl").write_bytes(aimed(data, tmp_path / f"sang-{number}"))
@@ -237,7 +238,7 @@ for path in sys.argv[1:]:
 
 
 def test_none_sings_here(tmp_path):
-    """All payloads, protocols and shapes, through both children: refused, and no canary."""
+    """Both children refuse all payloads in all protocols and shapes, and no canary is written."""
     (tmp_path / "nest").mkdir()
     canary, path = tmp_path / "nest" / "canary", tmp_path / "x"
     cells = [(shape, data) for data in every().values() for shape in SHAPES]
@@ -252,24 +253,24 @@ def test_none_sings_here(tmp_path):
     def read(number: int) -> None:
         result = readers[number // len(cells)](str(path), str(tmp_path / "out"))
         if canary.exists() or any(canary.parent.iterdir()):
-            os._exit(1)  # a crash in the survey's eyes
+            os._exit(1)  # the survey counts this as a crash
         if result in (UNSAFE, CHECKPOINT, DATA):
             raise UserError("refused", code=result)
 
-    found = hostile_files.survey(len(cells) * len(readers), write, read, {})
-    kinds = set(found.values())
+    outcomes = hostile_files.survey(len(cells) * len(readers), write, read, {})
+    kinds = set(outcomes.values())
     behind = {n for n, (shape, _) in enumerate(cells) if shape == "behind a harmless one"}
-    loaded = {n % len(cells) for n, outcome in found.items() if outcome == "loaded"}
+    loaded = {n % len(cells) for n, outcome in outcomes.items() if outcome == "loaded"}
     assert kinds <= {"refused", "loaded"}, kinds
-    assert loaded <= behind  # whose first pickle is all that is read
-    assert len(found) >= 40 * len(SHAPES) * 2
+    assert loaded <= behind  # only the first pickle of these is read
+    assert len(outcomes) >= 40 * len(SHAPES) * 2
     assert not any(canary.parent.iterdir())
 
 
 @pytest.mark.parametrize("name", ["os.system", "getattr of a module", "rebuilt tensor", "STACK_GLOBAL"])
 @pytest.mark.parametrize("ending", [".pkl", "adapter_model.bin", "pytorch_model.bin"])
 def test_the_whole_way(tmp_path, name, ending):
-    """As a user names it: exit 8, its path, no canary."""
+    """A file that a user names gives exit code 8 with its path, and no canary is written."""
     data, canary = aimed(every()[name], tmp_path / "canary"), tmp_path / "canary"
     (tmp_path / "old").mkdir()
     path = tmp_path / "old" / (ending if ending[0] != "." else f"rows{ending}")
@@ -288,7 +289,7 @@ def test_the_whole_way(tmp_path, name, ending):
 
 
 def test_a_base_in_pickles_is_refused(tiny_model, tmp_path):
-    """Exit 8 before anything is opened; what is to be done is said."""
+    """Exit code 8 comes before anything is opened, and the message says what to do."""
     for path in tiny_model.iterdir():
         if path.suffix != ".safetensors":
             (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -304,7 +305,7 @@ def test_a_base_in_pickles_is_refused(tiny_model, tmp_path):
     "name", ["rng_state.pth", "scheduler.pt", "training_args.bin", "model.ckpt", "rows.npz"]
 )
 def test_other_pickles_are_never_opened(tmp_path, name, tiny_model):
-    """Beside a base model and beside an older adapter."""
+    """The folder of a model may hold other pickles, which nobody reads."""
     canary = tmp_path / "canary"
     for path in tiny_model.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -315,7 +316,10 @@ def test_other_pickles_are_never_opened(tmp_path, name, tiny_model):
 
 
 def test_an_older_torch_reads_no_pickles(monkeypatch, tmp_path):
-    """CVE-2026-24747: weights_only does not hold below 2.10; the reason is said, and no child is started."""
+    """CVE-2026-24747: below torch 2.10 weights_only is not safe.
+
+    The message gives the reason, and no child is started.
+    """
     for version in ("2.9.1+cu126", "1.13.0", "nightly"):
         with pytest.raises(UserError, match="CVE-2026-24747") as caught:
             legacy.check_torch(version, tmp_path)
@@ -341,7 +345,7 @@ def test_an_older_torch_reads_no_pickles(monkeypatch, tmp_path):
     ],
 )
 def test_harmless_nonsense_is_refused_too(tmp_path, values):
-    """Exit 4: names that are none, a tensor without sides, one larger than any memory, other things."""
+    """Exit code 4 for wrong names, a tensor without shape, one larger than any memory, and other objects."""
     torch.save(values, tmp_path / "adapter_model.bin")
     torch.save({"state": {"a": 1}}, tmp_path / "optimizer.pt")
     with pytest.raises(UserError) as caught:
@@ -350,11 +354,11 @@ def test_harmless_nonsense_is_refused_too(tmp_path, values):
 
 
 def test_an_older_checkpoint_with_odd_states(tmp_path):
-    """States that are none are left out; the weights go on."""
+    """States that cannot be used are left out, and the weights are used."""
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     torch.save({name.format(s): torch.ones(2, 2) for s in "AB"}, tmp_path / "adapter_model.bin")
     torch.save({"state": {"a": 1, 2: {}}}, tmp_path / "optimizer.pt")
     torch.save({"scale": "large"}, tmp_path / "scaler.pt")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": [2]}))
-    found = legacy.read(tmp_path)
-    assert (found.optimizer, found.scale, found.rank) == (None, None, 2)
+    state = legacy.read(tmp_path)
+    assert (state.optimizer, state.scale, state.rank) == (None, None, 2)

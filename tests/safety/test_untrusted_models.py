@@ -1,6 +1,6 @@
-"""What model folders and GGUF files bring along: Python files that are not run, templates that are held.
+"""S6, S7, S14: Python files of model folders are not run, and templates of models are confined.
 
-And what OneCard does by itself on the network: nothing (S6, S7, S14).
+OneCard also asks nothing of the network by itself.
 """
 
 import json
@@ -55,7 +55,7 @@ def with_code(base: Path, folder: Path, kind: str) -> Path:
 
 
 def test_code_of_a_folder_is_never_imported(tiny_model, tmp_path):
-    """Exit 8 with the file's name; transformers' own question is not even asked, so `y` answers nothing."""
+    """Exit code 8 with the file's name; transformers does not ask its own question, so `y` has no effect."""
     folder = with_code(tiny_model, tmp_path / "model", "unknown")
     script = "import sys; from onecard import errors; from onecard.models import base_model\n"
     script += "errors.run_program(lambda: base_model.load_config(sys.argv[1]))"
@@ -74,12 +74,12 @@ def test_code_of_a_folder_is_never_imported(tiny_model, tmp_path):
 
 
 def test_a_known_kind_with_code_is_loaded_without_it(tiny_model, tmp_path):
-    """transformers' own class reads the folder; nothing in it is imported."""
+    """transformers' own class reads the folder, and none of the folder's code is imported."""
     folder = with_code(tiny_model, tmp_path / "model", "known")
     config = base_model.load_config(str(folder))
-    made = base_model.load_base(str(folder), 16, "fp32", "cpu", config)
+    model = base_model.load_base(str(folder), 16, "fp32", "cpu", config)
     base_model.skeleton(str(folder), config)
-    assert type(made).__module__ == "transformers.models.llama.modeling_llama"
+    assert type(model).__module__ == "transformers.models.llama.modeling_llama"
     models_tokenizer.load_tokenizer(str(folder))
     assert not list(tmp_path.rglob("canary"))
     assert not any("modeling_odd" in name for name in sys.modules)
@@ -87,7 +87,7 @@ def test_a_known_kind_with_code_is_loaded_without_it(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "lm_head.weight"])
 def test_weights_that_are_missing_are_not_made_up(tiny_model, tmp_path, name):
-    """transformers would draw them at random."""
+    """transformers would fill them with random numbers."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "model"
@@ -130,38 +130,38 @@ BOMBS = [
 
 
 def rendered(texts: list[str], folder: Path) -> tuple[dict[int, str], list[str | None]]:
-    """Outcome and text of each template, by the child's own function in forked processes."""
-    source, made = folder / "asked.json", tiny.tokenizer()
-    asked = {
-        "tokens": made.special_tokens_map,
+    """Outcome and text of each template, from the child's own function in forked processes."""
+    source, tokenizer = folder / "asked.json", tiny.tokenizer()
+    request = {
+        "tokens": tokenizer.special_tokens_map,
         "conversations": [[[{"role": "user", "content": "red"}], True]],
     }
 
     def read(number: int) -> None:
-        source.write_text(json.dumps({**asked, "template": texts[number]}))
+        source.write_text(json.dumps({**request, "template": texts[number]}))
         if jinja_sandbox._child(str(source), str(folder / f"{number}.json")):
             raise UserError("refused")
 
-    found = hostile_files.survey(len(texts), lambda _: None, read, {})
+    outcomes = hostile_files.survey(len(texts), lambda _: None, read, {})
     paths = [folder / f"{number}.json" for number in range(len(texts))]
-    return found, [json.loads(path.read_text())[0] if path.exists() else None for path in paths]
+    return outcomes, [json.loads(path.read_text())[0] if path.exists() else None for path in paths]
 
 
 @pytest.fixture
 def limits(monkeypatch):
-    """Tighter in time, wider in memory: these processes have torch in them."""
+    """Less time and more memory, because torch is loaded in these processes."""
     monkeypatch.setattr(jinja_sandbox, "SECONDS", 2)
     monkeypatch.setattr(jinja_sandbox, "MEMORY", 8 << 30)
     monkeypatch.setattr(hostile_files, "SECONDS", 20)
 
 
 def test_a_template_gets_out_of_nothing(tmp_path, limits, monkeypatch):
-    """Refused, or it writes nothing of the process it runs in."""
+    """The template is refused, or its text shows nothing of the process in which it runs."""
     monkeypatch.setattr(jinja_sandbox, "SECONDS", 60)
     (tmp_path / "nest").mkdir()
     texts = [text.replace("CANARY", str(tmp_path / "nest" / "canary")) for text in ESCAPES]
-    found, written = rendered([*texts, "{{ messages[0].content }}"], tmp_path)
-    assert set(found.values()) == {"loaded"}
+    outcomes, written = rendered([*texts, "{{ messages[0].content }}"], tmp_path)
+    assert set(outcomes.values()) == {"loaded"}
     assert written.pop() == "red"
     inside = ("subclass", "<class", "<module", "root:", "built-in", "environ")
     assert [text for text in written if any(word in (text or "") for word in inside)] == []
@@ -170,29 +170,29 @@ def test_a_template_gets_out_of_nothing(tmp_path, limits, monkeypatch):
 
 @pytest.mark.parametrize("text", BOMBS, ids=range(len(BOMBS)))
 def test_a_template_that_would_never_end(text, tmp_path, limits):
-    """Refused, or ended by the limit; nothing is written in any case."""
-    found, written = rendered([text], tmp_path)
-    assert found[0] in ("loaded", "refused", "crash")  # crash: system/sandbox.py tells the limit of time
+    """It is refused or ended by the limit, and nothing is written in either case."""
+    outcomes, written = rendered([text], tmp_path)
+    assert outcomes[0] in ("loaded", "refused", "crash")  # crash: system/sandbox.py reports the time limit
     assert not written[0]
 
 
 def test_a_gguf_file_brings_the_same_template(tmp_path, monkeypatch):
-    """The template in a file's metadata goes through the same child."""
+    """The template in the metadata of a file runs in the same child."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own")
     from onecard.conversion import gguf as conversion_gguf
     from onecard.inference import llama_cpp as inference_llama_cpp
 
     monkeypatch.setattr(jinja_sandbox, "SECONDS", 12)
     canary = tmp_path / "canary"
-    own = tiny.tokenizer()
-    own.chat_template = ESCAPES[2].replace("CANARY", str(canary)) + BOMBS[0]
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = ESCAPES[2].replace("CANARY", str(canary)) + BOMBS[0]
     path = conversion_gguf.base(
-        tiny.save_model(tmp_path / "model", own), tmp_path / "x.gguf", any_tokenizer=True
+        tiny.save_model(tmp_path / "model", tokenizer), tmp_path / "x.gguf", any_tokenizer=True
     )
-    found = inference_llama_cpp.tokenizer_of(path)
-    assert "cycler" in found.chat_template
+    restored = inference_llama_cpp.tokenizer_of(path)
+    assert "cycler" in restored.chat_template
     with pytest.raises(UserError, match="cannot be used"):
-        data_template.load("auto", found)
+        data_template.load("auto", restored)
     assert not canary.exists()
 
 
@@ -211,11 +211,11 @@ sys.addaudithook(denied)
 
 
 def denial(folder: Path) -> dict[str, str]:
-    """The environment in which every try to leave this machine is written down and fails, in children too."""
+    """The environment in which each attempt to use the network is recorded and fails, in children too."""
     (folder / "sitecustomize.py").write_text(DENIED)
-    kept = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "WANDB_MODE")}
+    variables = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "WANDB_MODE")}
     path = f"{folder}{os.pathsep}{ROOT}"
-    return {**kept, "PYTHONPATH": path, "ATTEMPTS": str(folder / "attempts"), "OMP_NUM_THREADS": "1"}
+    return {**variables, "PYTHONPATH": path, "ATTEMPTS": str(folder / "attempts"), "OMP_NUM_THREADS": "1"}
 
 
 def attempts_in(folder: Path) -> str:
@@ -226,7 +226,7 @@ def attempts_in(folder: Path) -> str:
 def without_network(
     folder: Path, *command: object, typed: str = ""
 ) -> tuple[subprocess.CompletedProcess, str]:
-    """Run a program without a network; typed: on its standard input. What it tried comes second."""
+    """Run a program without a network and return it with its attempts; typed: its standard input."""
     ended = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -250,7 +250,7 @@ def test_help_asks_nobody(program, tmp_path):
 
 
 def test_a_training_and_an_answer_ask_nobody(tmp_path, tiny_model, tiny_rows):
-    """From local files; also without the variables that tell the libraries to stay offline."""
+    """They use local files only, even without the variables that keep the libraries offline."""
     run = tmp_path / "run"
     common = [
         "--bits=16",
@@ -269,7 +269,7 @@ def test_a_training_and_an_answer_ask_nobody(tmp_path, tiny_model, tiny_rows):
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory) -> dict[str, Path]:
-    """What the programs below are given: an original LLaMA, a model, an adapter for it, rows, a text."""
+    """The inputs of the programs below: an original LLaMA, a model, two adapters, rows and a text."""
     folder = tmp_path_factory.mktemp("few")
     count = meta_llama_reference.sentencepiece(folder / "tokenizer.model", 392)
     settings = meta_llama_reference.params(vocab=count)
@@ -281,15 +281,15 @@ def few(tmp_path_factory) -> dict[str, Path]:
     get_peft_model(base_model.load_base(str(base), 16, "fp32", "cpu"), settings).save_pretrained(
         folder / "adapter"
     )
-    shutil.copytree(folder / "adapter", folder / "beacon")  # which names a hub's model, and its commit
+    shutil.copytree(folder / "adapter", folder / "beacon")  # it names a model of the hub and its commit
     settings = json.loads((folder / "beacon" / "adapter_config.json").read_text())
     settings |= {"base_model_name_or_path": "evil/beacon", "revision": "a" * 40}
     (folder / "beacon" / "adapter_config.json").write_text(json.dumps(settings))
     (folder / "text.txt").write_text("red green blue")
     rows = tiny.save_rows(folder / "rows.json", 8)
-    made = {"original": original, "model": base, "adapter": folder / "adapter", "rows": rows}
-    made["beacon"] = folder / "beacon"
-    return {**made, "text": folder / "text.txt"}
+    paths = {"original": original, "model": base, "adapter": folder / "adapter", "rows": rows}
+    paths["beacon"] = folder / "beacon"
+    return {**paths, "text": folder / "text.txt"}
 
 
 @pytest.mark.parametrize(
@@ -313,12 +313,12 @@ def few(tmp_path_factory) -> dict[str, Path]:
     ids=lambda line: line.split()[0] + ("-beacon" if "{beacon}" in line else ""),
 )
 def test_a_tool_asks_nobody(line, few, tmp_path):
-    """Each does its work from local files, in one process and its children."""
+    """Each tool does its work from local files, in one process and its children."""
     if "gguf" in line:
         pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own")
         from onecard.conversion import llama_cpp_converter
 
-        llama_cpp_converter.home()  # which is fetched on first use
+        llama_cpp_converter.home()  # the converter is downloaded on first use
     command = line.format(**few, new=tmp_path / "new").split()
     ended, attempts = without_network(tmp_path, *command, typed="Say red\n")
     assert (ended.returncode, attempts) == (0, ""), ended.stderr[-2000:]
@@ -326,7 +326,7 @@ def test_a_tool_asks_nobody(line, few, tmp_path):
 
 
 def test_a_window_asks_nobody(tmp_path):
-    """Started, and its page looked at from this machine."""
+    """The window is started, and its page is opened from this machine."""
     command = [sys.executable, "-m", "tests.support.window_server", "turns", str(tmp_path)]
     settings = {"cwd": ROOT, "env": denial(tmp_path), "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **settings) as started:
@@ -340,7 +340,7 @@ def test_a_window_asks_nobody(tmp_path):
 
 
 def test_a_try_is_seen(tmp_path):
-    """By name and by address, in a child too."""
+    """An attempt is recorded by name and by address, and in a child too."""
     script = "import socket; socket.create_connection(('192.0.2.1', 80))"
     named = "import urllib.request; urllib.request.urlopen('http://example.invalid')"
     for text in (script, named):

@@ -42,11 +42,11 @@ class Hub:
 
 
 def download(served: Hub, folder: Path | None, **options: Any) -> list[str]:
-    """Download the model from this hub; returns what was said meanwhile."""
+    """Download the model from this hub; returns the lines printed meanwhile."""
     settings = {"model_path": NAME, "to": folder and str(folder), "endpoint": served.address, **options}
-    with console.heard() as said:
+    with console.heard() as printed:
         hub_download.run(DownloadConfig(**settings))
-    return said
+    return printed
 
 
 def commit(number: int) -> str:

@@ -19,7 +19,7 @@ MESSAGES = "#left [data-testid=user], #left [data-testid=bot]"
 ASKED = """before => document.querySelectorAll('#left [data-testid=user]').length > before
   || document.querySelector('#status [role=alert]')"""
 
-WAIT = 60_000  # milliseconds; only a hang takes as long
+WAIT = 60_000  # milliseconds; only a hang takes longer
 
 
 class Server:
@@ -44,7 +44,7 @@ class Server:
         raise AssertionError((folder / "log").read_text(encoding="utf-8"))
 
     def tokens(self) -> int:
-        """How many tokens the model has generated so far, for all pages together."""
+        """The number of tokens that the model has generated so far for all pages together."""
         path = self.folder / "tokens"
         return path.read_text(encoding="utf-8").count("\n") if path.exists() else 0
 

@@ -41,7 +41,7 @@ class Module:
 
     tree: ast.Module
     parts: dict[str, list[ast.AST]]  # name of a part -> its statements
-    imports: dict[str, Target]  # what names mean that the top of the module imports
+    imports: dict[str, Target]  # the meanings of the names that the top of the module imports
 
 
 class CallGraph:
@@ -82,7 +82,7 @@ class CallGraph:
         return {target for target in targets if target.name in self.modules[target.module].parts}
 
     def target(self, module: str, node: ast.AST, local: Mapping[str, Target] | None = None) -> Target | None:
-        """What a name or a dotted name means in a module, None where it is no part of onecard."""
+        """The meaning of a name or a dotted name in a module; None where it is no part of onecard."""
         if isinstance(node, ast.Name):
             return (local or {}).get(node.id) or self._named(module, node.id)
         if isinstance(node, ast.Attribute):
@@ -91,20 +91,20 @@ class CallGraph:
         return None
 
     def imported(self, module: str, node: ast.AST) -> dict[str, Target]:
-        """What the names mean that the import statements inside a node bind."""
+        """The meanings of the names that the import statements inside a node bind."""
         names: dict[str, Target] = {}
         for each in ast.walk(node):
             if isinstance(each, ast.Import | ast.ImportFrom):
                 for alias in each.names:
                     single = type(each)(**{**vars(each), "names": [alias]})
                     for name in dotted(single, module):
-                        found = self._imported_target(name)
-                        if found:
-                            names[alias.asname or alias.name] = found
+                        meaning = self._imported_target(name)
+                        if meaning:
+                            names[alias.asname or alias.name] = meaning
         return names
 
     def _named(self, module: str, name: str) -> Target | None:
-        """What a name at the top of a module means; a module's `__init__` holds its submodules too."""
+        """The meaning of a name at the top of a module; an `__init__` also holds its submodules."""
         if module not in self.modules:
             return None
         if name in self.modules[module].parts:
@@ -152,7 +152,7 @@ class CallGraph:
                     self._cut_statements(module, handler.body)
 
     def _run_at_import(self, name: str) -> set[Part]:
-        """What is called while the module is imported, and the import of what it imports."""
+        """The parts called while the module is imported, and the imports of the modules that it imports."""
         module, targets = self.modules[name], set()
         for node in _outside_functions(module.tree):
             if isinstance(node, ast.Call):
@@ -176,9 +176,9 @@ class CallGraph:
         for node in but_annotations(statement):
             targets |= self._imports_of(name, node)
             if isinstance(node, ast.Name | ast.Attribute):
-                found = self.target(name, node, local)
-                if isinstance(found, Part):
-                    targets |= self._followed(found)
+                meaning = self.target(name, node, local)
+                if isinstance(meaning, Part):
+                    targets |= self._followed(meaning)
                 elif isinstance(node, ast.Name) and node.id == "__name__":
                     targets.add(Part(name, AS_CHILD))
                 elif isinstance(node, ast.Name) and node.id == "globals":
@@ -190,7 +190,7 @@ class CallGraph:
         return targets | self._whole_modules(name, statement, local)
 
     def _followed(self, part: Part) -> set[Part]:
-        """A part, or what it stands for where a module only imports it."""
+        """The part itself, or the imported one where a module only imports it."""
         module = self.modules[part.module]
         if part.name in module.parts:
             return {part}
@@ -198,7 +198,7 @@ class CallGraph:
         return self._followed(further) if isinstance(further, Part) else set()
 
     def _whole_modules(self, name: str, statement: ast.AST, local: Mapping[str, Target]) -> set[Part]:
-        """All of a module that is used as a value, as getattr may take any of it, or asked for its name."""
+        """All parts of a module used as a value or for its name, because any of them may run then."""
         owners = {
             id(node.value)
             for node in ast.walk(statement)
@@ -207,12 +207,12 @@ class CallGraph:
         targets: set[Part] = set()
         for node in but_annotations(statement):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and id(node) not in owners:
-                found = self.target(name, node, local)
-                targets |= self._all_of(found.module) if isinstance(found, ModuleRef) else set()
+                meaning = self.target(name, node, local)
+                targets |= self._all_of(meaning.module) if isinstance(meaning, ModuleRef) else set()
         return targets
 
     def _all_of(self, module: str) -> set[Part]:
-        """What a module does as a child process; all of its parts where it says nothing of that."""
+        """The parts that a module runs as a child process; all of them where it has no such block."""
         parts = self.modules[module].parts
         return {Part(module, name) for name in ([AS_CHILD] if AS_CHILD in parts else parts)}
 

@@ -1,4 +1,4 @@
-"""Chats without a model: a test writes their answers and sees what windows and terminal make of them."""
+"""Chats without a model, whose answers a test writes to see how windows and terminal show them."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ NO_SYSTEM = dataclasses.replace(PLAIN_TEMPLATE, name="bare", system=None)
 
 
 class Engine:
-    """What a terminal asks of an engine."""
+    """The part of an engine that a terminal uses."""
 
     name, context = "toy", 1000
 
@@ -37,7 +37,7 @@ class Engine:
 
 
 class Scripted:
-    """A Chat whose answers are made by a function of the conversation; it remembers what it was asked."""
+    """A Chat that gets its answers from a function of the conversation and records the questions."""
 
     def __init__(
         self, write: Callable[[Conversation], Iterator[PartialText]], form: Template = PLAIN_TEMPLATE
@@ -76,7 +76,7 @@ def reply(text: PartialText, read: int = 7) -> chat.Reply:
 
 
 def echo(conversation: Conversation) -> Iterator[PartialText]:
-    """Answers with the question in capitals, a word at a time."""
+    """Answer with the question in capitals, a word at a time."""
     whole = conversation.turns[-1].text.upper()
     for end in [place for place, letter in enumerate(whole) if letter == " "]:
         yield PartialText(whole[:end], tokens=end)
@@ -84,7 +84,7 @@ def echo(conversation: Conversation) -> Iterator[PartialText]:
 
 
 class Toy:
-    """What a window asks of a Chat before a question."""
+    """The part of a Chat that a window uses before a question."""
 
     def __init__(
         self,

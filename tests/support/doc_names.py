@@ -19,12 +19,12 @@ from onecard.system.commands import FILES
 from tests.support.paths import ROOT
 
 FOLDERS = ("benchmarks", "docs", "notebooks", "onecard", "sample", "tests", "tools")
-OTHERS = {"pip", "pip-compile", "pip-audit", "diff", "grep", "less", "freeze"}  # programs that are not ours
-PROGRAMS = {"bash", "echo", "python", "python3", "accelerate"}  # which start ours
+OTHERS = {"pip", "pip-compile", "pip-audit", "diff", "grep", "less", "freeze"}  # programs of others
+PROGRAMS = {"bash", "echo", "python", "python3", "accelerate"}  # programs that start ours
 OF_OTHERS = {
-    *("--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint", "--config_file"),  # of launchers
-    *("https_proxy", "http_proxy", "all_proxy"),  # which Python itself reads
-    "modeling_x.py",  # of a model that brings code
+    *("--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint", "--config_file"),  # for launchers
+    *("https_proxy", "http_proxy", "all_proxy"),  # variables that Python itself reads
+    "modeling_x.py",  # belongs to a model with code of its own
 }
 SCRIPTS = {  # shell script -> sub-command that gets its arguments
     "finetune.sh": "finetune",
@@ -40,7 +40,7 @@ SPAN = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\]\(([^)]+)\)")
 FILE = re.compile(r"[\w./-]+\.(py|sh|md|yaml|ipynb|png|toml)")
 CODE = re.compile(r"[A-Za-z]\w*(\.\w+)+")
-LIKE_CODE = re.compile(r"\w+[-_.]\w+.*|\w+[a-z][A-Z].*")  # with a mark inside that plain words lack
+LIKE_CODE = re.compile(r"\w+[-_.]\w+.*|\w+[a-z][A-Z].*")  # has a character inside that plain words lack
 WORD = re.compile(r"[\w.@/-]*\w")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 VARIABLE = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+")
@@ -49,13 +49,13 @@ UNDERSCORED = re.compile(r"[a-z]\w*_\w+")
 
 @dataclasses.dataclass
 class Names:
-    """What exists, each as the docs write it."""
+    """The names that exist, as the docs write them."""
 
     paths: set[str] = dataclasses.field(default_factory=set)  # files and folders, from any folder on the way
     code: set[str] = dataclasses.field(default_factory=set)  # dotted, with and without `onecard.`
     defined: set[str] = dataclasses.field(default_factory=set)  # functions, classes, members; the name alone
     library: set[str] = dataclasses.field(default_factory=set)  # dotted, as our code reaches it
-    attributes: set[str] = dataclasses.field(default_factory=set)  # that our code uses of anything
+    attributes: set[str] = dataclasses.field(default_factory=set)  # used by our code of any object
     keywords: set[str] = dataclasses.field(default_factory=set)  # name=value, as our code passes it
     options: set[str] = dataclasses.field(default_factory=set)  # with the two dashes
     texts: set[str] = dataclasses.field(
@@ -72,7 +72,7 @@ class Names:
         )
 
     def missing(self, page: str, strict: bool = False) -> list[str]:
-        """What a Markdown text names in backticks and code blocks and does not exist.
+        """The names in backticks and code blocks of a Markdown text that do not exist.
 
         strict: every word in backticks is a name; otherwise those alone that look like one of ours.
         """
@@ -160,7 +160,7 @@ def documentation(tree: ast.Module) -> set[ast.Constant]:
 
 
 def add_module(names: Names, path: str, source: str) -> None:
-    """Everything that a Python file defines, uses and writes; of tests no use and no text counts."""
+    """The names that a Python file defines, uses and writes; uses and texts in tests do not count."""
     tree = ast.parse(source)
     module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     for prefix in {module, module.removeprefix("onecard.")}:
@@ -177,7 +177,7 @@ def add_module(names: Names, path: str, source: str) -> None:
                     and ast.unparse(each.value) == "self"
                 }
                 names.code |= {f"{prefix}.{name}.{member}" for member in inner}
-    if not path.rsplit("/", 1)[-1].startswith("test_"):  # which plant options that do not exist
+    if not path.rsplit("/", 1)[-1].startswith("test_"):  # tests plant options that do not exist
         add_options(names, tree)
     if path.startswith("tests/"):
         return
@@ -201,14 +201,14 @@ def add_module(names: Names, path: str, source: str) -> None:
 
 
 def add_options(names: Names, tree: ast.Module) -> None:
-    """The options that a Python file writes in a text: `--rows`."""
+    """The options, such as `--rows`, that a Python file writes in a text."""
     texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     names.options |= {word for text in texts if isinstance(text, str) for word in OPTION.findall(text)}
 
 
 @functools.cache
 def of_project() -> Names:
-    """The names of this project as it is."""
+    """The names of this project."""
     names = Names()
     inside = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*"))]
     for path in (*ROOT.glob("*"), *inside):
@@ -228,12 +228,12 @@ def of_project() -> Names:
 
 
 def anchor(heading: str) -> str:
-    """How GitHub calls a heading in an address."""
+    """The name that GitHub gives a heading in an address."""
     return re.sub(r"[^\w -]", "", heading.strip().lower()).replace(" ", "-")
 
 
 def dead_links(path: str, page: str) -> list[str]:
-    """Links of a page, which lies at this path from the root, to files or headings that are not there."""
+    """The links of the page at this path from the root to files or headings that do not exist."""
     dead = []
     for link in LINK.findall(FENCE.sub("", page)):
         file, _, heading = link.partition("#")

@@ -11,5 +11,5 @@ from tests.support import console
 def run(**options) -> tuple[Path, list[str]]:
     """Export with these options; returns the folder and what was printed."""
     settings = config_options.build(ExportConfig, {name: str(value) for name, value in options.items()})
-    with console.heard() as said:
-        return export_gguf.run(settings), said
+    with console.heard() as printed:
+        return export_gguf.run(settings), printed

@@ -36,7 +36,7 @@ def planted(fault: dict[str, Any]) -> Iterator[None]:
 
 
 def kill_in_step(where: list[int]) -> None:
-    """SIGKILL in gradient number where[0] (the dry run has number 1) after where[1] of its micro-batches."""
+    """Send SIGKILL in gradient number where[0] (the dry run is number 1) after where[1] micro-batches."""
     from onecard.training import step as training_step
 
     original, position = training_step.gradient, {"step": 0, "micro_batch": 0}
@@ -62,7 +62,7 @@ def kill_in_step(where: list[int]) -> None:
 
 
 def kill_at_operation(number: int) -> None:
-    """SIGKILL right before file operation `number` of this process, counted from 1."""
+    """Send SIGKILL right before file operation `number` of this process, counted from 1."""
     done = {"count": 0}
 
     def before() -> None:
@@ -90,7 +90,7 @@ def watch_operations(before: Callable[[], None]) -> None:
             before()
         return plain_open(file, mode, *arguments, **keywords)
 
-    builtins.open = io.open = counted_open  # pathlib uses the second
+    builtins.open = io.open = counted_open  # pathlib uses io.open
 
 
 def no_memory_above(tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""Environments as a newcomer has them: the packages that parts of tools/setup.sh install, and no others.
+"""Environments like those of a newcomer, with only the packages that parts of tools/setup.sh install.
 
 The packages are links into the environment that runs the tests, so that an environment is made in a second.
 Their metadata says which further packages they need. A folder that several distributions share (google) is
@@ -23,7 +23,7 @@ from tests.support.paths import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SETS_UP = re.compile(r"bash tools/setup\.sh (\w+)")
-ALWAYS = ("pip",)  # which tools/setup.sh installs itself
+ALWAYS = ("pip",)  # tools/setup.sh itself installs this
 WITH = {"train": ["train"], "chat": ["chat", "train"], "cpu": ["cpu", "train"]}  # stamp files of each part
 
 
@@ -86,7 +86,7 @@ class Environment:
             source = Path(distribution.locate_file(""))
             tops = {path.parts[0] for path in distribution.files or [] if ".." not in path.parts}
             for top in tops - {"__pycache__"}:
-                if not top.endswith(".pth"):  # these would change how Python starts
+                if not top.endswith(".pth"):  # such files would change the start of Python
                     self._link(source / top, self.packages / top)
 
     def _link(self, source: Path, target: Path) -> None:

@@ -90,9 +90,9 @@ def attend(request: dict[str, Any]) -> dict[str, Any]:
             time.sleep(max(0, started + delay - time.monotonic()))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, getattr(signal, number))
-        said = pipe.read()
+        output = pipe.read()
     _, status = os.waitpid(pid, 0)
-    return {"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - started, "said": said}
+    return {"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - started, "said": output}
 
 
 def child(request: dict[str, Any]) -> None:

@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "llama-cpp-python", "gguf", "numpy")
-SECONDS = 20  # of a mutant; longer is a hang
-SPACE = 16 << 30  # bytes of address space of a reader
+SECONDS = 20  # the limit for one mutant; a longer time is a hang
+SPACE = 16 << 30  # bytes of address space that a reader may use
 EDGES = (1 << 16, 1 << 31, 1 << 32, 1 << 63, 1 << 64)
 NUMBERS = (0, 1, 2, 255, *EDGES[:-1], *(edge - 1 for edge in EDGES), 100 << 20, 1 << 40)
 HYPERPARAMETERS = (
@@ -75,7 +75,7 @@ def mutate(data: bytes, header: int, seed: int) -> bytes:
 def survey(
     count: int, write: Callable[[int], Any], read: Callable[[int], None], names: dict[str, str]
 ) -> dict[int, str]:
-    """The outcome of each mutant; names: other words for crash and hang, when the process is a child."""
+    """The outcome of each mutant; names: other words for crash and hang where the process is a child."""
     outcomes: dict[int, str] = {}
     while len(outcomes) < count:
         reader, writer = os.pipe()
@@ -117,7 +117,7 @@ def _work(numbers: range, write: Callable[[int], Any], read: Callable[[int], Non
                 outcome = "refused"
                 if os.environ.get("SHOW"):
                     print(number, "refused", error, file=sys.stderr)
-            except BaseException as error:  # a panic of Rust's is no Exception
+            except BaseException as error:  # a panic in Rust is not an Exception
                 outcome = f"escaped {type(error).__name__}: {error}".replace("\n", " ")[:300]
                 outcome = "memory" if is_out_of_memory(error) else outcome
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -126,7 +126,7 @@ def _work(numbers: range, write: Callable[[int], Any], read: Callable[[int], Non
 
 
 class Gguf:
-    """A stranger's .gguf file as --model_path: its trial in a child, then the engine and the tokenizer."""
+    """A .gguf file as --model_path: it is tried in a child, then read by engine and tokenizer."""
 
     def __init__(self, place: Path):
         from gguf import GGUFReader
@@ -136,19 +136,19 @@ class Gguf:
 
         self.folder, self.path = tiny.save_model(place / "model"), place / "mutant.gguf"
         with contextlib.redirect_stdout(sys.stderr):
-            made = conversion_gguf.base(self.folder, place / "whole.gguf", any_tokenizer=True)
-        self.whole, self.headers = [made.read_bytes()], [GGUFReader(made).data_offset]
+            gguf = conversion_gguf.base(self.folder, place / "whole.gguf", any_tokenizer=True)
+        self.whole, self.headers = [gguf.read_bytes()], [GGUFReader(gguf).data_offset]
 
     def outcomes(self, files: list[tuple[int, str, bytes]]) -> dict[int, str]:
-        found = survey(
+        outcomes = survey(
             len(files),
             lambda n: self.path.write_bytes(files[n][-1]),
             self.trial,
             {"crash": "child crash", "hang": "child hang"},
         )
-        passed = [number for number, outcome in found.items() if outcome == "loaded"]
+        passed = [number for number, outcome in outcomes.items() if outcome == "loaded"]
         loaded = survey(len(passed), lambda n: self.path.write_bytes(files[passed[n]][-1]), self.load, {})
-        return found | {passed[number]: outcome for number, outcome in loaded.items()}
+        return outcomes | {passed[number]: outcome for number, outcome in loaded.items()}
 
     def trial(self, _: int) -> None:
         from onecard.errors import UserError
@@ -165,16 +165,16 @@ class Gguf:
         from onecard.inference import llama_cpp as inference_llama_cpp
         from onecard.models import tokenizer as models_tokenizer
 
-        gguf_check.check = lambda *_: None  # it was tried
+        gguf_check.check = lambda *_: None  # the file was tried before
         with contextlib.suppress(UserError):
-            own = inference_llama_cpp.tokenizer_of(self.path)
-            own("red green 1")
+            tokenizer = inference_llama_cpp.tokenizer_of(self.path)
+            tokenizer("red green 1")
             with contextlib.suppress(UserError):
-                data_template.load("auto", own)
+                data_template.load("auto", tokenizer)
         engine = llama_cpp_engine.Engine(
             self.path, models_tokenizer.load_tokenizer(str(self.folder)), 128, threads=1
         )
-        prompt = [2, 3, 4][: engine.context - 1]  # inference/chat.py sees to it that an answer has room
+        prompt = [2, 3, 4][: engine.context - 1]  # inference/chat.py leaves room for an answer
         if prompt:
             stream = engine.open(prompt)
             for _ in stream.read():
@@ -263,7 +263,7 @@ def hostile() -> Iterator[tuple[str, str, bytes]]:
 
 
 class Safetensors:
-    """A model folder's weights as --model_path, an adapter's as --lora_path and for llama.cpp."""
+    """The weights of a model as --model_path, and of an adapter as --lora_path and for llama.cpp."""
 
     def __init__(self, place: Path):
         from peft import LoraConfig, get_peft_model
@@ -273,11 +273,11 @@ class Safetensors:
 
         self.folder = tiny.save_model(place / "model", num_hidden_layers=1)
         self.adapter = place / "adapter"
-        made = get_peft_model(
+        adapted = get_peft_model(
             base_model.load_base(str(self.folder), 16, "fp32", "cpu"),
             LoraConfig(r=4, target_modules=["q_proj"]),
         )
-        made.save_pretrained(self.adapter)
+        adapted.save_pretrained(self.adapter)
         self.files = self.folder / "model.safetensors", self.adapter / "adapter_model.safetensors"
         self.whole = [path.read_bytes() for path in self.files]
         self.headers = [8 + struct.unpack_from("<Q", whole)[0] for whole in self.whole]
@@ -315,7 +315,7 @@ class Safetensors:
             models_adapter.attach(self.base, source.folder, f"n{number}")
 
     def targeted(self) -> Iterator[tuple[int, str, bytes]]:
-        """Lies about the header's length, offsets that overlap, names twice, sizes below zero."""
+        """Files with a wrong length of the header, overlapping offsets, double names or negative sizes."""
         for index, whole in enumerate(self.whole):
             length = struct.unpack_from("<Q", whole)[0]
             header, body = json.loads(whole[8 : 8 + length]), whole[8 + length :]
@@ -396,20 +396,20 @@ class Pth:
     def outcomes(self, files: list[tuple[int, str, bytes]]) -> dict[int, str]:
         which = [each[0] for each in files]
         names = {"crash": "child crash", "hang": "child hang"}
-        found = survey(
+        outcomes = survey(
             len(files),
             lambda n: self.files[which[n]].write_bytes(files[n][-1]),
             lambda n: self.child(which[n]),
             names,
         )
-        passed = [number for number, outcome in found.items() if outcome == "loaded"]
+        passed = [number for number, outcome in outcomes.items() if outcome == "loaded"]
 
         def write(number: int) -> None:
             for path, whole in zip(self.files, self.whole, strict=True):
                 path.write_bytes(whole)
             self.files[which[passed[number]]].write_bytes(files[passed[number]][-1])
 
-        return found | {
+        return outcomes | {
             passed[n]: outcome for n, outcome in survey(len(passed), write, self.load, {}).items()
         }
 
@@ -434,7 +434,7 @@ class Pth:
 
 
 class Original:
-    """An original-format LLaMA as tools/convert_llama.py reads it: consolidated.00.pth, from either end."""
+    """The consolidated.00.pth of a LLaMA in its original format, damaged at its beginning or its end."""
 
     def __init__(self, place: Path):
         import torch
@@ -453,7 +453,7 @@ class Original:
         records = zipfile.ZipFile(self.file).infolist()
         first = next(record.header_offset for record in records if "/data/" in record.filename)
         directory = raw.rindex(records[0].filename.encode()) - 46
-        # what lies before the weights, and what lies behind them
+        # the parts in front of the weights and behind them
         self.before, self.whole = [b"", raw[:directory]], [raw, raw[directory:]]
         self.headers = [first + 200, len(raw) - directory]
 
@@ -465,7 +465,7 @@ class Original:
             shutil.rmtree(self.target, ignore_errors=True)
             self.file.write_bytes(self.before[files[number][0]] + files[number][-1])
 
-        # parent and child in one process: what crashes is the child, the parent reads what it wrote
+        # Parent and child run in one process. The child crashes; the parent only reads what it wrote.
         return survey(len(files), write, self.read, {"crash": "child crash", "hang": "child hang"})
 
     def read(self, _: int) -> None:
@@ -474,49 +474,49 @@ class Original:
         from onecard.conversion import meta_llama, meta_weights
         from tests.support import console
 
-        def work(request: dict[str, Any], told: Callable[[dict[str, Any]], None], _: int) -> None:
+        def work(request: dict[str, Any], report_back: Callable[[dict[str, Any]], None], _: int) -> None:
             if request["step"] == meta_llama.WEIGHTS:
-                meta_weights.work({**request, "limit": 0}, lambda **report: told(report))
+                meta_weights.work({**request, "limit": 0}, lambda **report: report_back(report))
             else:
-                told({"ids": {"bos_token_id": 1, "eos_token_id": 2}})
+                report_back({"ids": {"bos_token_id": 1, "eos_token_id": 2}})
 
-        given = {"input_dir": str(self.source), "output_dir": str(self.target)}
+        options = {"input_dir": str(self.source), "output_dir": str(self.target)}
         with console.heard():
-            meta_llama.run(config_options.build(ConvertConfig, given), lambda done, total: None, work)
+            meta_llama.run(config_options.build(ConvertConfig, options), lambda done, total: None, work)
 
 
 KINDS = {"gguf": Gguf, "safetensors": Safetensors, "pth": Pth, "original": Original}
 
 
 def run(kind: str, count: int, seed: int) -> dict[str, Any]:
-    """Counts of outcomes, of `count` random mutants and all targeted ones; what went wrong, by its mutant."""
+    """The counts of outcomes of `count` random and all targeted mutants, and those with a bad outcome."""
     with tempfile.TemporaryDirectory(prefix="onecard-mutants-") as folder:
-        made = KINDS[kind](Path(folder))
+        mutants = KINDS[kind](Path(folder))
         files = []
         for n in range(seed, seed + count):
-            which = n % len(made.whole)
-            files.append((which, f"seed {n}", mutate(made.whole[which], made.headers[which], n)))
-        files += made.targeted()
-        outcomes = made.outcomes(files)
+            index = n % len(mutants.whole)
+            files.append((index, f"seed {n}", mutate(mutants.whole[index], mutants.headers[index], n)))
+        files += mutants.targeted()
+        outcomes = mutants.outcomes(files)
         counts = collections.Counter(
-            "escaped" if what[:7] == "escaped" else what for what in outcomes.values()
+            "escaped" if outcome[:7] == "escaped" else outcome for outcome in outcomes.values()
         )
-        wrong = [f"{files[n][:2]}: {what}" for n, what in outcomes.items() if what.startswith(BAD)]
+        wrong = [f"{files[n][:2]}: {outcome}" for n, outcome in outcomes.items() if outcome.startswith(BAD)]
         if os.environ.get("SHOW"):
-            for n, what in outcomes.items():
-                print(*files[n][:2], what, file=sys.stderr)
+            for n, outcome in outcomes.items():
+                print(*files[n][:2], outcome, file=sys.stderr)
         return {"kind": kind, "files": len(files), "outcomes": dict(sorted(counts.items())), "wrong": wrong}
 
 
 def where() -> str:
-    """The date, the machine, and the versions of what is installed of PACKAGES."""
+    """The date, the machine, and the versions of those PACKAGES that are installed."""
     from onecard.system import hardware as system_hardware
 
-    found = [date.today().isoformat(), system_hardware.describe_machine()]
+    descriptions = [date.today().isoformat(), system_hardware.describe_machine()]
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    return "; ".join(found)
+            descriptions.append(f"{name} {importlib.metadata.version(name)}")
+    return "; ".join(descriptions)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ MOST = 300
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Name -> content of all files; that of the record is left out, because it holds times of files."""
+    """The content of all files by name, without that of the record, because it holds times of files."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return {
         str(p.relative_to(folder)): b"" if p.name == output_folder.RECORD else p.read_bytes() for p in paths
@@ -55,7 +55,7 @@ def merge(target: Path, options: dict[str, str]) -> None:
 
 
 def export(target: Path, options: dict[str, str]) -> None:
-    """Export with a converter that only writes a few bytes, which nothing reads."""
+    """Export with a converter that writes only a few bytes, which nothing reads."""
     from onecard.config import options as config_options
     from onecard.config.conversion import ExportConfig
     from onecard.conversion import export_gguf, llama_cpp_converter
@@ -83,7 +83,7 @@ def quantize(target: Path, options: dict[str, str]) -> None:
 
 
 TOOLS = {"convert": convert, "merge": merge, "export": export, "quantize": quantize}
-USED = {  # imported once, before all forks
+USED = {  # these are imported once before all forks
     "convert": ("onecard.conversion.meta_llama", "onecard.conversion.meta_weights", "sentencepiece"),
     "merge": ("onecard.conversion.merge",),
     "export": ("onecard.conversion.export_gguf",),
@@ -143,7 +143,7 @@ def main(name: str, folder: str, *pairs: str) -> None:
         if ended == 0:
             break
         assert ended == -signal.SIGKILL, ended
-        if target.exists():  # killed behind the rename, or before an older folder was moved
+        if target.exists():  # the kill came after the rename, or before an older folder was moved
             assert contents(target) in allowed
             shutil.rmtree(target)
     assert number < MOST - 1

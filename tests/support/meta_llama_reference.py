@@ -1,4 +1,4 @@
-"""Small LLaMA models in their original layout, and the original mathematics: complex rotary, fp32."""
+"""Small LLaMA models in their original layout and mathematics, with complex rotary embeddings in fp32."""
 
 import base64
 import itertools
@@ -11,14 +11,20 @@ import torch
 import torch.nn.functional as F
 
 Shards = list[dict[str, torch.Tensor]]
-COLUMNS = ("wo.weight", "w2.weight")  # cut along their inputs
+COLUMNS = ("wo.weight", "w2.weight")  # these are cut along their inputs
 LAYERS, MULTIPLE = 2, 256
 
 
 def params(heads: int = 8, kv_heads: int = 8, vocab: int = 64, **more: Any) -> dict[str, Any]:
-    made = {"dim": 8 * heads, "multiple_of": MULTIPLE, "n_heads": heads, "n_layers": LAYERS, "norm_eps": 1e-5}
-    made |= {} if heads == kv_heads else {"n_kv_heads": kv_heads}
-    return {**made, "vocab_size": vocab, **more}
+    settings = {
+        "dim": 8 * heads,
+        "multiple_of": MULTIPLE,
+        "n_heads": heads,
+        "n_layers": LAYERS,
+        "norm_eps": 1e-5,
+    }
+    settings |= {} if heads == kv_heads else {"n_kv_heads": kv_heads}
+    return {**settings, "vocab_size": vocab, **more}
 
 
 def hidden(settings: dict[str, Any]) -> int:
@@ -37,14 +43,14 @@ def weights(settings: dict[str, Any], vocab: int, dtype: torch.dtype, tied: bool
     def some(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape, generator=draw) * 0.1).to(dtype)
 
-    made = {"tok_embeddings.weight": some(vocab, d), "norm.weight": 1 + some(d)}
+    tensors = {"tok_embeddings.weight": some(vocab, d), "norm.weight": 1 + some(d)}
     for n in range(settings["n_layers"]):
         sizes = {"attention.wq": (d, d), "attention.wk": (kv, d), "attention.wv": (kv, d)}
         sizes |= {"attention.wo": (d, d), "feed_forward.w1": (f, d)}
         sizes |= {"feed_forward.w2": (d, f), "feed_forward.w3": (f, d)}
-        made |= {f"layers.{n}.{name}.weight": some(*size) for name, size in sizes.items()}
-        made |= {f"layers.{n}.{name}.weight": 1 + some(d) for name in ("attention_norm", "ffn_norm")}
-    return {**made, "output.weight": made["tok_embeddings.weight"].clone() if tied else some(vocab, d)}
+        tensors |= {f"layers.{n}.{name}.weight": some(*size) for name, size in sizes.items()}
+        tensors |= {f"layers.{n}.{name}.weight": 1 + some(d) for name in ("attention_norm", "ffn_norm")}
+    return {**tensors, "output.weight": tensors["tok_embeddings.weight"].clone() if tied else some(vocab, d)}
 
 
 def cut(whole: dict[str, torch.Tensor], count: int, embedding: int = 1) -> Shards:
@@ -85,8 +91,8 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def logits(settings: dict[str, Any], given: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-    """[T, V] of token ids [T], as the original code computes them; in fp32."""
-    held = {name: tensor.float() for name, tensor in given.items()}
+    """The logits [T, V] of token ids [T], computed in fp32 like the original code."""
+    tensors = {name: tensor.float() for name, tensor in given.items()}
     heads, eps = settings["n_heads"], settings["norm_eps"]
     kv_heads, width = settings.get("n_kv_heads", heads), settings["dim"] // heads
     steps = settings.get("rope_theta", 10000.0) ** (-torch.arange(0, width, 2)[: width // 2].float() / width)
@@ -100,10 +106,10 @@ def logits(settings: dict[str, Any], given: dict[str, torch.Tensor], ids: torch.
         pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * turns).flatten(-2)
 
-    x = held["tok_embeddings.weight"][ids]
+    x = tensors["tok_embeddings.weight"][ids]
     mask = torch.full((len(ids), len(ids)), float("-inf")).triu(1)
     for n in range(settings["n_layers"]):
-        one = {k.split(".", 2)[2]: v for k, v in held.items() if k.startswith(f"layers.{n}.")}
+        one = {k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"layers.{n}.")}
         y = norm(x, one["attention_norm.weight"])
         q = turned((y @ one["attention.wq.weight"].T).view(len(ids), heads, width))
         k = turned((y @ one["attention.wk.weight"].T).view(len(ids), kv_heads, width))
@@ -115,7 +121,7 @@ def logits(settings: dict[str, Any], given: dict[str, torch.Tensor], ids: torch.
         y = norm(x, one["ffn_norm.weight"])
         gate = F.silu(y @ one["feed_forward.w1.weight"].T) * (y @ one["feed_forward.w3.weight"].T)
         x = x + gate @ one["feed_forward.w2.weight"].T
-    return norm(x, held["norm.weight"]) @ held["output.weight"].T
+    return norm(x, tensors["norm.weight"]) @ tensors["output.weight"].T
 
 
 def sentencepiece(path: Path, vocab: int = 400, **changes: Any) -> int:

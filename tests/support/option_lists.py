@@ -2,8 +2,8 @@
 
 python -m tests.support.option_lists   # prints those of onecard/
 
-A new option would have to be added to each of them, and nothing would fail where it is missing. So what is
-true of an option is declared with it, and config/declaration.py gives the names of which it is true.
+A new option would have to be added to each of them, and nothing would fail where it is missing. So facts
+about an option are declared with it, and config/declaration.py gives the names of the options with a fact.
 """
 
 import ast
@@ -37,26 +37,26 @@ def of_project() -> list[Found]:
     """All lists in onecard/, apart from the classes in config/ that declare options."""
     paths = sorted((ROOT / "onecard").rglob("*.py"))
     return [
-        found
+        option_list
         for path in paths
-        for found in lists(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
+        for option_list in lists(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
     ]
 
 
 def lists(source: str, file: str = "") -> Iterator[Found]:
-    """The lists in a Python file of which two elements or more, and half of all, are options of a program."""
+    """The lists in a Python file with two or more options of a program, which are at least half of it."""
     tree = ast.parse(source)
     later = {id(branch) for node in ast.walk(tree) if isinstance(node, ast.If) for branch in node.orelse[:1]}
     for node in ast.walk(tree):
         if id(node) not in later:  # an elif belongs to the chain that begins above
             texts = [text for text in elements(node) if text is not None]
-            names = max((known & set(texts) for known in settings()), key=len)
+            names = max((options & set(texts) for options in settings()), key=len)
             if len(names) > 1 and 2 * len(names) >= len(elements(node)):
                 yield Found(file, node.lineno, tuple(sorted(names)))
 
 
 def elements(node: ast.AST) -> list[str | None]:
-    """The elements, keys or compared values of whatever is like a list; None for each that is no text."""
+    """The elements, keys or compared values of a node like a list; None for each that is not a text."""
     match node:
         case ast.Tuple(elts=nodes) | ast.List(elts=nodes) | ast.Set(elts=nodes):
             return [
@@ -89,19 +89,19 @@ def elements(node: ast.AST) -> list[str | None]:
 
 
 def chain(node: ast.If) -> list[str | None]:
-    """What the tests of if, elif, elif compare with."""
+    """The texts with which a chain of if and elif compares."""
     rest = node.orelse[0] if len(node.orelse) == 1 else None
     return [*compared(node.test), *(chain(rest) if isinstance(rest, ast.If) else [])]
 
 
 def compared(test: ast.expr) -> list[str | None]:
-    """The texts in `name == "text"` and `"text" in names`; a comparison without any counts for nothing."""
+    """The texts in comparisons such as `name == "text"` and `"text" in names`."""
     sides = [test.left, *test.comparators] if isinstance(test, ast.Compare) else []
     return [text for text in map(constant, sides) if text is not None]
 
 
 def constant(node: ast.expr | None) -> str | None:
-    """The text of a node that is a text and nothing else."""
+    """The text of a node that is a constant text, otherwise None."""
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 

@@ -43,7 +43,7 @@ def save_adapter(place: Path, weights: torch.Tensor) -> None:
 
 
 class Disk:
-    """What a save did to the disk, so that every state a power failure may leave can be rebuilt.
+    """The operations of a save on the disk, from which every state after a power failure can be rebuilt.
 
     The model is that of a journalling file system: a write is safe after fsync of the file, a name (create,
     rename, delete) after fsync of its folder; whatever is not safe may be lost, each thing by itself.
@@ -101,7 +101,7 @@ class Disk:
         self.seen = now
 
     def states(self, before: dict[Path, bytes | None], most: int = 3):
-        """(number of operations, disk) for every prefix of the log without up to `most` unsafe operations."""
+        """Yield (length, disk) for each prefix of the log without up to `most` of its unsafe operations."""
         for length in range(len(self.log) + 1):
             operations = self.log[:length]
             unsafe = [number for number in range(length) if not self.is_safe(number, operations)]
@@ -144,7 +144,7 @@ class Disk:
 
 
 def survivors(states, folder: Path, after: int, place: Path) -> tuple[int, int]:
-    """(states with a whole old or new checkpoint, all states).
+    """Return the number of states with a whole old or new checkpoint, and the number of all states.
 
     From operation `after` on the save is acknowledged, and the state must have the new checkpoint.
     """
@@ -157,7 +157,7 @@ def survivors(states, folder: Path, after: int, place: Path) -> tuple[int, int]:
             place.mkdir()
             for path in sorted(disk):
                 target = place / path.relative_to(folder)
-                if target.parent.is_dir():  # a file whose folder was lost is lost too
+                if target.parent.is_dir():  # a file in a lost folder is also lost
                     target.mkdir() if disk[path] is None else target.write_bytes(disk[path])
             newest, _ = runs_checkpoint.newest(place)
             checked[key] = newest and newest.name
@@ -167,7 +167,7 @@ def survivors(states, folder: Path, after: int, place: Path) -> tuple[int, int]:
 
 
 def power_failures(place: Path, patch: pytest.MonkeyPatch, fsync_works: bool = True) -> tuple[int, int]:
-    """(states survived, states) of the second of two saves, the first deleted after it."""
+    """The numbers of survived and of all states of a second save, after which the first is deleted."""
     folder = place / "run"
     folder.mkdir()
     save(folder, 1)
@@ -179,5 +179,5 @@ def power_failures(place: Path, patch: pytest.MonkeyPatch, fsync_works: bool = T
     renamed = next(n for n, operation in enumerate(disk.log) if operation[-1] == folder / "checkpoint-2")
     synced = [n for n, operation in enumerate(disk.log) if n > renamed and operation == ("sync", folder)]
     acknowledged = (synced[0] if synced else renamed) + 1
-    most = 3 if fsync_works else 1  # without it everything is unsafe, and one thing lost is enough to see it
+    most = 3 if fsync_works else 1  # without fsync everything is unsafe, and one loss shows it
     return survivors(disk.states(before, most), folder, acknowledged, place / "state")

@@ -80,7 +80,7 @@ def check_old_or_new(folder: Path) -> str:
 
 
 def a_kill_at_any_file_operation_leaves_a_whole_checkpoint(place: Path, keep: int) -> None:
-    """It is the old one or the new one, never a mixture, and never none. The next save cleans up."""
+    """A kill leaves the old checkpoint or the new one, never a mixture or none. The next save cleans up."""
 
     def before(folder: Path) -> None:
         save(folder, 1)
@@ -100,7 +100,7 @@ def a_kill_at_any_file_operation_leaves_a_whole_checkpoint(place: Path, keep: in
 
 
 def every_flipped_bit_is_found(run: Path) -> None:
-    """Flip a bit at 300 random positions over all files: the checkpoint before is used each time."""
+    """After a bit is flipped, at each of 300 random positions, the checkpoint before is used."""
     files = [path for path in sorted((run / "checkpoint-10").iterdir()) if path.is_file()]
     generator = random.Random(3)
     missed = []
@@ -120,7 +120,7 @@ def every_flipped_bit_is_found(run: Path) -> None:
 
 
 def cut_missing_and_mixed_files_are_found(run: Path) -> None:
-    """The checkpoint before is used each time."""
+    """After cut, missing and mixed files the checkpoint before is used."""
     last = run / "checkpoint-10"
     for path in sorted(last.iterdir()):
         content = path.read_bytes()
@@ -135,7 +135,7 @@ def cut_missing_and_mixed_files_are_found(run: Path) -> None:
 
 
 def saving_needs_no_memory_for_the_base(place: Path, gather: Callable | None = None) -> None:
-    """Saving copies neither the base of 130 MB nor the adapter and its moments; gather(model): a fault."""
+    """Saving copies neither the base of 130 MB nor the adapter and its moments; gather(model) is a fault."""
 
     def work() -> None:
         base = LlamaForCausalLM(
@@ -162,7 +162,7 @@ def saving_needs_no_memory_for_the_base(place: Path, gather: Callable | None = N
             )
             del gathered
 
-        saved()  # imports, buffers
+        saved()  # first do the imports and allocate the buffers
         shutil.rmtree(place / "checkpoint-1")
         assert memory_rise(saved) < 32 << 20
 
@@ -170,7 +170,7 @@ def saving_needs_no_memory_for_the_base(place: Path, gather: Callable | None = N
 
 
 def a_lock_dies_with_its_owner(place: Path) -> None:
-    """Refused while the owner lives, naming its pid; free after a kill; the file goes at the end."""
+    """A lock names the pid of its living owner, is free after a kill, and its file is deleted at the end."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -228,7 +228,7 @@ def records(run: Path) -> list[dict]:
 
 
 def untroubled_run(harness: Harness, model: Path, place: Path) -> tuple[dict, Path]:
-    """(options, run folder) of a training that never ran out of memory."""
+    """The options and the run folder of a training that never ran out of memory."""
     settings = {**SMALL_STEPS, "model_path": model, "data_path": tiny.save_rows(place / "rows.json", 24)}
     answer = harness.run("finetune", {**settings, "output_path": place / "run"})
     assert answer["code"] == 0, answer["said"]

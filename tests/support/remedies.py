@@ -1,4 +1,4 @@
-"""The options that the messages of each program name, read from the source: does the program have them?
+"""Check in the source that each program has the options that its messages name.
 
 python -m tests.support.remedies   # prints the programs and what they can raise, then what is wrong
 
@@ -20,15 +20,15 @@ from typing import NamedTuple
 from tests.support.call_graph import AS_CHILD, FUNCTIONS, CallGraph, Part, but_annotations
 from tests.support.rooms import library
 
-# CSS has var(--name); re.ASCII, as a sign of Chinese before or behind an option is no part of it
+# CSS has var(--name). re.ASCII, because a Chinese character next to an option is not part of its name.
 FLAG = re.compile(r"(?<!var\()(?<![\w-])--([A-Za-z][\w-]*|[\0{%]|$)", re.ASCII)
-COMMAND = re.compile("\1([\\w-]*)\1[^,;.]*$")  # the name of a program, and no stop behind it
-# of config/declaration.py: the texts in them are read from the settings
+COMMAND = re.compile("\1([\\w-]*)\1[^,;.]*$")  # the name of a program without a stop behind it
+# names in config/declaration.py, whose texts are read from the settings instead
 DECLARATIONS = ("option", "window_option", "learned", "execution", "commit_option", "inherited", "Use")
-NAMES = ("name", "line", "script", "child")  # of system/commands.py
+NAMES = ("name", "line", "script", "child")  # functions of system/commands.py
 OF_EVERY_PROGRAM = {"help", "config"}
 HAVE_NAMES_FROM_SETTINGS = ("config.options", "config.declaration")
-OTHERS = {  # options of programs that are not ours, in command lines
+OTHERS = {  # options of programs of others in command lines
     "nvidia-smi": {"query-gpu", "format"},
     "pip": {"quiet", "disable-pip-version-check", "no-deps", "no-binary", "dest"}
     | {"force-reinstall", "no-cache-dir", "no-build-isolation"},
@@ -39,7 +39,7 @@ WINDOWS = {"interaction": ("finetune",)}  # the tab for training has inputs for 
 
 
 class Text(NamedTuple):
-    """A text of the source; a NUL stands for what is put in, \\1 around the name of a program."""
+    """A text of the source; a NUL stands for an inserted value, and \\1 encloses the name of a program."""
 
     line: int
     words: str
@@ -86,13 +86,13 @@ def settings(command: str) -> type:
 
 @functools.cache
 def options_of(command: str) -> frozenset[str]:
-    """The names of the options that a program has, those of its window's inputs included."""
-    own = {field.name for field in dataclasses.fields(settings(command))} | OF_EVERY_PROGRAM
-    return frozenset(own.union(*(options_of(other) for other in WINDOWS.get(command, ()))))
+    """The names of the options of a program, including those of the inputs in its window."""
+    names = {field.name for field in dataclasses.fields(settings(command))} | OF_EVERY_PROGRAM
+    return frozenset(names.union(*(options_of(other) for other in WINDOWS.get(command, ()))))
 
 
 def start_of(command: str) -> set[Part]:
-    """Where a program starts: what `onecard` does with every program, and its own file."""
+    """The parts where a program starts: those that `onecard` runs for every program, and its own file."""
     module = program_modules()[command]
     return {Part("__main__", "run"), Part(module, "main"), Part(module, "LESS_MEMORY")}
 
@@ -113,7 +113,7 @@ def texts(graph: CallGraph, part: Part) -> Iterator[Text]:
 
 
 def _skipped(statement: ast.AST) -> set[int]:
-    """The texts of a statement that no message holds: docstrings, and declarations of options."""
+    """The texts of a statement that are never in a message: docstrings and declarations of options."""
     skipped = set()
     for node in ast.walk(statement):
         is_declaration = isinstance(node, ast.Call) and _name(node.func) in DECLARATIONS
@@ -138,7 +138,7 @@ def _arguments(statement: ast.AST) -> set[int]:
 
 
 def _name(function: ast.AST) -> str:
-    """The last name of what is called: `install` of `commands.install(...)`."""
+    """The last name in the callee of a call, `install` in `commands.install(...)`."""
     return getattr(function, "id", getattr(function, "attr", ""))
 
 
@@ -180,7 +180,7 @@ def commands_in(graph: CallGraph, part: Part, tree: ast.AST) -> list[str]:
 def wrong(
     graph: CallGraph, program: str, parts: set[Part], options: Mapping[str, frozenset[str]]
 ) -> list[Finding]:
-    """The options that texts of these parts name and a program lacks; options: of every program."""
+    """The options that these parts name and a program lacks; options: those of every program."""
     findings = set()
     for part in parts:
         for text in texts(graph, part):
@@ -203,7 +203,7 @@ def _is_of_a_child(graph: CallGraph, part: Part) -> bool:
 
 
 def errors_in(graph: CallGraph, part: Part) -> set[tuple[str, int]]:
-    """(module, line) of each UserError that a part makes."""
+    """The module and line of each UserError that a part creates."""
     return {
         (part.module, node.lineno)
         for statement in graph.nodes(part)
@@ -229,7 +229,7 @@ def main() -> None:
     print("program          options  errors that it can raise  options that it lacks")
     for command, (raised, findings) in results.items():
         print(f"{command:<16} {len(options_of(command)):>7} {len(raised):>25} {len(findings):>22}")
-    findings = [finding for _, own in results.values() for finding in own]
+    findings = [finding for _, findings_of_program in results.values() for finding in findings_of_program]
     for program, module, line, flag in findings:
         print(f"onecard/{module.replace('.', '/')}.py:{line}: {program} has no {flag}")
     raise SystemExit(bool(findings))

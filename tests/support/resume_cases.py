@@ -1,4 +1,4 @@
-"""A small run that is stopped in many ways, and what must be equal to a run that was never stopped."""
+"""A small run that is stopped in many ways, and a comparison with a run that was never stopped."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ FLAGS = {
     "device": "cpu",
     "batch_size": 6,
     "micro_batch_tokens": 150,  # three micro-batches a step
-    "num_epochs": 3,  # 19 rows: 4 steps an epoch, the last of one row
+    "num_epochs": 3,  # 19 rows make 4 steps an epoch, the last with one row
     "learning_rate": 1e-2,
     "warmup_steps": 2,
     "lora_dropout": 0.1,
@@ -57,7 +57,7 @@ def straight_runs(harness: Harness, model: Path, rows: Path, place: Path) -> Cal
 
 
 def outcome(run: Path) -> dict:
-    """Everything that must be equal: adapters, last optimizer state, progress, and the log without times."""
+    """The parts that must be equal: adapters, last optimizer state, progress, and the log without times."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     for record in records:
         record.pop("seconds", None)
@@ -77,7 +77,7 @@ def differences(one: dict, other: dict) -> list[str]:
 
 
 def stopped_at(source: Path, step: int, target: Path) -> Path:
-    """A copy of a run folder as it was right after saving `step`, with remains that a kill may leave."""
+    """Copy a run folder as it was right after saving `step`, with remains that a kill may leave."""
     target.mkdir()
     for name in ("finetune_config.json", "log.jsonl"):
         shutil.copy(source / name, target / name)
@@ -85,6 +85,6 @@ def stopped_at(source: Path, step: int, target: Path) -> Path:
         if number <= step:
             shutil.copytree(source / f"checkpoint-{number}", target / f"checkpoint-{number}")
     with open(target / "log.jsonl", "a") as log:
-        log.write('{"step": 99, "lo')  # torn off
+        log.write('{"step": 99, "lo')  # an incomplete line
     (target / ".saving-9-1").mkdir()
     return target

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 from tests.support.paths import ROOT
 
-RANKS = {  # an arrow goes to a lower one
+RANKS = {  # an arrow goes to a room with a lower rank
     "errors": 0,
     "config": 1,
     "system": 1,
@@ -29,7 +29,7 @@ RANKS = {  # an arrow goes to a lower one
     "programs": 7,
 }
 EVERYBODY = {"errors", "config", "system"}  # may be imported by every room above them
-ALSO = {  # and what else a room may import
+ALSO = {  # the other rooms that a room may import
     "config": set(),
     "system": set(),
     "hub": set(),
@@ -51,13 +51,13 @@ LIGHT = (
     "config",
     "system",
     "hub",
-)  # --help does not wait for torch
-HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors.torch")  # bring torch
+)  # these do not import torch, so --help does not wait for it
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors.torch")  # load torch
 AT_THE_ROOT = {"__init__", "__main__", "errors"}
 
 
 def library() -> dict[str, str]:
-    """Every module of onecard/ by its dotted name without `onecard.` -> its source."""
+    """The source of every module of onecard/ by its dotted name without `onecard.`."""
     paths = sorted((ROOT / "onecard").rglob("*.py"))
     return {".".join(path.relative_to(ROOT / "onecard").with_suffix("").parts): read(path) for path in paths}
 
@@ -101,13 +101,13 @@ def arrows(module: str, source: str, modules: Mapping[str, str]) -> set[str]:
         for name in dotted(node, module):
             if name == "onecard" or name.startswith("onecard."):
                 target = place_of(name, modules)
-                if target or not isinstance(node, ast.Constant):  # other texts begin with onecard. too
+                if target or not isinstance(node, ast.Constant):  # other texts also begin with onecard.
                     targets.add(target or name.removeprefix("onecard").lstrip("."))
     return targets - {module, ""}
 
 
 def place_of(name: str, modules: Mapping[str, str]) -> str | None:
-    """The module that a dotted name means or has its object in, None when there is none."""
+    """The module that a dotted name means or that holds its object; None where there is no such module."""
     parts = name.split(".")[1:]
     beginnings = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
     candidates = [text for beginning in beginnings for text in (beginning, f"{beginning}.__init__")]
@@ -115,7 +115,7 @@ def place_of(name: str, modules: Mapping[str, str]) -> str | None:
 
 
 def wrong_arrows(module: str, source: str, modules: Mapping[str, str] | None = None) -> list[str]:
-    """What is wrong with the imports of one module; empty when all go where the table allows it."""
+    """The problems of the imports of one module, which are empty when the table allows all of them."""
     modules = library() if modules is None else modules
     room, problems = room_of(module), []
     if room not in RANKS and module not in AT_THE_ROOT:
@@ -141,7 +141,7 @@ def wrong_arrows(module: str, source: str, modules: Mapping[str, str] | None = N
 
 
 def circle(graph: Mapping[str, set[str]]) -> list[str]:
-    """Modules that import each other in a circle, or []."""
+    """Modules that import each other in a circle, or an empty list."""
     done: set[str] = set()
 
     def follow(module: str, path: list[str]) -> list[str]:
@@ -160,12 +160,12 @@ def circle(graph: Mapping[str, set[str]]) -> list[str]:
 
 
 def between_rooms(modules: Mapping[str, str]) -> dict[str, dict[str, int]]:
-    """Room -> room that it imports -> how many of its files do."""
+    """For each room and each room that it imports, the number of its files that do."""
     rooms: dict[str, dict[str, int]] = {}
     for module, source in modules.items():
-        own = rooms.setdefault(room_of(module), {})
+        counts = rooms.setdefault(room_of(module), {})
         for there in {room_of(target) for target in arrows(module, source, modules)} - {room_of(module)}:
-            own[there] = own.get(there, 0) + 1
+            counts[there] = counts.get(there, 0) + 1
     return rooms
 
 

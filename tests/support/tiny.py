@@ -68,7 +68,7 @@ def config() -> LlamaConfig:
 def save_model(
     folder: Path, own: PreTrainedTokenizerFast | None = None, shard: str = "1GB", **changes
 ) -> Path:
-    """Save the model with the given tokenizer, or with the usual one; changes: of its configuration."""
+    """Save the model with a tokenizer, by default the tiny one; changes: those of its configuration."""
     settings = config()
     settings.update(changes)
     torch.manual_seed(0)
@@ -100,7 +100,7 @@ def encoded(
     folder = Path(tempfile.mkdtemp(prefix="onecard-encoded-"))
     encode = one_by_one(lambda row, _: data_encode.encode_within(row, 256, template, tokenizer))
     encoded_rows = data_examples.encode_rows(conversations, encode, folder)
-    shutil.rmtree(folder)  # what is mapped stays readable
+    shutil.rmtree(folder)  # mapped files stay readable
     return encoded_rows.examples
 
 

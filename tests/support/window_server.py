@@ -37,11 +37,11 @@ class SlowEngine(transformers_engine.Engine):
     unreadable: list[int]
 
     @torch.inference_mode()
-    def scores(self, *given):
+    def scores(self, *arguments):
         time.sleep(PAUSE)
         with open(self.folder / "tokens", "a", encoding="utf-8") as file:
             file.write(".\n")
-        scores = super().scores(*given)
+        scores = super().scores(*arguments)
         scores[:, self.unreadable] = float("-inf")
         return scores
 

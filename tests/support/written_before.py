@@ -56,23 +56,25 @@ TRAINING = {
     "save_steps": 2,
 }
 ANSWER = {"mode": "greedy", "max_new_tokens": 16, "repetition_penalty": 1.0, "context": 256}
-CLOCKS = ("seconds", "peak_memory_bytes", "time")  # never the same twice
+CLOCKS = ("seconds", "peak_memory_bytes", "time")  # these differ in every run
 
 
 def command(checkout: Path, program: str, options: dict[str, Any]) -> list[str]:
-    """A program of a checkout, with options."""
+    """The command line of a program of a checkout with these options."""
     flags = [f"--{name}={value}" for name, value in options.items()]
     return [sys.executable, str(checkout / program), *flags]
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """One thread, no hub, a cache of its own; no other checkout's modules come before the program's.
+    """Environment variables for one thread, no hub, a separate cache and no modules of another checkout.
 
     The seed of hashes is fixed because peft writes a set of names into adapter_config.json in their order.
     """
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    variables = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")
+    }
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**kept, **settings, "PYTHONHASHSEED": "0", "ONECARD_CACHE": str(cache)}
+    return {**variables, **settings, "PYTHONHASHSEED": "0", "ONECARD_CACHE": str(cache)}
 
 
 def run(
@@ -83,9 +85,9 @@ def run(
     cache: Path,
     lines: Iterable[str] = (),
 ) -> str:
-    """Run a program of a checkout inside a folder, with lines as its input; what it wrote to stdout.
+    """Run a program of a checkout inside a folder, with lines as its input, and return its stdout.
 
-    Raises AssertionError with all it said when it fails.
+    Raises AssertionError with its whole output when it fails.
     """
     ended = subprocess.run(
         command(checkout, program, options),
@@ -101,8 +103,8 @@ def run(
 
 
 def stop_a_run(checkout: Path, folder: Path, cache: Path, options: dict[str, Any], after: int) -> int:
-    """Train in a folder and send SIGTERM once checkpoint `after` is there; the step that was saved last."""
-    for _ in range(5):  # a training that ends before its signal arrives is done again
+    """Train, send SIGTERM once checkpoint `after` exists, and return the step that was saved last."""
+    for _ in range(5):  # a training that ends before its signal arrives is repeated
         shutil.rmtree(folder / "run", ignore_errors=True)
         process = subprocess.Popen(
             command(checkout, "finetune.py", options),
@@ -115,11 +117,11 @@ def stop_a_run(checkout: Path, folder: Path, cache: Path, options: dict[str, Any
         while process.poll() is None and not (folder / "run" / f"checkpoint-{after}").is_dir():
             time.sleep(0.002)
         process.send_signal(signal.SIGTERM)
-        said = process.communicate()[0]
+        output = process.communicate()[0]
         steps = saved_steps(folder / "run")
         if process.returncode == 143 and steps[-1] < options["max_steps"]:
             return steps[-1]
-        assert process.returncode in (0, 143), said
+        assert process.returncode in (0, 143), output
     raise AssertionError("No training could be stopped before its end.")
 
 
@@ -152,7 +154,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Names of what is not equal in two outcomes."""
+    """The names of the parts that differ between two outcomes."""
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
@@ -163,13 +165,13 @@ def _without_clocks(value: Any) -> Any:
 
 
 def machine() -> dict[str, str]:
-    """What the last bit of a sum depends on: the processor, the kernels that torch chose, and versions."""
+    """The facts that decide the last bit of a sum: processor, kernels that torch chose, and versions."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    found = {"processor": (names or ["unknown"])[0], "capability": torch.backends.cpu.get_cpu_capability()}
+    facts = {"processor": (names or ["unknown"])[0], "capability": torch.backends.cpu.get_cpu_capability()}
     packages = ("torch", "numpy", "transformers", "peft", "bitsandbytes")
-    return found | {name: importlib.metadata.version(name) for name in packages}
+    return facts | {name: importlib.metadata.version(name) for name in packages}
 
 
 def write(checkout: Path, folder: Path, cache: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a user is told to type: the files of a checkout there, the command `onecard` and pip elsewhere."""
+"""The commands that a user is told: the files of a checkout there, and `onecard` and pip elsewhere."""
 
 import os
 import subprocess
@@ -21,28 +21,28 @@ def test_this_is_a_checkout():
 
 
 def test_programs(in_checkout):
-    told = [commands.name("merge"), commands.line("continue"), commands.script("cpu_chat.sh", "chat")]
+    texts = [commands.name("merge"), commands.line("continue"), commands.script("cpu_chat.sh", "chat")]
     if in_checkout:
-        assert told == [
+        assert texts == [
             "tools/merge_lora.py",
             ".venv/bin/python finetune_continue.py",
             "bash cpu_chat.sh",
         ]
     else:
-        assert told == ["onecard merge", "onecard continue", "onecard chat"]
+        assert texts == ["onecard merge", "onecard continue", "onecard chat"]
 
 
 def test_packages(in_checkout):
-    """Compiled elsewhere too for any processor: an extra cannot carry that setting."""
-    told = [commands.set_up("chat"), commands.set_up("cpu"), commands.pip_install("torch==2", "--quiet ")]
+    """Outside of a checkout too it is compiled for any processor: an extra cannot carry that setting."""
+    texts = [commands.set_up("chat"), commands.set_up("cpu"), commands.pip_install("torch==2", "--quiet ")]
     if in_checkout:
-        assert told == [
+        assert texts == [
             "bash tools/setup.sh chat",
             "bash tools/setup.sh cpu",
             ".venv/bin/pip install --quiet -c requirements.txt torch==2",
         ]
     else:
-        assert told == [
+        assert texts == [
             'pip install "onecard[chat]"',
             'CMAKE_ARGS="-DGGML_NATIVE=OFF" pip install "onecard[cpu]"',
             "pip install --quiet torch==2",
@@ -57,12 +57,12 @@ def test_a_missing_package(in_checkout):
 
 
 def test_a_package_that_is_there_is_not_called_missing(in_checkout):
-    """A part that it lacks is a fault of ours or of its version, which no set-up mends."""
+    """A missing part of a package is a fault of ours or of its version, which no set-up repairs."""
     assert commands.not_installed(ModuleNotFoundError(name="gradio.nosuch")) is None
 
 
 def test_a_package_of_no_part(in_checkout):
-    """deepspeed is built by hand, with the torch that is there."""
+    """deepspeed is built by hand, with the torch that is installed."""
     refusal = str(commands.not_installed(ModuleNotFoundError(name="deepspeed")))
     assert refusal.startswith(f"the package deepspeed is not installed for {sys.executable}. Run: ")
     assert refusal.endswith("deepspeed")
@@ -71,7 +71,7 @@ def test_a_package_of_no_part(in_checkout):
 
 
 def test_a_child_finds_the_checkout_and_nothing_of_its_folder(tmp_path, monkeypatch):
-    """Whatever lies in the folder it works in, and whether or not onecard is installed."""
+    """This holds whatever is in its working folder, and whether or not onecard is installed."""
     for name in ("onecard", "argparse"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('a stranger')\n", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", "elsewhere")

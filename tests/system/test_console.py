@@ -1,4 +1,4 @@
-"""What is said stands on its own line, comes at once, from the main process alone, and never ends a run."""
+"""Messages have a line of their own, come at once from the main process only, and never end a run."""
 
 import subprocess
 import sys
@@ -17,15 +17,15 @@ def child(code: str, **settings) -> subprocess.Popen:
 
 
 def test_lines_stand_above_an_open_bar(monkeypatch):
-    """As a terminal shows it: nothing of the bar is left before the text, and the bar is drawn again."""
+    """As in a terminal: nothing of the bar stays before the text, and the bar is drawn again."""
     screen = tiny.Screen()
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setattr(sys, "stderr", screen)
     with tqdm(total=3, desc="working") as bar:
         bar.update()
         console.say("a line")
-        shown = screen.getvalue()
-    before, after = shown.split("a line")
+        output = screen.getvalue()
+    before, after = output.split("a line")
     assert "working" in before
     assert before.rpartition("\r")[2] == ""
     assert after.startswith("\n")
@@ -33,7 +33,7 @@ def test_lines_stand_above_an_open_bar(monkeypatch):
 
 
 def test_it_comes_at_once():
-    """Also into a pipe, and when the process is killed right behind it."""
+    """This holds for a pipe too, and when the process is killed directly afterwards."""
     assert child("say('one')\nos._exit(9)", stdout=subprocess.PIPE).communicate()[0] == "one\n"
 
 
@@ -45,7 +45,7 @@ def test_only_the_main_process_speaks(capsys, monkeypatch, rank):
 
 
 def test_work_goes_on_unheard():
-    """The reader of the pipe is gone: what is said is lost, and the process ends as if nothing were amiss."""
+    """When the reader of the pipe has ended, messages are lost, and the process ends normally."""
     code = "sys.stdin.read()\nfor number in range(3):\n    say('x' * 100000)\nsys.exit(number)"
     running = child(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     running.stdout.close()

@@ -1,4 +1,4 @@
-"""The user's cache folder: where it has always been on Linux, and never away from a cache that is there."""
+"""The user's cache folder is where it has always been on Linux, and an existing one is not abandoned."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_the_cache_is_where_it_was(home, monkeypatch):
 
 
 def test_an_older_cache_of_another_system_is_kept(home, monkeypatch):
-    """On macOS and Windows the system has another place; what is in ~/.cache was fetched already."""
+    """macOS and Windows have another place, but files in ~/.cache were downloaded already."""
     new, old = home / "Library" / "Caches" / "onecard", home / ".cache" / "onecard"
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda *_, **__: new)
     assert system_files.cache_folder() == new

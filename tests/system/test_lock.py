@@ -33,7 +33,7 @@ def test_an_older_version_sees_the_lock(tmp_path):
 
 
 def test_asking_writes_nothing_and_hinders_nobody_who_asks(tmp_path):
-    """Also where nothing can be written; and two may ask at the same moment."""
+    """It works where nothing can be written, and two processes may ask at the same moment."""
     lock.check_free(tmp_path / "missing")
     assert not lock.is_taken(tmp_path / "missing")
     (tmp_path / lock.NAME).write_text("1")
@@ -48,7 +48,7 @@ def test_asking_writes_nothing_and_hinders_nobody_who_asks(tmp_path):
 
 
 def test_a_training_starts_while_somebody_asks_about_its_lock(tmp_path, monkeypatch):
-    """Who asks holds a shared lock for a moment; the training tries again until it is gone."""
+    """Whoever asks holds a shared lock for a moment; the training tries again until it is released."""
     (tmp_path / lock.NAME).touch()
     with (tmp_path / lock.NAME).open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
@@ -76,6 +76,6 @@ def test_who_waits_is_told_and_gets_the_lock(tmp_path):
 
 
 def test_one_file_alone_calls_flock():
-    """Everybody else takes locks from system/lock.py."""
+    """All other modules take locks from system/lock.py."""
     files = [path for path in (ROOT / "onecard").rglob("*.py") if "fcntl" in path.read_text(encoding="utf-8")]
     assert [path.relative_to(ROOT / "onecard").as_posix() for path in files] == ["system/lock.py"]

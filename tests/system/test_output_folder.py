@@ -1,4 +1,4 @@
-"""Where a new folder can come: links lead where they point, what no rename replaces is refused at once."""
+"""Where a new folder may be made: links are followed, and what a rename cannot replace is refused at once."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 
 
 def test_links_lead_where_they_point(tmp_path):
-    """To an empty folder or to one that is not there yet: the data lie there, and the link stays one."""
+    """The target of the link is empty or missing: the files are written there, and it stays a link."""
     (tmp_path / "disk/empty").mkdir(parents=True)
     for name in ("empty", "new"):
         link = tmp_path / name
@@ -37,10 +37,10 @@ def test_links_in_a_circle(tmp_path):
 def test_room_is_measured_where_the_link_points(tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk/new")
-    asked, real = [], shutil.disk_usage
-    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: (asked.append(path), real(path))[1])
+    paths, real = [], shutil.disk_usage
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: (paths.append(path), real(path))[1])
     make(tmp_path / "link")
-    assert [path.parent for path in asked] == [tmp_path / "disk"]
+    assert [path.parent for path in paths] == [tmp_path / "disk"]
 
 
 @pytest.mark.parametrize("name", [".", "../here", "link"])
@@ -52,7 +52,7 @@ def test_the_current_folder_is_refused(tmp_path, monkeypatch, name):
 
 
 def test_a_mount_point_is_refused(tmp_path):
-    """An empty one of another file system or of the same; a folder inside it is made."""
+    """This holds for another file system and for the same one; a folder inside it is made."""
     for place in ("/", "/proc"):
         refused(Path(place), USAGE, "a mount point", "inside it")
     (tmp_path / "of it").mkdir()
@@ -81,12 +81,15 @@ def test_a_folder_in_a_file_is_refused(tmp_path):
 
 
 def test_a_parent_that_cannot_be_made(tmp_path):
-    """By a name that is too long: exit 7, with the option."""
+    """Its name is too long: exit code 7 with the option."""
     refused(tmp_path / ("x" * 300) / "made", DISK, "too long")
 
 
 def test_a_file_that_changed_is_named(tmp_path):
-    """Of the same size too; one that went, and one that came. A copy with its times is the same folder."""
+    """So are a file of the same size, a missing one and a new one.
+
+    A copy with its times is the same folder.
+    """
     make(tmp_path / "made")
     before = output_folder.RECORD, (tmp_path / "made" / output_folder.RECORD).read_bytes()
     subprocess.run(["cp", "-a", tmp_path / "made", tmp_path / "copy"], check=True)

@@ -1,4 +1,4 @@
-"""A folder that is made by system/whole_folder.py is whole or not there, whoever was killed or raced."""
+"""A folder that system/whole_folder.py makes is complete or missing, after any kill or race."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from tests.support import faults
 from tests.support.paths import ROOT
 
 FILES = {"a.json": b"{}", "inner/b.bin": bytes(64), "manifest.json": b"[]"}
-MOST = 60  # file operations of `make`, at most
+MOST = 60  # `make` needs at most so many file operations
 
 
 def make(target: Path) -> None:
@@ -31,7 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_kill_at_any_file_operation(tmp_path):
-    """The next process makes it whole, and nothing is left beside it."""
+    """The next process completes the folder, and nothing is left beside it."""
     for number in range(1, MOST):
         target = tmp_path / "made"
         child = os.fork()
@@ -58,7 +58,7 @@ def test_a_kill_at_any_file_operation(tmp_path):
 
 
 def test_the_manifest_is_written_when_all_else_is_on_the_disk(tmp_path, monkeypatch):
-    """And the name comes after the manifest; last its parent is synced."""
+    """The rename comes after the manifest, and the parent folder is synced last."""
     log: list[str] = []
     for name in ("sync_file", "sync_folder"):
         plain = getattr(system_files, name)
@@ -91,7 +91,7 @@ def test_a_folder_that_is_there_is_not_written_over(tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    """Who waits gets a folder of its own when the first one was renamed, and none of the other's files."""
+    """A second process waits for the rename of the first, and then starts with an empty folder of its own."""
     target, waiting, seen = tmp_path / "made", threading.Event(), []
 
     def wait() -> None:
@@ -112,7 +112,7 @@ def test_one_process_at_a_time(tmp_path):
 
 
 def test_nobody_else_renames_folders():
-    """But for a run's checkpoints: one whose rename a kill left undone, and those that are set aside."""
+    """Only a run's checkpoints do: one whose rename was killed, and those that are set aside."""
     files = [
         path for path in (ROOT / "onecard").rglob("*.py") if ".rename(" in path.read_text(encoding="utf-8")
     ]
@@ -121,7 +121,7 @@ def test_nobody_else_renames_folders():
 
 
 def test_a_link_in_the_place_of_the_stage_is_not_followed(tmp_path):
-    """It may have come with an adapter: what it points to keeps its files."""
+    """It may have come with an adapter, so the files it points to must stay."""
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").touch()
     (tmp_path / ".made.making").symlink_to(tmp_path / "home")

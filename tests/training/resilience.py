@@ -57,7 +57,7 @@ def main() -> None:
         train_with_trainer(*args.trainer)
         return
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    begun = time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="onecard-resilience-") as name, started() as harness:
         place = Path(name)
         model, rows = tiny.save_model(place / "model"), tiny.save_rows(place / "rows.json", 24)
@@ -78,7 +78,7 @@ def main() -> None:
             ("mutants killed", *mutants(harness, model, rows, place)),
         ]
         theirs = trainer_rows(model, place, args.trainer_kills)
-    text = report(table, theirs, time.monotonic() - begun)
+    text = report(table, theirs, time.monotonic() - start)
     print(f"\n{text}", end="", flush=True)
     if args.output:
         Path(args.output).write_text(text, encoding="utf-8")

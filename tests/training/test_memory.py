@@ -1,4 +1,4 @@
-"""Predicted memory: exact counts of what a training holds, against a training that holds it."""
+"""The predicted memory of a training, compared with what a real training holds."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def size(tensor: torch.Tensor) -> int:
 
 
 def held(base: torch.nn.Module) -> int:
-    """Bytes of a loaded base: its weights, and what bitsandbytes keeps beside them."""
+    """Bytes of a loaded base: its weights and the tables of bitsandbytes beside them."""
     total = 0
     for parameter in base.parameters():
         total += size(parameter)
@@ -46,7 +46,7 @@ def held(base: torch.nn.Module) -> int:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["tiny_model", "tied_model"])
 def test_weights_are_those_that_are_loaded(request, bits, dtype, kind):
-    """To the byte, with one matrix for embedding and head too."""
+    """The prediction is exact to the byte, also when embedding and head share one matrix."""
     folder = str(request.getfixturevalue(kind))
     parts = training_memory.predict(options(bits=bits, dtype=dtype), folder, "cpu", None)
     assert parts["weights"] * 2**30 == held(base_model.load_base(folder, bits, dtype, "cpu"))
@@ -55,7 +55,7 @@ def test_weights_are_those_that_are_loaded(request, bits, dtype, kind):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("kind", ["tiny_model", "tied_model"])
 def test_a_folder_that_is_quantised_is_predicted_too(request, tmp_path, bits, kind):
-    """Its weights to the tables that a file does not hold; the rest as for any base."""
+    """Its weights are predicted but for the tables that no file holds, the rest as for any base."""
     base_model.load_base(str(request.getfixturevalue(kind)), bits, "fp32", "cpu").save_pretrained(
         tmp_path / "q"
     )
@@ -81,12 +81,14 @@ def test_a_folder_that_is_quantised_is_predicted_too(request, tmp_path, bits, ki
     ids=str,
 )
 def test_adapter_gradient_and_optimizer_are_those_of_a_step(tiny_model, changes):
-    """To the byte, after one real step."""
-    given = options(**changes)
-    parts = training_memory.predict(given, str(tiny_model), "cpu", None)
-    made = trainable.prepare(base_model.load_base(str(tiny_model), 16, "fp32", "cpu"), LoraShape.of(given), 0)
-    trained = trainable.trainable(made)
-    optimizer = make_optimizer(given, trained)
+    """The prediction is exact to the byte after one real step."""
+    settings = options(**changes)
+    parts = training_memory.predict(settings, str(tiny_model), "cpu", None)
+    model = trainable.prepare(
+        base_model.load_base(str(tiny_model), 16, "fp32", "cpu"), LoraShape.of(settings), 0
+    )
+    trained = trainable.trainable(model)
+    optimizer = make_optimizer(settings, trained)
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -102,11 +104,11 @@ def test_adapter_gradient_and_optimizer_are_those_of_a_step(tiny_model, changes)
         "optimizer": sum(map(size, moments)),
     }
     assert {name: parts[name] * 2**30 for name in counted} == counted
-    assert (parts["weights"] == 0) == (given.train_what == "full")
+    assert (parts["weights"] == 0) == (settings.train_what == "full")
 
 
 def test_activations_grow_with_the_micro_batch_alone(tiny_model):
-    """With rows and cutoff up to the budget, which is the most; gradient checkpointing needs less."""
+    """They grow with the batch up to the token budget; gradient checkpointing needs less."""
 
     def predicted(**changes) -> float:
         return training_memory.predict(options(**changes), str(tiny_model), "cpu", None)["activations"]
@@ -121,26 +123,28 @@ def test_activations_grow_with_the_micro_batch_alone(tiny_model):
 
 
 def test_activations_are_near_what_a_forward_pass_keeps(tiny_model):
-    """Within a factor of two of the tensors that autograd saves."""
-    given = options(batch_size=6, lora_target_modules="all-linear")
+    """The prediction is within a factor of two of the tensors that autograd saves."""
+    settings = options(batch_size=6, lora_target_modules="all-linear")
     examples = tiny.encoded(tiny_conversations(), tiny.tokenizer())
-    made = trainable.prepare(base_model.load_base(str(tiny_model), 16, "fp32", "cpu"), LoraShape.of(given), 0)
-    packs = base_model.prepare_for_packed_training(made, checkpointing=False)
+    model = trainable.prepare(
+        base_model.load_base(str(tiny_model), 16, "fp32", "cpu"), LoraShape.of(settings), 0
+    )
+    packs = base_model.prepare_for_packed_training(model, checkpointing=False)
     packed = pack(examples, list(range(len(examples.lengths))))
-    kept: dict[int, int] = {}
-    own = {parameter.data_ptr() for parameter in made.parameters()}
+    saved_bytes: dict[int, int] = {}
+    parameter_addresses = {parameter.data_ptr() for parameter in model.parameters()}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if tensor.data_ptr() not in parameter_addresses:
+            saved_bytes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        step.StepModel(made, torch.float32, packs)(packed)
+        step.StepModel(model, torch.float32, packs)(packed)
     tokens = int(examples.lengths.sum())
     config = base_model.load_config(str(tiny_model))
     expected = tokens * training_memory.bytes_per_token(config, 4, False)
-    assert 0.5 < sum(kept.values()) / expected < 2
+    assert 0.5 < sum(saved_bytes.values()) / expected < 2
 
 
 def tiny_conversations():
@@ -157,14 +161,14 @@ def tiny_conversations():
     [({"lora_target_modules": "none_such"}, "names none_such, which"), ({"model_path": "x"}, "cannot load")],
 )
 def test_what_cannot_be_trained_is_not_predicted(tiny_model, tmp_path, changes, word):
-    """The message of the training itself."""
+    """The prediction gives the same error message as the training."""
     folder = str(tmp_path if "model_path" in changes else tiny_model)
     with pytest.raises(UserError, match=word):
         training_memory.predict(options(**changes), folder, "cpu", None)
 
 
 def test_free_memory_is_asked_of_the_system(monkeypatch, tmp_path):
-    """Of this machine, and of a card by nvidia-smi and its number in CUDA_VISIBLE_DEVICES; or no answer."""
+    """It is that of this machine, or of a card as nvidia-smi and CUDA_VISIBLE_DEVICES say, or unknown."""
     assert hardware.free_memory_bytes("cpu") > 0
     smi = tmp_path / "nvidia-smi"
     smi.write_text('#!/bin/sh\ntest "$2" = 3 && echo 1024\n')
@@ -180,7 +184,7 @@ def test_free_memory_is_asked_of_the_system(monkeypatch, tmp_path):
 
 
 def test_the_panel_names_the_parts_and_warns():
-    """Predicted, all parts, what is free; an alert only when that is less."""
+    """The panel shows the prediction, its parts and the free memory, with an alert only if that is less."""
     parts = {"weights": 3.5, "adapter": 0.1, "gradient": 0.1, "optimizer": 0.2, "activations": 2.1}
     fits, tight = (training_html.memory(parts, gib * 2**30, "cuda:0", "en") for gib in (11, 5))
     assert "Predicted peak memory: 6.00 GiB of 11.0 GiB free on cuda:0" in fits

@@ -1,4 +1,4 @@
-"""Out of memory costs nothing: the same rows again in smaller micro-batches, with the same gradient."""
+"""Running out of memory repeats the same rows in smaller micro-batches, with the same gradient."""
 
 import importlib
 import subprocess
@@ -31,12 +31,12 @@ def untroubled(harness, tiny_model, tmp_path_factory) -> tuple[dict, Path]:
     "fault", [{"no_memory_at": [2]}, {"no_memory_at": [1, 12]}, {"no_memory_above": 240}], ids=str
 )
 def test_the_step_is_redone_with_the_same_gradient(harness, untroubled, tmp_path, fault):
-    """T18: once, several times, at every large micro-batch: losses, norms and adapter agree to 1e-6."""
+    """T18: after one fault, several, or one in every large micro-batch, losses and adapter agree to 1e-6."""
     promises.the_step_is_redone_with_the_same_gradient(harness, untroubled, tmp_path, fault)
 
 
 def test_a_real_limit_of_memory(harness, tiny_model, tmp_path):
-    """T18: the system itself gives no more; the budget goes down until the rows fit, with the same loss."""
+    """T18: under a real limit of memory the budget falls until the rows fit, with the same loss."""
     rows = tiny.save_rows(tmp_path / "rows.json", 80)
     flags = {
         **SMALL_STEPS,
@@ -57,15 +57,15 @@ def test_a_real_limit_of_memory(harness, tiny_model, tmp_path):
 
 
 def test_the_dry_run_finds_the_limit_before_the_first_step(harness, untroubled, tmp_path):
-    """Said once, before any step; a continued run remembers it."""
+    """The limit is reported once before any step, and a continued run remembers it."""
     flags, _ = untroubled
     run = tmp_path / "run"
     settings = {**flags, "output_path": run}
     answer = harness.run("finetune", settings, no_memory_above=240, kill_in_step=[4, 0])
-    assert answer["code"] == -9  # two tries of the dry run, one step, dead in the next
-    said = answer["said"]
-    assert said.count("out of memory") == 1
-    assert said.index("out of memory") < said.index("step 1/")
+    assert answer["code"] == -9  # after two tries of the dry run and one step it was killed in the next one
+    output = answer["said"]
+    assert output.count("out of memory") == 1
+    assert output.index("out of memory") < output.index("step 1/")
     answer = harness.run("finetune_continue", {"output_path": run}, no_memory_above=240)
     assert answer["code"] == 0, answer["said"]
     assert "out of memory" not in answer["said"]
@@ -95,7 +95,7 @@ def test_the_dry_run_changes_nothing(tiny_model, tiny_rows, tmp_path, monkeypatc
 
 
 def test_a_single_row_that_does_not_fit_is_exit_6(harness, untroubled, tmp_path):
-    """T18: only then, with what would help; the run can go on later."""
+    """T18: the message says what would help, and the run can go on later."""
     flags, whole = untroubled
     run = tmp_path / "run"
     answer = harness.run("finetune", {**flags, "output_path": run}, no_memory_above=10)
@@ -125,7 +125,7 @@ def test_a_single_row_that_does_not_fit_is_exit_6(harness, untroubled, tmp_path)
     ],
 )
 def test_what_counts_as_out_of_memory(error, is_memory):
-    """Messages of CUDA, cuBLAS, bitsandbytes and torch's CPU allocator; nothing else."""
+    """Only messages of CUDA, cuBLAS, bitsandbytes and torch's CPU allocator count."""
     assert is_out_of_memory(error) == is_memory
 
 
@@ -144,7 +144,7 @@ def test_what_a_program_says_without_memory(capsys, smaller, fix):
 
 
 def advice(name: str) -> str:
-    """What a sub-command tells run_program to name."""
+    """The options that run_program names as advice for a sub-command."""
     return importlib.import_module(f"onecard.programs.{PROGRAMS[name][0]}").LESS_MEMORY
 
 
@@ -154,10 +154,10 @@ ADVISED = [name for name in PROGRAMS if advice(name)]
 @pytest.mark.parametrize("name", ADVISED)
 def test_the_advised_options_are_the_programs_own(name):
     command = [sys.executable, "-m", "onecard", name, "--help"]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    help_output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     flags = [word.strip(",") for word in advice(name).split() if word.startswith("--")]
     assert flags
-    assert [flag for flag in flags if f"\n  {flag} " not in told.stdout] == []
+    assert [flag for flag in flags if f"\n  {flag} " not in help_output.stdout] == []
 
 
 def test_programs_that_hold_a_model_have_advice():

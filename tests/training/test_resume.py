@@ -1,4 +1,4 @@
-"""A run that stops goes on as if it had not stopped: bit for bit, whatever stopped it."""
+"""A run that was stopped in any way goes on bit for bit as if it had not been stopped."""
 
 import fcntl
 import json
@@ -36,7 +36,7 @@ def rows(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(harness, tiny_model, rows, tmp_path_factory):
-    """Name of a variant -> the folder of a run that was never stopped."""
+    """A function from the name of a variant to the folder of a run that was never stopped."""
     return straight_runs(harness, tiny_model, rows, tmp_path_factory.mktemp("straight"))
 
 
@@ -46,11 +46,11 @@ def go_on(harness, run: Path, **fault) -> dict:
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_a_run_goes_on_bit_for_bit_from_any_step(harness, straight, tmp_path, variant):
-    """T1, T4, T5, T8, T25: from each of 12 steps in three uneven epochs; all equals the straight run."""
+    """T1, T4, T5, T8, T25: continued from any of 12 steps, a run of uneven epochs equals a straight run."""
     whole = straight(variant)
     expected = outcome(whole)
     assert len([record for record in expected["log"] if "loss" in record]) == STEPS
-    steps = range(STEPS) if variant == "16 bits" else (3, 7)  # all of them: resilience.py beside this file
+    steps = range(STEPS) if variant == "16 bits" else (3, 7)  # resilience.py tries all of them
 
     def cell(step: int) -> list[str]:
         run = stopped_at(whole, step, tmp_path / str(step))
@@ -63,7 +63,7 @@ def test_a_run_goes_on_bit_for_bit_from_any_step(harness, straight, tmp_path, va
 
 
 def test_a_run_goes_on_after_every_step(harness, straight, tiny_model, rows, tmp_path):
-    """T2, T3: killed in every step, inside its micro-batches, each time continued; the same bytes."""
+    """T2, T3: a run that is killed and continued within every step ends with the same bytes."""
     run = tmp_path / "run"
     answer = harness.run("finetune", flags(tiny_model, rows, run), kill_in_step=[1, 0])
     assert answer["code"] == -9
@@ -78,7 +78,7 @@ def test_a_run_goes_on_after_every_step(harness, straight, tiny_model, rows, tmp
 
 @pytest.mark.parametrize("mutant", faults.MUTANTS)
 def test_a_broken_resume_would_be_noticed(harness, straight, tmp_path, mutant):
-    """Each mutant leaves out one thing that must be restored; the comparison above sees it (T7 too)."""
+    """Each mutant fails to restore one thing, and the comparison above notices it (also T7)."""
     whole = straight("16 bits")
     run = stopped_at(whole, 6, tmp_path / "run")
     if mutant == "log_kept":
@@ -100,7 +100,7 @@ def moments(count: int, seconds: float) -> list[float]:
 def test_a_signal_at_any_moment_loses_nothing(
     harness, straight, tiny_model, rows, tmp_path, name, code, count
 ):
-    """T12, T13, T14: at random moments; SIGTERM and Ctrl-C save the last finished step first."""
+    """T12, T13, T14: signals come at random moments; SIGTERM and Ctrl-C first save the last finished step."""
     whole = straight("16 bits")
     expected, seconds = (
         outcome(whole),
@@ -110,7 +110,7 @@ def test_a_signal_at_any_moment_loses_nothing(
     def cell(item: tuple[int, float]) -> float:
         number, delay = item
         run = tmp_path / str(number)
-        for _ in range(4):  # one that ends before its signal comes is done again, stopped earlier
+        for _ in range(4):  # a run that ends before its signal comes is repeated with an earlier signal
             shutil.rmtree(run, ignore_errors=True)
             settings = flags(tiny_model, rows, run, save_steps=100)
             answer = harness.run("finetune", settings, signals=[[delay, name]])
@@ -124,9 +124,9 @@ def test_a_signal_at_any_moment_loses_nothing(
             assert max(runs_folder.checkpoint_steps(run)) == max(logged, default=0)
             assert "finetune_continue.py --output_path" in answer["said"]
         assert not (run / ".lock").exists() or code == -9
-        begun = (run / "finetune_config.json").exists()
-        wish = {"output_path": run} if begun else flags(tiny_model, rows, run)
-        again = harness.run("finetune_continue" if begun else "finetune", wish)
+        has_begun = (run / "finetune_config.json").exists()
+        new_options = {"output_path": run} if has_begun else flags(tiny_model, rows, run)
+        again = harness.run("finetune_continue" if has_begun else "finetune", new_options)
         assert again["code"] == 0, again["said"]
         assert differences(expected, outcome(run)) == [], answer["said"] + again["said"]
         return answer["seconds"] - delay
@@ -135,13 +135,13 @@ def test_a_signal_at_any_moment_loses_nothing(
 
 
 def test_a_signal_within_an_update_waits_for_its_end(harness, straight, tiny_model, rows, tmp_path):
-    """T12: between the change of the adapter and its record nothing stops; the run goes on bit for bit."""
+    """T12: no signal stops a run between an update and its record, and it can go on bit for bit."""
     whole = straight("16 bits")
     promises.a_signal_within_an_update_waits_for_its_end(harness, whole, tiny_model, rows, tmp_path)
 
 
 def test_a_second_ctrl_c_leaves_at_once(harness, tiny_model, rows, tmp_path):
-    """T13: 130 within a second though the save takes twenty; what was saved before stays whole."""
+    """T13: a second Ctrl-C ends a slow save with exit code 130; earlier checkpoints stay whole."""
     run = tmp_path / "run"
     settings = flags(tiny_model, rows, run, num_epochs=300, save_steps=10_000, test_size=0, batch_size=24)
     settings["max_steps"] = 500
@@ -156,7 +156,7 @@ def test_a_second_ctrl_c_leaves_at_once(harness, tiny_model, rows, tmp_path):
 
 
 def test_a_finished_run_is_left_as_it_is(harness, straight, tmp_path):
-    """T11: it says so, and no file changes."""
+    """T11: continuing a finished run says that it is finished, and changes no file."""
     run = tmp_path / "run"
     shutil.copytree(straight("16 bits"), run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -167,7 +167,7 @@ def test_a_finished_run_is_left_as_it_is(harness, straight, tmp_path):
 
 
 def test_going_back_sets_later_steps_aside(harness, straight, tmp_path):
-    """From an earlier checkpoint: later ones are set aside, the log is cut, the result is the same."""
+    """Continuing at an earlier checkpoint sets later ones aside and cuts the log; the result is the same."""
     whole = straight("16 bits")
     run = tmp_path / "run"
     shutil.copytree(whole, run)
@@ -200,7 +200,7 @@ def test_going_back_sets_later_steps_aside(harness, straight, tmp_path):
     ],
 )
 def test_what_changes_the_result_is_refused(harness, straight, tmp_path, name, value):
-    """T9: exit 4, the option with old and new value, nothing written."""
+    """T9: exit code 4 with the old and the new value of the option, and nothing is written."""
     run = stopped_at(straight("16 bits"), 6, tmp_path / "run")
     before = sorted(run.rglob("*"))
     answer = harness.run("finetune_continue", {"output_path": run, name: value})
@@ -212,7 +212,7 @@ def test_what_changes_the_result_is_refused(harness, straight, tmp_path, name, v
 
 @pytest.mark.parametrize("what", ["append", "reorder", "one byte, same time", "tokenizer", "base", "config"])
 def test_changed_rows_tokenizer_or_base_are_refused(harness, straight, tiny_model, rows, tmp_path, what):
-    """D13, T9, T26: the content counts, whatever the file's time says."""
+    """D13, T9, T26: files are compared by their content, whatever their times say."""
     base, data = tmp_path / "base", tmp_path / "rows.json"
     shutil.copytree(tiny_model, base)
     shutil.copy(rows, data)
@@ -246,7 +246,7 @@ def test_changed_rows_tokenizer_or_base_are_refused(harness, straight, tiny_mode
 
 
 def test_rows_and_base_may_move(harness, straight, tiny_model, rows, tmp_path):
-    """The same content at another place is the same."""
+    """A run goes on with rows and a base of the same content in another place."""
     run = stopped_at(straight("16 bits"), 6, tmp_path / "run")
     base, data = tmp_path / "base", tmp_path / "moved.json"
     shutil.copytree(tiny_model, base)
@@ -255,14 +255,14 @@ def test_rows_and_base_may_move(harness, straight, tiny_model, rows, tmp_path):
     answer = harness.run("finetune_continue", moved)
     assert answer["code"] == 0, answer["said"]
     result = outcome(run)
-    told = [record for record in result["log"] if "continued" in record]
-    assert len(told) == 1
-    result["log"].remove(told[0])
+    announcements = [record for record in result["log"] if "continued" in record]
+    assert len(announcements) == 1
+    result["log"].remove(announcements[0])
     assert differences(outcome(straight("16 bits")), result) == []
 
 
 def test_execution_may_change(harness, tiny_model, rows, tmp_path):
-    """Another micro-batch budget: announced, in the log; without dropout the same losses up to rounding."""
+    """Another micro-batch budget is announced and logged; without dropout losses differ by rounding alone."""
     steady = {"lora_dropout": 0, "eval_steps": 1000}
     assert harness.run("finetune", flags(tiny_model, rows, tmp_path / "whole", **steady))["code"] == 0
     run = stopped_at(tmp_path / "whole", 6, tmp_path / "run")
@@ -282,7 +282,7 @@ def test_execution_may_change(harness, tiny_model, rows, tmp_path):
 
 
 def test_a_changed_start_is_saved_at_once(harness, straight, tmp_path):
-    """Killed right after --from_data_beginning and another budget were given: both are remembered."""
+    """After a kill right at the start, --from_data_beginning and another budget are remembered."""
     run = stopped_at(straight("16 bits"), 6, tmp_path / "run")
     wish = {"output_path": run, "from_data_beginning": True, "micro_batch_tokens": 300}
     assert harness.run("finetune_continue", wish, kill_in_step=[1, 0])["code"] == -9
@@ -295,15 +295,15 @@ def test_a_changed_start_is_saved_at_once(harness, straight, tmp_path):
 
 
 def test_a_new_run_from_an_adapter_can_be_killed_at_once(harness, straight, tiny_model, rows, tmp_path):
-    """Its first checkpoint holds what it began from, before anything that takes time."""
+    """The first checkpoint of a new run holds the adapter it starts from, and is saved before any step."""
     wish = flags(
         tiny_model, rows, tmp_path / "new", resume_from_checkpoint=straight("16 bits") / "checkpoint-6"
     )
     wish = {name: wish[name] for name in ("data_path", "output_path", "resume_from_checkpoint")}
     assert harness.run("finetune_continue", wish, kill_in_step=[1, 0])["code"] == -9
     start = load_file(tmp_path / "new" / "checkpoint-6" / "adapter_model.safetensors")
-    kept = load_file(straight("16 bits") / "checkpoint-6" / "adapter_model.safetensors")
-    assert all(torch.equal(start[name], kept[name]) for name in kept)
+    source = load_file(straight("16 bits") / "checkpoint-6" / "adapter_model.safetensors")
+    assert all(torch.equal(start[name], source[name]) for name in source)
     assert go_on(harness, tmp_path / "new")["code"] == 0
     shutil.rmtree(tmp_path / "new" / "checkpoint-6")
     for path in (tmp_path / "new").glob("checkpoint-*"):
@@ -315,7 +315,7 @@ def test_a_new_run_from_an_adapter_can_be_killed_at_once(harness, straight, tiny
 
 
 def test_a_damaged_best_checkpoint_does_not_stop_the_end(harness, straight, tmp_path):
-    """The last adapter is published instead, with a warning."""
+    """When the best checkpoint is damaged, the last adapter is published with a warning."""
     run = stopped_at(straight("16 bits"), 11, tmp_path / "run")
     text = (run / "log.jsonl").read_text()
     (run / "log.jsonl").write_text(re.sub(r'("step": 9, "eval_loss": )[\d.]+', r"\g<1>0.5", text))
@@ -328,7 +328,7 @@ def test_a_damaged_best_checkpoint_does_not_stop_the_end(harness, straight, tmp_
 
 @pytest.mark.parametrize("setting", ["lora_bias", "use_dora", "trainable_token_indices"])
 def test_adapters_of_another_kind_are_refused(harness, straight, tiny_model, rows, tmp_path, setting):
-    """What would change scale or drop tensors is not trained as if it were plain LoRA: exit 4."""
+    """An adapter whose kind changes its scale or its tensors is not trained as plain LoRA: exit code 4."""
     adapter = tmp_path / "adapter"
     shutil.copytree(straight("16 bits") / "checkpoint-12", adapter)
     (adapter / "manifest.json").unlink()
@@ -348,7 +348,7 @@ def test_adapters_of_another_kind_are_refused(harness, straight, tiny_model, row
 
 
 def test_a_checkpoint_outside_of_its_run_is_checked_too(harness, straight, tiny_model, rows, tmp_path):
-    """Copied elsewhere it is a warm start; a flipped bit is found; target names may come in any order."""
+    """A copied checkpoint is a warm start with target names in any order, and a flipped bit is noticed."""
     adapter = tmp_path / "copied"
     shutil.copytree(straight("16 bits") / "checkpoint-12", adapter)
     wish = flags(tiny_model, rows, tmp_path / "new", resume_from_checkpoint=adapter, max_steps=1)
@@ -364,7 +364,7 @@ def test_a_checkpoint_outside_of_its_run_is_checked_too(harness, straight, tiny_
 
 
 def test_a_run_is_made_longer(harness, straight, tiny_model, rows, tmp_path):
-    """T10: more epochs, from a finished run; the rule for the rate is stated and followed."""
+    """T10: a finished run goes on for more epochs, with the learning rate by the documented rule."""
     run = tmp_path / "run"
     shutil.copytree(straight("16 bits"), run)
     answer = harness.run("finetune_continue", {"output_path": run, "num_epochs": 5})
@@ -378,7 +378,7 @@ def test_a_run_is_made_longer(harness, straight, tiny_model, rows, tmp_path):
 
 
 def test_a_run_of_max_steps_is_made_longer_by_epochs(harness, tiny_model, rows, tmp_path):
-    """The number given last has the last word; rows from the beginning need steps that are left."""
+    """The latest number of epochs counts, and --from_data_beginning needs steps that remain."""
     run = tmp_path / "run"
     assert harness.run("finetune", flags(tiny_model, rows, run, max_steps=2))["code"] == 0
     answer = harness.run("finetune_continue", {"output_path": run, "from_data_beginning": True})
@@ -391,15 +391,15 @@ def test_a_run_of_max_steps_is_made_longer_by_epochs(harness, tiny_model, rows, 
 
 @pytest.mark.parametrize(("given", "taken"), [({"dtype": "bf16"}, "bf16"), ({"dtype": "auto"}, "fp32")])
 def test_other_rows_in_another_compute_dtype(monkeypatch, given, taken):
-    """What is asked for counts; auto stays what it was."""
+    """A dtype that was named is used; with auto the earlier one stays."""
     options = config_training.FinetuneConfig(**given, device="cpu")
     resolved = {"dtype": "fp32", "gradient_checkpointing": False}
-    kept = resume._resolved_before(options, resolved).get("dtype")
-    assert (kept or options.dtype) == taken
+    earlier_dtype = resume._resolved_before(options, resolved).get("dtype")
+    assert (earlier_dtype or options.dtype) == taken
 
 
 def test_rows_from_the_beginning(harness, straight, tmp_path):
-    """--from_data_beginning: step, rate and optimizer go on, the rows are those of the first step again."""
+    """--from_data_beginning starts the rows anew, while step, rate and optimizer go on."""
     run = stopped_at(straight("16 bits"), 6, tmp_path / "run")
     answer = harness.run("finetune_continue", {"output_path": run, "from_data_beginning": True})
     assert answer["code"] == 0, answer["said"]
@@ -415,7 +415,7 @@ def test_rows_from_the_beginning(harness, straight, tmp_path):
 def test_other_rows_go_on_with_optimizer_and_rate(
     harness, straight, tiny_model, rows, tmp_path, new_epochs, total
 ):
-    """The larger of both plans counts; optimizer and rate go on, the rows start from their beginning."""
+    """The larger of both plans counts; optimizer and rate go on, and the new rows begin at the first."""
     other = tmp_path / "other.json"
     other.write_text(json.dumps(tiny.rows(48)[24:]))
     wish = {"resume_from_checkpoint": straight("16 bits") / "checkpoint-6", "data_path": other}
@@ -428,12 +428,12 @@ def test_other_rows_go_on_with_optimizer_and_rate(
     rates = [1e-2 * (total - done) / (total - 2) for done in range(6, total)]
     assert [record["learning_rate"] for record in steps] == pytest.approx(rates)
     moved = load_file(tmp_path / "new" / "checkpoint-6" / "optimizer.safetensors")
-    kept = load_file(straight("16 bits") / "checkpoint-6" / "optimizer.safetensors")
-    assert all(torch.equal(moved[name], kept[name]) for name in kept)
+    original = load_file(straight("16 bits") / "checkpoint-6" / "optimizer.safetensors")
+    assert all(torch.equal(moved[name], original[name]) for name in original)
 
 
 def test_other_rows_need_the_same_adapter(harness, straight, rows, tmp_path):
-    """What optimizer and rate depend on cannot change: exit 4."""
+    """Options on which optimizer and rate depend cannot change: exit code 4."""
     wish = {"resume_from_checkpoint": straight("16 bits"), "data_path": rows, "output_path": tmp_path / "new"}
     answer = harness.run("finetune_continue", {**wish, "lora_r": 16})
     assert answer["code"] == 4
@@ -445,7 +445,7 @@ def test_other_rows_need_the_same_adapter(harness, straight, rows, tmp_path):
 
 
 def test_an_adapter_alone_is_a_warm_start(harness, straight, tiny_model, rows, tmp_path):
-    """Weights only, everything else fresh, said aloud; its shape comes from its own files."""
+    """From an adapter only weights and shape are used, everything else is new, and the output says so."""
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -455,8 +455,8 @@ def test_an_adapter_alone_is_a_warm_start(harness, straight, tiny_model, rows, t
     answer = harness.run("finetune_continue", {**settings, "resume_from_checkpoint": adapter})
     assert answer["code"] == 0, answer["said"]
     assert "Warm start" in answer["said"]
-    given, got = (load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "new"))
-    assert all(torch.allclose(given[name], got[name], atol=1e-6) for name in given)
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "new"))
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
     log = outcome(tmp_path / "new")["log"]
     best = min(record["eval_loss"] for record in outcome(straight("16 bits"))["log"] if "eval_loss" in record)
     assert log[0]["eval_loss"] == pytest.approx(best, rel=1e-5)
@@ -466,7 +466,7 @@ def test_an_adapter_alone_is_a_warm_start(harness, straight, tiny_model, rows, t
 
 
 def test_an_adapter_from_the_hub_is_a_warm_start(straight, tiny_model, rows, tmp_path):
-    """--lora_remote_checkpoint: only the adapter's files are fetched; an unknown name is one clear error."""
+    """--lora_remote_checkpoint fetches only the adapter's files; an unknown name gives one clear error."""
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -477,20 +477,20 @@ def test_an_adapter_from_the_hub_is_a_warm_start(straight, tiny_model, rows, tmp
     home = tmp_path / "home"
     with fake_hub.serving("someone/adapter", adapter) as address:
         missing = fake_hub.fetch(address, home, "fetch_adapter", "someone/nothing")
-        given = {**settings, "lora_remote_checkpoint": "someone/adapter"}
-        command = [sys.executable, "finetune_continue.py", *(f"--{k}={v}" for k, v in given.items())]
+        values = {**settings, "lora_remote_checkpoint": "someone/adapter"}
+        command = [sys.executable, "finetune_continue.py", *(f"--{k}={v}" for k, v in values.items())]
         hub = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
         ended = subprocess.run(command, cwd=ROOT, env={**os.environ, **hub}, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert missing.startswith("someone/nothing: no such folder here")
     assert "Warm start" in ended.stdout
     assert not list(home.rglob("handler.py"))
-    given, got = (load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "new"))
-    assert all(torch.allclose(given[name], got[name], atol=1e-6) for name in given)
+    values, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "new"))
+    assert all(torch.allclose(values[name], after[name], atol=1e-6) for name in values)
 
 
 def test_two_trainers_do_not_share_a_folder(harness, tiny_model, rows, tmp_path):
-    """T22: the second is refused (exit 2) with the first one's pid; the first is not disturbed."""
+    """T22: the second trainer is refused with exit code 2, and the first one is not disturbed."""
     run = tmp_path / "run"
     settings = flags(tiny_model, rows, run, num_epochs=300, save_steps=10_000)
 
@@ -505,7 +505,7 @@ def test_two_trainers_do_not_share_a_folder(harness, tiny_model, rows, tmp_path)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harness, straight, tmp_path):
-    """C8: said aloud; the damaged one is set aside; the result is the straight run's."""
+    """C8: the damaged checkpoint is named and set aside, and the result is that of the straight run."""
     run = stopped_at(straight("16 bits"), 6, tmp_path / "run")
     path = run / "checkpoint-6" / "optimizer.safetensors"
     raw = bytearray(path.read_bytes())
@@ -523,7 +523,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harness, strai
 
 
 def test_every_checkpoint_is_a_peft_adapter(straight, tiny_model):
-    """The first one too, which does nothing yet."""
+    """peft loads every checkpoint, also the first one, whose adapter has no effect yet."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -533,7 +533,7 @@ def test_every_checkpoint_is_a_peft_adapter(straight, tiny_model):
 
 
 def test_nothing_to_go_on_from_is_said(harness, tiny_model, rows, tmp_path):
-    """No run, no folder, both names: one message each."""
+    """A folder without a run, a missing folder and a folder without checkpoints each give one message."""
     answer = harness.run("finetune_continue", {"output_path": tmp_path / "none"})
     assert (answer["code"], "holds no run" in answer["said"]) == (4, True)
     answer = harness.run("finetune_continue", {"resume_from_checkpoint": tmp_path / "none"})
@@ -546,7 +546,7 @@ def test_nothing_to_go_on_from_is_said(harness, tiny_model, rows, tmp_path):
 
 
 def test_a_checkpoint_at_least_every_ten_minutes(tiny_model, rows, tmp_path, monkeypatch):
-    """The clock decides when neither steps nor epochs nor evaluations do."""
+    """Time alone leads to a checkpoint when no step, epoch or evaluation does."""
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
     settings = flags(tiny_model, rows, tmp_path / "run", max_steps=3, save_steps=1000, eval_steps=1000)
     settings = {**settings, "test_size": 0}
@@ -556,7 +556,7 @@ def test_a_checkpoint_at_least_every_ten_minutes(tiny_model, rows, tmp_path, mon
 
 
 def test_training_goes_on_when_its_terminal_is_gone(tiny_model, rows, tmp_path):
-    """T23: the terminal is closed, the run finishes, its log is whole."""
+    """T23: after its terminal is closed, a run finishes and its log is whole."""
     run, (near, far) = tmp_path / "run", pty.openpty()
     fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     arguments = [f"--{key}={value}" for key, value in flags(tiny_model, rows, run, num_epochs=5).items()]
@@ -570,9 +570,9 @@ def test_training_goes_on_when_its_terminal_is_gone(tiny_model, rows, tmp_path):
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )
     os.close(far)
-    said = b""
-    while b"step 2/" not in said:
-        said += os.read(near, 4096)
+    output = b""
+    while b"step 2/" not in output:
+        output += os.read(near, 4096)
     os.close(near)
     assert process.wait(timeout=120) == 0
     assert (run / "finished.json").exists()
@@ -580,7 +580,7 @@ def test_training_goes_on_when_its_terminal_is_gone(tiny_model, rows, tmp_path):
 
 
 def test_several_processes_stop_and_go_on_as_one(tiny_model, rows, tmp_path):
-    """SIGTERM to torchrun: rank 0 saves; one process goes on, announced, with the same losses."""
+    """After SIGTERM to torchrun, which saves, one process announces that it goes on with the same losses."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     steady = {"lora_dropout": 0, "num_epochs": 3, "save_steps": 1000, "eval_steps": 1000}
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -629,7 +629,7 @@ def test_several_processes_stop_and_go_on_as_one(tiny_model, rows, tmp_path):
     [("bf16", "fp16", "cuda:0", "fp16"), ("fp16", "bf16", "cuda:0", "bf16"), ("bf16", "fp32", "cpu", "bf16")],
 )
 def test_auto_dtype_changes_with_the_gpu_only(monkeypatch, before, now, device, taken):
-    """bf16 and fp16 change places when the card does; anything else stays as it was."""
+    """With auto, bf16 and fp16 follow the card; anything else stays as it was."""
     monkeypatch.setattr(hardware, "choose_device", lambda *_: hardware.Choice(device, ""))
     monkeypatch.setattr(hardware, "choose_dtype", lambda *_: hardware.Choice(now, ""))
     resolved = {"dtype": before, "gradient_checkpointing": False}
@@ -637,7 +637,7 @@ def test_auto_dtype_changes_with_the_gpu_only(monkeypatch, before, now, device, 
 
 
 def test_a_stop_within_the_last_evaluation(harness, straight, tiny_model, rows, tmp_path):
-    """The step is saved without its evaluation; that is made up for, and counts for the best."""
+    """A missing evaluation of the last step is made when the run goes on, and counts for the best step."""
     whole = straight("16 bits")
     run = stopped_at(whole, STEPS, tmp_path / "run")
     lines = (whole / "log.jsonl").read_text().splitlines(keepends=True)

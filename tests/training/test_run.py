@@ -1,4 +1,4 @@
-"""Whole runs on the tiny model: what the run folder holds, what stops a run, what is refused."""
+"""Whole runs on the tiny model: the contents of the run folder, causes of a stop, and refusals."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def finished(tiny_model, tmp_path_factory) -> tuple[FinetuneConfig, Path]:
 
 
 def test_run_folder_holds_what_is_promised(finished):
-    """Configuration, log, checkpoints, adapter, picture, finished.json, with the fields of the docs."""
+    """The folder has configuration, log, checkpoints, adapter, picture and finished.json as documented."""
     settings, folder = finished
     names = {path.name for path in folder.iterdir()}
     assert {"finetune_config.json", "log.jsonl", "loss.png", "finished.json"} <= names
@@ -73,12 +73,12 @@ def test_run_folder_holds_what_is_promised(finished):
     stored = json.loads((folder / "finetune_config.json").read_text())
     assert stored["resolved"]["micro_batch_tokens"] == 2048
     assert stored["options"]["data_path"] == settings.data_path
-    report_ = json.loads((folder / "finished.json").read_text())
+    report = json.loads((folder / "finished.json").read_text())
     assert (
-        report_["adapter_sha256"]
+        report["adapter_sha256"]
         == hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
     )
-    assert report_["eval_loss_after"] == min(record["eval_loss"] for record in evaluations[1:])
+    assert report["eval_loss_after"] == min(record["eval_loss"] for record in evaluations[1:])
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -98,7 +98,7 @@ def test_the_rows_of_a_run_are_those_of_the_plan(finished):
 
 
 def test_peft_loads_the_adapter_as_it_is(finished, tiny_model):
-    """peft alone, on the plain base: the published adapter has the logits of the best checkpoint, BA > 0."""
+    """In peft the published adapter gives the logits of the best checkpoint, and B @ A is not zero."""
     _, folder = finished
     best = folder / f"checkpoint-{json.loads((folder / 'finished.json').read_text())['best_step']}"
     ids = torch.arange(10)[None]
@@ -117,7 +117,7 @@ def test_peft_loads_the_adapter_as_it_is(finished, tiny_model):
 
 
 def test_saved_adapter_has_the_logits_of_the_one_in_memory(tiny_model, tmp_path):
-    """T20: through peft on a plain base, the file gives what the trained model gave."""
+    """T20: the saved file, read by peft on a plain base, gives the logits of the trained model."""
     adapted = models_adapter.add_adapter(
         base_model.load_base(str(tiny_model), 16, "fp32", "cpu"),
         lora_shape.LoraShape(4, 8, 0, "q_proj,o_proj"),
@@ -136,18 +136,18 @@ def test_saved_adapter_has_the_logits_of_the_one_in_memory(tiny_model, tmp_path)
 
 
 def test_the_same_command_again_changes_nothing(finished, capsys):
-    """A finished run says so, names the ways on and leaves every file as it is."""
+    """The command says that the run is finished and how to go on, and changes no file."""
     settings, folder = finished
     before = tree(folder)
     run(settings)
-    said = capsys.readouterr().out
-    assert "finished" in said
-    assert "--overwrite" in said
+    output = capsys.readouterr().out
+    assert "finished" in output
+    assert "--overwrite" in output
     assert tree(folder) == before
 
 
 def test_other_options_are_refused(finished, tiny_model):
-    """A folder with another run is left alone: exit 2, the option with old and new value, the ways on."""
+    """Exit code 2 names the option with both values and ways to go on; the folder is not changed."""
     settings, folder = finished
     before = tree(folder)
     other = options(tiny_model, settings.data_path, folder, save_steps=2, learning_rate=0.5)
@@ -158,7 +158,7 @@ def test_other_options_are_refused(finished, tiny_model):
 
 
 def test_unfinished_run_is_refused_and_overwrite_clears_only_the_run(tiny_model, tiny_rows, tmp_path):
-    """--overwrite deletes what a run wrote; a file of the user's stays."""
+    """--overwrite deletes the files of a run and keeps a file of the user."""
     settings = options(tiny_model, tiny_rows, tmp_path / "run", max_steps=2)
     folder = run(settings)
     (folder / "notes.txt").write_text("mine")
@@ -173,9 +173,9 @@ def test_unfinished_run_is_refused_and_overwrite_clears_only_the_run(tiny_model,
 
 
 def test_the_best_adapter_is_published(tiny_model, tiny_rows, tmp_path, monkeypatch):
-    """Whatever came later, the adapter of the lowest validation loss after step 0 is what comes out."""
-    told = iter([1.0, 5.0, 4.0, 2.0, 3.0, 2.0, 6.0, 7.0, 8.0])  # of steps 0 to 8
-    monkeypatch.setattr(step, "evaluate", lambda *_: (next(told), 0.5))
+    """The adapter with the lowest validation loss after step 0 is published, whatever came later."""
+    losses = iter([1.0, 5.0, 4.0, 2.0, 3.0, 2.0, 6.0, 7.0, 8.0])  # the losses of steps 0 to 8
+    monkeypatch.setattr(step, "evaluate", lambda *_: (next(losses), 0.5))
     folder = run(options(tiny_model, tiny_rows, tmp_path / "run", eval_steps=1))
     finished = json.loads((folder / "finished.json").read_text())
     assert (finished["best_step"], finished["eval_loss_after"], finished["eval_loss_before"]) == (3, 2.0, 1.0)
@@ -186,14 +186,14 @@ def test_the_best_adapter_is_published(tiny_model, tiny_rows, tmp_path, monkeypa
         3,
         4,
         8,
-    ]  # the first, improving ones, ends of epochs
+    ]  # step 0, improving steps and the ends of epochs
     published = (folder / "adapter_model.safetensors").read_bytes()
     assert published == (folder / "checkpoint-3" / "adapter_model.safetensors").read_bytes()
     assert published != (folder / "checkpoint-8" / "adapter_model.safetensors").read_bytes()
 
 
 def test_without_validation_rows_the_last_adapter_is_published(tiny_model, tiny_rows, tmp_path):
-    """test_size 0: no evaluation, no answers, the last checkpoint; older ones pruned."""
+    """With test_size 0 nothing is evaluated, the last adapter counts, and older checkpoints are deleted."""
     folder = run(
         options(tiny_model, tiny_rows, tmp_path / "run", test_size=0, save_steps=1, save_total_limit=2)
     )
@@ -204,9 +204,9 @@ def test_without_validation_rows_the_last_adapter_is_published(tiny_model, tiny_
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_two_fresh_processes_give_the_same_bytes(tiny_model, tiny_rows, tmp_path, bits):
-    """The same run twice, dropout on: equal adapters and losses (T24)."""
+    """The same run with dropout gives equal adapters and losses both times (T24)."""
     started = []
-    for name in ("one", "two"):  # side by side, a thread each
+    for name in ("one", "two"):  # they run side by side with one thread each
         flags = {**QUICK, "bits": bits, "model_path": tiny_model, "data_path": tiny_rows, "test_size": 0}
         flags |= {"output_path": tmp_path / name, "max_steps": 3, "lora_dropout": 0.1}
         command = [sys.executable, "finetune.py", *(f"--{key}={value}" for key, value in flags.items())]
@@ -224,7 +224,7 @@ def test_two_fresh_processes_give_the_same_bytes(tiny_model, tiny_rows, tmp_path
 
 
 def test_two_processes_train_like_one(tiny_model, tiny_rows, tmp_path):
-    """A whole run under torchrun with two gloo processes: the losses and the adapter of one process."""
+    """A run under torchrun with two gloo processes gives the losses and the adapter of one process."""
     flags = {**QUICK, "model_path": tiny_model, "data_path": tiny_rows, "test_size": 4, "lora_dropout": 0}
     start = [
         [sys.executable],
@@ -276,7 +276,7 @@ def poison(monkeypatch, at_step: int, value: float, gradient_only: bool = False,
 def test_a_loss_that_is_no_number_stops_before_the_update(
     tiny_model, tiny_rows, tmp_path, monkeypatch, value, gradient_only, log_steps
 ):
-    """Exit 5 with step and rows, the raw value in the log, no checkpoint with it (T15)."""
+    """T15: exit code 5 names step and rows, the log has the raw value, and no checkpoint contains it."""
     poison(monkeypatch, 3, value, gradient_only)
     settings = options(
         tiny_model, tiny_rows, tmp_path / "run", save_steps=1, log_steps=log_steps, test_size=0
@@ -302,14 +302,14 @@ def test_a_loss_that_is_no_number_stops_before_the_update(
 
 
 def test_fp16_overflow_skips_the_step(tiny_model, tiny_rows, tmp_path, monkeypatch):
-    """The scaler leaves the update out, halves its scale, keeps the rate, counts the rows (T16)."""
+    """T16: the scaler skips the update, halves its scale, keeps the rate and counts the rows."""
     poison(monkeypatch, 3, float("inf"), gradient_only=True)
     folder = run(options(tiny_model, tiny_rows, tmp_path / "run", dtype="fp16", test_size=0, save_steps=1))
     records = log(folder)
     assert [record["skipped_steps"] for record in records] == [0, 0, 1, 1, 1, 1, 1, 1]
     assert [record["loss_scale"] for record in records[:4]] == [1024, 1024, 512, 512]
     rates = [record["learning_rate"] for record in records]
-    assert rates[2] == rates[3]  # not advanced
+    assert rates[2] == rates[3]  # the schedule has not advanced
     assert rates[1] > rates[2]
     assert [record["rows_seen"] for record in records] == [6, 12, 18, 24, 30, 36, 42, 48]
     before, after = (
@@ -320,7 +320,7 @@ def test_fp16_overflow_skips_the_step(tiny_model, tiny_rows, tmp_path, monkeypat
 
 
 def test_fp16_gives_up_when_it_only_overflows(tiny_model, tiny_rows, tmp_path, monkeypatch):
-    """A scale below 1 or 20 skips in a row end with exit 5."""
+    """A scale below 1 or 20 skipped steps in a row end the run with exit code 5."""
     poison(monkeypatch, 1, float("inf"), gradient_only=True, times=99)
     settings = options(tiny_model, tiny_rows, tmp_path / "run", dtype="fp16", test_size=0, max_steps=40)
     with pytest.raises(UserError, match="fp16 overflows") as caught:
@@ -334,7 +334,7 @@ def test_fp16_gives_up_when_it_only_overflows(tiny_model, tiny_rows, tmp_path, m
 
 
 def test_adapter_weights_are_fp32_for_every_dtype(tiny_model):
-    """What the scaler unscales and the optimizer updates is never half precision."""
+    """The scaler and the optimizer never work on weights in half precision."""
     for dtype in ("fp16", "bf16", "fp32"):
         adapted = models_adapter.add_adapter(
             base_model.load_base(str(tiny_model), 8, dtype, "cpu"),
@@ -345,14 +345,14 @@ def test_adapter_weights_are_fp32_for_every_dtype(tiny_model):
 
 
 def test_a_loss_of_exactly_zero_is_warned_about(tiny_model, tiny_rows, tmp_path, monkeypatch, capsys):
-    """T17: said at once."""
+    """T17: the warning comes at once."""
     poison(monkeypatch, 1, 0.0)
     run(options(tiny_model, tiny_rows, tmp_path / "run", test_size=0, max_steps=2))
     assert "loss of step 1 is exactly 0" in capsys.readouterr().out
 
 
 def test_a_rate_of_zero_is_warned_about_and_never_saved(tiny_model, tiny_rows, tmp_path, capsys):
-    """T17, T20: nothing is learned, so no checkpoint and no adapter appears."""
+    """T17, T20: nothing is learned, so neither a new checkpoint nor an adapter is saved."""
     with pytest.raises(UserError, match="learned nothing") as caught:
         run(options(tiny_model, tiny_rows, tmp_path / "run", learning_rate=0, max_steps=2))
     assert caught.value.code == 4
@@ -362,9 +362,9 @@ def test_a_rate_of_zero_is_warned_about_and_never_saved(tiny_model, tiny_rows, t
 
 
 def test_a_validation_loss_that_is_no_number_stops(tiny_model, tiny_rows, tmp_path, monkeypatch):
-    """Exit 5, the raw value as text in the log, nothing called finished."""
-    told = iter([3.0, 2.0, float("nan")])
-    monkeypatch.setattr(step, "evaluate", lambda *_: (next(told), 0.5))
+    """Exit code 5, with the raw value as text in the log and no finished.json."""
+    losses = iter([3.0, 2.0, float("nan")])
+    monkeypatch.setattr(step, "evaluate", lambda *_: (next(losses), 0.5))
     with pytest.raises(UserError, match="Step 2: the validation loss is nan") as caught:
         run(options(tiny_model, tiny_rows, tmp_path / "run", eval_steps=1))
     assert caught.value.code == 5
@@ -375,7 +375,7 @@ def test_a_validation_loss_that_is_no_number_stops(tiny_model, tiny_rows, tmp_pa
 
 @pytest.mark.parametrize("fault", ["empty", "renamed", "no-op", "nan"])
 def test_a_bad_adapter_is_not_saved(tiny_model, tiny_rows, tmp_path, monkeypatch, fault):
-    """T20: an empty state dict, wrong keys, B of zeros or NaN: refused (exit 4), no checkpoint appears."""
+    """T20: an empty state dict, wrong keys, a zero B or NaN are refused with exit code 4 and not saved."""
     faults = {
         "empty": lambda name, tensor: None,
         "renamed": lambda name, tensor: ("base_model." + name, tensor),
@@ -384,14 +384,14 @@ def test_a_bad_adapter_is_not_saved(tiny_model, tiny_rows, tmp_path, monkeypatch
     }
     plain = models_adapter.adapter_tensors
 
-    def faulty(*given):
-        return dict(filter(None, (faults[fault](*item) for item in plain(*given).items())))
+    def faulty(*arguments):
+        return dict(filter(None, (faults[fault](*item) for item in plain(*arguments).items())))
 
     monkeypatch.setattr(models_adapter, "adapter_tensors", faulty)
     with pytest.raises(UserError) as caught:
         run(options(tiny_model, tiny_rows, tmp_path / "run", save_steps=1, test_size=0))
     assert caught.value.code == 4
-    expected = ["checkpoint-0"] if fault == "no-op" else []  # the first one may do nothing yet
+    expected = ["checkpoint-0"] if fault == "no-op" else []  # the first adapter may have no effect yet
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == expected
     assert list((tmp_path / "run").glob(".saving-*")) == []
 
@@ -400,7 +400,7 @@ def test_a_bad_adapter_is_not_saved(tiny_model, tiny_rows, tmp_path, monkeypatch
     "name", ["checkpoint-2/model.bin", "adapter_model.safetensors", "log.jsonl", "finished.json", "loss.png"]
 )
 def test_what_another_program_left_is_not_written_over(tiny_model, tiny_rows, tmp_path, name):
-    """A folder with files this run would write over is refused (exit 2) and left as it is."""
+    """A folder with files that this run would overwrite is refused with exit code 2 and not changed."""
     file = tmp_path / "run" / name
     file.parent.mkdir(parents=True)
     file.write_text("theirs")
@@ -412,7 +412,7 @@ def test_what_another_program_left_is_not_written_over(tiny_model, tiny_rows, tm
 
 
 def test_overwrite_leaves_what_no_run_writes(tiny_model, tiny_rows, tmp_path):
-    """Folders and files that only look like a run's stay."""
+    """Folders and files that only look like those of a run are kept."""
     folder = tmp_path / "run"
     for name in ("checkpoint-mine/x", "wandb/x", "checkpoint-notes.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -424,7 +424,7 @@ def test_overwrite_leaves_what_no_run_writes(tiny_model, tiny_rows, tmp_path):
 
 
 def test_a_run_that_stopped_before_its_first_save_starts_again(tiny_model, tiny_rows, tmp_path, monkeypatch):
-    """Nothing is lost by starting, so nothing is asked."""
+    """A new start loses nothing here, so it needs no --overwrite."""
     settings = options(tiny_model, tiny_rows, tmp_path / "run", max_steps=1)
 
     def interrupted(*_):
@@ -439,7 +439,7 @@ def test_a_run_that_stopped_before_its_first_save_starts_again(tiny_model, tiny_
 
 
 def test_a_full_disk_is_exit_7(tiny_model, tiny_rows, tmp_path):
-    """On a real small file system: one message, no half checkpoint, the log whole."""
+    """On a small real file system there is one message and no half-written checkpoint."""
     disk = tmp_path / "disk"
     disk.mkdir()
     flags = {
@@ -451,7 +451,7 @@ def test_a_full_disk_is_exit_7(tiny_model, tiny_rows, tmp_path):
     }
     flags |= {"lora_r": 1000, "lora_target_modules": "all-linear", "max_steps": 4, "save_steps": 1}
     command = " ".join(["finetune.py", *(f"--{key}={value}" for key, value in flags.items())])
-    # room for the check at the start (three checkpoints' worth is asked for), taken away once it has passed
+    # The disk has room for the three checkpoints that the check at the start needs; then it is filled.
     script = f"""
         mount -t tmpfs -o size=130m none {disk} || exit 99
         ({sys.executable} {command} & echo $! > {disk}/pid; wait $!; echo code $?) &
@@ -472,7 +472,7 @@ def test_a_full_disk_is_exit_7(tiny_model, tiny_rows, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named(finished, tmp_path):
-    """verify finds a flipped bit, a missing file and a missing manifest."""
+    """verify notices a flipped bit, a missing file and a missing manifest."""
     _, folder = finished
     copy = tmp_path / "checkpoint-8"
     shutil.copytree(folder / "checkpoint-8", copy)
@@ -522,8 +522,8 @@ def test_all_linear_and_inputs_as_targets(tiny_model, tiny_rows, tmp_path):
 
 
 def test_what_chat_asks_is_the_beginning_of_what_training_saw(tiny_model, tiny_rows, tmp_path, monkeypatch):
-    """The ids that reach the model in both, not only those that encode returns."""
-    trained, asked = [], []
+    """The token ids that reach the model are compared, not only those that encode returns."""
+    trained, questions = [], []
     plain_step, plain_greedy = step.gradient, transformers_engine.greedy
 
     def spy_step(step_model, micro_batches, *rest):
@@ -534,7 +534,7 @@ def test_what_chat_asks_is_the_beginning_of_what_training_saw(tiny_model, tiny_r
         return plain_step(step_model, micro_batches, *rest)
 
     def spy_greedy(adapted, prompts, *rest):
-        asked.extend(prompts)
+        questions.extend(prompts)
         return plain_greedy(adapted, prompts, *rest)
 
     monkeypatch.setattr(step, "gradient", spy_step)
@@ -552,13 +552,13 @@ def test_what_chat_asks_is_the_beginning_of_what_training_saw(tiny_model, tiny_r
         2,
     )
     assert sorted(numbers) == list(range(1, 25))
-    for (_, ids), question in zip(trained, asked, strict=True):
+    for (_, ids), question in zip(trained, questions, strict=True):
         assert ids[: len(question)] == question
         assert len(question) < len(ids)
 
 
 def test_greedy_is_the_most_probable_token_each_time(tiny_model):
-    """Batched, padded, cached generation equals one prompt at a time by full forward passes."""
+    """Batched, padded and cached generation equals full forward passes for one prompt at a time."""
     base = base_model.load_base(str(tiny_model), 16, "fp32", "cpu")
     prompts = [[5, 9, 17], [4], [30, 31, 32, 33, 34, 35, 36]]
     answers = transformers_engine.greedy(base, prompts, 6, eos_ids=[1])
@@ -572,7 +572,7 @@ def test_greedy_is_the_most_probable_token_each_time(tiny_model):
 
 
 def test_fp16_with_a_process_that_has_no_row(tiny_model, tiny_rows, tmp_path):
-    """Two processes, one row a step: the idle one's scaler and gradient keep up."""
+    """With two processes and one row a step, the scaler and gradient of the idle one stay in step."""
     flags = {**QUICK, "model_path": tiny_model, "data_path": tiny_rows, "test_size": 0, "dtype": "fp16"}
     flags |= {"batch_size": 1, "max_steps": 2, "output_path": tmp_path / "run"}
     start = [
@@ -590,7 +590,7 @@ def test_fp16_with_a_process_that_has_no_row(tiny_model, tiny_rows, tmp_path):
 
 
 def test_a_model_with_other_logits_is_refused(tiny_model, tiny_rows, tmp_path):
-    """A config that scales or caps logits would get a wrong loss: exit 2 before weights are read."""
+    """A config that scales or caps logits is refused before weights are read, as its loss would be wrong."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     values = json.loads((folder / "config.json").read_text())
@@ -608,7 +608,7 @@ def test_a_model_with_other_logits_is_refused(tiny_model, tiny_rows, tmp_path):
     [({"warmup_steps": 100}, 2), ({"warmup_steps": 1}, 1), ({"warmup_ratio": 0.5}, 5)],
 )
 def test_warmup_of_a_short_run(tiny_model, tiny_rows, tmp_path, capsys, flags, warmup):
-    """--warmup_steps takes at most a fifth, said aloud; --warmup_ratio is taken at its word."""
+    """--warmup_steps is limited to a fifth of the steps with a note; --warmup_ratio is not limited."""
     folder = run(options(tiny_model, tiny_rows, tmp_path / "run", test_size=0, max_steps=10, **flags))
     rates = [record["learning_rate"] for record in log(folder)]
     assert rates.index(max(rates)) == warmup

@@ -1,4 +1,4 @@
-"""Models spread over two processes on the CPU, by each file in sample/distributed: the run of one."""
+"""Models spread over two CPU processes by each file in sample/distributed train like one process."""
 
 import json
 import os
@@ -22,12 +22,12 @@ from tests.support.resume_cases import flags, outcome, stopped_at
 
 KINDS = sorted(path.stem for path in (ROOT / "sample" / "distributed").glob("*.yaml"))
 KEYS = {"loss", "grad_norm", "eval_loss"}
-QUICK = ("fsdp",)  # DeepSpeed compiles a part of its own first, for minutes
+QUICK = ("fsdp",)  # DeepSpeed first compiles one of its parts, which takes minutes
 STEPS = {"num_epochs": 1, "lora_dropout": 0.0, "eval_steps": 2}  # four steps
 
 
 def launch(kind: str, program: str, given: dict, processes: int = 2) -> subprocess.Popen:
-    """A program of two processes, as `accelerate launch` starts them."""
+    """Start a program of two processes with `accelerate launch`."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--num_processes", str(processes)]
     command += ["--config_file", f"sample/distributed/{kind}.yaml", f"{program}.py"]
@@ -51,22 +51,22 @@ def rows(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(harness, tiny_model, tied_model, rows, tmp_path_factory):
-    """Options -> the folder of a run in one process, which has the whole model."""
-    made = {}
+    """A function from options to the folder of a run in one process, which has the whole model."""
+    folders = {}
 
     def run(tied: bool = False, **changes) -> Path:
         key, base = json.dumps([tied, changes]), tied_model if tied else tiny_model
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("alone") / "run"
-            answer = harness.run("finetune", flags(base, rows, made[key], **{**STEPS, **changes}))
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("alone") / "run"
+            answer = harness.run("finetune", flags(base, rows, folders[key], **{**STEPS, **changes}))
             assert answer["code"] == 0, answer["said"]
-        return made[key]
+        return folders[key]
 
     return run
 
 
 def close(one: Path, other: Path, relative: float) -> None:
-    """Losses, norms and what was trained are the same but for rounding."""
+    """Check that losses, norms and trained weights are the same but for rounding."""
     logs = [[r for r in outcome(run)["log"] if KEYS & r.keys()] for run in (one, other)]
     assert [record["step"] for record in logs[0]] == [record["step"] for record in logs[1]]
     for mine, theirs in zip(*logs, strict=True):
@@ -80,7 +80,7 @@ def close(one: Path, other: Path, relative: float) -> None:
 
 
 def goes_on_spread_and_alone_again(kind: str, harness, whole: Path, tmp_path: Path, relative: float) -> None:
-    """One process up to step 2, two with the model spread up to the end, one from step 3 of these again."""
+    """Check a run of one process to step 2, two to the end, and one again from step 3 of the two."""
     run = stopped_at(whole, 2, tmp_path / "run")
     process = launch(kind, "finetune_continue", {"output_path": run})
     text = said(process)
@@ -99,24 +99,24 @@ def goes_on_spread_and_alone_again(kind: str, harness, whole: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", QUICK)
 def test_spread_runs_are_those_of_one_process(harness, alone, tmp_path, kind):
-    """LoRA in fp32; moments, position and weights go from one to two processes and back."""
+    """With LoRA in fp32, moments, position and weights go from one process to two and back."""
     goes_on_spread_and_alone_again(kind, harness, alone(tied=kind == "fsdp"), tmp_path, 1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp_offload", "zero3_offload"])
 def test_one_process_with_its_model_in_the_processors_memory(tiny_model, rows, alone, tmp_path, kind):
-    """A single card that offloads: the same run; saved when it is due and not more often."""
+    """One process that offloads gives the same run, and saves only when a save is due."""
     run = tmp_path / "run"
-    given = flags(tiny_model, rows, run, **STEPS, save_steps=200)
-    process = launch(kind, "finetune", given, processes=1)
+    options = flags(tiny_model, rows, run, **STEPS, save_steps=200)
+    process = launch(kind, "finetune", options, processes=1)
     text = said(process)
     assert process.returncode == 0, text
     close(alone(), run, 1e-5)
     improved = [r["step"] for r in outcome(run)["log"] if "eval_loss" in r and r["step"]]
-    kept = {int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*")}
-    assert kept <= {0, 4, *improved}
-    assert {0, 4} <= kept
+    saved_steps = {int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*")}
+    assert saved_steps <= {0, 4, *improved}
+    assert {0, 4} <= saved_steps
 
 
 @pytest.mark.slow
@@ -137,7 +137,7 @@ def test_all_weights_spread(harness, alone, tmp_path, kind):
     ("kind", "dtype"), [("fsdp", "bf16"), ("fsdp", "fp16"), ("zero2", "bf16"), ("zero3", "bf16")]
 )
 def test_half_precision_spread(tiny_model, rows, alone, tmp_path, kind, dtype):
-    """From the first step; rounding may differ, the losses stay together; fp16 with its scaler."""
+    """Losses agree from the first step on but for rounding, also with the scaler of fp16."""
     whole, run = alone(dtype=dtype), tmp_path / "run"
     process = launch(kind, "finetune", flags(tiny_model, rows, run, dtype=dtype, **STEPS))
     text = said(process)
@@ -150,10 +150,10 @@ def test_half_precision_spread(tiny_model, rows, alone, tmp_path, kind, dtype):
 
 @pytest.mark.slow
 def test_a_signal_stops_all_processes_after_the_same_step(harness, alone, tiny_model, rows, tmp_path):
-    """SIGTERM to one process only: both save together; the run goes on to the end of the others."""
+    """After SIGTERM to one process both stop after the same step, which is saved."""
     run = tmp_path / "run"
-    given = flags(tiny_model, rows, run, **{**STEPS, "num_epochs": 100})
-    process = launch("fsdp", "finetune", given)
+    options = flags(tiny_model, rows, run, **{**STEPS, "num_epochs": 100})
+    process = launch("fsdp", "finetune", options)
     deadline = time.monotonic() + 120
     while not (run / "checkpoint-2").is_dir():
         assert process.poll() is None, said(process)

@@ -1,4 +1,4 @@
-"""One optimizer step against references: transformers' Trainer, rows one by one, two processes."""
+"""One optimizer step compared with transformers' Trainer, with rows one by one and with two processes."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from tests.support.two_processes import NO_DROPOUT, encode_tiny, tiny_step_model
 
 
 def gradient(step_model: step.StepModel, batches: list, targets: int) -> tuple[float, torch.Tensor]:
-    """(loss of the step, flat gradient of the adapter)"""
+    """The loss of the step and the flat gradient of the adapter."""
     step_model.zero_grad()
     total = 0.0
     for packed in batches:
@@ -110,7 +110,7 @@ def test_steps_equal_those_of_transformers_trainer(tiny_model, tmp_path, schedul
 
 
 class PlainTrainer(Trainer):
-    """Trainer that is handed whole batches, already in order, and keeps its losses unrounded."""
+    """A Trainer that gets whole batches already in order and keeps its losses unrounded."""
 
     raw_losses: list[float]
 
@@ -137,7 +137,7 @@ def padded_batch(examples: data_examples.Examples, rows) -> dict[str, torch.Tens
 @pytest.mark.parametrize("scheduler", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("warmup", [0, 1, 7])
 def test_learning_rate_is_the_library_schedule(scheduler, warmup):
-    """Rate of every update equals transformers.get_scheduler's."""
+    """The rate of every update equals that of transformers.get_scheduler."""
     options = FinetuneConfig(learning_rate=0.3, lr_scheduler=scheduler)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
     name = "constant_with_warmup" if scheduler == "constant" else scheduler
@@ -170,7 +170,7 @@ def test_packed_rows_do_not_see_each_other(tiny_model, bits, checkpointing):
 
 
 def test_mixed_documents_are_seen_as_different(tiny_model):
-    """The check above can fail: as one document, the same rows give other hidden states."""
+    """The check above can fail: the same rows as one document give other hidden states."""
     examples = encode_tiny(7)
     step_model = tiny_step_model(tiny_model)
     packed = pack(examples, range(7))
@@ -182,7 +182,7 @@ def test_mixed_documents_are_seen_as_different(tiny_model):
 
 
 def test_packed_hidden_states_equal_the_library_model(tiny_model):
-    """Against the same weights with transformers' own eager attention, one row at a time."""
+    """They equal those of transformers' eager attention with the same weights, one row at a time."""
     examples = encode_tiny(5)
     step_model = tiny_step_model(tiny_model)
     packed = pack(examples, range(5))
@@ -197,7 +197,7 @@ def test_packed_hidden_states_equal_the_library_model(tiny_model):
 
 
 def test_gradient_does_not_depend_on_the_token_budget(tiny_model):
-    """One row, half and all rows a micro-batch: the same gradient to 1e-6."""
+    """Micro-batches of one row, half the rows and all rows give the same gradient to 1e-6."""
     examples = encode_tiny(9)
     step_model = tiny_step_model(tiny_model)
     rows, total = np.arange(9), int(examples.lengths.sum())
@@ -217,14 +217,14 @@ TWO = ("--standalone", "--nproc_per_node=2")
 
 
 def torchrun(how: tuple[str, ...], *arguments: object) -> subprocess.Popen:
-    """tests/support/two_processes.py with these arguments, started by torchrun."""
+    """Start tests/support/two_processes.py with these arguments by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", *how, "-m", "tests.support.two_processes"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*command, *map(str, arguments)], env=environment, cwd=ROOT)
 
 
 def test_two_processes_give_the_gradient_of_one(tiny_model, tmp_path):
-    """Two gloo processes with unequal shares of a step of 5 rows: the update of one process."""
+    """Two gloo processes with unequal shares of a step of 5 rows give the update of one process."""
     one = two_processes.one_step(tiny_model)
     output = tmp_path / "two.json"
     assert torchrun(TWO, tiny_model, output).wait(timeout=300) == 0
@@ -260,13 +260,13 @@ def test_accuracy_counts_the_most_probable_token(tiny_model):
 
 
 def test_two_machines_give_the_gradient_of_one(tiny_model, tmp_path):
-    """Two launchers with one process each that meet by torchrun's rendezvous options."""
+    """Two launchers with one process each, joined by torchrun's rendezvous, give that gradient."""
     output = tmp_path / "two.json"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = f"127.0.0.1:{free.getsockname()[1]}"
-    how = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={meeting}")
-    machines = [torchrun((*how, "--rdzv_id=test"), tiny_model, output) for _ in "ab"]
+    options = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={meeting}")
+    machines = [torchrun((*options, "--rdzv_id=test"), tiny_model, output) for _ in "ab"]
     assert [machine.wait(timeout=300) for machine in machines] == [0, 0]
     two, one = json.loads(output.read_text()), two_processes.one_step(tiny_model)
     assert one["micro_batches"] != two["micro_batches"]

@@ -1,4 +1,4 @@
-"""What is trained: an adapter, embeddings, both, or all weights; and one after the other."""
+"""Training an adapter, embeddings, both, or all weights; and one after the other."""
 
 import json
 import os
@@ -34,23 +34,25 @@ def base(request, tiny_model, tied_model) -> Path:
 
 
 def prepared(folder: Path, what: str, bits: int = 16, dtype: str = "fp32"):
-    kept_in = "fp32" if what == "full" else dtype
+    weights_dtype = "fp32" if what == "full" else dtype
     shape = lora_shape.LoraShape(4, 8.0, 0.0, "q_proj,v_proj", what=what)
-    made = trainable.prepare(base_model.load_base(str(folder), bits, kept_in, "cpu"), shape, seed=3)
-    packs = base_model.prepare_for_packed_training(made, checkpointing=False)
+    model = trainable.prepare(base_model.load_base(str(folder), bits, weights_dtype, "cpu"), shape, seed=3)
+    packs = base_model.prepare_for_packed_training(model, checkpointing=False)
     assert packs
-    return step.StepModel(made, base_model.DTYPES[dtype])
+    return step.StepModel(model, base_model.DTYPES[dtype])
 
 
 def trained_names(made) -> set[str]:
     return {
-        models_adapter.portable(n).split(".lora_")[0] for n, p in made.named_parameters() if p.requires_grad
+        models_adapter.portable(name).split(".lora_")[0]
+        for name, parameter in made.named_parameters()
+        if parameter.requires_grad
     }
 
 
 @pytest.mark.parametrize("what", WHAT)
 def test_the_gradient_is_that_of_the_plain_model(base, what):
-    """Packed rows, loss in chunks: what autograd gives for full logits, row by row."""
+    """Packed rows with the loss in chunks give the gradient of full logits, computed row by row."""
     examples = tiny.encoded([single(**row) for row in tiny.rows(5)], tiny.tokenizer())
     ours = prepared(base, what)
     ours(pack(examples, range(5)))[0].backward()
@@ -67,15 +69,15 @@ def test_the_gradient_is_that_of_the_plain_model(base, what):
 
 
 def test_what_is_trained(base, tied_model):
-    """The embedding alone; with LoRA also the head, unless it is the embedding; or everything."""
+    """Trained are the embedding alone; with LoRA also an untied head; or with `full` all parameters."""
     tied = base == tied_model
     head = set() if tied else {"base_model.model.lm_head"}
     assert trained_names(prepared(base, "embeddings").model) == {"base_model.model.model.embed_tokens"}
     both = trained_names(prepared(base, "lora+embeddings").model)
     assert {name for name in both if "layers" not in name} == {"base_model.model.model.embed_tokens"} | head
     assert {name.rsplit(".", 1)[-1] for name in both if "layers" in name} == {"q_proj", "v_proj"}
-    made = prepared(base, "full").model
-    assert len(trained_names(made)) == len(list(made.parameters()))
+    model = prepared(base, "full").model
+    assert len(trained_names(model)) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("what", WHAT)
@@ -87,16 +89,16 @@ def test_the_plan_knows_how_many_parameters(base, what):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_embeddings_of_a_quantised_base_are_trained_in_fp32(base, bits):
-    made = prepared(base, "lora+embeddings", bits, "bf16")
-    assert {p.dtype for p in trainable.trainable(made.model)} == {torch.float32}
+    step_model = prepared(base, "lora+embeddings", bits, "bf16")
+    assert {p.dtype for p in trainable.trainable(step_model.model)} == {torch.float32}
     examples = tiny.encoded([single(**row) for row in tiny.rows(5)], tiny.tokenizer())
-    made(pack(examples, range(5)))[0].backward()
-    assert made.model.get_input_embeddings().weight.grad.any()
+    step_model(pack(examples, range(5)))[0].backward()
+    assert step_model.model.get_input_embeddings().weight.grad.any()
 
 
 @pytest.mark.parametrize("what", WHAT)
 def test_a_run_goes_on_bit_for_bit_and_other_tools_load_it(harness, base, tmp_path, what):
-    """Stopped and continued; the loss falls; peft or transformers gives the validation loss of the log."""
+    """A continued run ends like a whole one, its loss falls, and peft or transformers get its logged loss."""
     rows, whole = tiny.save_rows(tmp_path / "rows.json", 24), tmp_path / "whole"
     answer = harness.run("finetune", flags(base, rows, whole, train_what=what, learning_rate=3e-3))
     assert answer["code"] == 0, answer["said"]
@@ -108,21 +110,21 @@ def test_a_run_goes_on_bit_for_bit_and_other_tools_load_it(harness, base, tmp_pa
     assert min(losses) < 0.95 * losses[0]
     before = AutoModelForCausalLM.from_pretrained(base)
     if what == "full":
-        made = AutoModelForCausalLM.from_pretrained(whole / "model")
+        trained = AutoModelForCausalLM.from_pretrained(whole / "model")
         assert AutoTokenizer.from_pretrained(whole / "model").eos_token == "<end>"
         checkpoint = AutoModelForCausalLM.from_pretrained(whole / "checkpoint-5")
         assert all(p.isfinite().all() for p in checkpoint.parameters())
     else:
-        made = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), whole)
+        trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), whole)
         stored = load_file(whole / "adapter_model.safetensors")
-        embedding = made.get_input_embeddings().weight
+        embedding = trained.get_input_embeddings().weight
         assert torch.equal(embedding, stored["base_model.model.model.embed_tokens.weight"])
-    assert validation_loss(made, rows, whole) == pytest.approx(min(losses), rel=1e-4)
+    assert validation_loss(trained, rows, whole) == pytest.approx(min(losses), rel=1e-4)
     assert validation_loss(before, rows, whole) == pytest.approx(losses[0], rel=1e-4)
 
 
 def validation_loss(made, rows: Path, run: Path) -> float:
-    """The mean over the targets of the run's validation rows, from full logits."""
+    """The mean loss over the targets of the run's validation rows, computed from full logits."""
     settings = json.loads((run / "finetune_config.json").read_text())["options"]
     settings |= {"data_path": str(rows), "output_path": str(run.with_name("plan"))}
     plan = training_plan.prepare(build(FinetuneConfig, settings))
@@ -131,15 +133,15 @@ def validation_loss(made, rows: Path, run: Path) -> float:
         for row in plan.data.validation_rows:
             ids, is_target = (torch.from_numpy(part.copy()) for part in plan.data.examples[row])
             logits = made.eval()(ids.long()[None]).logits[0, :-1][is_target[1:]]
-            wanted = ids.long()[1:][is_target[1:]]
-            total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
-            count += len(wanted)
+            targets = ids.long()[1:][is_target[1:]]
+            total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+            count += len(targets)
     return total / count
 
 
 @pytest.mark.parametrize("what", ["lora", *WHAT])
 def test_bf16_runs_answer_their_questions(tied_model, tmp_path, what):
-    """Trained weights are fp32, the compute dtype is bf16: training, validation and answers all the same."""
+    """With fp32 trained weights and the compute dtype bf16, a run trains, validates and answers."""
     rows = tiny.save_rows(tmp_path / "rows.json", 24)
     settings = flags(
         tied_model, rows, tmp_path / "run", dtype="bf16", train_what=what, max_steps=2, test_size=3
@@ -152,40 +154,40 @@ def test_bf16_runs_answer_their_questions(tied_model, tmp_path, what):
 
 def test_all_weights_need_16_bits(harness, tiny_model, tmp_path):
     rows = tiny.save_rows(tmp_path / "rows.json", 24)
-    given = flags(tiny_model, rows, tmp_path / "run", train_what="full")
-    answer = harness.run("finetune", {**given, "bits": 8})
+    options = flags(tiny_model, rows, tmp_path / "run", train_what="full")
+    answer = harness.run("finetune", {**options, "bits": 8})
     assert answer["code"] == 2
     assert "--bits 16" in answer["said"]
-    answer = harness.run("finetune", {**given, "lora_path": tmp_path})
+    answer = harness.run("finetune", {**options, "lora_path": tmp_path})
     assert answer["code"] == 2
     assert "--lora_path with --train_what full" in answer["said"]
 
 
 def test_a_folder_named_model_is_not_deleted(harness, tiny_model, tmp_path):
-    """Where a whole model would be put: what did not come from such a run stays, --overwrite or not."""
+    """A folder in the place of the whole model that no such run wrote stays, even with --overwrite."""
     (tmp_path / "run" / "model").mkdir(parents=True)
     rows = tiny.save_rows(tmp_path / "rows.json", 24)
-    given = flags(tiny_model, rows, tmp_path / "run", overwrite=True, max_steps=1)
-    answer = harness.run("finetune", {**given, "train_what": "full"})
+    options = flags(tiny_model, rows, tmp_path / "run", overwrite=True, max_steps=1)
+    answer = harness.run("finetune", {**options, "train_what": "full"})
     assert answer["code"] == 2
     assert "did not come from a run" in answer["said"]
-    for _ in range(2):  # a LoRA run writes nothing there, and deletes nothing
-        assert harness.run("finetune", given)["code"] == 0
+    for _ in range(2):  # a LoRA run neither writes nor deletes anything there
+        assert harness.run("finetune", options)["code"] == 0
         assert (tmp_path / "run" / "model").is_dir()
-    answer = harness.run("finetune", {**given, "train_what": "full"})
+    answer = harness.run("finetune", {**options, "train_what": "full"})
     assert answer["code"] == 2
 
 
 @pytest.mark.parametrize("what", ["embeddings", "lora+embeddings"])
 def test_embeddings_that_learned_nothing_are_not_saved(tiny_model, tmp_path, what):
-    made = prepared(tiny_model, what).model
-    trainable.save(made, None, tmp_path, was_updated=False)
+    model = prepared(tiny_model, what).model
+    trainable.save(model, None, tmp_path, was_updated=False)
     with pytest.raises(UserError, match="learned nothing"):
-        trainable.save(made, None, tmp_path, was_updated=True)
+        trainable.save(model, None, tmp_path, was_updated=True)
 
 
 def test_tied_embeddings_that_peft_cannot_tie_are_refused(tmp_path):
-    """BLOOM's have another name; all its weights can be trained."""
+    """BLOOM's embeddings have another name, so they cannot be trained beside LoRA."""
     import transformers
 
     config = transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=1, n_head=4)
@@ -210,47 +212,47 @@ def test_tied_embeddings_that_peft_cannot_tie_are_refused(tmp_path):
     ],
 )
 def test_a_run_may_train_more_than_it_starts_with(harness, base, tmp_path, first, second, code):
-    """--lora_path: the given weights are where the run starts, the others where they always start."""
+    """With --lora_path the adapter's weights are the start; all others start as in any run."""
     rows = tiny.save_rows(tmp_path / "rows.json", 24)
-    given = flags(base, rows, tmp_path / "first", train_what=first, max_steps=2, lora_alpha=8.0)
-    assert harness.run("finetune", given)["code"] == 0
-    given = flags(
+    options = flags(base, rows, tmp_path / "first", train_what=first, max_steps=2, lora_alpha=8.0)
+    assert harness.run("finetune", options)["code"] == 0
+    options = flags(
         base, rows, tmp_path / "second", train_what=second, max_steps=1, lora_path=tmp_path / "first"
     )
-    answer = harness.run("finetune", given)
+    answer = harness.run("finetune", options)
     assert answer["code"] == code, answer["said"]
     if code:
         assert f"train_what {first} -> {second}" in answer["said"]
         assert not (tmp_path / "second").exists()
         return
-    start, began = (
+    start, beginning = (
         load_file(path / "adapter_model.safetensors")
         for path in (tmp_path / "first", tmp_path / "second" / "checkpoint-0")
     )
-    assert all(torch.equal(began[name], tensor) for name, tensor in start.items())
-    new = began.keys() - start.keys()
+    assert all(torch.equal(beginning[name], tensor) for name, tensor in start.items())
+    new = beginning.keys() - start.keys()
     assert bool(new) == (first != second)
     plain = prepared(base, "embeddings").model
     for name in new:
         if ".lora_B" in name:
-            assert not began[name].any()
+            assert not beginning[name].any()
         elif ".lora_A" not in name:
-            base_ = plain.get_base_model()
+            whole_model = plain.get_base_model()
             is_head = name.endswith("lm_head.weight")
-            place = base_.get_output_embeddings() if is_head else base_.get_input_embeddings()
-            assert torch.equal(began[name], place.weight)
-    kept = json.loads((tmp_path / "second" / "finetune_config.json").read_text())["options"]
+            layer = whole_model.get_output_embeddings() if is_head else whole_model.get_input_embeddings()
+            assert torch.equal(beginning[name], layer.weight)
+    saved_options = json.loads((tmp_path / "second" / "finetune_config.json").read_text())["options"]
     if "lora" in first:
-        assert kept["lora_alpha"] == 8.0
+        assert saved_options["lora_alpha"] == 8.0
 
 
 def test_the_kind_of_an_adapter_is_taken_over(harness, tiny_model, tmp_path):
-    """Not said: as the adapter is. rsLoRA too; DoRA by the same --peft_config; others are refused."""
+    """A run takes rsLoRA over from the adapter, needs the same --peft_config for DoRA, and refuses others."""
     rows = tiny.save_rows(tmp_path / "rows.json", 24)
     (tmp_path / "dora.json").write_text('{"use_dora": true}')
     for name, changes in {"rs": {"rslora": True}, "dora": {"peft_config": tmp_path / "dora.json"}}.items():
-        given = flags(tiny_model, rows, tmp_path / name, max_steps=1, **changes)
-        assert harness.run("finetune", given)["code"] == 0
+        options = flags(tiny_model, rows, tmp_path / name, max_steps=1, **changes)
+        assert harness.run("finetune", options)["code"] == 0
     more = {"max_steps": 1, "lora_path": tmp_path / "rs"}
     answer = harness.run("finetune", flags(tiny_model, rows, tmp_path / "new", **more))
     assert answer["code"] == 0, answer["said"]
@@ -263,8 +265,8 @@ def test_the_kind_of_an_adapter_is_taken_over(harness, tiny_model, tmp_path):
     answer = harness.run("finetune", flags(tiny_model, rows, tmp_path / "plain", **more))
     assert answer["code"] == 0, answer["said"]
     more = {"max_steps": 1, "lora_path": tmp_path / "first", "rslora": True}
-    given = flags(tiny_model, rows, tmp_path / "first", max_steps=1, lora_target_modules="all-linear")
-    assert harness.run("finetune", given)["code"] == 0
+    options = flags(tiny_model, rows, tmp_path / "first", max_steps=1, lora_target_modules="all-linear")
+    assert harness.run("finetune", options)["code"] == 0
     answer = harness.run("finetune", flags(tiny_model, rows, tmp_path / "third", **more))
     assert answer["code"] == 4
     assert "rslora False -> True" in answer["said"]
@@ -280,25 +282,25 @@ def test_the_kind_of_an_adapter_is_taken_over(harness, tiny_model, tmp_path):
 
 
 def test_a_run_that_went_on_still_knows_what_it_started_from(harness, tiny_model, tmp_path):
-    """The same command after it was stopped and continued: finished, and not begun from other weights."""
+    """After a stop and a continuation, the first command reports a finished run, not other weights."""
     rows = tiny.save_rows(tmp_path / "rows.json", 24)
     assert harness.run("finetune", flags(tiny_model, rows, tmp_path / "first", max_steps=1))["code"] == 0
-    given = {"max_steps": 3, "lora_path": tmp_path / "first"}
+    options = {"max_steps": 3, "lora_path": tmp_path / "first"}
     whole = tmp_path / "whole"
-    assert harness.run("finetune", flags(tiny_model, rows, whole, **given))["code"] == 0
+    assert harness.run("finetune", flags(tiny_model, rows, whole, **options))["code"] == 0
     run = stopped_at(whole, 2, tmp_path / "run")
     assert harness.run("finetune_continue", {"output_path": run})["code"] == 0
     assert differences(outcome(whole), outcome(run)) == []
-    answer = harness.run("finetune", flags(tiny_model, rows, run, **given))
+    answer = harness.run("finetune", flags(tiny_model, rows, run, **options))
     assert "This run is finished" in answer["said"]
 
 
 def test_what_lora_path_cannot_start_from(harness, tiny_model, tmp_path):
-    """Each with what to do: a run that is not finished, all weights, an older checkpoint."""
+    """An unfinished run, a whole model and an older checkpoint are refused, each with what to do instead."""
     rows = tiny.save_rows(tmp_path / "rows.json", 24)
     whole = tmp_path / "whole"
-    given = flags(tiny_model, rows, whole, train_what="full", max_steps=1, learning_rate=1e-4)
-    assert harness.run("finetune", given)["code"] == 0
+    options = flags(tiny_model, rows, whole, train_what="full", max_steps=1, learning_rate=1e-4)
+    assert harness.run("finetune", options)["code"] == 0
     (tmp_path / "unfinished").mkdir()
     shutil.copy(whole / "finetune_config.json", tmp_path / "unfinished")
     (tmp_path / "older").mkdir()
@@ -314,23 +316,23 @@ def test_what_lora_path_cannot_start_from(harness, tiny_model, tmp_path):
 
 
 def test_tied_embeddings_of_another_tool(tied_model):
-    """One name is enough; two that differ cannot be one tensor."""
-    made = prepared(tied_model, "embeddings").model
-    given = {
-        name: tensor + 1 for name, tensor in trainable.file_tensors(made).items() if "embed_tokens" in name
+    """The tensor under one of its names is enough; two tensors that differ cannot be tied."""
+    model = prepared(tied_model, "embeddings").model
+    tensors = {
+        name: tensor + 1 for name, tensor in trainable.file_tensors(model).items() if "embed_tokens" in name
     }
-    trainable.assign(made, given, "an adapter", start=True)
-    assert torch.equal(made.get_input_embeddings().weight, next(iter(given.values())))
-    both = {name: tensor + len(name) for name, tensor in trainable.file_tensors(made).items()}
+    trainable.assign(model, tensors, "an adapter", start=True)
+    assert torch.equal(model.get_input_embeddings().weight, next(iter(tensors.values())))
+    both = {name: tensor + len(name) for name, tensor in trainable.file_tensors(model).items()}
     with pytest.raises(UserError, match="differ"):
-        trainable.assign(made, both, "an adapter")
+        trainable.assign(model, both, "an adapter")
 
 
-def stages(copy: Path, model_path: str, folder: Path, *given: str) -> dict[str, float]:
-    """sample/stages.sh; stage -> validation loss after over before."""
-    where = {**os.environ, "MODEL_PATH": model_path, "OUTPUT_PATH": str(folder)}
-    command = ["bash", "sample/stages.sh", "--batch_size=4", "--test_size=6", "--warmup_steps=0", *given]
-    ended = subprocess.run(command, cwd=copy, env=where, capture_output=True, text=True)
+def stages(copy: Path, model_path: str, folder: Path, *options: str) -> dict[str, float]:
+    """Run sample/stages.sh; return for each stage its validation loss afterwards over the one before."""
+    environment = {**os.environ, "MODEL_PATH": model_path, "OUTPUT_PATH": str(folder)}
+    command = ["bash", "sample/stages.sh", "--batch_size=4", "--test_size=6", "--warmup_steps=0", *options]
+    ended = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert ended.stdout.count("Warm start: the weights of") == 2
     falls = {}
@@ -341,17 +343,17 @@ def stages(copy: Path, model_path: str, folder: Path, *given: str) -> dict[str, 
 
 
 def test_the_stages_one_after_the_other(copy, tiny_model, tmp_path):
-    """New vocabulary -> its embeddings -> raw text -> answers; a head of its own is trained from stage 2."""
-    given = ("--bits=16", "--dtype=fp32", "--device=cpu", "--learning_rate=1e-2", "--max_steps=12")
-    falls = stages(copy, str(tiny_model), tmp_path / "stages", *given)
+    """The stages train new embeddings, raw text and answers in turn; an untied head from the second on."""
+    options = ("--bits=16", "--dtype=fp32", "--device=cpu", "--learning_rate=1e-2", "--max_steps=12")
+    falls = stages(copy, str(tiny_model), tmp_path / "stages", *options)
     assert all(fall < 0.98 for fall in falls.values()), falls
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "stages" / "base")
     assert base.get_input_embeddings().weight.shape[0] % 128 == 0
-    made = PeftModel.from_pretrained(base, tmp_path / "stages" / "sft")
+    model = PeftModel.from_pretrained(base, tmp_path / "stages" / "sft")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "stages" / "base")
     piece = tokenizer("太阳", add_special_tokens=False).input_ids
     assert len(piece) == 1
-    rows = [made.get_input_embeddings().weight[piece], base.get_output_embeddings().weight[piece]]
+    rows = [model.get_input_embeddings().weight[piece], base.get_output_embeddings().weight[piece]]
     assert all(row.any() for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""What the chat window shows while an answer grows, stops or fails; without a browser."""
+"""The chat window while an answer grows, stops or fails, without a browser."""
 
 import threading
 import types
@@ -23,7 +23,7 @@ OLD = {"question": "q", LEFT: "old", RIGHT: "old too"}
 
 
 class Sides(Scripted):
-    """Each side, known by its active adapters, has its own script: texts, and an error if it is to fail."""
+    """A chat with a script of texts or errors for each side; the active adapters tell the sides apart."""
 
     def __init__(self, left: list, right: list, name: str = "toy"):
         super().__init__(echo)
@@ -46,7 +46,7 @@ def window(chat: Scripted, **options) -> chat_window.ChatWindow:
 def answered(
     chat_page: chat_window.ChatWindow, what: str, turns: list, compare: bool = False, **side
 ) -> list[dict]:
-    """What the page shows at each step of what a button does."""
+    """The outputs of the page at each step of a button's work."""
     layout = chat_page.layout
     values = {component: component.value for component in layout.side()}
     values |= {layout.compare: compare, layout.against: BASE, layout.template: side.get("form", TRAINED)}
@@ -58,7 +58,7 @@ def answered(
 
 @pytest.mark.parametrize(("what", "box"), [("ask", "new"), ("retry", "in the box")])
 def test_an_answer_stopped_before_its_first_token_changes_nothing(what, box):
-    """The turns are as they were, in the browser's storage too; the question is in the box again."""
+    """Turns and the browser's storage stay as they were, and the question is in the box again."""
     chat_page = window(Sides([PartialText(""), PartialText("", finished=CANCELLED)], []))
     *_, last = answered(chat_page, what, [OLD])
     assert (last["turns"], last["box"]) == ([OLD], box)
@@ -94,7 +94,7 @@ def test_an_error_of_one_side_stays_and_the_other_answers(engine, failing):
 
 
 def test_an_answer_that_cannot_go_on_stays():
-    """Continue with two sides: one fails, and its earlier text is still there."""
+    """When one of two sides fails to continue, its earlier text stays."""
     chat_page = window(Sides(BROKEN, WHOLE))
     *_, last = answered(chat_page, "go_on", [OLD], compare=True)
     assert (last["turns"][-1][LEFT], last["turns"][-1][RIGHT]) == ("old", "a b c")
@@ -124,17 +124,17 @@ def test_a_system_prompt_that_the_template_cannot_hold_is_left_out():
 def test_the_single_turn_window_leaves_it_out_too():
     chat = Scripted(echo)
     page = single_window.build_page(chat, ChatConfig(mode="greedy", system="Be kind."))
-    [work] = [made.fn for made in page.fns.values() if getattr(made.fn, "__name__", "") == "answer"]
-    [given] = [made.inputs for made in page.fns.values() if made.fn is work]
-    values = [component.value for component in given]
-    for form, wanted in ((TRAINED, ["Be kind.", "new"]), ("alpaca", ["new"])):
+    [work] = [event.fn for event in page.fns.values() if getattr(event.fn, "__name__", "") == "answer"]
+    [inputs] = [event.inputs for event in page.fns.values() if event.fn is work]
+    values = [component.value for component in inputs]
+    for form, expected in ((TRAINED, ["Be kind.", "new"]), ("alpaca", ["new"])):
         *_, (_, _, status) = work(PAGE, "new", "", values[2], form, *values[4:])
-        assert chat.questions[-1] == wanted
+        assert chat.questions[-1] == expected
         assert ("the system prompt is left out" in status) == (form == "alpaca")
 
 
 def test_a_side_that_does_not_go_on_keeps_what_made_it():
-    """Continue without the comparison: the other answer stays, with the adapters that made it."""
+    """Continue without the comparison keeps the other answer and the adapters that wrote it."""
     chat_page = window(Sides(WHOLE, []))
     turn = {**OLD, "adapters": {LEFT: {"one": 1.0}, RIGHT: {"two": 0.5}}}
     *_, last = answered(chat_page, "go_on", [turn])
@@ -149,7 +149,7 @@ def test_a_side_that_does_not_go_on_keeps_what_made_it():
     ("context", "asked", "kept"), [("facts", "facts", ""), ("facts", "", "facts\n\n"), ("", "", "")]
 )
 def test_a_summary_keeps_what_it_does_not_know(context, asked, kept):
-    """Text in the context box that went with no turn stays before the summary."""
+    """Text in the context box that belonged to no turn stays in front of the summary."""
     chat_page = window(Sides(WHOLE, []))
     layout = chat_page.layout
     values = {component: component.value for component in layout.side()} | {layout.context: context}
@@ -171,19 +171,19 @@ def test_edit_last_does_not_overwrite_a_message():
 def test_edit_last_gives_the_context_back(context, wanted):
     """The context comes back into an empty box; other text that was typed there is not overwritten."""
     chat_page = window(Scripted(echo))
-    asked = {**OLD, "input": "facts"}
-    turns, _, _, _, status, _, _, given = chat_page.edit_last("", context, [asked])
+    turn = {**OLD, "input": "facts"}
+    turns, _, _, _, status, _, _, new_context = chat_page.edit_last("", context, [turn])
     if wanted:
-        assert (turns, given) == ([], wanted)
+        assert (turns, new_context) == ([], wanted)
     else:
-        assert (turns, given) == ([asked], gr.skip())
+        assert (turns, new_context) == ([turn], gr.skip())
         assert "has changed" in status
 
 
 def test_all_buttons_that_ask_share_the_places():
     """Otherwise Retry, Continue and Summarise would be answered beyond the limit of the queue."""
-    for made, buttons in ((chat_window, 4), (single_window, 1)):
-        events = made.build_page(Scripted(echo), ChatConfig(mode="greedy")).fns.values()
+    for module, buttons in ((chat_window, 4), (single_window, 1)):
+        events = module.build_page(Scripted(echo), ChatConfig(mode="greedy")).fns.values()
         queued = [event for event in events if event.queue and event.inputs]
         assert len(queued) == buttons
         assert {event.concurrency_id for event in queued} == {chat_controls.QUEUE}
@@ -191,21 +191,21 @@ def test_all_buttons_that_ask_share_the_places():
 
 def test_a_program_ends_between_two_pieces_of_an_answer(monkeypatch):
     """The program waits for the piece that is computed and begins no other one."""
-    steps, inside, go, seen, told = ui_sessions.Steps(), threading.Event(), threading.Event(), [], []
-    monkeypatch.setattr(ui_sessions, "say", told.append)
+    steps, inside, go, seen, messages = ui_sessions.Steps(), threading.Event(), threading.Event(), [], []
+    monkeypatch.setattr(ui_sessions, "say", messages.append)
 
-    def made() -> Iterator[int]:
+    def numbers() -> Iterator[int]:
         inside.set()
         go.wait()
         yield from (1, 2)
 
-    answering = threading.Thread(target=lambda: seen.extend(steps.each(made())))
+    answering = threading.Thread(target=lambda: seen.extend(steps.each(numbers())))
     ending = threading.Thread(target=steps.end)
     answering.start()
     inside.wait()
     ending.start()
     eventually(lambda: steps.is_over)
-    eventually(lambda: told)  # who waits is told so
+    eventually(lambda: messages)  # the user learns that the program waits
     assert ending.is_alive()
     go.set()
     for thread in (ending, answering):
@@ -213,7 +213,7 @@ def test_a_program_ends_between_two_pieces_of_an_answer(monkeypatch):
         assert not thread.is_alive()
     assert seen == [1]
     steps.allow()
-    assert list(steps.each(made())) == [1, 2]
+    assert list(steps.each(numbers())) == [1, 2]
 
 
 def test_stop_while_waiting_is_told():

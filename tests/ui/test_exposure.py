@@ -1,6 +1,6 @@
-"""Who may reach a window: only this machine, only its own pages, and with --auth only who has the password.
+"""A window can be reached only from this machine, by its own pages and, with --auth, with the password.
 
-Plain HTTP against a real server (tests/support/window_server.py); the browser's side is test_windows.py.
+The tests send plain HTTP to a real server (tests/support/window_server.py); test_windows.py uses a browser.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ from tests.support.training_page import eventually
 
 
 def request(server: Server, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
-    """(status, content) of one request."""
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    asked = urllib.request.Request(server.address + path, data=body, headers=named)
+    """Send one request; return its status and content."""
+    renamed_headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    message = urllib.request.Request(server.address + path, data=body, headers=renamed_headers)
     try:
-        with urllib.request.urlopen(asked, timeout=10) as answer:
+        with urllib.request.urlopen(message, timeout=10) as answer:
             return answer.status, _content(answer)
     except urllib.error.HTTPError as error:
         return error.code, _content(error)
@@ -54,8 +54,8 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("open")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "gradio"))
-        with serving("turns", folder, "--queue=3", "--max_new_tokens=450") as made:
-            yield made
+        with serving("turns", folder, "--queue=3", "--max_new_tokens=450") as window_server:
+            yield window_server
 
 
 def test_only_this_machine_can_connect(server):
@@ -67,7 +67,7 @@ def test_only_this_machine_can_connect(server):
             address, port = local.split(":")
             if state == "0A" and int(port, 16) == server.port:
                 listening.append(address)
-    assert listening == ["0100007F"]  # 127.0.0.1, in the order of the wire
+    assert listening == ["0100007F"]  # 127.0.0.1 as Linux writes it there
 
 
 def test_an_allowed_proxy_may_use_the_window(tmp_path):
@@ -93,7 +93,7 @@ def test_an_allowed_proxy_may_use_the_window(tmp_path):
     ],
 )
 def test_others_only_with_a_password(options):
-    """W14: any other address, and a public link, need --auth."""
+    """W14: any other address and a public link need --auth."""
     with pytest.raises(UserError, match="--auth"):
         guard.check_exposure(ChatConfig(**options))
     guard.check_exposure(ChatConfig(**options, auth="me:secret"))
@@ -149,7 +149,7 @@ def test_nothing_outside_is_read(server, tmp_path):
 
 def test_other_sites_are_refused(server):
     """W5: requests from pages of other sites, and requests with foreign host names, are refused."""
-    own = server.address.removeprefix("http://")
+    host_and_port = server.address.removeprefix("http://")
     assert request(server, "/config")[0] == 200
     assert request(server, "/config", Origin=server.address)[0] == 200
     assert request(server, "/config", Host=f"localhost:{server.port}")[0] == 200
@@ -157,7 +157,7 @@ def test_other_sites_are_refused(server):
         "http://evil.example",
         "null",
         "http://127.0.0.1:1",
-        f"http://{own}.evil.example",
+        f"http://{host_and_port}.evil.example",
         "file://",
     ):
         for path in ("/config", "/gradio_api/queue/join", "/gradio_api/upload", "/"):
@@ -170,7 +170,7 @@ def test_other_sites_are_refused(server):
 def question(server: Server, session: str) -> tuple[int, bytes]:
     """Send one question in the way in which the page of this session sends it."""
     config = json.loads(request(server, "/config")[1])
-    endpoint = max(config["dependencies"], key=lambda one: len(one["inputs"]))  # a question goes with all
+    endpoint = max(config["dependencies"], key=lambda one: len(one["inputs"]))  # a question sends all inputs
     parts = {part["id"]: part for part in config["components"]}
     values = [parts[number]["props"].get("value") for number in endpoint["inputs"]]
     values = ["" if value is None else value for value in values]
@@ -195,7 +195,7 @@ def test_flood_of_questions_is_bounded(server):
         if answers[-1][0] == 200:
             pages.append(listening(server, f"flood{number}"))
     refused = [content for status, content in answers if status != 200]
-    assert len(answers) - len(refused) <= 3 + 4 + 1  # waiting, being answered, one between both
+    assert len(answers) - len(refused) <= 3 + 4 + 1  # waiting, being answered, and one between them
     assert all(b"full" in content.lower() for content in refused)
     for page in pages:
         page.close()
@@ -229,7 +229,7 @@ def full(server: Server, places: int) -> Iterator[None]:
     """Other pages occupy all places for answers and for waiting until the end of the block."""
     pages = []
     for number in range(places):
-        eventually(lambda name=f"other{number}": question(server, name)[0] == 200)  # the one before moves up
+        eventually(lambda name=f"other{number}": question(server, name)[0] == 200)  # an earlier one moves up
         pages.append(listening(server, f"other{number}"))
     try:
         yield
@@ -267,13 +267,13 @@ def test_who_is_refused_by_a_full_queue_is_told(browser, tmp_path, kind, lang, t
 
 
 def is_taken(page) -> bool:
-    """Whether the question in the box is answered when it is sent now."""
-    answered = page.locator("#status").filter(has_text="/ 512")
-    page.click("#send")  # what was told before stands there until something else is
+    """Send the question in the box, and return whether it is answered."""
+    numbers = page.locator("#status").filter(has_text="/ 512")
+    page.click("#send")  # an earlier notice stays until another one replaces it
     with contextlib.suppress(AssertionError):
-        expect(answered).to_be_visible(timeout=5000)
+        expect(numbers).to_be_visible(timeout=5000)
     finished(page)
-    return answered.count() == 1
+    return numbers.count() == 1
 
 
 def upload(server: Server, content: bytes) -> tuple[int, bytes]:
@@ -321,7 +321,7 @@ def test_no_address_is_fetched_for_a_page(server):
             data = {"data": values, "fn_index": endpoint["id"], "session_hash": "url"}
             body = json.dumps(data).encode()
             request(server, f"/gradio_api/{way}", body, Content_Type="application/json")
-        request(server, "/gradio_api/queue/data?session_hash=url")  # until its answer has come
+        request(server, "/gradio_api/queue/data?session_hash=url")  # returns when its answer has come
         with pytest.raises(BlockingIOError):
             target.accept()
 
@@ -350,9 +350,9 @@ def kept_bytes(server: Server) -> int:
 
 
 def peak_memory(server: Server) -> int:
-    """Bytes."""
-    told = Path(f"/proc/{server.process.pid}/status").read_text(encoding="utf-8")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", told)[1]) << 10
+    """The peak memory of the server in bytes."""
+    status_text = Path(f"/proc/{server.process.pid}/status").read_text(encoding="utf-8")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status_text)[1]) << 10
 
 
 def test_very_large_upload_is_refused_early(server):
@@ -382,7 +382,7 @@ def test_aborted_upload_leaves_nothing(server):
     assert request(server, "/config")[0] == 200
 
 
-OPEN = {  # what answers without the password: the login, and files that are the same for everybody
+OPEN = {  # paths that answer without the password: the login, and files that are the same for everybody
     "/",
     "/login",
     "/login/",
@@ -416,12 +416,14 @@ def test_every_route_asks_for_the_password(tmp_path):
     with gr.Blocks() as blocks:
         gr.Textbox()
     routes = list(iter_route_contexts(App.create_app(blocks).routes))
-    asked = [(method, route.path) for route in routes for method in route.methods]
-    assert ("POST", "/gradio_api/queue/join") in asked
+    routes_and_methods = [(method, route.path) for route in routes for method in route.methods]
+    assert ("POST", "/gradio_api/queue/join") in routes_and_methods
     with serving("turns", tmp_path / "server", "--auth=me:secret") as server:
-        statuses = {(method, path): answered(server, method, path) for method, path in asked}
-        opened = {path for (_, path), status in statuses.items() if status not in (401, 403)}
-        assert opened == OPEN, {one: status for one, status in statuses.items() if one[1] in opened - OPEN}
+        statuses = {(method, path): answered(server, method, path) for method, path in routes_and_methods}
+        open_paths = {path for (_, path), status in statuses.items() if status not in (401, 403)}
+        assert open_paths == OPEN, {
+            one: status for one, status in statuses.items() if one[1] in open_paths - OPEN
+        }
         page_without = request(server, "/")[1]
         assert b"auth_required" in page_without
         assert b"adapter1" not in page_without

@@ -1,4 +1,4 @@
-"""Markdown that a model or a user has written: code stays as it is, and HTML around it is escaped."""
+"""In Markdown that a model or a user has written, code stays as it is and HTML around it is escaped."""
 
 import pytest
 
@@ -30,7 +30,7 @@ ESCAPED = "&lt;img src=x>"
     ],
 )
 def test_code_keeps_its_signs(text):
-    """Spans, indented code and all kinds of fences, in lists and quotes; what follows is not code."""
+    """Spans, indented code and all kinds of fences are code, also in lists and quotes; the rest is not."""
     code = text.replace("{}", BAD + " & x")
     assert ui_html.as_markdown(PartialText(code)) == code
     if text.count("```") != 1:
@@ -59,21 +59,21 @@ def test_code_keeps_its_signs(text):
     ],
 )
 def test_html_outside_of_code_is_escaped(text):
-    """Backticks that do not match or stand in two cells; fences that are other, shorter or closed."""
-    shown = ui_html.as_markdown(PartialText(text.replace("{}", BAD)))
-    assert BAD not in shown
-    assert ESCAPED in shown
+    """HTML is no code between unmatched backticks, or behind a fence that is closed or does not match."""
+    markdown = ui_html.as_markdown(PartialText(text.replace("{}", BAD)))
+    assert BAD not in markdown
+    assert ESCAPED in markdown
 
 
 def test_a_fence_that_what_may_change_turns_into_text():
-    """A fence of backticks has none behind it in its line: the HTML there is no code any more."""
+    """When more backticks follow in the line of a fence, it is no fence, and HTML in it is escaped."""
     assert ui_html.as_markdown(PartialText("```<img src=x>", "a")) == "```<img src=x>a"
     assert BAD not in ui_html.as_markdown(PartialText("```<img src=x>", "` a"))
 
 
 @pytest.mark.parametrize("before", ["```\na\n", "~~~\na\n", "- a\n  ```\n  b\n", "````\n```\n", "~~~\n```\n"])
 def test_what_may_change_is_not_marked_in_code(before):
-    """The tag that marks it stands behind a fence and not inside, where it would be shown."""
+    """The tag that marks open text comes after a fence, because it would be shown inside."""
     assert ui_html.as_markdown(PartialText(before, "  a < b")) == f"{before}  a < b"
     closing = "  ```" if before.startswith("-") else before.split("\n")[0]
     closed = f"{before}{closing}\n"
@@ -88,6 +88,6 @@ def test_what_may_change_is_not_marked_in_code(before):
     [PartialText("![a](http://x)"), PartialText("a ", "![a](http://x)"), PartialText("![a](", "http://x)")],
 )
 def test_no_image_is_fetched(text):
-    """Neither in stable text nor in text that may still change."""
+    """This holds for stable text and for text that may still change."""
     assert "![" not in ui_html.as_markdown(text)
     assert "!\\[a](" in ui_html.as_markdown(text)

@@ -1,4 +1,4 @@
-"""The training window: answers on the way, trainings as processes, their files, and a real browser."""
+"""The training window: answers during a training, trainings as processes, their files, and a browser."""
 
 import dataclasses
 import fcntl
@@ -39,25 +39,25 @@ def samples(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("bits", [16, 8])
 def test_answers_on_the_way_change_nothing_that_is_learned(one_thread, tiny_model, tiny_rows, tmp_path, bits):
-    """Log, adapters, optimizer and position are the same bytes with and without --sample_steps."""
+    """Log, adapters, optimizer and position are equal to the byte with and without --sample_steps."""
     plain = trained(tiny_model, tiny_rows, tmp_path / "plain", bits=bits)
     prompts = {"sample_steps": 4, "sample_prompts": "Say red | Say  blue 3"}
-    asked = trained(tiny_model, tiny_rows, tmp_path / "asked", bits=bits, **prompts)
-    assert resume_cases.differences(resume_cases.outcome(plain), resume_cases.outcome(asked)) == []
+    sampled = trained(tiny_model, tiny_rows, tmp_path / "asked", bits=bits, **prompts)
+    assert resume_cases.differences(resume_cases.outcome(plain), resume_cases.outcome(sampled)) == []
     assert not (plain / runs_folder.SAMPLES).exists()
-    rounds = samples(asked)
+    rounds = samples(sampled)
     assert [record["step"] for record in rounds] == [0, 4, 6]
     questions = [[answer["instruction"] for answer in record["answers"]] for record in rounds]
     assert questions == [questions[0]] * 3
     assert questions[0][-2:] == ["Say red", "Say  blue 3"]
-    finished = json.loads((asked / "finished.json").read_text())["answers"]
+    finished = json.loads((sampled / "finished.json").read_text())["answers"]
     assert len(finished) == 5
     for place, when in ((0, "before"), (-1, "after")):
         assert [a["answer"] for a in rounds[place]["answers"][:5]] == [a[when] for a in finished]
 
 
 def test_answers_on_the_way_survive_a_stop(one_thread, tiny_model, tiny_rows, tmp_path):
-    """Stopped between two checkpoints and continued: the rounds of a straight run, none twice, none torn."""
+    """A run that is stopped between checkpoints and continued has the rounds of answers of a straight run."""
     flags = {"sample_steps": 1, "save_steps": 3, "eval_steps": 100}
     whole = trained(tiny_model, tiny_rows, tmp_path / "whole", **flags)
 
@@ -65,7 +65,7 @@ def test_answers_on_the_way_survive_a_stop(one_thread, tiny_model, tiny_rows, tm
 
     def killed(*arguments):
         rounds.append(1)
-        if len(rounds) == 4:  # 0, 1, 2, then at step 3
+        if len(rounds) == 4:  # after the rounds of steps 0, 1 and 2
             os.kill(os.getpid(), signal.SIGTERM)
         return short_reply(*arguments)
 
@@ -83,7 +83,7 @@ def test_answers_on_the_way_survive_a_stop(one_thread, tiny_model, tiny_rows, tm
 
 @pytest.mark.parametrize("prompts", ["|".join("abcdefghijklmnopq"), "x" * 501])
 def test_long_lists_of_own_prompts_are_refused(prompts):
-    """Each round asks them all, and each must fit the model."""
+    """Their number and length are limited, because each round asks all of them."""
     with pytest.raises(Exception, match=r"--sample_prompts .* at most"):
         build(FinetuneConfig, {"sample_prompts": prompts})
 
@@ -105,7 +105,7 @@ def workspace(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def sleeper(tmp_path, monkeypatch) -> Iterator[Path]:
-    """Trainers that only sleep, in the place of `python -m onecard`."""
+    """Replace `python -m onecard` by trainers that only sleep."""
     (tmp_path / "onecard").mkdir()
     (tmp_path / "onecard" / "__main__.py").write_text(SLEEPER)
     (tmp_path / "onecard" / "__init__.py").touch()
@@ -140,7 +140,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("name", [*HOSTILE, None, 7, "$(id)", "a\\b", "学" * 34])
 def test_a_run_is_named_by_one_plain_word(workspace, name):
-    """Everything else is refused before a file is touched, by each way in."""
+    """Each function refuses any other name before it touches a file."""
     for way in (
         lambda: jobs.start(workspace, name, FinetuneConfig()),
         lambda: jobs.go_on(workspace, name),
@@ -154,7 +154,7 @@ def test_a_run_is_named_by_one_plain_word(workspace, name):
 
 @pytest.mark.parametrize("name", ["run-1", "a.b_c-d", "_x", "训练1", "x" * 100])
 def test_plain_words_are_names(workspace, name):
-    """Letters of any script, digits and three signs."""
+    """A name may have letters of any script, digits and three other characters."""
     assert jobs.folder_of(workspace, name) == workspace / name
 
 
@@ -180,7 +180,7 @@ def test_plain_words_are_names(workspace, name):
     ],
 )
 def test_paths_stay_inside(workspace, sleeper, option, path):
-    """No option leads out of the folder, and nothing is started."""
+    """An option with a path outside of the folder is refused, and nothing is started."""
     options = dataclasses.replace(FinetuneConfig(), **{option: path})
     with pytest.raises(UserError, match=f"--{option} .* not open"):
         jobs.start(workspace, "run", options)
@@ -188,7 +188,7 @@ def test_paths_stay_inside(workspace, sleeper, option, path):
 
 
 def test_paths_inside_are_open(workspace, tmp_path):
-    """Names, files below this folder, absolute ones too, several with weights, hub names, uploads."""
+    """Allowed are files below this folder, several with weights, names on the hub, and uploads."""
     uploads = workspace / jobs.UPLOADS
     for path in (
         "sample/a.json:2,b.csv",
@@ -200,36 +200,36 @@ def test_paths_inside_are_open(workspace, tmp_path):
 
 
 def test_an_upload_is_kept_under_a_harmless_name(workspace, tmp_path):
-    """A copy by its content, inside the workspace; what is no file of rows is refused."""
+    """An upload is copied into the workspace under a harmless name; a file without rows is refused."""
     source = tmp_path / "--a b;$(id)..json"
     source.write_text("[]")
-    kept = jobs.keep_upload(source, workspace)
-    assert kept.parent == workspace / jobs.UPLOADS
-    assert kept.name.startswith("a_b__")
-    assert jobs.keep_upload(source, workspace) == kept
-    jobs.check_paths(dataclasses.replace(FinetuneConfig(), data_path=str(kept)), workspace / jobs.UPLOADS)
+    copy = jobs.keep_upload(source, workspace)
+    assert copy.parent == workspace / jobs.UPLOADS
+    assert copy.name.startswith("a_b__")
+    assert jobs.keep_upload(source, workspace) == copy
+    jobs.check_paths(dataclasses.replace(FinetuneConfig(), data_path=str(copy)), workspace / jobs.UPLOADS)
     (tmp_path / "x.py").write_text("")
     with pytest.raises(UserError, match="not a file of rows"):
         jobs.keep_upload(tmp_path / "x.py", workspace)
 
 
 def test_options_reach_the_trainer_as_values(workspace, sleeper):
-    """Each as one --name=value, only those that were changed; a value never becomes an option."""
+    """Each changed option is passed as one --name=value, so that a value never becomes an option."""
     text = "a | --overwrite"
     options = dataclasses.replace(
         FinetuneConfig(), sample_prompts=text, seed=7, rslora=True, data_path="a b.json"
     )
     jobs.start(workspace, "run", options)
-    said = jobs.console_of(workspace / "run")
-    eventually(lambda: "argv" in said.read_text())
+    console = jobs.console_of(workspace / "run")
+    eventually(lambda: "argv" in console.read_text())
     words = ["finetune", "--data_path=a b.json", "--rslora=true", "--seed=7", f"--sample_prompts={text}"]
     words.append(f"--output_path={workspace / 'run'}")
-    line = next(line for line in said.read_text().splitlines() if line.startswith("argv "))
+    line = next(line for line in console.read_text().splitlines() if line.startswith("argv "))
     assert sorted(json.loads(line.removeprefix("argv "))) == sorted(words)
 
 
 def test_a_second_start_is_refused(workspace, sleeper):
-    """Of many windows at once one starts; another process's lock and an earlier run are respected too."""
+    """Of many simultaneous starts one succeeds; another process's lock and an earlier run are respected."""
     refused = []
 
     def window() -> None:
@@ -263,7 +263,7 @@ def test_a_second_start_is_refused(workspace, sleeper):
 
 
 def test_a_trainer_that_has_not_begun_can_be_stopped(workspace, sleeper):
-    """It is known by its console until it owns the folder; afterwards the name is free again."""
+    """Such a trainer is found by its console file, and after the stop its name is free again."""
     jobs.start(workspace, "run", FinetuneConfig())
     pid = jobs.state(workspace, "run").pid
     assert os.getpgid(pid) == pid != os.getpgid(0)
@@ -277,7 +277,7 @@ def test_a_trainer_that_has_not_begun_can_be_stopped(workspace, sleeper):
 
 
 def test_who_is_trained_on_a_device(workspace, sleeper):
-    """Runs that go on there; one that has just begun might be anywhere; those that ended are nobody's."""
+    """These are the running ones there and those that have just begun, which might be anywhere."""
     assert jobs.training_on(workspace, "cpu") == []
     planted(workspace, "ended")
     for number, device in enumerate(("cpu", "cuda:0", "cuda:1", None)):
@@ -291,7 +291,7 @@ def test_who_is_trained_on_a_device(workspace, sleeper):
 
 
 def test_a_stale_lock_is_nobodys(workspace):
-    """The pid of a dead process, of one that lives but holds nothing, and nonsense: nobody trains there."""
+    """With the pid of a dead process, of one without the lock, or nonsense in it, nobody trains there."""
     folder = planted(workspace, "run")
     for pid in ("999999999", str(os.getpid()), "", "-1", "0", "x", "9" * 30):
         (folder / ".lock").write_text(pid)
@@ -302,31 +302,31 @@ def test_a_stale_lock_is_nobodys(workspace):
 
 
 def test_how_a_run_stands_is_read_from_its_files(workspace):
-    """New, failed with its last words, killed, stopped, finished, and gone on without a window since."""
+    """A run can be new, failed, killed, stopped, finished, or continued later without a window."""
     assert jobs.state(workspace, "run").kind == jobs.NEW
     folder = planted(workspace, "run")
     console = jobs.console_of(folder)
     start = "=== 2020-01-01 10:00:00 finetune.py\n=== process 1\n"
 
-    def said(text: str) -> jobs.State:
+    def state_after(text: str) -> jobs.State:
         console.write_text("error: of an earlier start\n" + start + text)
         return jobs.state(workspace, "run")
 
-    failed = said("rows 5\nerror: something is wrong.\n")
+    failed = state_after("rows 5\nerror: something is wrong.\n")
     assert (failed.kind, failed.said.splitlines()[-1]) == (jobs.FAILED, "error: something is wrong.")
     assert "earlier" not in failed.said
-    assert said("Traceback (most recent call last)\n  x\nKeyError: 1\n").kind == jobs.FAILED
-    killed = said("step 3/5\r 60%\rstep 4/5")
+    assert state_after("Traceback (most recent call last)\n  x\nKeyError: 1\n").kind == jobs.FAILED
+    killed = state_after("step 3/5\r 60%\rstep 4/5")
     assert (killed.kind, killed.said.splitlines()[0]) == (jobs.FAILED, "step 4/5")
     assert "It may have been killed." in killed.said
-    assert said("error: in a row\nstopped by SIGTERM.\n").kind == jobs.STOPPED
-    assert said(f"step 1\n{jobs.STOP_NOTE}\n").kind == jobs.STOPPED
-    said("step 3/5")
+    assert state_after("error: in a row\nstopped by SIGTERM.\n").kind == jobs.STOPPED
+    assert state_after(f"step 1\n{jobs.STOP_NOTE}\n").kind == jobs.STOPPED
+    state_after("step 3/5")
     later = time.time() + 5
     os.utime(folder / runs_folder.LOG, (later, later))
     assert jobs.state(workspace, "run").kind == jobs.STOPPED
     (folder / runs_folder.FINISHED).write_text("{}")
-    assert said("error: in a row\nall is well\n").kind == jobs.FINISHED
+    assert state_after("error: in a row\nall is well\n").kind == jobs.FINISHED
     jobs.console_of(workspace / "failed").write_text(f"{start}error: no such file\n")
     jobs.console_of(workspace / "deleted").write_text(f"{start}step 5\n")
     assert sorted(jobs.names(workspace)) == ["failed", "run"]
@@ -339,66 +339,66 @@ def test_how_a_run_stands_is_read_from_its_files(workspace):
 
 
 def test_memory_is_predicted_from_the_form(workspace, tiny_model, tmp_path):
-    """With the form's options, for a model that is here; what cannot be predicted says why."""
+    """The prediction uses the form's options and a local model, or a message says why there is none."""
     shutil.copytree(tiny_model, tmp_path / "tiny")
     with gr.Blocks():
-        made = training_window.TrainingWindow("en", workspace)
+        training = training_window.TrainingWindow("en", workspace)
 
-    def shown(**changes) -> str:
-        values = {name: made.layout.fields[name].default for name in made.layout.inputs}
-        return made.form.predict_memory(
+    def predicted(**changes) -> str:
+        values = {name: training.layout.fields[name].default for name in training.layout.inputs}
+        return training.form.predict_memory(
             *{**values, "model_path": "tiny", "device": "cpu", **changes}.values()
         )
 
-    assert "Predicted peak memory: " in shown()
-    assert "weights 0.00" in shown()
-    assert shown(batch_size=2, cutoff_len=64) != shown()
-    assert "elsewhere/model is not on this machine yet" in shown(model_path="elsewhere/model")
-    assert "which this model does not have" in shown(lora_target_modules="x_proj")
-    assert "not open to this window" in shown(model_path=str(tiny_model.parent / ".." / "x"))
-    assert "must be 1 or more" in shown(batch_size=0)
+    assert "Predicted peak memory: " in predicted()
+    assert "weights 0.00" in predicted()
+    assert predicted(batch_size=2, cutoff_len=64) != predicted()
+    assert "elsewhere/model is not on this machine yet" in predicted(model_path="elsewhere/model")
+    assert "which this model does not have" in predicted(lora_target_modules="x_proj")
+    assert "not open to this window" in predicted(model_path=str(tiny_model.parent / ".." / "x"))
+    assert "must be 1 or more" in predicted(batch_size=0)
 
 
-# what is read and shown
+# reading and showing the files of runs
 
 
 def test_curves_grow_with_the_log_and_go_back_with_it(workspace):
-    """Half a line waits, damaged ones are left out, a log that was cut is read anew."""
+    """Half a line waits for its rest, damaged lines are skipped, and a log that was cut is read again."""
     folder = planted(workspace, "run")
-    made = runs_log.Curves(folder)
-    made.refresh()
-    assert made.points["loss"] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
-    assert made.latest()["speed"] == 5.0
+    curves = runs_log.Curves(folder)
+    curves.refresh()
+    assert curves.points["loss"] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert curves.latest()["speed"] == 5.0
     log = folder / runs_folder.LOG
     with open(log, "ab") as file:
         file.write(
             b'\xff\xfe\n[1]\n{"step": "4"}\n{"step": true}\n{"step": 4, "loss": "nan"}\n{"step": 5, "lo'
         )
-    made.refresh()
-    assert made.points["loss"][-1] == (3, 1 / 3)
+    curves.refresh()
+    assert curves.points["loss"][-1] == (3, 1 / 3)
     assert runs_log.last_step(folder) == 4
     with open(log, "ab") as file:
         file.write(b'ss": 0.25}\n{"step": 5, "eval_loss": 0.5}\n')
-    made.refresh()
-    assert made.points["loss"][-1] == (5, 0.25)
-    assert made.points["eval_loss"] == [(5, 0.5)]
+    curves.refresh()
+    assert curves.points["loss"][-1] == (5, 0.25)
+    assert curves.points["eval_loss"] == [(5, 0.5)]
     runs_folder.cut_log(folder, 2)
-    made.refresh()
-    assert made.points["loss"] == [(1, 1.0), (2, 0.5)]
-    assert made.thinned("loss", 1) == [(2, 0.75)]
+    curves.refresh()
+    assert curves.points["loss"] == [(1, 1.0), (2, 0.5)]
+    assert curves.thinned("loss", 1) == [(2, 0.75)]
     log.unlink()
-    made.refresh()
-    assert made.points["loss"] == []
+    curves.refresh()
+    assert curves.points["loss"] == []
     assert runs_log.last_step(folder) == 0
 
 
 def test_answers_are_those_of_the_rounds_or_of_the_end(workspace):
-    """Damaged records are left out; without rounds a finished run has those before and after."""
+    """Damaged records are skipped; a finished run without rounds has the answers before and after."""
     folder = planted(workspace, "run")
     assert runs_log.samples(folder) == {}
     answer = {"instruction": "a", "input": "", "before": "x", "after": "y"}
     (folder / runs_folder.FINISHED).write_text(json.dumps({"steps": 5, "answers": [answer]}))
-    assert {step: given[0]["answer"] for step, given in runs_log.samples(folder).items()} == {0: "x", 5: "y"}
+    assert {step: items[0]["answer"] for step, items in runs_log.samples(folder).items()} == {0: "x", 5: "y"}
     lines = ['{"step": 4, "answers": [{"instruction": "q", "answer": 7}]}', '{"step": 0, "answers": []}']
     (folder / runs_folder.SAMPLES).write_text(
         "\n".join([*lines, '{"step": 9, "answers": [1]}', '{"step": 8'])
@@ -407,7 +407,7 @@ def test_answers_are_those_of_the_rounds_or_of_the_end(workspace):
 
 
 def test_nothing_that_is_shown_becomes_a_tag(workspace, tiny_model):
-    """Rows, answers, names, messages and logs are text, whatever stands in them."""
+    """Rows, answers, names, messages and logs are shown as text, whatever they contain."""
     bad = "<script>alert(1)</script><img src=x onerror=y>"
     Path("rows.json").write_text(json.dumps([{"instruction": bad, "input": "", "output": bad}, {"x": bad}]))
     options = dataclasses.replace(
@@ -439,11 +439,11 @@ def test_nothing_that_is_shown_becomes_a_tag(workspace, tiny_model):
     [[(0, 0.0)], [(1, 5.0), (2, 5.0)], [(0, -1.0), (10**6, 1e-9)], [(n, n**3) for n in range(300)], []],
 )
 def test_any_curve_can_be_drawn(points):
-    """One point, a flat line, tiny and large numbers, none at all."""
+    """One point, a flat line, tiny and large numbers and no points at all can be drawn."""
     for from_zero in (True, False):
-        made = svg_plot.plot("t", [svg_plot.Line("a", points, 0)], from_zero)
-        assert "nan" not in made
-        assert ("<svg" in made) == bool(points)
+        plot = svg_plot.plot("t", [svg_plot.Line("a", points, 0)], from_zero)
+        assert "nan" not in plot
+        assert ("<svg" in plot) == bool(points)
 
 
 # a real browser
@@ -456,7 +456,7 @@ def window(tmp_path) -> Iterator:
 
 
 def test_a_training_in_the_browser(window, browser, tiny_model, tmp_path):
-    """Preview, start, watch; the window dies and the training does not; attach, stop, continue, finish."""
+    """A training is started, watched, attached to by a second window, stopped, continued and finished."""
     shutil.copytree(tiny_model, tmp_path / "tiny")
     (tmp_path / "sample").mkdir()
     shutil.copy(ROOT / "sample" / "instruct.json", tmp_path / "sample")
@@ -482,7 +482,7 @@ def test_a_training_in_the_browser(window, browser, tiny_model, tmp_path):
         folder = tmp_path / "lora-checkpoints" / "mine"
         pid = jobs.state(folder.parent, "mine").pid
         eventually(lambda: runs_log.last_step(folder) >= 1, 90)
-        os.kill(pid, signal.SIGSTOP)  # between looks at the page: the tiny run would soon be over
+        os.kill(pid, signal.SIGSTOP)  # the tiny run would end between two looks at the page
         seen = page.wait("running", 1)
         os.kill(pid, signal.SIGCONT)
         first.send_signal(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The training window's page in a real browser: runs compared, made longer, memory, and hostile texts.
+"""The training window's page in a real browser: comparing and prolonging runs, memory, and hostile texts.
 
 A whole training, watched, stopped and continued, is in test_studio.py.
 """
@@ -20,14 +20,14 @@ from tests.support.browser import WAIT
 from tests.support.small_runs import planted, trained
 from tests.support.training_page import visited, windows
 
-TAG = "<img src=x onerror=window.hit=1>"  # no slash: it may be a file's name
+TAG = "<img src=x onerror=window.hit=1>"  # without a slash it can be the name of a file
 BAD = f"{TAG}<script>window.hit=2</script><svg onload=window.hit=3>[a](javascript:window.hit=4)"
 LIVE = ".gradio-container :is(img[onerror], script, svg[onload], iframe, a[href^='javascript:' i])"
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_model, one_thread) -> Path:
-    """A folder as somebody works in it: a model, rows, runs; some with texts that no browser should run."""
+    """A working folder with a model, rows and runs, some with texts that no browser should run."""
     folder = tmp_path_factory.mktemp("place")
     workspace = folder / "lora-checkpoints"
     shutil.copytree(tiny_model, folder / "tiny")
@@ -36,7 +36,7 @@ def place(tmp_path_factory, tiny_model, one_thread) -> Path:
         log = planted(workspace, name, steps) / runs_folder.LOG
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": steps, "eval_loss": 0.25}) + "\n")
-    with contextlib.chdir(folder):  # what the run stores is named as the window names it
+    with contextlib.chdir(folder):  # the run stores paths as the window writes them
         trained("tiny", "rows.json", Path("lora-checkpoints/short"), max_steps=2)
     rows = [{"instruction": BAD, "input": BAD, "output": BAD}, {BAD: BAD}]
     (folder / f"{TAG}.json").write_text(json.dumps(rows), encoding="utf-8")
@@ -70,7 +70,7 @@ LINES = """() => [...document.querySelectorAll('#train-plots .oc-plot')].map(plo
 
 
 def test_earlier_runs_are_laid_over_the_chosen_one(browser, address):
-    """Each plot has the curves of both, told apart by colour and named with their last values."""
+    """Each plot has the curves of both runs in different colours, named with their last values."""
     with visited(browser, address) as page:
         page.choose(run="first", others="second")
         expect(page.page.locator("#train-plots .oc-keys").first).to_contain_text("second")
@@ -94,7 +94,7 @@ def test_earlier_runs_are_laid_over_the_chosen_one(browser, address):
 
 
 def test_a_finished_run_goes_on_up_to_an_epoch(browser, address):
-    """Planned by steps before; what is no number of epochs, or not more than was planned, is told."""
+    """A run planned by steps goes on to an epoch; a wrong or too small number of epochs is reported."""
     with visited(browser, address) as page:
         page.choose(run="short")
         assert page.wait("finished") == 2
@@ -107,7 +107,7 @@ def test_a_finished_run_goes_on_up_to_an_epoch(browser, address):
         page.press("continue")
         expect(page.page.locator("#train-longer :is(input, textarea)")).to_have_value("")
         page.wait("starting")
-        expect(page.page.locator("#train-done")).to_contain_text(" goes on.")  # as long as it does
+        expect(page.page.locator("#train-done")).to_contain_text(" goes on.")  # while it does
         assert page.wait("finished", 4) == 4
         expect(page.page.locator("#train-done")).to_have_text("")
         expect(page.page.locator("#train-card")).to_contain_text("step 4 of 4")
@@ -118,56 +118,56 @@ def test_a_finished_run_goes_on_up_to_an_epoch(browser, address):
 
 
 def test_memory_is_predicted_in_the_page(browser, address):
-    """As soon as a model that is here is named, and anew with each option that decides it."""
+    """The prediction appears once a local model is named, and changes with each option that matters."""
     with visited(browser, address) as page:
-        told = page.page.locator("#train-memory")
+        memory = page.page.locator("#train-memory")
         page.fill(model_path="tiny")
         page.page.get_by_text("All options").click()
         page.fill(device="cpu")
-        expect(told).to_contain_text("Predicted peak memory: ", timeout=WAIT)  # it imports torch
-        expect(told).to_contain_text("free on cpu")
-        before = told.inner_text()
+        expect(memory).to_contain_text("Predicted peak memory: ", timeout=WAIT)  # it imports torch
+        expect(memory).to_contain_text("free on cpu")
+        before = memory.inner_text()
         page.fill(cutoff_len=64)
-        expect(told).not_to_have_text(before)
-        expect(told).to_contain_text("Predicted peak memory: ")
+        expect(memory).not_to_have_text(before)
+        expect(memory).to_contain_text("Predicted peak memory: ")
         page.fill(model_path="owner/not-here")
-        expect(told).to_contain_text("Memory is not predicted: owner/not-here is not on this machine yet.")
+        expect(memory).to_contain_text("Memory is not predicted: owner/not-here is not on this machine yet.")
 
 
 def test_no_text_of_others_runs_as_script(browser, address):
     """W9: names, rows, answers, options, consoles and errors are shown as they are written."""
     with visited(browser, address) as page:
-        shown = page.page
+        browser_page = page.page
 
         def harmless(place: str, text: str = TAG) -> None:
-            expect(shown.locator(f"#train-{place}")).to_contain_text(text, timeout=WAIT)
-            shown.wait_for_timeout(100)  # a handler would run now
-            assert shown.locator(LIVE).count() == 0, place
-            assert shown.evaluate("window.hit") is None, place
+            expect(browser_page.locator(f"#train-{place}")).to_contain_text(text, timeout=WAIT)
+            browser_page.wait_for_timeout(100)  # a handler would run now
+            assert browser_page.locator(LIVE).count() == 0, place
+            assert browser_page.evaluate("window.hit") is None, place
 
-        shown.on("dialog", lambda dialog: dialog.dismiss())
+        browser_page.on("dialog", lambda dialog: dialog.dismiss())
         page.choose(run="hostile", others="hostile")
         harmless("card", f"error: {BAD}")
         harmless("answers", BAD)
         page.press("reuse")
         harmless("done", "Copied into the form.")
-        expect(shown.locator("#train-model_path :is(input, textarea)")).to_have_value(BAD)
+        expect(browser_page.locator("#train-model_path :is(input, textarea)")).to_have_value(BAD)
         harmless("memory", BAD)
         page.press("preview")
         harmless("rows", BAD)
         page.press("start")
         harmless("started", "run-1 has started.")
-        page.wait("failed")  # a trainer that was given all of this
+        page.wait("failed")  # the trainer got all of these texts
         harmless("card", "error: ")
         harmless("card")
-        shown.reload()
-        shown.click("#train-data_path input")
-        shown.get_by_role("option", name=TAG).click()
+        browser_page.reload()
+        browser_page.click("#train-data_path input")
+        browser_page.get_by_role("option", name=TAG).click()
         page.fill(model_path="tiny", cutoff_len=2000)
         page.press("preview")
         harmless("rows", f"{TAG}.json")
         harmless("rows", BAD)
-        assert shown.locator("#train-rows .oc-row").count() == 2
+        assert browser_page.locator("#train-rows .oc-row").count() == 2
         page.fill(name=BAD)
         page.press("start")
         harmless("started")
@@ -176,13 +176,13 @@ def test_no_text_of_others_runs_as_script(browser, address):
         harmless("rows", f"There is no template called {BAD!r}. Choose from: auto, ")
         page.fill(lora_target_modules=TAG)
         harmless("memory")
-        shown.fill("#train-run input", BAD)
-        shown.keyboard.press("Enter")
+        browser_page.fill("#train-run input", BAD)
+        browser_page.keyboard.press("Enter")
         harmless("card", "No run yet.")
-        shown.fill("#train-others input", BAD)
-        shown.keyboard.press("Enter")
+        browser_page.fill("#train-others input", BAD)
+        browser_page.keyboard.press("Enter")
         harmless("card", "No run yet.")
         upload = {"name": f"{TAG}.json", "mimeType": "application/json", "buffer": b"[]"}
-        shown.set_input_files("input[type=file]", upload)
-        expect(shown.locator("#train-data_path input")).to_have_value(re.compile(r"uploads/img_src_x"))
+        browser_page.set_input_files("input[type=file]", upload)
+        expect(browser_page.locator("#train-data_path input")).to_have_value(re.compile(r"uploads/img_src_x"))
         harmless("card", "No run yet.")

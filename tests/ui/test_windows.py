@@ -39,7 +39,7 @@ def turns(tmp_path_factory) -> Iterator[Server]:
 
 
 def choose(page: Page, name: str, value: str) -> None:
-    """Take an entry of a dropdown."""
+    """Choose an entry of a dropdown."""
     page.click(f"#{name} input")
     page.get_by_role("option", name=value, exact=True).click()
 
@@ -61,7 +61,7 @@ WATCH = """() => {  // notes every text that is shown, however short it stands t
 
 
 def test_single_streams_four_beams_and_shows_them_all(browser, single):
-    """The answer grows, what may change stands apart, and at the end all four beams can be read."""
+    """The answer grows, open text is marked, and at the end all four beams can be read."""
     with opened(browser, single, "#instruction textarea") as page:
         page.evaluate(WATCH)
         page.fill("#instruction textarea", "Say something quick")
@@ -81,7 +81,7 @@ def test_single_streams_four_beams_and_shows_them_all(browser, single):
 
 
 def test_controls_that_do_nothing_are_disabled_with_the_reason(browser, single):
-    """Temperature is off for beams, on for sampling; the number of beams the other way round."""
+    """Temperature is disabled for beams and enabled for sampling, the number of beams the other way round."""
     with opened(browser, single, "#instruction textarea") as page:
         temperature = page.locator("#option-temperature input[type=range]")
         number = page.locator("#option-num_beams input[type=range]")
@@ -97,7 +97,7 @@ def test_controls_that_do_nothing_are_disabled_with_the_reason(browser, single):
 
 
 def test_weights_of_adapters_that_do_not_answer_are_disabled(browser, single, turns):
-    """Only weights with an effect can be moved: of the chosen adapter, of both compared ones, of a mix."""
+    """Only weights with an effect can be changed: of the chosen adapter, both compared ones or a mix."""
     for server, ready in ((single, "#instruction textarea"), (turns, "#box textarea")):
         with opened(browser, server, ready) as page:
             page.click("#weights button")
@@ -141,7 +141,7 @@ def test_stop_ends_the_answer_and_keeps_what_is_there(browser, single):
 
 @pytest.mark.parametrize("secure", [True, False])
 def test_copy_takes_the_answer(browser, single, secure):
-    """It also works where browsers offer pages no clipboard: at an http address of another machine."""
+    """Copying also works at an http address of another machine, where pages have no clipboard."""
     granted = ["clipboard-read", "clipboard-write"]
     with opened(browser, single, "#instruction textarea", permissions=granted) as page:
         if not secure:
@@ -171,7 +171,7 @@ def test_wrong_values_and_no_question_are_told(browser, single):
 
 
 def test_chat_with_all_its_buttons(browser, turns, tmp_path):
-    """Ask, retry, edit, delete, continue, save, load, summarise, clear: each does what it says."""
+    """Ask, retry, edit, delete, continue, save, load, summarise and clear all do what they say."""
     with opened(browser, turns, "#box textarea", accept_downloads=True) as page:
         ask(page, "Say red 1")
         finished(page)
@@ -298,8 +298,7 @@ def test_compare_answers_side_by_side_with_two_adapters(browser, turns):
 
 
 def test_reload_shows_the_chat_again_and_two_people_do_not_mix(browser, turns):
-    """A page's chat is its own (W15): reloaded it is there, another profile sees nothing of it, and one
-    person's Stop leaves the other's answer alone."""
+    """W15: a chat survives a reload, another profile does not see it, and Stop ends only one's own answer."""
     with opened(browser, turns, "#box textarea") as one, opened(browser, turns, "#box textarea") as two:
         ask(one, "Say old 7")
         finished(one)
@@ -435,7 +434,7 @@ def test_summary_becomes_the_context(browser, tmp_path):
         ask(page, "Still there?")
         finished(page)
         expect(page.locator(MESSAGES)).to_have_count(2)
-        page.evaluate("sessionStorage.setItem('onecard-texts', '{')")  # as nothing of ours writes it
+        page.evaluate("sessionStorage.setItem('onecard-texts', '{')")  # the page never writes this
         page.reload()
         expect(page.locator(MESSAGES)).to_have_count(2)
         expect(page.locator("#system textarea")).to_have_value("")
@@ -517,7 +516,7 @@ def test_english_on_a_phone(browser, tmp_path, kind, ready, labels):
 
 @PAGES
 def test_chinese_dark_and_on_a_phone(browser, tmp_path, kind, ready, labels):
-    """Chinese labels; light and dark; at 390 pixels nothing is wider than the screen, not even a path."""
+    """The page works in Chinese, light and dark, and at 390 pixels nothing is wider than the screen."""
     folder = tmp_path / ("a_long_name_" * 6)
     with serving(kind, folder, "--lang=zh", "--mode=greedy", "--max_new_tokens=20") as server:
         phone = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}
