@@ -100,6 +100,8 @@ def training(browser: Browser, to: Path) -> None:
                 field_of(page, field).fill(str(value))
             page.click("#train-start")
             page.get_by_text("rate-1e-3 has started.").wait_for()
+            # until then the page still shows the earlier run, which is finished
+            page.locator("[data-testid=state]", has_text="rate-1e-3").wait_for()
             page.click("#train-others input")
             page.get_by_role("option", name="demo").click()
             page.keyboard.press("Escape")
