@@ -32,6 +32,7 @@ IN_CHINESE = {BASE: "基座模型", MIX: "加权混合"}
 
 WINDOW = Use(("for a window, not for a terminal", "仅用于窗口，不用于终端"))
 LONGER_CONTEXT = Use(("for --rope_scaling yarn or dynamic", "仅用于 --rope_scaling yarn 或 dynamic"))
+ENGINES = ("auto", "transformers", "llama.cpp")
 ALL_DEVICES = "all"  # a value of --device
 SEVERAL_DEVICES = Use(("for --device all", "仅用于 --device all"))
 TRANSFORMERS = Use(("for the transformers engine", "仅用于 transformers 引擎"))
@@ -123,7 +124,7 @@ class ChatConfig(Generation):
         "auto",
         EXECUTION,
         "auto: llama.cpp for a .gguf file, otherwise transformers",
-        choices=("auto", "transformers", "llama.cpp"),
+        choices=ENGINES,
     )
     device: str = option(
         "auto",

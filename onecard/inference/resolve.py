@@ -3,8 +3,7 @@
 Chat, perplexity, export and merge all ask here, so that they cannot answer differently.
 
 Which base? The one that --model_path names; otherwise the model that was trained whole, or the base that the
-adapter names. An adapter may come from anybody, so a base that only an adapter names is used where it is on
-this machine and is never fetched.
+adapter names (base_choice.py).
 
 Does an adapter belong to the base? The run that trained it recorded SHA-256 fingerprints of the weights and
 of the tokenizer of its base. They are compared wherever they were recorded and the base is a folder; a GGUF
@@ -23,14 +22,15 @@ from types import TracebackType
 from typing import Any
 
 from onecard import errors
+from onecard.config.chat import ENGINES
 from onecard.config.generation import BASE, ActiveAdapters
 from onecard.data import template as data_template
 from onecard.data.template import Template
 from onecard.errors import CHECKPOINT, UserError
-from onecard.hub import demo, locate, model_files, remote_code, revisions
+from onecard.hub import locate, model_files, remote_code, revisions
 from onecard.hub.remote_code import TrustedCode
 from onecard.hub.revisions import Version
-from onecard.inference import llama_cpp
+from onecard.inference import base_choice, llama_cpp
 from onecard.models import base_model
 from onecard.models import tokenizer as models_tokenizer
 from onecard.runs import adapters as runs_adapters
@@ -39,7 +39,7 @@ from onecard.system import commands, hashing
 from onecard.system import files as system_files
 from onecard.system.console import say
 
-AUTO, TRANSFORMERS, LLAMA = "auto", "transformers", "llama.cpp"  # purposes: an engine is to answer
+AUTO, TRANSFORMERS, LLAMA = ENGINES  # purposes: an engine is to answer
 EXPORT, MERGE = "export", "merge"  # purposes: files are to be written
 USUAL_TEMPLATE = "alpaca"
 # name of a base -> its folder or .gguf file, and the consent to run its code: not every program runs any
@@ -121,9 +121,7 @@ class ResolvedModel:
     @functools.cached_property
     def versions(self) -> dict[str, Version]:
         """The commits of the base (BASE) and of the adapters (by name) that come from a hub."""
-        places = {BASE: Path(self.base), **{adapter.name: adapter.origin for adapter in self.adapters}}
-        commits = {name: revisions.of(path) for name, path in places.items()}
-        return {name: version for name, version in commits.items() if version}
+        return _versions({BASE: Path(self.base), **{each.name: each.origin for each in self.adapters}})
 
     @property
     def versions_by_option(self) -> dict[str, Version]:
@@ -131,8 +129,7 @@ class ResolvedModel:
         places = {"model_path": Path(self.base)}  # not by name: an adapter may have the name BASE here
         if self.adapters:
             places["lora_path"] = self.adapters[0].origin
-        commits = {option: revisions.of(path) for option, path in places.items()}
-        return {option: version for option, version in commits.items() if version}
+        return _versions(places)
 
     def close(self) -> None:
         """Delete the copies of older adapters; nothing else becomes invalid."""
@@ -159,7 +156,7 @@ def resolve(request: ModelRequest) -> ResolvedModel:
         runs_adapters.find(path, name, request.checkpoint, folder) for name, path, _ in request.adapters
     ]
     adapters = [source for source in sources if not source.whole]
-    name, reason = _base_name(request, sources)
+    name, reason = base_choice.base_name(sources, request.model_path, request.purpose == MERGE)
     for note in [note for source in sources for note in source.notes]:
         say(note)
     _check_formats(request, name, adapters)
@@ -175,6 +172,12 @@ def resolve(request: ModelRequest) -> ResolvedModel:
     for adapter in adapters:
         say(f"adapter     {adapter.name}: {adapter.origin}")
     return model
+
+
+def _versions(places: dict[str, Path]) -> dict[str, Version]:
+    """The commits of those folders that come from a hub."""
+    commits = {name: revisions.of(path) for name, path in places.items()}
+    return {name: version for name, version in commits.items() if version}
 
 
 def find_folder(name: str) -> tuple[str, None]:
@@ -194,86 +197,6 @@ def base_folder(name: str) -> Path:
 def engine_for(purpose: str, base: str) -> str:
     """The engine that reads this base: LLAMA or TRANSFORMERS."""
     return LLAMA if purpose == LLAMA or (purpose == AUTO and base.endswith(GGUF)) else TRANSFORMERS
-
-
-def is_here(base: str) -> bool:
-    """Whether a base that an adapter names is on this machine, in a folder that the user may have meant.
-
-    An adapter may come from anybody: what it names is shown, and is not followed to the network or upwards.
-    """
-    if base == demo.DEMO:
-        return True
-    if "://" in base or ".." in Path(base).parts:
-        return False
-    return Path(base).exists() or revisions.at_hand(base) is not None
-
-
-def _base_name(request: ModelRequest, sources: list[Adapter]) -> tuple[str, str]:
-    """The base's folder, file or name, and the reason for it."""
-    whole = [source for source in sources if source.whole]
-    if whole and request.purpose == MERGE:
-        problem = f"--lora_path {whole[0].origin}: all weights were trained there, so there is no adapter."
-        raise UserError(problem, f"{whole[0].folder} is the whole model already.")
-    if whole and (len(sources) > 1 or request.model_path):
-        problem = f"--lora_path {whole[0].folder}: this is a whole model, not an adapter."
-        raise UserError(problem, "Name it alone, as --model_path or as --lora_path.")
-    if whole:
-        return str(whole[0].folder), "it was trained whole"
-    naming = [source for source in sources if source.base]
-    if not request.model_path and len({_folder_of(str(source.base)) for source in naming}) > 1:
-        pairs = ", ".join(f"{source.name} on {source.base}" for source in naming)
-        problem = f"--lora_path: the adapters were trained on different base models: {pairs}."
-        raise UserError(problem, "Use one of them, or say with --model_path which base they share.")
-    if sources and not naming and not request.model_path:
-        problem = f"--lora_path {sources[0].origin}: the adapter does not say its base model."
-        raise UserError(problem, "Name the base with --model_path.")
-    name = base_of(naming[0] if naming else None, request.model_path)
-    if name is None:
-        return demo.DEMO, "nothing was named, so it is the demo model"
-    return name, "asked for" if request.model_path else "the adapter was made with it"
-
-
-def base_of(adapter: Adapter | None, model_path: str | None) -> str | None:
-    """The base: asked for, or what the adapter names; raises UserError when that would have to be fetched.
-
-    A hub's name without a revision is meant at the commit that was trained on, where that is written. The hub
-    is asked only for what the user typed: `model_path`.
-    """
-    if adapter is None or not adapter.base:
-        return model_path
-    is_other = model_path and revisions.recorded(model_path, adapter.base) != adapter.base
-    if is_other or model_path == adapter.base:
-        return model_path
-    here = None if Path(adapter.base).exists() else revisions.at_hand(adapter.base)
-    if here:
-        revisions.say_commit(here)
-    if model_path and here:
-        revisions.tell_move(adapter.base)
-    elif model_path:
-        name, commit = revisions.split(adapter.base)
-        say(f"hub         {name}: commit {commit}, which was trained on, is not here and is fetched")
-    elif not is_here(adapter.base):
-        raise _not_here(adapter)
-    return str(here or adapter.base)
-
-
-def _not_here(adapter: Adapter) -> UserError:
-    """The error for a base that only the adapter names, and that is not on this machine."""
-    name, commit = revisions.split(str(adapter.base))
-    other = revisions.at_hand(name) if commit else None
-    version = revisions.of(other) if other else None
-    problem = f"{adapter.name} says that it was trained on {adapter.base}, which is not on this machine"
-    problem += f"; here is {version.commit}." if version else "."
-    if not commit:
-        return UserError(problem, "Name its base with --model_path: an adapter's word alone fetches nothing.")
-    choices = f"--model_path {adapter.base}, or --model_path {name}@main for the newest commit"
-    return UserError(problem, f"Say which commit you want: {choices}. An adapter's word alone fetches none.")
-
-
-def _folder_of(base: str) -> str:
-    """The folder that a name means, so that two names of one folder are one base; fetches nothing."""
-    folder = Path((locate.here(base) if is_here(base) else None) or base).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else base
 
 
 def _check_formats(request: ModelRequest, base: str, adapters: list[Adapter]) -> None:

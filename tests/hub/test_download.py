@@ -23,7 +23,7 @@ from onecard.config.tools import DownloadConfig
 from onecard.errors import CHECKPOINT, DISK, UNSAFE, USAGE, UserError
 from onecard.hub import addresses, locate, manifest, transfer
 from onecard.hub import download as hub_download
-from onecard.inference import loader, resolve
+from onecard.inference import base_choice, loader, resolve
 from onecard.inference.resolve import ModelRequest
 from onecard.models import base_model
 from onecard.models import tokenizer as models_tokenizer
@@ -793,8 +793,8 @@ def test_what_an_adapter_names_is_not_followed(tmp_path, base, monkeypatch):
 
 def test_a_base_that_is_here_is_followed(served, tmp_path, tiny_model):
     """This is the demo, a folder, or what was fetched before."""
-    assert not resolve.is_here(NAME)
+    assert not base_choice.is_here(NAME)
     download(served, None)
     for base in ("demo", str(tiny_model), NAME):
-        assert resolve.is_here(base)
+        assert base_choice.is_here(base)
     assert locate.here(NAME) == str(manifest.place(NAME))

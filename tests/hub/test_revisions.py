@@ -22,7 +22,7 @@ from onecard.config.declaration import Hub
 from onecard.errors import USAGE, UserError
 from onecard.hub import client, manifest, model_files, remote_code, revisions
 from onecard.hub import locate as hub_locate
-from onecard.inference import resolve
+from onecard.inference import base_choice
 from onecard.models import base_model
 from onecard.runs import adapters as runs_adapters
 from onecard.training import recorded_names
@@ -228,7 +228,7 @@ def test_a_folder_says_its_version(cached, said, tmp_path, monkeypatch):
 )
 def test_which_base_an_adapter_gets(cached, recorded, asked, base):
     adapter = runs_adapters.Adapter("adapter", Path("a"), base=recorded)
-    assert resolve.base_of(adapter, asked) == (
+    assert base_choice.base_of(adapter, asked) == (
         str(cached / "snapshots" / base) if base in (OLD, NEW) else base
     )
 
@@ -237,7 +237,7 @@ def test_a_recorded_commit_that_is_not_here_is_fetched_when_its_name_is_typed(ca
     """Exactly that commit is fetched, and the output says so."""
     shutil.rmtree(cached / "snapshots" / OLD)
     adapter = runs_adapters.Adapter("adapter", Path("a"), base=f"{NAME}@{OLD}")
-    assert resolve.base_of(adapter, NAME) == f"{NAME}@{OLD}"
+    assert base_choice.base_of(adapter, NAME) == f"{NAME}@{OLD}"
     line = f"hub         {NAME}: commit {OLD}, which was trained on, is not here and is fetched"
     assert capsys.readouterr().out.splitlines() == [line]
 
@@ -247,7 +247,7 @@ def test_a_recorded_commit_that_is_not_here_is_not_replaced(cached):
     shutil.rmtree(cached / "snapshots" / OLD)
     adapter = runs_adapters.Adapter("adapter", Path("a"), base=f"{NAME}@{OLD}")
     with pytest.raises(UserError, match=f"{OLD}, which is not on this machine; here is {NEW}") as caught:
-        resolve.base_of(adapter, None)
+        base_choice.base_of(adapter, None)
     assert f"--model_path {NAME}@{OLD}" in str(caught.value)
 
 
@@ -360,16 +360,16 @@ def test_a_snapshot_given_as_a_folder_is_nobodys_question(cached, monkeypatch):
 def test_settings_alone_are_no_base_that_is_here(cached):
     """No adapter's record leads to a snapshot without weights; another snapshot with weights is used."""
     (cached / "snapshots" / NEW / WEIGHTS).unlink()
-    assert not resolve.is_here(f"{NAME}@{NEW}")
+    assert not base_choice.is_here(f"{NAME}@{NEW}")
     assert revisions.at_hand(NAME) == cached / "snapshots" / OLD
     (cached / "snapshots" / OLD / WEIGHTS).unlink()
-    assert not resolve.is_here(NAME)
+    assert not base_choice.is_here(NAME)
     index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
     (cached / "snapshots" / OLD / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     (cached / "snapshots" / OLD / "one.safetensors").write_bytes(b"")
-    assert not resolve.is_here(NAME)
+    assert not base_choice.is_here(NAME)
     (cached / "snapshots" / OLD / "two.safetensors").write_bytes(b"")
-    assert resolve.is_here(NAME)
+    assert base_choice.is_here(NAME)
 
 
 def test_modelscope_is_another_source(cached, said, tmp_path, monkeypatch):
