@@ -28,7 +28,7 @@ GGUF_TYPES = (  # of llama.cpp, from the largest
 )
 PLAIN_TYPES = ("f32", "f16", "bf16")  # the others are made by the quantiser
 GPTQ, AWQ, BNB = METHODS = ("gptq", "awq", "bnb")
-LAYOUTS = ("hf", "meta")  # of a LLaMA folder
+TO_HF, TO_META = LAYOUTS = ("hf", "meta")  # of a LLaMA folder
 CALIBRATING = (GPTQ, AWQ)  # methods that choose weights by calibration rows
 NOT_TOKENIZER_ONLY = Use(("for weights, not for --tokenizer_only", ""))
 REPORT = Use(("for --report", ""))

@@ -11,9 +11,8 @@ from typing import Any
 
 from onecard.config import declaration
 from onecard.config import options as config_options
-from onecard.config.conversion import NOT_TOKENIZER_ONLY, ConvertConfig
-from onecard.conversion import meta_layout, meta_tokenizer
-from onecard.conversion.meta_layout import TO_HF
+from onecard.config.conversion import NOT_TOKENIZER_ONLY, TO_HF, ConvertConfig
+from onecard.conversion import meta_files, meta_layout, meta_tokenizer
 from onecard.errors import CHECKPOINT, UserError
 from onecard.hub import model_files
 from onecard.system import files as system_files
@@ -51,12 +50,12 @@ def run(options: ConvertConfig, progress: Progress, work: Work = in_child) -> No
     output_folder.check_apart(source, target, ("--input_dir", FLAG))
     if options.num_shards and options.to == TO_HF:
         raise UserError("--num_shards only works with --to meta.", "Leave it out.")
-    if not options.tokenizer_only and meta_layout.layout_of(source) == options.to == TO_HF:
+    if not options.tokenizer_only and meta_files.layout_of(source) == options.to == TO_HF:
         raise UserError(f"--input_dir {source} has the layout of transformers already.", "Use --to meta.")
-    files = [] if options.tokenizer_only else meta_layout.weight_files(source)
+    files = [] if options.tokenizer_only else meta_files.weight_files(source)
     shards = (options.num_shards or 1) if options.to != TO_HF else None
     settings = {"num_shards": shards, **declaration.recorded(options, options.to)}
-    small = [meta_layout.PARAMS, model_files.MODEL_CONFIG, "tokenizer.model", "original/tokenizer.model"]
+    small = [meta_files.PARAMS, model_files.MODEL_CONFIG, "tokenizer.model", "original/tokenizer.model"]
     beside = [path for path in map(source.joinpath, [*small, "../tokenizer.model"]) if path.is_file()]
     made_of = output_folder.record("convert_llama", settings, [*files, *beside])
     if output_folder.is_made(target, made_of, FLAG):
@@ -115,7 +114,7 @@ def _fill(
         ids = {name: tokenizer_report["ids"][name] for name in ("bos_token_id", "eos_token_id")}
         system_files.write_json(place / "generation_config.json", {"_from_model_config": True, **ids})
     else:
-        system_files.write_json(place / meta_layout.PARAMS, meta_layout.to_params(shape))
+        system_files.write_json(place / meta_files.PARAMS, meta_layout.to_params(shape))
     say(f"written     {state['written'] / 2**30:.2f} GiB of weights")
 
 
@@ -125,7 +124,7 @@ def _say_found(message: dict[str, Any], to: str) -> None:
         say(f"note        {line}")
     if to == TO_HF and not message["length_is_said"]:
         length = message["shape"]["length"]
-        reason = f"derived from other settings, because {meta_layout.PARAMS} does not say it"
+        reason = f"derived from other settings, because {meta_files.PARAMS} does not say it"
         say(f"context     {length} tokens ({reason})")
     if to != TO_HF:
         say(f"embedding   cut along its {'tokens, as in LLaMA 3' if message['cut'] == 0 else 'width'}")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from onecard.conversion.meta_layout import TO_HF
+from onecard.config.conversion import TO_HF
 from onecard.errors import CHECKPOINT, UserError
 from onecard.system import sandbox
 

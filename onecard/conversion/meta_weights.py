@@ -11,17 +11,10 @@ from typing import Any
 
 import torch
 
+from onecard.config.conversion import TO_HF, TO_META
 from onecard.conversion import meta_layout, meta_tokenizer
-from onecard.conversion.meta_layout import (
-    PARAMS,
-    TO_HF,
-    TO_META,
-    Shape,
-    Weight,
-    layout_of,
-    read_settings,
-    weight_files,
-)
+from onecard.conversion.meta_files import PARAMS, layout_of, read_settings, weight_files
+from onecard.conversion.meta_layout import Shape, Weight
 from onecard.errors import CHECKPOINT, UserError
 from onecard.hub.model_files import MODEL_CONFIG
 from onecard.models import pth_files, tensor_files
