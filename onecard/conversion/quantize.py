@@ -18,7 +18,7 @@ import torch
 from onecard import errors
 from onecard.config import declaration
 from onecard.config import options as config_options
-from onecard.config.conversion import CALIBRATION, GPTQ_ONLY, QuantizeConfig
+from onecard.config.conversion import BNB, CALIBRATION, GPTQ_ONLY, QuantizeConfig
 from onecard.errors import CHECKPOINT, UserError, is_out_of_memory
 from onecard.evaluation import eval_rows
 from onecard.evaluation.eval_rows import EvalRow
@@ -31,7 +31,6 @@ from onecard.system import build_lock, console, hardware, output_folder
 from onecard.system import files as system_files
 from onecard.system.console import say
 
-BNB = "bnb"
 FLAG = "--output_path"
 FIGURES = "quantize.json"  # in the new folder: sizes and perplexities before and after
 WAITING, LOGS = ".waiting", "logs"  # folders of gptqmodel in the new folder, deleted at the end

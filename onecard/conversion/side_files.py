@@ -11,16 +11,18 @@ from onecard.runs import folder as runs_folder
 from onecard.runs import legacy
 from onecard.system import output_folder
 
-NOT_COPIED_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".index.json", ".py")
-TOKENIZER_FILES = (
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
+NOT_COPIED_ENDINGS = (*WEIGHT_ENDINGS, ".index.json", ".py")
+# beginnings of the names of a tokenizer's files: those that an extended tokenizer replaces, and all
+REPLACED_TOKENIZER_FILES = (
     "tokenizer",
     "special_tokens_map",
     "added_tokens",
     "vocab",
     "merges",
     "chat_template",
-    "spiece",
 )
+TOKENIZER_FILES = (*REPLACED_TOKENIZER_FILES, "spiece")
 OWN = (  # files in which OneCard describes other folders and runs
     output_folder.RECORD,
     manifest.NAME,

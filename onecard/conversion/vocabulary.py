@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from onecard.config.conversion import PrepareConfig, VocabConfig
+from onecard.conversion.side_files import REPLACED_TOKENIZER_FILES, WEIGHT_ENDINGS
 from onecard.errors import CHECKPOINT, DATA, DISK, UserError
 from onecard.hub import locate, model_files
 from onecard.hub.model_files import INDEX
@@ -28,15 +29,6 @@ from onecard.system import commands, whole_folder
 from onecard.system import files as system_files
 from onecard.system.console import say
 
-REPLACED_TOKENIZER_FILES = (
-    "tokenizer",
-    "special_tokens_map",
-    "added_tokens",
-    "vocab",
-    "merges",
-    "chat_template",
-)
-WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
 LONGEST_PIECE = 16  # characters; a longer line is running text by mistake
 
 
@@ -87,7 +79,7 @@ def prepare_base_model(options: PrepareConfig) -> None:
 
 def _check_new(target: Path) -> None:
     if target.exists():
-        raise UserError(f"--output_path {target}: is there already.", "Name a new folder.")
+        raise UserError(f"--output_path {target} is there already.", "Name a new folder.")
 
 
 def _pieces(options: VocabConfig) -> list[str]:
