@@ -29,7 +29,7 @@ def check_apart(source: Path, target: Path, flags: tuple[str, str]) -> None:
     """Raise UserError when one folder is the other or lies inside of it; links are followed."""
     one, other = source.resolve(), find(target, flags[1])
     if one == other or one in other.parents or other in one.parents:
-        problem = f"{flags[1]} {target}: is {flags[0]} {source}, or inside of it, or around it."
+        problem = f"{flags[1]} {target} is {flags[0]} {source}, or one of the two lies inside of the other."
         raise UserError(problem, "Name a new folder elsewhere.")
 
 
@@ -58,7 +58,7 @@ def find(target: Path, flag: str) -> Path:
     except RuntimeError:
         raise UserError(f"{flag} {target}: its links lead nowhere.", "Name a new folder.") from None
     except OSError as error:
-        problem = f"{flag} {target}: cannot be made there: {error.strerror}."
+        problem = f"{flag} {target}: the folder cannot be created there: {error.strerror}."
         raise UserError(problem, "Choose another.", DISK) from None
     if there != place and not there.is_dir():
         raise UserError(f"{flag} {target}: {there} is a file.", "Name a new folder elsewhere.")
@@ -81,8 +81,8 @@ def is_made(target: Path, made_of: dict[str, Any], flag: str) -> bool:
         if {**stored, VERSIONS: {}} == {**made_of, VERSIONS: {}}:
             changed = sorted(name for name in {*files, *now} if files.get(name) != now.get(name))
     if changed:
-        problem = f"{flag} {target}: was made of the same files, but {listed(changed)} changed, came or went"
-        problem += " since; a copy needs its files' times (cp -a)."
+        problem = f"{flag} {target} was made of the same files, but {listed(changed)} changed, came or went"
+        problem += " since. A copy has to keep the times of its files (cp -a)."
         raise UserError(problem, "Name a new folder, or delete this one to make it again.", CHECKPOINT)
     if changed is None:
         check_free(place, target, flag)
@@ -93,7 +93,7 @@ def check_free(place: Path, target: Path, flag: str) -> None:
     """Raise UserError (exit 2) unless a new folder can be put there; place: of `find`."""
     check_movable(place, target, flag)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise UserError(f"{flag} {target}: is there already.", "Name a new folder.")
+        raise UserError(f"{flag} {target} is there already.", "Name a new folder.")
 
 
 def check_movable(place: Path, target: Path, flag: str) -> None:
@@ -102,7 +102,7 @@ def check_movable(place: Path, target: Path, flag: str) -> None:
         return
     what = "the current folder" if place.samefile(Path()) else "a mount point" if _is_mount(place) else None
     if what:
-        problem = f"{flag} {target}: is {what}, which a new folder cannot replace."
+        problem = f"{flag} {target} is {what}, which a new folder cannot replace."
         raise UserError(problem, "Name a new folder inside it.")
 
 
@@ -128,15 +128,15 @@ def making(target: Path, needed: int, made_of: dict[str, Any], flag: str) -> Ite
         except TimeoutError:
             raise UserError(f"{flag} {target}: another process is making it.", "Wait for it.") from None
         except OSError as error:
-            problem = f"{flag} {target}: cannot write in {end.parent}: {error.strerror}."
+            problem = f"{flag} {target}: {end.parent} cannot be written: {error.strerror}."
             raise UserError(problem, "Choose another.", DISK) from None
         try:
             _check_room(place, needed, target, flag)
             yield place, descriptor
             whole_folder.put(place, end, lambda: _write_record(place, made_of))
         except OSError as error:
-            problem = f"{flag} {target}: could not be made: {error.strerror or error}."
-            raise UserError(problem, "Make room or check the rights.", DISK) from None
+            problem = f"{flag} {target} could not be written: {error.strerror or error}."
+            raise UserError(problem, "Free space on the disk or check your permissions.", DISK) from None
 
 
 def _write_record(place: Path, made_of: dict[str, Any]) -> None:
@@ -149,7 +149,7 @@ def _check_room(place: Path, needed: int, target: Path, flag: str) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         problem = f"{flag} {target}: needs {needed >> 20} MiB, free: {free >> 20} MiB."
-        raise UserError(problem, "Make room or choose another disk.", DISK)
+        raise UserError(problem, "Free space on the disk, or choose another one.", DISK)
 
 
 def _stamps(folder: Path) -> dict[str, list[int]]:
@@ -172,7 +172,7 @@ def converting(output: Path, source: Path) -> Iterator[tuple[Path, int]]:
             yield place, descriptor
     except OSError as error:
         problem = f"{source}: its GGUF file could not be stored in {output.parent}: {error.strerror}."
-        raise UserError(problem, "Make room or check the rights.", DISK) from None
+        raise UserError(problem, "Free space on the disk or check your permissions.", DISK) from None
 
 
 def _delete_old_leftovers(parent: Path) -> None:
