@@ -18,10 +18,11 @@ echo "$*" >> called
     ("arguments", "code", "called"),
     [
         ([], 0, ["-m mypy", "-m pytest -n 2"]),
+        (["--ci"], 0, ["-m mypy", "-m pytest -n 2"]),
         ([], 1, ["-m mypy"]),
         (["tests/data"], 1, ["-m pytest tests/data"]),
     ],
-    ids=["right types", "a wrong type", "some tests only"],
+    ids=["right types", "both tiers", "a wrong type", "some tests only"],
 )
 def test_types_come_first(tmp_path: Path, arguments, code, called):
     """A stand-in for .venv/bin/python records its calls, and nothing has to be set up."""
@@ -35,4 +36,5 @@ def test_types_come_first(tmp_path: Path, arguments, code, called):
     noted = (tmp_path / "called").read_text().splitlines()
     assert len(noted) == len(called)
     assert all(line.startswith(start) for line, start in zip(noted, called, strict=True)), noted
+    assert all(line.endswith("-m not slow") == (arguments == ["--ci"]) for line in noted if "pytest" in line)
     assert ended.returncode == (0 if "-m pytest" in noted[-1] else code)
