@@ -8,9 +8,9 @@
 # Without TOT_CUDA all GPUs are visible and the first is used. All other arguments go to finetune.py; see
 # finetune.py --help.
 set -euo pipefail
-cd "$(dirname "$0")"
-bash tools/setup.sh train
-source tools/launch.sh
+home=$(dirname "$(readlink -f "$0")") # the program runs in the user's folder, to which all relative paths belong
+bash "$home/tools/setup.sh" train
+source "$home/tools/launch.sh"
 
 # the demo's own learning rate and length: about 40,000 tokens change the form of the answers; later flags override
 case "${DATA_PATH:+set}${MODEL_PATH:+set} $* " in

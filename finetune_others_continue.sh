@@ -9,9 +9,9 @@
 # TOT_CUDA and PORT: as in finetune.sh. All other arguments go to finetune_continue.py; see
 # finetune_continue.py --help.
 set -euo pipefail
-cd "$(dirname "$0")"
-bash tools/setup.sh train
-source tools/launch.sh
+home=$(dirname "$(readlink -f "$0")") # the program runs in the user's folder, to which all relative paths belong
+bash "$home/tools/setup.sh" train
+source "$home/tools/launch.sh"
 
 option --resume_from_checkpoint "${LORA_CHECKPOINT:-}"
 option --lora_remote_checkpoint "${LORA_REMOTE_CHECKPOINT:-}"

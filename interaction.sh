@@ -7,8 +7,8 @@
 # BASE_MODEL or MODEL_PATH: the base model (default: the one the adapter was trained on). LORA_PATH: an adapter, a
 # run or a hub name. USE_LOCAL=1: download nothing from the hub. All other arguments go to interaction.py.
 set -euo pipefail
-cd "$(dirname "$0")"
-bash tools/setup.sh chat
-source tools/launch.sh
+home=$(dirname "$(readlink -f "$0")") # the program runs in the user's folder, to which all relative paths belong
+bash "$home/tools/setup.sh" chat
+source "$home/tools/launch.sh"
 chat_options "$@"
-exec .venv/bin/python interaction.py ${arguments[@]+"${arguments[@]}"} "$@"
+exec "$home/.venv/bin/python" "$home/interaction.py" ${arguments[@]+"${arguments[@]}"} "$@"

@@ -9,7 +9,7 @@
 # and the checksums. PRESIGNED_URL: the address from the mail, with * in place of the name of a file. BASE_URL: a server
 # with the same layout (tokenizer.model, 7B/params.json ...). An interrupted download continues with the same command.
 set -euo pipefail
-home=$(cd "$(dirname "$0")/.." && pwd)
+home=$(dirname "$(dirname "$(readlink -f "$0")")")
 size=${1:-} target=${2:-}
 case "$size" in
   7B) shards=1 ;; 13B) shards=2 ;; 30B) shards=4 ;; 65B) shards=8 ;;

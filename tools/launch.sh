@@ -1,4 +1,5 @@
-# The shell scripts at the root source this file: it turns environment variables into options and starts a program.
+# The shell scripts at the root source this file: it turns environment variables into options and starts a program of the
+# folder $home in the user's folder.
 # TOT_CUDA: the GPUs to use. With several, torchrun starts one process per GPU, and PORT is where they meet.
 
 arguments=()
@@ -18,10 +19,11 @@ launch() {
     processes=${#gpus[@]}
   fi
   if [ "$processes" -gt 1 ]; then
-    exec .venv/bin/python -m torch.distributed.run --nproc_per_node="$processes" \
-      --master_port="${PORT:-12345}" "$program" ${arguments[@]+"${arguments[@]}"} "$@"
+    # -P keeps Python from importing a file of the user's folder in place of a library
+    exec "$home/.venv/bin/python" -P -m torch.distributed.run --nproc_per_node="$processes" \
+      --master_port="${PORT:-12345}" "$home/$program" ${arguments[@]+"${arguments[@]}"} "$@"
   fi
-  exec .venv/bin/python "$program" ${arguments[@]+"${arguments[@]}"} "$@"
+  exec "$home/.venv/bin/python" "$home/$program" ${arguments[@]+"${arguments[@]}"} "$@"
 }
 
 # chat_options ARGUMENTS...: base model and adapter from the environment; without both, the adapter of finetune.sh
@@ -29,7 +31,11 @@ chat_options() {
   if [ "${USE_LOCAL:-0}" = 1 ]; then export HF_HUB_OFFLINE=1; fi
   case "${LORA_PATH:+set}${MODEL_PATH:+set}${BASE_MODEL:+set} $* " in
     set* | *" --lora_path"* | *" --model_path"* | *" --config"*) ;;
-    *) if [ -d lora-checkpoints/demo ]; then LORA_PATH=lora-checkpoints/demo; fi ;;
+    *)
+      for demo in lora-checkpoints/demo "$home/lora-checkpoints/demo"; do
+        if [ -d "$demo" ]; then LORA_PATH=$demo && break; fi
+      done
+      ;;
   esac
   option --model_path "${MODEL_PATH:-${BASE_MODEL:-}}"
   option --lora_path "${LORA_PATH:-}"

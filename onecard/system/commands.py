@@ -6,6 +6,7 @@ installed as a package there are the command `onecard` and pip.
 
 import importlib.util
 import os
+import shlex
 import sys
 
 from onecard.errors import UserError
@@ -49,23 +50,28 @@ def name(command: str) -> str:
 
 def line(command: str) -> str:
     """What a user types for a sub-command: `.venv/bin/python finetune_continue.py`, say; without options."""
-    return f"{in_environment('python')} {FILES[command]}" if IN_CHECKOUT else name(command)
+    return f"{in_environment('python')} {_typed(FILES[command])}" if IN_CHECKOUT else name(command)
+
+
+def _typed(file: str) -> str:
+    """A file of the checkout as the user types it: from another folder only its whole path is right."""
+    return file if ROOT.samefile(os.path.curdir) else shlex.quote(str(ROOT / file))
 
 
 def script(file: str, command: str) -> str:
     """What to type for a sub-command that a checkout has a shell script for."""
-    return f"bash {file}" if IN_CHECKOUT else name(command)
+    return f"bash {_typed(file)}" if IN_CHECKOUT else name(command)
 
 
 def in_environment(program: str) -> str:
     """What to type for a program that a package brought."""
-    return f".venv/bin/{program}" if IN_CHECKOUT else program
+    return _typed(f".venv/bin/{program}") if IN_CHECKOUT else program
 
 
 def set_up(part: str) -> str:
     """What to type for a part of the set-up."""
     if IN_CHECKOUT:
-        return f"bash tools/setup.sh {part}"
+        return f"bash {_typed('tools/setup.sh')} {part}"
     return f'{ANY_CPU + " " if part == COMPILED else ""}pip install "onecard[{part}]"'
 
 
@@ -76,7 +82,7 @@ def extra(package: str) -> str:
 
 def pip_install(package: str, options: str = "") -> str:
     """What a user types to install one package; in a checkout all other versions stay as they are."""
-    constraints = "-c requirements.txt " if IN_CHECKOUT else ""
+    constraints = f"-c {_typed('requirements.txt')} " if IN_CHECKOUT else ""
     return f"{in_environment('pip')} install {options}{constraints}{package}"
 
 
@@ -94,7 +100,9 @@ def child(command: str) -> tuple[list[str], dict[str, str]]:
 def missing_package(module: str, part: str) -> UserError:
     """For a program whose optional package is not in the environment that runs it."""
     problem = f"the package {module} is not installed for {sys.executable}."
-    return UserError(problem, f"Run: {set_up(part)}" + (", and use .venv/bin/python." if IN_CHECKOUT else ""))
+    return UserError(
+        problem, f"Run: {set_up(part)}" + (f", and use {in_environment('python')}." if IN_CHECKOUT else "")
+    )
 
 
 def require(module: str, part: str) -> None:

@@ -261,7 +261,7 @@ def test_without_any_extra_it_says_what_to_install(wheel, tmp_path):
 
 
 def test_an_installation_in_place_is_the_checkout(tmp_path):
-    """tools/setup.sh makes it: the command works, messages name files, and samples are the checkout's."""
+    """tools/setup.sh makes it: the command works, messages name its files, and samples are the checkout's."""
     copied = fresh.copy_project(tmp_path / "source")
     environment = fresh.Environment(copied / ".venv")
     environment.link(["setuptools"])
@@ -272,7 +272,8 @@ def test_an_installation_in_place_is_the_checkout(tmp_path):
     code = "from onecard.system import commands, files as f; from pathlib import Path"
     code += "; print(commands.line('continue'), f.or_sample(Path('sample/chat.jsonl')))"
     output = there.output(f'python -c "{code}"')
-    assert output == f".venv/bin/python finetune_continue.py {copied / 'sample' / 'chat.jsonl'}\n"
+    programs = f"{copied / '.venv/bin/python'} {copied / 'finetune_continue.py'}"
+    assert output == f"{programs} {copied / 'sample' / 'chat.jsonl'}\n"
 
 
 # how a checkout calls the same programs

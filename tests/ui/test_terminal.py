@@ -909,9 +909,10 @@ def entry(tmp_path):
     def call(*arguments: str, **environment: str) -> list[str]:
         variables = {**os.environ, **environment}
         command = ["bash", str(tmp_path / "cpu_chat.sh"), *arguments]
-        ended = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+        settings = {"cwd": tmp_path, "capture_output": True, "text": True, "check": True}
+        ended = subprocess.run(command, env=variables, **settings)
         program, *rest = ended.stdout.splitlines()
-        assert program == "tools/cpu_chat.py"
+        assert program == str(tmp_path / "tools/cpu_chat.py")
         return rest
 
     return call
