@@ -41,8 +41,10 @@ class Legacy:
     alpha: float | None  # None when no file says it
     targets: str  # module names with commas between
     step: int
+    updates: int  # steps that changed the adapter; the learning rate follows these
     planned_steps: int | None
     optimizer: dict[str, Any] | None  # flat, as checkpoint.restore_optimizer takes it
+    next_rate: float | None  # learning rate of the next step, when the optimizer says it
     scale: float | None  # of the fp16 loss scaler
     notes: list[str]
 
@@ -66,9 +68,11 @@ def read(folder: Path) -> Legacy:
     targets = sorted({NAME.fullmatch(name)["last"] for name in tensors})
     state = _json(folder / STATE)
     settings = _json(folder / ADAPTER_CONFIG)
-    moments = scale = None
+    step = _whole(state.get("global_step"))
+    moments = rate = scale = None
     if (folder / OPTIMIZER).is_file():
-        moments = _moments(unpickle(folder / OPTIMIZER)) or None
+        saved = unpickle(folder / OPTIMIZER)
+        moments, rate = _moments(saved) or None, _next_rate(saved)
     if (folder / SCALER).is_file():
         saved = unpickle(folder / SCALER)
         scale = saved.get("scale") if isinstance(saved, dict) else None
@@ -80,9 +84,11 @@ def read(folder: Path) -> Legacy:
         rank=ranks.pop(),
         alpha=settings.get("lora_alpha"),
         targets=",".join(targets),
-        step=_whole(state.get("global_step")),
+        step=step,
+        updates=_updates(moments or {}, step),
         planned_steps=_whole(state.get("max_steps")) or None,
         optimizer=moments,
+        next_rate=rate,
         scale=scale,
         notes=notes,
     )
@@ -125,6 +131,19 @@ def _moments(saved: dict[str, Any]) -> dict[str, Any]:
         return {}
     numbered = dict(enumerate(state for _, state in sorted(states.items())))
     return {path: value for path, value in flattened(numbered) if isinstance(value, PLAIN)}
+
+
+def _next_rate(saved: dict[str, Any]) -> float | None:
+    """The learning rate in an optimizer's saved state: its scheduler has set that of the next step."""
+    groups = saved.get("param_groups") if isinstance(saved, dict) else None
+    rates = [group.get("lr") for group in groups or [] if isinstance(group, dict)]
+    return float(rates[0]) if rates and isinstance(rates[0], float | int) else None
+
+
+def _updates(moments: dict[str, Any], step: int) -> int:
+    """Updates up to `step` by the optimizer's own count, which lacks those that fp16 skipped."""
+    counts = {int(value) for name, value in moments.items() if name.endswith(".step")}
+    return counts.pop() if len(counts) == 1 and 0 < min(counts) <= step else step
 
 
 def first_moment(moments: dict[str, Any], number: int) -> torch.Tensor | None:

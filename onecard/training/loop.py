@@ -30,7 +30,7 @@ from onecard.runs import folder as runs_folder
 from onecard.system import commands, hardware, lock, signals
 from onecard.system import processes as system_processes
 from onecard.training import distributed, out_of_memory, resume, step, warm_start
-from onecard.training.plan import Plan, describe, learning_rate, prepare
+from onecard.training.plan import Plan, describe, prepare
 from onecard.training.samples import Draw, Sample, answers, finish, note_answers, samples_are_due
 from onecard.training.starting_point import BUSY, STARTING, StartingPoint, finished_before
 from onecard.training.strategy import choose
@@ -143,7 +143,7 @@ def one_step(trainer: Trainer) -> None:
     indices = data_examples.rows_at(options.seed, progress.rows_seen, options.batch_size, len(train_rows))
     rows = train_rows[indices]
     targets, tokens = int(examples.target_counts[rows].sum()), int(examples.lengths[rows].sum())
-    rate = learning_rate(options, progress.updates, plan.total_steps, plan.warmup_steps)
+    rate = plan.learning_rate(progress.updates)
     for group in trainer.strategy.optimizer.param_groups:
         group["lr"] = rate
     try:

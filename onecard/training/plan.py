@@ -1,7 +1,7 @@
 """The plan of a run: everything about it that can be known and checked before weights are loaded.
 
 prepare makes the plan and writes nothing into the run folder. describe prints it with the reason of each
-automatic choice. learning_rate is the schedule.
+automatic choice.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ from onecard.system.console import say
 from onecard.training import sharded
 from onecard.training.metrics import check_wandb
 from onecard.training.recorded_names import NEW_NAMES, Names
+from onecard.training.schedule import Anchor, learning_rate
 
 SHORT_RUN = 5  # the warm-up takes at most one of this many steps
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
@@ -58,12 +59,17 @@ class Plan:
     reasons: dict[str, str]  # why device, dtype and checkpointing are as they are
     total_steps: int
     warmup_steps: int
+    anchor: Anchor | None = None  # where the schedule was stretched, in a run that began from another one
     code: remote_code.TrustedCode | None = None  # the user's consent to run Python code of the base model
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one epoch; the last one may be smaller."""
         return data_examples.steps_per_epoch(len(self.data.train_rows), self.options.batch_size)
+
+    def learning_rate(self, updates: int) -> float:
+        """Learning rate of the update after `updates` others."""
+        return learning_rate(self.options, updates, self.total_steps, self.warmup_steps, self.anchor)
 
     def rows_after(self, steps: int, rows_seen: int = 0) -> int:
         """Rows seen after `steps` more steps; the last step of an epoch may be smaller."""
@@ -229,18 +235,6 @@ def check_quantised(options: FinetuneConfig, base_config: Any) -> None:
 def round_up(number: float) -> int:
     """The next whole number, without errors of floating point: 0.07 * 100 gives 7."""
     return math.ceil(round(number, 6))
-
-
-def learning_rate(options: FinetuneConfig, updates: int, total: int, warmup: int) -> float:
-    """Learning rate of the update after `updates` others, by the schedules of transformers.get_scheduler.
-
-    total, warmup: updates of the run, and of its warm-up.
-    """
-    if updates < warmup:
-        return options.learning_rate * updates / warmup
-    progress = (updates - warmup) / max(1, total - warmup)  # 0 to 1
-    factors = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}
-    return options.learning_rate * max(0.0, factors[options.lr_scheduler])
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,6 @@ import torch
 
 from onecard import errors
 from onecard.config import declaration
-from onecard.config.declaration import OnResume
 from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.errors import CHECKPOINT, UserError
 from onecard.hub import locate, remote_code, revisions
@@ -25,14 +24,12 @@ from onecard.system import commands, hardware, lock
 from onecard.system import files as system_files
 from onecard.system import processes as system_processes
 from onecard.system.console import say
-from onecard.training import recorded_names, run_options, warm_start
-from onecard.training.plan import Plan, learning_rate, prepare, versions
+from onecard.training import continued_plan, recorded_names, run_options, warm_start
+from onecard.training.continued_plan import LONGER
+from onecard.training.plan import Plan, prepare, versions
 from onecard.training.starting_point import STARTING, StartingPoint, finished_before, say_finished
 
 ANOTHER_RUN = f"Bring back a copy of this file, or start another run with {commands.name('finetune')}."
-
-LARGER = declaration.names(ContinueConfig, lambda option: option.resume == OnResume.LARGER)
-LONGER = f"Give a larger {declaration.flags(LARGER)}"
 
 
 def decide(request: ContinueConfig, explicit: frozenset[str]) -> StartingPoint | None:
@@ -102,33 +99,18 @@ def make_plan(start: StartingPoint, request: ContinueConfig, explicit: frozenset
         _check_same(start, plan)
         weights_print = start.stored["fingerprints"].get(STARTING)
         plan.fingerprints |= {STARTING: weights_print} if weights_print and start.same_run else {}
-        plan.warmup_steps = resolved["warmup_steps"]
     elif start.progress.step and not request.from_data_beginning:  # an older checkpoint
         start.progress.rows_seen = plan.rows_after(start.progress.step)
+    continued_plan.keep_schedule(start, plan)
     planned = resolved.get("total_steps") or start.planned_steps or plan.total_steps
     if start.same_run:
         _announce(start, plan, resolved)
-        _keep_or_lengthen(start, plan, planned)
+        continued_plan.keep_or_lengthen(start, plan, planned)
         return plan
     if resolved and resolved["dtype"] != plan.dtype:
         say(f"Changed: dtype {resolved['dtype']} -> {plan.dtype}.")
-    if planned > plan.total_steps:
-        say(f"The run was planned for {planned} steps; these rows alone would give {plan.total_steps}.")
-        say(f"It keeps {planned}, as if these rows followed the old ones: the learning rate goes on evenly.")
-    plan.total_steps = max(planned, plan.total_steps)
-    if start.progress.step >= plan.total_steps:
-        problem = f"All {plan.total_steps} planned steps are done, so no step is left for these rows."
-        raise UserError(problem, f"{LONGER}.")
+    continued_plan.join_plans(start, plan, planned)
     return plan
-
-
-def _keep_or_lengthen(start: StartingPoint, plan: Plan, planned: int) -> None:
-    if not run_options.is_longer(start.options, start.stored["options"]):
-        plan.total_steps = planned
-    elif plan.total_steps <= planned:
-        raise UserError(f"The run is planned for {planned} steps already.", f"{LONGER}.")
-    else:
-        _say_longer(start, plan, planned)
 
 
 def _same_run(
@@ -279,16 +261,6 @@ def _announce(start: StartingPoint, plan: Plan, resolved: dict[str, Any]) -> Non
         say(f"Changed: {'; '.join(start.changes)}.")
         say("The gradient is the same up to rounding, but the dropout masks differ: the run does not go on")
         say("bit for bit as it would have without these changes.")
-
-
-def _say_longer(start: StartingPoint, plan: Plan, planned: int) -> None:
-    old, new = (
-        learning_rate(start.options, start.progress.updates, total, plan.warmup_steps)
-        for total in (planned, plan.total_steps)
-    )
-    start.changes.append(f"total_steps {planned} -> {plan.total_steps}")
-    say(f"The run is made longer: {planned} -> {plan.total_steps} steps. From here on the learning rate is")
-    say(f"that of a run planned for {plan.total_steps}: {new:.3g} for the next step instead of {old:.3g}.")
 
 
 def _verify_chosen(chosen: Path, folder: Path) -> None:

@@ -40,6 +40,7 @@ class StartingPoint:
     moments: dict[str, Any] | None = None  # optimizer state of an older checkpoint, flat
     scale: float | None = None  # loss scale of an older checkpoint
     planned_steps: int | None = None  # steps that an older checkpoint's schedule was planned for
+    next_rate: float | None = None  # learning rate with which an older checkpoint would go on
     stored: dict[str, Any] | None = None  # finetune_config.json of the run whose schedule continues
     same_run: bool = False  # whether the run continues in its own folder
     fingerprint: str | None = None  # SHA-256 of the weights in `adapter`

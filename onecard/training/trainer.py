@@ -21,7 +21,7 @@ from onecard.system import files as system_files
 from onecard.system import hardware
 from onecard.system import processes as system_processes
 from onecard.system.console import say
-from onecard.training import distributed, step
+from onecard.training import continued_plan, distributed, step
 from onecard.training import memory as training_memory
 from onecard.training.metrics import MetricLogger
 from onecard.training.plan import Plan, versions
@@ -171,8 +171,7 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: StartingPo
             "processes": system_processes.world_size(),
             "threads": torch.get_num_threads(),
             "task": plan.data.task,
-            "total_steps": plan.total_steps,
-            "warmup_steps": plan.warmup_steps,
+            **continued_plan.record(plan),
         }
         versions_of_rows = {revisions.of(file.path) for file in plan.data.files}
         rows = {

@@ -109,15 +109,18 @@ def from_older(source: Path, request: ContinueConfig, explicit: frozenset[str]) 
     missing = ", ".join(name for name, is_present in parts.items() if not is_present)
     say(f"Older checkpoint {source}: {present} go on" + (f"; {missing} start anew." if missing else "."))
     say(f"Its rank {old.rank} and targets {old.targets} come from its tensors.")
+    if old.updates < old.step:
+        say(f"{old.step - old.updates} of its {old.step} steps were skipped, as fp16 does when it overflows.")
     if old.step:
         say(f"It was saved at step {old.step}: the rows of so many steps, in OneCard's order, count as seen.")
     return StartingPoint(
         options,
-        Progress(step=old.step, updates=old.step),
+        Progress(step=old.step, updates=old.updates),
         adapter=old.tensors,
         moments=old.optimizer,
         scale=old.scale,
         planned_steps=old.planned_steps,
+        next_rate=old.next_rate,
         begun_from=str(source),
     )
 

@@ -119,6 +119,46 @@ def test_an_older_checkpoint_goes_on(harness, request, tiny_model, tmp_path, lay
     assert (stored["lora_r"], stored["lora_alpha"]) == (RANK, ALPHA)
 
 
+def at_step(source: Path, step: int, planned: int, rate: float, updates: int | None = None) -> Path:
+    """Let an older checkpoint be that of a later step of a longer plan; updates: steps not skipped."""
+    state = json.loads((source / "trainer_state.json").read_text())
+    state |= {"global_step": step, "max_steps": planned}
+    (source / "trainer_state.json").write_text(json.dumps(state))
+    saved = torch.load(source / "optimizer.pt", weights_only=True)
+    for values in saved["state"].values():
+        values["step"] = torch.tensor(float(updates or step))
+    saved["param_groups"][0]["lr"] = rate
+    torch.save(saved, source / "optimizer.pt")
+    return source
+
+
+@pytest.mark.parametrize(
+    ("step", "updates", "rate"),
+    [(10, 10, 3e-5), (10, 8, 2.4e-5)],
+    ids=["in the warm-up", "after two skipped steps"],
+)
+def test_the_learning_rate_goes_on_whatever_the_new_rows(
+    harness, written, tiny_model, tmp_path, step, updates, rate
+):
+    """1,000 steps were planned, 100 of them warm-up, and the new rows alone would give 30 steps."""
+    source = at_step(vicuna(written, tmp_path / "old"), step, 1000, rate, updates)
+    wish = {"resume_from_checkpoint": source, "learning_rate": 3e-4, "warmup_steps": 100, "num_epochs": 5}
+    answer = harness.run("finetune_continue", flags(tiny_model, tmp_path, **wish), kill_in_step=[3, 0])
+    assert answer["code"] == -9, answer["said"]
+    assert "It keeps 1000" in answer["said"]
+    assert "was to go on with" not in answer["said"]
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [step + 1]
+    assert records[0]["learning_rate"] == pytest.approx(rate)
+
+
+def test_the_optimizer_says_the_next_learning_rate(written):
+    """After 3 of 6 steps without warm-up it is half of the highest, and no step was skipped."""
+    old = legacy.read(written)
+    assert (old.step, old.updates, old.planned_steps) == (3, 3, 6)
+    assert old.next_rate == pytest.approx(5e-3)
+
+
 def test_moments_that_do_not_fit_start_fresh(harness, written, tiny_model, tmp_path):
     """Moments of another model give a warning, and only the weights are used."""
     source = tmp_path / "old"

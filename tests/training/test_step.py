@@ -18,7 +18,7 @@ from onecard.data.packing import micro_batches, pack
 from onecard.models import adapter as models_adapter
 from onecard.models import packed_attention, trainable
 from onecard.training import step
-from onecard.training.plan import learning_rate
+from onecard.training.schedule import learning_rate
 from tests.support import two_processes
 from tests.support.paths import ROOT
 from tests.support.two_processes import NO_DROPOUT, encode_tiny, tiny_step_model
