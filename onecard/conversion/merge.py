@@ -302,7 +302,7 @@ def _write(plan: MergePlan, place: Path, folder: Path, progress: Progress) -> in
                 behind.do(make, first, last)
                 done += (last - first) * target.row_bytes
                 progress(done, total)
-        behind.sync()
+        behind.finish()
     return total
 
 

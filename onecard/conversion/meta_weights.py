@@ -187,7 +187,7 @@ def write(
                 _scatter(behind, weight, targets, first, rows)
                 done += rows.nbytes
                 tell(done=done)
-    behind.sync()
+    behind.finish()
     return done
 
 

@@ -27,6 +27,7 @@ from onecard.data.findings import Findings, RowReport, plot_lengths, report, wri
 from onecard.data.schemas import BadRow
 from onecard.data.template import Template
 from onecard.errors import UserError
+from onecard.system import files as system_files
 from onecard.system.console import say
 
 PLACEHOLDERS = re.compile(
@@ -252,11 +253,16 @@ class Cleaner:
         self.files[bool(reasons)].write(text.encode("utf-8", "backslashreplace").decode())
 
     def close(self, complete: bool) -> None:
-        """Move both files to their places, or delete them when not all rows were read."""
-        for file in self.files:
-            file.close()
-        for temporary, target in zip(self.temporary, self.targets, strict=True):
-            temporary.replace(target) if complete else temporary.unlink()
+        """Move both files to their places, or delete them when not all rows were read or the disk is full."""
+        try:
+            for file in self.files:
+                file.close()
+            if complete:
+                for temporary, target in zip(self.temporary, self.targets, strict=True):
+                    system_files.put_file(temporary, target)
+        finally:
+            for temporary in self.temporary:
+                temporary.unlink(missing_ok=True)
 
 
 def read_all(rows: Iterator[RowReport], cleaner: Cleaner | None) -> None:

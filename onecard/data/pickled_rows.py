@@ -31,7 +31,7 @@ def convert_to_jsonl(path: Path) -> Path:
     print(f"Converting {path} to JSONL; this happens once ...", flush=True)
     try:
         sandbox.convert(__name__, path, temporary, SECONDS, damaged=DATA, late=DATA)
-        temporary.replace(target)
+        system_files.put_file(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     return target

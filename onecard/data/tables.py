@@ -14,6 +14,7 @@ from tqdm import tqdm
 from onecard.data.json_rows import LONGEST_ROW, REPORTED, refuse_utf16
 from onecard.data.schemas import BadRow
 from onecard.errors import DATA, DISK, UserError, first_line
+from onecard.system import files as system_files
 from onecard.system import sandbox
 
 ROWS = 1000  # rows of a Parquet file that are in memory at a time
@@ -172,7 +173,7 @@ def write_parquet(
             for piece in pieces("writing"):
                 writer.write_table(pyarrow.Table.from_pylist(piece, schema=schema))
                 count += len(piece)
-        temporary.replace(target)
+        system_files.put_file(temporary, target)
     except (pyarrow.ArrowException, UnicodeError, OverflowError) as error:
         problem = f"{', '.join(map(str, paths))}: a column holds values of different types: {error}."
         raise UserError(problem, "Give all values of a column the same type.", DATA) from None

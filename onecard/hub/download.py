@@ -186,8 +186,7 @@ def _complete(
         raise UserError(problem, "Delete it to fetch it anew, or choose another --to.", CHECKPOINT)
     _check_disk(folder, missing)
     _fetch(folder, listing, missing)
-    for file in missing:
-        file.part(folder).replace(folder / file.name)
+    _name(folder, missing)
     others = _others(folder, listing, recorded)
     follows = (
         old is None or old["commit"] == listing.commit or (bool(options.url_list) and not options.update)
@@ -197,8 +196,6 @@ def _complete(
         say(f"Removed, because this version does not have them: {', '.join(removed)}")
     for name in [*removed, *_beginnings(folder, listing)]:
         (folder / name).unlink()
-    for parent in {(folder / file.name).parent for file in missing}:
-        system_files.sync_folder(parent)
     values = _receipt(folder, listing)
     values["files"] |= {name: recorded[name] for name in remaining}
     if old is None or any(old[key] != value for key, value in values.items()):
@@ -247,6 +244,14 @@ def _fetch(folder: Path, listing: Listing, missing: list[Remote]) -> None:
                 print(f"{number}/{len(missing)} {file.name}, {_size(file.size or 0)}", file=sys.stderr)
             part = transfer.fetch(client, file, folder, listing.headers, total)
             system_files.sync_file(part)
+
+
+def _name(folder: Path, fetched: list[Remote]) -> None:
+    """Give the fetched files their names, and return when these are on the disk."""
+    for file in fetched:
+        file.part(folder).replace(folder / file.name)
+    for parent in {(folder / file.name).parent for file in fetched}:
+        system_files.sync_folder(parent)
 
 
 def _others(folder: Path, listing: Listing, recorded: dict[str, Any]) -> list[str]:
@@ -313,8 +318,7 @@ def _demo(source: Path, folder: Path | None, again: bool) -> Path:
                     DISK,
                 )
             system_files.sync_file(part)
-        for file in missing:
-            file.part(folder).replace(folder / file.name)
+        _name(folder, missing)
         if not old:
             manifest.write(folder, _receipt(folder, listing))
     say(f"{len(missing)} files copied, {len(files) - len(missing)} there already; all checksums are right.")

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from onecard.errors import CHECKPOINT, UNSAFE, UserError, first_line
 from onecard.hub import addresses
+from onecard.system import files as system_files
 
 CONNECT, SILENCE = 10.0, 30.0  # seconds until a connection, and between two pieces of a file, at most
 TRIES = 8  # in a row that bring next to nothing
@@ -117,7 +118,7 @@ def fetch(client: httpx2.Client, file: Remote, folder: Path, headers: Mapping[st
     refuses, 4 when it goes on sending another file than was listed.
     """
     part = file.part(folder)
-    part.parent.mkdir(parents=True, exist_ok=True)
+    system_files.make_folder(part.parent)
     if part.is_symlink():
         part.unlink()
     for _ in range(2):
@@ -277,7 +278,7 @@ def _continues(response: httpx2.Response, have: int, size: int) -> bool:
 
 def _receive(response: httpx2.Response, file: Remote, part: Path, total: Any, bar: Any) -> None:
     have = part.stat().st_size if part.exists() else 0
-    handle = os.open(part, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    handle = os.open(part, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     with os.fdopen(handle, "ab") as target:
         bar.n = have
         for piece in response.iter_raw():  # as it comes: what has arrived when the line is cut stays

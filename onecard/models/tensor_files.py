@@ -127,12 +127,6 @@ class Files:
             count = os.pwrite(handle, view, position)
             view, position = view[count:], position + count
 
-    def sync(self) -> None:
-        """Wait until everything that was written is on the disk."""
-        for (_, how), handle in self.handles.items():
-            if how == os.O_RDWR:
-                os.fsync(handle)
-
     def _open(self, path: Path, how: int) -> int:
         with self.opening:
             if (path, how) not in self.handles:
@@ -173,11 +167,10 @@ class Behind:
         """Write rows as Files.write does; a single thread keeps the order of the calls."""
         self.do(self.files.write, tensor, first, rows)
 
-    def sync(self) -> None:
-        """Wait until all work is done and everything is on the disk."""
+    def finish(self) -> None:
+        """Wait until all work is done; whoever makes the folder visible syncs its files."""
         while self.waiting:
             self.waiting.popleft().result()
-        self.files.sync()
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

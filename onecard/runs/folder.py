@@ -1,7 +1,6 @@
 """Run folders: the names of their files, which files are a run's own, and how a run goes back to a step."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -101,9 +100,7 @@ def cut_log(folder: Path, step: int, name: str = LOG) -> int:
     for line in log.read_bytes().splitlines(keepends=True):
         (remaining if _belongs(line, step) else dropped).append(line)
     if dropped:
-        with open(folder / DROPPED, "ab") as file:
-            file.write(b"".join(dropped).rstrip(b"\n") + b"\n")
-            os.fsync(file.fileno())
+        system_files.append(folder / DROPPED, b"".join(dropped).rstrip(b"\n") + b"\n")
         system_files.replace(log, b"".join(remaining))
     return len(dropped)
 

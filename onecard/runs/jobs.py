@@ -116,11 +116,14 @@ def keep_upload(source: Path, workspace: Path) -> Path:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
     stem = re.sub(r"[^\w.-]", "_", source.stem)[:40].strip(".-") or "rows"
     target = workspace / UPLOADS / f"{stem}-{digest}{ending}"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    system_files.make_folder(target.parent)
     if not target.exists():
         temporary = target.with_name(f".{os.getpid()}.{target.name}")
-        shutil.copyfile(source, temporary)
-        system_files.put_file(temporary, target)
+        try:
+            shutil.copyfile(source, temporary)
+            system_files.put_file(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
     return target
 
 
@@ -152,7 +155,8 @@ def stop(workspace: Path, name: str) -> None:
             handle = os.pidfd_open(pid)
             stack.callback(os.close, handle)
             if _pid(folder) == pid:  # so the handle is the trainer's, not that of a later process
-                _note(folder, STOP_NOTE)
+                with contextlib.suppress(OSError):  # on a full disk it is stopped without the note
+                    _note(folder, STOP_NOTE)
                 signal.pidfd_send_signal(handle, signal.SIGTERM)
                 return
     raise UserError(f"{name} is not being trained now.")
@@ -211,9 +215,10 @@ def config_of(folder: Path) -> dict[str, Any]:
 def _launch(folder: Path, command: str, options: dict[str, Any]) -> None:
     values = {**options, "output_path": folder}
     flags = command_line(values)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    system_files.make_folder(folder.parent)
     with console_of(folder).open("ab", buffering=0) as console:
         _take(console, folder.name)
+        system_files.sync_folder(folder.parent)
         with errors.remedy("Wait for it, or stop it."):
             lock.check_free(folder)
         _note(folder, f"{MARK}{time.strftime(CLOCK)} {commands.name(command)} {' '.join(map(repr, flags))}")
@@ -231,8 +236,7 @@ def _launch(folder: Path, command: str, options: dict[str, Any]) -> None:
 
 
 def _note(folder: Path, text: str) -> None:
-    with console_of(folder).open("a", encoding="utf-8", errors="backslashreplace") as console:
-        console.write(f"{text}\n")
+    system_files.append(console_of(folder), f"{text}\n".encode("utf-8", errors="backslashreplace"))
 
 
 def _take(console: BinaryIO, name: str) -> None:

@@ -77,6 +77,55 @@ def replace(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def append(path: Path, content: bytes) -> None:
+    """Add to the end of a file, and return when it is on the disk; the file is created when it is missing.
+
+    Raises OSError, and then the file is as it was, or empty.
+    """
+    is_new = not path.exists()
+    with open(path, "ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            view = memoryview(content)
+            while view:
+                view = view[file.write(view) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
+    if is_new:
+        sync_folder(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and those above it that are missing; a power failure takes none of them away."""
+    path = path.absolute()
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give a new folder and all in it the rights of what a plain `open` creates: those that the umask says.
+
+    safetensors and tempfile create files and folders that only their owner may read.
+    """
+    probe = folder / f"{PROBE}rights"
+    handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        rights = os.fstat(handle).st_mode & 0o777
+    finally:
+        os.close(handle)
+        probe.unlink()
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            mode = path.stat().st_mode
+            new = rights | (rights & 0o444) >> 2 if path.is_dir() else rights
+            if mode & 0o777 != new:  # some file systems have the same rights for all files, and refuse others
+                path.chmod(mode & 0o7000 | new)
+
+
 def put_file(temporary: Path, path: Path) -> None:
     """Sync a file that is written, and rename it to `path`, on the same file system: whole, or as it was."""
     sync_file(temporary)
@@ -87,8 +136,11 @@ def put_file(temporary: Path, path: Path) -> None:
 def save_figure(figure: Any, path: Path) -> None:
     """Write a matplotlib figure as PNG, whole or as it was."""
     temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, dpi=120)
-    put_file(temporary, path)
+    try:
+        figure.savefig(temporary, dpi=120)
+        put_file(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:

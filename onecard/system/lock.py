@@ -15,6 +15,7 @@ from pathlib import Path
 import filelock
 
 from onecard.errors import UserError
+from onecard.system import files as system_files
 
 NAME = ".lock"  # the file in a run folder that its trainer locks; it contains the process id of the trainer
 TRIES, PAUSE = 10, 0.05  # how often `take_soon` tries, and seconds between two tries
@@ -80,10 +81,10 @@ def owned(folder: Path) -> Iterator[None]:
     The folder is created when it is missing, and removed when the block leaves it empty. So is the lock file.
     """
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    system_files.make_folder(folder)
     path = folder / NAME
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if not take_soon(descriptor):
                 raise _is_busy(folder)

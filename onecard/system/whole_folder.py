@@ -53,12 +53,13 @@ def put(
     write_manifest: Callable[[], None] | None = None,
     replaced: Path | None = None,
 ) -> None:
-    """Sync a folder whose files are all written, and rename it to `target`.
+    """Sync a folder whose files are all written, and rename it to `target`. Their rights follow the umask.
 
     write_manifest: writes and syncs the file that says what the folder holds; it is called when all others
     are on the disk. replaced: where the folder that has the name so far goes, for the caller to delete;
     without it that folder has to be empty. Raises OSError, and FileExistsError is one.
     """
+    system_files.follow_umask(folder)
     for path in folder.rglob("*"):
         if not path.is_symlink():
             system_files.sync_folder(path) if path.is_dir() else system_files.sync_file(path)
@@ -75,7 +76,7 @@ def _own(folder: Path, patience: float, before_waiting: Callable[[], None]) -> i
     """Create and lock the folder; the lock of a killed process has ended, so its folder can be taken."""
     until, is_first = time.monotonic() + patience, True
     while True:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        system_files.make_folder(folder.parent)
         try:  # no link is followed: it may come with anybody's adapter, and its target would be emptied
             folder.mkdir(exist_ok=True)
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

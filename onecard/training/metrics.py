@@ -89,8 +89,8 @@ class MetricLogger:
         if self.file:
             path = Path(self.file.name).with_name(SAMPLES)
             try:
-                with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                text = json.dumps(record, ensure_ascii=False) + "\n"
+                system_files.append(path, text.encode("utf-8", errors="backslashreplace"))
             except OSError as error:
                 raise disk_error(path, error) from None
 

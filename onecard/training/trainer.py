@@ -158,7 +158,7 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: StartingPo
             runs_folder.delete(
                 runs_folder.contents(folder)
             )  # --overwrite, or what a run that never began left
-            folder.mkdir(parents=True, exist_ok=True)
+            system_files.make_folder(folder)
             write_rejected(plan, folder)
         resolved = {
             "base_path": plan.base_path,
@@ -206,5 +206,6 @@ def write_rejected(plan: Plan, folder: Path) -> None:
     if rejected:
         lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in rejected)
         text = "\n".join(lines) + "\n"
-        (folder / runs_folder.REJECTED).write_text(text, encoding="utf-8", errors="backslashreplace")
+        content = text.encode("utf-8", errors="backslashreplace")
+        system_files.replace(folder / runs_folder.REJECTED, content)
         say(f"{len(rejected)} rejected rows and the reasons are in {folder / runs_folder.REJECTED}")

@@ -20,6 +20,7 @@ from onecard.data import template as data_template
 from onecard.errors import UserError
 from onecard.inference import transcript
 from onecard.inference.transcript import LEFT, RIGHT
+from onecard.system import files as system_files
 from onecard.ui.terminal_io import tell
 from onecard.ui.terminal_session import Session
 
@@ -205,6 +206,9 @@ def _assignments(text: str) -> dict[str, str]:
 
 def _append(path: Path, line: str) -> None:
     """Add a line to a file, as a line of its own even when the last one was cut off."""
-    with open(path, "ab+") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-        file.write((b"" if file.read(1) in (b"", b"\n") else b"\n") + line.encode("utf-8", "replace"))
+    last = b""
+    if path.exists():
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            last = file.read(1)
+    system_files.append(path, (b"" if last in (b"", b"\n") else b"\n") + line.encode("utf-8", "replace"))

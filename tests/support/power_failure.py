@@ -42,11 +42,24 @@ def save_adapter(place: Path, weights: torch.Tensor) -> None:
     (place / "adapter_config.json").write_text(json.dumps({"r": weights.flatten()[0].item()}))
 
 
+def halved(operation: tuple) -> tuple:
+    """A write of which only the first half reached the disk; what an append follows stays."""
+    _, _, content, before = operation
+    return (*operation[:2], content[: before + (len(content) - before) // 2], before)
+
+
+def zeroed(operation: tuple) -> tuple:
+    """A write whose length is on the disk but not its content."""
+    _, _, content, before = operation
+    return (*operation[:2], content[:before] + bytes(len(content) - before), before)
+
+
 class Disk:
     """The operations of a save on the disk, from which every state after a power failure can be rebuilt.
 
     The model is that of a journalling file system: a write is safe after fsync of the file, a name (create,
-    rename, delete) after fsync of its folder; whatever is not safe may be lost, each thing by itself.
+    rename, delete) after fsync of its folder, for a rename that of the new name; whatever is not safe may be
+    lost, each thing by itself.
     """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, fsync_works: bool = True):
@@ -95,7 +108,9 @@ class Disk:
         for path in sorted(
             path for path in now if now[path] is not None and now[path] != self.seen.get(path)
         ):
-            self.log.append(("write", path, now[path]))
+            before = self.seen.get(path) or b""
+            is_append = now[path].startswith(before)
+            self.log.append(("write", path, now[path], len(before) if is_append else 0))
         for path in sorted(self.seen.keys() - now.keys(), reverse=True):
             self.log.append(("delete", path))
         self.seen = now
@@ -109,11 +124,40 @@ class Disk:
                 for lost in itertools.combinations(unsafe, count):
                     yield length, self.replay(before, [operations[i] for i in range(length) if i not in lost])
 
+    def fewer_states(self, before: dict[Path, bytes | None]):
+        """Yield (length, disk) for the longer log of a whole program, where `states` would yield too many.
+
+        All unsafe operations are lost, or one of them, or all but one, or the last ones. An unsafe write that
+        is not lost may also have reached the disk in half, or only as a length with zeros. This is done right
+        before each sync, right after each rename, and at the end.
+        """
+        unsafe: list[int] = []
+        for length, operation in enumerate([*self.log, ("sync", None)]):
+            follows_rename = length > 0 and self.log[length - 1][0] == "rename"
+            operations = self.log[:length]
+            if operation[0] != "sync":
+                unsafe.append(length)
+            if operation[0] == "sync" or follows_rename:
+                now = [n for n in unsafe if n < length]
+                losses = [set(now[first:]) for first in range(len(now) + 1)]
+                losses += [{n} for n in now] + [set(now) - {n} for n in now]
+                for lost in losses:
+                    yield length, self.replay(before, [operations[i] for i in range(length) if i not in lost])
+                writes = {n for n in now if operations[n][0] == "write"}
+                for damage in (halved, zeroed):
+                    for damaged in [writes, *({n} for n in writes)] if writes else []:
+                        changed = [damage(o) if i in damaged else o for i, o in enumerate(operations)]
+                        yield length, self.replay(before, changed)
+            unsafe = [n for n in unsafe if not self.is_safe(n, self.log[: length + 1])]
+
     @staticmethod
     def is_safe(number: int, operations: list) -> bool:
         operation, later = operations[number], operations[number + 1 :]
         if operation[0] == "sync":
             return True
+        deletions = [n for n, other in enumerate(later) if other[0] == "delete" and other[1] != operation[1]]
+        if any(later[n][1] in operation[1].parents and Disk.is_safe(n, later) for n in deletions):
+            return True  # its folder is gone
         if operation[0] == "write":
             names = {operation[1]}
             for other in later:
@@ -122,8 +166,11 @@ class Disk:
                 if other[0] == "sync" and other[1] in names:
                     return True
             return False
-        folders = {path.parent for path in operation[1:]}
-        return all(any(other == ("sync", folder) for other in later) for folder in folders)
+        name = operation[-1 if operation[0] == "rename" else 1]
+        if ("sync", name.parent) in later:
+            return True
+        moves = [n for n, other in enumerate(later) if other[0] == "rename" and other[1] == name]
+        return operation[0] != "delete" and any(Disk.is_safe(n, later) for n in moves[:1])
 
     @staticmethod
     def replay(before: dict[Path, bytes | None], operations: list) -> dict[Path, bytes | None]:
@@ -137,6 +184,8 @@ class Disk:
                 disk[path] = rest[0]
             elif kind == "delete":
                 disk.pop(path, None)
+            elif kind == "rename" and disk.get(path) is not None:
+                disk[rest[0]] = disk.pop(path)
             elif kind == "rename" and path in disk:
                 for old in [name for name in disk if name == path or path in name.parents]:
                     disk[rest[0] / old.relative_to(path)] = disk.pop(old)

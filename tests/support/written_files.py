@@ -1,0 +1,239 @@
+"""Everything that the programs write, made from tiny inputs in this process: WRITERS, by name.
+
+A writer gets Inputs and a place, and writes below place/new. Work that a program gives to a child process is
+done in this process (the conversion of LLaMA layouts), or by a converter that writes a few bytes (GGUF): what
+a child wrote, the program syncs itself.
+"""
+
+import dataclasses
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from onecard.config import options as config_options
+from onecard.config.chat import ChatConfig
+from onecard.config.conversion import ConvertConfig
+from onecard.config.training import FinetuneConfig
+from onecard.conversion import llama_cpp_converter, meta_llama, meta_tokenizer, meta_weights
+from onecard.data import pickled_rows
+from onecard.hub import download, manifest
+from onecard.inference import llama_cpp_engine
+from onecard.programs import (
+    check_data,
+    export_gguf,
+    extend_vocab,
+    json_to_parquet,
+    merge_lora,
+    prepare_base_model,
+    quantize,
+)
+from onecard.runs import folder as runs_folder
+from onecard.runs import jobs
+from onecard.ui import terminal_commands
+from tests.support import bad_hub, chat_fakes, meta_llama_reference, small_runs, tiny
+
+NEW = "new"  # all outputs are below this folder
+OLDER = b"older"  # the content of files that a program replaces
+HUB = {"config.json": b'{"model_type": "llama"}', "a/b/model.safetensors": bytes(3000), "README.md": b"hello"}
+
+
+@dataclasses.dataclass
+class Inputs:
+    """What the programs read."""
+
+    model: Path
+    adapter: Path
+    rows: Path
+    text: Path
+    original: Path  # a LLaMA model in its original layout
+    patch: pytest.MonkeyPatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """A program, and how its output is recognised as whole.
+
+    run: gets the inputs and place/new. folders: folder -> the file that makes it whole, None where the folder
+    itself does. lines: files that grow by whole lines. older: files that are there before, and are replaced.
+    """
+
+    run: Callable[[Inputs, Path], None]
+    folders: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    lines: tuple[str, ...] = ()
+    older: tuple[str, ...] = ()
+
+
+def inputs(folder: Path, model: Path, patch: pytest.MonkeyPatch) -> Inputs:
+    """Write the inputs into `folder`, and put the stand-ins in the place of the children."""
+    patch.setenv("ONECARD_CACHE", str(folder / "cache"))
+    patch.setattr(llama_cpp_converter, "run", few_bytes)
+    patch.setattr(llama_cpp_converter, "home", Path)
+    patch.setattr(llama_cpp_engine, "Engine", NoEngine)
+    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    patch.setattr(jobs.commands, "child", lambda _: (["true"], None))
+    rows, text = folder / "rows.json", folder / "text.txt"
+    rows.write_text(json.dumps([*tiny.rows(24), {"instruction": "", "input": "", "output": ""}]))
+    text.write_text("红红红红红 red" * 9, encoding="utf-8")
+    adapter = small_runs.trained(model, rows, folder / "run", no_answers, max_steps=1, skip_bad_rows=True)
+    original = folder / "original"
+    vocabulary = meta_llama_reference.sentencepiece(folder / "tokenizer.model", 392)
+    settings = meta_llama_reference.params(vocab=vocabulary)
+    weights = meta_llama_reference.weights(settings, vocabulary, torch.bfloat16, False)
+    meta_llama_reference.save(original, settings, meta_llama_reference.cut(weights, 2, 1))
+    (folder / "tokenizer.model").rename(original / "tokenizer.model")
+    return Inputs(model, adapter, rows, text, original, patch)
+
+
+def no_answers(*_: Any) -> list[str]:
+    return []
+
+
+def one_answer(_model: Any, _tokenizer: Any, _template: Any, prompts: list[Any], _longest: int) -> list[str]:
+    return ["red"] * len(prompts)
+
+
+def few_bytes(arguments: list[Any], *_: Any) -> None:
+    """A converter whose file nothing reads."""
+    Path(arguments[arguments.index("--outfile") + 1]).write_bytes(b"GGUF" * 2000)
+
+
+class NoEngine:
+    """An engine that opens every file."""
+
+    def __init__(self, *_: Any):
+        self.close = lambda: None
+
+
+def train(given: Inputs, new: Path) -> None:
+    small_runs.trained(
+        given.model,
+        given.rows,
+        new / "runs/first",
+        one_answer,
+        **{"max_steps": 2, "sample_steps": 1, "save_total_limit": 1, "skip_bad_rows": True},
+    )
+
+
+def convert(source: Path, target: Path, to: str) -> None:
+    def work(request: dict[str, Any], report: Any, _: int) -> None:
+        module = meta_weights if request["step"] == meta_llama.WEIGHTS else meta_tokenizer
+        module.work({**request, "limit": 0}, lambda **message: report(message))
+
+    options = ConvertConfig(input_dir=str(source), output_dir=str(target), to=to)
+    meta_llama.run(options, lambda done, total: None, work)
+
+
+def to_original(given: Inputs, new: Path) -> None:
+    """From a folder of transformers that is no output of this test."""
+    source = given.original.with_name("converted")
+    if not source.is_dir():
+        convert(given.original, source, "hf")
+    convert(source, new / "original", "meta")
+
+
+def check(given: Inputs, new: Path) -> None:
+    names = {"clean": "clean.jsonl", "html": "report.html", "png": "lengths.png"}
+    given_paths = [f"--{name}={new / file}" for name, file in names.items()]
+    check_data.main([f"--data_path={given.rows}", f"--model_path={given.model}", *given_paths])
+
+
+def fetch(given: Inputs, new: Path) -> None:
+    with bad_hub.serving(bad_hub.hub_of(HUB)) as hub:
+        bad_hub.download(hub, new / "hub/model", files="*")
+
+
+def convert_pickle(given: Inputs, new: Path) -> None:
+    source = given.rows.with_name("rows.pkl")
+    source.write_bytes(pickle.dumps(tiny.rows(9)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ONECARD_CACHE", str(new / "cache"))
+        pickled_rows.convert_to_jsonl(source)
+
+
+def save_chat(given: Inputs, new: Path) -> None:
+    chat = chat_fakes.Scripted(lambda _: iter(()))
+    session = SimpleNamespace(
+        turns=[{"question": "?", "answer": "!"}],
+        settings=ChatConfig(),
+        chat=chat,
+        active_adapters=chat.active_adapters,
+        template_name="",
+    )
+    for _ in range(2):
+        terminal_commands.save(session, str(new / "chat.jsonl"))
+
+
+def start_job(given: Inputs, new: Path) -> None:
+    rows = jobs.keep_upload(given.rows, new / "workspace")
+    options = config_options.build(FinetuneConfig, {"data_path": str(rows)})
+    jobs.start(new / "workspace", "first", options)
+
+
+def by_main(program: Any, *names: str, **fixed: Any) -> Callable[[Inputs, Path], None]:
+    """A writer that calls a program with options; names: inputs, as OPTION=FIELD; fixed: OPTION=VALUE.
+
+    The option output_path is fixed["output_path"] below place/new.
+    """
+
+    def run(given: Inputs, new: Path) -> None:
+        fields = dict(name.split("=") for name in names)
+        values = {option: getattr(given, field) for option, field in fields.items()}
+        values |= {**fixed, "output_path": new / fixed["output_path"]}
+        program.main([f"--{option}={value}" for option, value in values.items()])
+
+    return run
+
+
+ADAPTED = ("model_path=model", "lora_path=adapter")
+WRITERS = {
+    "train": Writer(train, {"runs/first": runs_folder.FINISHED}, ("log.jsonl", "samples.jsonl")),
+    "merge": Writer(by_main(merge_lora, *ADAPTED, output_path="a/merged"), {"a/merged": None}),
+    "convert to transformers": Writer(
+        lambda given, new: convert(given.original, new / "a/converted", "hf"), {"a/converted": None}
+    ),
+    "convert to the original layout": Writer(to_original, {"original": None}),
+    "quantize": Writer(
+        by_main(
+            quantize, "model_path=model", output_path="a/quantized", method="bnb", device="cpu", report_rows=0
+        ),
+        {"a/quantized": None},
+    ),
+    "export": Writer(
+        by_main(export_gguf, *ADAPTED, output_path="a/gguf", check="false", template="alpaca"),
+        {"a/gguf": None},
+    ),
+    "extend the vocabulary": Writer(
+        by_main(extend_vocab, "model_path=model", "characters=text", output_path="a/vocabulary"),
+        {"a/vocabulary": None},
+    ),
+    "prepare a base": Writer(
+        by_main(prepare_base_model, "model_path=model", output_path="a/prepared"), {"a/prepared": None}
+    ),
+    "download": Writer(fetch, {"hub/model": manifest.NAME}),
+    "copy the demo": Writer(
+        lambda given, new: download._demo(given.model, new / "a/demo", False), {"a/demo": manifest.NAME}
+    ),
+    "write Parquet": Writer(
+        by_main(json_to_parquet, "data_path=rows", output_path="rows.parquet"), older=("rows.parquet",)
+    ),
+    "check": Writer(check, older=("clean.jsonl", "clean.dropped.jsonl", "report.html", "lengths.png")),
+    "convert a pickle": Writer(convert_pickle),
+    "save a chat": Writer(save_chat, lines=("chat.jsonl",)),
+    "start a job": Writer(start_job, lines=(".console-first.txt",)),
+}
+
+
+def prepare(name: str, place: Path) -> Path:
+    """Write what is there before the program runs; returns place/new."""
+    new = place / NEW
+    if WRITERS[name].older or name == "save a chat":  # these programs create no folder
+        new.mkdir()
+    for file in WRITERS[name].older:
+        (new / file).write_bytes(OLDER)
+    return new
