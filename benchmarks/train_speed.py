@@ -69,6 +69,10 @@ def one_side(args: argparse.Namespace) -> None:
         "onecard": speed_sides.onecard_side,
         "plain": speed_sides.plain_side,
     }
+    if args.side == "onecard":
+        from onecard.system import waiting_threads
+
+        waiting_threads.choose()  # as finetune.py does before torch is imported
     folder = Path(args.folder)
     (folder / args.result).write_text(json.dumps(sides[args.side](args, folder)), encoding="utf-8")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from onecard.errors import UserError, run_program
 from onecard.hub import session as hub_session
-from onecard.system import commands
+from onecard.system import commands, waiting_threads
 
 PROGRAMS = {  # sub-command: (file of onecard/programs/, what it does)
     "finetune": ("finetune", "fine-tune a model on your own rows"),
@@ -37,6 +37,7 @@ def start(command: str, arguments: list[str] | None = None) -> None:
 
     arguments: those of the command line by default.
     """
+    waiting_threads.choose()  # before the program imports torch
     program = importlib.import_module(f"onecard.programs.{PROGRAMS[command][0]}")
     arguments = sys.argv[1:] if arguments is None else arguments
     run_program(functools.partial(run, program.main, arguments), program.LESS_MEMORY)

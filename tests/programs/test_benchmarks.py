@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from benchmarks import busy_machine
 from onecard.__main__ import PROGRAMS
 from tests.support.paths import ROOT
 
@@ -39,6 +40,18 @@ def test_converting_and_merging_are_measured(tmp_path):
     rows = cells(*WEIGHTS[:1], str(tmp_path), *WEIGHTS[1:])
     assert [row[0].split()[0] for row in rows] == ["original", "transformers", "merge,"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_busy_machine_is_measured():
+    """Every kind of work has a row for each side, with all its figures."""
+    pytest.importorskip(
+        "llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu"
+    )
+    rows = cells("--rounds", "1", program="busy_machine.py")
+    works, sides = busy_machine.WORK, (busy_machine.AS_THEY_COME, busy_machine.OURS)
+    assert [row[:2] for row in rows] == [[work, side] for work in works for side in sides]
+    assert all(float(cell) > 0 for row in rows for cell in row[2:4])
 
 
 def test_the_start_of_every_sub_command_is_measured():
