@@ -34,7 +34,7 @@ from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as runs_folder
 from onecard.system import hardware
 from onecard.training import plan
-from tests.support import faults, power_failure, tiny
+from tests.support import power_failure, tiny
 from tests.support.harness import Harness, started
 from tests.support.paths import ROOT
 from tests.support.resume_cases import STEPS, VARIANTS, differences, flags, outcome, stopped_at
@@ -75,7 +75,6 @@ def main() -> None:
             ("SIGTERM survived, last step saved (T12)", *stopped),
             ("power-loss states survived (C3)", *power_loss(place)),
             ("flipped bits detected (C8)", *flips(place, args.flips)),
-            ("mutants killed", *mutants(harness, model, rows, place)),
         ]
         theirs = trainer_rows(model, place, args.trainer_kills)
     text = report(table, theirs, time.monotonic() - start)
@@ -207,23 +206,6 @@ def flipped(content: bytes, generator: random.Random) -> bytes:
     raw = bytearray(content)
     raw[generator.randrange(len(raw))] ^= 1 << generator.randrange(8)
     return bytes(raw)
-
-
-def mutants(harness: Harness, model: Path, rows: Path, place: Path) -> tuple[int, int]:
-    whole = place / "whole-0"
-    expected = outcome(whole)
-
-    def cell(name: str) -> bool:
-        run = stopped_at(whole, 6, place / f"mutant-{name}")
-        shutil.copy(whole / "log.jsonl", run / "log.jsonl")
-        answer = harness.run("finetune_continue", {"output_path": run}, mutant=name)
-        return answer["code"] == 0 and bool(differences(expected, outcome(run)))
-
-    cells = harness.map(cell, list(faults.MUTANTS))
-    (place / "power-mutant").mkdir()
-    with pytest.MonkeyPatch.context() as patch:  # nothing is synced
-        good, total = power_failure.power_failures(place / "power-mutant", patch, fsync_works=False)
-    return count("mutants", [*cells, good < total])
 
 
 def trainer_rows(model: Path, place: Path, kills: int) -> dict[str, tuple[int, int]]:
