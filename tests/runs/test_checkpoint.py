@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from onecard.errors import UserError
 from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as runs_folder
+from onecard.system import whole_folder
 from tests.support import promises
 from tests.support.power_failure import optimizer, power_failures, save
 from tests.support.promises import check_old_or_new, in_child, killed_at_operation, until_untouched
@@ -152,6 +153,37 @@ def test_another_format_is_refused(copy):
     with pytest.raises(UserError, match="format 2") as caught:
         runs_checkpoint.verify(path.parent)
     assert caught.value.code == 4
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("best", range(5))
+def test_the_best_and_the_newest_checkpoint_are_never_deleted(tmp_path, keep, best):
+    """C13: of steps 1 to 4 the last `keep` stay, and the best one; best: 0 while there is none."""
+    for step in range(1, 5):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    runs_checkpoint.prune(tmp_path, keep, best)
+    expected = {*range(5 - keep, 5), best} - {0}
+    assert set(runs_folder.checkpoint_steps(tmp_path)) == expected
+
+
+def test_a_disk_that_keeps_other_bytes_is_a_failing_save(tmp_path, monkeypatch):
+    """C6: what was renamed is read again before the save returns, whichever file differs: exit code 4."""
+    save(tmp_path, 1)
+    put = whole_folder.put
+    for name in ("adapter_model.safetensors", "optimizer.safetensors", "progress.json", "manifest.json"):
+
+        def damage(folder: Path, target: Path, *rest, name: str = name) -> None:
+            put(folder, target, *rest)
+            content = bytearray((target / name).read_bytes())
+            content[len(content) // 2] ^= 1
+            (target / name).write_bytes(content)
+
+        monkeypatch.setattr(whole_folder, "put", damage)
+        with pytest.raises(UserError, match="checkpoint-2") as caught:
+            save(tmp_path, 2)
+        assert caught.value.code == 4
+        assert runs_checkpoint.newest(tmp_path)[0].name == "checkpoint-1"
+        shutil.rmtree(tmp_path / "checkpoint-2")
 
 
 @pytest.mark.parametrize("call", range(1, 11))

@@ -20,7 +20,7 @@ from onecard.config import options as config_options
 from onecard.config.chat import ChatConfig
 from onecard.config.conversion import ConvertConfig
 from onecard.config.training import FinetuneConfig
-from onecard.conversion import llama_cpp_converter, meta_llama, meta_tokenizer, meta_weights
+from onecard.conversion import gguf_cache, llama_cpp_converter, meta_llama, meta_tokenizer, meta_weights
 from onecard.data import pickled_rows
 from onecard.hub import download, manifest
 from onecard.inference import llama_cpp_engine
@@ -156,6 +156,13 @@ def convert_pickle(given: Inputs, new: Path) -> None:
         pickled_rows.convert_to_jsonl(source)
 
 
+def convert_for_chat(given: Inputs, new: Path) -> None:
+    """The GGUF files that a chat with llama.cpp keeps in the cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ONECARD_CACHE", str(new / "cache"))
+        gguf_cache.for_llama(given.model, {"one": given.adapter})
+
+
 def save_chat(given: Inputs, new: Path) -> None:
     chat = chat_fakes.Scripted(lambda _: iter(()))
     session = SimpleNamespace(
@@ -224,6 +231,7 @@ WRITERS = {
     ),
     "check": Writer(check, older=("clean.jsonl", "clean.dropped.jsonl", "report.html", "lengths.png")),
     "convert a pickle": Writer(convert_pickle),
+    "convert for a chat": Writer(convert_for_chat),
     "save a chat": Writer(save_chat, lines=("chat.jsonl",)),
     "start a job": Writer(start_job, lines=(".console-first.txt",)),
 }

@@ -172,21 +172,23 @@ def test_unfinished_run_is_refused_and_overwrite_clears_only_the_run(tiny_model,
     assert len(log(folder)) < len(first)
 
 
-def test_the_best_adapter_is_published(tiny_model, tiny_rows, tmp_path, monkeypatch):
-    """The adapter with the lowest validation loss after step 0 is published, whatever came later."""
+@pytest.mark.parametrize(
+    ("limit", "steps"),
+    [({}, [0, 1, 2, 3, 4, 8]), ({"save_total_limit": 1}, [3, 8])],
+    ids=["all kept", "one kept"],
+)
+def test_the_best_adapter_is_published(tiny_model, tiny_rows, tmp_path, monkeypatch, limit, steps):
+    """The adapter with the lowest validation loss after step 0 is published, whatever came later.
+
+    steps: of the checkpoints at the end: step 0, improving steps and the ends of epochs, or the best and the
+    last one when --save_total_limit deletes all others.
+    """
     losses = iter([1.0, 5.0, 4.0, 2.0, 3.0, 2.0, 6.0, 7.0, 8.0])  # the losses of steps 0 to 8
     monkeypatch.setattr(step, "evaluate", lambda *_: (next(losses), 0.5))
-    folder = run(options(tiny_model, tiny_rows, tmp_path / "run", eval_steps=1))
+    folder = run(options(tiny_model, tiny_rows, tmp_path / "run", eval_steps=1, **limit))
     finished = json.loads((folder / "finished.json").read_text())
     assert (finished["best_step"], finished["eval_loss_after"], finished["eval_loss_before"]) == (3, 2.0, 1.0)
-    assert sorted(runs_folder.checkpoint_steps(folder)) == [
-        0,
-        1,
-        2,
-        3,
-        4,
-        8,
-    ]  # step 0, improving steps and the ends of epochs
+    assert sorted(runs_folder.checkpoint_steps(folder)) == steps
     published = (folder / "adapter_model.safetensors").read_bytes()
     assert published == (folder / "checkpoint-3" / "adapter_model.safetensors").read_bytes()
     assert published != (folder / "checkpoint-8" / "adapter_model.safetensors").read_bytes()

@@ -50,6 +50,22 @@ def trained_names(made) -> set[str]:
     }
 
 
+@pytest.mark.parametrize("fault", ["another value", "one tensor less"])
+def test_weights_that_are_not_those_in_memory_are_not_saved(tiny_model, tmp_path, monkeypatch, fault):
+    """The file is read again and compared with the trained tensors: exit code 4 and its name."""
+    write = trainable.save_file
+
+    def damaged(tensors: dict[str, torch.Tensor], path: Path, **more) -> None:
+        name, *others = sorted(tensors)
+        kept = {other: tensors[other] for other in others}
+        write(kept if fault == "one tensor less" else {**kept, name: tensors[name] + 1}, path, **more)
+
+    monkeypatch.setattr(trainable, "save_file", damaged)
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors does not hold the tensors") as caught:
+        trainable.save(prepared(tiny_model, "lora").model, None, tmp_path, was_updated=False)
+    assert caught.value.code == 4
+
+
 @pytest.mark.parametrize("what", WHAT)
 def test_the_gradient_is_that_of_the_plain_model(base, what):
     """Packed rows with the loss in chunks give the gradient of full logits, computed row by row."""
