@@ -19,6 +19,7 @@ from onecard.config import declaration
 from onecard.config.options import flag
 from onecard.config.tools import CheckConfig
 from onecard.data import encode as data_encode
+from onecard.data import markers as data_markers
 from onecard.data import reader
 from onecard.data import schemas as data_schemas
 from onecard.data import template as data_template
@@ -30,6 +31,11 @@ from onecard.errors import UserError
 from onecard.system import files as system_files
 from onecard.system.console import say
 
+MARKERS = {  # kind of a row with a template's markers -> the problem, by the template's name
+    data_markers.WHOLE: "questions within the markers of {}, which training takes off",
+    data_markers.PART: "markers of {} in a question that is no whole prompt of it",
+    data_markers.TEXT: "markers of {} in raw text, of which training learns the questions too",
+}
 PLACEHOLDERS = re.compile(
     r"<一段文[本字]>|<文本>|\[图[画片]\]|<no ?(in|out)put>|<image>|\[image\]|\[insert [^\]]*\]",
     re.IGNORECASE,
@@ -119,6 +125,7 @@ def examine(
     tokenizer: from template.tokenizer_for; targets: train_on_inputs and train_on, as encode takes them.
     """
     digests: set[bytes] = set()  # of the rows before
+    markers = data_markers.Markers([template], tokenizer)
     control = re.compile("|".join([CONTROL.pattern, *map(re.escape, tokenizer.all_special_tokens)]))
     for path in paths:
         for line, column, value, text in reader.values(path):
@@ -129,6 +136,9 @@ def examine(
                 row.value, row.reason = conversation.text.strip(), conversation.reason
                 row.problems.append("unreadable")
             else:
+                conversation, marked = markers.unwrap(conversation)
+                if marked:
+                    row.problems.append(MARKERS[marked.kind].format(marked.template))
                 _find_problems(conversation, row, control, digests)
                 _measure(conversation, findings, row, template, tokenizer, cutoff_len, targets)
                 findings.schemas[schema or data_schemas.recognise(value)] += 1

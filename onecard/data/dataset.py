@@ -28,8 +28,11 @@ from onecard.config.declaration import row_options
 from onecard.config.training import FinetuneConfig
 from onecard.data import encode as data_encode
 from onecard.data import examples as data_examples
+from onecard.data import markers as data_markers
 from onecard.data import reader
+from onecard.data import schemas as data_schemas
 from onecard.data.conversation import Conversation
+from onecard.data.markers import Marked, Markers
 from onecard.data.reader import RowFile
 from onecard.data.schemas import BadRow
 from onecard.data.template import Template
@@ -37,11 +40,11 @@ from onecard.errors import DATA, DISK, UserError
 from onecard.system import commands, hashing, lock, whole_folder
 from onecard.system import files as system_files
 
-FORMAT = 2  # of an entry in the cache; to be raised when the encoding changes
+FORMAT = 3  # of an entry in the cache; to be raised when the encoding changes
 ROOM = 20 << 30  # bytes that the cache may take
 SFT, PRETRAIN = "sft", "pretrain"
 DOCUMENTS = ("context", "text")  # roles of text to pre-train on
-ENDS, MAKING = "ends.json", ".making-"  # number of the last row of each file; prefix of unfinished entries
+ENDS, MAKING = "ends.json", ".making-"  # last row of each file, and marked rows; prefix of unfinished entries
 ABANDONED = 24 * 3600  # seconds after which nobody works on an unfinished entry any more
 CUT = "cut"
 CHAT_HERE = "a conversation among raw text: choose --task sft"
@@ -54,6 +57,15 @@ BAD_ROW = (
 
 
 @dataclasses.dataclass
+class MarkedRows:
+    """Rows that carry the markers of one template already."""
+
+    marked: Marked
+    rows: int
+    first: str  # where the first of them is
+
+
+@dataclasses.dataclass
 class Dataset:
     """The encoded rows of all files of a run."""
 
@@ -63,6 +75,7 @@ class Dataset:
     task: str
     fingerprint: str  # of the files' contents, their order and weights
     folder: Path  # the entry in the cache; it does not exist where the cache cannot be written
+    marked: list[MarkedRows]
 
     @property
     def is_validation(self) -> np.ndarray:
@@ -98,29 +111,34 @@ def encode(
     tokenizer: Any,
     tokenizer_print: str,
     again: bool = False,
+    marked_rows: str = data_markers.UNWRAP,
 ) -> Dataset:
     """Encode all rows of the files, or take them from the cache.
 
     Of several templates, the seed and the number of a row choose the one that the row is written in.
     tokenizer: from template.tokenizer_for; tokenizer_print: SHA-256 of its files; again: as fingerprint_of
-    takes it. Raises UserError: exit 3 at a bad row, without any usable row, or when a file changes meanwhile;
+    takes it; marked_rows: what to do with rows that are whole prompts of a template, UNWRAP or KEEP. Raises
+    UserError: exit 3 at a bad row, without any usable row, or when a file changes meanwhile;
     exit 7 when the rows cannot be written.
     """
     task = options.task if options.task != "auto" else _task(files[0], options.schema)
     content = fingerprint_of(files, again)
-    key = cache_key(options, files, templates, tokenizer_print, task, content)
+    key = cache_key(options, files, templates, tokenizer_print, task, content, marked_rows)
     folder = system_files.cache_folder() / "rows" / key
     with _in_turn(folder):  # of several processes of one run the first encodes; the others use its entry
-        encoding, ends = _load_cached(folder, again)
+        encoding, ends, marked = _load_cached(folder, again)
         if encoding is None:
-            encoding, ends = _encode_files(folder, options, files, templates, tokenizer, task, content)
+            unwraps = marked_rows == data_markers.UNWRAP
+            encoding, ends, marked = _encode_files(
+                folder, options, files, templates, tokenizer, task, content, unwraps
+            )
     if not len(encoding.examples):
         problem = (
             f"{options.data_path} has no usable row (rejected: {len(encoding.rejected)}; "
             f"without a target after the cut at {options.cutoff_len} tokens: {encoding.dropped})."
         )
         raise UserError(problem, "Raise --cutoff_len or check the rows.", DATA)
-    return Dataset(encoding, files, np.array(ends), task, content, folder)
+    return Dataset(encoding, files, np.array(ends), task, content, folder, marked)
 
 
 def cache_key(
@@ -130,6 +148,7 @@ def cache_key(
     tokenizer_print: str,
     task: str,
     content: str,
+    marked_rows: str = data_markers.UNWRAP,
 ) -> str:
     """SHA-256 of all that encoded rows depend on; content: what fingerprint_of returns for the files."""
     depends = {
@@ -140,6 +159,7 @@ def cache_key(
         "seed": options.seed if len(templates) > 1 else None,
         "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers")},
         "as": task,
+        "marked rows": marked_rows,
         **{name: getattr(options, name) for name in row_options(type(options))},
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
@@ -162,16 +182,19 @@ def _in_turn(folder: Path) -> Iterator[None]:
         yield
 
 
-def _load_cached(folder: Path, again: bool = False) -> tuple[data_examples.Encoding | None, list[int]]:
-    """The encoding in an entry of the cache, if it is complete, and the last row of each file.
+def _load_cached(
+    folder: Path, again: bool = False
+) -> tuple[data_examples.Encoding | None, list[int], list[MarkedRows]]:
+    """The encoding in an entry of the cache, if it is complete, the last row of each file, and marked rows.
 
     Marks the entry as used. again: compare the hashes of its files.
     """
     with contextlib.suppress(OSError, ValueError):
-        ends = json.loads((folder / ENDS).read_text(encoding="utf-8"))
+        record = json.loads((folder / ENDS).read_text(encoding="utf-8"))
+        marked = [MarkedRows(Marked(*marked), rows, first) for marked, rows, first in record["marked"]]
         os.utime(folder)  # _make_room deletes what was used least recently
-        return data_examples.load(folder, again), ends
-    return None, []
+        return data_examples.load(folder, again), record["ends"], marked
+    return None, [], []
 
 
 def _encode_files(
@@ -182,13 +205,16 @@ def _encode_files(
     tokenizer: Any,
     task: str,
     content: str,
-) -> tuple[data_examples.Encoding, list[int]]:
+    unwraps: bool,
+) -> tuple[data_examples.Encoding, list[int], list[MarkedRows]]:
     """Read and encode all rows into the cache. A failure leaves nothing in the cache."""
+    markers, marked_rows = Markers(templates, tokenizer), {}
     targets = (options.train_on_inputs, options.train_on)
     too_long = f"longer than --cutoff_len {options.cutoff_len}"
 
     def encode_all(rows: list[Conversation], numbers: list[int]) -> list[data_examples.Encoded | BadRow]:
         chosen = [templates[_choice(options.seed, number, len(templates))] for number in numbers]
+        rows = [unwrapped(row, number) for row, number in zip(rows, numbers, strict=True)]
         limit = options.cutoff_len if task == SFT else sys.maxsize
         encoded = data_encode.encode_many(rows, limit, chosen, tokenizer, *targets)
         if options.long_rows != CUT:
@@ -199,10 +225,22 @@ def _encode_files(
                 encoded[index] = rejected(row, number, str(outcome))
         return encoded
 
+    def unwrapped(row: Conversation, number: int) -> Conversation:
+        """The row without the markers of a template, if it is a whole prompt and is to be unwrapped."""
+        plain, marked = markers.unwrap(row)
+        if marked:
+            first = data_schemas.location(*place(number), 0)
+            marked_rows.setdefault(marked, MarkedRows(marked, 0, first)).rows += 1
+        return plain if unwraps else row
+
+    def place(number: int) -> tuple[Path, int]:
+        """The file that a row comes from, and the row's number there."""
+        index = bisect.bisect_left(ends, number)
+        return files[index].path, number - ([0, *ends][index])
+
     def rejected(row: Conversation, number: int, reason: str) -> BadRow:
         """The bad row for a row that cannot be encoded; raises UserError unless it may be left out."""
-        index = bisect.bisect_left(ends, number)
-        path, number_in_file = files[index].path, number - ([0, *ends][index])
+        path, number_in_file = place(number)
         bad = BadRow(number_in_file, 0, reason, row.turns[-1].text[:2000], file=str(path))
         left_out = reason == too_long and options.long_rows == "drop"
         # the first row has decided the task, so either kind may be the wrong one: no such row is left out
@@ -229,11 +267,13 @@ def _encode_files(
         if fingerprint_of(files) != content:
             problem = f"{options.data_path}: a file changed while it was read."
             raise UserError(problem, "Start again when the file is complete.", DATA)
-        (temporary / ENDS).write_text(json.dumps(ends), encoding="utf-8")
+        marked = list(marked_rows.values())
+        texts = [(dataclasses.astuple(rows.marked), rows.rows, rows.first) for rows in marked]
+        (temporary / ENDS).write_text(json.dumps({"ends": ends, "marked": texts}), encoding="utf-8")
         if is_cached:
             _keep(temporary, folder)
             encoding = _load_cached(folder)[0] or encoding
-    return encoding, ends
+    return encoding, ends, marked
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from onecard.data import encode as data_encode
 from onecard.data import reader
 from onecard.data import schemas as data_schemas
 from onecard.data.conversation import Conversation
+from onecard.data.markers import WHOLE, Markers
 from onecard.data.schemas import BadRow
 from onecard.data.template import Template
 
@@ -28,12 +29,13 @@ def first_rows(options: FinetuneConfig, load_encoder: LoadEncoder, count: int) -
     """
     files = reader.locate_files(options.data_path)
     tokenizer, template = load_encoder(options.model_path, options.template.split(",")[0].strip())
+    markers = Markers([template], tokenizer)
     rows: list[PreviewRow] = []
     for file in files:
         for line, column, value, text in islice(reader.values(file.path), count - len(rows)):
             conversation = reader.conversation(line, column, value, text, options.schema)
             location = data_schemas.location(file.path, line, column)
-            rows.append(_preview(conversation, location, text, options, tokenizer, template))
+            rows.append(_preview(conversation, location, text, options, tokenizer, template, markers))
     return rows
 
 
@@ -50,15 +52,19 @@ def _preview(
     options: FinetuneConfig,
     tokenizer: Any,
     template: Template,
+    markers: Markers,
 ) -> PreviewRow:
     targets = (options.train_on_inputs, options.train_on)
     try:
         if isinstance(row, BadRow):
             raise ValueError(row.reason)
+        row, marked = markers.unwrap(row)
         ids, is_target, was_cut = data_encode.encode_within(
             row, options.cutoff_len, template, tokenizer, *targets
         )
     except ValueError as error:
         return f"{location} · {error}", [(str(text).strip(), False)]
     size = f"{len(ids)} tokens, {sum(is_target)} of them learned" + (", cut" if was_cut else "")
+    if marked and marked.kind == WHOLE:
+        size += f"; the markers of {marked.template} were taken off"
     return f"{location} · {size}", data_encode.runs(tokenizer, ids, is_target)

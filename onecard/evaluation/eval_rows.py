@@ -13,10 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from onecard.data import reader
 from onecard.data.encode import encode_within
+from onecard.data.markers import WHOLE, Markers
 from onecard.data.schemas import BadRow
 from onecard.data.template import Template, tokenizer_for
 from onecard.errors import DATA, UserError
 from onecard.evaluation import likelihood
+from onecard.system.console import say
 
 EvalRow = tuple[list[int], list[bool]]  # token ids, whether each is a target
 
@@ -45,11 +47,19 @@ def some(
 def read(
     data_path: str, cutoff_len: int, template: Template, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[EvalRow]:
-    """The usable rows, each cut to cutoff_len tokens; raises UserError when a file cannot be read."""
+    """The usable rows, each cut to cutoff_len tokens; raises UserError when a file cannot be read.
+
+    As in training, a template's markers that a question carries already are taken off; the first is named.
+    """
     tokenizer = tokenizer_for(tokenizer, template)
+    markers, named = Markers([template], tokenizer), set()
     for row in (
         row for path in files(data_path) for row in reader.read_rows(path) if not isinstance(row, BadRow)
     ):
+        row, marked = markers.unwrap(row)
+        if marked and marked.kind == WHOLE and marked not in named:
+            named.add(marked)
+            say(f"{data_path}: the markers of {marked.template} around questions are taken off.")
         try:
             ids, is_target, _ = encode_within(row, cutoff_len, template, tokenizer)
         except ValueError:  # the template cannot express a turn of this row

@@ -7,6 +7,7 @@ automatic choice.
 import dataclasses
 import importlib.metadata
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config.training import FinetuneConfig
 from onecard.config.training_adapter import LORA
-from onecard.data import dataset, reader, run_data
+from onecard.data import dataset, markers, reader, run_data
 from onecard.data import encode as data_encode
 from onecard.data import examples as data_examples
 from onecard.data import template as data_template
@@ -116,7 +117,8 @@ def prepare(
     tokenizer_print = hashing.of_folder(files["tokenizer"], again)
     templates = [data_template.load(name, tokenizer) for name in _templates(options)]
     tokenizer = data_template.tokenizer_for(tokenizer, *templates)
-    data = run_data.prepare(options, files_of_rows, templates, tokenizer, tokenizer_print, again)
+    treatment = (resolved or {}).get("marked_rows", markers.UNWRAP)
+    data = run_data.prepare(options, files_of_rows, templates, tokenizer, tokenizer_print, again, treatment)
     doubt = models_tokenizer.check_vocabulary(options.model_path, base_config, tokenizer, data.examples.ids)
     if doubt:
         say(f"warning: {doubt}; the model learns the one of the tokenizer.")
@@ -273,6 +275,8 @@ def describe(plan: Plan) -> None:
     )
     if encoding.cut:
         say("            an answer that is cut short has no end token; --long_rows drop leaves such rows out")
+    for text in describe_marked(data.marked, data.marked_rows):
+        say(text)
     if options.overlap and data.task != dataset.PRETRAIN:
         say("warning: --overlap is for raw text; these rows have none.")
     if data.overlapping:
@@ -293,6 +297,22 @@ def describe(plan: Plan) -> None:
         ids, is_target = data.examples[row]
         say("-" * 60 + "\n" + data_encode.show(plan.tokenizer, ids.tolist(), is_target.tolist()))
     say("-" * 60)
+
+
+def describe_marked(marked: list[dataset.MarkedRows], treatment: str) -> Iterator[str]:
+    """Lines on rows that carry a template's markers already; treatment: UNWRAP or KEEP."""
+    for rows in marked:
+        template, kind = rows.marked.template, rows.marked.kind
+        where = f"{rows.rows} rows (the first is {rows.first})"
+        if kind == markers.WHOLE and treatment == markers.UNWRAP:
+            yield f"markers     {where} carried the markers of {template}; the markers were taken off"
+        elif kind == markers.WHOLE:
+            yield f"warning: {where} carry the markers of {template}, and the template is written around them"
+            yield "         once more, as when this run began; a new run takes them off."
+        elif kind == markers.PART:
+            yield f"warning: {where} hold markers of {template} but are no whole prompt of it; they stay."
+        else:
+            yield f"warning: {where} are raw text with the markers of {template}: questions are learned too."
 
 
 def _describe_base(plan: Plan) -> str:

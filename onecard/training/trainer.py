@@ -12,6 +12,7 @@ import torch
 
 from onecard.config import tools as config_tools
 from onecard.config.training import FinetuneConfig
+from onecard.data import markers
 from onecard.hub import revisions
 from onecard.models import base_model, trainable
 from onecard.runs import folder as runs_folder
@@ -171,6 +172,7 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: StartingPo
             "processes": system_processes.world_size(),
             "threads": torch.get_num_threads(),
             "task": plan.data.task,
+            **({"marked_rows": plan.data.marked_rows} if plan.data.marked_rows != markers.KEEP else {}),
             **continued_plan.record(plan),
         }
         versions_of_rows = {revisions.of(file.path) for file in plan.data.files}
