@@ -42,7 +42,7 @@ def make_meta(folder: Path, shape: meta_layout.Shape) -> None:
             for w in meta_layout.weights(shape, 1)
         ]
         fill(pth_files.create_file(folder / f"consolidated.{number:02d}.pth", tensors))
-    (folder / "params.json").write_text(json.dumps(meta_layout.to_params(shape)))
+    (folder / "params.json").write_text(json.dumps(meta_layout.to_params(shape)), encoding="utf-8")
     make_tokenizer(folder)
 
 
@@ -52,7 +52,9 @@ def make_hf(folder: Path, shape: meta_layout.Shape) -> None:
     files = tensor_files.divide(tensors, FILE)
     fill(tensor_files.create(folder, dict(zip(tensor_files.names_of(len(files)), files, strict=True))))
     ids = {"bos_token_id": 1, "eos_token_id": 2}
-    (folder / "config.json").write_text(json.dumps(meta_layout.to_config(shape, "bfloat16", False, ids)))
+    (folder / "config.json").write_text(
+        json.dumps(meta_layout.to_config(shape, "bfloat16", False, ids)), encoding="utf-8"
+    )
     make_tokenizer(folder)
 
 

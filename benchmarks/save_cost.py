@@ -55,7 +55,7 @@ def measure(weights: int) -> tuple[list[float], int, int]:
 
     def save_adapter(place: Path) -> None:
         save_file({"adapter": parameter.detach()}, place / "adapter_model.safetensors")
-        (place / "adapter_config.json").write_text("{}")
+        (place / "adapter_config.json").write_text("{}", encoding="utf-8")
 
     seconds, scaler = [], torch.amp.GradScaler("cpu", enabled=False)
     with tempfile.TemporaryDirectory(prefix="onecard-save-", dir=Path.cwd()) as name:

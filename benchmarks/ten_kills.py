@@ -81,7 +81,7 @@ def last_step(run: Path) -> int:
 def log(run: Path) -> list[dict]:
     """The records of a run's log, without their times and without an incomplete last line."""
     path = run / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
     clocks = ("seconds", "peak_memory_bytes")
     return [{key: value for key, value in record.items() if key not in clocks} for record in records]

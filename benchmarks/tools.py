@@ -201,7 +201,7 @@ def ran(command: list[str | Path], place: Path) -> tuple[float, int]:
     subprocess.run(list(map(str, watched)), check=True, stdout=subprocess.DEVNULL)
     seconds = time.monotonic() - started
     shutil.rmtree(place / "out")
-    return seconds, 1024 * int((place / "peak").read_text())
+    return seconds, 1024 * int((place / "peak").read_text(encoding="utf-8"))
 
 
 def engine(args: argparse.Namespace) -> None:
@@ -209,7 +209,7 @@ def engine(args: argparse.Namespace) -> None:
     base, ratios = Path(locate.locate("demo")), []
     with tempfile.TemporaryDirectory(prefix="onecard-tools-") as name:
         place = Path(name)
-        shape = meta_layout.from_config(json.loads((base / "config.json").read_text()), base)
+        shape = meta_layout.from_config(json.loads((base / "config.json").read_text(encoding="utf-8")), base)
         random_llama.make_adapter(place / "adapter", shape)
         with contextlib.redirect_stdout(sys.stderr):  # the converter prints its progress
             adapter = gguf.adapter(place / "adapter", base, place / "adapter.gguf")

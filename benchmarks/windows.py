@@ -132,7 +132,7 @@ def window(model_path: str, queue: int, device: str) -> Iterator[Site]:
     options = [f"--model_path={model_path}", f"--queue={queue}", f"--device={device}", "--mode=greedy"]
     options += [f"--min_new_tokens={LONG}", f"--max_new_tokens={LONG}"]
     command = [sys.executable, str(ROOT / "interaction.py"), *options]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8")
     try:
         address = next(
             filter(None, (re.search(r"http://127\.0\.0\.1:(\d+)", line) for line in process.stdout)), None

@@ -40,7 +40,9 @@ def program(*command: str, folder: Path = ROOT) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = [sys.executable, str(ROOT / command[0]), *command[1:], f"--server_port={port}"]
-    running = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    running = subprocess.Popen(
+        arguments, cwd=folder, stdout=subprocess.PIPE, encoding="utf-8", env=dict(os.environ)
+    )
     try:
         for line in running.stdout:
             if "http://" in line:

@@ -57,7 +57,7 @@ def _download(folder: Path) -> Path:
         str(folder),
         f"{PACKAGE}=={gguf_check.version()}",
     ]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     archives = list(folder.glob("*.tar.gz"))
     if process.returncode or not archives:
         problem = f"llama.cpp's converter could not be fetched: {last_words(process.stderr)}"

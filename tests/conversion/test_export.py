@@ -314,7 +314,7 @@ def test_an_export_is_replaced_by_the_same_one_only(quick, base, tmp_path, monke
     refused(folder, "another type (f32)", "Name a new folder", **{**options, "type": "q4_0"})
     other = tiny.save_model(tmp_path / "other", chatty(), vocab_size=301, hidden_size=48)
     refused(folder, "another base model", **{**options, "model_path": other})
-    with open(folder / "Modelfile", "a") as file:
+    with open(folder / "Modelfile", "a", encoding="utf-8") as file:
         file.write("# mine")
     (folder / "notes.txt").write_text("mine")
     output = " ".join(run(**options)[1])

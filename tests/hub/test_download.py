@@ -565,6 +565,15 @@ def test_a_list_from_stdin(served, tmp_path, monkeypatch):
     assert (tmp_path / "m" / WEIGHTS).read_bytes() == model_files()[WEIGHTS]
 
 
+def test_a_list_from_stdin_in_another_encoding(tmp_path, monkeypatch):
+    """Its bytes are no text, as in a file; what they would have said is not guessed."""
+    stdin = io.TextIOWrapper(io.BytesIO("模型\n".encode("gbk")), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(UserError, match="--url_list -: cannot be read"):
+        hub_download.run(DownloadConfig(url_list="-", to=str(tmp_path / "m")))
+    assert not (tmp_path / "m").exists()
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["missing", "no text"])
 def test_a_list_that_cannot_be_read(tmp_path, content):
     """It is refused before its folder is made."""

@@ -20,7 +20,7 @@ WHOLE = [
 
 
 def write(path: Path, records: list, torn: str) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records) + torn)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + torn, encoding="utf-8")
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 5, "eval_lo', '{"step": 5, "eval_loss": 1.0}', "\x00\x00"])

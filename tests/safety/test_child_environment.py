@@ -106,8 +106,8 @@ def started_with(pid: int) -> tuple[list[str], dict[str, str]]:
     """The command and the environment that a running process was started with, as the kernel keeps them."""
     until = time.monotonic() + 10
     while time.monotonic() < until:
-        command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-        variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        command = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8").split("\0")
+        variables = Path(f"/proc/{pid}/environ").read_text(encoding="utf-8").split("\0")
         if any(command) and any(variables):
             return command, dict(variable.split("=", 1) for variable in variables if variable)
     raise AssertionError(f"process {pid} showed no environment")

@@ -84,7 +84,7 @@ def stopped_at(source: Path, step: int, target: Path) -> Path:
     for number in runs_folder.checkpoint_steps(source):
         if number <= step:
             shutil.copytree(source / f"checkpoint-{number}", target / f"checkpoint-{number}")
-    with open(target / "log.jsonl", "a") as log:
+    with open(target / "log.jsonl", "a", encoding="utf-8") as log:
         log.write('{"step": 99, "lo')  # an incomplete line
     (target / ".saving-9-1").mkdir()
     return target

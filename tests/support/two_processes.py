@@ -87,5 +87,5 @@ if __name__ == "__main__":
     distributed.start(torch.device("cpu"))
     record = (one_step_without_memory if sys.argv[3:] else one_step)(Path(sys.argv[1]))
     if system_processes.is_main():
-        Path(sys.argv[2]).write_text(json.dumps(record))
+        Path(sys.argv[2]).write_text(json.dumps(record), encoding="utf-8")
     distributed.stop()

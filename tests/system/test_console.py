@@ -1,12 +1,17 @@
 """Messages have a line of their own, come at once from the main process only, and never end a run."""
 
+import importlib
+import io
+import os
+import re
 import subprocess
 import sys
 
 import pytest
 from tqdm import tqdm
 
-from onecard.system import console
+from onecard.__main__ import PROGRAMS, start
+from onecard.system import commands, console
 from tests.support import tiny
 from tests.support.paths import ROOT
 
@@ -63,3 +68,52 @@ def test_a_bar_of_bytes_is_for_terminals(capsys, monkeypatch):
         progress(1000, 2000)
         progress(2000, 2000)
     assert "copying: 100%" in sys.stderr.getvalue()
+
+
+ALL_LETTERS = "Größe 漢字 😀 \udcff"
+ENCODINGS = ["gbk", "latin-1", "ascii", "cp1252", "utf-8"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("command", PROGRAMS)
+def test_every_program_can_say_every_letter(monkeypatch, command, encoding):
+    """What the output's encoding lacks is escaped, on both streams, and every other letter is as it was."""
+    streams = {
+        name: io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+        for name in ("stdout", "stderr")
+    }
+
+    def program(_: list[str]) -> None:
+        console.say(ALL_LETTERS)
+        print(ALL_LETTERS, file=sys.stderr)
+
+    module = importlib.import_module(f"onecard.programs.{PROGRAMS[command][0]}")
+    monkeypatch.setattr(module, "main", program)
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    with pytest.raises(SystemExit) as end:
+        start(command, [])
+    assert end.value.code == 0
+    expected = f"{ALL_LETTERS}\n".encode(encoding, "backslashreplace")
+    assert {stream.buffer.getvalue() for stream in streams.values()} == {expected}
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "latin-1"])
+def test_a_real_program_in_another_encoding(tmp_path, encoding):
+    """It says which file it wrote, and ends well; its rows are written as UTF-8 all the same."""
+    source, target = tmp_path / "rows.jsonl", tmp_path / "漢字 😀.parquet"
+    source.write_text('{"instruction": "漢字 😀", "output": "é"}\n', encoding="utf-8")
+    command = [*commands.child("json-to-parquet")[0], f"--data_path={source}", f"--output_path={target}"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert target.name.encode(encoding, "backslashreplace") in ended.stdout
+    from pyarrow import parquet
+
+    assert parquet.read_table(target).to_pylist() == [{"instruction": "漢字 😀", "output": "é"}]
+
+
+def test_the_output_of_children_is_read_as_utf8():
+    """Whatever encoding the user's terminal has. Of files ruff's rule PLW1514 sees to it."""
+    for path in (ROOT / "onecard").rglob("*.py"):
+        assert not re.search("text=True|universal_newlines", path.read_text(encoding="utf-8")), path

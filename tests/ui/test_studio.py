@@ -73,7 +73,7 @@ def test_answers_on_the_way_survive_a_stop(one_thread, tiny_model, tiny_rows, tm
     with pytest.raises(Stopped):
         trained(tiny_model, tiny_rows, folder, killed, **flags)
     assert [record["step"] for record in samples(folder)] == [0, 1, 2]
-    with open(folder / runs_folder.SAMPLES, "a") as file:
+    with open(folder / runs_folder.SAMPLES, "a", encoding="utf-8") as file:
         file.write('{"step": 99, "answers": []}\n{"step": 3, "ans')
     wish = build(ContinueConfig, {"output_path": str(folder)})
     loop.go_on(wish, frozenset({"output_path"}), short_reply, metrics.loss_curve)
@@ -248,7 +248,7 @@ def test_a_second_start_is_refused(workspace, sleeper):
     state = jobs.state(workspace, "run")
     assert (state.kind, state.going) == (jobs.STARTING, True)
     (workspace / "other").mkdir()
-    with open(workspace / "other" / ".lock", "w") as lock:
+    with open(workspace / "other" / ".lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -409,7 +409,9 @@ def test_answers_are_those_of_the_rounds_or_of_the_end(workspace):
 def test_nothing_that_is_shown_becomes_a_tag(workspace, tiny_model):
     """Rows, answers, names, messages and logs are shown as text, whatever they contain."""
     bad = "<script>alert(1)</script><img src=x onerror=y>"
-    Path("rows.json").write_text(json.dumps([{"instruction": bad, "input": "", "output": bad}, {"x": bad}]))
+    Path("rows.json").write_text(
+        json.dumps([{"instruction": bad, "input": "", "output": bad}, {"x": bad}]), encoding="utf-8"
+    )
     options = dataclasses.replace(
         FinetuneConfig(), data_path="rows.json", model_path=str(tiny_model), cutoff_len=2000
     )

@@ -48,7 +48,9 @@ def piped(monkeypatch, capsys):
 
     def call(partner, lines: str, settings: ChatConfig = SETTINGS, **options) -> tuple[str, str, str]:
         monkeypatch.setattr(
-            sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode("utf-8", "surrogateescape")))
+            sys,
+            "stdin",
+            io.TextIOWrapper(io.BytesIO(lines.encode("utf-8", "surrogateescape")), encoding="utf-8"),
         )
         capsys.readouterr()
         problem = ""
@@ -83,11 +85,10 @@ def test_single_turn_begins_anew_each_time(piped):
         ("a\\\n", ["a"]),
         ("//home is where\n", ["/home is where"]),
         ("a /clear\n", ["a /clear"]),
-        ("\udcff?\n", ["\ufffd?"]),
     ],
 )
 def test_lines_become_messages(piped, lines, questions):
-    """A backslash at the end joins the next line, // stands for a slash, and invalid bytes do no harm."""
+    """A backslash at the end joins the next line, and // stands for a slash."""
     scripted = Scripted(echo)
     answers, notes, problem = piped(scripted, lines, single_turn=True)
     assert [texts[0] for texts in scripted.questions] == questions
@@ -568,13 +569,24 @@ def test_a_final_text_that_contradicts_is_printed_whole(capsys):
     assert capsys.readouterr().out == "one t\nOne two\n"
 
 
+def test_input_in_another_encoding(piped, monkeypatch):
+    """Letters that are not UTF-8 do no harm, and the user learns why the answer is strange, once."""
+    scripted = Scripted(echo)
+    _, notes, problem = piped(scripted, "\udcff?\n\udcfe!\n", single_turn=True)
+    assert [texts[0] for texts in scripted.questions] == ["\ufffd?", "\ufffd!"]
+    assert (notes.count("PYTHONIOENCODING"), problem) == (1, "")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("你好\n".encode("gbk")), encoding="gbk"))
+    terminal.talk(scripted, SETTINGS, single_turn=True)
+    assert scripted.questions[-1] == ["你好"]
+
+
 def test_output_that_has_no_such_letters(monkeypatch):
-    """An answer in a terminal that is not UTF-8 gets question marks, not an error."""
+    """An answer in a terminal that is not UTF-8 is escaped where it must be, and is no error."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é漢\n".encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é漢\n".encode()), encoding="utf-8"))
     terminal.talk(Scripted(echo), SETTINGS)
-    assert out.buffer.getvalue() == b"\xc9?\n"
+    assert out.buffer.getvalue() == b"\xc9\\u6f22\n"
 
 
 # A real terminal
