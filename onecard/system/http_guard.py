@@ -10,6 +10,7 @@ from typing import Any
 POLICY = "img-src 'self' data: blob:; media-src 'self' blob:; connect-src 'self' ws: wss:; frame-src 'none'"
 API = "/gradio_api/"
 UPLOAD = 20 << 20  # bytes of a file at most
+FILES = 16  # of one request at most: gradio keeps each of them open until the last has come
 # gradio gives an uploaded file to whoever knows its path, fetches addresses for pages, and tells anyone what
 # it can be asked: no window needs it
 NEVER = re.compile(r"(/gradio_api)?/+((file|proxy)[=/]|openapi\.json)")
@@ -34,7 +35,7 @@ class Guard:
             await _refuse(receive, send, 401, b"Log in first.")
         else:
             upload = scope["path"].rstrip("/") == f"{API}upload"
-            await self.app(scope, _end_abandoned_upload(receive) if upload else receive, _with_policy(send))
+            await self.app(scope, _limited_upload(scope, receive) if upload else receive, _with_policy(send))
 
     def _may_enter(self, scope: Any) -> bool:
         if not scope["path"].startswith(API) or scope["path"] == f"{API}startup-events":
@@ -66,14 +67,32 @@ def _with_policy(send: Any) -> Any:
     return sending
 
 
-def _end_abandoned_upload(receive: Any) -> Any:
-    """Make an upload that its sender abandoned end as one that is too large: gradio deletes only those."""
+def _limited_upload(scope: Any, receive: Any) -> Any:
+    """Make an upload of too many files, or one that its sender abandoned, end as one that is too large.
+
+    gradio deletes only those.
+    """
+    too_large = bytes(UPLOAD + 1)
+    content_type = dict(scope["headers"]).get(b"content-type", b"")
+    boundary = re.search(rb'boundary="?([^";,]+)', content_type)
+    border = b"--" + boundary[1].strip() if boundary else b""
+    parts, before = 0, b""  # borders so far, and the end of what came, which may hold the start of a border
 
     async def receiving() -> Any:
+        nonlocal parts, before
         message = await receive()
-        if message["type"] != "http.disconnect":
-            return message
-        return {"type": "http.request", "body": bytes(UPLOAD + 1), "more_body": False}
+        if message["type"] == "http.disconnect":
+            return {"type": "http.request", "body": too_large, "more_body": False}
+        body = message.get("body", b"")
+        if border:
+            text = before + body
+            borders = [match.start() for match in re.finditer(re.escape(border), text)]
+            if parts + len(borders) > FILES + 1:  # one stands behind the last file
+                end = max(0, borders[max(0, FILES - parts)] - len(before))
+                return {"type": "http.request", "body": body[:end] + too_large, "more_body": False}
+            parts += len(borders)
+            before = text[borders[-1] + len(border) if borders else 0 :][1 - len(border) :]
+        return message
 
     return receiving
 

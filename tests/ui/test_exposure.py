@@ -3,11 +3,13 @@
 The tests send plain HTTP to a real server (tests/support/window_server.py); test_windows.py uses a browser.
 """
 
+import asyncio
 import contextlib
 import http.client
 import itertools
 import json
 import re
+import resource
 import select
 import socket
 import time
@@ -20,11 +22,14 @@ from pathlib import Path
 import gradio as gr
 import pytest
 from fastapi.routing import iter_route_contexts
+from gradio.route_utils import GradioMultiPartParser, MultiPartException
 from gradio.routes import App
 from playwright.sync_api import expect
+from starlette.datastructures import Headers
 
 from onecard.config.chat import ChatConfig
 from onecard.errors import UserError
+from onecard.system import http_guard
 from onecard.ui import guard
 from tests.support.browser import Server, bubbles, finished, opened, serving, set_slider, status
 from tests.support.training_page import eventually
@@ -333,6 +338,75 @@ def test_upload_is_limited(server):
     assert kept_bytes(server) < 1 << 20
 
 
+@pytest.mark.parametrize("count", [1001, 5000])
+def test_very_many_files_are_refused(server, count):
+    """W4: a request with 1,001 files is refused before they are on the disk, and nothing of it stays.
+
+    The server may open as many files as most systems allow, so it must not open one for each of these.
+    """
+    limits = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+    before, peak, open_files = kept_files(server), peak_memory(server), len(descriptors(server))
+    boundary = "------------------------onecard"
+    part = (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="rows.json"\r\n'
+        "Content-Type: application/json\r\n\r\n[]\r\n"
+    )
+    body = (part * count + f"--{boundary}--\r\n").encode()
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        kind = f"multipart/form-data; boundary={boundary}"
+        assert request(server, "/gradio_api/upload", body, Content_Type=kind)[0] == 413
+    finally:
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, limits)
+    assert kept_files(server) == before
+    assert peak_memory(server) - peak < 64 << 20
+    assert len(descriptors(server)) <= open_files + 10
+    assert upload(server, b"one file")[0] == 200
+
+
+@pytest.mark.parametrize("count", [0, 1, 16, 17, 18, 40])
+@pytest.mark.parametrize("size", [1, 7, 61, 1000, 100_000])
+def test_files_are_counted_wherever_their_request_is_cut(tmp_path, count, size):
+    """W4: 16 files pass as they are, and more end as one that is too large, which gradio deletes with all."""
+    border = b"--a-border"
+    part = border + b'\r\nContent-Disposition: form-data; name="files"; filename="r.json"\r\n\r\n[--a-]\r\n'
+    body = part * count + border + b"--\r\n"
+    chunks = [body[start : start + size] for start in range(0, len(body), size)]
+    headers = {"content-type": "multipart/form-data; boundary=a-border"}
+    messages = iter([{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks])
+
+    async def receive() -> dict:
+        return next(messages, {"type": "http.request", "body": b"", "more_body": False})
+
+    outcome = []
+
+    async def application(scope, receive, send) -> None:
+        async def stream():
+            more = True
+            while more:
+                message = await receive()
+                more = message["more_body"]
+                yield message["body"]
+
+        parser = GradioMultiPartParser(
+            Headers(headers), stream(), max_file_size=http_guard.UPLOAD, upload_dir=str(tmp_path)
+        )
+        try:
+            outcome.append(len((await parser.parse()).getlist("files")))
+        except MultiPartException as error:
+            outcome.append(error.message)
+
+    scope = {"type": "http", "path": "/gradio_api/upload", "headers": [(b"host", b"localhost")]}
+    scope["headers"] += [(name.encode(), value.encode()) for name, value in headers.items()]
+    guarded = http_guard.Guard(application, local=True, login=False, origin="")
+    asyncio.run(guarded(scope, receive, None))
+    if count <= http_guard.FILES:
+        assert outcome == [count]
+    else:
+        assert "File size exceeded" in outcome[0]
+        assert list(tmp_path.iterdir()) == []
+
+
 def start_upload(server: Server, size: int) -> socket.socket:
     """A connection on which a file of this many bytes was announced."""
     head = (
@@ -343,6 +417,15 @@ def start_upload(server: Server, size: int) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
     connection.sendall(head.encode())
     return connection
+
+
+def kept_files(server: Server) -> list[Path]:
+    return sorted(path for path in (server.folder / "gradio").rglob("*") if path.is_file())
+
+
+def descriptors(server: Server) -> list[Path]:
+    """The open files of the server."""
+    return list(Path(f"/proc/{server.process.pid}/fd").iterdir())
 
 
 def kept_bytes(server: Server) -> int:
