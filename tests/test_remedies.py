@@ -18,7 +18,7 @@ import torch
 
 from onecard.config import declaration
 from onecard.errors import CHECKPOINT, DISK, UserError
-from onecard.system import commands, hardware
+from onecard.system import commands, gpus
 from onecard.system import files as system_files
 from tests.support import adapters, remedies, tiny
 from tests.support.call_graph import CallGraph, Part
@@ -376,7 +376,7 @@ def test_no_gpu(here, program, monkeypatch):
 def test_report_of_merge_without_its_gpu(here, monkeypatch):
     """merge has no --device, so its message advises to leave the report out."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(hardware, "_gpu_problem", lambda: "Update the driver.")
+    monkeypatch.setattr(gpus, "problem", lambda: "Update the driver.")
     error = check("merge", "--report --data_path rows.json")
     assert error.fix == "Update the driver. Or leave --report out."
 

@@ -27,7 +27,7 @@ from onecard.inference import resolve
 from onecard.models import base_model, quantized, tensor_files
 from onecard.models import memory as models_memory
 from onecard.models import tokenizer as models_tokenizer
-from onecard.system import build_lock, console, hardware, output_folder
+from onecard.system import build_lock, console, gpus, hardware, output_folder
 from onecard.system import files as system_files
 from onecard.system.console import say
 
@@ -229,7 +229,7 @@ def _by_gptqmodel(
     library = quantized.library()
     from gptqmodel.quantization.config import AWQConfig, GPTQConfig
 
-    shared = {"bits": options.bits, "group_size": group, "device": device}
+    shared = {"bits": options.bits, "group_size": group, "device": gpus.torch_name(device)}
     shared["offload_to_disk_path"] = str(folder / WAITING)  # where layers wait
     if options.method == quantized.AWQ:
         settings, backend = AWQConfig(**shared), library.BACKEND.AWQ_TORCH
@@ -285,13 +285,13 @@ def _perplexity(folder: Path, rows: list[EvalRow], device: str, title: str) -> f
     if not rows:
         return None
     size = _weight_bytes(folder)
-    if device != "cpu" and size > models_memory.SAFETY * (hardware.free_memory_bytes(device) or 0):
+    if device != "cpu" and size > models_memory.SAFETY * gpus.named(device).free_bytes():
         say(f"{title}: measured on the CPU, because {size / 2**30:.1f} GiB do not fit on {device}")
         device = "cpu"
     dtype = hardware.choose_dtype("auto", device).value
     model = base_model.load_base(str(folder), 16, dtype, device).eval()
     try:
-        result = eval_rows.perplexity(model, rows, device, title)
+        result = eval_rows.perplexity(model, rows, title)
     finally:
         del model
         gc.collect()

@@ -69,11 +69,12 @@ def read(
 
 
 @torch.no_grad()
-def answers(model: torch.nn.Module, rows: list[EvalRow], device: str) -> Iterator[tuple[torch.Tensor, float]]:
+def answers(model: torch.nn.Module, rows: list[EvalRow]) -> Iterator[tuple[torch.Tensor, float]]:
     """For each row, the logits [targets, V] that predict its targets, and minus their log-probability.
 
     The logits are in fp32 and on the CPU; the log-probability is in nats.
     """
+    device = next(model.parameters()).device
     for ids, is_target in rows:
         token_ids = torch.tensor(ids, device=device)
         positions = torch.tensor(is_target[1:], device=device).nonzero().flatten()
@@ -81,8 +82,8 @@ def answers(model: torch.nn.Module, rows: list[EvalRow], device: str) -> Iterato
         yield logits, -likelihood.log_probability(logits, token_ids[1:][positions].cpu())
 
 
-def perplexity(model: torch.nn.Module, rows: list[EvalRow], device: str, title: str) -> float:
+def perplexity(model: torch.nn.Module, rows: list[EvalRow], title: str) -> float:
     """The perplexity of the target tokens of these rows; title: of the progress bar."""
-    scored_rows = tqdm(answers(model, rows, device), desc=title, total=len(rows), unit="row", disable=None)
+    scored_rows = tqdm(answers(model, rows), desc=title, total=len(rows), unit="row", disable=None)
     scores = [(nats, len(logits)) for logits, nats in scored_rows]
     return likelihood.perplexity(sum(nats for nats, _ in scores), sum(count for _, count in scores))

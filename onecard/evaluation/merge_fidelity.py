@@ -35,11 +35,11 @@ def run(options: MergeConfig, rows: list[EvalRow], base: Path, adapter: Adapter,
     targets = sum(sum(is_target) for _, is_target in rows)
     say(f"report      {len(rows)} rows of {options.data_path}, {targets} target tokens, {dtype} on {device}")
     say(f"{'model':<30} {'perplexity':>10} {'ratio':>8} {'largest logit difference':>26}")
-    merged_outcome = outcome(_load(merged, 16, dtype, device, None), rows, device)
+    merged_outcome = outcome(_load(merged, 16, dtype, device, None), rows)
     say(f"{'merged':<30} {merged_outcome[0]:>10.3f}")
     for bits in [16, *([adapter.bits] if adapter.bits in (4, 8) else [])]:
         name = UNMERGED if bits == 16 else f"{bits}-bit base + adapter"
-        perplexity, logits = outcome(_load(base, bits, dtype, device, adapter.folder), rows, device)
+        perplexity, logits = outcome(_load(base, bits, dtype, device, adapter.folder), rows)
         gap = largest_difference(merged_outcome[1], logits)
         say(f"{name:<30} {perplexity:>10.3f} {perplexity / merged_outcome[0]:>8.4f} {gap:>26.4f}")
         if not math.isfinite(gap):
@@ -56,9 +56,9 @@ def _load(folder: Path, bits: int, dtype: str, device: str, adapter_folder: Path
     return model.eval()
 
 
-def outcome(model: torch.nn.Module, rows: list[EvalRow], device: str) -> tuple[float, list[torch.Tensor]]:
+def outcome(model: torch.nn.Module, rows: list[EvalRow]) -> tuple[float, list[torch.Tensor]]:
     """(perplexity of the target tokens, logits [targets, V] in fp32 that predict the targets of each row)."""
-    answers = list(eval_rows.answers(model, rows, device))
+    answers = list(eval_rows.answers(model, rows))
     logits = [logits for logits, _ in answers]
     del model
     gc.collect()  # the next model needs the memory

@@ -31,7 +31,7 @@ from onecard.models import base_model, quantized
 from onecard.models import memory as models_memory
 from onecard.runs import adapters as runs_adapters
 from onecard.runs.adapters import GGUF
-from onecard.system import commands, hardware, waiting_threads
+from onecard.system import commands, gpus, hardware, waiting_threads
 from onecard.system.console import say
 from onecard.system.hardware import Choice
 
@@ -191,7 +191,8 @@ def _dtype(name: str, device: str, exact: bool) -> Choice:
         return Choice("fp16", "usual on Apple GPUs")
     if name == "auto" and device == "cpu" and exact:
         return Choice("fp32", "so that results can be compared")
-    return hardware.choose_dtype(name, "cuda:0" if device == "all" else device)
+    devices = [gpu.device for gpu in gpus.cuda().gpus] if device == "all" else [device]
+    return hardware.choose_dtype(name, *devices)
 
 
 def _device(name: str) -> Choice:
@@ -199,9 +200,10 @@ def _device(name: str) -> Choice:
     import torch
 
     if name == "all":
-        if not torch.cuda.is_available():
+        cards = gpus.cuda().gpus
+        if not cards:
             raise UserError("--device all: torch sees no CUDA GPU.", hardware.ON_CPU)
-        return Choice("all", f"sharded over {torch.cuda.device_count()} GPUs and the CPU's memory")
+        return Choice("all", f"sharded over {len(cards)} GPUs and the CPU's memory")
     has_mps = torch.backends.mps.is_available()
     if name == "mps" and not has_mps:
         raise UserError("--device mps: torch sees no Apple GPU.", hardware.ON_CPU)
@@ -213,8 +215,6 @@ def _device(name: str) -> Choice:
 
 def _bits(plan: EnginePlan, config: Any, dtype: str) -> Choice:
     """Bits of a weight; auto: the most of 16, 8 and 4 that fit into the free memory of the GPU."""
-    import torch
-
     options, device = plan.options, plan.device.value
     if quantized.method(config):
         return Choice(quantized.bits(config) or 16, f"the weights are {quantized.method(config)} already")
@@ -226,7 +226,7 @@ def _bits(plan: EnginePlan, config: Any, dtype: str) -> Choice:
         return Choice(16, "a CPU multiplies 16 bits faster than it unpacks fewer")
     skeleton = base_model.skeleton(plan.model.base, config, plan.model.code).to(base_model.DTYPES[dtype])
     # the rest of the memory is for keys, values and activations
-    free = torch.cuda.mem_get_info(device)[0] * models_memory.SAFETY
+    free = gpus.named(device).free_bytes() * models_memory.SAFETY
     for bits in (16, 8, 4):
         needed = models_memory.weight_bytes(skeleton, bits)
         if needed <= free or bits == 4:

@@ -24,7 +24,7 @@ from onecard.models import frozen_linear, lora_shape, packed_attention, quantize
 from onecard.models.load_errors import NOT_A_MODEL, cannot_load
 from onecard.models.lora_shape import LoraShape
 from onecard.models.tokenizer import TOKENIZER_EXTRAS, TOKENIZER_FILES
-from onecard.system import build_lock
+from onecard.system import build_lock, gpus
 from onecard.system import safetensors as system_safetensors
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -164,7 +164,7 @@ def load_base(
 
     bits: 16; 8 means weights in int8 row by row (LLM.int8, arXiv 2208.07339); 4 means NF4 with double
     quantisation (QLoRA, arXiv 2305.14314). Weights that are quantised already (GPTQ, AWQ) stay as they are.
-    dtype: a key of DTYPES. config: used in place of the folder's own. device: as torch names it, or "all" for
+    dtype: a key of DTYPES. config: used in place of the folder's own. device: cpu, mps, cuda:N, or "all" for
     all GPUs; cards: the most memory of each of them, as accelerate's max_memory. to_train: an adapter on top
     of the model will be trained.
 
@@ -187,7 +187,7 @@ def load_base(
     arguments = {
         "output_loading_info": True,
         "dtype": torch_dtype,
-        "device_map": "auto" if device == "all" else {"": device},
+        "device_map": "auto" if device == "all" else {"": gpus.torch_name(device)},
     }
     if quantisation is not None:  # None would replace the setting of the folder's config
         arguments["quantization_config"] = quantisation

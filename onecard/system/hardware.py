@@ -1,6 +1,7 @@
 """What this machine can do: its device, compute dtype, threads and memory, each choice with its reason.
 
-torch is imported inside the functions that need it, so that --help does not wait for it.
+What depends on a GPU is chosen by what gpus.py answers. torch is imported inside the functions that need it,
+so that --help does not wait for it.
 """
 
 import ctypes
@@ -8,17 +9,14 @@ import dataclasses
 import functools
 import os
 import platform
-import shutil
-import subprocess
 from typing import Any
 
 from onecard.errors import UserError
-from onecard.system import commands
+from onecard.system import gpus
 
 M_MMAP_THRESHOLD = -3  # a parameter of mallopt, from malloc.h
 LARGE = 4_000_000  # bytes of a tensor that gets a mapping of its own
 ON_CPU = "Use --device cpu."  # what programs with this option advise where there is no GPU to use
-NEWEST_DRIVER = 580  # what the CUDA 13 build of torch asks for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,88 +28,84 @@ class Choice:
 
 
 def choose_device(option: str, local_rank: int = 0) -> Choice:
-    """The torch device name; raises UserError when there is none of this name, or a GPU torch cannot use."""
-    import torch
-
+    """The device name; raises UserError when there is none of this name, or a GPU torch cannot use."""
     if option == "cpu":
         return Choice("cpu", "asked for")
-    usable = torch.cuda.is_available()
+    cuda = gpus.cuda()
+    by_name = {gpu.device: gpu for gpu in cuda.gpus}
     if option.startswith("cuda"):
-        if not usable:
-            raise UserError(f"There is no device {option}: torch finds no CUDA GPU.", _gpu_problem() or "")
+        if not by_name:
+            raise UserError(f"There is no device {option}: torch finds no CUDA GPU.", gpus.problem() or "")
         name = option if option != "cuda" else f"cuda:{local_rank}"
-        if name not in {f"cuda:{number}" for number in range(torch.cuda.device_count())}:
-            last = torch.cuda.device_count() - 1
-            raise UserError(f"There is no device {option}: this machine has cuda:0 to cuda:{last}.")
-        check_build(int(name.split(":")[1]))
+        if name not in by_name:
+            last = cuda.gpus[-1].device
+            raise UserError(f"There is no device {option}: this machine has cuda:0 to {last}.")
+        check_build(by_name[name], cuda.builds)
         return Choice(name, "asked for")
     if option != "auto":
         raise UserError(f"There is no device called {option!r}.", "Choose auto, cpu, cuda or cuda:N.")
-    if usable:
-        if local_rank >= torch.cuda.device_count():
-            problem = (
-                f"There is no GPU for process {local_rank}: torch finds {torch.cuda.device_count()} of them."
-            )
+    if by_name:
+        if local_rank >= len(cuda.gpus):
+            problem = f"There is no GPU for process {local_rank}: torch finds {len(cuda.gpus)} of them."
             raise UserError(problem, "Name at most as many GPUs in TOT_CUDA as this machine has.")
-        check_build(local_rank)
-        return Choice(f"cuda:{local_rank}", torch.cuda.get_device_name(local_rank))
-    unusable = _gpu_problem()
+        gpu = cuda.gpus[local_rank]
+        check_build(gpu, cuda.builds)
+        return Choice(gpu.device, gpu.name)
+    unusable = gpus.problem()
     if unusable:
         raise UserError("nvidia-smi shows a GPU, but torch cannot use it.", unusable)
     return Choice("cpu", "no CUDA GPU found")
 
 
-def check_build(number: int) -> None:
-    """Raise UserError when this build of torch has no code for GPU `number`, which would only fail later."""
+def check_build(gpu: gpus.Gpu, builds: tuple[str, ...]) -> None:
+    """Raise UserError when this build of torch has no code for the GPU, which would only fail later.
+
+    builds: what torch has code for.
+    """
+    if gpus.has_code_for(gpu.capability, builds):
+        return
     import torch
 
-    major, minor = torch.cuda.get_device_capability(number)
-    if not has_code_for(major, minor, torch.cuda.get_arch_list()):
-        name, builds = torch.cuda.get_device_name(number), " ".join(torch.cuda.get_arch_list())
-        problem = (
-            f"{name} has compute capability {major}.{minor}, torch {torch.__version__} is built for {builds}."
-        )
-        if (major, minor) < (7, 5):  # torch 2.13 is built for Turing and later
-            raise UserError(f"{problem} No build of torch supports this GPU.")
-        raise UserError(problem, f"Run: {_pip_line(torch.__version__)}")
+    problem = (
+        f"{gpu.name} has compute capability {gpu.version}, torch {torch.__version__} is built for "
+        f"{' '.join(builds)}."
+    )
+    if gpu.capability < (7, 5):  # torch 2.13 is built for Turing and later
+        raise UserError(f"{problem} No build of torch supports this GPU.")
+    raise UserError(problem, f"Run: {gpus.pip_line(torch.__version__)}")
 
 
-def has_code_for(major: int, minor: int, builds: list[str]) -> bool:
-    """Whether one of `builds` (sm_75, compute_90, ...) runs on a GPU of this compute capability.
-
-    By CUDA's rules of binary compatibility that is code for the same major version and no later minor one, or
-    intermediate code for any earlier version.
-    """
-    for build in builds:
-        kind, _, digits = build.partition("_")
-        digits = digits.rstrip("af")
-        version = (int(digits[:-1]), int(digits[-1]))
-        if kind == "compute" and version <= (major, minor):
-            return True
-        if kind == "sm" and version[0] == major and version[1] <= minor:
-            return True
-    return False
-
-
-def choose_dtype(option: str, device: str) -> Choice:
+def choose_dtype(option: str, *devices: str) -> Choice:
     """The compute dtype for --dtype: fp32, fp16 or bf16.
 
-    torch.cuda.is_bf16_supported() also counts slow emulation, so the compute capability decides.
+    devices: all that compute together, as they need the same dtype; the oldest of several GPUs decides.
     """
+    cards = [gpus.named(device) for device in devices if device.startswith("cuda")]
+    oldest = min(cards, key=lambda gpu: gpu.capability, default=None)
+    if option == "bf16" and oldest and not oldest.has_bf16:
+        return Choice(option, f"asked for; {oldest.name} only emulates it, so --dtype fp16 would be faster")
     if option != "auto":
         return Choice(option, "asked for")
-    if device.startswith("cuda"):
-        import torch
-
-        major, minor = torch.cuda.get_device_capability(device)
-        if major >= 8:
-            return Choice("bf16", f"compute capability {major}.{minor} has bf16")
-        return Choice(
-            "fp16", f"compute capability {major}.{minor} is below 8.0: bf16 would be emulated; loss scaler on"
-        )
+    if oldest:
+        where = f"compute capability {oldest.version}"
+        if len({gpu.capability for gpu in cards}) > 1:
+            where += f" of {oldest.name} ({oldest.device})"
+        if oldest.has_bf16:
+            return Choice("bf16", f"{where} has bf16")
+        return Choice("fp16", f"{where} is below 8.0: bf16 would be emulated; loss scaler on")
     if cpu_has_bf16():
         return Choice("bf16", "this CPU multiplies bf16 in hardware")
     return Choice("fp32", "this CPU does not multiply bf16 in hardware")
+
+
+def devices_together(device: str, local_processes: int) -> list[str]:
+    """The devices of all processes of a run on this machine, of which `device` is that of this process.
+
+    local_processes: how many processes the run has on this machine; each has the GPU of its number.
+    """
+    if local_processes == 1 or not device.startswith("cuda"):
+        return [device]
+    return [gpu.device for gpu in gpus.cuda().gpus[:local_processes]]
 
 
 def choose_checkpointing(option: str, device: str) -> Choice:
@@ -179,23 +173,9 @@ def describe_machine() -> str:
 
 
 def free_memory_bytes(device: str) -> int | None:
-    """Bytes that are free now: of a GPU, or of main memory for the CPU; None where they cannot be read.
-
-    nvidia-smi is asked and not torch, whose CUDA context would take memory of the GPU.
-    """
+    """Bytes that are free now: of a GPU, or of main memory for the CPU; None where they cannot be read."""
     if device.startswith("cuda"):
-        number = int(device.partition(":")[2] or 0)
-        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = shown.split(",") if shown else []
-        name = names[number].strip() if number < len(names) else str(number)
-        command = ["nvidia-smi", "-i", name, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-        try:
-            answer = subprocess.run(
-                command, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=True
-            )
-            return int(answer.stdout.split()[0]) * 2**20
-        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-            return None
+        return gpus.named(device).free_bytes_by_driver()
     try:
         with open("/proc/meminfo", encoding="utf-8") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
@@ -206,9 +186,7 @@ def free_memory_bytes(device: str) -> int | None:
 def peak_memory_bytes(device: str) -> int:
     """The largest number of bytes used so far: allocated on the GPU, or by the whole process on the CPU."""
     if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.max_memory_allocated(device)
+        return gpus.named(device).peak_bytes()
     try:
         with open("/proc/self/status", encoding="utf-8") as file:  # getrusage would inherit the parent's peak
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
@@ -242,46 +220,10 @@ def release_free_memory(device: str) -> None:
 def forget_cached_memory(device: str) -> None:
     """Give all free memory back, before a smaller micro-batch is tried after running out of memory."""
     if device.startswith("cuda"):
-        import torch
-
-        torch.cuda.empty_cache()
+        gpus.forget_cached_memory()
     release_free_memory(device)
 
 
 @functools.cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
-
-
-def _gpu_problem() -> str | None:
-    """Why torch cannot use the GPU that nvidia-smi shows, and what to type; None where it shows none."""
-    smi = shutil.which("nvidia-smi")
-    if not smi:
-        return None
-    command = [smi, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = [line for line in answer.stdout.splitlines() if "," in line]
-    if answer.returncode or not lines:
-        return None
-    import torch
-
-    name, driver = (part.strip() for part in lines[0].rsplit(",", 1))
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
-    facts = f"GPU: {name}; driver: {driver}; torch {torch.__version__}: {build}."
-    if hidden is not None and torch.version.cuda:
-        facts += f" CUDA_VISIBLE_DEVICES is {hidden!r}: do these GPUs exist?"
-    major = int(driver.split(".")[0]) if driver.split(".")[0].isdecimal() else 0
-    update = "" if major >= NEWEST_DRIVER else f"Update the driver to {NEWEST_DRIVER} or newer. "
-    return f"{facts} {update}Run: {_pip_line(torch.__version__)}"
-
-
-def _pip_line(version: str) -> str:
-    """The command that installs the CUDA build of this torch from the package index; other versions stay."""
-    torch = f"torch=={version.split('+')[0]}"
-    return commands.pip_install(torch, "--force-reinstall --no-cache-dir ")

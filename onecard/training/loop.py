@@ -27,7 +27,7 @@ from onecard.hub import session as hub_session
 from onecard.models import trainable
 from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as runs_folder
-from onecard.system import commands, hardware, lock, signals
+from onecard.system import commands, gpus, hardware, lock, signals
 from onecard.system import processes as system_processes
 from onecard.training import distributed, out_of_memory, resume, step, warm_start
 from onecard.training.plan import Plan, describe, prepare
@@ -67,8 +67,11 @@ def carry_out(plan: Plan, start: StartingPoint | None, sample: Sample, draw: Dra
     """Lock the run folder, load the model and train it."""
     folder, strategy = Path(plan.options.output_path), choose(plan.options.max_grad_norm)
     describe(plan)
-    strategy.start(torch.device(plan.device))
+    strategy.start(torch.device(gpus.torch_name(plan.device)))
     try:
+        if not distributed.agree(plan.dtype):
+            problem = f"The GPUs of this run have different dtypes: {plan.device} here has {plan.dtype}."
+            raise UserError(problem, "Give all processes the same --dtype: fp16, if one GPU has no bf16.")
         if not distributed.agree(json.dumps(plan.fingerprints, sort_keys=True)):
             problem = "The processes of this run do not have the same base model, tokenizer or rows."
             raise UserError(problem, "Give all of them the same files, or owner/name@COMMIT.", CHECKPOINT)

@@ -166,7 +166,8 @@ def _choices(
     """Device, dtype and gradient checkpointing, each with its reason; `auto` stays what it became before."""
     with errors.remedy(hardware.ON_CPU, beside=True):
         device = hardware.choose_device(options.device, system_processes.local_rank())
-    dtype = _as_before(resolved.get("dtype")) or hardware.choose_dtype(options.dtype, device.value)
+    devices = hardware.devices_together(device.value, system_processes.local_world_size())
+    dtype = _as_before(resolved.get("dtype")) or hardware.choose_dtype(options.dtype, *devices)
     checkpointing = _as_before(resolved.get("gradient_checkpointing")) or hardware.choose_checkpointing(
         options.gradient_checkpointing, device.value
     )

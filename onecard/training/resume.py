@@ -225,7 +225,8 @@ def _resolved_before(options: FinetuneConfig, resolved: dict[str, Any]) -> dict[
     if options.dtype == "auto":
         with errors.remedy(hardware.ON_CPU, beside=True):
             device = hardware.choose_device(options.device, system_processes.local_rank()).value
-        now = hardware.choose_dtype("auto", device).value
+        devices = hardware.devices_together(device, system_processes.local_world_size())
+        now = hardware.choose_dtype("auto", *devices).value
         if device == "cpu" or {now, resolved["dtype"]} != {"bf16", "fp16"}:
             values["dtype"] = resolved["dtype"]
     return values

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from onecard.runs import folder as runs_folder
 from onecard.runs import log as runs_log
 from onecard.runs.checkpoint import Progress
 from onecard.system import files as system_files
-from onecard.system import hardware
+from onecard.system import gpus, hardware
 from onecard.system import processes as system_processes
 from onecard.system.console import say
 from onecard.training import continued_plan, distributed, step
@@ -54,7 +53,7 @@ class Trainer:
     @property
     def device(self) -> torch.device:
         """The device that this process trains on."""
-        return torch.device(self.plan.device)
+        return torch.device(gpus.torch_name(self.plan.device))
 
 
 def load(plan: Plan, folder: Path, strategy: Strategy, start: StartingPoint | None = None) -> Trainer:
@@ -63,11 +62,9 @@ def load(plan: Plan, folder: Path, strategy: Strategy, start: StartingPoint | No
     start: what the run continues from, None for a new one. Raises UserError when the weights cannot be loaded
     or the folder cannot be written.
     """
-    options, device = plan.options, torch.device(plan.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    options, device = plan.options, torch.device(gpus.torch_name(plan.device))
+    if plan.device.startswith("cuda"):
+        gpus.named(plan.device).select()
     hardware.keep_large_memory_apart(plan.device)
     stored_dtype = "fp32" if options.train_what == trainable.FULL else plan.dtype
     load_device = strategy.loads_on(plan.device)
@@ -92,7 +89,7 @@ def load(plan: Plan, folder: Path, strategy: Strategy, start: StartingPoint | No
     progress = start.progress if start else Progress()
     if start:
         restore(start, adapted, strategy.optimizer_to_restore(), scaler)
-    budget = (progress.micro_batch_tokens or micro_batch_budget(plan, strategy, device)) if packs else 1
+    budget = (progress.micro_batch_tokens or micro_batch_budget(plan, strategy)) if packs else 1
     # the same in all processes, because they halve it together
     progress.micro_batch_tokens = distributed.smallest(budget)
     if system_processes.is_main():
@@ -115,20 +112,22 @@ def load(plan: Plan, folder: Path, strategy: Strategy, start: StartingPoint | No
     return Trainer(plan, step_model, strategy, scaler, metrics, progress, folder, sampled)
 
 
-def micro_batch_budget(plan: Plan, strategy: Strategy, device: torch.device) -> int:
+def micro_batch_budget(plan: Plan, strategy: Strategy) -> int:
     """Tokens of a micro-batch: as the option says; for auto max(2048, cutoff_len), or what fits on a GPU."""
     options = plan.options
     if options.micro_batch_tokens != "auto":
         budget, reason = int(options.micro_batch_tokens), "as asked for"
-    elif device.type == "cuda":
-        free = strategy.for_activations(torch.cuda.mem_get_info(device)[0])
+    elif plan.device.startswith("cuda"):
+        gpu = gpus.named(plan.device)
+        free = strategy.for_activations(gpu.free_bytes())
         element = base_model.DTYPES[plan.dtype].itemsize
         fits = training_memory.tokens_that_fit(free, plan.base_config, element, plan.checkpointing)
         largest_step = int(np.sort(plan.data.examples.lengths)[-options.batch_size :].sum())
-        budget, reason = (
-            max(options.cutoff_len, min(fits, largest_step)),
-            f"estimated to fit into {free / 2**30:.1f} GiB",
-        )
+        budget = max(options.cutoff_len, min(fits, largest_step))
+        room = f"{free / 2**30:.1f} of the GPU's {gpu.total_bytes / 2**30:.1f} GiB"
+        reason = f"estimated to fit into {room}"
+        if fits < budget:
+            reason = f"a row of --cutoff_len tokens, though only {fits} are estimated to fit into {room}"
     else:
         budget, reason = training_memory.tokens_on_cpu(options), "auto on a CPU: max(2048, cutoff_len)"
     say(f"micro-batch {budget} tokens: {reason}; the gradient does not depend on it")

@@ -500,16 +500,20 @@ def test_report_numbers():
     """The perplexity is that of the targets alone; the difference is the largest over all of them."""
 
     class Even(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))  # says on which device the model is
+
         def forward(self, ids, use_cache):
             scores = torch.zeros(1, ids.shape[1], 8)
             scores[0, 0, 3] = 100.0  # after the first token, 3 is certain
             return type("Output", (), {"logits": scores})
 
-    perplexity, outputs = merge_fidelity.outcome(Even(), [([1, 3, 5], [False, False, True])], "cpu")
+    perplexity, outputs = merge_fidelity.outcome(Even(), [([1, 3, 5], [False, False, True])])
     assert perplexity == pytest.approx(8.0)
     assert outputs[0].shape == (1, 8)
     assert merge_fidelity.largest_difference([outputs[0]], [outputs[0] + torch.eye(1, 8) * 3]) == 3.0
-    sure, _ = merge_fidelity.outcome(Even(), [([1, 3, 5], [False, True, False])], "cpu")
+    sure, _ = merge_fidelity.outcome(Even(), [([1, 3, 5], [False, True, False])])
     assert sure == pytest.approx(1.0)
 
 

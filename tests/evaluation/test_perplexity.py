@@ -93,8 +93,8 @@ def test_rows_and_texts_have_the_same_perplexity(base):
     text = perplexity.encode(tokenizer, "red green été 🙂 " * 20, most=60)
     score = perplexity.score(transformers_engine.Engine(model, tokenizer, 64), text, 64)
     rows = [(text.ids, [False] + [True] * 59)]
-    assert eval_rows.perplexity(model, rows, "cpu", "") == score.perplexity
-    assert merge_fidelity.outcome(model, rows, "cpu")[0] == score.perplexity
+    assert eval_rows.perplexity(model, rows, "") == score.perplexity
+    assert merge_fidelity.outcome(model, rows)[0] == score.perplexity
 
 
 @pytest.mark.parametrize("nats", [0.0, 3.5, 1e9, math.inf, math.nan])

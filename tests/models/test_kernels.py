@@ -8,7 +8,7 @@ import torch
 
 from onecard.models import loss, packed_attention
 from onecard.models.dropout import CheapDropout
-from onecard.system import hardware
+from onecard.system import gpus
 
 
 def dense_reference(query, key, value, lengths, scaling):
@@ -204,4 +204,4 @@ def test_cheap_dropout_follows_the_seed():
 )
 def test_a_card_needs_code_in_the_build(capability, builds, runs):
     """These are CUDA's rules of binary compatibility, as far as they can be checked without a GPU."""
-    assert hardware.has_code_for(*capability, builds) == runs
+    assert gpus.has_code_for(capability, tuple(builds)) == runs

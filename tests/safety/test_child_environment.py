@@ -179,8 +179,8 @@ USERS_OWN = {  # (file, function): why the process keeps the user's environment
     ("onecard/runs/jobs.py", "_launch"): "a training of the user's, with their hub and their wandb account",
     ("onecard/hub/demo.py", "_download_gguf"): "pip, with the user's index and proxy; it opens no model",
     ("onecard/conversion/llama_cpp_converter.py", "_download"): "pip, likewise",
-    ("onecard/system/hardware.py", "free_memory_bytes"): "nvidia-smi, which reads no file of a stranger",
-    ("onecard/system/hardware.py", "_gpu_problem"): "nvidia-smi, likewise",
+    ("onecard/system/gpus.py", "free_bytes_by_driver"): "nvidia-smi, which reads no file of a stranger",
+    ("onecard/system/gpus.py", "problem"): "nvidia-smi, likewise",
 }
 
 

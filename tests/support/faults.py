@@ -7,6 +7,7 @@ import builtins
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import signal
 import time
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.support import fake_gpus
 
 
 class Touch:
@@ -144,6 +147,21 @@ def signal_in_update(number: int) -> None:
         if calls["count"] == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
+
+    training_step.update = update
+
+
+def overflow_in_update(number: int) -> None:
+    """In update `number` an element of the gradient is infinite, as after an overflow in fp16."""
+    from onecard.training import step as training_step
+
+    original, calls = training_step.update, {"count": 0}
+
+    def update(optimizer: Any, *rest: Any) -> Any:
+        calls["count"] += 1
+        if calls["count"] == number:
+            optimizer.param_groups[0]["params"][-1].grad[0, 0] = math.inf
+        return original(optimizer, *rest)
 
     training_step.update = update
 
@@ -294,6 +312,9 @@ PLANT = {
     "mutant": mutate,
     "signal_in_update": signal_in_update,
     "address_space": address_space,
+    "environment": os.environ.update,
+    "gpus": fake_gpus.plant,
+    "overflow_in_update": overflow_in_update,
     "torn_updates": torn_updates,
     "partial_gradients": partial_gradients,
     "slow_save": slow_save,

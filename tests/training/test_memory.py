@@ -10,7 +10,6 @@ from onecard.data.packing import pack
 from onecard.errors import UserError
 from onecard.models import base_model, loss, trainable
 from onecard.models.lora_shape import LoraShape
-from onecard.system import hardware
 from onecard.training import memory as training_memory
 from onecard.training import step
 from onecard.training.trainer import make_optimizer
@@ -165,22 +164,6 @@ def test_what_cannot_be_trained_is_not_predicted(tiny_model, tmp_path, changes, 
     folder = str(tmp_path if "model_path" in changes else tiny_model)
     with pytest.raises(UserError, match=word):
         training_memory.predict(options(**changes), folder, "cpu", None)
-
-
-def test_free_memory_is_asked_of_the_system(monkeypatch, tmp_path):
-    """It is that of this machine, or of a card as nvidia-smi and CUDA_VISIBLE_DEVICES say, or unknown."""
-    assert hardware.free_memory_bytes("cpu") > 0
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text('#!/bin/sh\ntest "$2" = 3 && echo 1024\n')
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
-    assert hardware.free_memory_bytes("cuda:1") == 2**30
-    assert hardware.free_memory_bytes("cuda:0") is None
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert hardware.free_memory_bytes("cuda:3") == 2**30
-    monkeypatch.setenv("PATH", str(tmp_path / "none"))
-    assert hardware.free_memory_bytes("cuda:0") is None
 
 
 def test_the_panel_names_the_parts_and_warns():
