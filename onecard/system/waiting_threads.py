@@ -11,8 +11,6 @@ import os
 import sys
 from collections.abc import MutableMapping
 
-from onecard.system.console import say
-
 SPINS = "GOMP_SPINCOUNT"  # how often a thread looks whether its wait is over before it sleeps; GNU's OpenMP
 OURS = "1000"  # enough to outlast the short waits of a machine with free cores
 # who sets one of these has chosen how many threads there are, where they run or how they wait
@@ -46,6 +44,8 @@ def is_ours(environment: MutableMapping[str, str] = os.environ) -> bool:
 
 @functools.cache
 def _say() -> None:
+    from onecard.system.console import say  # imported late, because --help loads no tqdm
+
     say(f"waiting     threads that wait sleep soon, for the sake of other busy programs ({SPINS}={OURS})")
 
 
