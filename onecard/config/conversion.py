@@ -30,10 +30,13 @@ PLAIN_TYPES = ("f32", "f16", "bf16")  # the others are made by the quantiser
 GPTQ, AWQ, BNB = METHODS = ("gptq", "awq", "bnb")
 TO_HF, TO_META = LAYOUTS = ("hf", "meta")  # of a LLaMA folder
 CALIBRATING = (GPTQ, AWQ)  # methods that choose weights by calibration rows
+OWN_ROWS = "rows"  # of --data_path
+PUBLISHED = WIKITEXT2, C4, PTB = ("wikitext2", "c4", "ptb")  # texts that calibrate a model
 NOT_TOKENIZER_ONLY = Use(("for weights, not for --tokenizer_only", ""))
 REPORT = Use(("for --report", ""))
 GPTQ_ONLY = Use(("for --method gptq", ""))
 CALIBRATION = Use(("for --method gptq or awq", ""))
+PUBLISHED_TEXT = Use((f"for --calibration {WIKITEXT2}, {C4} or {PTB}", ""))
 
 
 def _is_damp(value: float) -> str | None:
@@ -229,8 +232,24 @@ class QuantizeConfig:
         only=(GPTQ_ONLY,),
         recorded=CALIBRATING,
     )
+    calibration: str = option(
+        OWN_ROWS,
+        LEARNED,
+        "what calibrates the weights: rows (of --data_path), or windows of a published text (the others)",
+        choices=(OWN_ROWS, *PUBLISHED),
+        only=(CALIBRATION,),
+        recorded=CALIBRATING,
+    )
+    calibration_path: str | None = option(
+        None,
+        LEARNED,
+        "file or folder with the published text; none: it comes from the Hugging Face Hub",
+        only=(CALIBRATION, PUBLISHED_TEXT),
+    )
     data_path: str = option(
-        SAMPLE_ROWS, LEARNED, "calibration rows; rows of your own task give a better model"
+        SAMPLE_ROWS,
+        LEARNED,
+        "calibration rows, and those that measure perplexity; rows of your own task give a better model",
     )
     template: str | None = option(
         None,
@@ -241,7 +260,7 @@ class QuantizeConfig:
     rows: int = option(
         128,
         LEARNED,
-        "how many calibration rows are used, chosen by the seed",
+        "how many calibration rows or windows are used, chosen by the seed",
         unit=ROWS,
         check=at_least(1),
         only=(CALIBRATION,),
@@ -250,7 +269,7 @@ class QuantizeConfig:
     cutoff_len: int = option(
         512,
         LEARNED,
-        "most tokens of a row",
+        "most tokens of a row; each window of a published text has as many",
         unit=TOKENS,
         check=at_least(16),
         saves_memory=True,
@@ -259,7 +278,7 @@ class QuantizeConfig:
     seed: int = option(
         42,
         LEARNED,
-        "seed of the choice of calibration rows",
+        "seed of the choice of calibration rows or windows",
         unit=NO_UNIT,
         check=at_least(0),
         recorded=CALIBRATING,

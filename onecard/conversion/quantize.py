@@ -18,7 +18,15 @@ import torch
 from onecard import errors
 from onecard.config import declaration
 from onecard.config import options as config_options
-from onecard.config.conversion import BNB, CALIBRATION, GPTQ_ONLY, QuantizeConfig
+from onecard.config.conversion import (
+    BNB,
+    CALIBRATION,
+    GPTQ_ONLY,
+    OWN_ROWS,
+    PUBLISHED_TEXT,
+    QuantizeConfig,
+)
+from onecard.conversion import calibration
 from onecard.errors import CHECKPOINT, UserError, is_out_of_memory
 from onecard.evaluation import eval_rows
 from onecard.evaluation.eval_rows import EvalRow
@@ -65,7 +73,9 @@ def run(options: QuantizeConfig) -> Path:
     group = _group(options, _layers(source, config))
     if options.method != BNB:
         quantized.require(f"--method {options.method} needs")
-    files, versions = _input_files(options, source), {"model_path": revisions.of(source)}
+    published = _published(options)
+    files, versions = _input_files(options, source, published), {"model_path": revisions.of(source)}
+    versions |= {"calibration": revisions.of(published)} if published else {}
     made_of = output_folder.record("quantize", _settings(options, group), files, versions)
     if output_folder.is_made(target, made_of, FLAG):
         say(f"{target} was made from the same files and options, so there is nothing to do.")
@@ -76,7 +86,7 @@ def run(options: QuantizeConfig) -> Path:
     # gptqmodel keeps the waiting layers beside the finished ones
     needed = size if options.method == BNB else 2 * size
     with output_folder.making(target, needed, made_of, FLAG) as (folder, _):
-        calibration_rows, report_rows = _rows(options, source)
+        calibration_rows, report_rows = _rows(options, source, published)
         with errors.remedy(hardware.ON_CPU, beside=True):
             device = hardware.choose_device(options.device).value
         _check_weights(source)
@@ -90,6 +100,8 @@ def run(options: QuantizeConfig) -> Path:
         after = _perplexity_after(folder, report_rows, device)
         figures = {"bytes": [size, _weight_bytes(folder)], "perplexity": after and [before, after]}
         figures |= {"rows": len(report_rows), "data_path": options.data_path}
+        if options.method != BNB:
+            figures |= {"calibration": options.calibration, "calibration_rows": len(calibration_rows)}
         system_files.write_json(folder / FIGURES, figures)
     _print_figures(figures, options.report_rows)
     return target
@@ -113,6 +125,7 @@ def _refuse_unused_options(options: QuantizeConfig) -> None:
     """Raise UserError for options that the method does not use."""
     absent = [GPTQ_ONLY] if options.method != quantized.GPTQ else []
     absent += [CALIBRATION] if options.method == BNB else []
+    absent += [PUBLISHED_TEXT] if options.calibration == OWN_ROWS else []
     config_options.refuse_unused(options, *absent)
 
 
@@ -141,14 +154,26 @@ def _weight_bytes(folder: Path) -> int:
 
 def _settings(options: QuantizeConfig, group: int) -> dict[str, Any]:
     """The options that determine the content of the folder."""
-    return {"group_size": group, **declaration.recorded(options, options.method)}
+    settings = declaration.recorded(options, options.method)
+    if options.calibration == OWN_ROWS:  # folders of earlier versions do not record it
+        settings.pop("calibration", None)
+    return {"group_size": group, **settings}
 
 
-def _input_files(options: QuantizeConfig, source: Path) -> list[Path]:
-    """The files that determine the content of the folder."""
+def _published(options: QuantizeConfig) -> Path | None:
+    """The file of the published text that --calibration names; None for rows of the user's own."""
+    if options.calibration == OWN_ROWS:
+        return None
+    return calibration.file_of(options.calibration, options.calibration_path)
+
+
+def _input_files(options: QuantizeConfig, source: Path, published: Path | None) -> list[Path]:
+    """The files that determine the content of the folder; published: of --calibration."""
     base_files = base_model.identity_files(str(source))
-    rows = [] if options.method == BNB else eval_rows.files(options.data_path)
-    return [*base_files["weights"], *base_files["tokenizer"], *rows]
+    files = [*base_files["weights"], *base_files["tokenizer"]]
+    if published:
+        return [*files, published]
+    return files if options.method == BNB else [*files, *eval_rows.files(options.data_path)]
 
 
 def _layers(source: Path, config: Any) -> dict[str, tuple[int, int]]:
@@ -198,20 +223,34 @@ def _check_weights(source: Path) -> None:
     say("weights     all values are finite")
 
 
-def _rows(options: QuantizeConfig, source: Path) -> tuple[list[EvalRow], list[EvalRow]]:
-    """(calibration rows, other rows for the perplexity), chosen by the seed."""
+def _rows(
+    options: QuantizeConfig, source: Path, published: Path | None
+) -> tuple[list[list[int]], list[EvalRow]]:
+    """(token ids of the calibration rows, other rows for the perplexity), chosen by the seed.
+
+    published: the file of --calibration, which replaces the calibration rows of --data_path.
+    """
     if options.method == BNB and not options.report_rows:
         return [], []
     tokenizer = models_tokenizer.load_tokenizer(str(source))
+    windows: list[list[int]] = []
+    if published:
+        length, count = options.cutoff_len, options.rows
+        windows = calibration.windows(options.calibration, published, tokenizer, length, count, options.seed)
+        title = calibration.CORPORA[options.calibration].title
+        fewer = f" (not {count}: no more documents are as long)" if len(windows) < count else ""
+        say(f"rows        {len(windows)} windows{fewer} of {length} tokens of {title}, from {published}")
+        if not options.report_rows:
+            return windows, []
     template, _ = resolve.choose_template(options.template, [], tokenizer)
     rows = eval_rows.some(options.data_path, options.cutoff_len, template, tokenizer)
     random.Random(options.seed).shuffle(rows)
     report_count = min(options.report_rows, len(rows) // 4)
     report_rows, rows = rows[:report_count], rows[report_count:]
-    if options.method == BNB:
-        return [], report_rows
-    calibration_rows = rows[: options.rows]
-    tokens = sum(len(ids) for ids, _ in calibration_rows)
+    if published or options.method == BNB:
+        return windows, report_rows
+    calibration_rows = [ids for ids, _ in rows[: options.rows]]
+    tokens = sum(map(len, calibration_rows))
     rows_of = f"{len(calibration_rows)} calibration rows of {options.data_path}"
     say(f"rows        {rows_of}, {tokens} tokens (template {template.name})")
     return calibration_rows, report_rows
@@ -222,7 +261,7 @@ def _by_gptqmodel(
     folder: Path,
     options: QuantizeConfig,
     group: int,
-    calibration_rows: list[EvalRow],
+    calibration_rows: list[list[int]],
     device: str,
 ) -> list[dict[str, Any]]:
     """Write the quantised weights into the folder; returns the library's log entries of all modules."""
@@ -237,7 +276,7 @@ def _by_gptqmodel(
         grouped = group != -1 and not options.act_order  # the library's other order needs groups
         order = {"desc_act": options.act_order, "act_group_aware": grouped}
         settings, backend = GPTQConfig(damp_percent=options.damp, **order, **shared), library.BACKEND.AUTO
-    examples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in calibration_rows]
+    examples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration_rows]
     source, folder = source.resolve(), folder.resolve()
     with contextlib.chdir(folder):  # the library writes its log into the working directory
         with build_lock.alone():

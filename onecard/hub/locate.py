@@ -81,6 +81,11 @@ def fetch_dataset(name: str) -> str:
     return _fetch(name, revisions.DATASET, patterns, what, f"{CHECK}, or name a local file or folder.")
 
 
+def fetch_text(name: str, pattern: str, fix: str) -> str:
+    """Fetch some files of a dataset of the hub; its folder. fix: what the user does when that fails."""
+    return _fetch(name, revisions.DATASET, (pattern,), f"{name}: this dataset of the hub", fix)
+
+
 def _fetch(name: str, kind: str, patterns: tuple[str, ...], what: str, fix: str) -> str:
     try:
         return str(revisions.fetch(name, kind, patterns))

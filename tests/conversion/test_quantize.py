@@ -324,16 +324,14 @@ def test_options_are_checked_before_the_weights_are_read(source, rows, tmp_path,
 def test_rows_are_needed_only_for_calibration_and_report(source, tmp_path, monkeypatch):
     """bitsandbytes without a report needs no rows; the sample is found from any working directory."""
     monkeypatch.chdir(tmp_path)
-    assert quantize._rows(bnb(source, "none.json", tmp_path / "out", report_rows=0), source) == (
-        [],
-        [],
-    )
+    without_report = bnb(source, "none.json", tmp_path / "out", report_rows=0)
+    assert quantize._rows(without_report, source, None) == ([], [])
     options = build(QuantizeConfig, {"method": "bnb", "report_rows": 3})
-    assert len(quantize._rows(options, source)[1]) == 3
+    assert len(quantize._rows(options, source, None)[1]) == 3
     tiny.save_rows(tmp_path / "rows.json", 8)
     (tmp_path / "sample").mkdir()
     (tmp_path / "rows.json").rename(tmp_path / options.data_path)  # the user's own file comes first
-    assert len(quantize._rows(options, source)[1]) == 2
+    assert len(quantize._rows(options, source, None)[1]) == 2
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
