@@ -34,6 +34,10 @@ from onecard.models.lora_shape import ALL_LINEAR, EMBEDDINGS, LORA, LoraShape
 from onecard.system import build_lock
 from onecard.system import safetensors as system_safetensors
 
+# what peft raises for settings and tensors that do not fit a base model
+UNFIT = (AttributeError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+UNFIT += (SafetensorError, re.error)
+
 
 def add_adapter(base: torch.nn.Module, shape: LoraShape, seed: int) -> PeftModel:
     """Wrap the base with a new adapter in fp32. Its initial weights depend on nothing but the seed.
@@ -207,7 +211,7 @@ def attach(model: torch.nn.Module, folder: Path, name: str) -> PeftModel:
                 model = PeftModel.from_pretrained(model, str(folder), adapter_name=key)
             # from_pretrained does not report tensors that belong nowhere, so the tensors are set once more
             result = set_peft_model_state_dict(model, tensors, adapter_name=key)
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError, AttributeError, SafetensorError) as error:
+    except UNFIT as error:
         if is_out_of_memory(error):
             raise
         raise _unfit(folder, first_line(error)) from None
@@ -232,7 +236,7 @@ def expected_shapes(bare: torch.nn.Module, folder: Path) -> dict[str, tuple[int,
             warnings.simplefilter("ignore")
             model = get_peft_model(bare, LoraConfig.from_pretrained(str(folder)))
             tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, re.error, OSError) as error:
+    except UNFIT as error:
         raise _unfit(folder, first_line(error)) from None
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 

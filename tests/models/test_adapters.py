@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from onecard.data.conversation import single
@@ -15,8 +15,10 @@ from onecard.data.packing import pack
 from onecard.errors import UserError
 from onecard.models import adapter as models_adapter
 from onecard.models import base_model, lora_shape, trainable
+from onecard.models.dropout import CheapDropout
 from onecard.training import step
 from tests.support import tiny
+from tests.support.adapters import SMALL, save_adapter
 from tests.support.resume_cases import differences, flags, outcome, stopped_at
 
 COMMON = {
@@ -197,3 +199,130 @@ def test_wrong_settings_of_an_adapter_are_named(tmp_path, text, word):
     with pytest.raises(UserError, match=word) as caught:
         lora_shape.read_extras(str(tmp_path / "peft.json"), rslora=False)
     assert caught.value.code == 2
+
+
+LAYER = "q_proj"
+
+
+def lora_layer(model: PeftModel) -> torch.nn.Module:
+    """The first adapter layer of the first block."""
+    return model.get_base_model().get_decoder().layers[0].self_attn.get_submodule(LAYER)
+
+
+def test_adapters_are_mixed_by_their_weights(tiny_model, tmp_path):
+    """The output of a layer is the base's and the weighted sum of what each active adapter adds."""
+    folders = {
+        name: save_adapter(tiny_model, tmp_path / name, seed) for seed, name in enumerate(("one", "v1.1"))
+    }
+    model = base_model.load_base(str(tiny_model), 16, "fp32", "cpu")
+    for name, folder in folders.items():
+        model = models_adapter.attach(model, folder, name)
+    layer, inputs = lora_layer(model), torch.randn(3, 96, generator=torch.Generator().manual_seed(4))
+    base = layer.get_base_layer()(inputs)
+    added = {}
+    for name, folder in folders.items():
+        tensors = load_file(folder / "adapter_model.safetensors")
+        a, b = (tensors[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight"] for x in "AB")
+        added[name] = inputs @ a.T @ b.T * SMALL["lora_alpha"] / SMALL["r"]
+    for weights in ({"one": 1.0}, {"v1.1": 0.5}, {"one": 0.25, "v1.1": -2.0}, {}, {"one": 0.5, "v1.1": 1.0}):
+        models_adapter.mix(model, weights)
+        expected = base + sum(weight * added[name] for name, weight in weights.items())
+        assert torch.allclose(layer(inputs), expected, atol=1e-5), weights
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("what", "is_tied", "names"),
+    [
+        ("lora", False, []),
+        ("lora", True, []),
+        ("embeddings", False, ["model.embed_tokens"]),
+        ("embeddings", True, ["model.embed_tokens"]),
+        ("lora+embeddings", False, ["model.embed_tokens", "lm_head"]),
+        ("lora+embeddings", True, ["model.embed_tokens"]),
+    ],
+)
+def test_modules_that_are_trained_whole(tiny_model, tied_model, what, is_tied, names):
+    """A head that is tied to the embedding follows it, and is no module of its own."""
+    base = base_model.load_base(str(tied_model if is_tied else tiny_model), 16, "fp32", "cpu")
+    shape = lora_shape.LoraShape(4, 8.0, 0.0, "q_proj", what=what)
+    assert models_adapter.trained_whole(base, shape) == names
+    adapted = models_adapter.add_adapter(base, shape, seed=3)
+    assert {parameter.dtype for parameter in trainable.trainable(adapted)} == {torch.float32}
+    tensors = models_adapter.adapter_tensors(adapted)
+    assert models_adapter.learned_nothing(adapted, tensors)
+    with torch.no_grad():
+        last = trainable.trainable(adapted)[-1]
+        last.view(-1)[-1] += 1
+    assert not models_adapter.learned_nothing(adapted, models_adapter.adapter_tensors(adapted))
+
+
+def test_tensors_that_are_not_named_stay_as_they_are(tiny_model):
+    adapted = models_adapter.add_adapter(
+        base_model.load_base(str(tiny_model), 16, "fp32", "cpu"),
+        lora_shape.LoraShape(4, 8.0, 0.0, "q_proj"),
+        seed=3,
+    )
+    before = {name: tensor.clone() for name, tensor in models_adapter.adapter_tensors(adapted).items()}
+    chosen = next(name for name in before if "lora_B" in name)
+    models_adapter.set_tensors(adapted, {chosen: torch.full_like(before[chosen], 0.5).double()})
+    for name, tensor in models_adapter.adapter_tensors(adapted).items():
+        expected = torch.full_like(tensor, 0.5) if name == chosen else before[name]
+        assert torch.equal(tensor, expected), name
+
+
+def test_the_initial_weights_depend_on_the_seed_alone(tiny_model):
+    """They change no random state, and dropout on a CPU is the cheap one."""
+
+    def weights(seed: int, state: int) -> list[torch.Tensor]:
+        base = base_model.load_base(str(tiny_model), 16, "fp32", "cpu")
+        torch.manual_seed(state)
+        expected = torch.rand(3)
+        torch.manual_seed(state)
+        adapted = models_adapter.add_adapter(base, lora_shape.LoraShape(4, 8.0, 0.1, "q_proj"), seed)
+        assert torch.equal(torch.rand(3), expected)
+        assert isinstance(lora_layer(adapted).lora_dropout["default"], CheapDropout)
+        return list(models_adapter.adapter_tensors(adapted).values())
+
+    first, again, other = weights(3, 1), weights(3, 2), weights(4, 1)
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    assert not all(torch.equal(x, y) for x, y in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "values"),
+    [
+        ({"target_modules": ["nonesuch"]}, None),
+        ({"r": 8}, None),
+        ({"r": "many"}, None),
+        ({"rank_pattern": {"(": 3}}, None),
+        ({}, {"more": torch.ones(2)}),
+        ({}, {}),
+        ({}, {"model.norm.weight": torch.ones(96)}),
+    ],
+    ids=["modules", "rank", "no rank", "pattern", "one more", "one less", "a tensor of the base"],
+)
+def test_an_adapter_that_does_not_fit_is_named(tiny_model, tmp_path, settings, values):
+    """The exit code is 4, with the folder; the model may have been changed, and is not used."""
+    folder = save_adapter(tiny_model, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+    if values is not None:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors = {**tensors, **values} if values else dict(list(tensors.items())[1:])
+        save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="does not fit this base model") as caught:
+        models_adapter.attach(base_model.load_base(str(tiny_model), 16, "fp32", "cpu"), folder, "one")
+    assert caught.value.code == 4
+    assert str(folder) in caught.value.problem
+
+
+def test_out_of_memory_is_no_adapter_that_does_not_fit(tiny_model, tmp_path, monkeypatch):
+    folder = save_adapter(tiny_model, tmp_path / "adapter")
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        models_adapter.attach(base_model.load_base(str(tiny_model), 16, "fp32", "cpu"), folder, "one")
