@@ -13,6 +13,7 @@ from onecard.system import http_guard
 from onecard.system.http_guard import POLICY, UPLOAD, Guard
 
 HERE = "127.0.0.1:7860"
+EMPTY = ({"type": "http.request", "body": b"", "more_body": False},)  # the body of a request without one
 
 
 def visit(
@@ -22,7 +23,7 @@ def visit(
     local: bool = True,
     login: bool = False,
     origin: str = "",
-    messages: Any = ({"type": "http.request", "body": b"", "more_body": False},),
+    messages: Any = EMPTY,
 ) -> tuple[int, dict[bytes, bytes], list[Any]]:
     """Status and headers of the answer to one request, and the messages that the application received."""
     waiting, received, sent = iter(messages), [], []
