@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from onecard.hub.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from onecard.system import files as system_files
@@ -82,7 +83,7 @@ def go_back(folder: Path, step: int) -> list[str]:
         sentences.append(f"{len(later)} later or damaged checkpoints are now in {place}")
     dropped = cut_log(folder, step) + cut_log(folder, step, SAMPLES)
     if dropped:
-        sentences.append(f"{dropped} lines of later steps are now in {DROPPED}")
+        sentences.append(f"{dropped} lines that are later or damaged are now in {DROPPED}")
     return sentences
 
 
@@ -92,7 +93,7 @@ def aside(folder: Path) -> list[Path]:
 
 
 def cut_log(folder: Path, step: int, name: str = LOG) -> int:
-    """Drop the lines of a log after `step`, and one that a kill cut off; returns how many were dropped."""
+    """Drop the lines of a log after `step`, and damaged ones; returns how many were dropped."""
     log = folder / name
     if not log.is_file():
         return 0
@@ -106,12 +107,17 @@ def cut_log(folder: Path, step: int, name: str = LOG) -> int:
 
 
 def _belongs(line: bytes, step: int) -> bool:
+    record = record_of(line)
+    return record is not None and record["step"] <= step
+
+
+def record_of(line: bytes) -> dict[str, Any] | None:
+    """The record in a line of a log, with its line end; None when the line was cut off or is damaged."""
     try:
-        record = json.loads(line)
-    except ValueError:
-        return False
-    has_step = isinstance(record, dict) and isinstance(record.get("step"), int)
-    return has_step and record["step"] <= step and line.endswith(b"\n")
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

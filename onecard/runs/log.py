@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from onecard.runs.folder import FINISHED, LOG, SAMPLES
+from onecard.runs.folder import FINISHED, LOG, SAMPLES, record_of
 
 LOSS, VALIDATION, ACCURACY, RATE = "loss", "eval_loss", "eval_token_accuracy", "learning_rate"
 SPEED, SECONDS = "speed", "seconds"  # tokens a second; seconds of a step
@@ -41,10 +41,9 @@ def last_step(folder: Path) -> int:
 
 def evaluations(folder: Path) -> Evaluations:
     """The evaluations in a run's log so far; one whose loss is not a number is never the best."""
-    records = _records_of(folder / LOG)
     losses = [
         (record["step"], record[VALIDATION])
-        for record in records
+        for record in records(folder / LOG)
         if isinstance(record.get(VALIDATION), float)
     ]
     later = [(loss, step) for step, loss in losses if step > 0 and not math.isnan(loss)]
@@ -59,7 +58,7 @@ def best_step(folder: Path) -> int | None:
 
 def last_sampled(folder: Path) -> int:
     """The step of the last answers in samples.jsonl; -1 without any."""
-    return max((record["step"] for record in _records_of(folder / SAMPLES)), default=-1)
+    return max((record["step"] for record in records(folder / SAMPLES)), default=-1)
 
 
 def samples(folder: Path) -> dict[int, list[dict[str, str]]]:
@@ -157,17 +156,12 @@ class Curves:
 
 def _records(content: bytes) -> Iterator[dict[str, Any]]:
     """The whole records with a step among these lines."""
-    for line in content[: content.rfind(b"\n") + 1].splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            yield record
+    records = (record_of(line) for line in content.splitlines(keepends=True))
+    return (record for record in records if record is not None)
 
 
-def _records_of(path: Path) -> list[dict[str, Any]]:
-    """The whole records in a file; none when there is no such file."""
+def records(path: Path) -> list[dict[str, Any]]:
+    """The whole records in a log; none when there is no such file."""
     return list(_records(path.read_bytes())) if path.is_file() else []
 
 

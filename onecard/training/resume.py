@@ -19,7 +19,7 @@ from onecard.errors import CHECKPOINT, UserError
 from onecard.hub import locate, remote_code, revisions
 from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as runs_folder
-from onecard.runs import legacy
+from onecard.runs import legacy, log_check
 from onecard.runs.checkpoint import Progress
 from onecard.system import commands, hardware, lock
 from onecard.system import files as system_files
@@ -161,6 +161,7 @@ def _same_run(
     else:
         start.checkpoint, start.progress = chosen, runs_checkpoint.read_progress(chosen)
         say(f"Continuing from {chosen} (step {start.progress.step} of {stored['resolved']['total_steps']}).")
+        _check_log(folder, chosen, start)
     budget = options.micro_batch_tokens
     if "micro_batch_tokens" in explicit and budget != "auto":
         lowered = start.progress.micro_batch_tokens  # when memory ran out, perhaps
@@ -173,6 +174,20 @@ def _same_run(
         start.progress.rows_seen = 0
         changes.append("the rows start from the beginning; adapter, optimizer and learning rate go on")
     return start
+
+
+def _check_log(folder: Path, chosen: Path, start: StartingPoint) -> None:
+    """Raise UserError (exit 4) when the log lacks steps that the checkpoint has."""
+    begun_at = start.stored["resolved"].get("begun_at", None if start.begun_from else 0)
+    problem = log_check.problem(folder, start.progress, begun_at)
+    if problem:
+        ways = ["Bring back a copy of it"]
+        earlier = log_check.covered(folder, start.progress.step, begun_at)
+        if earlier:
+            ways.append(f"go on from an earlier step: --resume_from_checkpoint {earlier}")
+        ways.append(f"begin a new run with what {chosen.name} has learned: --resume_from_checkpoint {chosen}")
+        fix = f"{'; or '.join(ways)} --output_path NEW_FOLDER."
+        raise UserError(f"{folder / runs_folder.LOG} {problem}; {chosen} needs it.", fix, CHECKPOINT)
 
 
 def _other_rows(source: Path, request: ContinueConfig, explicit: frozenset[str]) -> StartingPoint | None:

@@ -4,7 +4,6 @@ Everything here can be repeated, so a run that was killed meanwhile continues wi
 written last.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from onecard.hub import model_files
 from onecard.models import trainable
 from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as runs_folder
+from onecard.runs import log as runs_log
 from onecard.system import files as system_files
 from onecard.system import hardware, signals
 from onecard.system import processes as system_processes
@@ -102,9 +102,7 @@ def finish(trainer: Trainer, after: list[str], draw: Draw) -> None:
         say(f"warning: {error.problem} It was the best checkpoint; the last one is used instead.")
         best = progress.step
         sha256 = runs_checkpoint.publish(folder / f"checkpoint-{best}", folder)
-    records = [
-        json.loads(line) for line in (folder / runs_folder.LOG).read_text(encoding="utf-8").splitlines()
-    ]
+    records = runs_log.records(folder / runs_folder.LOG)
     draw(records, folder / runs_folder.PLOT)
     questions = [conversation.question.turns[-1] for conversation in plan.data.validation_prompts]
     losses = {record["step"]: record["eval_loss"] for record in records if "eval_loss" in record}

@@ -173,6 +173,7 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: StartingPo
             "task": plan.data.task,
             **({"marked_rows": plan.data.marked_rows} if plan.data.marked_rows != markers.KEEP else {}),
             **continued_plan.record(plan),
+            **_beginning(progress, start),
         }
         versions_of_rows = {revisions.of(file.path) for file in plan.data.files}
         rows = {
@@ -195,6 +196,16 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: StartingPo
         system_files.write_json(folder / runs_folder.CONFIG, record)
     except OSError as error:
         raise system_files.disk_error(folder, error) from None
+
+
+def _beginning(progress: Progress, start: StartingPoint | None) -> dict[str, int]:
+    """The step at which a run began that took its weights from elsewhere: its log has no earlier step."""
+    if start is None:
+        return {}
+    if not start.same_run:
+        return {"begun_at": progress.step}
+    resolved = start.stored["resolved"] if start.stored else {}
+    return {"begun_at": resolved["begun_at"]} if "begun_at" in resolved else {}
 
 
 def _text(version: Any) -> str | None:

@@ -264,17 +264,16 @@ def _mutant_rate_restarts() -> None:
 
 def _mutant_off_by_one() -> None:
     """A resumed run counts one step twice."""
-    from onecard.runs import checkpoint as runs_checkpoint
+    from onecard.training import resume
 
-    original = runs_checkpoint.read_progress
+    original = resume.decide
 
-    def read(path: Any) -> Any:
-        progress = original(path)
-        progress.step += 1
-        return progress
+    def decide(*arguments: Any) -> Any:
+        start = original(*arguments)
+        start.progress.step += 1
+        return start
 
-    runs_checkpoint.read_progress = read
-    runs_checkpoint.verify = lambda _: []
+    resume.decide = decide
 
 
 def _mutant_no_adapter() -> None:
