@@ -32,6 +32,7 @@ OWN = (  # files in which OneCard describes other folders and runs
     runs_folder.FINISHED,
     runs_folder.LOG,
     runs_folder.DROPPED,
+    runs_folder.WANDB,
     runs_folder.REJECTED,
     runs_folder.SAMPLES,
     runs_folder.PLOT,

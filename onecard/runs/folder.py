@@ -14,6 +14,7 @@ CONFIG, LOG, FINISHED, REJECTED = "finetune_config.json", "log.jsonl", "finished
 SAMPLES = "samples.jsonl"
 DROPPED, ASIDE = "log.dropped.jsonl", "set-aside-"
 PLOT = "loss.png"
+WANDB = "wandb_run.json"  # the id of the run at Weights & Biases
 # values of init_lora_weights that leave the base model as it was
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 EXPORT = "export.json"  # says what a folder of GGUF files holds
@@ -23,7 +24,7 @@ MODEL = "model"  # folder of the result when all weights were trained
 def contents(folder: Path) -> list[Path]:
     """Everything that a run has written into `folder`, or would write over."""
     paths = [folder / f"checkpoint-{step}" for step in sorted(checkpoint_steps(folder))]
-    names = (CONFIG, LOG, SAMPLES, FINISHED, REJECTED, PLOT, ADAPTER_CONFIG, ADAPTER_WEIGHTS, DROPPED)
+    names = (CONFIG, LOG, SAMPLES, FINISHED, REJECTED, PLOT, ADAPTER_CONFIG, ADAPTER_WEIGHTS, DROPPED, WANDB)
     paths += [folder / name for name in names if (folder / name).exists()]
     if trained_all(folder) and (folder / MODEL).exists():
         paths.append(folder / MODEL)

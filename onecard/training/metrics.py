@@ -5,7 +5,6 @@ This file does not know how training works: it receives records.
 
 import contextlib
 import json
-import netrc
 import os
 import sys
 import time
@@ -15,11 +14,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from onecard.errors import UserError
 from onecard.runs.folder import LOG, SAMPLES
-from onecard.system import commands, console
+from onecard.system import console
 from onecard.system import files as system_files
 from onecard.system.files import disk_error
+from onecard.training import wandb_run
 
 
 class MetricLogger:
@@ -32,8 +31,12 @@ class MetricLogger:
         self.loud, self.log_steps = loud, log_steps
         self.total_steps, self.total_rows = total_steps, total_rows
         self.show_bars = loud and sys.stderr.isatty()
-        self.file = (folder / LOG).open("a", encoding="utf-8", buffering=1) if loud else None
-        self.wandb = start_wandb(folder, wandb) if loud and wandb is not None else None
+        self.file = (
+            (folder / LOG).open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+            if loud
+            else None
+        )
+        self.wandb = wandb_run.start(folder, wandb) if loud and wandb is not None else None
         self.bar: tqdm | None = None
         self.started, self.rows_before = 0.0, 0
 
@@ -127,36 +130,7 @@ class MetricLogger:
                 raise disk_error(Path(self.file.name), error) from None
         if self.wandb:
             numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
-            self.wandb.log(numbers, step=record["step"])
-
-
-def start_wandb(folder: Path, settings: dict[str, Any]) -> Any:
-    """Start a W&B run; with WANDB_MODE=offline it stays in `folder`. Raises UserError when that fails."""
-    check_wandb()
-    import wandb
-
-    try:
-        return wandb.init(project="onecard", name=folder.name, dir=str(folder), config=settings)
-    except wandb.errors.Error as error:
-        fix = f"Run {commands.in_environment('wandb')} login, or set WANDB_MODE=offline."
-        raise UserError(f"--wandb: Weights & Biases did not start: {error}", fix) from None
-
-
-def check_wandb() -> None:
-    """Raise UserError when W&B is not installed or nobody is logged in."""
-    import importlib.util
-
-    if importlib.util.find_spec("wandb") is None:
-        fix = f"Run: {commands.extra('wandb')}"
-        raise UserError("--wandb needs the package wandb, which is not installed.", fix)
-    if os.environ.get("WANDB_MODE", "online") == "online" and not os.environ.get("WANDB_API_KEY"):
-        try:
-            hosts = netrc.netrc().hosts
-        except (OSError, netrc.NetrcParseError):
-            hosts = {}
-        if not any("wandb" in host for host in hosts):
-            fix = f"Run {commands.in_environment('wandb')} login, or set WANDB_MODE=offline."
-            raise UserError("--wandb: this machine is not logged in to Weights & Biases.", fix)
+            self.wandb.log(numbers)
 
 
 def loss_curve(records: list[dict[str, Any]], path: Path) -> None:

@@ -32,8 +32,7 @@ from onecard.system import files as system_files
 from onecard.system import hardware, hashing, waiting_threads
 from onecard.system import processes as system_processes
 from onecard.system.console import say
-from onecard.training import sharded
-from onecard.training.metrics import check_wandb
+from onecard.training import sharded, wandb_run
 from onecard.training.recorded_names import NEW_NAMES, Names
 from onecard.training.schedule import Anchor, learning_rate
 
@@ -98,7 +97,7 @@ def prepare(
         *reader.locate_validation_files(options.eval_data_path, hub_names.rows),
     ]
     if options.wandb:
-        check_wandb()
+        wandb_run.check()
     device, dtype, checkpointing = _choices(options, resolved or {})
     sharded.check(options, dtype.value)
     system_files.check_room(Path(options.output_path), LEAST_ROOM)

@@ -14,7 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from onecard.config.training import FinetuneConfig
+from onecard.config import options as config_options
+from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.data import examples as data_examples
 from onecard.data import reader
 from onecard.data import template as data_template
@@ -28,7 +29,7 @@ from onecard.runs import folder as runs_folder
 from onecard.training import loop, metrics, out_of_memory, step, trainer
 from tests.support import tiny
 from tests.support.paths import ROOT
-from tests.support.small_runs import QUICK, options
+from tests.support.small_runs import QUICK, options, short_reply
 
 
 def run(settings: FinetuneConfig) -> Path:
@@ -502,13 +503,20 @@ def test_optimizers_lower_the_loss(tiny_model, tiny_rows, tmp_path, optimizer):
 
 
 def test_wandb_offline_keeps_the_run_on_this_machine(tiny_model, tiny_rows, tmp_path, monkeypatch):
-    """--wandb with WANDB_MODE=offline writes an offline run into the output folder and talks to nobody."""
+    """--wandb with WANDB_MODE=offline writes an offline run into the output folder and talks to nobody.
+
+    A run that goes on writes another part of the same W&B run, which `wandb sync` joins.
+    """
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = run(options(tiny_model, tiny_rows, tmp_path / "run", wandb=True, max_steps=2))
     runs = list((folder / "wandb").glob("offline-run-*/*.wandb"))
     assert len(runs) == 1
     assert runs[0].stat().st_size > 1000
     assert (folder / "finished.json").exists()
+    longer = config_options.build(ContinueConfig, {"output_path": str(folder), "max_steps": "3"})
+    loop.go_on(longer, frozenset({"output_path", "max_steps"}), short_reply, metrics.loss_curve)
+    parts = [path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-run-*")]
+    assert parts == [json.loads((folder / "wandb_run.json").read_text())["id"]] * 2
 
 
 def test_all_linear_and_inputs_as_targets(tiny_model, tiny_rows, tmp_path):
