@@ -166,6 +166,14 @@ def overflow_in_update(number: int) -> None:
     training_step.update = update
 
 
+def plain_gloo(_: Any) -> None:
+    """DeepSpeed sums by gloo, and not by code of its own for CPUs, which it would compile for minutes."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def address_space(more: int) -> None:
     """From the first dry run on, limit the address space to `more` bytes beyond those in use (RLIMIT_AS)."""
     import resource
@@ -314,6 +322,7 @@ PLANT = {
     "environment": os.environ.update,
     "gpus": fake_gpus.plant,
     "overflow_in_update": overflow_in_update,
+    "plain_gloo": plain_gloo,
     "torn_updates": torn_updates,
     "partial_gradients": partial_gradients,
     "slow_save": slow_save,

@@ -6,7 +6,6 @@ All that is decided by a GPU is decided by what tests/support/fake_gpus.py answe
 import dataclasses
 import json
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from onecard.errors import USAGE
 from onecard.models import memory as models_memory
 from onecard.training import loop, plan, replicated, trainer
 from onecard.training import memory as training_memory
-from tests.support import fake_gpus, tiny
+from tests.support import fake_gpus, ranks, tiny
 from tests.support.fake_gpus import GIB
 from tests.support.promises import records
 from tests.support.resume_cases import differences, flags, outcome, stopped_at
@@ -186,24 +185,10 @@ def test_the_prediction_is_that_of_the_card(tiny_model, monkeypatch):
     assert less["activations"] < 0.6 * parts["activations"]
 
 
-def two_processes(
-    harness, model: Path, rows: Path, run: Path, machines: list[list], local: int
-) -> list[dict]:
-    """The answers of two processes of one run; machines: the GPUs that each of them sees.
-
-    local: how many of the processes are on the machine of each.
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+def two_processes(harness, model: Path, rows: Path, run: Path, machines: list, local: int) -> list[dict]:
+    """The answers of two processes of one run; machines: the GPUs that each of them sees."""
     settings = {**flags(model, rows, run, **AUTO), "max_steps": 2}
-
-    def process(rank: int) -> dict:
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank % local), "LOCAL_WORLD_SIZE": str(local)}
-        return harness.run("finetune", settings, environment=shared | own, gpus=machines[rank])
-
-    return harness.map(process, (0, 1))
+    return ranks.run(harness, "finetune", settings, local, faults=[{"gpus": cards} for cards in machines])
 
 
 def test_two_cards_train_in_the_dtype_of_the_older(harness, tiny_model, rows, tmp_path):

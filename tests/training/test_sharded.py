@@ -16,13 +16,13 @@ from onecard.config.training import FinetuneConfig
 from onecard.errors import UserError
 from onecard.runs import checkpoint as runs_checkpoint
 from onecard.training import sharded
-from tests.support import tiny
+from tests.support import ranks, tiny
 from tests.support.paths import ROOT
 from tests.support.resume_cases import flags, outcome, stopped_at
 
 KINDS = sorted(path.stem for path in (ROOT / "sample" / "distributed").glob("*.yaml"))
 KEYS = {"loss", "grad_norm", "eval_loss"}
-QUICK = ("fsdp",)  # DeepSpeed first compiles one of its parts, which takes minutes
+QUICK = ("fsdp",)  # started by accelerate launch; DeepSpeed would first compile one of its parts
 STEPS = {"num_epochs": 1, "lora_dropout": 0.0, "eval_steps": 2}  # four steps
 
 
@@ -101,6 +101,36 @@ def goes_on_spread_and_alone_again(kind: str, harness, whole: Path, tmp_path: Pa
 def test_spread_runs_are_those_of_one_process(harness, alone, tmp_path, kind):
     """With LoRA in fp32, moments, position and weights go from one process to two and back."""
     goes_on_spread_and_alone_again(kind, harness, alone(tied=kind == "fsdp"), tmp_path, 1e-5)
+
+
+def two_steps_are_those_of_one_process(kind: str, harness, alone, model: Path, rows: Path, run: Path) -> None:
+    """Check two steps with a sharded model; and the second alone, from the checkpoint of the first."""
+    whole, settings = alone(max_steps=2), flags(model, rows, run, **STEPS, max_steps=2)
+    environment = ranks.of_accelerate(ROOT / "sample" / "distributed" / f"{kind}.yaml")
+    fault = {"plain_gloo": True} if kind.startswith("zero") else {}
+    answers = ranks.run(harness, "finetune", settings, environment=environment, faults=(fault, fault))
+    assert [answer["code"] for answer in answers] == [0, 0], answers
+    assert "sharded     over 2 processes" in answers[0]["said"]
+    close(whole, run, 1e-5)
+    again = stopped_at(run, 1, run.parent / "again")
+    answer = harness.run("finetune_continue", {"output_path": again})
+    assert answer["code"] == 0, answer["said"]
+    close(whole, again, 1e-5)
+    moments = [load_file(path / "checkpoint-2" / "optimizer.safetensors") for path in (whole, run, again)]
+    for other in moments[1:]:
+        assert moments[0].keys() == other.keys()
+        assert all((tensor - other[key]).norm() <= 1e-2 * tensor.norm() for key, tensor in moments[0].items())
+
+
+def test_two_steps_of_zero_2(harness, alone, tiny_model, rows, tmp_path):
+    """DeepSpeed's engine sums and updates as one process does."""
+    two_steps_are_those_of_one_process("zero2", harness, alone, tiny_model, rows, tmp_path / "run")
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("fsdp", "zero2")])
+def test_two_steps_of_every_kind(harness, alone, tiny_model, rows, tmp_path, kind):
+    two_steps_are_those_of_one_process(kind, harness, alone, tiny_model, rows, tmp_path / "run")
 
 
 @pytest.mark.slow
