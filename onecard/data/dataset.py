@@ -32,7 +32,7 @@ from onecard.data import markers as data_markers
 from onecard.data import reader
 from onecard.data import schemas as data_schemas
 from onecard.data.conversation import Conversation
-from onecard.data.markers import Marked, Markers
+from onecard.data.markers import Marked, MarkedRows, Markers
 from onecard.data.reader import RowFile
 from onecard.data.schemas import BadRow
 from onecard.data.template import Template
@@ -40,7 +40,7 @@ from onecard.errors import DATA, DISK, UserError
 from onecard.system import commands, hashing, lock, whole_folder
 from onecard.system import files as system_files
 
-FORMAT = 3  # of an entry in the cache; to be raised when the encoding changes
+FORMAT = 4  # of an entry in the cache; to be raised when the encoding changes
 ROOM = 20 << 30  # bytes that the cache may take
 SFT, PRETRAIN = "sft", "pretrain"
 DOCUMENTS = ("context", "text")  # roles of text to pre-train on
@@ -54,15 +54,6 @@ BAD_ROW = (
     "Mend the row, or leave bad rows out with --skip_bad_rows. "
     f"{commands.name('check-data')} lists all of them."
 )
-
-
-@dataclasses.dataclass
-class MarkedRows:
-    """Rows that carry the markers of one template already."""
-
-    marked: Marked
-    rows: int
-    first: str  # where the first of them is
 
 
 @dataclasses.dataclass
@@ -87,9 +78,19 @@ class Dataset:
         """float [N], the weight of the file that each example comes from."""
         return np.array([file.weight for file in self.files])[self._file_index()]
 
+    def location(self, number: int) -> str:
+        """Where the row with this number is, for messages."""
+        return data_schemas.location(*_place(self.files, self.ends.tolist(), number), 0)
+
     def _file_index(self) -> np.ndarray:
         """int64 [N], index of the file that each example begins in."""
         return np.searchsorted(self.ends, self.encoding.examples.numbers)
+
+
+def _place(files: list[RowFile], ends: list[int], number: int) -> tuple[Path, int]:
+    """The file that a row comes from, and the row's number there."""
+    index = bisect.bisect_left(ends, number)
+    return files[index].path, number - ([0, *ends][index])
 
 
 def fingerprint_of(files: list[RowFile], again: bool = False) -> str:
@@ -208,13 +209,13 @@ def _encode_files(
     unwraps: bool,
 ) -> tuple[data_examples.Encoding, list[int], list[MarkedRows]]:
     """Read and encode all rows into the cache. A failure leaves nothing in the cache."""
-    markers, marked_rows = Markers(templates, tokenizer), {}
+    markers = Markers(templates, tokenizer)
     targets = (options.train_on_inputs, options.train_on)
     too_long = f"longer than --cutoff_len {options.cutoff_len}"
 
     def encode_all(rows: list[Conversation], numbers: list[int]) -> list[data_examples.Encoded | BadRow]:
         chosen = [templates[_choice(options.seed, number, len(templates))] for number in numbers]
-        rows = [unwrapped(row, number) for row, number in zip(rows, numbers, strict=True)]
+        rows = [markers.count(row, number, unwraps) for row, number in zip(rows, numbers, strict=True)]
         limit = options.cutoff_len if task == SFT else sys.maxsize
         encoded = data_encode.encode_many(rows, limit, chosen, tokenizer, *targets)
         if options.long_rows != CUT:
@@ -225,22 +226,9 @@ def _encode_files(
                 encoded[index] = rejected(row, number, str(outcome))
         return encoded
 
-    def unwrapped(row: Conversation, number: int) -> Conversation:
-        """The row without the markers of a template, if it is a whole prompt and is to be unwrapped."""
-        plain, marked = markers.unwrap(row)
-        if marked:
-            first = data_schemas.location(*place(number), 0)
-            marked_rows.setdefault(marked, MarkedRows(marked, 0, first)).rows += 1
-        return plain if unwraps else row
-
-    def place(number: int) -> tuple[Path, int]:
-        """The file that a row comes from, and the row's number there."""
-        index = bisect.bisect_left(ends, number)
-        return files[index].path, number - ([0, *ends][index])
-
     def rejected(row: Conversation, number: int, reason: str) -> BadRow:
         """The bad row for a row that cannot be encoded; raises UserError unless it may be left out."""
-        path, number_in_file = place(number)
+        path, number_in_file = _place(files, ends, number)
         bad = BadRow(number_in_file, 0, reason, row.turns[-1].text[:2000], file=str(path))
         left_out = reason == too_long and options.long_rows == "drop"
         # the first row has decided the task, so either kind may be the wrong one: no such row is left out
@@ -267,7 +255,7 @@ def _encode_files(
         if fingerprint_of(files) != content:
             problem = f"{options.data_path}: a file changed while it was read."
             raise UserError(problem, "Start again when the file is complete.", DATA)
-        marked = list(marked_rows.values())
+        marked = list(markers.counted.values())
         texts = [(dataclasses.astuple(rows.marked), rows.rows, rows.first) for rows in marked]
         (temporary / ENDS).write_text(json.dumps({"ends": ends, "marked": texts}), encoding="utf-8")
         if is_cached:

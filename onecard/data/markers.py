@@ -42,6 +42,15 @@ class Marked:
     kind: str
 
 
+@dataclasses.dataclass
+class MarkedRows:
+    """Rows that carry the same markers."""
+
+    marked: Marked
+    rows: int
+    first: int  # number of the first of them over all files, counted from 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
     """What a template writes around the texts of a prompt, as plain text."""
@@ -123,6 +132,17 @@ class Markers:
         self.inner = {form: self._inner(form) for form in self.forms}
         hints = {form.after.strip() for form in self.forms}
         self.hint = re.compile("|".join(map(re.escape, sorted(hints, key=len, reverse=True))))
+        self.counted: dict[Marked, MarkedRows] = {}
+
+    def count(self, conversation: Conversation, number: int, unwraps: bool) -> Conversation:
+        """The conversation of the row with this number, which is counted if it carries markers.
+
+        unwraps: the markers of whole prompts are taken off.
+        """
+        plain, marked = self.unwrap(conversation)
+        if marked:
+            self.counted.setdefault(marked, MarkedRows(marked, 0, number)).rows += 1
+        return plain if unwraps else conversation
 
     def unwrap(self, conversation: Conversation) -> tuple[Conversation, Marked | None]:
         """The conversation without markers, and what it carried; the same conversation unless it is WHOLE.

@@ -13,7 +13,8 @@ from onecard.data import examples as data_examples
 from onecard.data import markers as data_markers
 from onecard.data import reader
 from onecard.data.conversation import Conversation, Turn
-from onecard.data.dataset import SFT, Dataset, MarkedRows, encode
+from onecard.data.dataset import SFT, Dataset, encode
+from onecard.data.markers import MarkedRows
 from onecard.data.reader import RowFile
 from onecard.data.template import Template
 from onecard.errors import DATA, UserError
@@ -34,7 +35,7 @@ class RunData:
     validation_rows: np.ndarray  # int64, indices in examples
     overlapping: int  # number of validation rows whose ids are also those of a training row
     validation_prompts: list[Conversation]  # the first validation rows with their answers; none of raw text
-    marked: list[MarkedRows]
+    marked: list[tuple[MarkedRows, str]]  # with the location of the first of these rows
     marked_rows: str  # what was done with rows that are whole prompts of a template: UNWRAP or KEEP
 
     @property
@@ -77,7 +78,7 @@ def prepare(
             else row
             for row in read_conversations(dataset, prompts, options.schema)
         ],
-        marked=dataset.marked,
+        marked=[(rows, dataset.location(rows.first)) for rows in dataset.marked],
         marked_rows=marked_rows,
     )
 

@@ -299,11 +299,11 @@ def describe(plan: Plan) -> None:
     say("-" * 60)
 
 
-def describe_marked(marked: list[dataset.MarkedRows], treatment: str) -> Iterator[str]:
+def describe_marked(marked: list[tuple[markers.MarkedRows, str]], treatment: str) -> Iterator[str]:
     """Lines on rows that carry a template's markers already; treatment: UNWRAP or KEEP."""
-    for rows in marked:
+    for rows, location in marked:
         template, kind = rows.marked.template, rows.marked.kind
-        where = f"{rows.rows} rows (the first is {rows.first})"
+        where = f"{rows.rows} rows (the first is {location})"
         if kind == markers.WHOLE and treatment == markers.UNWRAP:
             yield f"markers     {where} carried the markers of {template}; the markers were taken off"
         elif kind == markers.WHOLE:

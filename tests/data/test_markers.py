@@ -196,15 +196,18 @@ def test_every_kind_is_named(tmp_path, row, kind):
     result = findings.Findings()
     list(check.examine(result, [path], None, template, tokenizer, 400))
     problems = [problem for problem in result.problems if "markers of" in problem]
-    rows = encode(path).marked
+    encoded = encode(path)
+    rows = encoded.marked
     if kind is None:
         assert (problems, rows) == ([], [])
         return
     assert problems == [check.MARKERS[kind].format(rows[0].marked.template)]
     assert result.examples[problems[0]] == f"{path}:2:1"
     assert problems[0] in findings.report(result, 400)
-    assert (rows[0].marked.kind, rows[0].rows, rows[0].first) == (kind, 1, f"{path}: row 2")
-    said = "".join(plan.describe_marked(rows, markers.UNWRAP))
+    assert (rows[0].marked.kind, rows[0].rows, rows[0].first) == (kind, 1, 2)
+    location = encoded.location(rows[0].first)
+    assert location == f"{path}: row 2"
+    said = "".join(plan.describe_marked([(rows[0], location)], markers.UNWRAP))
     assert rows[0].marked.template in said and str(path) in said  # noqa: PT018
 
 
@@ -227,7 +230,10 @@ def test_a_run_on_wrapped_rows_is_the_run_on_plain_rows(tmp_path):
         data = prepared(marked, test_size=4)
         assert data.encoding.sha256 == expected.encoding.sha256
         assert data.validation_prompts == expected.validation_prompts
-        assert [(rows.marked.template, rows.rows) for rows in data.marked] == [("tigerbot", len(words))]
+        [(rows, location)] = data.marked
+        assert (rows.marked.template, rows.rows) == ("tigerbot", len(words))
+        assert location == f"{marked}: row 1"
+        marked = marked.rename(tmp_path / "renamed.json")  # the cache knows the contents alone
     assert prepared(marked, markers.KEEP, test_size=4).encoding.sha256 != expected.encoding.sha256
     template, tokenizer = loaded("alpaca")
     shown = {
