@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tune a model on your rows. Without arguments it trains the demo model on sample/instruct.json in minutes.
+# Fine-tune a model on your rows. Without arguments it trains the demo model on sample/instruct.json.
 #
 #   TOT_CUDA="0,1" DATA_PATH=rows.json OUTPUT_PATH=lora-checkpoints/mine MODEL_PATH=huggyllama/llama-7b \
 #   TEST_SIZE=200 bash finetune.sh --num_epochs 1

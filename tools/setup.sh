@@ -69,7 +69,7 @@ for folder in [packages / "pip", *packages.glob("pip-*.dist-info")]:
 stamp=.venv/onecard-$what-$(cat requirements.txt pyproject.toml | cksum | cut -d" " -f1)
 [ -e "$stamp" ] && starts .venv && exit 0
 
-echo "Setting up .venv for '$what' (once; a few minutes) ..."
+echo "Setting up .venv for '$what' (once) ..."
 no_venv="On Debian and Ubuntu it needs a package: apt install python3-venv"
 # venv writes bin/activate last. Python's output is held back, because after Ctrl-C it is a page of traceback.
 if ! starts .venv || { [ ! -e .venv/bin/activate ] && [ ! -d .venv/conda-meta ]; }; then

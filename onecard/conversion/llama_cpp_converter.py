@@ -39,7 +39,7 @@ def home() -> Path:
     try:
         with whole_folder.stage(folder, before_waiting=lambda: say(waiting)) as (place, _):
             if not folder.is_dir():  # another program may have fetched it while this one waited
-                say(f"Fetching llama.cpp's converter (77 MB, once) into {folder} ...")
+                say(f"Fetching llama.cpp's converter (once) into {folder} ...")
                 whole_folder.put(_unpack(_download(place), place / "converter"), folder)
     except (OSError, tarfile.TarError) as error:
         problem = f"llama.cpp's converter could not be stored in {folder}: {error}."

@@ -25,7 +25,7 @@ def make_demo(folder: Path) -> None:
     try:
         with whole_folder.stage(folder, before_waiting=lambda: say(waiting)) as (place, _):
             if not folder.is_dir():  # another program may have made it while this one waited
-                say(f"Fetching the demo model (98 MB, once) into {folder} ...")
+                say(f"Fetching the demo model (once) into {folder} ...")
                 _convert(_download_gguf(place), place / "model")
                 whole_folder.put(place / "model", folder)
     except OSError as error:

@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.support import tiny
 from tests.support.paths import ROOT
 
 SHORT = {  # a few steps instead of those of the demo
@@ -94,3 +97,69 @@ def test_notebook_in_colab(said, copy, tmp_path, chosen):
     assert opened[1:] == [200, 403, 403]
     assert downloaded == str(copy / "adapter.zip")
     assert Path(downloaded).stat().st_size > 10_000
+
+
+class Session:
+    """The cells of the rows and of the training in a session of Colab, with trainings of the harness."""
+
+    def __init__(self, harness, monkeypatch, folder: Path, **parameters: str):
+        """folder: the disk of the session; parameters: what the user sets in the first cell."""
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        self.harness, self.folder, self.started = harness, folder, []
+        self.values = {"IN_COLAB": True, "BITS": 16, "run": self.run, "Path": Path, **parameters}
+        self.values |= {"json": json, "shlex": shlex, "shutil": shutil}
+
+    def run(self, _: str, program: str, *arguments: str) -> None:
+        if program == "tools/check_data.py":
+            return
+        names, values = arguments[::2], arguments[1::2]
+        flags = {name.removeprefix("--"): value for name, value in zip(names, values, strict=True)}
+        ended = self.harness.run(Path(program).stem, flags)
+        self.started.append((program, ended["said"]))
+        if ended["code"]:
+            raise SystemExit(ended["said"])
+
+    def execute(self, section: str, **changes: str) -> None:
+        """Run the code below a heading of the notebook; changes: what the user sets anew."""
+        self.values.update(changes)
+        cells = nbformat.read(ROOT / "notebooks" / "finetune.ipynb", as_version=4).cells
+        place = next(number for number, cell in enumerate(cells) if cell.source.startswith(section))
+        exec(cells[place + 1].source, self.values)
+
+
+def test_a_run_on_the_drive_outlives_the_session(harness, monkeypatch, tmp_path, tiny_model):
+    """After the disk of the session is gone, all cells again go on with the run, on the rows of before."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "support" / "colab")
+    monkeypatch.setenv("COLAB_CALLS", str(tmp_path / "calls"))
+    (tmp_path / "uploads").mkdir()
+    (tmp_path / "uploads" / "mine.json").write_text(json.dumps(tiny.rows(12)))
+    options = "--batch_size 4 --test_size 2 --save_steps 1 --device cpu --dtype fp32 --max_steps "
+    settings = {"MODEL_PATH": str(tiny_model), "OUTPUT_PATH": "run", "DRIVE": str(tmp_path / "drive")}
+    first = Session(harness, monkeypatch, tmp_path / "one", DATA_PATH="", OPTIONS=options + "2", **settings)
+    first.execute("## 3. Your rows")
+    first.execute("## 4. Train")
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(tmp_path / "one")
+    (tmp_path / "uploads" / "mine.json").unlink()
+    second = Session(harness, monkeypatch, tmp_path / "two", DATA_PATH="", OPTIONS=options + "3", **settings)
+    second.execute("## 3. Your rows")
+    second.execute("## 4. Train")
+    [(program, said)] = second.started
+    assert program == "finetune_continue.py"
+    assert "(step 2 of 2)" in said
+    assert "step 3/3" in said
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert calls == [["mount", "/content/drive"], ["upload", ["mine.json"]], ["mount", "/content/drive"]]
+    with pytest.raises(SystemExit, match="learning_rate"):  # one that cannot change
+        second.execute("## 4. Train", OPTIONS=options + "3 --learning_rate 0.01")
+    with pytest.raises(SystemExit, match="began with --save_steps, --test_size"):
+        second.execute("## 4. Train", OPTIONS=options.replace("--test_size 2 --save_steps 1", "") + "3")
+    second.execute("## 4. Train", OPTIONS=options + "3")
+    assert "This run is finished" in second.started[-1][1]
+
+
+def test_the_drive_is_for_colab(harness, monkeypatch, tmp_path):
+    session = Session(harness, monkeypatch, tmp_path / "one", DATA_PATH="", OUTPUT_PATH="run", DRIVE="drive")
+    with pytest.raises(SystemExit, match="DRIVE is for Colab"):
+        session.execute("## 3. Your rows", IN_COLAB=False)
