@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/busy_machine.py [--rounds 3]
 
 Training, chat with transformers and chat with llama.cpp are measured on two sides: with the waiting threads
-as the libraries bring them, and with OneCard's setting (onecard/system/waiting_threads.py). Each side is a
+as the libraries bring them, and with OneCard's setting (onecard/system/openmp.py). Each side is a
 process that loads the demo model once and then works for a few seconds at a time: an optimizer step of 8
 rows, or up to 48 tokens of an answer. The sides take turns, once while nothing else runs and once while one
 other process computes without a pause, so that what happens on the machine meanwhile meets all of them. The
@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.system import waiting_threads  # torch is imported later, by the processes of the sides
+from onecard.system import openmp  # torch is imported later, by the processes of the sides
 
 ROOT = Path(__file__).resolve().parent.parent
 GOAL = 0.6  # the speed beside one busy process, as a share of the quiet speed
@@ -48,11 +48,12 @@ def main() -> None:
         "--rounds", type=int, default=3, help="measurements of each kind, whose median counts [3]"
     )
     parser.add_argument("--work", choices=WORK, action="append", help="measure only this; all by default")
+    parser.add_argument("--spins", help=f"try this {openmp.SPINS} instead of OneCard's [{openmp.OURS}]")
     parser.add_argument("--side", choices=(AS_THEY_COME, OURS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     works = args.work or list(WORK)
     if args.side:
-        serve(works[0], args.side)
+        serve(works[0], args.side, args.spins)
         return
     print_head()
     print("| work | waiting threads | quiet, tokens/s | busy, tokens/s | busy / quiet |")
@@ -60,7 +61,7 @@ def main() -> None:
     verdicts = []
     with busy_process() as other:
         for work in works:
-            speeds = measure(work, other, args.rounds)
+            speeds = measure(work, other, args.rounds, args.spins)
             for side, (quiet, busy) in speeds.items():
                 print(f"| {work} | {side} | {quiet:.1f} | {busy:.2f} | {busy / quiet:.2f} |", flush=True)
             before, (quiet, busy) = speeds[AS_THEY_COME][0], speeds[OURS]
@@ -119,9 +120,10 @@ def busy_process() -> Iterator[Other]:
 class Side:
     """A process that has loaded a model and works when it is told to."""
 
-    def __init__(self, work: str, side: str):
-        variables = {name: value for name, value in os.environ.items() if name not in waiting_threads.USERS}
+    def __init__(self, work: str, side: str, spins: str | None):
+        variables = {name: value for name, value in os.environ.items() if name not in openmp.USERS}
         command = [sys.executable, __file__, "--work", work, "--side", side]
+        command += ["--spins", spins] if spins else []
         self.process = subprocess.Popen(
             command,
             env=variables,
@@ -147,9 +149,9 @@ class Side:
         self.process.stdout.close()
 
 
-def measure(work: str, other: Other, rounds: int) -> dict[str, tuple[float, float]]:
+def measure(work: str, other: Other, rounds: int, spins: str | None) -> dict[str, tuple[float, float]]:
     """Side -> tokens/s on the quiet machine and beside the busy process; medians."""
-    sides = {name: Side(work, name) for name in (AS_THEY_COME, OURS)}
+    sides = {name: Side(work, name, spins) for name in (AS_THEY_COME, OURS)}
     speeds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in sides}
     try:
         for _ in range(rounds):
@@ -167,10 +169,12 @@ def measure(work: str, other: Other, rounds: int) -> dict[str, tuple[float, floa
     }
 
 
-def serve(work: str, side: str) -> None:
+def serve(work: str, side: str, spins: str | None) -> None:
     """In a process of one side: load the model, then work once for each line of stdin, and print tokens/s."""
-    if side == OURS:
-        waiting_threads.choose()
+    if side == OURS and spins:
+        os.environ[openmp.SPINS] = spins
+    elif side == OURS:
+        openmp.choose()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the libraries print does not go among the answers
     with WORK[work]() as burst:

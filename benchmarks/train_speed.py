@@ -70,9 +70,9 @@ def one_side(args: argparse.Namespace) -> None:
         "plain": speed_sides.plain_side,
     }
     if args.side == "onecard":
-        from onecard.system import waiting_threads
+        from onecard.system import openmp
 
-        waiting_threads.choose()  # as finetune.py does before torch is imported
+        openmp.choose()  # as finetune.py does before torch is imported
     folder = Path(args.folder)
     (folder / args.result).write_text(json.dumps(sides[args.side](args, folder)), encoding="utf-8")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from onecard.errors import UserError, run_program
 from onecard.hub import session as hub_session
-from onecard.system import commands, waiting_threads
+from onecard.system import commands, openmp
 from onecard.system import console as system_console
 
 PROGRAMS = {  # sub-command: (file of onecard/programs/, what it does)
@@ -39,7 +39,7 @@ def start(command: str, arguments: list[str] | None = None) -> None:
     arguments: those of the command line by default.
     """
     system_console.accept_any_text()
-    waiting_threads.choose()  # before the program imports torch
+    openmp.choose()  # before the program imports torch
     program = importlib.import_module(f"onecard.programs.{PROGRAMS[command][0]}")
     arguments = sys.argv[1:] if arguments is None else arguments
     run_program(functools.partial(run, program.main, arguments), program.LESS_MEMORY)

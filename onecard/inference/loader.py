@@ -31,7 +31,7 @@ from onecard.models import base_model, quantized
 from onecard.models import memory as models_memory
 from onecard.runs import adapters as runs_adapters
 from onecard.runs.adapters import GGUF
-from onecard.system import commands, gpus, hardware, waiting_threads
+from onecard.system import commands, gpus, hardware, openmp
 from onecard.system.console import say
 from onecard.system.hardware import Choice
 
@@ -141,7 +141,7 @@ def _transformers(plan: EnginePlan, exact: bool) -> transformers_engine.Engine:
     bits = _bits(plan, config, dtype.value)
     say(f"base        {model.base}, {bits.value} bits: {bits.reason}")
     say(f"device      {device.value} ({device.reason}), compute dtype {dtype.value}: {dtype.reason}")
-    waiting_threads.say_once(device.value)
+    openmp.say_once(device.value)
     if options.rope_scaling != "none":
         config = base_model.stretched(model.base, config, options.rope_scaling, options.rope_factor)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
@@ -172,7 +172,7 @@ def _llama(plan: EnginePlan, to_gguf: ToGguf, exact: bool) -> llama_cpp_engine.E
     threads = hardware.choose_threads(options.threads)
     say(f"base        {path} in llama.cpp, on the CPU")
     say(f"threads     {threads.value}: {threads.reason}")
-    waiting_threads.say_once("cpu")
+    openmp.say_once("cpu")
     context = options.context or 2048
     tokenizer = data_template.tokenizer_for(model.tokenizer, model.template)
     with errors.remedy("Use a smaller model, or a smaller --context."):

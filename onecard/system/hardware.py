@@ -12,7 +12,7 @@ import platform
 from typing import Any
 
 from onecard.errors import UserError
-from onecard.system import gpus
+from onecard.system import gpus, openmp
 
 M_MMAP_THRESHOLD = -3  # a parameter of mallopt, from malloc.h
 LARGE = 4_000_000  # bytes of a tensor that gets a mapping of its own
@@ -132,7 +132,8 @@ def choose_threads(option: int | None) -> Choice:
         return Choice(option, "asked for")
     variable = os.environ.get("OMP_NUM_THREADS", "")
     if variable.isdecimal() and int(variable):
-        return Choice(int(variable), "OMP_NUM_THREADS")
+        reason = "this container has no more cores" if openmp.is_ours() else "OMP_NUM_THREADS"
+        return Choice(int(variable), reason)
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     cores = {_core_of(number) for number in usable}
     threads = f", {len(usable)} with hyper-threading" if len(cores) < len(usable) else ""

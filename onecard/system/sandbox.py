@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from onecard.errors import CHECKPOINT, DISK, MEMORY, UNSAFE, UserError, is_out_of_memory, last_line
-from onecard.system import waiting_threads
+from onecard.system import openmp
 from onecard.system.files import ROOT
 
 UTF8, SURROGATES = "utf-8", "surrogatepass"  # whatever the locale says; rows may hold half of a character
@@ -40,7 +40,7 @@ ENVIRONMENT = (  # what a child gets of this process's environment, where it is 
     "LANG",  # how the names of files are encoded
     "LC_ALL",
     "LC_CTYPE",
-    *waiting_threads.USERS,  # how many threads the user allows, and how they wait
+    *openmp.USERS,  # how many threads the user allows, and how they wait
     "MKL_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",  # which GPUs the user allows: llama.cpp takes memory on each that it sees

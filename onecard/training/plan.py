@@ -29,7 +29,7 @@ from onecard.models import base_model, lora_shape, quantized, trainable
 from onecard.models import tokenizer as models_tokenizer
 from onecard.models.lora_shape import LoraShape
 from onecard.system import files as system_files
-from onecard.system import hardware, hashing, waiting_threads
+from onecard.system import hardware, hashing, openmp
 from onecard.system import processes as system_processes
 from onecard.system.console import say
 from onecard.training import sharded, wandb_run
@@ -249,7 +249,7 @@ def describe(plan: Plan) -> None:
     options, reasons, data, encoding = plan.options, plan.reasons, plan.data, plan.data.encoding
     lengths = data.examples.lengths
     say(f"device      {plan.device}: {reasons['device']}")
-    waiting_threads.say_once(plan.device)
+    openmp.say_once(plan.device)
     say(f"dtype       computation in {plan.dtype}: {reasons['dtype']}; trained weights and optimizer in fp32")
     if options.train_what in (trainable.FULL, lora_shape.EMBEDDINGS):
         unused = config_options.set_without_effect(options, [LORA])

@@ -1,4 +1,4 @@
-"""Every program lets waiting threads sleep soon before anything can import torch; what a user sets stays."""
+"""Every program sets how OpenMP computes before anything can import torch; what a user sets stays."""
 
 import importlib
 import os
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from onecard.__main__ import PROGRAMS
-from onecard.system import commands, sandbox, waiting_threads
-from onecard.system.waiting_threads import OURS, SPINS, USERS
+from onecard.system import commands, hardware, openmp, sandbox
+from onecard.system.openmp import OURS, SPINS, USERS
 from tests.support.paths import ROOT
 
 FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")])
@@ -30,7 +30,7 @@ def fresh(monkeypatch):
     for name in USERS:
         monkeypatch.setenv(name, "")  # so that it is taken back, whatever the test does
         monkeypatch.delenv(name)
-    waiting_threads._say.cache_clear()
+    openmp._say.cache_clear()
 
 
 @pytest.fixture
@@ -64,49 +64,49 @@ def test_every_sub_command_sets_it_first(command, stop_at_program, monkeypatch):
 @pytest.mark.parametrize("name", USERS)
 def test_what_the_user_sets_stays(name, monkeypatch, capsys):
     monkeypatch.setenv(name, "2")
-    waiting_threads.choose()
+    openmp.choose()
     assert {each: os.environ[each] for each in USERS if each in os.environ} == {name: "2"}
-    waiting_threads.say_once("cpu")
+    openmp.say_once("cpu")
     assert capsys.readouterr().out == ""
 
 
 def test_it_is_not_set_when_torch_has_read_its_settings_already(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", torch)
-    waiting_threads.choose()
-    waiting_threads.say_once("cpu")
+    openmp.choose()
+    openmp.say_once("cpu")
     assert SPINS not in os.environ
     assert capsys.readouterr().out == ""
 
 
 def test_it_is_said_once_and_where_it_matters(monkeypatch, capsys):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    waiting_threads.choose()
-    waiting_threads.say_once("cuda:0")
+    openmp.choose()
+    openmp.say_once("cuda:0")
     assert capsys.readouterr().out == ""
     for _ in range(2):
-        waiting_threads.say_once("cpu")
+        openmp.say_once("cpu")
     assert capsys.readouterr().out.count(f"{SPINS}={OURS}") == 1
 
 
 def test_one_core_has_no_threads_that_wait(monkeypatch, capsys):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
-    waiting_threads.choose()
-    waiting_threads.say_once("cpu")
+    openmp.choose()
+    openmp.say_once("cpu")
     assert capsys.readouterr().out == ""
 
 
 def test_children_have_it_too(monkeypatch, capsys):
     """A child that is a program says it in its own output; a reader of files has no such line."""
-    waiting_threads.choose()
+    openmp.choose()
     assert sandbox.environment()[SPINS] == OURS
     assert commands.child("finetune")[1][SPINS] == OURS
-    waiting_threads.choose()  # as the child does
-    assert waiting_threads.is_ours()
+    openmp.choose()  # as the child does
+    assert openmp.is_ours()
 
 
 def test_children_have_what_the_user_sets(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    waiting_threads.choose()
+    openmp.choose()
     assert sandbox.environment()["OMP_WAIT_POLICY"] == "ACTIVE"
     assert SPINS not in {**sandbox.environment(), **commands.child("finetune")[1]}
 
@@ -115,9 +115,73 @@ def test_children_have_what_the_user_sets(monkeypatch):
 def test_the_library_of_torch_reads_it():
     """A library that is loaded after choose() shows the value among its settings."""
     load = f"import ctypes; ctypes.CDLL({str(LIBRARY)!r})"
-    program = f"from onecard.system import waiting_threads; waiting_threads.choose(); {load}"
+    program = f"from onecard.system import openmp; openmp.choose(); {load}"
     variables = {**os.environ, "OMP_DISPLAY_ENV": "VERBOSE"}
     ended = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=variables, capture_output=True, text=True
     )
     assert f"{SPINS} = '{OURS}'" in ended.stderr, ended.stderr
+
+
+@pytest.fixture
+def container(tmp_path, monkeypatch):
+    """container(**files) is a machine of 64 cores whose control groups have these files."""
+
+    def make(groups: str, files: dict[str, str]) -> None:
+        monkeypatch.setattr(openmp, "SYSTEM", tmp_path)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+        for name, text in {"proc/self/cgroup": groups, **files}.items():
+            place = tmp_path / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(text, encoding="utf-8")
+
+    return make
+
+
+NEW, OLD = "sys/fs/cgroup/", "sys/fs/cgroup/cpu,cpuacct/"
+OLD_GROUPS = "5:memory:/docker/1\n4:cpu,cpuacct:/docker/1\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/\n", {f"{NEW}cpu.max": "200000 100000\n"}, 2),
+        ("0::/\n", {f"{NEW}cpu.max": "250000 100000\n"}, 3),
+        ("0::/\n", {f"{NEW}cpu.max": "max 100000\n"}, None),
+        ("0::/a/b\n", {f"{NEW}a/cpu.max": "400000 100000\n", f"{NEW}a/b/cpu.max": "max 100000\n"}, 4),
+        ("0::/a/b\n", {f"{NEW}a/cpu.max": "400000 100000\n", f"{NEW}a/b/cpu.max": "50000 100000\n"}, 1),
+        ("0::/not/visible\n", {f"{NEW}cpu.max": "300000 100000\n"}, 3),
+        (OLD_GROUPS, {f"{OLD}cpu.cfs_quota_us": "200000\n", f"{OLD}cpu.cfs_period_us": "100000\n"}, 2),
+        (OLD_GROUPS, {f"{OLD}cpu.cfs_quota_us": "-1\n", f"{OLD}cpu.cfs_period_us": "100000\n"}, None),
+        ("", {}, None),
+    ],
+)
+def test_a_container_has_as_many_threads_as_cores(groups, files, cores, container, capsys):
+    container(groups, files)
+    assert openmp.container_cores() == cores
+    openmp.choose()
+    expected = {SPINS: OURS} if cores is None else {SPINS: OURS, openmp.THREADS: str(cores)}
+    assert {name: os.environ[name] for name in USERS if name in os.environ} == expected
+    openmp.say_once("cpu")
+    said = capsys.readouterr().out
+    assert (SPINS in said) is (cores != 1)
+    assert (f"cores       {cores}, because this container" in said) is (cores is not None)
+    if cores:
+        assert hardware.choose_threads(None) == hardware.Choice(cores, "this container has no more cores")
+    openmp.choose()  # as a child does
+    assert openmp.is_ours()
+
+
+def test_a_limit_above_the_cores_is_no_limit(container):
+    container("0::/\n", {f"{NEW}cpu.max": "6400000 100000\n"})
+    openmp.choose()
+    assert openmp.THREADS not in os.environ
+
+
+def test_in_a_container_too_what_the_user_sets_stays(container, monkeypatch):
+    container("0::/\n", {f"{NEW}cpu.max": "200000 100000\n"})
+    monkeypatch.setenv(openmp.THREADS, "5")
+    openmp.choose()
+    assert os.environ[openmp.THREADS] == "5"
+    assert SPINS not in os.environ
+    assert hardware.choose_threads(None) == hardware.Choice(5, "OMP_NUM_THREADS")
