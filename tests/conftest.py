@@ -55,6 +55,19 @@ def tied_model(tmp_path_factory) -> Path:
     return tiny.save_model(tmp_path_factory.mktemp("tied") / "model", tie_word_embeddings=True)
 
 
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_model, tmp_path_factory) -> tuple[Path, dict[str, Path]]:
+    """The tiny model as a GGUF file of fp32, and two adapters of it, a and b, that change every answer."""
+    from onecard.conversion import gguf
+    from tests.support.adapters import save_adapter
+
+    place, files = tmp_path_factory.mktemp("tiny-gguf"), {}
+    for seed, (name, modules) in enumerate({"a": ["q_proj", "v_proj"], "b": ["down_proj"]}.items()):
+        folder = save_adapter(tiny_model, place / name, seed, r=8, lora_alpha=64, target_modules=modules)
+        files[name] = gguf.adapter(folder, tiny_model, place / f"{name}.gguf")
+    return gguf.base(tiny_model, place / "base.gguf", any_tokenizer=True, kind="f32"), files
+
+
 @pytest.fixture
 def tiny_rows(tmp_path) -> Path:
     """A JSON file of 24 rows."""

@@ -9,6 +9,7 @@ The child: `python -m onecard.inference.gguf_check BASE [ADAPTER ...]`.
 
 import ctypes
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import subprocess
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from onecard.errors import CHECKPOINT, MEMORY, UserError
+from onecard.errors import CHECKPOINT, MEMORY, USAGE, UserError, first_line
 from onecard.system import commands, hashing, sandbox
 from onecard.system import files as system_files
 
@@ -43,6 +44,15 @@ def version() -> str:
         raise UserError(f"{PACKAGE} is not installed.", f"Run: {commands.set_up('cpu')}") from None
 
 
+def import_library() -> Any:
+    """The module llama_cpp.llama_cpp; raises UserError when it cannot be imported."""
+    try:
+        return importlib.import_module("llama_cpp.llama_cpp")
+    except (ImportError, OSError, RuntimeError) as error:
+        problem = f"llama-cpp-python cannot be loaded ({first_line(error)})."
+        raise UserError(problem, f"Run: {commands.set_up('cpu')}") from None
+
+
 def check(base: Path, adapters: list[Path]) -> None:
     """Raise UserError unless llama.cpp can use these files: exit 4, or 6 where memory does not suffice."""
     for path in (base, *adapters):
@@ -64,6 +74,8 @@ def _try(base: Path, adapters: list[Path]) -> None:
         problem = f"{base}: llama.cpp did not finish reading it within {seconds:.0f} s."
         raise UserError(problem, AGAIN, CHECKPOINT) from None
     lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()] or ["it crashed"]
+    if ended.returncode == USAGE:
+        raise UserError(lines[-1], f"Run: {commands.set_up('cpu')}")
     if ended.returncode < 0:
         number = _number((ended.stdout.split() or ["0"])[-1], files)  # of the file that was opened last
         reason = lines[-1].split(": ")[-1][:300]
@@ -132,8 +144,7 @@ def _remember(files: list[Path]) -> None:
 
 def trial(files: list[str]) -> str:
     """In the child: what is wrong with a base and its adapters, as "NUMBER problem", or "". It may crash."""
-    from llama_cpp import llama_cpp as library
-
+    library = import_library()
     errors: list[str] = []
 
     def log(level: int, text: bytes, _: Any) -> None:
@@ -188,7 +199,11 @@ def _child(files: list[str]) -> int:
     size = sum(Path(file).stat().st_size for file in files)
     sandbox.limit(resource.RLIMIT_DATA, ROOM + 2 * size)
     sandbox.limit(resource.RLIMIT_CORE, 0)
-    problem = trial(files)
+    try:
+        problem = trial(files)
+    except UserError as error:  # no llama.cpp
+        print(error.problem, file=sys.stderr)
+        return USAGE
     if problem:
         print(problem, file=sys.stderr)
     return CHECKPOINT if problem else 0

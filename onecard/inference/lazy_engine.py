@@ -45,7 +45,7 @@ class Engine:
 
     @property
     def is_loaded(self) -> bool:
-        return self.engine is not None
+        return self.engine is not None and self.engine.is_loaded
 
     def load(self) -> None:
         """Load the model. Raises UserError (exit 6) when memory is short; the next question tries again."""
@@ -56,9 +56,11 @@ class Engine:
         with self.lock:
             if self.closed:
                 raise RuntimeError("The engine is closed.")
-            if self.engine is None:
+            if not self.is_loaded:
                 try:
-                    self.engine = self._load()
+                    if self.engine is None:
+                        self.engine = self._load()
+                    self.engine.load()  # that of a child process may have ended
                 except (MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -68,6 +70,7 @@ class Engine:
                     problem = "Out of memory while the model was loaded."
                     fix = f"Wait for {others}, or stop it." if others else "Start with fewer --bits."
                     raise UserError(problem, fix, MEMORY) from None
+            assert self.engine is not None
             return self.engine
 
     def _names_beside(self) -> list[str]:

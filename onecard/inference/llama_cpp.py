@@ -6,7 +6,6 @@ Nothing here knows a context, an adapter or a conversation.
 import collections
 import contextlib
 import functools
-import importlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 from onecard.errors import CHECKPOINT, UserError, first_line
 from onecard.inference import gguf_check
 from onecard.inference.gguf_check import ERROR_LEVEL
-from onecard.system import commands
 
 
 def tokenizer_of(gguf: Path) -> Any:
@@ -42,11 +40,7 @@ _callbacks: list[Any] = []  # llama.cpp calls them as long as the process lives,
 @functools.cache
 def library() -> Any:
     """The module llama_cpp, whose log comes to this file; raises UserError when it cannot be imported."""
-    try:
-        library = importlib.import_module("llama_cpp.llama_cpp")
-    except (ImportError, OSError, RuntimeError) as error:
-        problem = f"llama-cpp-python cannot be loaded ({error})."
-        raise UserError(problem, f"Run: {commands.set_up('cpu')}") from None
+    library = gguf_check.import_library()
     _callbacks.append(library.llama_log_callback(_log))
     library.llama_log_set(_callbacks[-1], None)
     library.llama_backend_init()

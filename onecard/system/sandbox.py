@@ -83,6 +83,22 @@ def start(
     )
 
 
+def start_server(module: str, stderr: IO[str], **variables: str) -> subprocess.Popen[bytes]:
+    """Start `python -m module`, which reads a stranger's file and answers requests through pipes of bytes.
+
+    It has a session of its own: a Ctrl-C in the terminal is meant for this process alone.
+    """
+    return subprocess.Popen(
+        _command(module),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        cwd=ROOT,
+        env=environment(**variables),
+        start_new_session=True,
+    )
+
+
 def run(
     module: str, *arguments: object, seconds: float, **variables: str
 ) -> subprocess.CompletedProcess[str]:

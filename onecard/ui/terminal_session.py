@@ -48,6 +48,7 @@ class Session:
             for reply in self._replies(conversation, cancelled):
                 begun = reply.text.tokens or reply.finished
                 behind = reply.text.open if begun else f"reading {reply.read}/{reply.prompt_tokens} tokens"
+                behind = "loading the model ..." if reply.loading else behind
                 self.screen.show(reply.text.stable, behind)
         self.screen.end()
         assert reply is not None, "Chat.stream ends with a finished reply"

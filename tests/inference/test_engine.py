@@ -13,7 +13,6 @@ import pytest
 from onecard.config import chat as config_chat
 from onecard.config import options as config_options
 from onecard.config.chat import ChatConfig
-from onecard.conversion import gguf
 from onecard.errors import UserError
 from onecard.inference import chat as inference_chat
 from onecard.inference import llama_cpp_engine, transformers_engine
@@ -45,7 +44,7 @@ def adapters(tiny_model, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module", params=["transformers", "llama.cpp", "lazy"])
-def make(request, tiny_model, adapters, tmp_path_factory) -> Callable[[], Engine]:
+def make(request, tiny_model, adapters) -> Callable[[], Engine]:
     """A function that makes an engine of one kind, with the adapters a and b."""
 
     def of_transformers() -> Engine:
@@ -65,9 +64,7 @@ def make(request, tiny_model, adapters, tmp_path_factory) -> Callable[[], Engine
     pytest.importorskip(
         "llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu"
     )
-    place = tmp_path_factory.mktemp("gguf")
-    base = gguf.base(tiny_model, place / "base.gguf", any_tokenizer=True, kind="f32")
-    files = {name: gguf.adapter(at, tiny_model, place / f"{name}.gguf") for name, at in adapters.items()}
+    base, files = request.getfixturevalue("tiny_gguf")
     return lambda: llama_cpp_engine.Engine(base, tiny.tokenizer(), 512, files, threads=1, exact=True)
 
 

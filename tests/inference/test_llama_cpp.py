@@ -308,13 +308,6 @@ def test_file_that_does_not_belong_is_refused(files, llama, tiny_files):
         assert (caught.value.code, str(wrong) in str(caught.value)) == (CHECKPOINT, True)
 
 
-def test_missing_package_names_the_command(tiny_files, monkeypatch):
-    inference_llama_cpp.library.cache_clear()
-    monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", None)
-    with pytest.raises(UserError, match=r"bash tools/setup.sh cpu"):
-        llama_cpp_engine.Engine(tiny_files[1], tiny.tokenizer(), 128)
-
-
 def test_nothing_is_printed(tiny_files, capfd):
     tokenizer = models_tokenizer.load_tokenizer(str(tiny_files[0]))
     capfd.readouterr()

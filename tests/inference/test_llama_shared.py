@@ -13,14 +13,11 @@ from collections.abc import Iterator
 import pytest
 
 from onecard.config.generation import GREEDY, SAMPLE, Generation
-from onecard.conversion import gguf
 from onecard.data import conversation as data_conversation
 from onecard.data import template as data_template
 from onecard.inference import llama_cpp_engine
 from onecard.inference.chat import Chat
-from onecard.models import tokenizer as models_tokenizer
 from tests.support import tiny
-from tests.support.adapters import save_adapter
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu")
 
@@ -29,19 +26,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = Generation(GREEDY, repetition_penalty=1.0, min_new_tokens=0, max_new_tokens=24, seed=1)
 DRAWN = dataclasses.replace(QUICK, mode=SAMPLE, temperature=1.5, top_p=1.0, seed=12)
 CHOICES = ((), (("a", 1.0),), (("b", 1.0),), (("a", 0.5), ("b", 0.7)))
-ADAPTERS = {"a": ["q_proj", "v_proj"], "b": ["down_proj"]}
 
 
 @pytest.fixture(scope="module")
-def talk(tiny_model, tmp_path_factory) -> Iterator[Chat]:
+def talk(tiny_gguf) -> Iterator[Chat]:
     """The tiny model in llama.cpp with two adapters."""
-    place, files = tmp_path_factory.mktemp("shared"), {}
-    for seed, (name, modules) in enumerate(ADAPTERS.items()):
-        folder = save_adapter(tiny_model, place / name, seed, r=8, lora_alpha=32, target_modules=modules)
-        files[name] = gguf.adapter(folder, tiny_model, place / f"{name}.gguf")
-    base = gguf.base(tiny_model, place / "base.gguf", any_tokenizer=True, kind="f32")
-    tokenizer = models_tokenizer.load_tokenizer(str(tiny_model))
-    engine = llama_cpp_engine.Engine(base, tokenizer, 512, files, threads=1, exact=True)
+    base, files = tiny_gguf
+    engine = llama_cpp_engine.Engine(base, tiny.tokenizer(), 512, files, threads=1, exact=True)
     yield Chat(engine, engine.tokenizer, data_template.load("alpaca", engine.tokenizer))
     engine.close()
 

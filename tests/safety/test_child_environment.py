@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from onecard.conversion import gguf
 from onecard.data import jinja_sandbox, pickled_rows, tables
-from onecard.inference import gguf_check
+from onecard.inference import gguf_check, llama_cpp_engine
 from onecard.programs import convert_llama
 from onecard.runs import legacy
 from onecard.system import sandbox
@@ -89,6 +89,12 @@ def try_gguf(folder: Path) -> None:
     gguf_check.check(convert_to_gguf(folder), [])
 
 
+def talk_in_llama_cpp(folder: Path) -> None:
+    engine = llama_cpp_engine.Engine(convert_to_gguf(folder), tiny.tokenizer(), 64, threads=1)
+    assert sum(len(scores) for scores in engine.each([2, 3])) == 2
+    engine.close()
+
+
 READERS: dict[str, Callable[[Path], object]] = {
     "onecard.data.tables": read_parquet,
     "onecard.data.pickled_rows": read_pickled_rows,
@@ -99,6 +105,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "onecard.conversion.llama_cpp_converter": convert_to_gguf,
     "onecard.conversion.llama_cpp_quantizer": quantise_gguf,
     "onecard.inference.gguf_check": try_gguf,
+    "onecard.inference.llama_cpp_process": talk_in_llama_cpp,
 }
 
 

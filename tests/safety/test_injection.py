@@ -19,7 +19,7 @@ from onecard.data import template as data_template
 from onecard.data.conversation import Conversation, Turn
 from onecard.evaluation import probe_texts
 from onecard.inference import llama_cpp as inference_llama_cpp
-from onecard.inference import llama_cpp_engine, transformers_engine
+from onecard.inference import llama_cpp_engine, llama_cpp_model, transformers_engine
 from onecard.inference.chat import Chat
 from onecard.models import base_model
 from onecard.models import tokenizer as models_tokenizer
@@ -162,18 +162,21 @@ def shown(request, folders) -> Iterator[Shown]:
     path = folder / "base.gguf"
     tokenizer = inference_llama_cpp.tokenizer_of(path) if "file" in engine else tokenizer
     runner = llama_cpp_engine.Engine(path, tokenizer, CONTEXT, threads=1)
-    entries = runner.library.llama_model_get_vocab(runner.model)
-    tells = runner.library.llama_vocab_is_control, runner.library.llama_vocab_is_eog
-    controls = {token for token in range(runner.entries) if any(tell(entries, token) for tell in tells)}
-    yield Shown(runner, tokenizer, controls, lambda ids: detokenized(runner, entries, ids), spaced)
+    model = llama_cpp_model.Model(path, CONTEXT, {}, threads=1)  # what runs in the engine's child
+    tells = model.library.llama_vocab_is_control, model.library.llama_vocab_is_eog
+    controls = {
+        token for token in range(model.entries) if any(tell(model.vocabulary, token) for tell in tells)
+    }
+    yield Shown(runner, tokenizer, controls, lambda ids: detokenized(model, ids), spaced)
+    model.close()
     runner.close()
 
 
-def detokenized(engine, vocabulary, ids: list[int]) -> str:
+def detokenized(model: llama_cpp_model.Model, ids: list[int]) -> str:
     """The text by llama.cpp's own means, with control tokens visible."""
     raw, room = b"", ctypes.create_string_buffer(256)
     for token in ids:
-        length = engine.library.llama_token_to_piece(vocabulary, token, room, len(room), 0, True)
+        length = model.library.llama_token_to_piece(model.vocabulary, token, room, len(room), 0, True)
         assert length >= 0, token
         raw += room.raw[:length]
     return raw.decode("utf-8", "replace")

@@ -161,7 +161,7 @@ class Gguf:
     def load(self, _: int) -> None:
         from onecard.data import template as data_template
         from onecard.errors import UserError
-        from onecard.inference import gguf_check, llama_cpp_engine
+        from onecard.inference import gguf_check, llama_cpp_model
         from onecard.inference import llama_cpp as inference_llama_cpp
         from onecard.models import tokenizer as models_tokenizer
 
@@ -171,17 +171,15 @@ class Gguf:
             tokenizer("red green 1")
             with contextlib.suppress(UserError):
                 data_template.load("auto", tokenizer)
-        engine = llama_cpp_engine.Engine(
-            self.path, models_tokenizer.load_tokenizer(str(self.folder)), 128, threads=1
-        )
-        prompt = [2, 3, 4][: engine.context - 1]  # inference/chat.py leaves room for an answer
+        # what the engine's child does, in this process: its end would be reported as a refusal
+        model = llama_cpp_model.Model(self.path, 128, {}, threads=1)
+        if model.entries < len(models_tokenizer.load_tokenizer(str(self.folder))):
+            raise UserError("The engine refuses a vocabulary that is smaller than the tokenizer's.")
+        prompt = [2, 3, 4][: model.context - 1]  # inference/chat.py leaves room for an answer
         if prompt:
-            stream = engine.open(prompt)
-            for _ in stream.read():
-                pass
-            stream.advance([0], [5])
-            stream.close()
-        engine.close()
+            model.scores(prompt)
+            model.scores([5])
+        model.close()
 
     def targeted(self) -> Iterator[tuple[int, str, bytes]]:
         """Files with wrong counts, lengths, types, alignments and offsets."""
