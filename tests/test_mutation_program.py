@@ -1,6 +1,7 @@
 """What tests/mutation.py decides: which mutants count, which tests run, and when a child is late."""
 
 import ast
+import json
 import os
 import time
 from pathlib import Path
@@ -97,3 +98,35 @@ def test_every_file_is_there():
     for name, tests in mutation.FILES.items():
         ast.parse((ROOT / "onecard" / f"{name}.py").read_text(encoding="utf-8"))
         assert all((ROOT / "tests" / test).is_file() for test in tests)
+
+
+def test_the_lines_that_each_test_runs_are_recorded(tmp_path):
+    """Those of a fixture count for each test that uses it, and a test that fails is left out."""
+    (tmp_path / "source.py").write_text(SOURCE)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_source.py").write_text(
+        "import sys\n"
+        "import pytest\n"
+        "import source\n"
+        "@pytest.fixture(scope='module')\n"
+        "def prepared(): return source.one(3)\n"
+        "def test_first(prepared): assert prepared == 3\n"
+        "def test_second(prepared): sys.settrace(None)\n"
+        "def test_third(): assert source.two() == 2\n"
+        "def test_wrong(): assert source.two() == 3\n"
+    )
+
+    def work() -> int:
+        tests = warm_pytest.survey(tmp_path / "source.py", ["test_source.py"])
+        lines = {name.split("::")[1]: lines for name, (_, lines) in tests.items()}
+        (tmp_path / "lines.json").write_text(json.dumps(lines))
+        return 0
+
+    code, output = warm_pytest.in_child(tmp_path, 60, work)
+    assert code == 0, output
+    lines = json.loads((tmp_path / "lines.json").read_text(encoding="utf-8"))
+    assert {name: sorted({*each} & {6, 10}) for name, each in lines.items()} == {
+        "test_first": [6],
+        "test_second": [6],
+        "test_third": [10],
+    }

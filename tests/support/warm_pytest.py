@@ -119,11 +119,11 @@ def survey(source: Path, files: list[str]) -> Tests:
     def trace(frame: types.FrameType, event: str, _: Any) -> Any:
         if frame.f_code.co_filename != str(source):
             return None
-        marks[frame.f_lineno] = 1
+        if frame.f_lineno is not None:  # not every instruction has a line; an error here would end the trace
+            marks[frame.f_lineno] = 1
         return trace
 
-    recorder = Recorder(marks)
-    sys.settrace(trace)
+    recorder = Recorder(marks, trace)
     run_pytest(files, recorder)
     sys.settrace(None)
     return recorder.result()
@@ -132,8 +132,8 @@ def survey(source: Path, files: list[str]) -> Tests:
 class Recorder:
     """A pytest plugin: leaves out tests that start programs; records seconds and lines of the others."""
 
-    def __init__(self, marks: mmap.mmap):
-        self.marks = marks
+    def __init__(self, marks: mmap.mmap, trace: Callable[..., Any]):
+        self.marks, self.trace = marks, trace
         self.passed: set[str] = set()  # names of tests
         self.lines: set[int] = set()  # that ran since the last report, outside of fixtures
         self.fixtures: dict[str, set[int]] = {}  # of each fixture; they count for all tests that use it
@@ -154,6 +154,9 @@ class Recorder:
         ]
         self.tests = {item.nodeid: (0.0, set(), item.fixturenames) for item in items}
         self.taken()
+
+    def pytest_runtest_logstart(self) -> None:
+        sys.settrace(self.trace)  # again before each test, because one may have ended it
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
