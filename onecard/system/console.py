@@ -1,12 +1,13 @@
-"""What a program says to its user: lines on stdout, above any progress bar, and a bar over bytes."""
+"""What a program says to its user: lines on stdout, above any progress bar, and a bar over bytes.
+
+tqdm is imported inside the functions that need it, so that --help does not wait for it.
+"""
 
 import contextlib
 import io
 import os
 import sys
 from collections.abc import Callable, Iterator
-
-from tqdm import tqdm
 
 from onecard.system import processes as system_processes
 
@@ -34,6 +35,8 @@ def say(text: str) -> None:
     When the output is closed, the work goes on without printing.
     """
     if system_processes.is_main():
+        from tqdm import tqdm
+
         write_out(lambda: (tqdm.write(text, file=sys.stdout), sys.stdout.flush()))
 
 
@@ -48,6 +51,8 @@ def write_out(write: Callable[[], object]) -> None:
 @contextlib.contextmanager
 def over_bytes(title: str) -> Iterator[Progress]:
     """progress(done, all), in bytes, moves a bar as long as the block lasts; no bar without a terminal."""
+    from tqdm import tqdm
+
     with tqdm(desc=title, unit="B", unit_scale=True, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:

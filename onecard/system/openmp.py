@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
+from onecard.system.console import say
+
 SPINS = "GOMP_SPINCOUNT"  # how often a thread looks whether its wait is over before it sleeps; GNU's OpenMP
 OURS = "1000"  # enough to outlast the short waits of a machine with free cores
 THREADS = "OMP_NUM_THREADS"
@@ -55,8 +57,6 @@ def say_once(device: str) -> None:
 
 @functools.cache
 def _say(limit: str | None) -> None:
-    from onecard.system.console import say  # imported late, because --help loads no tqdm
-
     if limit:
         say(f"cores       {limit}, because this container has no more ({THREADS}={limit})")
     if limit != "1":
