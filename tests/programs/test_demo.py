@@ -151,6 +151,7 @@ def test_several_gpus_start_torchrun(tmp_path, copy):
             command, cwd=other, env=environment, capture_output=True, text=True, check=True
         )
         lines[gpus] = result.stdout.splitlines()[-1]
-    flags = "finetune.py --data_path a b.json --output_path o --model_path m --test_size 7 --num_epochs 1"
+    flags = "--data_path a b.json --output_path o --model_path m --test_size 7 --num_epochs 1"
+    flags = f"{other}/finetune.py {flags}"
     assert lines["1"] == f"1: {flags}"
-    assert lines["0,1"] == f"0,1: -m torch.distributed.run --nproc_per_node=2 --master_port=23456 {flags}"
+    assert lines["0,1"] == f"0,1: -P -m torch.distributed.run --nproc_per_node=2 --master_port=23456 {flags}"

@@ -1,92 +1,26 @@
 """tools/setup.sh after a set-up that was stopped at any point: the next one repairs it or says what is wrong.
 
 The real script runs in a copy of the project. No package index can be reached, so each run ends at the first
-download, after everything that is tested here.
+download, after everything that is tested here. Whole set-ups are in test_setup_whole.py.
 """
 
-import atexit
-import functools
 import os
 import shutil
 import signal
 import subprocess
-import sys
-import sysconfig
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.support.paths import ROOT
-
-PYTHON = Path(os.path.realpath(sys.executable))
-NO_INDEX = {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
-NETWORK = "Check the network if that is the reason."
-PACKAGES = Path(sysconfig.get_path("purelib", "posix_prefix", {"base": ".venv"}))
+from tests.support import fresh_environment, set_up
+from tests.support.set_up import NO_NETWORK, PACKAGES, PYTHON, make_venv, mark_complete, pip_runs, script
 
 
 @pytest.fixture
 def project(tmp_path) -> Path:
     """The files that the set-up reads, in an empty folder."""
-    (tmp_path / "tools").mkdir()
-    for name in ("finetune.sh", "tools/setup.sh", "tools/launch.sh", "requirements.txt", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    return tmp_path
-
-
-def environment(python: Path = PYTHON) -> dict[str, str]:
-    inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "VIRTUAL"))
-    }
-    return {**inherited, **NO_INDEX, "PYTHON": str(python)}
-
-
-def set_up(
-    project: Path, python: Path = PYTHON, part: str = "train", **changes
-) -> subprocess.CompletedProcess:
-    command = ["bash", "tools/setup.sh", part]
-    settings = {"capture_output": True, "text": True, "timeout": 120}
-    return subprocess.run(command, cwd=project, env=environment(python) | changes, **settings)
-
-
-@functools.cache
-def whole_venv() -> Path:
-    """An environment with pip, which is made once because installing pip takes seconds."""
-    folder = Path(tempfile.mkdtemp(prefix="onecard-venv-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    subprocess.run([PYTHON, "-m", "venv", folder], check=True)
-    return folder
-
-
-def make_venv(project: Path, pip: bool = True) -> None:
-    if pip:
-        shutil.copytree(whole_venv(), project / ".venv", symlinks=True)
-    else:
-        subprocess.run([PYTHON, "-m", "venv", "--without-pip", ".venv"], cwd=project, check=True)
-
-
-def mark_complete(project: Path) -> Path:
-    """Write the stamp that a set-up of `train` writes last."""
-    script = 'echo ".venv/onecard-train-$(cat requirements.txt pyproject.toml | cksum | cut -d" " -f1)"'
-    named = subprocess.run(["bash", "-c", script], cwd=project, capture_output=True, text=True, check=True)
-    stamp = project / named.stdout.strip()
-    stamp.parent.mkdir(exist_ok=True)
-    stamp.touch()
-    return stamp
-
-
-def pip_runs(project: Path) -> bool:
-    listed = subprocess.run(
-        [project / ".venv/bin/python", "-m", "pip", "list"], capture_output=True, text=True
-    )
-    return listed.returncode == 0 and "pip " in listed.stdout
-
-
-def script(path: Path, text: str) -> Path:
-    path.write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
-    path.chmod(0o755)
-    return path
+    return set_up.copy_project(tmp_path / "onecard")
 
 
 def without_pip(project: Path) -> None:
@@ -136,35 +70,60 @@ def half_written_pip(project: Path) -> None:
 def test_a_stopped_set_up_is_mended(project, state):
     """Whatever is in .venv, Python and pip run afterwards, before the network is needed."""
     state(project)
-    ended = set_up(project)
+    ended = set_up.run(project)
     assert pip_runs(project)
     assert (project / ".venv/bin/activate").is_file()
     assert not list((project / PACKAGES).glob("~*"))
-    assert NETWORK in ended.stderr
-    assert ended.returncode == 2
-    assert "No module named pip" not in ended.stderr
+    assert (ended.returncode, ended.stderr) == (2, NO_NETWORK)
     assert not list((project / ".venv").glob("onecard-*"))
 
 
+def add_package(project: Path, name: str, installer: str = "pip", size: int = 5) -> Path:
+    """A package as pip leaves it when it is done, and its metadata; size: that of its file in its RECORD."""
+    packages = project / PACKAGES
+    (packages / f"{name}.py").write_text("x = 1", encoding="utf-8")
+    info = packages / f"{name}-1.dist-info"
+    info.mkdir()
+    (info / "INSTALLER").write_text(f"{installer}\n", encoding="utf-8")
+    record = f"{name}.py,sha256=x,{size}\n__pycache__/{name}.pyc,,\n{name}-1.dist-info/RECORD,,\n"
+    (info / "RECORD").write_text(record, encoding="utf-8")
+    return info
+
+
 def test_what_is_whole_stays(project):
-    """A complete .venv is not made again, and a package with all of its files keeps its metadata."""
+    """A complete .venv is not made again, and a package with all of its files keeps its metadata.
+
+    A package with a file that is missing or cut short loses it, so that pip installs the package again.
+    """
     make_venv(project)
-    whole, unfinished = (project / PACKAGES / f"{name}-1.dist-info" for name in ("whole", "unfinished"))
-    for info in (whole, unfinished):
-        info.mkdir()
-        (info / "METADATA").touch()
-    (whole / "INSTALLER").write_text("pip\n", encoding="utf-8")
-    ended = set_up(project)
-    assert whole.is_dir()
-    assert not unfinished.exists(), "pip would take it for installed"
+    whole = [add_package(project, "whole"), add_package(project, "another_tool", installer="uv", size=6)]
+    unfinished = [add_package(project, name) for name in ("no_installer", "no_record", "no_file")]
+    unfinished.append(add_package(project, "cut_short", size=6))
+    (unfinished[0] / "INSTALLER").unlink()
+    (unfinished[1] / "RECORD").unlink()
+    (project / PACKAGES / "no_file.py").unlink()
+    ended = set_up.run(project)
+    assert all(info.is_dir() for info in whole)
+    assert not any(info.exists() for info in unfinished), "pip would take it for installed"
     assert "again" not in ended.stdout
     assert "put back" not in ended.stdout
+
+
+def test_only_the_stamps_of_these_versions_stay(project):
+    """A part stays complete while another is added. When versions change, none does, for good."""
+    make_venv(project)
+    stamp = mark_complete(project)
+    other = project / ".venv/onecard-train-1"
+    other.touch()
+    set_up.run(project, part="chat")
+    assert stamp.exists()
+    assert not other.exists()
 
 
 def test_a_complete_set_up_is_left_alone(project):
     make_venv(project, pip=False)
     mark_complete(project)
-    ended = set_up(project)
+    ended = set_up.run(project)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
@@ -173,35 +132,25 @@ def test_a_link_is_never_emptied(project):
     (project / "elsewhere/bin").mkdir(parents=True)
     (project / "elsewhere/notes.txt").touch()
     (project / ".venv").symlink_to("elsewhere")
-    ended = set_up(project)
+    ended = set_up.run(project)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: .venv is a link to elsewhere")
     assert (project / "elsewhere/notes.txt").is_file()
-
-
-def test_a_python_without_venv_is_named(project):
-    """For Debian's Python without python3-venv its words come first, then ours.
-
-    Nothing is said about a network.
-    """
-    refuse = '[ "$1 $2" = "-m venv" ] && { echo "ensurepip is not available"; exit 1; }'
-    ended = set_up(project, script(project / "python3", f'{refuse}\nexec {PYTHON} "$@"'))
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("ensurepip is not available\nerror: ")
-    assert "apt install python3-venv" in ended.stderr
-    assert "network" not in ended.stderr
 
 
 def test_a_half_made_environment_beside_it_is_made_again(project):
     """This is .venv/gptq, which the tests need. Here pip and apt-get do nothing and report success."""
     make_venv(project)
     (project / PACKAGES / "pip/__main__.py").write_text("", encoding="utf-8")
+    (info,) = (project / PACKAGES).glob("pip-*.dist-info")
+    (info / "INSTALLER").write_text("us", encoding="utf-8")  # so that pip is not taken for cut short
     (project / "bin").mkdir()
     script(project / "bin/apt-get", "exit 0")
     apart = project / ".venv/gptq/bin/python"
     apart.parent.mkdir(parents=True)
     apart.symlink_to("/nowhere/python3")
-    ended = set_up(project, part="test", PATH=f"{project / 'bin'}:{os.environ['PATH']}")
+    variables = set_up.environment(PATH=f"{project / 'bin'}:{os.environ['PATH']}")
+    ended = set_up.run(project, variables, part="test")
     assert ended.returncode == 0, ended.stderr
     assert "skipped" not in ended.stdout
     subprocess.run([apart, "-c", "import pip"], check=True)
@@ -210,10 +159,10 @@ def test_a_half_made_environment_beside_it_is_made_again(project):
 @pytest.mark.parametrize(
     ("part", "extras", "complete"),
     [
-        ("train", "train", {"train"}),
-        ("chat", "chat", {"chat", "train"}),
-        ("cpu", "cpu", {"cpu", "train"}),
-        ("all", "train,wandb,chat,cpu,gptq", {"all", "train", "chat", "cpu", "gptq"}),
+        ("train", ["train"], {"train"}),
+        ("chat", ["chat", "train"], {"chat", "train"}),
+        ("cpu", ["cpu", "train"], {"cpu", "train"}),
+        ("all", ["train", "wandb", "chat", "cpu", "gptq"], {"all", "train", "chat", "cpu", "gptq"}),
     ],
 )
 def test_a_part_is_installed_in_place_and_marked_complete(project, part, extras, complete):
@@ -225,15 +174,21 @@ def test_a_part_is_installed_in_place_and_marked_complete(project, part, extras,
     (project / ".venv/bin/python").unlink()
     quiet = 'case "$*" in *"pip install"* | *llama_cpp_converter*) echo "$*" >>asked; exit 0;; esac'
     script(project / ".venv/bin/python", f'{quiet}\nexec -a "$0" {PYTHON} "$@"')
-    ended = set_up(project, part=part)
+    ended = set_up.run(project, part=part)
     assert ended.returncode == 0, ended.stderr
     calls = (project / "asked").read_text(encoding="utf-8")
-    assert f"-m pip install -c requirements.txt -e .[{extras}]\n" in calls
+    hashes = "--require-hashes -c requirements-hashes.txt"
+    declared = fresh_environment.PYPROJECT["optional-dependencies"]
+    names = {line for each in extras for line in declared[each] if not line.startswith("onecard[")}
+    (line,) = [each for each in calls.splitlines() if " torch==" in each]
+    assert set(line.removeprefix(f"-m pip install {hashes} ").split()) - names == {"setuptools==84.2.1"}
+    assert names <= set(line.split())
+    assert "-m pip install --no-deps --no-build-isolation -e .\n" in calls
     assert ("llama_cpp_converter" in calls) == ("cpu" in complete)
     stamps = {path.name.split("-")[1] for path in (project / ".venv").glob("onecard-*")}
     assert stamps == complete
     (project / "asked").unlink()
-    assert all(set_up(project, part=each).returncode == 0 for each in complete)
+    assert all(set_up.run(project, part=each).returncode == 0 for each in complete)
     assert not (project / "asked").exists()
 
 
@@ -254,7 +209,7 @@ def test_ctrl_c_ends_it_with_one_line(project, moment):
     process = subprocess.Popen(
         ["bash", "finetune.sh"],
         cwd=project,
-        env=environment(stub),
+        env=set_up.environment(stub),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -270,5 +225,5 @@ def test_ctrl_c_ends_it_with_one_line(project, moment):
     assert process.returncode == 130, words
     assert words == "stopped by Ctrl-C. Run the same command again to continue.\n"
     if moment == "venv":
-        assert NETWORK in set_up(project).stderr
+        assert set_up.run(project).stderr == NO_NETWORK
         assert pip_runs(project)
