@@ -7,6 +7,7 @@ Each size is saved 20 times, together with AdamW's moments, in a process of its 
 hashes, renames and reads back. The last column is the peak memory minus the memory before the first save.
 """
 
+import argparse
 import multiprocessing
 import statistics
 import sys
@@ -31,6 +32,9 @@ SIZES = {"demo, rank 8 on q,v": 460_800, "7B, rank 8 on q,v": 4_194_304, "7B, ra
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()  # it has no options
     versions = ", ".join(f"{name} {version}" for name, version in plan.versions().items())
     print(f"{date.today().isoformat()}; {hardware.describe_machine()}; {versions}.\n")
     print("| adapter | weights | median save | slowest | on the disk | peak memory rises by |")
