@@ -43,7 +43,12 @@ FILES = {  # file of onecard/ -> files of tests/ about it
     "data/packing": ["data/test_examples.py", "training/test_step.py"],
     "inference/decoding": ["inference/test_decoding.py", "inference/test_detokenizer.py"],
     "models/adapter": ["models/test_adapters.py", "models/test_frozen.py", "runs/test_adapter_paths.py"],
-    "runs/adapters": ["runs/test_adapter_paths.py", "runs/test_legacy.py", "inference/test_resolve.py"],
+    "runs/adapters": [
+        "runs/test_find_adapter.py",
+        "runs/test_adapter_paths.py",
+        "runs/test_legacy.py",
+        "inference/test_resolve.py",
+    ],
     "runs/checkpoint": ["runs/test_checkpoint.py", "runs/test_checkpoint_content.py"],
     "system/http_guard": ["system/test_http_guard.py"],
     "training/loop": ["training/test_run.py", "training/test_out_of_memory.py"],
