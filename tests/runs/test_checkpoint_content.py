@@ -107,8 +107,9 @@ def test_an_adapter_is_published_beside_the_log(tmp_path):
         assert (tmp_path / name).read_bytes() == (path / name).read_bytes()
 
 
-def test_a_model_is_published_in_a_folder_of_its_own(tmp_path):
+def test_a_model_is_published_in_a_folder_of_its_own(tmp_path, monkeypatch):
     """What only a training needs is not in it, and a model that is there already is replaced."""
+    sizes = []
 
     def save_model(place: Path) -> None:
         save_file({"a": torch.ones(4)}, place / "model.safetensors")
@@ -119,11 +120,13 @@ def test_a_model_is_published_in_a_folder_of_its_own(tmp_path):
     path = runs_checkpoint.save(tmp_path, Progress(step=3), save_model, optimizer(3), off)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old").write_text("")
+    monkeypatch.setattr(runs_checkpoint, "check_room", lambda folder, size: sizes.append((folder, size)))
     digest = runs_checkpoint.publish(path, tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint-3", "model"]
     expected = ["config.json", "model.safetensors", "tokenizer.json"]
     assert sorted(file.name for file in (tmp_path / "model").iterdir()) == expected
     assert digest == sha256(tmp_path / "model" / "model.safetensors")
+    assert sizes == [(tmp_path, (path / "model.safetensors").stat().st_size)]  # room for it was looked for
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "adapter_model.safetensors"])
