@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,12 @@ SETTLED = 0.5  # seconds until the busy process has its share of the cores, or h
 ROWS = 8  # of a training step
 TOKENS, SECONDS = 48, 5.0  # an answer ends with whichever comes first
 QUESTION = "Write a long story about a lighthouse keeper who finds a letter in a bottle."
+GO, HOLD = b"g", b"h"
+COMPUTE = f"""import os, select
+while order := os.read(0, 1):
+    while order == {GO!r} and not select.select([0], [], [], 0)[0]:
+        sum(range(10_000))
+"""
 AS_THEY_COME, OURS = "as the libraries come", "OneCard's setting"
 Burst = Callable[[], float]  # works for a few seconds and returns tokens/s
 
@@ -91,19 +96,22 @@ def print_head() -> None:
 
 
 class Other:
-    """A process that computes without a pause whenever it is let go."""
+    """A process that computes without a pause whenever it is let go. It ends with this one."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-c", "while True: pass"]
-        self.process = subprocess.Popen(command, start_new_session=True)  # as one of another terminal
-        self.hold()
+        command = [sys.executable, "-c", COMPUTE]
+        # in a session of its own, as a program in another terminal is
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def hold(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
-        time.sleep(SETTLED)
+        self._tell(HOLD)
 
     def let_go(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
+        self._tell(GO)
+
+    def _tell(self, order: bytes) -> None:
+        self.process.stdin.write(order)
+        self.process.stdin.flush()
         time.sleep(SETTLED)
 
 
@@ -113,7 +121,7 @@ def busy_process() -> Iterator[Other]:
     try:
         yield other
     finally:
-        other.process.kill()
+        other.process.stdin.close()
         other.process.wait()
 
 
