@@ -188,3 +188,28 @@ def test_names_of_this_machine(name):
 @pytest.mark.parametrize("name", ["", "0.0.0.0", "::", "192.168.0.1", "localhost.example", "my-machine"])
 def test_names_of_other_machines(name):
     assert not http_guard.is_local(name)
+
+
+@pytest.mark.parametrize("piece", [1_000_000, 64, 7])
+@pytest.mark.parametrize("count", [1, 16, 17, 40])
+def test_an_upload_of_more_than_16_files_ends_as_one_that_is_too_large(count, piece):
+    """Whatever pieces it comes in; an upload of 16 files passes as it is."""
+    body = (
+        b"".join(b"--edge\r\nname=f%d\r\n\r\ntext\r\n" % number for number in range(count)) + b"--edge--\r\n"
+    )
+    pieces = [body[start : start + piece] for start in range(0, len(body), piece)]
+    messages = [
+        {"type": "http.request", "body": part, "more_body": number < len(pieces) - 1}
+        for number, part in enumerate(pieces)
+    ]
+    headers = ("host", HERE), ("content-type", "multipart/form-data; boundary=edge")
+    _, _, received = visit("/gradio_api/upload", *headers, messages=messages)
+    if count <= 16:
+        assert received == messages
+    else:
+        last = received[-1].pop("body")
+        assert received[-1] == {"type": "http.request", "more_body": False}
+        assert len(last) > UPLOAD
+        passed = b"".join(message["body"] for message in received[:-1]) + last.rstrip(b"\0")
+        assert body.startswith(passed)
+        assert 16 <= passed.count(b"text") <= 17
