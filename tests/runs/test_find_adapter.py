@@ -29,8 +29,8 @@ def find(path: Path, which: str = "best") -> runs_adapters.Adapter:
 
 
 def test_an_adapter_of_peft(tmp_path):
-    adapter = find(write(tmp_path / "adapter"))
-    assert (adapter.folder, adapter.origin) == (tmp_path / "adapter", tmp_path / "adapter")
+    adapter = find(write(tmp_path / "adapter.v2"))
+    assert (adapter.folder, adapter.origin) == (tmp_path / "adapter.v2", tmp_path / "adapter.v2")
     assert (adapter.whole, adapter.is_gguf, adapter.notes) == (False, False, [])
     assert adapter.base == adapter.record == "someone/base"
     assert (adapter.template, adapter.bits, adapter.fingerprints) == (None, None, {})
