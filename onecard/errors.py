@@ -104,7 +104,8 @@ def run_program(main: Callable[[], int | None], smaller: str = "") -> None:
         _say(error, f"stopped by {'Ctrl-C' if number == signal.SIGINT else error}.")
     except OSError as error:
         code = DISK
-        problem = f"{error.strerror or error}: {error.filename or 'no file named'}."
+        named = error.filename2 or error.filename or "no file named"  # of a copy, the one that is written
+        problem = f"{error.strerror or error}: {named}."
         _say(error, f"error: {problem} Check the disk and your permissions.")
     sys.stdout.flush()
     sys.exit(code)

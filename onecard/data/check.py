@@ -263,13 +263,18 @@ class Cleaner:
         self.files[bool(reasons)].write(text.encode("utf-8", "backslashreplace").decode())
 
     def close(self, complete: bool) -> None:
-        """Move both files to their places, or delete them when not all rows were read or the disk is full."""
+        """Move both files to their places, or delete them when not all rows were read.
+
+        Raises UserError (exit 7) when the disk is full, and deletes them then too.
+        """
         try:
             for file in self.files:
                 file.close()
             if complete:
                 for temporary, target in zip(self.temporary, self.targets, strict=True):
                     system_files.put_file(temporary, target)
+        except OSError as error:
+            raise system_files.disk_error(self.targets[0], error) from None
         finally:
             for temporary in self.temporary:
                 temporary.unlink(missing_ok=True)
@@ -283,6 +288,10 @@ def read_all(rows: Iterator[RowReport], cleaner: Cleaner | None) -> None:
             if cleaner:
                 cleaner.add(row)
         complete = True
+    except OSError as error:
+        if cleaner and error.errno in system_files.REFUSED:
+            raise system_files.disk_error(cleaner.targets[0], error) from None
+        raise
     finally:
         if cleaner:
             cleaner.close(complete)

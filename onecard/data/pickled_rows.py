@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from onecard.errors import DATA, UNSAFE
+from onecard.errors import DATA, DISK, UNSAFE
 from onecard.system import files as system_files
 from onecard.system import hashing, sandbox
 
@@ -67,6 +67,9 @@ def _child(source: str, output: str) -> int:
     except MemoryError:
         print("it needs too much memory", file=sys.stderr)
         return DATA
+    except OSError as error:
+        print(error.strerror or error, file=sys.stderr)
+        return DISK if error.errno in system_files.REFUSED else DATA
     except Exception as error:
         print(f"{type(error).__name__}: {error}".replace("\n", " ")[:300], file=sys.stderr)
         return DATA

@@ -49,14 +49,21 @@ def run(options: DownloadConfig) -> Path:
 
 @contextlib.contextmanager
 def _owned(folder: Path) -> Iterator[None]:
-    """Hold the lock of the folder; raises UserError when another download has it."""
+    """Hold the lock of the folder; raises UserError when another download has it, exit 7 on a full disk."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(lock.owned(folder))
-        except UserError:
+        except UserError as error:
+            if error.code == DISK:
+                raise
             problem = f"{folder}: another download is at work there."
             raise UserError(problem, "Wait for it, or choose another --to.") from None
-        yield
+        try:
+            yield
+        except OSError as error:
+            if error.errno in system_files.REFUSED:
+                raise system_files.disk_error(folder, error) from None
+            raise
 
 
 def _pinned(options: DownloadConfig) -> DownloadConfig:

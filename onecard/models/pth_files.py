@@ -118,12 +118,17 @@ def create_file(path: Path, tensors: Iterable[StoredTensor]) -> dict[str, Stored
     """Create a .pth file that has room for these tensors; returns where each lies.
 
     For a moment this takes address space for all of them, but no memory, because nothing is written there.
+    Raises OSError when the disk is full.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
     assert all(math.prod(tensor.shape) for tensor in by_name.values())
     hollow = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in by_name.items()}
-    with skip_data():
-        torch.save(hollow, path)
+    try:
+        with skip_data():
+            torch.save(hollow, path)
+    except RuntimeError:  # it does not say whether the disk is full, but a plain write does
+        path.write_bytes(bytes(1 << 16))
+        raise
     del hollow
     written = of_file(path)
     same = [(t.name, t.dtype, t.shape) for t in written.values()]

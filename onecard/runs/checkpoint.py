@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from onecard.errors import CHECKPOINT, UserError
@@ -25,7 +24,7 @@ from onecard.hub.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFI
 from onecard.runs.folder import MODEL, checkpoint_steps, delete
 from onecard.system import safetensors as system_safetensors
 from onecard.system import whole_folder
-from onecard.system.files import check_room, disk_error, put_file, write_json
+from onecard.system.files import check_room, disk_error, os_errors, put_file, write_json
 from onecard.system.hashing import sha256
 
 REPLACED = ".replaced-"
@@ -87,14 +86,15 @@ def save(
     try:
         delete([path for path in [temporary] if path.exists() or path.is_symlink()])
         temporary.mkdir()
-        save_adapter(temporary)
-        save_file(tensors, temporary / OPTIMIZER)
+        with os_errors():
+            save_adapter(temporary)
+            save_file(tensors, temporary / OPTIMIZER)
         values = {"progress": state, "optimizer": scalars, "scaler": scaler.state_dict()}
         write_json(temporary / PROGRESS, values)
         replaced = folder / f"{REPLACED}{progress.step}"
         whole_folder.put(temporary, target, lambda: _write_manifest(temporary, progress.step), replaced)
         delete([replaced] if replaced.exists() else [])
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise disk_error(target, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -244,8 +244,13 @@ def publish(checkpoint: Path, folder: Path) -> str:
         return _publish_model(checkpoint, folder)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         temporary = folder / f".{name}.tmp"
-        shutil.copyfile(checkpoint / name, temporary)
-        put_file(temporary, folder / name)
+        try:
+            shutil.copyfile(checkpoint / name, temporary)
+            put_file(temporary, folder / name)
+        except OSError as error:
+            raise disk_error(folder / name, error) from None
+        finally:
+            temporary.unlink(missing_ok=True)
     return sha256(folder / ADAPTER_WEIGHTS)
 
 

@@ -108,7 +108,7 @@ def check_paths(options: FinetuneConfig, uploads: Path) -> None:
 
 
 def keep_upload(source: Path, workspace: Path) -> Path:
-    """A copy of an uploaded file that stays; raises UserError (exit 3) when it is no file of rows."""
+    """A copy of an uploaded file that stays; raises UserError (exit 3, or 7 on a full disk)."""
     ending = source.suffix.lower()
     if ending not in FORMATS:
         raise UserError(f"{source.name}: not a file of rows.", f"Upload one of {', '.join(FORMATS)}.", DATA)
@@ -122,6 +122,8 @@ def keep_upload(source: Path, workspace: Path) -> Path:
         try:
             shutil.copyfile(source, temporary)
             system_files.put_file(temporary, target)
+        except OSError as error:
+            raise system_files.disk_error(target, error) from None
         finally:
             temporary.unlink(missing_ok=True)
     return target
@@ -155,7 +157,7 @@ def stop(workspace: Path, name: str) -> None:
             handle = os.pidfd_open(pid)
             stack.callback(os.close, handle)
             if _pid(folder) == pid:  # so the handle is the trainer's, not that of a later process
-                with contextlib.suppress(OSError):  # on a full disk it is stopped without the note
+                with contextlib.suppress(UserError):  # on a full disk it is stopped without the note
                     _note(folder, STOP_NOTE)
                 signal.pidfd_send_signal(handle, signal.SIGTERM)
                 return
@@ -231,12 +233,18 @@ def _launch(folder: Path, command: str, options: dict[str, Any]) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        _note(folder, f"{MARK}process {process.pid}")
+        with contextlib.suppress(UserError):  # the lock in the run folder names the process too
+            _note(folder, f"{MARK}process {process.pid}")
     threading.Thread(target=process.wait, daemon=True).start()  # or its end would leave a zombie
 
 
 def _note(folder: Path, text: str) -> None:
-    system_files.append(console_of(folder), f"{text}\n".encode("utf-8", errors="backslashreplace"))
+    """Add a line to the console; raises UserError (exit 7) on a full disk."""
+    console = console_of(folder)
+    try:
+        system_files.append(console, f"{text}\n".encode("utf-8", errors="backslashreplace"))
+    except OSError as error:
+        raise system_files.disk_error(console, error) from None
 
 
 def _take(console: BinaryIO, name: str) -> None:

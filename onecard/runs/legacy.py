@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from onecard.errors import CHECKPOINT, UNSAFE, UserError
+from onecard.errors import CHECKPOINT, DISK, UNSAFE, UserError
 from onecard.hub.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from onecard.runs.checkpoint import flattened
+from onecard.system import files as system_files
 from onecard.system import sandbox
 from onecard.system.safetensors import read_tensors
 
@@ -239,14 +240,18 @@ def _child(source: str, output: str) -> int:
         _check_records(source)
         tensors: dict[str, torch.Tensor] = {}
         tree = json.dumps(_split(value, tensors))
-        save_file(tensors, f"{output}.safetensors")
+        with system_files.os_errors():
+            save_file(tensors, f"{output}.safetensors")
+        Path(f"{output}.json").write_text(tree, encoding="utf-8")
     except pickle.UnpicklingError as error:
         print(str(error).replace("\n", " ")[:300], file=sys.stderr)
         return CHECKPOINT if "invalid load key" in str(error) else UNSAFE
+    except OSError as error:
+        print(error.strerror or error, file=sys.stderr)
+        return DISK if error.errno in system_files.REFUSED else CHECKPOINT
     except Exception as error:
         print(f"{type(error).__name__}: {error}".replace("\n", " ")[:300], file=sys.stderr)
         return CHECKPOINT
-    Path(f"{output}.json").write_text(tree, encoding="utf-8")
     return 0
 
 

@@ -3,10 +3,14 @@
 Small files are written beside their place, synced and renamed.
 """
 
+import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from onecard.errors import CHECKPOINT, DISK, UserError
 PACKAGE = Path(__file__).resolve().parents[1]  # onecard/
 ROOT = PACKAGE.parent  # of a checkout, or the folder of all packages
 SAMPLE = "sample"  # folder of rows: in onecard/ where it was installed as a package, beside it in a checkout
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # of a disk that takes no more
 PROBE = ".onecard-"  # of what only shows whether there can be something
 
 
@@ -64,7 +69,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a small file so that it is whole or as it was."""
+    """Write a small file so that it is whole or as it was; an OSError names it."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -72,6 +77,8 @@ def replace(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:  # of a write, which does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -134,11 +141,13 @@ def put_file(temporary: Path, path: Path) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure as PNG, whole or as it was."""
+    """Write a matplotlib figure as PNG, whole or as it was; raises UserError (exit 7) on a full disk."""
     temporary = path.with_name(f".{path.name}.tmp.png")
     try:
         figure.savefig(temporary, dpi=120)
         put_file(temporary, path)
+    except OSError as error:
+        raise disk_error(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -165,6 +174,20 @@ def disk_error(path: Path, error: Exception) -> UserError:
     """What to say when writing failed; safetensors has an error of its own for a full disk."""
     problem = f"{path}: could not be written: {getattr(error, 'strerror', None) or error}."
     return UserError(problem, "Make room or check the rights; what was saved before is whole.", DISK)
+
+
+@contextlib.contextmanager
+def os_errors() -> Iterator[None]:
+    """Raise OSError when a library written in Rust (safetensors, tokenizers) says that the disk is full."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        if match and int(match[1]) in REFUSED:
+            raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
+        raise
 
 
 def sync_file(path: Path) -> None:

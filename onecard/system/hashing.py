@@ -79,5 +79,8 @@ def _write_cache(entries: dict[str, list[Any]]) -> None:
     with contextlib.suppress(OSError):
         system_files.cache_folder().mkdir(parents=True, exist_ok=True)
         temporary = system_files.cache_folder() / f".{CACHE}-{os.getpid()}"
-        temporary.write_text(json.dumps(entries), encoding="utf-8")
-        temporary.replace(system_files.cache_folder() / CACHE)
+        try:
+            temporary.write_text(json.dumps(entries), encoding="utf-8")
+            temporary.replace(system_files.cache_folder() / CACHE)
+        finally:
+            temporary.unlink(missing_ok=True)

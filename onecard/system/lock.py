@@ -97,8 +97,11 @@ def owned(folder: Path) -> Iterator[None]:
             raise
         os.close(descriptor)
     try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
+        try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
+        except OSError as error:
+            raise system_files.disk_error(path, error) from None
         yield
     finally:
         path.unlink(missing_ok=True)

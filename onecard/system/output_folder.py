@@ -132,7 +132,8 @@ def making(target: Path, needed: int, made_of: dict[str, Any], flag: str) -> Ite
             raise UserError(problem, "Choose another.", DISK) from None
         try:
             _check_room(place, needed, target, flag)
-            yield place, descriptor
+            with system_files.os_errors():
+                yield place, descriptor
             whole_folder.put(place, end, lambda: _write_record(place, made_of))
         except OSError as error:
             problem = f"{flag} {target} could not be written: {error.strerror or error}."

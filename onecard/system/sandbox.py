@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from onecard.errors import CHECKPOINT, DISK, MEMORY, UNSAFE, UserError, is_out_of_memory, last_line
 from onecard.system import openmp
-from onecard.system.files import ROOT
+from onecard.system.files import ROOT, disk_error
 
 UTF8, SURROGATES = "utf-8", "surrogatepass"  # whatever the locale says; rows may hold half of a character
 STALL = 900  # seconds without a report after which the work counts as stopped
@@ -122,8 +122,8 @@ def run(
 def convert(module: str, source: Path, output: Path, seconds: int, damaged: int, late: int) -> None:
     """Run `python -m module SOURCE OUTPUT`; raises UserError when it fails.
 
-    Exit code 8 (unsafe) when the child says that the file asks for more than data, `damaged` when it cannot
-    be read, `late` when it is not done within `seconds`.
+    Exit code 8 (unsafe) when the child says that the file asks for more than data, 7 when the disk is full,
+    `damaged` when it cannot be read, `late` when it is not done within `seconds`.
     """
     try:
         ended = run(module, source.resolve(), output.resolve(), seconds=seconds)
@@ -133,6 +133,8 @@ def convert(module: str, source: Path, output: Path, seconds: int, damaged: int,
         ) from None
     if ended.returncode:
         reason = last_line(ended.stderr, "it needs too much memory or time")
+        if ended.returncode == DISK:
+            raise disk_error(output, OSError(reason))
         code = UNSAFE if ended.returncode == UNSAFE else damaged
         what = "the file would run code" if code == UNSAFE else "the file cannot be read"
         raise UserError(f"{source}: {what}: {reason}.", "It was not loaded.", code)

@@ -31,7 +31,7 @@ def stage(
 
     It is called .NAME.making. What a killed process left in it is deleted first, and the folder itself at the
     end, unless `put` has renamed it. A child that inherits the descriptor keeps the lock when this process
-    dies.
+    dies. What a library says of a full disk is raised as OSError.
 
     patience: seconds to wait while another process has it, after before_waiting(). Raises TimeoutError when
     that is not enough, and OSError when the folder cannot be created or locked.
@@ -40,7 +40,8 @@ def stage(
     descriptor = _own(folder, patience, before_waiting)
     try:
         _empty(folder)
-        yield folder, descriptor
+        with system_files.os_errors():
+            yield folder, descriptor
     finally:
         if _is_at(folder, descriptor):
             shutil.rmtree(folder, ignore_errors=True)

@@ -159,7 +159,6 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: StartingPo
                 runs_folder.contents(folder)
             )  # --overwrite, or what a run that never began left
             system_files.make_folder(folder)
-            write_rejected(plan, folder)
         resolved = {
             "base_path": plan.base_path,
             "base": _text(revisions.of(plan.base_path)),
@@ -194,6 +193,8 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: StartingPo
             "versions": versions(),
         }
         system_files.write_json(folder / runs_folder.CONFIG, record)
+        if not (start and start.same_run and start.checkpoint):  # else they were written when the run began
+            write_rejected(plan, folder)
     except OSError as error:
         raise system_files.disk_error(folder, error) from None
 

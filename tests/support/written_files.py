@@ -19,7 +19,7 @@ import torch
 from onecard.config import options as config_options
 from onecard.config.chat import ChatConfig
 from onecard.config.conversion import ConvertConfig
-from onecard.config.training import FinetuneConfig
+from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.conversion import gguf_cache, llama_cpp_converter, meta_llama, meta_tokenizer, meta_weights
 from onecard.data import pickled_rows
 from onecard.hub import download, manifest
@@ -35,6 +35,7 @@ from onecard.programs import (
 )
 from onecard.runs import folder as runs_folder
 from onecard.runs import jobs
+from onecard.training import loop, metrics
 from onecard.ui import terminal_commands
 from tests.support import bad_hub, chat_fakes, meta_llama_reference, small_runs, tiny
 
@@ -118,6 +119,16 @@ def train(given: Inputs, new: Path) -> None:
         one_answer,
         **{"max_steps": 2, "sample_steps": 1, "save_total_limit": 1, "skip_bad_rows": True},
     )
+
+
+def go_on(name: str, given: Inputs, new: Path) -> None:
+    """The same command once more, or for a run that has begun the one that continues it."""
+    run = new / "runs/first"
+    if name == "train" and (run / runs_folder.CONFIG).exists():
+        options = config_options.build(ContinueConfig, {"output_path": str(run)})
+        loop.go_on(options, frozenset(), sample=one_answer, draw=metrics.loss_curve)
+    else:
+        WRITERS[name].run(given, new)
 
 
 def convert(source: Path, target: Path, to: str) -> None:
