@@ -41,6 +41,7 @@ def readme(newcomer) -> dict[str, subprocess.CompletedProcess]:
     return {command: newcomer.run(command) for command in written if command != THIS_VERY_RUN}
 
 
+@pytest.mark.ci
 def test_readme_commands_work(readme):
     """Each command ends with exit code 0."""
     assert "bash finetune.sh" in readme
@@ -48,6 +49,7 @@ def test_readme_commands_work(readme):
     assert not failed
 
 
+@pytest.mark.ci
 def test_the_default_run_says_what_it_does(readme):
     """It prints its choices, parameters, three rows, steps, validation, answers and the adapter's path."""
     output = readme["bash finetune.sh"].stdout
@@ -71,6 +73,7 @@ def test_the_default_run_says_what_it_does(readme):
     assert output.count("\n  before: ") == output.count("\n  after:  ") == 8
 
 
+@pytest.mark.ci
 def test_the_default_run_teaches_the_form(readme, newcomer):
     """After it at least 6 of 8 validation answers have the form, and before it none; losses fall."""
     folder = newcomer.folder / "lora-checkpoints" / "demo"
@@ -84,6 +87,7 @@ def test_the_default_run_teaches_the_form(readme, newcomer):
     assert fall(folder) < 0.8
 
 
+@pytest.mark.ci
 def test_the_default_run_again_is_finished(readme, newcomer):
     """The exit code is 0, nothing is set up or trained again, and the next steps are named."""
     folder = newcomer.folder / "lora-checkpoints" / "demo"
