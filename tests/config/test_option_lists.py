@@ -18,10 +18,6 @@ LISTED = {  # (file, names) -> why these names stand there
     ): "an exception: epochs that are given end a count of steps",
     ("training/resume.py", "device, dtype, threads"): "what `resolved` of the run holds, not options",
     (
-        "training/trainer.py",
-        "device, dtype, gradient_checkpointing, micro_batch_tokens, task, template, warmup_steps",
-    ): "keys of `resolved` in finetune_config.json: what automatic choices became",
-    (
         "training/warm_start.py",
         "lora_r, lora_target_modules, rslora",
     ): "each comes from its own tensors or key",
