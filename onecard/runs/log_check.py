@@ -1,7 +1,8 @@
 """Whether the log of a run has every step of a checkpoint, which a run needs to go on.
 
 The log says which evaluation was the best so far, so a run that went on with half of it could publish another
-adapter. It is synced before each checkpoint: no kill and no power failure makes it shorter than that.
+adapter. It is synced before each checkpoint, so neither a kill nor a power failure can make it shorter
+than the checkpoint.
 """
 
 from pathlib import Path
