@@ -295,7 +295,7 @@ def _keep(temporary: Path, folder: Path) -> None:
     if folder.exists() and _load_cached(folder, again=True)[0] is None:
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # another process has put it there
-        whole_folder.put(temporary, folder)
+        whole_folder.put(temporary, folder, private=True)  # a file of rows may be private, too
     _make_room(folder)
 
 

@@ -53,14 +53,18 @@ def put(
     target: Path,
     write_manifest: Callable[[], None] | None = None,
     replaced: Path | None = None,
+    private: bool = False,
 ) -> None:
-    """Sync a folder whose files are all written, and rename it to `target`. Their rights follow the umask.
+    """Sync a folder whose files are all written, and rename it to `target`.
 
     write_manifest: writes and syncs the file that says what the folder holds; it is called when all others
     are on the disk. replaced: where the folder that has the name so far goes, for the caller to delete;
-    without it that folder has to be empty. Raises OSError, and FileExistsError is one.
+    without it that folder has to be empty. private: the rights stay as they are, such as those of tempfile,
+    which lets nobody else look inside; otherwise they follow the umask. Raises OSError, and FileExistsError
+    is one.
     """
-    system_files.follow_umask(folder)
+    if not private:
+        system_files.follow_umask(folder)
     for path in folder.rglob("*"):
         if not path.is_symlink():
             system_files.sync_folder(path) if path.is_dir() else system_files.sync_file(path)

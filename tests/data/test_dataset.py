@@ -478,6 +478,16 @@ def test_damaged_and_foreign_entries_are_made_again(tmp_path, cache):
         assert data_examples.load(entry).sha256 == first
 
 
+def test_only_their_owner_can_read_the_kept_rows(tmp_path, cache):
+    """The file of rows may be private, so no copy of it becomes readable for others."""
+    umask = os.umask(0o022)
+    try:
+        encode(tiny.save_rows(tmp_path / "rows.json", 20))
+    finally:
+        os.umask(umask)
+    assert [entry.stat().st_mode & 0o777 for entry in (cache / "rows").iterdir()] == [0o700]
+
+
 def test_a_failed_encoding_leaves_nothing(tmp_path, cache):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"instruction": "q", "output": "a"}\nbroken\n')
