@@ -55,7 +55,11 @@ def line(command: str) -> str:
 
 def _typed(file: str) -> str:
     """A file of the checkout as the user types it: from another folder only its whole path is right."""
-    return file if ROOT.samefile(os.path.curdir) else shlex.quote(str(ROOT / file))
+    try:
+        is_here = ROOT.samefile(os.path.curdir)
+    except OSError:  # it is gone or may not be read
+        is_here = False
+    return file if is_here else shlex.quote(str(ROOT / file))
 
 
 def script(file: str, command: str) -> str:

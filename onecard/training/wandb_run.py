@@ -18,7 +18,6 @@ from onecard.system import files as system_files
 from onecard.system.console import say
 
 STEP = "step"  # key of the optimizer step in what is sent
-LOGIN = f"Run {commands.in_environment('wandb')} login, or set WANDB_MODE=offline."
 
 
 def start(folder: Path, settings: dict[str, Any]) -> Any:
@@ -43,7 +42,7 @@ def start(folder: Path, settings: dict[str, Any]) -> Any:
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP)
     except wandb.errors.Error as error:
-        fix = f"{LOGIN} For a new W&B run, delete {path}." if earlier else LOGIN
+        fix = f"{_login()} For a new W&B run, delete {path}." if earlier else _login()
         raise UserError(f"--wandb: Weights & Biases did not start: {error}", fix) from None
     sent = run.summary.get(STEP) if earlier else None
     if isinstance(sent, int) and sent > step:
@@ -76,4 +75,9 @@ def check() -> None:
         except (OSError, netrc.NetrcParseError):
             hosts = {}
         if not any("wandb" in host for host in hosts):
-            raise UserError("--wandb: this machine is not logged in to Weights & Biases.", LOGIN)
+            raise UserError("--wandb: this machine is not logged in to Weights & Biases.", _login())
+
+
+def _login() -> str:
+    """How to log in, or to do without; for an error message."""
+    return f"Run {commands.in_environment('wandb')} login, or set WANDB_MODE=offline."

@@ -1,6 +1,7 @@
 """The commands that a user is told: the files of a checkout there, and `onecard` and pip elsewhere."""
 
 import os
+import runpy
 import subprocess
 import sys
 
@@ -80,3 +81,10 @@ def test_a_child_finds_the_checkout_and_nothing_of_its_folder(tmp_path, monkeypa
     ended = subprocess.run([*line, "--help"], cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.startswith("usage: onecard finetune ")
+
+
+def test_a_working_folder_that_is_gone_is_another_folder(monkeypatch):
+    """On a network disk the system may not find it any more; the messages that name programs go on."""
+    monkeypatch.setattr(os.path, "curdir", "/proc/none")
+    runpy.run_path(str(ROOT / "onecard/training/wandb_run.py"))
+    assert commands.line("continue") == f"{ROOT}/.venv/bin/python {ROOT}/finetune_continue.py"
