@@ -41,7 +41,7 @@ while order := os.read(0, 1):
     while order == {GO!r} and not select.select([0], [], [], 0)[0]:
         sum(range(10_000))
 """
-AS_THEY_COME, OURS = "as the libraries come", "OneCard's setting"
+LIBRARIES, OURS = "the libraries' default", "OneCard's setting"
 Burst = Callable[[], float]  # works for a few seconds and returns tokens/s
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     )
     parser.add_argument("--work", choices=WORK, action="append", help="measure only this; all by default")
     parser.add_argument("--spins", help=f"try this {openmp.SPINS} instead of OneCard's [{openmp.OURS}]")
-    parser.add_argument("--side", choices=(AS_THEY_COME, OURS), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=(LIBRARIES, OURS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     works = args.work or list(WORK)
     if args.side:
@@ -69,7 +69,7 @@ def main() -> None:
             speeds = measure(work, other, args.rounds, args.spins)
             for side, (quiet, busy) in speeds.items():
                 print(f"| {work} | {side} | {quiet:.1f} | {busy:.2f} | {busy / quiet:.2f} |", flush=True)
-            before, (quiet, busy) = speeds[AS_THEY_COME][0], speeds[OURS]
+            before, (quiet, busy) = speeds[LIBRARIES][0], speeds[OURS]
             share = busy / max(quiet, before)  # so that a slow quiet speed is no way to the goal
             met = "met" if share >= GOAL else "NOT met"
             verdicts.append(
@@ -159,7 +159,7 @@ class Side:
 
 def measure(work: str, other: Other, rounds: int, spins: str | None) -> dict[str, tuple[float, float]]:
     """Side -> tokens/s on the quiet machine and beside the busy process; medians."""
-    sides = {name: Side(work, name, spins) for name in (AS_THEY_COME, OURS)}
+    sides = {name: Side(work, name, spins) for name in (LIBRARIES, OURS)}
     speeds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in sides}
     try:
         for _ in range(rounds):

@@ -35,7 +35,7 @@ from onecard.inference import resolve
 from onecard.models import base_model, quantized, tensor_files
 from onecard.models import memory as models_memory
 from onecard.models import tokenizer as models_tokenizer
-from onecard.system import build_lock, console, gpus, hardware, output_folder
+from onecard.system import build_lock, console, gpus, hardware, openmp, output_folder
 from onecard.system import files as system_files
 from onecard.system.console import say
 
@@ -89,6 +89,7 @@ def run(options: QuantizeConfig) -> Path:
         calibration_rows, report_rows = _rows(options, source, published)
         with errors.remedy(hardware.ON_CPU, beside=True):
             device = hardware.choose_device(options.device).value
+        openmp.say_once(device)
         _check_weights(source)
         before = _perplexity(source, report_rows, device, "perplexity before")
         if options.method == BNB:
@@ -327,6 +328,7 @@ def _perplexity(folder: Path, rows: list[EvalRow], device: str, title: str) -> f
     if device != "cpu" and size > models_memory.SAFETY * gpus.named(device).free_bytes():
         say(f"{title}: measured on the CPU, because {size / 2**30:.1f} GiB do not fit on {device}")
         device = "cpu"
+        openmp.say_once(device)
     dtype = hardware.choose_dtype("auto", device).value
     model = base_model.load_base(str(folder), 16, dtype, device).eval()
     try:

@@ -18,7 +18,7 @@ from onecard.evaluation.eval_rows import EvalRow
 from onecard.models import adapter as models_adapter
 from onecard.models import base_model
 from onecard.runs.adapters import Adapter
-from onecard.system import hardware
+from onecard.system import hardware, openmp
 from onecard.system.console import say
 
 UNMERGED = "base + adapter (peft)"
@@ -31,6 +31,7 @@ def run(options: MergeConfig, rows: list[EvalRow], base: Path, adapter: Adapter,
     """
     with errors.remedy("Leave --report out.", beside=True):
         device = hardware.choose_device("auto").value
+    openmp.say_once(device)
     dtype = hardware.choose_dtype("auto", device).value
     targets = sum(sum(is_target) for _, is_target in rows)
     say(f"report      {len(rows)} rows of {options.data_path}, {targets} target tokens, {dtype} on {device}")

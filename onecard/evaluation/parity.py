@@ -24,7 +24,7 @@ from onecard.inference import llama_cpp_engine, transformers_engine
 from onecard.inference.engine import Engine
 from onecard.models import adapter as models_adapter
 from onecard.models import base_model
-from onecard.system import hardware
+from onecard.system import hardware, openmp
 
 TOKENS = 64  # the longest answer
 CONTEXT = 1024  # tokens of a window of the text, and of the longest prompt with its answer
@@ -66,6 +66,7 @@ def reference(
 ) -> Outcome:
     """The outcome of transformers, in fp32 on the CPU; raises UserError (exit 6) as check_memory does."""
     check_memory(folder)
+    openmp.say_once("cpu")
     model = base_model.load_base(str(folder), 16, "fp32", "cpu").eval()
     if adapter_folder:
         model = models_adapter.attach(model, adapter_folder, NAME)

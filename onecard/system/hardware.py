@@ -134,20 +134,9 @@ def choose_threads(option: int | None) -> Choice:
     if variable.isdecimal() and int(variable):
         reason = "this container has no more cores" if openmp.is_ours() else "OMP_NUM_THREADS"
         return Choice(int(variable), reason)
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    cores = {_core_of(number) for number in usable}
-    threads = f", {len(usable)} with hyper-threading" if len(cores) < len(usable) else ""
-    return Choice(len(cores), f"{len(cores)} physical cores{threads}")
-
-
-def _core_of(number: int) -> str:
-    """A name that all hardware threads of one core share; the thread's number where the system has none."""
-    try:
-        path = f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list"
-        with open(path, encoding="utf-8") as file:
-            return file.read().strip()
-    except OSError:
-        return str(number)
+    usable, cores = openmp.usable_cores(), openmp.physical_cores()
+    threads = f", {usable} with hyper-threading" if cores < usable else ""
+    return Choice(cores, f"{cores} physical cores{threads}")
 
 
 def cpu_has_bf16() -> bool:

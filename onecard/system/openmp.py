@@ -1,10 +1,9 @@
-"""How torch and llama.cpp use the CPU: waiting threads soon sleep, and a container has a thread a core.
+"""How torch and llama.cpp use the CPU: waiting threads soon sleep, and containers have a thread for a core.
 
-Both compute with OpenMP. As its library comes, a thread that waits for the others keeps its core busy for
-many milliseconds. Beside another busy process the thread it waits for may need that very core. The library
-knows the cores that this process may use, but not how much time on them a container may take. It reads its
-settings when it is loaded, so choose() comes before anything imports torch. benchmarks/busy_machine.py
-measures what that gains.
+Both compute with OpenMP. By default a waiting thread keeps its core busy for many milliseconds. Beside
+another busy process the thread it waits for may need that very core. The library knows the cores that this
+process may use, but not how much time on them a container may take. It reads its settings when it is loaded,
+so choose() comes before anything imports torch. benchmarks/busy_machine.py measures what that gains.
 """
 
 import functools
@@ -32,6 +31,7 @@ USERS = (
     "GOMP_CPU_AFFINITY",
     "KMP_AFFINITY",
 )
+SLEEP = "idle threads sleep after a short wait, so that other programs can use their cores"
 SYSTEM = Path("/")  # where proc and sys are; tests have their own
 
 
@@ -60,12 +60,18 @@ def _say(limit: str | None) -> None:
     if limit:
         say(f"cores       {limit}, because this container has no more ({THREADS}={limit})")
     if limit != "1":
-        say(f"waiting     threads that wait sleep soon, for the sake of other busy programs ({SPINS}={OURS})")
+        say(f"waiting     {SLEEP} ({SPINS}={OURS})")
 
 
 def usable_cores() -> int:
-    """How many cores this process may use, of those that the system has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use, of those that the system has; a hardware thread counts as one."""
+    return len(_usable())
+
+
+def physical_cores() -> int:
+    """How many cores they are when all hardware threads of one core count as one."""
+    topology = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    return len({_text(topology.format(number)).strip() or str(number) for number in _usable()})
 
 
 def container_cores() -> int | None:
@@ -74,9 +80,15 @@ def container_cores() -> int | None:
     return math.ceil(min(limits)) if limits else None
 
 
+def _usable() -> set[int]:
+    """The numbers of the hardware threads that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return os.sched_getaffinity(0) if has_affinity else set(range(os.cpu_count() or 1))
+
+
 def _settings() -> dict[str, str]:
-    limit = container_cores()
-    limited = {THREADS: str(limit)} if limit is not None and limit < usable_cores() else {}
+    limit = container_cores()  # with a larger one torch and llama.cpp have a thread for each physical core
+    limited = {THREADS: str(limit)} if limit is not None and limit < physical_cores() else {}
     return {SPINS: OURS, **limited}
 
 

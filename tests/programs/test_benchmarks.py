@@ -49,7 +49,7 @@ def test_a_busy_machine_is_measured():
         "llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu"
     )
     rows = cells("--rounds", "1", program="busy_machine.py")
-    works, sides = busy_machine.WORK, (busy_machine.AS_THEY_COME, busy_machine.OURS)
+    works, sides = busy_machine.WORK, (busy_machine.LIBRARIES, busy_machine.OURS)
     assert [row[:2] for row in rows] == [[work, side] for work in works for side in sides]
     assert all(float(cell) > 0 for row in rows for cell in row[2:4])
 

@@ -178,6 +178,23 @@ def test_a_limit_above_the_cores_is_no_limit(container):
     assert openmp.THREADS not in os.environ
 
 
+@pytest.mark.parametrize(("limit", "threads"), [(600_000, 4), (400_000, 4), (300_000, 3)])
+def test_two_hardware_threads_of_a_core_are_one(limit, threads, container, monkeypatch, capsys):
+    """A limit of 6 on 4 cores with 8 hardware threads gives no more threads than there are cores."""
+    topology = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    pairs = {topology.format(number): f"{number % 4},{number % 4 + 4}\n" for number in range(8)}
+    container("0::/\n", {f"{NEW}cpu.max": f"{limit} 100000\n", **pairs})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    openmp.choose()
+    choice = hardware.choose_threads(None)
+    openmp.say_once("cpu")
+    limited = threads < 4
+    reason = "this container has no more cores" if limited else "4 physical cores, 8 with hyper-threading"
+    assert choice == hardware.Choice(threads, reason)
+    assert (openmp.THREADS in os.environ) is limited
+    assert ("because this container has no more" in capsys.readouterr().out) is limited
+
+
 def test_in_a_container_too_what_the_user_sets_stays(container, monkeypatch):
     container("0::/\n", {f"{NEW}cpu.max": "200000 100000\n"})
     monkeypatch.setenv(openmp.THREADS, "5")
