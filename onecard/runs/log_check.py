@@ -14,6 +14,7 @@ from onecard.runs.checkpoint import Progress
 from onecard.runs.folder import LOG, checkpoint_steps, record_of
 
 ROUNDING = 1e-4  # seconds by which the time of a step in the log may differ from the exact one
+Records = list[dict[str, Any] | None]  # of the lines of a log; None for a damaged line
 
 
 def problem(folder: Path, progress: Progress, begun_at: int | None) -> str | None:
@@ -22,11 +23,36 @@ def problem(folder: Path, progress: Progress, begun_at: int | None) -> str | Non
     begun_at: the step at which the run began; None in runs of earlier versions, when that is unknown. Lines
     after the checkpoint do not count, whatever they are.
     """
+    return _lack(_records(folder), progress, begun_at)
+
+
+def covered(folder: Path, before: int, begun_at: int | None) -> Path | None:
+    """The newest checkpoint earlier than step `before` with all of its steps in the log; None without one."""
+    records = _records(folder)
+    for step in sorted((step for step in checkpoint_steps(folder) if step < before), reverse=True):
+        path = folder / f"checkpoint-{step}"
+        try:
+            progress = runs_checkpoint.verified_progress(path)
+        except UserError:
+            continue
+        if _lack(records, progress, begun_at) is None:
+            return path
+    return None
+
+
+def _records(folder: Path) -> Records | None:
+    """The records of a run's log; None without a log."""
     path = folder / LOG
-    if begun_at is not None and progress.step > begun_at and not path.is_file():
+    if not path.is_file():
+        return None
+    return [record_of(line) for line in path.read_bytes().splitlines(keepends=True) if line.strip()]
+
+
+def _lack(records: Records | None, progress: Progress, begun_at: int | None) -> str | None:
+    """What `problem` returns, for the records of a log."""
+    if records is None and begun_at is not None and progress.step > begun_at:
         return "is missing"
-    content = path.read_bytes() if path.is_file() else b""
-    records = [record_of(line) for line in content.splitlines(keepends=True) if line.strip()]
+    records = records or []
     ends = [number for number, record in enumerate(records) if _is_step(record, progress.step)]
     until = ends[0] if ends else len(records) - 1  # what comes later may be cut off
     damaged = [number for number, record in enumerate(records[:until], start=1) if record is None]
@@ -59,22 +85,9 @@ def _is_step(record: dict[str, Any] | None, step: int | None = None) -> bool:
 
 def _ranges(steps: list[int]) -> str:
     """The first run of missing steps, and how many more there are."""
-    last = steps[0]
-    while last + 1 in steps:
+    last, missing = steps[0], {*steps}
+    while last + 1 in missing:
         last += 1
     text = f"step {last}" if last == steps[0] else f"steps {steps[0]} to {last}"
     more = len(steps) - (last - steps[0] + 1)
     return f"{text} and {more} others" if more else text
-
-
-def covered(folder: Path, before: int, begun_at: int | None) -> Path | None:
-    """The newest checkpoint earlier than step `before` with all of its steps in the log; None without one."""
-    for step in sorted((step for step in checkpoint_steps(folder) if step < before), reverse=True):
-        path = folder / f"checkpoint-{step}"
-        try:
-            progress = runs_checkpoint.verified_progress(path)
-        except UserError:
-            continue
-        if problem(folder, progress, begun_at) is None:
-            return path
-    return None

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from onecard.runs import folder as runs_folder
 from onecard.runs import log as runs_log
 from onecard.runs import log_check
 from onecard.runs.checkpoint import Progress
-from tests.support import resume_cases, tiny
+from tests.support import power_failure, resume_cases, tiny
 from tests.support.resume_cases import differences, outcome, stopped_at
 
 STEP = {"loss": 1.0, "tokens": 10, "seconds": 0.5}
@@ -150,6 +151,45 @@ def test_the_beginning_of_an_earlier_versions_run_may_be_unknown(tmp_path):
     assert log_check.problem(written(tmp_path / "fresh", []), progress, None) is None
     assert "of step 8" in log_check.problem(written(tmp_path / "gap", [7, 9]), progress, None)
     assert "of step 8" in log_check.problem(written(tmp_path / "known", [9]), progress, 7)
+
+
+@pytest.fixture
+def little_time():
+    """Ten seconds of computing: work that grows with the square of the steps takes minutes."""
+
+    def end(*_) -> None:
+        pytest.fail("this takes far too long")
+
+    before = signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 10)
+    yield
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.signal(signal.SIGVTALRM, before)
+
+
+@pytest.mark.usefixtures("little_time")
+def test_an_emptied_log_of_a_long_run_is_refused_at_once(tmp_path):
+    steps = 200_000
+    run = written(tmp_path / "run", [])
+    problem = log_check.problem(run, Progress(step=steps), 0)
+    assert problem == f"has no record of steps 1 to {steps}"
+
+
+def test_the_log_is_read_once_for_all_earlier_checkpoints(tmp_path, monkeypatch):
+    run, reads = written(tmp_path / "run", [1]), []
+    for step in (1, 2, 3, 4):
+        power_failure.save(run, step)
+    monkeypatch.setattr(
+        log_check, "record_of", lambda line: reads.append(line) or runs_folder.record_of(line)
+    )
+    monkeypatch.setattr(runs_checkpoint, "verified_progress", lambda path: progress_of(path))
+    assert log_check.covered(run, 5, 0) == run / "checkpoint-1"
+    assert len(reads) == 1
+
+
+def progress_of(checkpoint: Path) -> Progress:
+    step = int(checkpoint.name.split("-")[1])
+    return Progress(step=step, tokens=10 * step, seconds=0.5 * step)
 
 
 def test_what_comes_after_the_checkpoint_may_be_anything(whole, tmp_path):
