@@ -18,8 +18,9 @@ from tests.support import tiny
 
 PEAK, PLANNED = 0.3, 30  # learning rate; steps of the old plan
 SCHEDULES = ("linear", "cosine", "constant")
-POSITIONS = (0, 5, 6, 17, 29)  # steps of the old plan that are done
-SIZES = (4, 48)  # new rows, which are as many steps
+POSITIONS = range(PLANNED)  # updates of the old plan that are done
+SKIPPED = [(4, 3), (6, 3), (17, 1), (26, 3)]  # updates; further steps, which the scaler of fp16 skipped
+SIZES = (1, 4, 30, 31, 48)  # new rows, which are as many steps
 LIBRARY_NAMES = {"constant": "constant_with_warmup"}
 
 
@@ -41,7 +42,7 @@ def rates_of(schedule: str, warmup: int, total: int) -> list[float]:
 def request_for(tiny_model, tmp_path_factory):
     """A function from a number of rows, and further options, to a request to go on with these rows."""
     place = tmp_path_factory.mktemp("rows")
-    files = {count: tiny.save_rows(place / f"{count}.json", count) for count in (*SIZES, PLANNED)}
+    files = {count: tiny.save_rows(place / f"{count}.json", count) for count in SIZES}
 
     def make(count: int, **options) -> ContinueConfig:
         paths = {"model_path": tiny_model, "data_path": files[count], "output_path": place / "run"}
@@ -52,10 +53,25 @@ def request_for(tiny_model, tmp_path_factory):
     return make
 
 
-def older(request: ContinueConfig, step: int, **more) -> StartingPoint:
+@pytest.fixture
+def prepared_once(monkeypatch):
+    """Read rows and base once for all continuations with the same options, which differ in their position."""
+    plans = {}
+
+    def prepare(options, *rest, **more) -> training_plan.Plan:
+        key = str(options)
+        if key not in plans:
+            plans[key] = training_plan.prepare(options, *rest, **more)
+        return dataclasses.replace(plans[key], fingerprints={**plans[key].fingerprints})
+
+    monkeypatch.setattr(resume, "prepare", prepare)
+
+
+def older(request: ContinueConfig, step: int, skipped: int = 0, **more) -> StartingPoint:
     """An older program's checkpoint of its step `step`."""
     options = build(request.run_settings(), fields(request))
-    return StartingPoint(options, Progress(step=step, updates=step), planned_steps=PLANNED, **more)
+    progress = Progress(step=step, updates=step - skipped)
+    return StartingPoint(options, progress, planned_steps=PLANNED, **more)
 
 
 def fields(request: ContinueConfig) -> dict:
@@ -64,49 +80,55 @@ def fields(request: ContinueConfig) -> dict:
     return {name: value for name, value in dataclasses.asdict(request).items() if name in names}
 
 
-def own(request: ContinueConfig, before: training_plan.Plan, step: int) -> StartingPoint:
+def own(request: ContinueConfig, before: training_plan.Plan, step: int, skipped: int = 0) -> StartingPoint:
     """A checkpoint of OneCard's own run with this plan."""
     resolved = {"dtype": "fp32", "device": "cpu", "gradient_checkpointing": False}
     resolved |= {"total_steps": before.total_steps, "warmup_steps": before.warmup_steps}
     stored = {"options": {}, "resolved": resolved, "fingerprints": before.fingerprints}
     options = build(request.run_settings(), fields(request))
-    return StartingPoint(options, Progress(step=step, updates=step), stored=stored)
+    return StartingPoint(options, Progress(step=step, updates=step - skipped), stored=stored)
+
+
+def same(rates: list[float], expected: list[float]) -> bool:
+    return max(abs(one - other) for one, other in zip(rates, expected, strict=True)) < 1e-12
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_an_older_checkpoint_goes_on_with_the_rate_of_its_schedule(request_for, schedule, size):
+def test_an_older_checkpoint_goes_on_with_the_rate_of_its_schedule(
+    request_for, prepared_once, schedule, size
+):
     """At every position the next rate is the old schedule's; so are all others when the plan is not longer.
 
     The warm-up of 20 steps is more than a fifth of any of these plans, and older programs never shortened it.
     """
     for warmup in (0, 6, 20):
         expected = rates_of(schedule, warmup, PLANNED)
-        for position in POSITIONS:
-            request = request_for(size, lr_scheduler=schedule, warmup_steps=warmup)
-            plan = resume.make_plan(older(request, position), request, frozenset())
-            rates = [plan.learning_rate(update) for update in range(position, plan.total_steps)]
-            assert rates[0] == pytest.approx(expected[position], abs=1e-12), (warmup, position)
-            if size <= PLANNED:
-                assert rates == pytest.approx(expected[position:], abs=1e-12), (warmup, position)
+        request = request_for(size, lr_scheduler=schedule, warmup_steps=warmup)
+        for done, skipped in [*((done, 0) for done in POSITIONS), *SKIPPED]:
+            plan = resume.make_plan(older(request, done + skipped, skipped), request, frozenset())
+            last = PLANNED if size <= PLANNED else done + 1
+            rates = [plan.learning_rate(update) for update in range(done, last)]
+            assert same(rates, expected[done:last]), (warmup, done, skipped)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_other_rows_go_on_with_the_rate_of_the_old_schedule(request_for, schedule, size):
+def test_other_rows_go_on_with_the_rate_of_the_old_schedule(request_for, prepared_once, schedule, size):
     """The same holds for OneCard's own checkpoints; the rest of a longer plan falls evenly to its end."""
     first = request_for(PLANNED, lr_scheduler=schedule, warmup_steps=6)
     before = training_plan.prepare(build(first.run_settings(), fields(first)))
     assert (before.total_steps, before.warmup_steps) == (PLANNED, 6)
     expected = rates_of(schedule, 6, PLANNED)
-    for position in POSITIONS:
-        request = request_for(size, lr_scheduler=schedule, warmup_steps=6)
-        plan = resume.make_plan(own(request, before, position), request, frozenset())
-        rates = [plan.learning_rate(update) for update in range(position, plan.total_steps)]
-        assert rates[0] == pytest.approx(expected[position], abs=1e-12), position
-        assert len(rates) == max(size, PLANNED) - position
-        assert plan.learning_rate(plan.total_steps) == pytest.approx(PEAK if schedule == "constant" else 0)
-        after_warmup = rates[max(0, 6 - position) :]
+    request = request_for(size, lr_scheduler=schedule, warmup_steps=6)
+    for done, skipped in [*((done, 0) for done in POSITIONS), *SKIPPED]:
+        plan = resume.make_plan(own(request, before, done + skipped, skipped), request, frozenset())
+        rates = [plan.learning_rate(update) for update in range(done, plan.total_steps)]
+        assert same(rates[:1], expected[done : done + 1]), (done, skipped)
+        assert len(rates) == max(size, PLANNED) - done
+        last = plan.learning_rate(plan.total_steps)
+        assert same([last], [PEAK if schedule == "constant" else 0.0]), (done, skipped)
+        after_warmup = rates[max(0, 6 - done) :]
         assert sorted(after_warmup, reverse=True) == after_warmup
 
 
@@ -142,10 +164,17 @@ def test_a_stretched_schedule_goes_on_after_a_stop_and_with_more_rows(request_fo
 
 
 def test_when_the_old_plan_is_done_the_longer_plan_counts(request_for, capsys):
-    """Nothing would be learned with the rate at the end of the old schedule; the new rate is said."""
+    """Nothing would be learned with the rate at the end of the old schedule; the new rate is said.
+
+    Its steps are done even if fp16 skipped a few: what its schedule has left then is next to nothing, and
+    training all new rows with it would teach nothing.
+    """
     request = request_for(48, warmup_steps=6)
     plan = resume.make_plan(older(request, PLANNED), request, frozenset())
     assert plan.learning_rate(PLANNED) == pytest.approx(PEAK * 18 / 42)
+    assert "All 30 steps of the old plan are done." in capsys.readouterr().out
+    plan = resume.make_plan(older(request, PLANNED, skipped=2), request, frozenset())
+    assert plan.learning_rate(PLANNED - 2) == pytest.approx(PEAK * 20 / 42)
     assert "All 30 steps of the old plan are done." in capsys.readouterr().out
     request = request_for(4, warmup_steps=6)
     with pytest.raises(UserError, match="All 30 planned steps are done"):
