@@ -2,12 +2,14 @@
 
 A child starts in one second instead of ten, can be killed at any moment, and cannot disturb the process of
 the tests. `Harness` is the client and `python -m tests.support.harness` the server; a request is one line of
-JSON, and so is an answer. Each child runs on one thread.
+JSON, and so is an answer. Each child runs on one thread, and is killed after LIMIT seconds.
 """
 
 import contextlib
+import io
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tests.support.paths import ROOT
+
+LIMIT = 300  # seconds of a child, which may wait for another process for ever
 
 
 class Harness:
@@ -84,15 +88,28 @@ def attend(request: dict[str, Any]) -> dict[str, Any]:
         os.dup2(writer, 2)
         child(request)
     os.close(writer)
-    with os.fdopen(reader, errors="replace") as pipe:
-        fault = request["fault"]
-        for delay, number in fault.get("signals", []):
-            time.sleep(max(0, started + delay - time.monotonic()))
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, getattr(signal, number))
-        output = pipe.read()
+    fault = request["fault"]
+    for delay, number in fault.get("signals", []):
+        time.sleep(max(0, started + delay - time.monotonic()))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, getattr(signal, number))
+    limit = request.get("limit", LIMIT)
+    output, is_late = read(reader, started + limit)
+    if is_late:
+        os.kill(pid, signal.SIGKILL)
+        output += f"\nkilled after {limit} s"
+    os.close(reader)
     _, status = os.waitpid(pid, 0)
     return {"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - started, "said": output}
+
+
+def read(reader: int, until: float) -> tuple[str, bool]:
+    """(What arrives in a pipe, whether it was still open at this time of time.monotonic())."""
+    content, is_open = b"", True
+    while is_open and select.select([reader], [], [], max(0, until - time.monotonic()))[0]:
+        chunk = os.read(reader, 1 << 16)
+        content, is_open = content + chunk, bool(chunk)
+    return io.TextIOWrapper(io.BytesIO(content), "utf-8", "replace").read(), is_open
 
 
 def child(request: dict[str, Any]) -> None:
