@@ -83,7 +83,7 @@ def test_a_child_that_does_not_end_is_late(tmp_path, monkeypatch):
 
     assert warm_pytest.in_child(tmp_path, 1, compute)[0] is None
     monkeypatch.setattr(warm_pytest, "WAITING", 1)
-    assert warm_pytest.in_child(tmp_path, 2, wait)[0] is None
+    assert warm_pytest.in_child(tmp_path, 10, wait)[0] is None
     pid = int((tmp_path / "child").read_text())
     for _ in range(100):  # the system takes a moment
         status = Path(f"/proc/{pid}/stat")
