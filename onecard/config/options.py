@@ -173,7 +173,7 @@ def _read_json(path: str) -> dict[str, Any]:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}.", "Name a JSON file of options.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: not JSON ({error}).", 'It should look like {"bits": 4}.') from None
     if not isinstance(values, dict):
         raise UserError(

@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -160,7 +161,7 @@ def parts(file: Path, corpus: Corpus) -> Iterator[str]:
         else:
             with file.open(encoding="utf-8") as lines:
                 yield from map(corpus.read_line, lines)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         problem = f"{file}: cannot be read as a text of {corpus.title}: {first_line(error)}."
         raise UserError(problem, _expected(corpus), DATA) from None
 

@@ -126,7 +126,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
             re.compile(pattern)
     except (
         *(OSError, ValueError, KeyError, TypeError, AttributeError),
-        *(re.error, SafetensorError),
+        *(RecursionError, re.error, SafetensorError),
     ) as error:
         fix = "Name an adapter folder that peft wrote."
         raise refuse(f"the adapter cannot be read ({error}).", fix) from None

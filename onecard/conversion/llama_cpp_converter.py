@@ -143,7 +143,7 @@ def pretokenizer(path: Path) -> str | None:
         *before, last = steps
         plain = last["type"] == "ByteLevel" and last.get("use_regex", True) and not last["add_prefix_space"]
         digits = [step["type"] == "Digits" and step["individual_digits"] for step in before]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if not plain or len(before) > 1 or not all(digits):
         return None

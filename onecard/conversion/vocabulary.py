@@ -258,7 +258,7 @@ def prepare(
         system_files.write_json(place / "config.json", {**config, **_ids(new, config), "vocab_size": after})
         generation = place / "generation_config.json"
         if generation.is_file():
-            settings = json.loads(generation.read_text(encoding="utf-8"))
+            settings = system_files.read_json(generation, "Download the model again.") or {}
             system_files.write_json(generation, {**settings, **_ids(new, settings)})
         if (source / INDEX).is_file():
             _index(source / INDEX, place, files)

@@ -268,7 +268,7 @@ def _refuse_offline(name: str) -> None:
 def _json(content: bytes) -> Any:
     try:
         return json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -20,7 +20,7 @@ def files_of(folder: Path) -> list[Path]:
             listed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
             names = sorted(set(listed))
             paths = [folder / name for name in names if Path(name).name == name]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{folder / INDEX}: damaged ({error}).", "Fetch it again.", CHECKPOINT) from None
         if len(paths) != len(names) or not paths:
             raise UserError(

@@ -118,7 +118,7 @@ def verify(checkpoint: Path) -> list[str]:
         written, step = manifest["format"], manifest["step"]
     except FileNotFoundError:
         raise refuse(f"{checkpoint}: has no {MANIFEST}, so it is incomplete.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise refuse(f"{checkpoint / MANIFEST}: damaged ({error}).") from None
     if written != FORMAT:
         raise refuse(
@@ -192,7 +192,7 @@ def read_progress(checkpoint: Path) -> Progress:
         values = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))["progress"]
         names = [field.name for field in dataclasses.fields(Progress) if field.name not in IN_LOG]
         return Progress(**{name: values[name] for name in names})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         problem = f"{checkpoint / PROGRESS}: damaged ({error})."
         raise UserError(problem, "Use another checkpoint.", CHECKPOINT) from None
 

@@ -37,7 +37,7 @@ def trained_all(folder: Path) -> bool:
     """Whether the run in `folder` trains all weights, so that `model` belongs to it."""
     try:
         return json.loads((folder / CONFIG).read_text(encoding="utf-8"))["options"]["train_what"] == "full"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

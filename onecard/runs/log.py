@@ -95,7 +95,7 @@ def _before_and_after(folder: Path) -> dict[int, list[dict[str, str]]]:
             for step, when in ((0, "before"), (steps, "after"))
             if answers
         }
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

@@ -59,7 +59,7 @@ def read_json(path: Path, fix: str = "") -> dict[str, Any] | None:
         return content
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}.", fix, CHECKPOINT) from None
 
 

@@ -72,7 +72,7 @@ def is_made(target: Path, made_of: dict[str, Any], flag: str) -> bool:
     """
     place = find(target, flag)
     changed = None
-    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):
         stored = json.loads((place / RECORD).read_text(encoding="utf-8"))
         files, stamps = stored.pop("files"), _stamps(place)
         now: Mapping[str, int | list[int]] = stamps

@@ -135,6 +135,11 @@ def test_what_is_not_the_text_is_refused(tokenizer, tmp_path):
     assert f"{cut}: cannot be read as a text of C4" in refused(C4, cut, tokenizer)
     cut.write_bytes(gzip.compress(b'{"text": "a"}\n{"texts": 1}\n'))
     assert f"{cut}:2: there is no 'text'" in refused(C4, cut, tokenizer)
+    content = bytearray(gzip.compress(b'{"text": "a"}\n' * 999))
+    content[10] ^= 0xFF  # the first byte after the header
+    for damage in (bytes(content), gzip.compress(b"[" * 100_000), b"no gzip", gzip.compress(b"\xff\n")):
+        cut.write_bytes(damage)
+        assert f"{cut}: cannot be read as a text of C4" in refused(C4, cut, tokenizer)
     damaged = tmp_path / "train.parquet"
     damaged.write_bytes(b"PAR1 and nothing more")
     assert str(damaged) in refused(WIKITEXT2, damaged, tokenizer)
