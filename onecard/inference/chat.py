@@ -51,6 +51,7 @@ class Reply:
     first: float | None  # seconds until the first token
     seed: int | None = None  # of a sampled answer; the same seed gives the same answer again
     loading: bool = False  # whether the model is still being loaded
+    ended: str = ""  # why it had to be loaded again for this answer
 
     @property
     def finished(self) -> str:
@@ -168,8 +169,10 @@ class Chat:
         """
         started = time.monotonic()
         settings = generation.seeded(settings)
+        ended = ""
         if not self.engine.is_loaded:
-            yield Reply(detokenizer.PartialText(""), 0, 0, 0, 0, 0.0, None, loading=True)
+            ended = self.engine.why_ended()
+            yield Reply(detokenizer.PartialText(""), 0, 0, 0, 0, 0.0, None, loading=True, ended=ended)
             self.engine.load()
             started = time.monotonic()
         active_adapters = self.active_adapters if active_adapters is None else active_adapters
@@ -189,7 +192,8 @@ class Chat:
         def so_far(text: detokenizer.PartialText, finished: str = "") -> Reply:
             text = dataclasses.replace(text, finished=finished) if finished else text
             taken = time.monotonic() - started
-            return Reply(text, len(fitted.ids), read, sequence.reused, fitted.left_out, taken, first, seed)
+            counts = len(fitted.ids), read, sequence.reused, fitted.left_out
+            return Reply(text, *counts, taken, first, seed, ended=ended)
 
         sequence = self.engine.open(fitted.ids, active_adapters)
         try:

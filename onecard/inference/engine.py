@@ -118,6 +118,13 @@ class Engine(Protocol):
         """Whether the weights are in memory."""
         ...
 
+    def why_ended(self) -> str:
+        """Why the weights have left the memory by themselves since the last call; "" when they have not.
+
+        A failure that a step has raised is not repeated here.
+        """
+        ...
+
     def load(self) -> None:
         """Read the weights if they are not in memory; a second caller waits. Raises UserError."""
         ...

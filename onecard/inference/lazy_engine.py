@@ -47,6 +47,9 @@ class Engine:
     def is_loaded(self) -> bool:
         return self.engine is not None and self.engine.is_loaded
 
+    def why_ended(self) -> str:
+        return self.engine.why_ended() if self.engine is not None else ""
+
     def load(self) -> None:
         """Load the model. Raises UserError (exit 6) when memory is short; the next question tries again."""
         self._loaded()

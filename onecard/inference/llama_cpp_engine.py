@@ -24,6 +24,7 @@ from onecard.inference import gguf_check
 from onecard.inference.decoding import shared_beginning
 from onecard.inference.llama_cpp_model import CHUNK
 from onecard.inference.llama_cpp_process import ModelProcess
+from onecard.system.console import say
 
 TURN = 0.2  # seconds after which a waiting sequence looks whether it was cancelled
 
@@ -68,6 +69,9 @@ class Engine:
         with self.loading:
             self._check_open()
             if not self.is_loaded:
+                reason = self.why_ended()
+                if reason:  # the caller has not looked, or it has just ended
+                    say(f"{reason} The model is loaded again.")
                 self._start()
 
     def _start(self) -> None:
@@ -88,6 +92,10 @@ class Engine:
     @property
     def is_loaded(self) -> bool:
         return self.process.is_alive
+
+    def why_ended(self) -> str:
+        ended = self.process.ended_by_itself()
+        return ended.problem if ended else ""
 
     @property
     def placement(self) -> inference_engine.Placement:

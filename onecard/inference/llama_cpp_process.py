@@ -77,6 +77,15 @@ class ModelProcess:
     def is_alive(self) -> bool:
         return self.death is None and self.process.poll() is None
 
+    def ended_by_itself(self) -> UserError | None:
+        """Why the child has ended, if no call has raised it yet; what this process has of it is freed."""
+        with self.lock:
+            if self.is_alive or self.death:
+                return None
+            self.death = self._why_it_ended()
+            self.close()
+            return self.death
+
     def cut(self, length: int) -> int:
         """Keep the first `length` tokens of the context; returns how many stay: `length`, or 0."""
         return int(self._call("cut", length=length))

@@ -88,6 +88,9 @@ class Engine:
     def placement(self) -> inference_engine.Placement:
         return inference_engine.Placement(str(self.device))
 
+    def why_ended(self) -> str:
+        return ""
+
     def load(self) -> None:
         """Nothing to do: the model was loaded before."""
 

@@ -36,7 +36,7 @@ def describe(reply: Reply, chat: Chat, lang: str) -> str:
         trainings = ", ".join(chat.engine.placement.beside)
         message = "正在载入模型 ..." if zh else "loading the model ..."
         beside = f"（{trainings} 正在同一设备上训练）" if zh else f" ({trainings} trains on the same device)"
-        return message + (beside if trainings else "")
+        return message + (beside if trainings else "") + (f" {reply.ended}" if reply.ended else "")
     if not reply.finished and not reply.text.tokens:
         word = "读取" if zh else "reading"
         return f"{word} {reply.read} / {reply.prompt_tokens} {'词元' if zh else 'tokens'}"
@@ -57,6 +57,8 @@ def describe(reply: Reply, chat: Chat, lang: str) -> str:
         number = reply.left_out
         turns = "turn" if number == 1 else "turns"
         parts.append(f"{number} 轮较早对话未包含" if zh else f"{number} oldest {turns} left out")
+    if reply.ended:
+        parts.append(f"已重新载入模型：{reply.ended}" if zh else f"the model was loaded again: {reply.ended}")
     if reply.finished in WHY:
         parts.append(WHY[reply.finished][zh])
     return " · ".join(parts)

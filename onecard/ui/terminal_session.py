@@ -49,6 +49,8 @@ class Session:
                 begun = reply.text.tokens or reply.finished
                 behind = reply.text.open if begun else f"reading {reply.read}/{reply.prompt_tokens} tokens"
                 behind = "loading the model ..." if reply.loading else behind
+                if reply.loading and reply.ended and not self.live:  # a terminal has it below the answer
+                    tell(f"{reply.ended} The model is loaded again.")
                 self.screen.show(reply.text.stable, behind)
         self.screen.end()
         assert reply is not None, "Chat.stream ends with a finished reply"

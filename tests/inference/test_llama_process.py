@@ -26,7 +26,9 @@ from onecard.inference import gguf_check, llama_cpp_model
 from onecard.inference.chat import Chat
 from onecard.inference.llama_cpp_engine import Engine
 from onecard.ui import sessions as ui_sessions
+from onecard.ui import status as ui_status
 from onecard.ui import terminal
+from onecard.ui.terminal_session import Session
 from tests.support import tiny
 from tests.support.pty_session import READY, Pty
 
@@ -148,12 +150,38 @@ def test_one_message_and_the_next_question_is_answered(talk, base, tiny_gguf, de
 
 
 def test_death_between_two_answers_costs_nothing(talk):
-    """The next question loads the file again, and says so while it does."""
+    """The next question loads the file again, and says so and why."""
     expected = answer(talk)
+    before = descriptors()
     os.kill(pid_of(talk), signal.SIGKILL)
     assert is_gone(pid_of(talk))
     replies = list(talk.stream(data_conversation.single("Say red"), QUICK, (("a", 1.0),)))
     assert (replies[0].loading, replies[-1].text.whole) == (True, expected)
+    assert {reply.ended for reply in replies} == {
+        f"{talk.engine.path}: the process in which llama.cpp uses this file ended with SIGKILL."
+    }
+    for lang, word in (("en", "loaded again"), ("zh", "重新载入")):
+        assert f"{word}" in (line := ui_status.describe(replies[-1], talk, lang))
+        assert replies[0].ended in line
+        assert replies[0].ended in ui_status.describe(replies[0], talk, lang)
+    assert descriptors() == before, "the pipes of the dead child are closed"
+    again = list(talk.stream(data_conversation.single("Say red"), QUICK, (("a", 1.0),)))
+    assert {(reply.loading, reply.ended) for reply in again} == {(False, "")}
+
+
+def test_who_has_no_answer_to_show_it_in_is_told_in_a_line(talk, capsys):
+    """A measurement, and a chat through a pipe, whose answers are all that its output has."""
+    list(talk.engine.each([3, 4, 5]))
+    for ask in (
+        lambda: list(talk.engine.each([3, 4, 5])),
+        lambda: Session(talk, ChatConfig(mode="greedy", max_new_tokens=3), False).ask("red", []),
+    ):
+        os.kill(pid_of(talk), signal.SIGKILL)
+        assert is_gone(pid_of(talk))
+        ask()
+        said = capsys.readouterr()
+        assert (said.out + said.err).count("ended with SIGKILL. The model is loaded again.\n") == 1
+    assert "SIGKILL" not in said.out
 
 
 def test_who_waits_is_answered_although_the_first_is_not(talk):
