@@ -286,7 +286,17 @@ def _by_gptqmodel(
         model.save(str(folder))
     for name in (WAITING, LOGS):
         shutil.rmtree(folder / name, ignore_errors=True)
+    _leave_out_waiting(folder)
     return [entry for entries in log.values() for entry in entries]
+
+
+def _leave_out_waiting(folder: Path) -> None:
+    """Take the path where layers waited out of the settings that gptqmodel has saved."""
+    for path in (folder / model_files.MODEL_CONFIG, folder / "quantize_config.json"):
+        values = system_files.read_json(path) or {}
+        settings = values.get("quantization_config", values)
+        if settings.get("meta", {}).pop("offload_to_disk_path", None):
+            system_files.write_json(path, values)
 
 
 def _print_errors(log: list[dict[str, Any]]) -> None:

@@ -151,7 +151,20 @@ def test_a_gptq_folder_is_what_others_load(source, by_gptq, rows, tmp_path):
     again = quantise(source, rows, target, "--report_rows", 4, "--group_size", 32)
     assert "made from the same files and options, so there is nothing to do" in again
     assert told_of(again) == told_of(output) != []
+    texts = [path.read_text() for path in target.glob("*.json")]
+    assert [text for text in texts if ".waiting" in text or ".making" in text] == []
     assert not {"logs", ".waiting"} & {path.name for path in (*target.iterdir(), *target.parent.iterdir())}
+
+
+@pytest.mark.parametrize("layout", ["config.json", "quantize_config.json"])
+def test_the_path_where_layers_waited_is_not_published(tmp_path, layout):
+    """It is a path of this computer that is gone; gptqmodel saves it in two files, and all else stays."""
+    settings = {"bits": 4, "meta": {"offload_to_disk_path": "/home/me/.out.making/.waiting", "mse": 0.0}}
+    values = {"quantization_config": settings} if layout == "config.json" else settings
+    (tmp_path / layout).write_text(json.dumps(values))
+    quantize._leave_out_waiting(tmp_path)
+    del settings["meta"]["offload_to_disk_path"]
+    assert json.loads((tmp_path / layout).read_text()) == values
 
 
 @pytest.mark.gptq
@@ -226,6 +239,7 @@ def test_every_kind_loads_with_finite_logits(dead_input, rows, tmp_path, changes
         "group_size": group,
         "desc_act": changes.get("act_order", False),
     }
+    assert ".waiting" not in (tmp_path / "made" / "config.json").read_text()
     assert torch.isfinite(logits(tmp_path / "made")).all()
     error, plain = errors(
         dead_input, rows, tmp_path / "made", rounded(dead_input, tmp_path / "rounded", bits, group)
