@@ -7,13 +7,10 @@ version replaces only the files that differ. So it is whole when its receipt say
 has not fetched are never overwritten.
 """
 
-import contextlib
 import dataclasses
 import os
-import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +19,15 @@ from tqdm import tqdm
 from onecard.config import options as config_options
 from onecard.config.tools import FOLDER, HUB_MODEL, MODELSCOPE, NAMED_MODEL, DownloadConfig
 from onecard.errors import CHECKPOINT, DISK, UNSAFE, UserError
+from onecard.hub import destination, locate, manifest, remote_code, transfer
 from onecard.hub import listing as hub_listing
-from onecard.hub import locate, manifest, remote_code, transfer
 from onecard.hub.demo import DEMO
+from onecard.hub.destination import size_text
 from onecard.hub.listing import Listing
 from onecard.hub.transfer import SHA256, Remote, UnreachableError
-from onecard.system import commands, hashing, lock
+from onecard.system import commands, hashing
 from onecard.system import files as system_files
 from onecard.system.console import say
-
-SPARE = 1 << 24  # bytes that stay free
 
 
 def run(options: DownloadConfig) -> Path:
@@ -42,28 +38,9 @@ def run(options: DownloadConfig) -> Path:
     if options.model_path == DEMO:
         return _demo(Path(locate.locate(DEMO)), folder, options.verify)
     lines = _lines(options.url_list)
-    with _owned(folder):
+    with destination.owned(folder):
         _bring(options, folder, lines)
     return folder
-
-
-@contextlib.contextmanager
-def _owned(folder: Path) -> Iterator[None]:
-    """Hold the lock of the folder; raises UserError when another download has it, exit 7 on a full disk."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(lock.owned(folder))
-        except UserError as error:
-            if error.code == DISK:
-                raise
-            problem = f"{folder}: another download is at work there."
-            raise UserError(problem, "Wait for it, or choose another --to.") from None
-        try:
-            yield
-        except OSError as error:
-            if error.errno in system_files.REFUSED:
-                raise system_files.disk_error(folder, error) from None
-            raise
 
 
 def _pinned(options: DownloadConfig) -> DownloadConfig:
@@ -191,60 +168,37 @@ def _complete(
     for file in listing.files:
         transfer.check_place(folder, file.name)
     recorded = old["files"] if old else {}
-    missing = [file for file in listing.files if not _is_there(folder, file, recorded, options.verify)]
-    foreign = [file.name for file in missing if not _may_replace(folder / file.name, recorded.get(file.name))]
+    missing = [
+        file for file in listing.files if not destination.is_there(folder, file, recorded, options.verify)
+    ]
+    foreign = [
+        file.name
+        for file in missing
+        if not destination.may_replace(folder / file.name, recorded.get(file.name))
+    ]
     if foreign:
         problem = f"{folder}: {', '.join(foreign[:5])} is there and not the file of {listing.name}."
         raise UserError(problem, "Delete it to fetch it anew, or choose another --to.", CHECKPOINT)
-    _check_disk(folder, missing)
+    destination.check_room(folder, missing)
     _fetch(folder, listing, missing)
-    _name(folder, missing)
-    others = _others(folder, listing, recorded)
+    destination.give_names(folder, missing)
+    others = destination.others(folder, listing, recorded)
     follows = (
         old is None or old["commit"] == listing.commit or (bool(options.url_list) and not options.update)
     )
     remaining, removed = (others, []) if follows else ([], others)
     if removed:
         say(f"Removed, because this version does not have them: {', '.join(removed)}")
-    for name in [*removed, *_beginnings(folder, listing)]:
+    for name in [*removed, *destination.beginnings(folder, listing)]:
         (folder / name).unlink()
-    values = _receipt(folder, listing)
+    values = destination.receipt(folder, listing)
     values["files"] |= {name: recorded[name] for name in remaining}
     if old is None or any(old[key] != value for key, value in values.items()):
         manifest.write(folder, values)
-    fetched = f"{_size(sum(file.size or 0 for file in missing))} fetched" if missing else "nothing to fetch"
+    size = size_text(sum(file.size or 0 for file in missing))
+    fetched = f"{size} fetched" if missing else "nothing to fetch"
     say(f"{len(listing.files)} files, {fetched}; all checksums are right. {_version(values)}")
     _tell_code(folder, options, values)
-
-
-def _is_there(folder: Path, file: Remote, recorded: dict[str, Any], again: bool) -> bool:
-    path = folder / file.name
-    if not path.is_file() or (file.size is not None and path.stat().st_size != file.size):
-        return False
-    if file.kind == SHA256:
-        return hashing.of_file(path, again) == file.digest
-    entry = recorded.get(file.name)
-    if entry and entry["listed"] == f"{file.kind}:{file.digest}":
-        return hashing.of_file(path, again) == entry["sha256"]
-    return transfer.digest(path, file.kind) == file.digest
-
-
-def _may_replace(path: Path, entry: dict[str, Any] | None) -> bool:
-    """Whether nothing of the user's is lost: no file is there, or the one that was fetched."""
-    if not os.path.lexists(path):
-        return True
-    return entry is not None and path.is_file() and hashing.of_file(path) == entry["sha256"]
-
-
-def _check_disk(folder: Path, missing: list[Remote]) -> None:
-    """Raise UserError (exit 7) when what is still to come does not fit."""
-    parts = [file.part(folder) for file in missing]
-    have = sum(part.stat().st_size for part in parts if part.is_file())
-    needed = sum(file.size or 0 for file in missing) - have
-    free = shutil.disk_usage(folder).free
-    if missing and free < needed + SPARE:
-        problem = f"{folder}: {_size(needed)} are still to come, {_size(free)} are free."
-        raise UserError(problem, "Make room, or choose another disk with --to.", DISK)
 
 
 def _fetch(folder: Path, listing: Listing, missing: list[Remote]) -> None:
@@ -253,51 +207,9 @@ def _fetch(folder: Path, listing: Listing, missing: list[Remote]) -> None:
     with transfer.connect(listing.hosts) as client, total:
         for number, file in enumerate(missing, 1):
             if total.disable:
-                print(f"{number}/{len(missing)} {file.name}, {_size(file.size or 0)}", file=sys.stderr)
+                print(f"{number}/{len(missing)} {file.name}, {size_text(file.size or 0)}", file=sys.stderr)
             part = transfer.fetch(client, file, folder, listing.headers, total)
             system_files.sync_file(part)
-
-
-def _name(folder: Path, fetched: list[Remote]) -> None:
-    """Give the fetched files their names, and return when these are on the disk."""
-    for file in fetched:
-        file.part(folder).replace(folder / file.name)
-    for parent in {(folder / file.name).parent for file in fetched}:
-        system_files.sync_folder(parent)
-
-
-def _others(folder: Path, listing: Listing, recorded: dict[str, Any]) -> list[str]:
-    """Files that were fetched before, are as they were, and are not listed: other --files, or gone."""
-    names = {file.name for file in listing.files}
-    return [
-        name
-        for name, entry in recorded.items()
-        if name not in names and (folder / name).is_file() and _may_replace(folder / name, entry)
-    ]
-
-
-def _beginnings(folder: Path, listing: Listing) -> list[str]:
-    """Our own leftovers: .part files of other contents."""
-    return [
-        path.relative_to(folder).as_posix()
-        for file in listing.files
-        for path in (folder / file.name).parent.glob(f"*{transfer.PART}")
-        if re.fullmatch(re.escape(Path(file.name).name) + r"\.[0-9a-f]{12}", path.stem)
-    ]
-
-
-def _receipt(folder: Path, listing: Listing) -> dict[str, Any]:
-    files = {}
-    for file in listing.files:
-        path = folder / file.name
-        digest = file.digest if file.kind == SHA256 else hashing.of_file(path)
-        files[file.name] = {
-            "size": path.stat().st_size,
-            "sha256": digest,
-            "listed": f"{file.kind}:{file.digest}",
-        }
-    values = {key: getattr(listing, key) for key in manifest.TEXTS}
-    return {**values, "files": files}
 
 
 def _demo(source: Path, folder: Path | None, again: bool) -> Path:
@@ -313,13 +225,13 @@ def _demo(source: Path, folder: Path | None, again: bool) -> Path:
     digests = hashing.of_files(paths)
     files = [Remote(path.name, "", path.stat().st_size, SHA256, digests[path]) for path in paths]
     listing = Listing(**values, files=files)
-    with _owned(folder):
-        missing = [file for file in files if not _is_there(folder, file, {}, again)]
+    with destination.owned(folder):
+        missing = [file for file in files if not destination.is_there(folder, file, {}, again)]
         foreign = [file.name for file in missing if os.path.lexists(folder / file.name)]
         if foreign:
             problem = f"{folder}: {', '.join(foreign[:5])} is there and not the demo's."
             raise UserError(problem, "Delete it, or choose another --to.", CHECKPOINT)
-        _check_disk(folder, missing)
+        destination.check_room(folder, missing)
         for file in missing:
             part = file.part(folder)
             shutil.copyfile(source / file.name, part)
@@ -330,9 +242,9 @@ def _demo(source: Path, folder: Path | None, again: bool) -> Path:
                     DISK,
                 )
             system_files.sync_file(part)
-        _name(folder, missing)
+        destination.give_names(folder, missing)
         if not old:
-            manifest.write(folder, _receipt(folder, listing))
+            manifest.write(folder, destination.receipt(folder, listing))
     say(f"{len(missing)} files copied, {len(files) - len(missing)} there already; all checksums are right.")
     return folder
 
@@ -359,7 +271,3 @@ def _version(values: dict[str, Any]) -> str:
     what = f"{values['name']}, " if values["source"] != "list" else ""
     revision = f"{values['revision']}, " if values["revision"] not in ("", values["commit"]) else ""
     return f"{what}{revision}commit {values['commit']}"
-
-
-def _size(size: int) -> str:
-    return tqdm.format_sizeof(size, "B", 1000)

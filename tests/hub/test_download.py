@@ -21,7 +21,7 @@ from tqdm import tqdm
 from onecard.config.chat import ChatConfig
 from onecard.config.tools import DownloadConfig
 from onecard.errors import CHECKPOINT, DISK, UNSAFE, USAGE, UserError
-from onecard.hub import addresses, locate, manifest, transfer
+from onecard.hub import addresses, destination, locate, manifest, transfer
 from onecard.hub import download as hub_download
 from onecard.inference import base_choice, loader, resolve
 from onecard.inference.resolve import ModelRequest
@@ -464,7 +464,7 @@ def test_asked_to_wait(served, tmp_path, monkeypatch):
 def test_the_disk_is_checked_first(served, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1 << 20})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    monkeypatch.setattr(hub_download, "SPARE", (1 << 20) - 200_000)
+    monkeypatch.setattr(destination, "SPARE", (1 << 20) - 200_000)
     refused(served, tmp_path / "m", DISK)
     assert inside(tmp_path / "m") == []
     assert not served.files("/resolve/")
