@@ -163,6 +163,19 @@ class EncodingOptions:
         changes_rows=True,
         fixed_for_other_rows=False,
     )
+    marked_rows: str = learned(
+        "unwrap",
+        ("Rows with markers", "带模板标记的行"),
+        (
+            "what happens to questions that are a whole prompt of a template already, markers included: "
+            "unwrap takes the markers off, keep writes --template around them once more",
+            "提问本身已是某个模板的完整提示（含标记）时：unwrap 去掉这些标记；"
+            "keep 原样保留，外面再套一层模板",
+        ),
+        choices=("unwrap", "keep"),
+        changes_rows=True,
+        fixed_for_other_rows=False,
+    )
     long_rows: str = learned(
         "cut",
         ("Rows that are too long", "过长的行"),

@@ -33,8 +33,9 @@ from onecard.system.console import say
 
 MARKERS = {  # kind of a row with a template's markers -> the problem, by the template's name
     data_markers.WHOLE: "questions within the markers of {}, which training takes off",
-    data_markers.PART: "markers of {} in a question that is no whole prompt of it",
-    data_markers.TEXT: "markers of {} in raw text, of which training learns the questions too",
+    data_markers.TURNS: "conversations within the markers of {}, of which training makes turns",
+    data_markers.PART: "markers of {} in a question, but the question is not a whole prompt of it",
+    data_markers.TEXT: "raw text with markers of {}: training learns its questions too",
 }
 PLACEHOLDERS = re.compile(
     r"<一段文[本字]>|<文本>|\[图[画片]\]|<no ?(in|out)put>|<image>|\[image\]|\[insert [^\]]*\]",

@@ -28,11 +28,10 @@ from onecard.config.declaration import row_options
 from onecard.config.training import FinetuneConfig
 from onecard.data import encode as data_encode
 from onecard.data import examples as data_examples
-from onecard.data import markers as data_markers
 from onecard.data import reader
 from onecard.data import schemas as data_schemas
 from onecard.data.conversation import Conversation
-from onecard.data.markers import Marked, MarkedRows, Markers
+from onecard.data.markers import UNWRAP, Marked, MarkedRows, Markers
 from onecard.data.reader import RowFile
 from onecard.data.schemas import BadRow
 from onecard.data.template import Template
@@ -112,26 +111,23 @@ def encode(
     tokenizer: Any,
     tokenizer_print: str,
     again: bool = False,
-    marked_rows: str = data_markers.UNWRAP,
 ) -> Dataset:
     """Encode all rows of the files, or take them from the cache.
 
     Of several templates, the seed and the number of a row choose the one that the row is written in.
     tokenizer: from template.tokenizer_for; tokenizer_print: SHA-256 of its files; again: as fingerprint_of
-    takes it; marked_rows: what to do with rows that are whole prompts of a template, UNWRAP or KEEP. Raises
-    UserError: exit 3 at a bad row, without any usable row, or when a file changes meanwhile;
+    takes it. Raises UserError: exit 3 at a bad row, without any usable row, or when a file changes meanwhile;
     exit 7 when the rows cannot be written.
     """
     task = options.task if options.task != "auto" else _task(files[0], options.schema)
     content = fingerprint_of(files, again)
-    key = cache_key(options, files, templates, tokenizer_print, task, content, marked_rows)
+    key = cache_key(options, files, templates, tokenizer_print, task, content)
     folder = system_files.cache_folder() / "rows" / key
     with _in_turn(folder):  # of several processes of one run the first encodes; the others use its entry
         encoding, ends, marked = _load_cached(folder, again)
         if encoding is None:
-            unwraps = marked_rows == data_markers.UNWRAP
             encoding, ends, marked = _encode_files(
-                folder, options, files, templates, tokenizer, task, content, unwraps
+                folder, options, files, templates, tokenizer, task, content
             )
     if not len(encoding.examples):
         problem = (
@@ -149,7 +145,6 @@ def cache_key(
     tokenizer_print: str,
     task: str,
     content: str,
-    marked_rows: str = data_markers.UNWRAP,
 ) -> str:
     """SHA-256 of all that encoded rows depend on; content: what fingerprint_of returns for the files."""
     depends = {
@@ -160,7 +155,6 @@ def cache_key(
         "seed": options.seed if len(templates) > 1 else None,
         "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers")},
         "as": task,
-        "marked rows": marked_rows,
         **{name: getattr(options, name) for name in row_options(type(options))},
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
@@ -206,10 +200,9 @@ def _encode_files(
     tokenizer: Any,
     task: str,
     content: str,
-    unwraps: bool,
 ) -> tuple[data_examples.Encoding, list[int], list[MarkedRows]]:
     """Read and encode all rows into the cache. A failure leaves nothing in the cache."""
-    markers = Markers(templates, tokenizer)
+    markers, unwraps = Markers(templates, tokenizer), options.marked_rows == UNWRAP
     targets = (options.train_on_inputs, options.train_on)
     too_long = f"longer than --cutoff_len {options.cutoff_len}"
 

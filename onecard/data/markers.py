@@ -16,9 +16,10 @@ from onecard.data.conversation import ASSISTANT, Conversation, Turn
 from onecard.data.template import Part, Template
 
 WHOLE = "whole"  # every marked question of a row is a whole prompt, so the markers can be taken off
+TURNS = "turns"  # the same, and a prompt of several turns becomes these turns
 PART = "part"  # there are markers in a question, but it is no whole prompt
 TEXT = "text"  # the markers stand in raw text, which no template is written around
-UNWRAP, KEEP = "unwrap", "keep"  # what to do with whole prompts; runs that began before 2026-12 keep them
+UNWRAP, KEEP = "unwrap", "keep"  # what --marked_rows does with whole prompts
 STARTS = ("<s>", "<|begin_of_text|>")  # names of BOS that may stand before a prompt
 ENDS = (
     "</s>",
@@ -27,19 +28,46 @@ ENDS = (
     "<|end_of_text|>",
     "<|eot_id|>",
 )  # names of EOS after an answer
-# Alpaca's preamble in its variants and translations, as data sets write it before the first marker
-PREAMBLE = re.compile(
-    r"\s*(?:Below is an instruction that describes a task[^\n]{0,300}(?:\n[^\n#]{1,300})?"
-    r"|(?:以下是|下面是)[^\n]{0,40}(?:指令|任务)[^\n]{0,300})\s*\n"
-)
+OWN = "the model's own template"  # how a message names the tokenizer's chat template
+
+
+def _compact(text: str) -> str:
+    return "".join(text.split())
+
+
+# Alpaca's preamble and its translations, as data sets write them before the first marker. Any other text
+# there may be an instruction of its own, so it is never taken off.
+PREAMBLES = {
+    _compact(text)
+    for text in (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.",
+        "Below is an instruction that describes a task. Write a response that completes the request.",
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.",
+        "以下是描述任务的指令，请写出恰当完成该请求的回应。",
+        "以下是描述任务的指令，以及提供更多上下文的输入。请写出恰当完成该请求的回答。",
+        "以下是一个描述任务的指令，请写一个完成该指令的适当回复。",
+        "以下是一个描述任务的指令。请编写一个适当完成请求的回答。",
+        "以下是一个描述任务的指令，配有提供进一步背景的输入。请写出一个适当完成请求的回答。",
+        "下面是描述任务的指令。编写一个适当地完成请求的响应。",
+        "下面是一条描述任务的指令。请写出一个能够恰当完成该请求的回答。",
+        "下面是一条描述任务的指令，并配有提供进一步背景信息的输入。请写出一个能适当完成要求的回复。",
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Marked:
-    """The template whose markers a row carries, and whether it is WHOLE, PART or TEXT."""
+    """The template whose markers a row carries, as messages name it, and WHOLE, TURNS, PART or TEXT."""
 
     template: str
     kind: str
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the markers can be taken off."""
+        return self.kind in (WHOLE, TURNS)
 
 
 @dataclasses.dataclass
@@ -63,6 +91,7 @@ class Form:
     system: tuple[str, str] | None = None  # before and after a system's text, where both are markers
     answer_end: str = ""
     between: str = ""  # from the end of an answer to `before`
+    has_control: bool = False  # only a prompt of control tokens shows for certain where its turns end
 
     @functools.cached_property
     def first_markers(self) -> tuple[str, ...]:
@@ -78,6 +107,7 @@ LLAMA_2 = Form(
     after=" [/INST]",
     system=("[INST] <<SYS>>\n", "\n<</SYS>>\n\n"),
     between=" </s><s>[INST] ",
+    has_control=True,
 )
 
 
@@ -95,7 +125,7 @@ def form_of(template: Template) -> Form | None:
     if not after.strip() or not openings:
         return None
     return Form(
-        template.name,
+        OWN if template.name == data_template.AUTO else template.name,
         openings=tuple(dict.fromkeys(openings)),
         before=before,
         after=after,
@@ -103,6 +133,7 @@ def form_of(template: Template) -> Form | None:
         system=system if system[0].strip() and system[1].strip() else None,
         answer_end=_around(template.assistant, "{text}")[1],
         between=_plain(template.between),
+        has_control=bool(template.controls()),
     )
 
 
@@ -126,8 +157,8 @@ class Markers:
     """The markers of the templates of a run, of every built-in template, and of Llama 2."""
 
     def __init__(self, templates: Sequence[Template], tokenizer: Any):
-        own = [form for form in map(form_of, templates) if form]
-        self.forms = list(dict.fromkeys([*own, *_built_in()]))
+        self.own = [form for form in map(form_of, templates) if form]
+        self.forms = list(dict.fromkeys([*self.own, *_built_in()]))
         self.ends = tuple(dict.fromkeys(filter(None, [tokenizer.eos_token, *ENDS])))
         self.inner = {form: self._inner(form) for form in self.forms}
         hints = {form.after.strip() for form in self.forms}
@@ -145,9 +176,10 @@ class Markers:
         return plain if unwraps else conversation
 
     def unwrap(self, conversation: Conversation) -> tuple[Conversation, Marked | None]:
-        """The conversation without markers, and what it carried; the same conversation unless it is WHOLE.
+        """The conversation without markers, and what it carried; the same conversation if it is PART or TEXT.
 
-        A prompt of several turns becomes these turns. An end token after an answer goes with the markers.
+        A prompt of control tokens with several turns becomes these turns; without control tokens it may as
+        well be one question with examples, so it stays. An end token after an answer goes with the markers.
         """
         if not any(self.hint.search(turn.text) for turn in conversation.turns if turn.role != ASSISTANT):
             return conversation, None
@@ -160,7 +192,7 @@ class Markers:
         if not marked:
             return conversation, None
         result: list[Turn] = []
-        form = None
+        form, kind = None, WHOLE
         for number, turn in enumerate(turns):
             if number in marked:
                 prompt = None if turn.input.strip() else self._parsed(turn.text)
@@ -169,20 +201,26 @@ class Markers:
                     return conversation, Marked(str(names[number]), PART)
                 form, own_turns = prompt
                 result += own_turns
+                kind = TURNS if any(turn.role == ASSISTANT for turn in own_turns) else kind
             elif turn.role == ASSISTANT and form:
                 result.append(turn._replace(text=self._without_end(turn.text, form)))
             else:
                 result.append(turn)
         assert form is not None
-        return Conversation(tuple(result)), Marked(form.name, WHOLE)
+        return Conversation(tuple(result)), Marked(form.name, kind)
 
     def _parsed(self, text: str) -> tuple[Form, list[Turn]] | None:
-        """The form of a whole prompt and its turns: first exactly, then with other white space."""
+        """The form of a whole prompt and its turns: first exactly, then with other white space.
+
+        White space at the ends of a text belongs to it only where the run's own template has written it.
+        """
         for exact in (True, False):
             for form in self.forms:
                 if exact and form is LLAMA_2:
                     continue  # white space at its markers is no part of the texts
                 turns = self._turns(text, form, exact)
+                if turns and form not in self.own:
+                    turns = [Turn(turn.role, turn.text.strip(), turn.input.strip()) for turn in turns]
                 if turns:
                     return form, turns
         return None
@@ -196,6 +234,8 @@ class Markers:
             rest = rest.removeprefix(start)
         *segments, last = rest.split(literal(form.after))
         if not segments or (last if exact else last.strip()):
+            return None
+        if len(segments) > 1 and not form.has_control:
             return None
         if not exact and form.after.startswith("\n") and not all(map(_ends_line, segments)):
             return None
@@ -221,9 +261,9 @@ class Markers:
             if not segment.startswith(literal(opening)):
                 continue
             rest = segment.removeprefix(literal(opening))
-            if not exact:
-                preamble = PREAMBLE.match(rest) if form.before.strip() else None
-                rest = rest[preamble.end() if preamble else 0 :].lstrip()
+            if not exact and form.before.strip():
+                preamble, marker, question = rest.partition(literal(form.before))
+                rest = marker + question if _compact(preamble) in {"", *PREAMBLES} else rest
             if rest.startswith(literal(form.before)):
                 user = self._user(rest.removeprefix(literal(form.before)), form, exact)
                 return [user] if user else None

@@ -13,7 +13,7 @@ from onecard.data import encode as data_encode
 from onecard.data import reader
 from onecard.data import schemas as data_schemas
 from onecard.data.conversation import Conversation
-from onecard.data.markers import WHOLE, Markers
+from onecard.data.markers import UNWRAP, Markers
 from onecard.data.schemas import BadRow
 from onecard.data.template import Template
 
@@ -58,13 +58,15 @@ def _preview(
     try:
         if isinstance(row, BadRow):
             raise ValueError(row.reason)
-        row, marked = markers.unwrap(row)
+        plain, marked = markers.unwrap(row)
+        row = plain if options.marked_rows == UNWRAP else row
         ids, is_target, was_cut = data_encode.encode_within(
             row, options.cutoff_len, template, tokenizer, *targets
         )
     except ValueError as error:
         return f"{location} · {error}", [(str(text).strip(), False)]
     size = f"{len(ids)} tokens, {sum(is_target)} of them learned" + (", cut" if was_cut else "")
-    if marked and marked.kind == WHOLE:
-        size += f"; the markers of {marked.template} were taken off"
+    if marked and marked.is_whole:
+        done = "were taken off" if options.marked_rows == UNWRAP else "are kept"
+        size += f"; the markers of {marked.template} {done}"
     return f"{location} · {size}", data_encode.runs(tokenizer, ids, is_target)

@@ -10,11 +10,10 @@ import numpy as np
 
 from onecard.config.training import FinetuneConfig
 from onecard.data import examples as data_examples
-from onecard.data import markers as data_markers
 from onecard.data import reader
 from onecard.data.conversation import Conversation, Turn
 from onecard.data.dataset import SFT, Dataset, encode
-from onecard.data.markers import MarkedRows
+from onecard.data.markers import UNWRAP, MarkedRows, Markers
 from onecard.data.reader import RowFile
 from onecard.data.template import Template
 from onecard.errors import DATA, UserError
@@ -36,7 +35,6 @@ class RunData:
     overlapping: int  # number of validation rows whose ids are also those of a training row
     validation_prompts: list[Conversation]  # the first validation rows with their answers; none of raw text
     marked: list[tuple[MarkedRows, str]]  # with the location of the first of these rows
-    marked_rows: str  # what was done with rows that are whole prompts of a template: UNWRAP or KEEP
 
     @property
     def examples(self) -> data_examples.Examples:
@@ -51,19 +49,21 @@ def prepare(
     tokenizer: Any,
     tokenizer_print: str,
     again: bool = False,
-    marked_rows: str = data_markers.UNWRAP,
 ) -> RunData:
     """Read, encode and split the rows of a run.
 
     tokenizer: from template.tokenizer_for; tokenizer_print: SHA-256 of the tokenizer's files; again: read
-    every file in full, even where its size and time are as they were; marked_rows: what to do with rows that
-    are whole prompts of a template, UNWRAP or KEEP. Raises UserError (exit 3) when a row cannot be used, or
-    when no row is left to train on or to validate with.
+    every file in full, even where its size and time are as they were. Raises UserError (exit 3) when a row
+    cannot be used, or when no row is left to train on or to validate with.
     """
-    dataset = encode(options, files, templates, tokenizer, tokenizer_print, again, marked_rows)
+    dataset = encode(options, files, templates, tokenizer, tokenizer_print, again)
     train_rows, validation_rows = split_for_validation(options, dataset)
     hashes = dataset.encoding.examples.hashes
     prompts = validation_rows[:VALIDATION_PROMPTS] if dataset.task == SFT else validation_rows[:0]
+    validation_prompts = read_conversations(dataset, prompts, options.schema)
+    if options.marked_rows == UNWRAP:
+        markers = Markers(templates, tokenizer)
+        validation_prompts = [markers.unwrap(row)[0] for row in validation_prompts]
     return RunData(
         files=files,
         task=dataset.task,
@@ -72,14 +72,8 @@ def prepare(
         train_rows=train_rows,
         validation_rows=validation_rows,
         overlapping=int(np.isin(hashes[validation_rows], hashes[train_rows]).sum()),
-        validation_prompts=[
-            data_markers.Markers(templates, tokenizer).unwrap(row)[0]
-            if marked_rows == data_markers.UNWRAP
-            else row
-            for row in read_conversations(dataset, prompts, options.schema)
-        ],
+        validation_prompts=validation_prompts,
         marked=[(rows, dataset.location(rows.first)) for rows in dataset.marked],
-        marked_rows=marked_rows,
     )
 
 

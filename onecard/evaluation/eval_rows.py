@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from onecard.data import reader
 from onecard.data.encode import encode_within
-from onecard.data.markers import WHOLE, Markers
+from onecard.data.markers import Markers
 from onecard.data.schemas import BadRow
 from onecard.data.template import Template, tokenizer_for
 from onecard.errors import DATA, UserError
@@ -57,7 +57,7 @@ def read(
         row for path in files(data_path) for row in reader.read_rows(path) if not isinstance(row, BadRow)
     ):
         row, marked = markers.unwrap(row)
-        if marked and marked.kind == WHOLE and marked not in named:
+        if marked and marked.is_whole and marked not in named:
             named.add(marked)
             say(f"{data_path}: the markers of {marked.template} around questions are taken off.")
         try:

@@ -18,6 +18,7 @@ WANDB = "wandb_run.json"  # the id of the run at Weights & Biases
 # values of init_lora_weights that leave the base model as it was
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 EXPORT = "export.json"  # says what a folder of GGUF files holds
+MARKED_ROWS = "marked_rows"  # an option that stands in `resolved`, where earlier versions ignore it
 MODEL = "model"  # folder of the result when all weights were trained
 
 
@@ -39,6 +40,12 @@ def trained_all(folder: Path) -> bool:
         return json.loads((folder / CONFIG).read_text(encoding="utf-8"))["options"]["train_what"] == "full"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+def options_of(record: dict[str, Any]) -> dict[str, Any]:
+    """The options that the record of a run holds; raises KeyError or TypeError when it is damaged."""
+    resolved = record.get("resolved") or {}
+    return {**record["options"], **{name: resolved[name] for name in (MARKED_ROWS,) if name in resolved}}
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -116,8 +116,7 @@ def prepare(
     tokenizer_print = hashing.of_folder(files["tokenizer"], again)
     templates = [data_template.load(name, tokenizer) for name in _templates(options)]
     tokenizer = data_template.tokenizer_for(tokenizer, *templates)
-    treatment = (resolved or {}).get("marked_rows", markers.UNWRAP)
-    data = run_data.prepare(options, files_of_rows, templates, tokenizer, tokenizer_print, again, treatment)
+    data = run_data.prepare(options, files_of_rows, templates, tokenizer, tokenizer_print, again)
     doubt = models_tokenizer.check_vocabulary(options.model_path, base_config, tokenizer, data.examples.ids)
     if doubt:
         say(f"warning: {doubt}; the model learns the one of the tokenizer.")
@@ -275,7 +274,7 @@ def describe(plan: Plan) -> None:
     )
     if encoding.cut:
         say("            an answer that is cut short has no end token; --long_rows drop leaves such rows out")
-    for text in describe_marked(data.marked, data.marked_rows):
+    for text in describe_marked(data.marked, options):
         say(text)
     if options.overlap and data.task != dataset.PRETRAIN:
         say("warning: --overlap is for raw text; these rows have none.")
@@ -299,18 +298,21 @@ def describe(plan: Plan) -> None:
     say("-" * 60)
 
 
-def describe_marked(marked: list[tuple[markers.MarkedRows, str]], treatment: str) -> Iterator[str]:
-    """Lines on rows that carry a template's markers already; treatment: UNWRAP or KEEP."""
+def describe_marked(marked: list[tuple[markers.MarkedRows, str]], options: FinetuneConfig) -> Iterator[str]:
+    """Lines on rows that carry a template's markers already."""
     for rows, location in marked:
         template, kind = rows.marked.template, rows.marked.kind
         where = f"{rows.rows} rows (the first is {location})"
-        if kind == markers.WHOLE and treatment == markers.UNWRAP:
+        if rows.marked.is_whole and options.marked_rows == markers.KEEP:
+            yield f"warning: {where} carry the markers of {template}. This run keeps them"
+            yield "         (--marked_rows keep), so these questions are wrapped twice."
+        elif rows.marked.is_whole:
             yield f"markers     {where} carried the markers of {template}; the markers were taken off"
-        elif kind == markers.WHOLE:
-            yield f"warning: {where} carry the markers of {template}, and the template is written around them"
-            yield "         once more, as when this run began; a new run takes them off."
+            if kind == markers.TURNS and options.train_on == "all":
+                yield "            they became conversations, and every answer of a conversation is learned;"
+                yield "            --train_on last learns only the last one"
         elif kind == markers.PART:
-            yield f"warning: {where} hold markers of {template} but are no whole prompt of it; they stay."
+            yield f"warning: {where} hold markers of {template} but are not a whole prompt of it; they stay."
         else:
             yield f"warning: {where} are raw text with the markers of {template}: questions are learned too."
 

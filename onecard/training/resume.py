@@ -14,7 +14,6 @@ import torch
 from onecard import errors
 from onecard.config import declaration
 from onecard.config.training import ContinueConfig, FinetuneConfig
-from onecard.data import markers
 from onecard.errors import CHECKPOINT, UserError
 from onecard.hub import locate, remote_code, revisions
 from onecard.runs import checkpoint as runs_checkpoint
@@ -94,8 +93,6 @@ def make_plan(start: StartingPoint, request: ContinueConfig, explicit: frozenset
         _check_code(start, options)
         hub_names = recorded_names.Names(start.stored, recorded_names.typed(request, explicit))
     before = _resolved_before(options, resolved)
-    if start.same_run:  # runs of earlier versions took no markers off, and do not say so
-        before["marked_rows"] = resolved.get("marked_rows", markers.KEEP)
     plan = prepare(options, hub_names, before, again=request.verify)
     revisions.compare(resolved.get("base") or start.base, plan.base_path)
     plan.options = start.options

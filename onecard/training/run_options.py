@@ -8,7 +8,9 @@ from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config.declaration import LEARNED, OnResume, Option, declared
 from onecard.config.training import ContinueConfig, FinetuneConfig
+from onecard.data.markers import KEEP
 from onecard.errors import CHECKPOINT, UserError
+from onecard.runs import folder as runs_folder
 from onecard.system import commands
 
 
@@ -16,7 +18,9 @@ def options_of(stored: dict[str, Any], request: ContinueConfig) -> FinetuneConfi
     """The run's options. A consent to run code is never read from a file, which may be a stranger's."""
     settings = request.run_settings()
     consents = declaration.names(settings, lambda option: option.never_from_file)
-    values = {**stored["options"], **{name: getattr(request, name) for name in consents}}
+    # runs of earlier versions took no markers off
+    values = {runs_folder.MARKED_ROWS: KEEP, **runs_folder.options_of(stored)}
+    values |= {name: getattr(request, name) for name in consents}
     return config_options.build(settings, values)
 
 

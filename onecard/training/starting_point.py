@@ -111,7 +111,7 @@ def finished_before(options: FinetuneConfig, folder: Path, weights_print: str | 
         return False
     try:
         # options that came with a later version have their defaults
-        before = {**dataclasses.asdict(type(options)()), **stored["options"]}
+        before = {**dataclasses.asdict(type(options)()), **runs_folder.options_of(stored)}
     except (KeyError, TypeError):
         problem = f"{folder / runs_folder.CONFIG} is damaged: it has no options."
         raise UserError(problem, ways, CHECKPOINT) from None

@@ -11,7 +11,6 @@ import torch
 
 from onecard.config import tools as config_tools
 from onecard.config.training import FinetuneConfig
-from onecard.data import markers
 from onecard.hub import revisions
 from onecard.models import base_model, trainable
 from onecard.runs import folder as runs_folder
@@ -159,6 +158,9 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: StartingPo
                 runs_folder.contents(folder)
             )  # --overwrite, or what a run that never began left
             system_files.make_folder(folder)
+        # the consent to run code holds for one command, so it is not written
+        options = {**dataclasses.asdict(plan.options), "remote_code": None}
+        del options[runs_folder.MARKED_ROWS]  # it is in `resolved`
         resolved = {
             "base_path": plan.base_path,
             "base": _text(revisions.of(plan.base_path)),
@@ -170,9 +172,9 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: StartingPo
             "processes": system_processes.world_size(),
             "threads": torch.get_num_threads(),
             "task": plan.data.task,
-            **({"marked_rows": plan.data.marked_rows} if plan.data.marked_rows != markers.KEEP else {}),
             **continued_plan.record(plan),
             **_beginning(progress, start),
+            **_unknown_earlier(plan, start),
         }
         versions_of_rows = {revisions.of(file.path) for file in plan.data.files}
         rows = {
@@ -184,8 +186,7 @@ def start_folder(plan: Plan, folder: Path, progress: Progress, start: StartingPo
             "rejected": len(plan.data.encoding.rejected),
         }
         record = {
-            # the consent to run code holds for one command, so it is not written
-            "options": {**dataclasses.asdict(plan.options), "remote_code": None},
+            "options": options,
             "resolved": resolved,
             "data": rows,
             "fingerprints": plan.fingerprints,
@@ -207,6 +208,17 @@ def _beginning(progress: Progress, start: StartingPoint | None) -> dict[str, int
         return {"begun_at": progress.step}
     resolved = start.stored["resolved"] if start.stored else {}
     return {"begun_at": resolved["begun_at"]} if "begun_at" in resolved else {}
+
+
+def _unknown_earlier(plan: Plan, start: StartingPoint | None) -> dict[str, str]:
+    """What earlier versions do not record, so that a run of theirs goes on without it."""
+    values = {
+        runs_folder.MARKED_ROWS: plan.options.marked_rows,
+    }
+    if not (start and start.same_run and start.stored):
+        return values
+    resolved = start.stored["resolved"]
+    return {name: value for name, value in values.items() if name in resolved}
 
 
 def _text(version: Any) -> str | None:

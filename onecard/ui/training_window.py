@@ -14,6 +14,7 @@ from onecard.config import declaration
 from onecard.config import options as config_options
 from onecard.config.training import FinetuneConfig
 from onecard.errors import UserError
+from onecard.runs import folder as runs_folder
 from onecard.runs import jobs
 from onecard.ui import forms, page, training_html
 from onecard.ui.run_view import PageState, RunView
@@ -89,7 +90,7 @@ class TrainingWindow:
         if not stored:
             reason = text("This run has no options yet.", "该训练还没有选项。")
             return [training_html.note(reason, True), *[gr.skip()] * len(inputs)]
-        options = {**stored["options"], "overwrite": False}
+        options = {**runs_folder.options_of(stored), "overwrite": False}
         values = [options.get(name, self.layout.fields[name].default) for name in inputs]
         note = training_html.note(text("Copied into the form.", "已复制到表单。"))
         return [note, *("" if value is None else value for value in values)]

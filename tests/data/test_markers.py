@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from onecard.config import training as config_training
 from onecard.data import check, dataset, findings, markers, preview, reader, run_data
 from onecard.data import encode as data_encode
 from onecard.data import template as data_template
 from onecard.data.conversation import ASSISTANT, Conversation, Turn, single
 from onecard.evaluation import eval_rows
+from onecard.runs import folder as runs_folder
 from onecard.training import plan
 from tests.support import tiny
 from tests.support.encoded_rows import encode, options
@@ -89,11 +89,12 @@ def test_wrapped_rows_give_the_ids_of_plain_rows(name, case, with_end):
     row = CONVERSATIONS[case]
     text = wrapped(row, template, with_end)
     unwrapped, marked = markers.Markers([template], tokenizer).unwrap(text)
-    if row.turns[0].role == "system" and name not in ("chatml", "auto"):
-        # nothing marks where a system's text ends, so it could be an honest question
+    if (row.turns[0].role == "system" or len(row.turns) > 2) and name not in ("chatml", "auto"):
+        # nothing marks for certain where a system's text or an answer ends: it could be an honest question
         assert (unwrapped, marked.kind) == (text, markers.PART)
         return
-    assert marked == markers.Marked(name, markers.WHOLE)
+    kind = markers.TURNS if case == "several turns" else markers.WHOLE
+    assert marked == markers.Marked("the model's own template" if name == "auto" else name, kind)
     expected = data_encode.encode(row, template, tokenizer)
     assert data_encode.encode(unwrapped, template, tokenizer) == expected
 
@@ -105,10 +106,12 @@ def test_the_markers_of_another_template_are_taken_off_too(own, name, question):
     template, tokenizer = loaded(own)
     row = single(question, output="an answer")
     unwrapped, marked = markers.Markers([template], tokenizer).unwrap(wrapped(row, loaded(name)[0]))
-    assert (unwrapped, marked.kind) == (row, markers.WHOLE)
+    expected = row if name == own else single(question.strip(), output="an answer")
+    assert (unwrapped, marked.kind) == (expected, markers.WHOLE)
 
 
 BELOW = "Below is an instruction that describes a task. Write a response that completes the request.\n\n"
+ALPACA = json.loads((data_template.FOLDER / "alpaca.json").read_text(encoding="utf-8"))["opening"]
 PUBLISHED = {  # what stands in a row's instruction -> the plain text
     "TigerBot": (MEDICAL["instruction"], "感冒了怎么办？"),
     "no white space at the ends": ("### Instruction:\nWhy?\n\n### Response:", "Why?"),
@@ -125,6 +128,7 @@ PUBLISHED = {  # what stands in a row's instruction -> the plain text
     ),
     "Llama 2": ("<s>[INST] Why? [/INST]", "Why?"),
     "question and answer": ("问：为什么？\n答：", "为什么？"),
+    "a space after the marker": ("User: Why?\n\nAssistant:", "Why?"),
 }
 
 
@@ -146,7 +150,19 @@ def test_prompts_of_several_turns():
     expected = (Turn("user", "a?"), Turn(ASSISTANT, "So."), Turn("user", "b?"), Turn(ASSISTANT, "Thus."))
     assert own.unwrap(row)[0].turns == expected
     llama = "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\na? [/INST] So. </s><s>[INST] b? [/INST]"
-    assert own.unwrap(single(llama, output="Thus."))[0].turns == (Turn("system", "Be brief."), *expected)
+    plain, marked = own.unwrap(single(llama, output="Thus."))
+    assert plain.turns == (Turn("system", "Be brief."), *expected)
+    assert marked == markers.Marked("llama-2", markers.TURNS)
+
+
+def test_answers_of_a_prompt_that_are_learned_are_not_learned_in_silence():
+    rows = markers.MarkedRows(markers.Marked("llama-2", markers.TURNS), 2, 1)
+    said = {
+        train_on: " ".join(plan.describe_marked([(rows, "row 1")], options("x", train_on=train_on)))
+        for train_on in ("all", "last")
+    }
+    assert "every answer of a conversation is learned" in said["all"]
+    assert "the markers were taken off" in said["last"] and "every answer" not in said["last"]  # noqa: PT018
 
 
 HONEST = [
@@ -160,6 +176,18 @@ HONEST = [
     "他问：你好吗？\n我答：好。",
     "### Response:\n",
     "",
+    # an instruction of the row's own before the first marker is no preamble
+    "Below is an instruction that describes a task. Answer only in French and never mention prices.\n\n"
+    "### Instruction:\nName a fruit\n\n### Response:\n",
+    ALPACA + "Answer only in French.\n\n### Instruction:\nName a fruit\n\n### Response:\n",
+    ALPACA.rstrip() + "\nAnswer only in French.\n\n### Instruction:\nName a fruit\n\n### Response:\n",
+    "以下是描述任务的指令，请用法语回答，不要提价格。\n\n### Instruction:\n水果？\n\n### Response:",
+    "下面是任务。请用法语回答。\n\n### Instruction:\n水果？\n\n### Response:",
+    "Answer in French.\n[INST] Name a fruit [/INST]",
+    # a question with examples is one question
+    "问：1+1=?\n答：2\n\n问：2+2=?\n答：",
+    "User: hi\n\nAssistant: Hello\n\nUser: how are you\n\nAssistant:",
+    "### Instruction:\n1+1\n\n### Response:\n2\n\n### Instruction:\n2+2\n\n### Response:\n",
 ]
 
 
@@ -207,15 +235,14 @@ def test_every_kind_is_named(tmp_path, row, kind):
     assert (rows[0].marked.kind, rows[0].rows, rows[0].first) == (kind, 1, 2)
     location = encoded.location(rows[0].first)
     assert location == f"{path}: row 2"
-    said = "".join(plan.describe_marked([(rows[0], location)], markers.UNWRAP))
+    said = "".join(plan.describe_marked([(rows[0], location)], options(path)))
     assert rows[0].marked.template in said and str(path) in said  # noqa: PT018
 
 
-def prepared(path, marked_rows=markers.UNWRAP, **changes) -> run_data.RunData:
+def prepared(path, **changes) -> run_data.RunData:
     template, tokenizer = loaded("alpaca")
     files = reader.locate_files(str(path))
-    settings = options(path, **changes)
-    return run_data.prepare(settings, files, [template], tokenizer, "print", marked_rows=marked_rows)
+    return run_data.prepare(options(path, **changes), files, [template], tokenizer, "print")
 
 
 def test_a_run_on_wrapped_rows_is_the_run_on_plain_rows(tmp_path):
@@ -234,8 +261,14 @@ def test_a_run_on_wrapped_rows_is_the_run_on_plain_rows(tmp_path):
         assert (rows.marked.template, rows.rows) == ("tigerbot", len(words))
         assert location == f"{marked}: row 1"
         marked = marked.rename(tmp_path / "renamed.json")  # the cache knows the contents alone
-    assert prepared(marked, markers.KEEP, test_size=4).encoding.sha256 != expected.encoding.sha256
     template, tokenizer = loaded("alpaca")
+    kept_rows = prepared(marked, marked_rows="keep", test_size=4)
+    assert kept_rows.encoding.sha256 != expected.encoding.sha256
+    assert [row.turns[0].text in instructions for row in kept_rows.validation_prompts] == [True] * 4
+    kept_preview = preview.first_rows(
+        options(marked, model_path="x", marked_rows="keep"), lambda *_: (tokenizer, template), 1
+    )
+    assert "".join(text for text, _ in kept_preview[0][1]).count("### Instruction:") == 2
     shown = {
         path: preview.first_rows(options(path, model_path="x"), lambda *_: (tokenizer, template), 3)
         for path in (plain, marked)
@@ -247,40 +280,50 @@ def test_a_run_on_wrapped_rows_is_the_run_on_plain_rows(tmp_path):
     )
 
 
-def test_the_cache_tells_both_treatments_apart(tmp_path):
-    row_options, files = config_training.FinetuneConfig(), []
+def test_one_recogniser_for_all_validation_prompts(tmp_path, monkeypatch):
+    path, calls = tmp_path / "rows.json", []
+    path.write_text(json.dumps([{**MEDICAL, "instruction": f"{word}?"} for word in tiny.WORDS]))
+    monkeypatch.setattr(
+        run_data, "Markers", lambda *arguments: calls.append(1) or markers.Markers(*arguments)
+    )
+    assert len(prepared(path, test_size=4).validation_prompts) == 4
+    assert len(calls) == 1
+
+
+def test_the_cache_tells_both_treatments_apart():
     keys = {
-        dataset.cache_key(row_options, files, [], "print", "sft", "content", treatment)
+        dataset.cache_key(options("x", marked_rows=treatment), [], [], "print", "sft", "content")
         for treatment in (markers.UNWRAP, markers.KEEP)
     }
     assert len(keys) == 2
 
 
 def test_a_run_goes_on_with_its_rows_as_they_were(harness, tmp_path, tiny_model):
-    """A run that began before markers were taken off keeps them, and says so; a new run does not."""
+    """A run that began before markers were taken off keeps them, and says so; a new run has a choice."""
     rows = tmp_path / "rows.json"
     texts = [f"\n\n### Instruction:\n{word}?\n\n### Response:\n" for word in tiny.WORDS]
     rows.write_text(json.dumps([{"instruction": text, "output": "x y z"} for text in texts]))
     run = tmp_path / "run"
     settings = {**flags(tiny_model, rows, run), "max_steps": 2, "test_size": 2, "batch_size": 4}
-    began = harness.run("finetune", settings)
-    assert began["code"] == 0, began["said"]
-    assert f"17 rows (the first is {rows}: row 1) carried the markers of tigerbot" in began["said"]
+    unwrapped = harness.run("finetune", settings)
+    assert unwrapped["code"] == 0, unwrapped["said"]
+    assert f"17 rows (the first is {rows}: row 1) carried the markers of tigerbot" in unwrapped["said"]
+    went_on = harness.run("finetune_continue", {"output_path": run, "max_steps": 3})
+    assert (went_on["code"], "carried the markers of tigerbot" in went_on["said"]) == (0, True), went_on[
+        "said"
+    ]
+    refused = harness.run("finetune_continue", {"output_path": run, "max_steps": 3, "marked_rows": "keep"})
+    assert (refused["code"], "marked_rows unwrap -> keep" in refused["said"]) == (4, True), refused["said"]
+    kept_rows = harness.run("finetune", {**settings, "marked_rows": "keep", "overwrite": True})
+    assert kept_rows["code"] == 0, kept_rows["said"]
+    assert "so these questions are wrapped twice" in " ".join(kept_rows["said"].split())
+    finished = harness.run("finetune", {**settings, "marked_rows": "keep"})
+    assert (finished["code"], "This run is finished" in finished["said"]) == (0, True), finished["said"]
     path = run / "finetune_config.json"
     stored = json.loads(path.read_text())
-    assert stored["resolved"].pop("marked_rows") == markers.UNWRAP
-    again = {"output_path": run, "max_steps": 3}
-    path.write_text(json.dumps(stored))
-    refused = harness.run("finetune_continue", again)
-    assert refused["code"] == 4, refused["said"]  # these ids are not those of an earlier version
-    template, _ = loaded("alpaca")
-    earlier = dataset.encode(
-        options(rows), reader.locate_files(str(rows)), [template], tiny.tokenizer(), "x",
-        marked_rows=markers.KEEP,
-    )  # fmt: skip
-    stored["fingerprints"]["encoded rows"] = earlier.encoding.sha256
-    path.write_text(json.dumps(stored))
-    went_on = harness.run("finetune_continue", again)
+    assert runs_folder.options_of(stored)["marked_rows"] == stored["resolved"].pop("marked_rows") == "keep"
+    path.write_text(json.dumps(stored))  # as earlier versions write it
+    went_on = harness.run("finetune_continue", {"output_path": run, "max_steps": 3})
     assert went_on["code"] == 0, went_on["said"]
-    assert "once more, as when this run began" in " ".join(went_on["said"].split())
-    assert "marked_rows" not in json.loads(path.read_text())["resolved"]
+    assert "so these questions are wrapped twice" in " ".join(went_on["said"].split())
+    assert "marked_rows" not in json.loads(path.read_text())["options"]
