@@ -149,17 +149,27 @@ def cpu_has_bf16() -> bool:
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def describe_machine() -> str:
-    """CPU, cores and memory, for reports."""
-    model = platform.processor() or platform.machine()
+def cpu_name() -> str:
+    """The model of the CPU, or its architecture where the system does not say the model."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        model = names[0] if names else model
     except OSError:
-        pass
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def device_name(device: str) -> str:
+    """The model of the GPU or CPU that a device is; on another model the same sums round differently."""
+    return gpus.named(device).name if device.startswith("cuda") else cpu_name()
+
+
+def describe_machine() -> str:
+    """CPU, cores and memory, for reports."""
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{model}, {os.cpu_count()} cores, {gib:.0f} GiB RAM, {platform.system()} {platform.release()}"
+    return (
+        f"{cpu_name()}, {os.cpu_count()} cores, {gib:.0f} GiB RAM, {platform.system()} {platform.release()}"
+    )
 
 
 def free_memory_bytes(device: str) -> int | None:

@@ -264,15 +264,16 @@ def _check_same(start: StartingPoint, plan: Plan) -> None:
 
 
 def _announce(start: StartingPoint, plan: Plan, resolved: dict[str, Any]) -> None:
-    """Add device, dtype, processes, threads and versions to the changes, and print all of them."""
+    """Add what differs on this machine to the changes, and print all of them."""
     now = {
         "device": plan.device,
+        "device_name": hardware.device_name(plan.device),
         "dtype": plan.dtype,
         "processes": system_processes.world_size(),
         "threads": torch.get_num_threads(),
         **versions(),
     }
-    before = {**resolved, **start.stored["versions"]}
+    before = {"device_name": now["device_name"], **resolved, **start.stored["versions"]}
     start.changes += [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
     if start.changes:
         say(f"Changed: {'; '.join(start.changes)}.")

@@ -214,6 +214,7 @@ def _unknown_earlier(plan: Plan, start: StartingPoint | None) -> dict[str, str]:
     """What earlier versions do not record, so that a run of theirs goes on without it."""
     values = {
         runs_folder.MARKED_ROWS: plan.options.marked_rows,
+        "device_name": hardware.device_name(plan.device),
     }
     if not (start and start.same_run and start.stored):
         return values

@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 
 from onecard.errors import USAGE
 from onecard.models import memory as models_memory
+from onecard.system import hardware
 from onecard.training import loop, plan, replicated, trainer
 from onecard.training import memory as training_memory
 from tests.support import fake_gpus, ranks, tiny
@@ -99,6 +100,38 @@ def test_a_run_moves_to_a_card_with_bf16_and_back(harness, skipped, tmp_path):
     assert answer["code"] == 0, answer["said"]
     assert "computation in fp16" in answer["said"]
     assert records(run)[-2]["loss_scale"] == 1024
+
+
+def test_another_model_of_gpu_or_cpu_is_named(harness, skipped, tmp_path):
+    """Its sums round differently, though cuda:0 is its name as well."""
+    for before, is_named in (("NVIDIA GeForce RTX 2070", True), ("NVIDIA GeForce RTX 2080 Ti", False)):
+        run = stopped_at(skipped[0], 5, tmp_path / before)
+        path = run / "finetune_config.json"
+        stored = json.loads(path.read_text())
+        assert stored["resolved"]["device_name"] == "NVIDIA GeForce RTX 2080 Ti"
+        path.write_text(json.dumps({**stored, "resolved": {**stored["resolved"], "device_name": before}}))
+        answer = harness.run("finetune_continue", {"output_path": run}, gpus=[TURING])
+        assert answer["code"] == 0, answer["said"]
+        change = f"Changed: device_name {before} -> NVIDIA GeForce RTX 2080 Ti."
+        assert (change in answer["said"]) == is_named, answer["said"]
+        assert ("does not go on" in answer["said"]) == is_named
+
+
+def test_a_run_of_an_earlier_version_names_no_device(harness, skipped, tmp_path):
+    run = stopped_at(skipped[0], 5, tmp_path / "run")
+    path = run / "finetune_config.json"
+    stored = json.loads(path.read_text())
+    del stored["resolved"]["device_name"]
+    path.write_text(json.dumps(stored))
+    answer = harness.run("finetune_continue", {"output_path": run}, gpus=[TURING])
+    assert (answer["code"], "Changed" in answer["said"]) == (0, False), answer["said"]
+    assert "device_name" not in json.loads(path.read_text())["resolved"]
+
+
+def test_the_name_of_a_device(monkeypatch):
+    fake_gpus.put(monkeypatch, TURING, ("A100-SXM4-80GB", 70))
+    assert hardware.device_name("cuda:1") == "NVIDIA A100-SXM4-80GB"
+    assert hardware.describe_machine().startswith(f"{hardware.device_name('cpu')}, ")
 
 
 def test_the_model_recomputes_its_activations(tiny_model, rows, tmp_path, monkeypatch):
