@@ -2,8 +2,8 @@
 # Create .venv and install what a program needs, once: bash tools/setup.sh train|chat|cpu|gptq|test|all
 # all: every part except test. gptq makes each start slower, so install it only if you use it.
 # The shell scripts at the root call this on first use. requirements.txt pins every version, and requirements-hashes.txt
-# lists the files of these versions; pip installs no other. HASHES=0 checks the versions alone, for builds of another
-# index (torch for the CPU or for ROCm). PYTHON selects the interpreter.
+# lists the files of these versions; pip installs no other, apart from builds of torch for the CPU that are not listed.
+# HASHES=0 checks the versions alone, for builds of another index. PYTHON selects the interpreter.
 #
 # A part is complete when its stamp is there, which is written last. Without it everything in .venv is checked, and what
 # a stopped set-up left unfinished is made again. A set-up that was stopped at any moment thus needs no more than the
@@ -172,6 +172,21 @@ print(name, next((each for each in builds if each.partition("+")[0] == version),
 ' "$1"
 }
 
+# add_unlisted NAME==VERSION+BUILD: install this build by itself if requirements-hashes.txt does not name its file, since
+# there is no hash to check then. A file that the list names is left to the check of all packages.
+add_unlisted() {
+  local file
+  if [ "${HASHES:-1}" = 0 ]; then return; fi
+  file=$(.venv/bin/python -m pip install --quiet --dry-run --no-deps --report - "$1" 2>/dev/null | .venv/bin/python -I -c '
+import json, pathlib, sys, urllib.parse
+for package in json.loads(sys.stdin.read() or "{}").get("install", []):
+    print(pathlib.PurePosixPath(urllib.parse.unquote(package["download_info"]["url"])).name)
+') || return 0 # the check of all packages says what is wrong
+  if [ -z "$file" ] || grep -qF "# $file" requirements-hashes.txt; then return; fi
+  echo "warning: the hash of $file is not checked, because requirements-hashes.txt does not list this build."
+  run_pip "$1" --no-deps "$1"
+}
+
 release=$(cat requirements.txt pyproject.toml | cksum | cut -d" " -f1)
 stamp=.venv/onecard-$what-$release
 is_complete() { [ -e "$stamp" ] && starts .venv && ! was_moved .venv; }
@@ -213,9 +228,14 @@ fi
 # llama.cpp is compiled here, which takes minutes. Code for exactly this CPU would crash on CPUs that announce AMX
 # (llama.cpp issue 20824), so it is compiled for any CPU of the last ten years.
 export CMAKE_ARGS="-DGGML_NATIVE=OFF ${CMAKE_ARGS:-}"
-mapfile -t packages < <(needs "$extras")
+words=$(needs "$extras") || fail "The packages of '$what' could not be read from pyproject.toml; the reason is above."
+mapfile -t packages <<<"$words"
 for index in "${!packages[@]}"; do
-  case "${packages[index]}" in torch==*) packages[index]=$(build_of "${packages[index]}") ;; esac
+  case "${packages[index]}" in
+    torch==*)
+      packages[index]=$(build_of "${packages[index]}")
+      case "${packages[index]}" in *+*) add_unlisted "${packages[index]}" ;; esac ;;
+  esac
 done
 run_pip "The packages" "${pinned[@]}" "${packages[@]}" "$(pin setuptools)"
 run_pip OneCard --no-deps --no-build-isolation -e . # no hash: it is this folder

@@ -192,6 +192,21 @@ def test_a_part_is_installed_in_place_and_marked_complete(project, part, extras,
     assert not (project / "asked").exists()
 
 
+def test_without_the_names_of_its_packages_a_part_is_not_complete(project):
+    """Here Python cannot read them from pyproject.toml."""
+    make_venv(project)
+    (project / ".venv/bin/python").unlink()
+    fails = 'case "$*" in *"pip install"*) exit 0;; *tomllib*) echo "MemoryError" >&2; exit 1;; esac'
+    script(project / ".venv/bin/python", f'{fails}\nexec -a "$0" {PYTHON} "$@"')
+    ended = set_up.run(project)
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        "MemoryError\n"
+        "error: The packages of 'train' could not be read from pyproject.toml; the reason is above.\n"
+    )
+    assert not list((project / ".venv").glob("onecard-*"))
+
+
 # the moment of Ctrl-C: the words in the command that Python is running then
 MOMENTS = {"venv": "-m venv", "ensurepip": "-m ensurepip", "pip": "-m pip install"}
 
