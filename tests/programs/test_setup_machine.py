@@ -6,6 +6,7 @@ those of tests/support/set_up.py.
 
 import contextlib
 import fcntl
+import select
 import shutil
 import subprocess
 from pathlib import Path
@@ -131,11 +132,19 @@ def test_only_one_set_up_at_a_time(project, completes):
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert process.stdout.readline() == "Another set-up is running here; waiting for it to end ...\n"
-        assert process.poll() is None
-        assert sorted(path.name for path in (project / ".venv").iterdir()) == before
-        if completes:
-            mark_complete(project)
-    output, words = process.communicate(timeout=120)
+        try:
+            assert select.select([process.stdout], [], [], 60)[0], "it says nothing"
+            assert process.stdout.readline() == "Another set-up is running here; waiting for it to end ...\n"
+            assert process.poll() is None
+            assert sorted(path.name for path in (project / ".venv").iterdir()) == before
+            if completes:
+                mark_complete(project)
+        except BaseException:
+            process.kill()
+            raise
+    try:
+        output, words = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert (process.returncode, words) == ((0, "") if completes else (2, NO_NETWORK))
     assert (output == "") == completes

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,9 @@ def test_stopped_at_every_second_moment(project, stop):
         except subprocess.TimeoutExpired:
             STOPS[stop](process)
             output, words = process.communicate(timeout=60)
-            if stop == "ctrl-c":
+            if process.returncode == 0:  # it ended just before it was stopped
+                is_stopped = False
+            elif stop == "ctrl-c":
                 assert process.returncode == 130, output + words
                 assert words.endswith("stopped by Ctrl-C. Run the same command again to continue.\n")
         completed(project)
@@ -96,7 +99,13 @@ def test_the_disk_gets_room(project, tmp_path, room):
         project = set_up.tiny_project(disk / "project")
         set_up.make_venv(project)
         if room == "for a package":
-            set_up.run(project)  # up to its first download
+            (tmp_path / "pip").mkdir()
+            (wheel,) = set_up.tiny_packages().glob("pip-*")
+            shutil.copy(wheel, tmp_path / "pip")
+            alone = {"PIP_FIND_LINKS": str(tmp_path / "pip")}
+            assert set_up.run(project, set_up.with_packages() | alone).returncode == 2
+            version = wheel.name.removesuffix("-py3-none-any.whl")
+            assert (project / set_up.PACKAGES / f"{version}.dist-info").is_dir()
         filled = disk / "filled"
         with open(filled, "wb") as file:
             free = shutil.disk_usage(disk).free
@@ -143,32 +152,71 @@ def test_a_file_with_another_hash_is_refused(project, tmp_path):
     assert set_up.is_usable(project)
 
 
-def test_torch_is_the_build_that_pip_prefers_without_hashes(project, tmp_path):
-    """A build for the CPU on this disk is taken, although an index offers the CUDA build with its hash."""
-    info = "torch-2.13.0{}.dist-info"
-    packages, page = tmp_path / "packages", tmp_path / "index/torch"
+INFO = "torch-2.13.0{}.dist-info"
+
+
+def with_torch(project: Path, place: Path, lists: tuple[str, ...]) -> dict[str, str]:
+    """Let the project need a tiny torch: the build for the CPU lies in a folder, the CUDA build in an index.
+
+    lists: the builds whose hashes are in requirements-hashes.txt. Returns the variables for a set-up.
+    """
+    packages, page = place / "packages", place / "index/torch"
     shutil.copytree(set_up.tiny_packages(), packages)
     page.mkdir(parents=True)
-    sums = []
+    sums = {}
     for folder, build in ((packages, "+cpu"), (page, "")):
         files = {
             "torch/__init__.py": f"build = '{build}'",
-            f"{info.format(build)}/METADATA": f"Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0{build}\n",
-            f"{info.format(build)}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            f"{INFO.format(build)}/METADATA": f"Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0{build}\n",
+            f"{INFO.format(build)}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         }
         contents = {name: text.encode() for name, text in files.items()}
         wheel = set_up.write_wheel(folder, "torch", f"2.13.0{build}", contents)
-        sums.append(hashlib.sha256(wheel.read_bytes()).hexdigest())
-    (page / "index.html").write_text(
-        f'<a href="{wheel.name}#sha256={sums[1]}">{wheel.name}</a>', encoding="utf-8"
-    )
-    pinned = f"\ntorch==2.13.0 --hash=sha256:{sums[0]} --hash=sha256:{sums[1]}\n"
+        sums[build] = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    link = f'<a href="{wheel.name}#sha256={sums[""]}">{wheel.name}</a>'
+    (page / "index.html").write_text(link, encoding="utf-8")
+    names = "\n# torch-2.13.0+cpu-py3-none-any.whl" if "+cpu" in lists else ""
+    pinned = " ".join(["torch==2.13.0", *(f"--hash=sha256:{sums[build]}" for build in lists)])
     with open(project / "requirements-hashes.txt", "a", encoding="utf-8") as file:
-        file.write(pinned)
+        file.write(f"{names}\n{pinned}\n")
     pyproject = (project / "pyproject.toml").read_text(encoding="utf-8")
     pyproject = pyproject.replace('"tiny-one==1.0"', '"tiny-one==1.0", "torch==2.13.0"')
     (project / "pyproject.toml").write_text(pyproject, encoding="utf-8")
-    variables = set_up.environment(PIP_FIND_LINKS=str(packages), PIP_INDEX_URL=f"file://{page.parent}")
+    return set_up.environment(PIP_FIND_LINKS=str(packages), PIP_INDEX_URL=f"file://{page.parent}")
+
+
+UNLISTED = (
+    "warning: the hash of torch-2.13.0+cpu-py3-none-any.whl is not checked, because requirements-hashes.txt "
+    "does not list this build.\n"
+)
+
+
+@pytest.mark.parametrize("lists", [("", "+cpu"), ("",)], ids=["listed", "not listed"])
+def test_torch_is_the_build_that_pip_prefers_without_hashes(project, tmp_path, lists):
+    """A build for the CPU is taken, although an index offers the CUDA build with its hash.
+
+    Without a hash of this build the other packages are checked all the same.
+    """
+    variables = with_torch(project, tmp_path, lists)
     ended = set_up.run(project, variables)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert (project / set_up.PACKAGES / info.format("+cpu")).is_dir()
+    assert (project / set_up.PACKAGES / INFO.format("+cpu")).is_dir()
+    assert ended.stdout.count(UNLISTED) == ("+cpu" not in lists)
+    if "+cpu" not in lists:
+        shutil.rmtree(project / ".venv")
+        set_up.tiny_wheel(tmp_path / "packages", "tiny_two", "2.0", needs="tiny-one")
+        refused = set_up.run(project, variables)
+        assert refused.returncode == 2
+        assert "does not list a file that pip names above" in refused.stderr
+        assert not (project / set_up.PACKAGES / "tiny_two").exists()
+
+
+def test_a_listed_build_of_torch_with_another_hash_is_refused(project, tmp_path):
+    variables = with_torch(project, tmp_path, ("", "+cpu"))
+    (wheel,) = (tmp_path / "packages").glob("torch-*")
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("torch/more.py", "")
+    ended = set_up.run(project, variables)
+    assert ended.returncode == 2
+    assert "does not list a file that pip names above" in ended.stderr
+    assert not (project / set_up.PACKAGES / "torch").exists()
