@@ -140,7 +140,7 @@ def verify(checkpoint: Path) -> list[str]:
 
 
 def finish_rename(folder: Path) -> None:
-    """Give a checkpoint its name back that a kill took between the two renames of `save`.
+    """Give a checkpoint or the model its name back that a kill took between the two renames of `save`.
 
     It is for the program that goes on with the run: a program that only reads the run sees such a checkpoint
     through `newest`. Several processes of one run may call it at the same time.
@@ -148,6 +148,9 @@ def finish_rename(folder: Path) -> None:
     for step, replaced in _unnamed(folder).items():
         with contextlib.suppress(FileNotFoundError):  # another process of the run was faster
             replaced.rename(folder / f"checkpoint-{step}")
+    if not (folder / MODEL).exists():
+        with contextlib.suppress(FileNotFoundError):
+            (folder / f"{REPLACED}{MODEL}").rename(folder / MODEL)
 
 
 def _unnamed(folder: Path) -> dict[int, Path]:
@@ -260,8 +263,10 @@ def _publish_model(checkpoint: Path, folder: Path) -> str:
     try:
         check_room(folder, (checkpoint / MODEL_WEIGHTS).stat().st_size)
         shutil.copytree(checkpoint, temporary, ignore=own)
-        delete([target] if target.exists() else [])
-        whole_folder.put(temporary, target)
+        replaced = folder / f"{REPLACED}{MODEL}"
+        delete([replaced] if target.exists() and replaced.exists() else [])
+        whole_folder.put(temporary, target, replaced=replaced)
+        delete([replaced] if replaced.exists() else [])
     except OSError as error:
         raise disk_error(target, error) from None
     finally:

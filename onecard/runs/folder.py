@@ -50,7 +50,7 @@ def options_of(record: dict[str, Any]) -> dict[str, Any]:
 
 def leftovers(folder: Path) -> list[Path]:
     """The folders and files that a killed save has left behind."""
-    ours = re.compile(r"\.(saving-(\d+|model)|replaced)-\d+|" + re.escape(PROBE) + r"\w+")
+    ours = re.compile(r"\.saving-(\d+|model)-\d+|\.replaced-(\d+|model)|" + re.escape(PROBE) + r"\w+")
     return [path for path in folder.glob(".*-*") if ours.fullmatch(path.name)]
 
 

@@ -1,6 +1,8 @@
 """What a checkpoint holds, which checkpoints are kept, and what is published."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as runs_folder
 from onecard.runs.checkpoint import Progress
 from onecard.system.hashing import sha256
-from tests.support.power_failure import optimizer, save, save_adapter
+from tests.support.power_failure import Disk, optimizer, save, save_adapter
 
 
 def test_progress_comes_back(tmp_path):
@@ -127,6 +129,44 @@ def test_a_model_is_published_in_a_folder_of_its_own(tmp_path, monkeypatch):
     assert sorted(file.name for file in (tmp_path / "model").iterdir()) == expected
     assert digest == sha256(tmp_path / "model" / "model.safetensors")
     assert sizes == [(tmp_path, (path / "model.safetensors").stat().st_size)]  # room for it was looked for
+
+
+def whole_model(folder: Path, step: int) -> Path:
+    """A checkpoint of a run that trains all weights."""
+
+    def save_model(place: Path) -> None:
+        save_file({"a": torch.full((4,), float(step))}, place / "model.safetensors")
+        (place / "config.json").write_text(json.dumps({"step": step}))
+
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    return runs_checkpoint.save(folder, Progress(step=step), save_model, optimizer(step), off)
+
+
+def test_a_power_failure_leaves_the_older_model_or_the_newer_one(tmp_path, monkeypatch):
+    """A run that was made longer publishes its model a second time; the program that goes on names it."""
+    run, paths = tmp_path / "run", {}
+    run.mkdir()
+    for step in (1, 2):
+        paths[step] = whole_model(run, step)
+    runs_checkpoint.publish(paths[1], run)
+    before, models = Disk.tree(run), []
+    with monkeypatch.context() as patch:
+        disk = Disk(run, patch)
+        runs_checkpoint.publish(paths[2], run)
+        disk.notice()
+    names = ("model.safetensors", "config.json")
+    whole = [[(path / name).read_bytes() for name in names] for path in paths.values()]
+    for _, state in disk.states(before, most=2):
+        folders = [run / "model", run / ".replaced-model"]
+        models = [[state.get(folder / name) for name in names] for folder in folders if folder in state]
+        assert models
+        assert models[0] in whole
+    assert models[0] == whole[1]
+    (run / "model").rename(run / ".replaced-model")
+    runs_checkpoint.finish_rename(run)
+    assert (run / "model" / "config.json").is_file()
+    shutil.copytree(run / "model", run / ".replaced-model")
+    assert runs_folder.leftovers(run) == [run / ".replaced-model"]
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "adapter_model.safetensors"])
