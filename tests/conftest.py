@@ -16,6 +16,10 @@ import torch
 pytest.register_assert_rewrite("tests.support")  # so that a failing check there shows its values too
 from tests.support import fresh_environment, tiny  # noqa: E402
 from tests.support.harness import started  # noqa: E402
+from tests.support.skips import (  # noqa: E402, F401 (hooks of pytest)
+    pytest_make_collect_report,
+    pytest_runtest_makereport,
+)
 
 LONG = (  # files that take minutes, the longest first
     "programs/test_demo.py",

@@ -18,8 +18,19 @@ BALLAST = ".ballast"  # the file that fills the disk
 NEW_MOUNTS, NEW_USERS = 0x00020000, 0x10000000  # of <linux/sched.h>
 
 
+class NoMountError(Exception):
+    """This machine gives a process no namespace, or no mounts in it."""
+
+
 def mount(place: Path, size: int) -> None:
-    """Mount a tmpfs of `size` bytes at a folder; raises OSError where a process may have no namespace."""
+    """Mount a tmpfs of `size` bytes at a folder; raises NoMountError where that is not allowed."""
+    try:
+        _mount(place, size)
+    except OSError as error:  # EPERM, or ENOSPC where the system allows no further namespace
+        raise NoMountError(error.strerror) from error
+
+
+def _mount(place: Path, size: int) -> None:
     library, ids = ctypes.CDLL(None, use_errno=True), (os.getuid(), os.getgid())
     _check(library.unshare(NEW_MOUNTS | NEW_USERS))
     for name, text in (("setgroups", "deny"), ("uid_map", f"0 {ids[0]} 1"), ("gid_map", f"0 {ids[1]} 1")):
