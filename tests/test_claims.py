@@ -1,5 +1,6 @@
 """What the docs call measured or tested rests on programs and tests that exist and run."""
 
+import re
 import subprocess
 import sys
 
@@ -57,7 +58,26 @@ def test_named_programs_start(path):
 
 
 def test_named_programs_exist():
-    assert [path for path in named("benchmarks") + named("tools") if not (ROOT / path).is_file()] == []
+    sources = named("benchmarks") + named("tools") + named("tests")
+    assert [path for path in sources if not (ROOT / path).is_file()] == []
+
+
+def test_tests_that_need_a_gpu_are_not_called_run():
+    """Where all tests of a file are skipped without a GPU, whoever names it says so in the same paragraph."""
+    needing = [
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"(?m)^pytestmark = .*cuda", path.read_text(encoding="utf-8"))
+    ]
+    assert "tests/programs/test_cuda.py" in needing
+    silent = [
+        (page, path)
+        for page, text in claims.pages()
+        for paragraph in re.split(r"\n\s*\n", text)
+        for path in needing
+        if path in paragraph and "needs a GPU" not in " ".join(paragraph.split())
+    ]
+    assert silent == []
 
 
 def test_messages_promise_no_duration():
@@ -79,10 +99,32 @@ def test_messages_promise_no_duration():
         ("Rank 8, 512 tokens and 3 epochs are the defaults.", 0),
         ("```text\nabout 5 minutes\n```\n", 0),
         ("| speed | 32 % |\n| size | 4 |", 1),
+        ("It answers within half a second.", 1),
+        ("Copying would cost a third of the time of a token.", 1),
+        ("The transfer took a third to a half of it.", 1),
+        ("The child starts within a second.", 1),
+        ("Importing takes ten seconds.", 1),
+        ("Another setting is much slower.", 1),
+        ("It varies by a third from run to run, or by half.", 1),
+        ("It needs a quarter of a millisecond for each token.", 1),
+        ("A second input, half of the rows and a third option.", 0),
     ],
 )
 def test_a_planted_claim_is_found(text, count):
     assert len(list(claims.of_page("page", text))) == count
-    source = "\n\nSee `benchmarks/chat_speed.py`.\n\n## Next\n\nIt was tested."
-    all_claims = list(claims.of_page("page", text + source))
+    sourced = f"See `benchmarks/chat_speed.py`:\n\n{text}\n\n## Next\n\nIt was tested."
+    all_claims = list(claims.of_page("page", sourced))
     assert [bool(claim.sources) for claim in all_claims] == [True] * count + [False]
+
+
+@pytest.mark.parametrize(
+    ("text", "sources"),
+    [
+        ("`tests/a.py` shows that it was tested.\n\nThis was tested too.", [1, 0]),
+        ("## `benchmarks/a.py`\n\nIt takes 3 s.\n\nIt was tested.\n\n# B\n\nIt was tested.", [1, 1, 0]),
+        ("Of `benchmarks/a.py`:\n\nA CPU, 24 GiB RAM.\n\n| a | 3 s |\n\nThe peak is 2 s.\n\nIt was tested.",
+         [1, 1, 1, 0]),
+    ],
+)  # fmt: skip
+def test_a_source_is_in_the_same_paragraph_heading_or_table(text, sources):
+    assert [len(claim.sources) for claim in claims.of_page("page", text)] == sources
