@@ -2,7 +2,7 @@
 # Create .venv and install what a program needs, once: bash tools/setup.sh train|chat|cpu|gptq|test|all
 # all: every part except test. gptq makes each start slower, so install it only if you use it.
 # The shell scripts at the root call this on first use. requirements.txt pins every version, and requirements-hashes.txt
-# lists the files of these versions; pip installs no other, apart from builds of torch for the CPU that are not listed.
+# lists the files of these versions; pip installs no other, apart from a build of torch (+cpu, say) without a listed hash.
 # HASHES=0 checks the versions alone, for builds of another index. PYTHON selects the interpreter.
 #
 # A part is complete when its stamp is there, which is written last. Without it everything in .venv is checked, and what

@@ -51,7 +51,10 @@ def test_another_source_archive_is_refused_before_its_code_runs(index, tmp_path,
     monkeypatch.setattr(gguf_check, "version", lambda: version)
     source = tmp_path / f"llama_cpp_python-{version}"
     source.mkdir()
-    (source / "setup.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="utf-8")
+    (source / "backend.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="utf-8")
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n', encoding="utf-8"
+    )
     (source / "PKG-INFO").write_text(
         f"Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: {version}\n", encoding="utf-8"
     )
