@@ -4,6 +4,7 @@ Each test is for both engines, on the tiny model with two adapters.
 """
 
 import gc
+import json
 import os
 import random
 from collections.abc import Iterator
@@ -28,9 +29,12 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SWAPS, TURNS, WARM_UP = 1000, 500, 150
+LONG, FEW = 36, 6  # words of a question, each at least a token
 BEGINNING, CANARY, PROBE = [5, 6, 7, 8, 9, 10], 77, [11, 12]
-SHORT = Generation(GREEDY, repetition_penalty=1.0, min_new_tokens=4, max_new_tokens=4, seed=1)
-GROWTH = 8 << 20  # bytes of memory after the warm-up; keys and values of all turns are far more
+SHORT = Generation(GREEDY, repetition_penalty=1.0, min_new_tokens=3, max_new_tokens=3, seed=1)
+TEMPLATE = {"user": "{text}\n", "user_with_input": "{text} {input}\n"}
+TEMPLATE |= {"assistant": "{text}{end}", "between": "\n"}
+GROWTH = 8 << 20  # bytes of memory after the warm-up; keys and values of all turns are twice as much
 CHILD_GROWTH = 16 << 20  # bytes; the memory of llama.cpp goes up and down by some MiB
 
 
@@ -108,17 +112,23 @@ def used(engine: Engine) -> dict[str, int]:
     return numbers
 
 
-def test_memory_and_descriptors_stay_flat_over_500_turns(engine):
+def test_memory_and_descriptors_stay_flat_over_500_turns(engine, tmp_path):
     """I13: conversations grow and begin anew, adapters change, some answers are stopped, some fail."""
-    talk = Chat(engine, tiny.tokenizer(), data_template.load("alpaca", tiny.tokenizer()))
-    generator, before, failed = random.Random(13), {}, 0
+    template = tmp_path / "short.json"  # because most turns have another adapter and read the whole prompt
+    template.write_text(json.dumps(TEMPLATE))
+    talk = Chat(engine, tiny.tokenizer(), data_template.load(str(template), tiny.tokenizer()))
+    generator, before, failed, tokens = random.Random(13), {}, 0, 0
     turns: tuple[Turn, ...] = ()
+    is_child = isinstance(engine, llama_cpp_engine.Engine)
+    words = FEW if is_child else LONG
     for number in range(TURNS):
         if number == WARM_UP:
             before = used(engine)
-        if number % 10 == 0:
+        if number % 5 == 0:
             turns = ()
-        question = Turn("user", "red " * 600 if number % 50 == 49 else f"Say {generator.choice(tiny.WORDS)}")
+        length = 600 if number % 50 == 49 else words  # tokens; 600 are too many
+        question = Turn("user", " ".join(generator.choices(tiny.WORDS, k=length)))
+        tokens += words * (len(turns) // 2 + 1) if number >= WARM_UP else 0
         active = generator.choice([(), (("a", 1.0),), (("a", 0.5), ("b", 0.7))])
         stream = talk.stream(Conversation((*turns, question)), SHORT, active)
         try:
@@ -134,7 +144,11 @@ def test_memory_and_descriptors_stay_flat_over_500_turns(engine):
     assert failed == TURNS // 50
     growth = {name: after[name] - before[name] for name in before}
     print(growth)
+    shape = tiny.config()
+    bytes_of_token = 2 * 4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    # llama.cpp has room for keys and values from the start, so its questions may be short
+    assert is_child or tokens * bytes_of_token > 2 * GROWTH, "so few keys and values would not be noticed"
     assert growth.pop("memory") < GROWTH
     assert growth.pop("child's memory", 0) < CHILD_GROWTH
-    assert growth.pop("objects") < (TURNS - WARM_UP) // 2
-    assert not any(growth.values()), growth
+    assert growth.pop("objects") < 2 * (TURNS - WARM_UP)  # of the whole process, pytest too
+    assert all(value <= 0 for value in growth.values()), growth
