@@ -10,7 +10,8 @@ survived once more.
 This process imports the libraries once. A forked child then runs the tests of one mutant until one fails:
 those that ran the mutated line when all of them ran once without a mutant, the quickest first. Tests that
 start other programs, and tests that took longer than LONGEST seconds, are left out. A mutant is killed when a
-test fails, or when the tests take several times as long as without it.
+test fails, or when the tests take several times as long as without it. When pytest itself ends in an error
+it is not judged, and neither are the mutants of a file some test of which fails without a mutant.
 
 The draw leaves out annotations, and of several mutants of one kind at one place (`a < b` becoming `a <= b`,
 `a > b` and so on) it holds one: most of the others would die of a TypeError and flatter the share.
@@ -62,6 +63,8 @@ FILES = {  # file of onecard/ -> files of tests/ about it
     "training/step": ["training/test_step.py", "training/test_run.py"],
     "ui/guard": ["ui/test_exposure.py"],
 }
+WORDS = {True: "killed", False: "SURVIVED", None: "NOT JUDGED"}
+FAILED = (1, 2)  # exit codes of pytest when a test fails, and when a file of tests cannot be imported
 LONGEST = 20.0  # seconds
 MOST = 60.0  # seconds of all tests of one mutant together
 LEAST = 10  # mutants of each file, if it has so many
@@ -233,29 +236,62 @@ def try_all(place: Path, tree: Path, items: list[Any]) -> None:
     from cosmic_ray import mutating, plugins, work_item
     from cosmic_ray.work_db import use_db
 
+    sound: dict[str, bool] = {}
     for number, item in enumerate(items):
         name, mutation = file_of(item), item.mutations[0]
         path = tree / "onecard" / f"{name}.py"
-        tests = choose(json.loads(list_of_tests(place, name).read_text(encoding="utf-8")), path, mutation)
-        seconds = sum(value for value, _ in tests.values())
+        everything = json.loads(list_of_tests(place, name).read_text(encoding="utf-8"))
+        if name not in sound:
+            sound[name] = passes(tree, everything)
+        if not sound[name]:
+            print(f"{number + 1}/{len(items)} NOT JUDGED {where(item)}: a test fails without a mutant")
+            continue
+        tests = choose(everything, path, mutation)
         started, operator = time.monotonic(), plugins.get_operator(mutation.operator_name)()
         with mutating.use_mutation(path, operator, mutation.occurrence) as (old, new):
-            files = sorted({test.split("::")[0].removeprefix("tests/") for test in tests})
-            plugin = warm_pytest.Chosen(list(tests))
-            work = functools.partial(warm_pytest.run_pytest, files, plugin, "-x")
-            code, output = warm_pytest.in_child(tree, 20 + seconds, work)
-        killed = code != 0
-        outcome = work_item.TestOutcome.KILLED if killed else work_item.TestOutcome.SURVIVED
+            code, output = run_tests(tree, tests)
+        verdict = judged(code)
         output = "timeout" if code is None else output[-2000:]
         diff = "\n".join(mutating._make_diff(old, new, name))
-        result = work_item.WorkResult(work_item.WorkerOutcome.NORMAL, output, outcome, diff)
+        worker = work_item.WorkerOutcome.EXCEPTION if verdict is None else work_item.WorkerOutcome.NORMAL
+        outcomes = {
+            True: work_item.TestOutcome.KILLED,
+            False: work_item.TestOutcome.SURVIVED,
+            None: work_item.TestOutcome.INCOMPETENT,
+        }
+        result = work_item.WorkResult(worker, output, outcomes[verdict], diff)
         with use_db(place / "session.sqlite") as session:
             session.set_result(item.job_id, result)
         print(
-            f"{number + 1}/{len(items)} {'killed' if killed else 'SURVIVED'} {where(item)} "
+            f"{number + 1}/{len(items)} {WORDS[verdict]} {where(item)} "
             f"{len(tests)} tests, {time.monotonic() - started:.0f} s",
             flush=True,
         )
+
+
+def passes(tree: Path, tests: Tests) -> bool:
+    """Whether all these tests pass as they run for a mutant, but without one."""
+    code, output = run_tests(tree, tests)
+    if code != 0:
+        print(output[-2000:], flush=True)
+    return code == 0
+
+
+def run_tests(tree: Path, tests: Tests) -> tuple[int | None, str]:
+    """What warm_pytest.in_child returns for these tests, up to the first that fails."""
+    files = sorted({test.split("::")[0].removeprefix("tests/") for test in tests})
+    plugin = warm_pytest.Chosen(list(tests))
+    work = functools.partial(warm_pytest.run_pytest, files, plugin, "-x")
+    return warm_pytest.in_child(tree, 20 + sum(value for value, _ in tests.values()), work)
+
+
+def judged(code: int | None) -> bool | None:
+    """Whether a mutant was killed; None when that is not known.
+
+    code: of pytest in a child; None if it took too long, negative for a signal. That
+    pytest had an error of its own, found no tests or was called wrongly says nothing about the mutant.
+    """
+    return True if code is None or code < 0 or code in FAILED else False if code == 0 else None
 
 
 def choose(tests: Tests, path: Path, mutation: Any) -> Tests:
@@ -285,11 +321,11 @@ def where(item: Any) -> str:
 
 
 def forget_survivors(place: Path) -> None:
-    """Let the survivors be tried again, with the tests and the lines that these run as they are now."""
+    """Let survivors and what was not judged be tried again, with the tests as they are now."""
     import sqlite3
 
     with sqlite3.connect(place / "session.sqlite") as session:
-        survived = "where test_outcome = 'SURVIVED'"
+        survived = "where test_outcome in ('SURVIVED', 'INCOMPETENT')"
         paths = session.execute(
             f"select module_path from mutation_specs natural join work_results {survived}"
         ).fetchall()
@@ -301,9 +337,11 @@ def forget_survivors(place: Path) -> None:
 def report(place: Path) -> None:
     """Print the table of the files and the list of the survivors, with what each changes."""
     from cosmic_ray.work_db import use_db
+    from cosmic_ray.work_item import WorkerOutcome
 
     with use_db(place / "session.sqlite") as session:
-        results = session.completed_work_items
+        completed, waiting = session.completed_work_items, session.pending_work_items
+    results = [pair for pair in completed if pair[1].worker_outcome == WorkerOutcome.NORMAL]
     print("\n| file of onecard/ | mutants | killed | share |\n|---|---:|---:|---:|")
     for name in [*FILES, ""]:
         mine = [result for item, result in results if name in ("", file_of(item))]
@@ -316,6 +354,10 @@ def report(place: Path) -> None:
         if not result.is_killed:
             lines = [line for line in result.diff.split("\n")[3:] if line[:1] in "+-"]
             print(where(item), *lines, sep="\n    ")
+    errors = [pair for pair in completed if pair[1].worker_outcome != WorkerOutcome.NORMAL]
+    print(f"\nNot judged: {len(errors)} because pytest ended in an error, {len(waiting)} not tried.\n")
+    for item, result in errors:
+        print(where(item), *result.output.strip().splitlines()[-1:], sep="\n    ")
 
 
 if __name__ == "__main__":

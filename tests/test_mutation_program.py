@@ -59,6 +59,22 @@ def test_no_mutant_runs_tests_for_ever(source):
     assert len(mutation.choose(tests, source, mutant(6))) == 4
 
 
+def test_only_failing_tests_kill_a_mutant():
+    """pytest's own errors, no tests at all and an error of the child say nothing about the mutant."""
+    assert [mutation.judged(code) for code in (1, 2, None, -11)] == [True] * 4
+    assert mutation.judged(0) is False
+    assert [mutation.judged(code) for code in (3, 4, 5, 99)] == [None] * 4
+
+
+def test_a_file_is_judged_only_when_its_tests_pass_without_a_mutant(tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_it.py").write_text("def test_good(): pass\ndef test_bad(): assert 0\n")
+    tests = {f"tests/test_it.py::test_{name}": (0.1, [1]) for name in ("good", "bad", "gone")}
+    assert mutation.passes(tmp_path, {name: tests[name] for name in list(tests)[:1]})
+    assert not mutation.passes(tmp_path, tests)
+    assert not mutation.passes(tmp_path, {name: tests[name] for name in list(tests)[2:]})
+
+
 @pytest.mark.parametrize("code", [0, 1, 5])
 def test_the_exit_code_and_output_of_a_child(tmp_path, code):
     def work() -> int:
