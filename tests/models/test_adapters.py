@@ -1,6 +1,7 @@
 """Other base models and other kinds of adapters through the same path."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from onecard.config.training import FinetuneConfig
 from onecard.data.conversation import single
 from onecard.data.packing import pack
 from onecard.errors import UserError
@@ -326,3 +328,25 @@ def test_out_of_memory_is_no_adapter_that_does_not_fit(tiny_model, tmp_path, mon
     monkeypatch.setattr(PeftModel, "from_pretrained", fail)
     with pytest.raises(torch.OutOfMemoryError):
         models_adapter.attach(base_model.load_base(str(tiny_model), 16, "fp32", "cpu"), folder, "one")
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, KeyError, IndexError, re.error])
+def test_what_peft_raises_for_settings_names_the_option(kind, monkeypatch):
+    """peft has no error of its own: which of these comes depends on the setting."""
+
+    def refuse(*_):
+        raise kind("no such thing")
+
+    monkeypatch.setattr(models_adapter, "get_peft_model", refuse)
+    base = transformers.AutoModelForCausalLM.from_config(tiny.config())
+    with pytest.raises(UserError, match=r"peft cannot make this adapter: .*no such thing.*--peft_config"):
+        models_adapter.add_adapter(base, lora_shape.LoraShape.of(FinetuneConfig()), seed=0)
+
+
+def test_weights_that_are_not_trained_in_fp32_are_an_error_of_ours(monkeypatch):
+    """Should peft one day make them in the dtype of the base, no run may go on with that in silence."""
+    make = models_adapter.get_peft_model
+    monkeypatch.setattr(models_adapter, "get_peft_model", lambda *inputs: make(*inputs).bfloat16())
+    base = transformers.AutoModelForCausalLM.from_config(tiny.config())
+    with pytest.raises(AssertionError, match="fp32"):
+        models_adapter.add_adapter(base, lora_shape.LoraShape.of(FinetuneConfig()), seed=0)

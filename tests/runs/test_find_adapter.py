@@ -213,3 +213,13 @@ def test_an_older_adapter_is_rewritten(tmp_path):
     assert set(load_file(adapter.folder / "adapter_model.safetensors")) == {
         f"base_model.model.{name}" for name in names
     }
+
+
+@pytest.mark.parametrize(
+    ("stored", "template"), [("alpaca, chatml", "alpaca"), (["alpaca"], None), (7, None), ("", None)], ids=str
+)
+def test_a_recorded_template_that_is_no_text_is_passed_over(tmp_path, stored, template):
+    """Of several names the first counts, and a damaged record does not stop a chat."""
+    folder = write(tmp_path / "adapter")
+    (folder / "finetune_config.json").write_text(json.dumps({"options": {"template": stored}}))
+    assert find(folder).template == template
