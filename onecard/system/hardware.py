@@ -83,7 +83,7 @@ def choose_dtype(option: str, *devices: str) -> Choice:
     cards = [gpus.named(device) for device in devices if device.startswith("cuda")]
     oldest = min(cards, key=lambda gpu: gpu.capability, default=None)
     if option == "bf16" and oldest and not oldest.has_bf16:
-        return Choice(option, f"asked for; {oldest.name} only emulates it, so --dtype fp16 would be faster")
+        return Choice(option, f"asked for; {oldest.name} only emulates it, so fp16 would be faster")
     if option != "auto":
         return Choice(option, "asked for")
     if oldest:

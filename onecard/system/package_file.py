@@ -26,7 +26,8 @@ def fetch(pin: str, sha256: str | None, folder: Path, options: Sequence[str] = (
     Raises FetchError.
     """
     listed = folder / "requirements.txt"
-    listed.write_text(f"{pin} --hash=sha256:{sha256}\n" if sha256 else f"{pin}\n", encoding="utf-8")
+    line = [pin, f"--hash=sha256:{sha256}"] if sha256 else [pin]
+    listed.write_text(" ".join(line) + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += [*options, "--dest", str(folder), "-r", str(listed)]
     ended = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)

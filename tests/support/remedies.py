@@ -30,7 +30,7 @@ OF_EVERY_PROGRAM = {"help", "config"}
 HAVE_NAMES_FROM_SETTINGS = ("config.options", "config.declaration")
 OTHERS = {  # options of programs of others in command lines
     "nvidia-smi": {"query-gpu", "format"},
-    "pip": {"quiet", "disable-pip-version-check", "no-deps", "no-binary", "dest"}
+    "pip": {"quiet", "disable-pip-version-check", "no-deps", "no-binary", "dest", "hash"}
     | {"force-reinstall", "no-cache-dir", "no-build-isolation"},
     "llama.cpp's converters": {"outfile", "outtype", "base"},
     "the child of conversion/llama_cpp_converter.py": {"any-tokenizer", "eos-ids"},

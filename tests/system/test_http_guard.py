@@ -3,7 +3,6 @@
 test_exposure.py in tests/ui asks a real window the same from outside.
 """
 
-import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 
 from onecard.system import http_guard
 from onecard.system.http_guard import POLICY, UPLOAD, Guard
+from tests.support.coroutines import run_apart
 
 HERE = "127.0.0.1:7860"
 EMPTY = ({"type": "http.request", "body": b"", "more_body": False},)  # the body of a request without one
@@ -43,7 +43,7 @@ def visit(
     names = [(name.encode(), value.encode("latin-1")) for name, value in headers]
     tokens = SimpleNamespace(tokens={"right": "me"})
     scope = {"type": kind, "path": path, "headers": names, "app": tokens}
-    asyncio.run(Guard(application, local, login, origin)(scope, receive, send))
+    run_apart(Guard(application, local, login, origin)(scope, receive, send))
     assert sent[1]["type"] == "http.response.body"
     assert sent[1]["body"] == b"fine" or (sent[1]["body"] and not received)
     return sent[0]["status"], dict(sent[0]["headers"]), received
@@ -150,7 +150,7 @@ def test_messages_that_are_no_requests_pass():
     async def application(scope: Any, receive: Any, send: Any) -> None:
         passed.append((scope, receive, send))
 
-    asyncio.run(Guard(application, True, True, "")({"type": "lifespan"}, "receive", "send"))
+    run_apart(Guard(application, True, True, "")({"type": "lifespan"}, "receive", "send"))
     assert passed == [({"type": "lifespan"}, "receive", "send")]
 
 

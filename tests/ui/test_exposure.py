@@ -3,7 +3,6 @@
 The tests send plain HTTP to a real server (tests/support/window_server.py); test_windows.py uses a browser.
 """
 
-import asyncio
 import contextlib
 import http.client
 import itertools
@@ -32,6 +31,7 @@ from onecard.errors import UserError
 from onecard.system import http_guard
 from onecard.ui import guard
 from tests.support.browser import Server, bubbles, finished, opened, serving, set_slider, status
+from tests.support.coroutines import run_apart
 from tests.support.training_page import eventually
 
 
@@ -399,7 +399,7 @@ def test_files_are_counted_wherever_their_request_is_cut(tmp_path, count, size):
     scope = {"type": "http", "path": "/gradio_api/upload", "headers": [(b"host", b"localhost")]}
     scope["headers"] += [(name.encode(), value.encode()) for name, value in headers.items()]
     guarded = http_guard.Guard(application, local=True, login=False, origin="")
-    asyncio.run(guarded(scope, receive, None))
+    run_apart(guarded(scope, receive, None))
     if count <= http_guard.FILES:
         assert outcome == [count]
     else:
