@@ -184,8 +184,7 @@ STARTS = re.compile(
 )
 USERS_OWN = {  # (file, function): why the process keeps the user's environment
     ("onecard/runs/jobs.py", "_launch"): "a training of the user's, with their hub and their wandb account",
-    ("onecard/hub/demo.py", "_download_gguf"): "pip, with the user's index and proxy; it opens no model",
-    ("onecard/conversion/llama_cpp_converter.py", "_download"): "pip, likewise",
+    ("onecard/system/package_file.py", "fetch"): "pip, with the user's index and proxy; it opens no model",
     ("onecard/system/gpus.py", "free_bytes_by_driver"): "nvidia-smi, which reads no file of a stranger",
     ("onecard/system/gpus.py", "problem"): "nvidia-smi, likewise",
 }
