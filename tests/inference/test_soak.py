@@ -36,7 +36,7 @@ BEGINNING, CANARY, PROBE = [5, 6, 7, 8, 9, 10], 77, [11, 12]
 SHORT = Generation(GREEDY, repetition_penalty=1.0, min_new_tokens=3, max_new_tokens=3, seed=1)
 TEMPLATE = {"user": "{text}\n", "user_with_input": "{text} {input}\n"}
 TEMPLATE |= {"assistant": "{text}{end}", "between": "\n"}
-GROWTH = 8 << 20  # bytes of memory after the warm-up; keys and values of all turns are twice as much
+GROWTH = 4 << 20  # bytes of memory after the warm-up; keys and values of all turns are twice as much
 CHILD_GROWTH = 16 << 20  # bytes; the memory of llama.cpp goes up and down by some MiB
 
 
