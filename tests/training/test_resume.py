@@ -114,6 +114,9 @@ def test_a_signal_at_any_moment_loses_nothing(
             shutil.rmtree(run, ignore_errors=True)
             settings = flags(tiny_model, rows, run, save_steps=100)
             answer = harness.run("finetune", settings, signals=[[delay, name]])
+            if answer["code"] not in (0, code) and not run.exists() and not answer["said"]:
+                delay *= 3  # it ended before it had begun, and before it watched for signals
+                continue
             assert answer["code"] in (0, code), answer["said"]
             if answer["code"]:
                 break
