@@ -5,11 +5,9 @@ and AWQ (Lin et al. 2023, arXiv 2306.00978) use calibration rows and quantise on
 other layers wait outside of the GPU.
 """
 
-import contextlib
 import gc
 import math
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from onecard.config.conversion import (
     PUBLISHED_TEXT,
     QuantizeConfig,
 )
-from onecard.conversion import calibration
+from onecard.conversion import calibration, gptq_awq
 from onecard.errors import CHECKPOINT, UserError, is_out_of_memory
 from onecard.evaluation import eval_rows
 from onecard.evaluation.eval_rows import EvalRow
@@ -35,13 +33,12 @@ from onecard.inference import resolve
 from onecard.models import base_model, quantized, tensor_files
 from onecard.models import memory as models_memory
 from onecard.models import tokenizer as models_tokenizer
-from onecard.system import build_lock, console, gpus, hardware, openmp, output_folder
+from onecard.system import console, gpus, hardware, openmp, output_folder
 from onecard.system import files as system_files
 from onecard.system.console import say
 
 FLAG = "--output_path"
 FIGURES = "quantize.json"  # in the new folder: sizes and perplexities before and after
-WAITING, LOGS = ".waiting", "logs"  # folders of gptqmodel in the new folder, deleted at the end
 BITS = {quantized.GPTQ: (2, 3, 4, 8), quantized.AWQ: (4,), BNB: (4, 8)}
 GROUPS = (128, 64, 32)  # group sizes that --group_size auto tries
 OUTPUTS = {quantized.GPTQ: 32, quantized.AWQ: 64}  # the outputs of a layer must be a multiple of this
@@ -95,7 +92,7 @@ def run(options: QuantizeConfig) -> Path:
         if options.method == BNB:
             _by_bitsandbytes(source, folder, options.bits, device)
         else:
-            _print_errors(_by_gptqmodel(source, folder, options, group, calibration_rows, device))
+            gptq_awq.print_errors(gptq_awq.write(source, folder, options, group, calibration_rows, device))
         models_tokenizer.load_tokenizer(str(source)).save_pretrained(folder)
         # measured while the folder has its hidden name: even after a kill, a visible folder has its figures
         after = _perplexity_after(folder, report_rows, device)
@@ -255,69 +252,6 @@ def _rows(
     rows_of = f"{len(calibration_rows)} calibration rows of {options.data_path}"
     say(f"rows        {rows_of}, {tokens} tokens (template {template.name})")
     return calibration_rows, report_rows
-
-
-def _by_gptqmodel(
-    source: Path,
-    folder: Path,
-    options: QuantizeConfig,
-    group: int,
-    calibration_rows: list[list[int]],
-    device: str,
-) -> list[dict[str, Any]]:
-    """Write the quantised weights into the folder; returns the library's log entries of all modules."""
-    library = quantized.library()
-    from gptqmodel.quantization.config import AWQConfig, GPTQConfig
-
-    shared = {"bits": options.bits, "group_size": group, "device": gpus.torch_name(device)}
-    shared["offload_to_disk_path"] = str(folder / WAITING)  # where layers wait
-    if options.method == quantized.AWQ:
-        settings, backend = AWQConfig(**shared), library.BACKEND.AWQ_TORCH
-    else:
-        grouped = group != -1 and not options.act_order  # the library's other order needs groups
-        order = {"desc_act": options.act_order, "act_group_aware": grouped}
-        settings, backend = GPTQConfig(damp_percent=options.damp, **order, **shared), library.BACKEND.AUTO
-    examples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration_rows]
-    source, folder = source.resolve(), folder.resolve()
-    with contextlib.chdir(folder):  # the library writes its log into the working directory
-        with build_lock.alone():
-            model = library.GPTQModel.load(str(source), settings)
-        log = model.quantize(examples, batch_size=1, backend=backend, calibration_data_min_length=1)
-        model.save(str(folder))
-    for name in (WAITING, LOGS):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    _leave_out_waiting(folder)
-    return [entry for entries in log.values() for entry in entries]
-
-
-def _leave_out_waiting(folder: Path) -> None:
-    """Take the path where layers waited out of the settings that gptqmodel has saved."""
-    for path in (folder / model_files.MODEL_CONFIG, folder / "quantize_config.json"):
-        values = system_files.read_json(path) or {}
-        settings = values.get("quantization_config", values)
-        if settings.get("meta", {}).pop("offload_to_disk_path", None):
-            system_files.write_json(path, values)
-
-
-def _print_errors(log: list[dict[str, Any]]) -> None:
-    """Print one line per layer: the squared error of its outputs on the calibration rows.
-
-    log: the library's entries. An entry has no number when no token of the rows reached the module, as may
-    happen to an expert; then its weights were only rounded.
-    """
-    layers: dict[int, list[tuple[float, str]]] = {}
-    for entry in log:
-        try:
-            error = float(entry["loss"])
-        except ValueError:
-            say(f"layer {entry['layer']:<5} {entry['module']}: {entry['loss']}")
-            continue
-        layers.setdefault(entry["layer"], []).append((error, entry["module"]))
-    for number, modules in sorted(layers.items()):
-        largest, name = max(modules)
-        say(
-            f"layer {number:<5} squared error {sum(each for each, _ in modules):.2e}, {largest:.2e} in {name}"
-        )
 
 
 def _by_bitsandbytes(source: Path, folder: Path, bits: int, device: str) -> None:

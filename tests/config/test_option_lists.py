@@ -6,7 +6,7 @@ from tests.support import option_lists
 
 SHAPE = "lora_alpha, lora_r, lora_target_modules, rslora, train_what"
 LISTED = {  # (file, names) -> why these names stand there
-    ("conversion/quantize.py", "bits, device, group_size"): "arguments of a function of gptqmodel",
+    ("conversion/gptq_awq.py", "bits, device, group_size"): "arguments of a function of gptqmodel",
     ("conversion/quantize.py", "data_path, rows"): "keys of quantize.json; rows are those that were measured",
     ("hub/download.py", "endpoint, revision, source"): "keys of onecard_download.json",
     ("hub/manifest.py", "endpoint, revision, source"): "keys of onecard_download.json",

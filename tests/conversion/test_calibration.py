@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from onecard.config.conversion import C4, OWN_ROWS, PTB, PUBLISHED, WIKITEXT2, QuantizeConfig
 from onecard.config.options import build
-from onecard.conversion import calibration, quantize
+from onecard.conversion import calibration, gptq_awq, quantize
 from onecard.errors import DATA, USAGE, UserError
 from onecard.hub import locate
 from onecard.models import tokenizer as models_tokenizer
@@ -224,7 +224,7 @@ def without_library(monkeypatch) -> list[list[list[int]]]:
             (folder / path.name).write_bytes(path.read_bytes())
         return []
 
-    monkeypatch.setattr(quantize, "_by_gptqmodel", copy)
+    monkeypatch.setattr(gptq_awq, "write", copy)
     monkeypatch.setattr(quantize.quantized, "require", lambda _: None)
     return calls
 

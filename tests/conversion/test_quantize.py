@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from onecard.config.conversion import QuantizeConfig
 from onecard.config.options import build
-from onecard.conversion import quantize
+from onecard.conversion import gptq_awq, quantize
 from onecard.data import template as data_template
 from onecard.errors import CHECKPOINT, DATA, DISK, USAGE, UserError
 from onecard.evaluation import eval_rows, likelihood
@@ -162,7 +162,7 @@ def test_the_path_where_layers_waited_is_not_published(tmp_path, layout):
     settings = {"bits": 4, "meta": {"offload_to_disk_path": "/home/me/.out.making/.waiting", "mse": 0.0}}
     values = {"quantization_config": settings} if layout == "config.json" else settings
     (tmp_path / layout).write_text(json.dumps(values))
-    quantize._leave_out_waiting(tmp_path)
+    gptq_awq._leave_out_waiting(tmp_path)
     del settings["meta"]["offload_to_disk_path"]
     assert json.loads((tmp_path / layout).read_text()) == values
 
@@ -276,7 +276,7 @@ def test_the_demo_with_the_tool(tmp_path):
 def test_each_layers_error_is_told(capsys):
     """The sum over a layer's modules and the largest one; a module without rows in the library's words."""
     noted = [("q", 0, "0.25"), ("up", 0, "0.5"), ("q", 1, "0.125"), ("up", 1, "rtn fallback")]
-    quantize._print_errors([{"module": m, "layer": n, "loss": loss} for m, n, loss in noted])
+    gptq_awq.print_errors([{"module": m, "layer": n, "loss": loss} for m, n, loss in noted])
     assert capsys.readouterr().out.splitlines() == [
         "layer 1     up: rtn fallback",
         "layer 0     squared error 7.50e-01, 5.00e-01 in up",
