@@ -7,7 +7,6 @@ can name GPUs that the machine does not have. torch is imported inside the funct
 
 import dataclasses
 import os
-import shutil
 import subprocess
 
 from onecard.system import commands
@@ -68,14 +67,9 @@ class Gpu:
 
     def free_bytes_by_driver(self) -> int | None:
         """Bytes that are free now, as nvidia-smi says; None where it does not. This needs no CUDA context."""
-        command = ["nvidia-smi", "-i", self.uuid, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-        try:
-            answer = subprocess.run(
-                command, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=True
-            )
-            return int(answer.stdout.split()[0]) * 2**20
-        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-            return None
+        answer = _ask_driver(["-i", self.uuid, "--query-gpu=memory.free", "--format=csv,noheader,nounits"])
+        first = (answer or "").split()[:1]
+        return int(first[0]) * 2**20 if first and first[0].isdecimal() else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,18 +130,9 @@ def has_code_for(capability: tuple[int, int], builds: tuple[str, ...]) -> bool:
 
 def problem() -> str | None:
     """Why torch cannot use the GPU that nvidia-smi shows, and what to type; None where it shows none."""
-    smi = shutil.which("nvidia-smi")
-    if not smi:
-        return None
-    command = [smi, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = [line for line in answer.stdout.splitlines() if "," in line]
-    if answer.returncode or not lines:
+    answer = _ask_driver(["--query-gpu=name,driver_version", "--format=csv,noheader"])
+    lines = [line for line in (answer or "").splitlines() if "," in line]
+    if not lines:
         return None
     import torch
 
@@ -160,6 +145,18 @@ def problem() -> str | None:
     major = int(driver.split(".")[0]) if driver.split(".")[0].isdecimal() else 0
     update = "" if major >= NEWEST_DRIVER else f"Update the driver to {NEWEST_DRIVER} or newer. "
     return f"{facts} {update}Run: {pip_line(torch.__version__)}"
+
+
+def _ask_driver(arguments: list[str]) -> str | None:
+    """What nvidia-smi prints; None where there is none, or where it fails or takes longer than 20 s."""
+    command = ["nvidia-smi", *arguments]
+    try:
+        ended = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return ended.stdout
 
 
 def pip_line(version: str) -> str:

@@ -185,8 +185,7 @@ STARTS = re.compile(
 USERS_OWN = {  # (file, function): why the process keeps the user's environment
     ("onecard/runs/jobs.py", "_launch"): "a training of the user's, with their hub and their wandb account",
     ("onecard/system/package_file.py", "fetch"): "pip, with the user's index and proxy; it opens no model",
-    ("onecard/system/gpus.py", "free_bytes_by_driver"): "nvidia-smi, which reads no file of a stranger",
-    ("onecard/system/gpus.py", "problem"): "nvidia-smi, likewise",
+    ("onecard/system/gpus.py", "_ask_driver"): "nvidia-smi, which reads no file of a stranger",
 }
 
 
