@@ -7,7 +7,6 @@ document. The text comes from a local file or folder in the layout in which it w
 
 import dataclasses
 import gzip
-import io
 import json
 import random
 import zlib
@@ -169,7 +168,7 @@ def parts(file: Path, corpus: Corpus) -> Iterator[str]:
 def _opened(file: Path) -> TextIO:
     """A text file, or one that gzip has compressed, to be read."""
     if file.suffix == ".gz":
-        return io.TextIOWrapper(gzip.open(file), encoding="utf-8")
+        return gzip.open(file, "rt", encoding="utf-8")
     return file.open(encoding="utf-8")
 
 

@@ -72,7 +72,6 @@ def _limited_upload(scope: Any, receive: Any) -> Any:
 
     gradio deletes only those.
     """
-    too_large = bytes(UPLOAD + 1)
     content_type = dict(scope["headers"]).get(b"content-type", b"")
     boundary = re.search(rb'boundary="?([^";,]+)', content_type)
     border = b"--" + boundary[1].strip() if boundary else b""
@@ -82,14 +81,14 @@ def _limited_upload(scope: Any, receive: Any) -> Any:
         nonlocal parts, before
         message = await receive()
         if message["type"] == "http.disconnect":
-            return {"type": "http.request", "body": too_large, "more_body": False}
+            return {"type": "http.request", "body": bytes(UPLOAD + 1), "more_body": False}
         body = message.get("body", b"")
         if border:
             text = before + body
             borders = [match.start() for match in re.finditer(re.escape(border), text)]
             if parts + len(borders) > FILES + 1:  # one stands behind the last file
                 end = max(0, borders[max(0, FILES - parts)] - len(before))
-                return {"type": "http.request", "body": body[:end] + too_large, "more_body": False}
+                return {"type": "http.request", "body": body[:end] + bytes(UPLOAD + 1), "more_body": False}
             parts += len(borders)
             before = text[borders[-1] + len(border) if borders else 0 :][1 - len(border) :]
         return message
