@@ -16,7 +16,7 @@ from pathlib import Path
 from onecard.system.console import say
 
 SPINS = "GOMP_SPINCOUNT"  # how often a thread looks whether its wait is over before it sleeps; GNU's OpenMP
-OURS = "1000"  # enough to outlast the short waits of a machine with free cores
+OURS = "200"  # outlasts most waits of a machine with free cores, and is soon over on a busy one
 THREADS = "OMP_NUM_THREADS"
 # who sets one of these has chosen how many threads there are, where they run or how they wait
 USERS = (
