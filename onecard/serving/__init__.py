@@ -1,0 +1,1 @@
+"""The HTTP service: keys, store, OpenAI and TigerBot calls, jobs, knowledge."""

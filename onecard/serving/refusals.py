@@ -1,0 +1,79 @@
+"""What a caller gets instead of an answer: a status, one sentence, and the parameter that it is about.
+
+The OpenAI routes write it as OpenAI does, TigerBot's routes in TigerBot's envelope. No text of an exception
+that is not meant for the caller gets here.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+BAD_REQUEST, NO_KEY, FORBIDDEN, NOT_FOUND = 400, 401, 403, 404
+TIMED_OUT, TOO_LARGE, WRONG_TYPE = 408, 413, 415
+TOO_MANY, HEADERS_TOO_LARGE = 429, 431
+FAILED, UNAVAILABLE = 500, 503
+TYPES = {  # status -> the word that OpenAI has for it; other statuses below 500 are invalid requests
+    NO_KEY: "authentication_error",
+    FORBIDDEN: "permission_error",
+    TOO_MANY: "rate_limit_error",
+}
+TIGERBOT = "/bot-service/"  # where TigerBot's calls begin
+
+
+@dataclasses.dataclass
+class RequestError(Exception):
+    """A request that is not answered."""
+
+    status: int
+    message: str
+    param: str | None = None  # the parameter of the request that is wrong
+    code: str | None = None  # a word for programs
+    retry_after: int | None = None  # seconds
+
+    def __str__(self) -> str:
+        return self.message
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {"retry-after": str(self.retry_after)} if self.retry_after is not None else {}
+        if self.status == NO_KEY:
+            headers["www-authenticate"] = "Bearer"
+        return headers
+
+    def body(self, path: str) -> dict[str, Any]:
+        """The JSON of the answer, in the form of the routes that the path belongs to."""
+        return self.as_tigerbot() if path.startswith(TIGERBOT) else self.as_openai()
+
+    def as_openai(self) -> dict[str, Any]:
+        usual = "server_error" if self.status >= FAILED else "invalid_request_error"
+        kind = TYPES.get(self.status, usual)
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def as_tigerbot(self) -> dict[str, Any]:
+        return {"code": self.status, "msg": self.message, "data": None}
+
+
+def failed() -> RequestError:
+    """What the caller learns about an error of ours; the log has more."""
+    return RequestError(FAILED, "The server failed to answer this. Its log says why.", code="internal_error")
+
+
+def of_validation(errors: Sequence[Mapping[str, Any]]) -> RequestError:
+    """The first of pydantic's errors about a body: the parameter and what is wrong, without its value."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return RequestError(BAD_REQUEST, "The body is not valid JSON.", code="invalid_json")
+    place = [part for part in first["loc"] if part != "body"]
+    inner = first.get("ctx", {}).get("param")
+    param = _path([*place, *([inner] if inner else [])])
+    if not param:
+        return RequestError(BAD_REQUEST, "The body must be a JSON object, sent as application/json.")
+    if first["type"] == "missing":
+        return RequestError(BAD_REQUEST, f"{param}: This parameter is missing.", param, "missing_parameter")
+    return RequestError(BAD_REQUEST, f"{param}: {first['msg']}", param, "invalid_parameter")
+
+
+def _path(parts: Sequence[str | int]) -> str | None:
+    """messages[0].content of ("messages", 0, "content")."""
+    words = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return words.lstrip(".") or None
