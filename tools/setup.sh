@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Create .venv and install what a program needs, once: bash tools/setup.sh train|chat|cpu|gptq|test|all
+# Create .venv and install what a program needs, once: bash tools/setup.sh train|chat|cpu|gptq|serve|test|all
 # all: every part except test. gptq makes each start slower, so install it only if you use it.
 # The shell scripts at the root call this on first use. requirements.txt pins every version, and requirements-hashes.txt
 # lists the files of these versions; pip installs no other, apart from a build of torch (+cpu, say) without a listed hash.
@@ -15,9 +15,9 @@ esac
 cd "$(dirname "$(readlink -f "$0")")/.."
 what=${1:-}
 case "$what" in
-  train | chat | cpu | gptq | test) extras=$what ;;
-  all) extras=train,wandb,chat,cpu,gptq ;;
-  *) echo "error: tools/setup.sh: unknown part '$what'. Use: bash tools/setup.sh train|chat|cpu|gptq|test|all" >&2; exit 2 ;;
+  train | chat | cpu | gptq | serve | test) extras=$what ;;
+  all) extras=train,wandb,chat,cpu,gptq,serve ;;
+  *) echo "error: tools/setup.sh: unknown part '$what'. Use: bash tools/setup.sh train|chat|cpu|gptq|serve|test|all" >&2; exit 2 ;;
 esac
 
 again="Then run the same command again."
@@ -257,7 +257,7 @@ if [ "$what" = test ] && ! command -v strace >/dev/null && command -v apt-get >/
   echo "Installing strace, which the tests use to kill a save at each system call (without it these tests are skipped) ..."
   { apt-get update && apt-get install --yes --no-install-recommends strace; } >/dev/null || echo "strace could not be installed."
 fi
-if [[ "$what" = cpu || "$what" = all ]] && ! .venv/bin/python -c "from onecard.conversion import llama_cpp_converter; llama_cpp_converter.home()"; then
+if [[ "$what" = cpu || "$what" = serve || "$what" = all ]] && ! .venv/bin/python -c "from onecard.conversion import llama_cpp_converter; llama_cpp_converter.home()"; then
   echo "error: llama.cpp's converter could not be downloaded; the reason is above. Run the same command again to continue." >&2
   exit 2
 fi
@@ -268,8 +268,11 @@ if [ "$what" = test ] && ! browser >/dev/null && command -v apt-get >/dev/null &
 fi
 sync -f .venv # so that a power failure cannot leave the stamp without what it stands for
 touch "$stamp" # written last, so it means that the part is complete
-case "$what" in # parts that are complete with it
-  test) touch "${stamp/-test-/-train-}" "${stamp/-test-/-chat-}" "${stamp/-test-/-cpu-}" ;;
-  all) touch "${stamp/-all-/-train-}" "${stamp/-all-/-chat-}" "${stamp/-all-/-cpu-}" "${stamp/-all-/-gptq-}" ;;
-  chat | cpu | gptq) touch "${stamp/-$what-/-train-}" ;;
+includes=() # parts that are complete with it
+case "$what" in
+  test) includes=(train chat cpu serve) ;;
+  all) includes=(train chat cpu gptq serve) ;;
+  serve) includes=(train cpu) ;;
+  chat | cpu | gptq) includes=(train) ;;
 esac
+for part in ${includes[@]+"${includes[@]}"}; do touch "${stamp/-$what-/-$part-}"; done

@@ -38,8 +38,9 @@ PARTS = {  # part of the set-up -> modules that it installs; users install no ot
     "chat": "gradio markdown_it prompt_toolkit",
     "cpu": "llama_cpp",
     "gptq": "gptqmodel optimum",
+    "serve": "fastapi uvicorn sqlalchemy alembic limits prometheus_client python_multipart llguidance",
 }
-COMPILED = "cpu"  # the part with llama.cpp
+COMPILED = ("cpu", "serve")  # the parts with llama.cpp
 ANY_CPU = 'CMAKE_ARGS="-DGGML_NATIVE=OFF"'  # tools/setup.sh says why; an extra cannot carry it
 
 
@@ -76,7 +77,7 @@ def set_up(part: str) -> str:
     """What to type for a part of the set-up."""
     if IN_CHECKOUT:
         return f"bash {_typed('tools/setup.sh')} {part}"
-    return f'{ANY_CPU + " " if part == COMPILED else ""}pip install "onecard[{part}]"'
+    return f'{ANY_CPU + " " if part in COMPILED else ""}pip install "onecard[{part}]"'
 
 
 def extra(package: str) -> str:

@@ -137,8 +137,10 @@ def test_every_package_of_the_set_up_is_known():
         "protobuf": "google.protobuf",
         "llama-cpp-python": "llama_cpp",
         "markdown-it-py": "markdown_it",
+        "prometheus-client": "prometheus_client",
+        "python-multipart": "python_multipart",
     }
-    for part in ("train", "chat", "cpu", "gptq"):
+    for part in ("train", "chat", "cpu", "gptq", "serve"):
         for line in fresh.PYPROJECT["optional-dependencies"][part]:
             name = Requirement(line).name
             if name != "onecard":

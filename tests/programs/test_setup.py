@@ -162,7 +162,12 @@ def test_a_half_made_environment_beside_it_is_made_again(project):
         ("train", ["train"], {"train"}),
         ("chat", ["chat", "train"], {"chat", "train"}),
         ("cpu", ["cpu", "train"], {"cpu", "train"}),
-        ("all", ["train", "wandb", "chat", "cpu", "gptq"], {"all", "train", "chat", "cpu", "gptq"}),
+        ("serve", ["serve", "cpu", "train"], {"serve", "cpu", "train"}),
+        (
+            "all",
+            ["train", "wandb", "chat", "cpu", "gptq", "serve"],
+            {"all", "train", "chat", "cpu", "gptq", "serve"},
+        ),
     ],
 )
 def test_a_part_is_installed_in_place_and_marked_complete(project, part, extras, complete):

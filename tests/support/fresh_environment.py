@@ -24,7 +24,12 @@ from tests.support.paths import ROOT
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SETS_UP = re.compile(r"bash tools/setup\.sh (\w+)")
 ALWAYS = ("pip",)  # tools/setup.sh itself installs this
-WITH = {"train": ["train"], "chat": ["chat", "train"], "cpu": ["cpu", "train"]}  # stamp files of each part
+WITH = {  # stamp files of each part
+    "train": ["train"],
+    "chat": ["chat", "train"],
+    "cpu": ["cpu", "train"],
+    "serve": ["serve", "cpu", "train"],
+}
 
 
 def copy_project(folder: Path) -> Path:
