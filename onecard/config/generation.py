@@ -19,6 +19,8 @@ from onecard.config.declaration import (
 GREEDY, SAMPLE, BEAM, BEAM_SAMPLE = "greedy", "sample", "beam", "beam_sample"
 MODES = (GREEDY, SAMPLE, BEAM, BEAM_SAMPLE)
 SEEDS = 2**32  # that are drawn from: short enough to be typed again
+NO_LIMIT = 2**31 - 1  # of new tokens: the context of the model ends an answer
+COLDEST = 1e-4  # a lower temperature is greedy: scores that it divides would leave the range of fp32
 MOST_PHRASES, LONGEST_PHRASE = 50, 200  # stop words or banned phrases; characters of one
 ActiveAdapters = tuple[tuple[str, float], ...]  # active adapters and their weights; () is the base alone
 TRAINED = ""  # name of the template that was saved with the adapter, or is usual without one
@@ -232,3 +234,28 @@ def seeded(settings: Settings) -> Settings:
     if not settings.samples or settings.seed is not None:
         return settings
     return dataclasses.replace(settings, seed=secrets.randbelow(SEEDS))
+
+
+def of_request(
+    temperature: float = 1.0, top_p: float = 1.0, max_tokens: int = NO_LIMIT, seed: int | None = None
+) -> Generation:
+    """The options of an answer to a request of OpenAI's API: what it does not ask for changes nothing.
+
+    temperature: 0 means greedy there, while --temperature, which is for people, does not take it; seed: any
+    whole number. The caller has checked the ranges.
+    """
+    return Generation(
+        mode=GREEDY if temperature < COLDEST else SAMPLE,
+        temperature=max(temperature, COLDEST),
+        top_p=top_p,
+        top_k=0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_new_tokens=0,
+        max_new_tokens=max_tokens,
+        stop="",
+        banned="",
+        seed=None if seed is None else seed % 2**63,
+        max_memory=0,
+        last_turns=0,
+    )

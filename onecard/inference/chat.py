@@ -17,10 +17,14 @@ from onecard.data import template as data_template
 from onecard.data.conversation import Conversation
 from onecard.data.template import Template
 from onecard.errors import UserError, is_out_of_memory
+from onecard.inference import controls as inference_controls
 from onecard.inference import decoding, detokenizer, history, lazy_engine, loader, transformers_engine
 from onecard.inference import engine as inference_engine
-from onecard.inference.decoding import CANCELLED, NO_MEMORY
+from onecard.inference.controls import Controls
+from onecard.inference.decoding import CANCELLED, END, LENGTH, NO_MEMORY, STOP
 from onecard.system.console import say
+
+FINISH_REASONS = {END: "stop", STOP: "stop", LENGTH: "length"}  # why an answer is finished, in OpenAI's words
 
 
 def reply(
@@ -43,7 +47,7 @@ class Reply:
     """A growing answer, and what it has taken so far."""
 
     text: detokenizer.PartialText
-    prompt_tokens: int
+    prompt_tokens: int  # with those of an answer that is continued
     read: int  # tokens of the prompt that have been read so far
     reused: int  # tokens of the prompt that were read for the turn before
     left_out: int  # earlier questions that did not fit
@@ -56,6 +60,16 @@ class Reply:
     @property
     def finished(self) -> str:
         return self.text.finished
+
+    @property
+    def finish_reason(self) -> str | None:
+        """In OpenAI's words; None while the answer grows, and when it was cancelled or memory ran out."""
+        return FINISH_REASONS.get(self.finished)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens that the model has added, with those of a stop word and without an EOS id."""
+        return self.text.tokens
 
     @property
     def speed(self) -> float:
@@ -153,6 +167,13 @@ class Chat:
         if mode in lacking:
             raise UserError(f"--mode {mode}: {lacking[mode][0]}.", "Choose another mode.")
 
+    def check(
+        self, settings: Generation, controls: Controls = inference_controls.NONE, template_name: str = TRAINED
+    ) -> None:
+        """Raise UserError with the reason when an answer cannot be asked for like this; reads no weights."""
+        self.check_mode(settings.mode)
+        controls.check(settings, len(self._template(template_name)[1]))
+
     def stream(
         self,
         conversation: Conversation,
@@ -160,12 +181,13 @@ class Chat:
         active_adapters: ActiveAdapters | None = None,
         cancelled: Callable[[], bool] = lambda: False,
         template_name: str = TRAINED,
+        controls: Controls = inference_controls.NONE,
     ) -> Iterator[Reply]:
         """The growing answer; the last Reply has `finished`. An answer at the end is continued.
 
         cancelled: is called after every token; template_name: as template_of takes it. An answer that is
         cancelled, or runs out of memory, keeps the text that it has. Raises UserError when the question does
-        not fit into the context, or when the engine lacks what the settings ask for.
+        not fit into the context, or as `check` does.
         """
         started = time.monotonic()
         settings = generation.seeded(settings)
@@ -176,7 +198,7 @@ class Chat:
             self.engine.load()
             started = time.monotonic()
         active_adapters = self.active_adapters if active_adapters is None else active_adapters
-        self.check_mode(settings.mode)
+        self.check(settings, controls, template_name)
         self.engine.check_active_adapters(active_adapters)
         template, tokenizer = self._template(template_name)
         eos_ids = self.eos_ids if template_name == TRAINED else data_encode.eos_ids(template, tokenizer)
@@ -184,7 +206,7 @@ class Chat:
         fitted = history.fit(
             conversation, template, tokenizer, room, settings.max_memory, settings.last_turns
         )
-        stops, banned = generation.phrases(settings.stop), generation.phrases(settings.banned)
+        stops, banned = controls.stops(settings), generation.phrases(settings.banned)
         growing = detokenizer.beginning(tokenizer, fitted.answer, stops)
         first, seed = None, settings.seed if settings.samples else None
         read = 0
@@ -206,7 +228,8 @@ class Chat:
                     yield so_far(growing)
             limit = min(settings.max_new_tokens, self.engine.context - len(fitted.ids))
             watch = detokenizer.watch(tokenizer, stops, banned, fitted.answer)
-            steps = decoding.decode(sequence, fitted.ids, settings, eos_ids, limit, watch)
+            rules = controls.rules_after(fitted.answer)
+            steps = decoding.decode(sequence, fitted.ids, settings, eos_ids, limit, watch, rules)
             for growing in detokenizer.grow(tokenizer, steps, stops, fitted.answer):
                 first = first or time.monotonic() - started
                 if cancelled() and not growing.finished:

@@ -2,7 +2,12 @@
 
 All engines decode here; an engine only says how probable each next token is. The caller takes one step after
 the other and may stop after any of them. The results are those of generate in transformers (length penalty 1,
-early_stopping off); the tests compare them.
+early_stopping off); the tests compare them. rules.py says in which order the scores of a step are changed.
+
+A sampled token depends on its scores, the seed and the number of the step, and on nothing else. So the same
+seed gives the same answer, whichever answers the engine computes beside it, as long as the scores are the
+same. A batch may round scores otherwise; that changes a token only where two noisy scores lie within the
+rounding, or where a token lies that close to the edge of top_k or top_p.
 
 Legend: B beams, V entries of the vocabulary, T tokens of prompt and answer.
 """
@@ -15,24 +20,29 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import (
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from onecard.config.generation import Generation
 from onecard.inference import engine as inference_engine
+from onecard.inference import rules as inference_rules
 
 GOES, STOPS, BANNED = "goes", "stops", "banned"  # what a watch says of an answer so far
 END, STOP, LENGTH = "end", "stop", "length"  # why an answer is finished
 CANCELLED, NO_MEMORY = "cancelled", "out of memory"  # why an answer stopped before its end
 SHORTLIST = 256  # the most probable tokens, among which one is drawn first: --top_k rarely leaves more
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step
-Rule = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]  # tokens so far [B, T], scores -> scores
+LEAST_LOGPROB = -9999.0  # OpenAI's API writes this for tokens that are less probable still; JSON has no -inf
 IMPOSSIBLE = -1e8  # lower scores belong to tokens that a rule forbids
+
+
+class Scored(NamedTuple):
+    """A token with its log-probability, and the most probable tokens at its place, the best first.
+
+    The distribution is the model's own: softmax of the engine's scores in fp32, before every rule and filter.
+    """
+
+    token: int
+    logprob: float  # natural logarithm, at least LEAST_LOGPROB
+    top: list[tuple[int, float]]  # (token, logprob)
 
 
 class Step(NamedTuple):
@@ -41,6 +51,7 @@ class Step(NamedTuple):
     beams: list[list[int]]  # the best first; only one without beam search
     stable: int  # so many tokens at the start of beams[0] are never taken back
     finished: str = ""  # END, STOP or LENGTH: beams[0] is the answer
+    scored: Scored | None = None  # the token that this step added, where log-probabilities were asked for
 
 
 @dataclasses.dataclass
@@ -59,20 +70,29 @@ def decode(
     eos_ids: Sequence[int],
     limit: int,
     watch: Callable[[list[int]], str] | None = None,
+    rules: Sequence[inference_rules.AnswerRule] = (),
+    top_logprobs: int | None = None,
 ) -> Iterator[Step]:
     """The growing answer, step by step; the last step has `finished`.
 
     sequence: its prompt has been read; limit: the most new tokens; watch: token ids of an answer so far ->
-    GOES, STOPS or BANNED.
+    GOES, STOPS or BANNED; rules: further ones, not for beams; top_logprobs: how many of the most probable
+    tokens each step lists, None for no log-probabilities at all, not for beams.
     """
-    pick = _Picker(settings, prompt, eos_ids, watch)
+    pick = _Picker(settings, prompt, eos_ids, watch, rules)
     if settings.width > 1:
+        assert not rules, "they follow one answer, not beams"
+        assert top_logprobs is None, "beams have none"
         return _beams(sequence, pick, settings.width, set(eos_ids), limit)
-    return _single(sequence, pick, set(eos_ids), limit)
+    return _single(sequence, pick, set(eos_ids), limit, top_logprobs)
 
 
 def _single(
-    sequence: inference_engine.Sequence, pick: "_Picker", eos_ids: set[int], limit: int
+    sequence: inference_engine.Sequence,
+    pick: "_Picker",
+    eos_ids: set[int],
+    limit: int,
+    top_logprobs: int | None,
 ) -> Iterator[Step]:
     ids: list[int] = []
     scores = sequence.first()
@@ -87,10 +107,19 @@ def _single(
             return
         ids = [*ids, token]
         finished = STOP if verdict == STOPS else LENGTH if len(ids) == limit else ""
-        yield Step([ids], len(ids), finished)
+        scored = None if top_logprobs is None else _scored_token(scores, token, top_logprobs)
+        yield Step([ids], len(ids), finished, scored)
         if finished:
             return
         scores = sequence.advance([0], [token])
+
+
+def _scored_token(scores: torch.Tensor, token: int, count: int) -> Scored:
+    """A token of scores [1, V] with its log-probability and the `count` most probable tokens."""
+    logprobs = torch.log_softmax(scores[0].float(), dim=-1).clamp(min=LEAST_LOGPROB)
+    best = torch.topk(logprobs, min(count, len(logprobs)))
+    top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Scored(token, float(logprobs[token]), top)
 
 
 def _beams(
@@ -149,12 +178,15 @@ class _Picker:
         prompt: list[int],
         eos_ids: Sequence[int],
         watch: Callable[[list[int]], str] | None,
+        answer_rules: Sequence[inference_rules.AnswerRule] = (),
     ):
         self.watch, self.width, self.step = watch, settings.width, 0
         self.seed = secrets.randbits(63) if settings.seed is None else settings.seed
         self.prompt, self.settings, self.eos_ids = prompt, settings, eos_ids
-        self.rules, self.warpers = list(_rules(settings)), list(_warpers(settings, eos_ids))
-        self.greedy = not (settings.samples or self.width > 1 or self.rules or watch)
+        self.rules = list(inference_rules.of_settings(settings))
+        self.answer_rules = list(answer_rules)
+        self.warpers = list(inference_rules.warpers(settings, eos_ids))
+        self.greedy = not (settings.samples or self.width > 1 or self.rules or self.answer_rules or watch)
         self.last_row: tuple[torch.Tensor | None, Any] = None, None  # the scores and their view, of _highest
         self.scored_eos_ids: torch.Tensor | None = None
 
@@ -174,6 +206,8 @@ class _Picker:
             ids = torch.tensor([self.prompt + beam for beam in beams], device=scores.device)  # [B, T]
             for rule in self.rules:
                 scores = rule(ids, scores)
+        for answer_rule in self.answer_rules:
+            scores = answer_rule(beams[0], scores)
         if len(beams[0]) < self.settings.min_new_tokens:
             if self.scored_eos_ids is None:
                 self.scored_eos_ids = _scored(self.eos_ids, scores)
@@ -286,24 +320,3 @@ def _scored(eos_ids: Sequence[int], scores: torch.Tensor) -> torch.Tensor:
     """The EOS ids that have a score, on the device of the scores."""
     scored = [token for token in eos_ids if token < scores.shape[-1]]
     return torch.tensor(scored, dtype=torch.long, device=scores.device)
-
-
-def _rules(settings: Generation) -> Iterator[Rule]:
-    """The rules that depend on earlier tokens, in the order in which transformers applies them."""
-    if settings.repetition_penalty != 1:
-        yield RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)
-    if settings.no_repeat_ngram_size:
-        yield NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size)
-
-
-def _warpers(settings: Generation, eos_ids: Sequence[int]) -> Iterator[Rule]:
-    """The filters for sampling, those of transformers in its order."""
-    if not settings.samples:
-        return
-    keep = 1 if settings.width == 1 else 1 + max(1, len(eos_ids))
-    if settings.temperature != 1:
-        yield TemperatureLogitsWarper(settings.temperature)
-    if settings.top_k:
-        yield TopKLogitsWarper(settings.top_k, min_tokens_to_keep=keep)
-    if settings.top_p < 1:
-        yield TopPLogitsWarper(settings.top_p, min_tokens_to_keep=keep)
