@@ -22,6 +22,7 @@ from onecard.inference import decoding, detokenizer, history, lazy_engine, loade
 from onecard.inference import engine as inference_engine
 from onecard.inference.controls import Controls
 from onecard.inference.decoding import CANCELLED, END, LENGTH, NO_MEMORY, STOP
+from onecard.inference.logprobs import Record, TokenChoice
 from onecard.system.console import say
 
 FINISH_REASONS = {END: "stop", STOP: "stop", LENGTH: "length"}  # why an answer is finished, in OpenAI's words
@@ -55,6 +56,7 @@ class Reply:
     first: float | None  # seconds until the first token
     seed: int | None = None  # of a sampled answer; the same seed gives the same answer again
     loading: bool = False  # whether the model is still being loaded
+    logprobs: tuple[TokenChoice, ...] | None = None  # of the tokens whose text stays; None: not asked for
     ended: str = ""  # why it had to be loaded again for this answer
 
     @property
@@ -208,6 +210,9 @@ class Chat:
         )
         stops, banned = controls.stops(settings), generation.phrases(settings.banned)
         growing = detokenizer.beginning(tokenizer, fitted.answer, stops)
+        record = None
+        if controls.top_logprobs is not None:
+            record = Record(tokenizer, stops, fitted.answer)
         first, seed = None, settings.seed if settings.samples else None
         read = 0
 
@@ -215,7 +220,8 @@ class Chat:
             text = dataclasses.replace(text, finished=finished) if finished else text
             taken = time.monotonic() - started
             counts = len(fitted.ids), read, sequence.reused, fitted.left_out
-            return Reply(text, *counts, taken, first, seed, ended=ended)
+            logprobs = record.settled(text.finished) if record else None
+            return Reply(text, *counts, taken, first, seed, logprobs=logprobs, ended=ended)
 
         sequence = self.engine.open(fitted.ids, active_adapters)
         try:
@@ -229,7 +235,11 @@ class Chat:
             limit = min(settings.max_new_tokens, self.engine.context - len(fitted.ids))
             watch = detokenizer.watch(tokenizer, stops, banned, fitted.answer)
             rules = controls.rules_after(fitted.answer)
-            steps = decoding.decode(sequence, fitted.ids, settings, eos_ids, limit, watch, rules)
+            steps = decoding.decode(
+                sequence, fitted.ids, settings, eos_ids, limit, watch, rules, controls.top_logprobs
+            )
+            if record:
+                steps = record.of(steps)
             for growing in detokenizer.grow(tokenizer, steps, stops, fitted.answer):
                 first = first or time.monotonic() - started
                 if cancelled() and not growing.finished:
