@@ -39,12 +39,14 @@ def in_child(engine: llama_cpp_engine.Engine, prompt: list[int], count: int) -> 
 
 
 def in_process(model: llama_cpp_model.Model, prompt: list[int], count: int) -> list[int]:
-    model.cut(0)
-    scores, ids = model.scores(prompt), []
-    for _ in range(count):
+    length, added, ids = model.cut(0, 0), prompt, []
+    while True:
+        (scores,) = model.decode([llama_cpp_model.Part(0, length, added, 1)])
+        if len(ids) == count:
+            return ids
+        length += len(added)
         ids.append(int(scores.argmax()))
-        scores = model.scores(ids[-1:])
-    return ids
+        added = ids[-1:]
 
 
 def speed(work: Callable[[], list[int]], answers: list[list[int]]) -> float:

@@ -1,18 +1,22 @@
 """Text generation by llama.cpp on the CPU: token ids in, scores of the next token out.
 
-llama.cpp runs in a child process (llama_cpp_process.py). When it ends, the answer in progress ends with one
-message, and the next question starts it again. This file knows no conversation and no template, and
+llama.cpp runs in a child process (llama_cpp_process.py). When it ends, the answers in progress end with one
+message each, and the next question starts it again. This file knows no conversation and no template, and
 decoding.py chooses the tokens for all engines. Prompts are encoded by the tokenizer of transformers, so they
-are the same as in training. The context holds one sequence; a second question waits for the first answer.
+are the same as in training. The context holds as many sequences as the caller says, usually one; a further
+question waits until an answer has ended. Sequences of one mixture of adapters are computed together
+(batching.py); llama_cpp_context.py keeps account of what each holds.
 
 Legend: V entries of the vocabulary.
 """
 
+import dataclasses
+import itertools
 import threading
 from collections import abc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -20,20 +24,23 @@ from onecard.config.chat import ONE_SEQUENCE
 from onecard.config.generation import BEAM, BEAM_SAMPLE, ActiveAdapters
 from onecard.errors import CHECKPOINT, UserError
 from onecard.inference import engine as inference_engine
-from onecard.inference import gguf_check
-from onecard.inference.decoding import shared_beginning
+from onecard.inference import gguf_check, llama_cpp_slots
+from onecard.inference.batching import Batching, Step
+from onecard.inference.llama_cpp_context import Context
 from onecard.inference.llama_cpp_model import CHUNK
 from onecard.inference.llama_cpp_process import ModelProcess
+from onecard.inference.llama_cpp_restarts import Restarts
+from onecard.inference.llama_cpp_slots import Slot
 from onecard.system.console import say
 
 TURN = 0.2  # seconds after which a waiting sequence looks whether it was cancelled
 
 
 class Engine:
-    """A GGUF file with adapters. One answer at a time uses it, from its read() to its close()."""
+    """A GGUF file with adapters. An answer uses a sequence of its context, from its read() to its close()."""
 
     name = "llama.cpp"
-    capabilities: ClassVar = inference_engine.Capabilities(
+    capabilities = inference_engine.Capabilities(
         interleaves=False, lacks={BEAM: ONE_SEQUENCE, BEAM_SAMPLE: ONE_SEQUENCE}
     )
 
@@ -45,24 +52,34 @@ class Engine:
         adapters: Mapping[str, Path] | None = None,
         threads: int | None = None,
         exact: bool = False,
+        sequences: int = 1,
     ):
         """context: tokens of prompt and answer together, at most what the model was trained for; adapters:
         name -> GGUF adapter; threads: of the CPU, as many as torch uses if None; exact: keeps keys and values
         in fp32, to compare results. In fp16, the usual choice of llama.cpp, they are smaller and faster.
+        sequences: answers in progress at the same time; each has room for `context` tokens.
 
         It is loaded at once. Raises UserError: exit 4 for a file that llama.cpp cannot use, exit 6 when it
         needs too much memory.
         """
+        assert 1 <= sequences <= CHUNK, sequences
         self.path, self.tokenizer, self.longest, self.exact = gguf, tokenizer, context, exact
-        self.files = dict(adapters or {})
+        self.files, self.sequences = dict(adapters or {}), sequences
         self.adapters, self.threads = list(self.files), threads or torch.get_num_threads()
-        self.lock = threading.Lock()  # held for a whole answer, not only for a step
+        if sequences > 1:
+            self.capabilities = inference_engine.Capabilities(
+                interleaves=True, lacks=Engine.capabilities.lacks
+            )
+        self.batching = Batching(CHUNK)
         self.loading = threading.Lock()
+        self.restarts = Restarts(gguf)
         self.closed = False
+        self.closings = itertools.count(1)
         self._start()
 
     def load(self) -> None:
-        """Start llama.cpp again if it has ended; a second caller waits. Raises UserError as the constructor.
+        """Start llama.cpp again if it has ended; a second caller waits. Raises UserError as the constructor,
+        and when it has ended so often that it is not started for some seconds.
 
         The files are checked anew, as one of them may have become damaged.
         """
@@ -72,22 +89,22 @@ class Engine:
                 reason = self.why_ended()
                 if reason:  # the caller has not looked, or it has just ended
                     say(f"{reason} The model is loaded again.")
+                self.restarts.check()
                 self._start()
 
     def _start(self) -> None:
         gguf_check.check(self.path, list(self.files.values()))
-        self.process = ModelProcess(self.path, self.longest, self.files, self.threads, self.exact)
+        self.process = ModelProcess(
+            self.path, self.longest, self.files, self.threads, self.exact, self.sequences
+        )
+        self.restarts.started()
         entries, self.context = self.process.entries, self.process.context
         try:
             _check_vocabulary(self.path, entries, self.tokenizer)
         except UserError:
             self.process.close()
             raise
-        self.context_ids: list[int] = []  # tokens whose keys and values are in the context
-        self.active: dict[str, float] = {}
-        self.stale = False  # whether a step failed, so that the context is in no known state
-        self.row = torch.empty(1, entries)  # every step writes its scores here
-        self.room = _bytes_of(self.row)
+        self.batching.pool = self.memory = Context(self.process, self.sequences)
 
     @property
     def is_loaded(self) -> bool:
@@ -115,55 +132,49 @@ class Engine:
             raise RuntimeError("The engine is closed.")
 
     def forget(self) -> None:
-        """Start the next answer with an empty context. Takes no lock, as the failed answer still holds it."""
-        self.stale = True
+        """Use nothing again of what the slots hold now. The failed answer may still have its own open."""
+        for slot in self.memory.slots:
+            slot.is_stale = True
 
-    def begin(self, prompt: list[int], active_adapters: ActiveAdapters) -> int:
-        """Cut the context to the tokens that this prompt begins with; returns how many they are.
+    def take(self, arrival: object, prompt: list[int], active_adapters: ActiveAdapters) -> "Taken | None":
+        """A slot that holds the beginning of this prompt, unless all are in use for TURN seconds.
 
-        At least one token of the prompt is left to be read, since its scores are needed.
+        arrival: what Batching.arrive got. Starts llama.cpp again if it has ended since the last answer.
         """
-        self.load()  # llama.cpp may have ended since the last answer
-        active = {name: weight for name, weight in active_adapters if weight}
-        keep = 0
-        if active == self.active and not self.stale:
-            keep = shared_beginning(self.context_ids, prompt[:-1])
-        if active != self.active:
-            self._activate(active)
-        if keep < len(self.context_ids) or self.stale:
-            keep = self.process.cut(keep)
-        self.context_ids, self.stale = self.context_ids[:keep], False
-        return keep
+        if not self.batching.enter(arrival, TURN):
+            return None
+        try:
+            self.load()
+            mixture = llama_cpp_slots.mixture_of(active_adapters)
+            return Taken(self.memory, self.memory.open(prompt, mixture))
+        finally:
+            self.batching.leave()
 
-    def _activate(self, active: dict[str, float]) -> None:
-        self.process.activate(active)
-        self.active = active
+    def add(self, taken: "Taken", ids: list[int], rows: torch.Tensor | None, each: bool = False) -> int:
+        """Add ids, which are at most CHUNK, to a slot; returns how many were added, at least one.
+
+        rows: receives the scores: [1, V], after the last of the ids if all were added; each: [len(ids), V],
+        after each that was added.
+        """
+        room = memoryview(b"") if rows is None else _bytes_of(rows)
+        return self.batching.step(Step(taken.context, taken.slot, ids, room, each))
 
     def each(self, ids: list[int], active_adapters: ActiveAdapters = ()) -> Iterator[torch.Tensor]:
         """Scores [t, V] of the token after each of `ids`, some tokens at a time; `ids` begin the sequence."""
-        with self.lock:
-            self.begin([], active_adapters)
-            for start in range(0, len(ids), CHUNK):
+        self._check_open()
+        sequence = Sequence(self, [], active_adapters)
+        try:
+            for _ in sequence.read():
+                pass
+            start = 0
+            while start < len(ids):
                 part = ids[start : start + CHUNK]
                 rows = torch.empty(len(part), self.process.entries)
-                self._step(part, _bytes_of(rows), each=True)
-                yield rows
-
-    def scores(self, ids: list[int]) -> torch.Tensor:
-        """Scores [1, V] of the token after `ids`, which are at most CHUNK and are added to the context.
-
-        It is the same tensor every time; the next call overwrites it.
-        """
-        self._step(ids, self.room)
-        return self.row
-
-    def _step(self, ids: list[int], room: memoryview, each: bool = False) -> None:
-        try:
-            self.process.scores(ids, room, each)
-        except (MemoryError, RuntimeError):
-            self.stale = True
-            raise
-        self.context_ids += ids
+                count = self.add(sequence.opened(), part, rows, each=True)
+                start += count
+                yield rows[:count]
+        finally:
+            sequence.close()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text by the vocabulary in the file, without BOS; names of added tokens become tokens."""
@@ -179,9 +190,21 @@ class Engine:
 
     def close(self) -> None:
         """Free the memory as soon as no answer is in progress."""
-        with self.lock, self.loading:
-            self.closed = True
-            self.process.close()
+        self.batching.wait_until_unused()
+        try:
+            with self.loading:
+                self.closed = True
+                self.process.close()
+        finally:
+            self.batching.leave()
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """A slot that an answer uses, in the context that it was opened in."""
+
+    context: Context
+    slot: Slot
 
 
 class Sequence:
@@ -190,46 +213,61 @@ class Sequence:
     def __init__(self, engine: Engine, prompt: list[int], active_adapters: ActiveAdapters):
         self.engine, self.prompt, self.active_adapters = engine, prompt, active_adapters
         self.reused = 0
-        self.has_lock = self.cancelled = False
-        self.scores: torch.Tensor | None = None
+        self.cancelled = False
+        self.taken: Taken | None = None
+        self.was_read = False
 
     def read(self) -> Iterator[int]:
-        """Read the prompt; yields how many tokens have been read, 0 while another answer is in progress."""
-        while not self.engine.lock.acquire(timeout=TURN):
+        """Read the prompt; yields how many tokens have been read, 0 while it waits for an answer to end."""
+        self.engine.batching.arrive(self)
+        try:
+            while (taken := self.engine.take(self, self.prompt, self.active_adapters)) is None:
+                if self.cancelled:
+                    return
+                yield 0
+        finally:
+            self.engine.batching.give_up(self)
+        self.taken = taken
+        place = self.reused = len(taken.slot.ids)
+        while place < len(self.prompt):
             if self.cancelled:
                 return
-            yield 0
-        self.has_lock = True
-        self.reused = self.engine.begin(self.prompt, self.active_adapters)
-        for start in range(self.reused, len(self.prompt), CHUNK):
-            if self.cancelled:
-                return
-            part = self.prompt[start : start + CHUNK]
-            self.scores = self.engine.scores(part)
-            yield start + len(part)
+            part = self.prompt[place : place + CHUNK]
+            is_last = place + len(part) == len(self.prompt)
+            place += self.engine.add(taken, part, self._row(taken) if is_last else None)
+            yield place
+        self.was_read = True
 
     def first(self) -> torch.Tensor:
-        self._check_goes_on()
-        assert self.scores is not None, "read() comes first"
-        return self.scores
+        taken = self.opened()
+        assert self.was_read, "read() comes first"
+        return self._row(taken)
 
     def advance(self, parents: abc.Sequence[int], tokens: abc.Sequence[int]) -> torch.Tensor:
-        self._check_goes_on()
+        taken = self.opened()
         assert list(parents) == [0], "this engine follows one sequence"
-        return self.engine.scores(list(tokens))
+        self.engine.add(taken, list(tokens), self._row(taken))
+        return self._row(taken)
+
+    def _row(self, taken: Taken) -> torch.Tensor:
+        return taken.context.rows[taken.slot.number]
+
+    def opened(self) -> Taken:
+        """Where the sequence is; raises RuntimeError when it goes on no more."""
+        if self.cancelled or self.taken is None:
+            raise RuntimeError("The sequence was cancelled, closed or never read.")
+        return self.taken
 
     def cancel(self) -> None:
         self.cancelled = True
-
-    def _check_goes_on(self) -> None:
-        if self.cancelled or not self.has_lock:
-            raise RuntimeError("The sequence was cancelled, closed or never read.")
+        if self.taken is not None:
+            self.engine.batching.withdraw(self.taken.slot, RuntimeError("The sequence was cancelled."))
 
     def close(self) -> None:
-        """Let the next answer begin. Keys and values stay, for the next turn of this conversation."""
-        if self.has_lock:
-            self.has_lock = False
-            self.engine.lock.release()
+        """Let another answer begin. Keys and values stay, for the next turn of this conversation."""
+        taken, self.taken = self.taken, None
+        if taken is not None:
+            self.engine.batching.close(taken.slot, next(self.engine.closings))
 
 
 def _is_an_engine(engine: Engine) -> inference_engine.Engine:

@@ -1,4 +1,4 @@
-"""A GGUF file with adapters in llama.cpp: token ids in, scores of the next token out, as numpy arrays.
+"""A GGUF file with adapters in llama.cpp: token ids of several sequences in, scores out, as numpy arrays.
 
 With a file that is damaged or becomes shorter while it is mapped, llama.cpp ends the process that it runs in.
 So the product uses this file only in the child of llama_cpp_process.py. It imports no torch: the child has to
@@ -10,9 +10,9 @@ Legend: V entries of the vocabulary.
 import contextlib
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,17 +24,35 @@ from onecard.inference.gguf_check import AGAIN, ANOTHER, because, is_allocation,
 CHUNK = 256  # the most tokens that are read at once
 
 
+class Part(NamedTuple):
+    """What one sequence contributes to a decode call."""
+
+    sequence: int
+    start: int  # tokens of the sequence that are in the context already
+    ids: list[int]  # the tokens after them
+    rows: int  # the scores after so many of the last ids are needed
+
+
 class Model:
-    """A GGUF file in memory, with adapters and one context. It keeps no account of what the context holds."""
+    """A GGUF file in memory, with adapters and one context for several sequences.
+
+    It keeps no account of what the context holds.
+    """
 
     def __init__(
-        self, gguf: Path, context: int, adapters: Mapping[str, Path], threads: int, exact: bool = False
+        self,
+        gguf: Path,
+        context: int,
+        adapters: Mapping[str, Path],
+        threads: int,
+        exact: bool = False,
+        sequences: int = 1,
     ):
         """The arguments are those of llama_cpp_engine.Engine.
 
         Raises UserError: exit 4 for a file that llama.cpp cannot use, exit 6 when it needs too much memory.
         """
-        self.threads, self.exact = threads, exact
+        self.threads, self.exact, self.sequences = threads, exact, sequences
         self.library = inference_llama_cpp.library()
         with contextlib.ExitStack() as stack:
             self.model = self._load_model(gguf)
@@ -58,7 +76,8 @@ class Model:
 
     def _make_state(self, gguf: Path) -> Any:
         settings = self.library.llama_context_default_params()
-        settings.n_ctx, settings.n_batch, settings.n_ubatch = self.context, CHUNK, CHUNK
+        settings.n_ctx, settings.n_batch, settings.n_ubatch = self.context * self.sequences, CHUNK, CHUNK
+        settings.n_seq_max, settings.kv_unified = self.sequences, self.sequences > 1
         settings.n_threads = settings.n_threads_batch = self.threads
         if self.exact:
             settings.type_k = settings.type_v = self.library.GGML_TYPE_F32
@@ -66,7 +85,8 @@ class Model:
         with inference_llama_cpp.collected_errors() as errors:
             state = self.library.llama_init_from_model(self.model, settings)
         if not state:
-            problem = because(f"llama.cpp has no room for {self.context} tokens", errors)
+            times = f"{self.sequences} times " if self.sequences > 1 else ""
+            problem = because(f"llama.cpp has no room for {times}{self.context} tokens", errors)
             raise unusable(gguf, problem, "", MEMORY)
         return state
 
@@ -77,13 +97,23 @@ class Model:
             raise unusable(path, because("the adapter does not fit this base model", errors), ANOTHER)
         return adapter
 
-    def cut(self, length: int) -> int:
-        """Keep the first `length` tokens of the context; returns how many stay: `length`, or 0."""
+    def cut(self, sequence: int, length: int) -> int:
+        """Keep the first `length` tokens of a sequence; returns how many stay: `length`, or 0."""
         memory = self.library.llama_get_memory(self.state)
-        if length and self.library.llama_memory_seq_rm(memory, 0, length, -1):
+        if length and self.library.llama_memory_seq_rm(memory, sequence, length, -1):
             return length
-        self.library.llama_memory_clear(memory, False)  # the state of some models cannot be cut
+        self.library.llama_memory_seq_rm(memory, sequence, -1, -1)  # the state of some models cannot be cut
         return 0
+
+    def copy(self, source: int, target: int, length: int) -> int:
+        """Let `target` hold the first `length` tokens of another sequence; returns how many it holds.
+
+        They are not stored twice. It is `length`, or 0 where the state of the model cannot be cut.
+        """
+        memory = self.library.llama_get_memory(self.state)
+        self.library.llama_memory_seq_rm(memory, target, -1, -1)
+        self.library.llama_memory_seq_cp(memory, source, target, -1, -1)
+        return self.cut(target, length)
 
     def activate(self, active: Mapping[str, float]) -> None:
         """Let these adapters, name -> weight, be the active ones."""
@@ -94,26 +124,45 @@ class Model:
         code = self.library.llama_set_adapters_lora(self.state, pointers, len(active), scales)
         assert code == 0, code
 
-    def scores(self, ids: list[int], each: bool = False) -> npt.NDArray[np.float32]:
-        """Scores [1, V] of the token after `ids`, which are at most CHUNK and are added to the context.
+    def decode(self, parts: Iterable[Part]) -> list[npt.NDArray[np.float32]]:
+        """Scores [V] for each row that a part needs, in their order; the ids are added to the context.
 
-        each: [len(ids), V], the scores after each of the ids. The result is memory of llama.cpp, which the
-        next call overwrites. Raises MemoryError or RuntimeError; then the context is in no known state.
+        All ids together are at most CHUNK. The rows are memory of llama.cpp, which the next call overwrites.
+        Raises MemoryError or RuntimeError; then these sequences are in no known state.
         """
-        tokens = (self.library.llama_token * len(ids))(*ids)
-        rows = len(ids) if each else 1
-        is_scored = (ctypes.c_int8 * len(ids))(*[1] * rows) if each else None
+        parts = [Part(*part) for part in parts]
+        count = sum(len(part.ids) for part in parts)
+        batch = self._batch_of(parts, count)
         inference_llama_cpp.forget_errors()
-        batch = self.library.llama_batch_get_one(tokens, len(ids))
-        batch.logits = is_scored
         code = self.library.llama_decode(self.state, batch)
-        row = None if code else self.library.llama_get_logits_ith(self.state, 0 if each else -1)
-        if not row:
+        rows = [] if code else [self.library.llama_get_logits_ith(self.state, n) for n in _scored(parts)]
+        if code or not all(rows):
             errors = inference_llama_cpp.logged_errors()
             reason = errors[-1] if errors else f"code {code}"
             kind = MemoryError if code == -2 or is_allocation(reason) else RuntimeError
             raise kind(f"llama.cpp: {reason}")
-        return np.ctypeslib.as_array(row, (rows, self.entries))
+        if not rows:
+            self.library.llama_synchronize(self.state)
+        return [np.ctypeslib.as_array(row, (self.entries,)) for row in rows]
+
+    def _batch_of(self, parts: list[Part], count: int) -> Any:
+        library = self.library
+        owners = [part.sequence for part in parts for _ in part.ids]
+        names = {part.sequence: (library.llama_seq_id * 1)(part.sequence) for part in parts}
+        pointer = ctypes.POINTER(library.llama_seq_id)
+        is_scored = (ctypes.c_int8 * count)()
+        for number in _scored(parts):
+            is_scored[number] = 1
+        return library.llama_batch(
+            n_tokens=count,
+            token=(library.llama_token * count)(*(token for part in parts for token in part.ids)),
+            pos=(library.llama_pos * count)(
+                *(part.start + number for part in parts for number in range(len(part.ids)))
+            ),
+            n_seq_id=(ctypes.c_int32 * count)(*[1] * count),
+            seq_id=(pointer * count)(*(ctypes.cast(names[owner], pointer) for owner in owners)),
+            logits=is_scored,
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text by the vocabulary in the file, without BOS; names of added tokens become tokens."""
@@ -140,3 +189,13 @@ class Model:
     def close(self) -> None:
         """Free the memory."""
         self.resources.close()
+
+
+def _scored(parts: list[Part]) -> list[int]:
+    """Numbers, within the batch, of the tokens after which scores are needed."""
+    numbers: list[int] = []
+    end = 0
+    for part in parts:
+        end += len(part.ids)
+        numbers += range(end - part.rows, end)
+    return numbers

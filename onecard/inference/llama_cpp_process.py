@@ -2,10 +2,12 @@
 
 A file that becomes shorter while it is mapped ends its process with SIGBUS, a failed check of llama.cpp with
 SIGABRT, and the system kills the largest process when memory runs out. The child is therefore another
-process; llama_cpp_engine.py starts a new one for the next question.
+process; llama_cpp_engine.py starts a new one for the next question. A child that does not answer within a
+time that is generous for its work is killed, so it counts as one that has ended.
 
 Parent and child speak through two pipes. A request is one line of JSON: the name of a function of
-llama_cpp_model.Model and its arguments. A reply is one line of JSON; scores follow it as plain bytes (fp32).
+llama_cpp_model.Model and its arguments. A reply is one line of JSON; the scores that were asked for follow it
+as plain bytes (fp32).
 The child has a session of its own, so a Ctrl-C in the terminal does not reach it, and it ends when the parent
 has closed its end of the pipe or has died.
 The child: `python -m onecard.inference.llama_cpp_process`.
@@ -21,18 +23,31 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from onecard.errors import CHECKPOINT, MEMORY, UserError, is_out_of_memory
+from onecard.inference import gguf_check
 from onecard.inference.gguf_check import NO_BACKTRACE
-from onecard.inference.llama_cpp_model import Model
+from onecard.inference.llama_cpp_model import Model, Part
 from onecard.system import sandbox
 
 PIPE_BYTES = 1 << 20  # of the pipe for scores; one row of a large vocabulary fits
 LIVES = 5  # seconds that a child may take to end after its pipes were closed by a failure
-CALLS = ("cut", "activate", "encode", "ends_with", "written")  # functions of Model whose results are JSON
+LINE = 1 << 16  # bytes of a reply that are read at once until its line ends
+# a child may work on a request for STEP seconds, TOKEN more for each token of it, and the time in which a
+# slow disk reads the files; the first request loads them and may take as long as gguf_check allows
+STEP, TOKEN = 20.0, 1.0
+CALLS = (
+    "cut",
+    "copy",
+    "activate",
+    "encode",
+    "ends_with",
+    "written",
+)  # functions of Model whose results are JSON
 WHY: dict[int, str] = {  # signal -> what has probably happened, and what the user can do
     signal.SIGBUS: "The file became shorter, or its disk failed. Restore the file, then try again.",
     signal.SIGKILL: "The system does that when memory runs out. End other programs, then try again.",
@@ -44,12 +59,18 @@ class ModelProcess:
     """A llama_cpp_model.Model in a child process. One thread at a time gets an answer; the others wait."""
 
     def __init__(
-        self, gguf: Path, context: int, adapters: Mapping[str, Path], threads: int, exact: bool = False
+        self,
+        gguf: Path,
+        context: int,
+        adapters: Mapping[str, Path],
+        threads: int,
+        exact: bool = False,
+        sequences: int = 1,
     ):
         """Start the child and load the model; the arguments and errors are those of Model.
 
-        This and every other call raise UserError when the child ends: exit 6 when it was killed, as the
-        system does when memory runs out, and exit 4 for other reasons.
+        This and every other call raise UserError when the child ends or does not answer: exit 6 when it was
+        killed, as the system does when memory runs out, and exit 4 for other reasons.
         """
         self.gguf, self.lock = gguf, threading.Lock()
         self.death: UserError | None = None  # what every call raises once the child has ended
@@ -63,9 +84,17 @@ class ModelProcess:
         _widen(self.replies.fileno())
         files = {name: str(path.absolute()) for name, path in adapters.items()}
         path = str(gguf.absolute())
+        self.reading = sum(Path(file).stat().st_size for file in (path, *files.values())) / gguf_check.SPEED
         try:
             sizes = self._call(
-                "load", gguf=path, context=context, adapters=files, threads=threads, exact=exact
+                "load",
+                seconds=gguf_check.SECONDS + self.reading,
+                gguf=path,
+                context=context,
+                adapters=files,
+                threads=threads,
+                exact=exact,
+                sequences=sequences,
             )
         except BaseException:
             self.close()
@@ -86,21 +115,26 @@ class ModelProcess:
             self.close()
             return self.death
 
-    def cut(self, length: int) -> int:
-        """Keep the first `length` tokens of the context; returns how many stay: `length`, or 0."""
-        return int(self._call("cut", length=length))
+    def cut(self, sequence: int, length: int) -> int:
+        """Keep the first `length` tokens of a sequence; returns how many stay: `length`, or 0."""
+        return int(self._call("cut", sequence=sequence, length=length))
+
+    def copy(self, source: int, target: int, length: int) -> int:
+        """Let `target` hold the first `length` tokens of another sequence; returns how many it holds."""
+        return int(self._call("copy", source=source, target=target, length=length))
 
     def activate(self, active: Mapping[str, float]) -> None:
         """Let these adapters, name -> weight, be the active ones."""
         self._call("activate", active=dict(active))
 
-    def scores(self, ids: list[int], room: memoryview, each: bool = False) -> None:
-        """Write the scores after `ids` into `room`, which has the bytes of [1, V] in fp32.
+    def decode(self, parts: Sequence[Part], rooms: Iterable[memoryview]) -> None:
+        """Add the ids of the parts to the context, and write the scores that they need into `rooms`.
 
-        each: of [len(ids), V], the scores after each of the ids. Raises MemoryError or RuntimeError as Model
-        does; then the context is in no known state.
+        rooms: for each part that needs scores, the bytes of [rows, V] in fp32. Raises MemoryError or
+        RuntimeError as Model does; then the sequences of the parts are in no known state.
         """
-        self._call("scores", room, ids=ids, each=each)
+        seconds = STEP + self.reading + TOKEN * sum(len(part.ids) for part in parts)
+        self._call("decode", rooms, seconds, parts=parts)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text by the vocabulary in the file, without BOS; names of added tokens become tokens."""
@@ -126,15 +160,26 @@ class ModelProcess:
             self.requests.close()
         self.complaints.close()
 
-    def _call(self, name: str, room: memoryview | None = None, **arguments: Any) -> Any:
-        """The result of a function of the model; scores are written into `room`."""
+    def _call(
+        self, name: str, rooms: Iterable[memoryview] = (), seconds: float | None = None, **arguments: Any
+    ) -> Any:
+        """The result of a function of the model; scores are written into `rooms`.
+
+        seconds: after which a child that has not answered counts as one that hangs.
+        """
+        seconds = STEP + self.reading if seconds is None else seconds
         with self.lock:
             if self.death:
                 raise UserError(self.death.problem, self.death.fix, self.death.code)
             try:
-                reply = self._exchange(json.dumps({"call": name, **arguments}), room)
+                reply = self._exchange(json.dumps({"call": name, **arguments}), rooms, seconds)
             except (EOFError, BrokenPipeError):
                 self.death = self._why_it_ended()
+                self.close()
+                raise self.death from None
+            except TimeoutError:
+                problem = f"{self.gguf}: llama.cpp did not answer within {seconds:.0f} s and was ended."
+                self.death = UserError(problem, TRY_AGAIN, CHECKPOINT)
                 self.close()
                 raise self.death from None
             except BaseException:  # such as Ctrl-C: the reply, once it comes, must not answer another request
@@ -146,23 +191,35 @@ class ModelProcess:
             raise (MemoryError if reply["is_memory"] else RuntimeError)(reply["error"])
         return reply["result"]
 
-    def _exchange(self, request: str, room: memoryview | None) -> dict[str, Any]:
-        """Send a request and return its reply; raises EOFError or BrokenPipeError without a child."""
+    def _exchange(self, request: str, rooms: Iterable[memoryview], seconds: float) -> dict[str, Any]:
+        """Send a request and return its reply.
+
+        Raises EOFError or BrokenPipeError without a child, TimeoutError when the reply is not whole in time.
+        """
         self.requests.write(request.encode() + b"\n")
         self.requests.flush()
-        line = self.replies.readline()
-        if not line.endswith(b"\n"):
-            raise EOFError
+        pipe, until = self.replies.fileno(), time.monotonic() + seconds
+        arrived = bytearray()
+        while b"\n" not in arrived:
+            _wait(pipe, until)
+            data = os.read(pipe, LINE)
+            if not data:
+                raise EOFError
+            arrived += data
+        line, _, rest = arrived.partition(b"\n")
         reply: dict[str, Any] = json.loads(line)
         if reply.get("bytes"):
-            assert room is not None
-            assert reply["bytes"] == len(room), (reply["bytes"], len(room))
-            place = 0
-            while place < len(room):
-                count = self.replies.readinto(room[place:])  # type: ignore[attr-defined]  # a BufferedReader
-                if not count:
-                    raise EOFError
-                place += count
+            rooms = list(rooms)
+            assert reply["bytes"] == sum(map(len, rooms)), (reply["bytes"], rooms)
+            for room in rooms:
+                place = min(len(room), len(rest))
+                room[:place], rest = rest[:place], rest[place:]
+                while place < len(room):
+                    _wait(pipe, until)
+                    count = os.readv(pipe, [room[place:]])
+                    if not count:
+                        raise EOFError
+                    place += count
         return reply
 
     def _why_it_ended(self) -> UserError:
@@ -180,6 +237,14 @@ class ModelProcess:
         return UserError(
             problem, WHY.get(-code, TRY_AGAIN), MEMORY if code == -signal.SIGKILL else CHECKPOINT
         )
+
+
+def _wait(pipe: int, until: float) -> None:
+    """Wait until the pipe has bytes or its other end is closed; raises TimeoutError at the time `until`."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
+        raise TimeoutError
 
 
 def _widen(pipe: int) -> None:
@@ -200,31 +265,32 @@ def _serve() -> None:
     model: Model | None = None
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        name, scores = request.pop("call"), memoryview(b"")
+        name, rows = request.pop("call"), []
         try:
             result: Any = None
             if name == "load":
                 model = _loaded(**request)
                 result = {"entries": model.entries, "context": model.context}
-            elif name == "scores":
+            elif name == "decode":
                 assert model
-                scores = model.scores(**request).data.cast("B")
+                rows = [row.data.cast("B") for row in model.decode(**request)]
             else:
                 assert name in CALLS, name
                 result = getattr(model, name)(**request)
-            reply = {"result": result, "bytes": len(scores)}
+            reply = {"result": result, "bytes": sum(map(len, rows))}
         except UserError as error:
             reply = {"problem": error.problem, "fix": error.fix, "code": error.code}
         except Exception as error:  # of a single request; the parent decides whether it goes on
             text = f"{error}" if isinstance(error, RuntimeError | MemoryError) else f"{error!r}"
             reply = {"error": text, "is_memory": is_out_of_memory(error)}
         _write(voice, memoryview(json.dumps(reply).encode() + b"\n"))
-        _write(voice, scores)
+        for row in rows:
+            _write(voice, row)
 
 
-def _loaded(gguf: str, context: int, adapters: dict[str, str], threads: int, exact: bool) -> Model:
-    files = {name: Path(path) for name, path in adapters.items()}
-    return Model(Path(gguf), context, files, threads, exact)
+def _loaded(gguf: str, adapters: dict[str, str], **sizes: Any) -> Model:
+    """The model; sizes: the other arguments of Model."""
+    return Model(Path(gguf), adapters={name: Path(path) for name, path in adapters.items()}, **sizes)
 
 
 def _write(handle: int, data: memoryview) -> None:

@@ -195,7 +195,7 @@ def test_a_stopped_answer_lets_the_next_begin(llama):
     stream = llama.stream(data_conversation.single(STORY), greedy(64))
     assert next(reply for reply in stream if reply.text.tokens == 3)
     stream.close()
-    assert not llama.engine.lock.locked()
+    assert not any(slot.is_open for slot in llama.engine.memory.slots)
     assert text(llama, SKY, 16) == expected
 
 

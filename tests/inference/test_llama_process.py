@@ -45,9 +45,9 @@ ACTIVE = [(), (("a", 1.0),), (("a", 0.5), ("b", 0.7))]
 class Slow(Engine):
     """An engine whose answers take long enough to be stopped by hand."""
 
-    def scores(self, ids: list[int]) -> torch.Tensor:
+    def add(self, *what, **how) -> int:
         time.sleep(0.02)
-        return super().scores(ids)
+        return super().add(*what, **how)
 
 
 @pytest.fixture
@@ -219,30 +219,41 @@ def test_the_child_gives_what_the_library_gives(tiny_gguf):
     path, adapters = tiny_gguf
     engine = Engine(path, tiny.tokenizer(), 512, adapters, threads=1, exact=True)
     model = llama_cpp_model.Model(path, 512, adapters, 1, exact=True)
+    length = 0
+
+    def scores(ids: list[int]) -> bytes:
+        nonlocal length
+        (row,) = model.decode([(0, length, ids, 1)])
+        length += len(ids)
+        return row
+
     for active in ACTIVE:
-        model.cut(0)
+        length = model.cut(0, 0)
         model.activate(dict(active))
         engine.forget()
         sequence = engine.open(PROMPT, active)
         assert list(sequence.read()) == [len(PROMPT)]
-        ours, theirs = sequence.first(), model.scores(PROMPT)
+        ours, theirs = sequence.first(), scores(PROMPT)
         for _ in range(30):
             assert ours.numpy().tobytes() == theirs.tobytes()
             token = int(theirs.argmax())
-            ours, theirs = sequence.advance([0], [token]), model.scores([token])
+            ours, theirs = sequence.advance([0], [token]), scores([token])
         sequence.close()
-    model.cut(0)
+    model.cut(0, 0)
     rows = torch.cat(list(engine.each(PROMPT, ACTIVE[-1])))
-    assert rows.numpy().tobytes() == model.scores(PROMPT, each=True).tobytes()
+    theirs = model.decode([(0, 0, PROMPT, len(PROMPT))])
+    assert rows.numpy().tobytes() == b"".join(row.tobytes() for row in theirs)
     for text in ("red green", "<end>", "漢\U0001f642", ""):
         assert engine.encode(text) == model.encode(text)
     assert [engine.ends_with(token) for token in range(300)] == [model.ends_with(n) for n in range(300)]
     for key in ("general.architecture", "tokenizer.ggml.eos_token_id", "nothing"):
         assert engine.written(key) == model.written(key)
     with pytest.raises(RuntimeError, match=r"llama\.cpp: "):
-        model.scores([1 << 20])
+        model.decode([(0, len(PROMPT), [1 << 20], 1)])
+    sequence = engine.open([1 << 20])
     with pytest.raises(RuntimeError, match=r"llama\.cpp: "):
-        engine.scores([1 << 20])  # an error of one step ends nothing
+        list(sequence.read())  # an error of one step ends nothing
+    sequence.close()
     assert engine.is_loaded
     assert sum(len(part) for part in engine.each(PROMPT)) == len(PROMPT)
     model.close()
@@ -264,7 +275,7 @@ def test_an_interrupted_request_answers_no_other(talk, monkeypatch):
         def __init__(self, pipe):
             self.close = pipe.close
 
-        def readline(self):
+        def fileno(self):
             raise KeyboardInterrupt
 
     def interrupt(count: int) -> None:
@@ -355,12 +366,12 @@ def test_a_window_goes_on(base, tiny_gguf):
     assert expected.text.tokens == 40
     talk_of_lazy = chat.engine.engine
 
-    def slow(ids: list[int]) -> torch.Tensor:
+    def slow(*what, **how) -> int:
         time.sleep(0.01)
-        return Engine.scores(talk_of_lazy, ids)
+        return Engine.add(talk_of_lazy, *what, **how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(talk_of_lazy, "scores", slow)
+        patch.setattr(talk_of_lazy, "add", slow)
         broken = updates(lambda tokens: cut(base) if 2 < tokens < 30 else None)
     assert broken.is_error
     assert "SIGBUS" in broken.message

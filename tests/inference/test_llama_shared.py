@@ -54,8 +54,9 @@ def test_four_answers_at_once_keep_to_their_adapters(talk, monkeypatch):
 
     alone = {(word, active): answers(word, active) for word, active in itertools.product(words, CHOICES)}
     assert all(len({alone[word, active] for active in CHOICES}) == 4 for word in words)
-    together, changes, activate = {}, [], talk.engine._activate
-    monkeypatch.setattr(talk.engine, "_activate", lambda active: changes.append(active) or activate(active))
+    together, changes, process = {}, [], talk.engine.process
+    activate = process.activate
+    monkeypatch.setattr(process, "activate", lambda active: changes.append(active) or activate(active))
     starts = threading.Barrier(4)
 
     def work(active) -> None:

@@ -177,8 +177,8 @@ class Gguf:
             raise UserError("The engine refuses a vocabulary that is smaller than the tokenizer's.")
         prompt = [2, 3, 4][: model.context - 1]  # inference/chat.py leaves room for an answer
         if prompt:
-            model.scores(prompt)
-            model.scores([5])
+            model.decode([(0, 0, prompt, 1)])
+            model.decode([(0, len(prompt), [5], 1)])
         model.close()
 
     def targeted(self) -> Iterator[tuple[int, str, bytes]]:
