@@ -21,6 +21,7 @@ from onecard.data import template as data_template
 from onecard.errors import UserError
 from onecard.inference import llama_cpp_process
 from onecard.inference.chat import Chat
+from onecard.inference.engine import Sequence
 from onecard.inference.llama_cpp_engine import Engine
 from tests.support import tiny
 
@@ -200,17 +201,20 @@ def test_a_hundred_cancelled_answers_leave_nothing(engine, cold):
     """They end in the queue, in the prompt and in the answer, whoever closes them."""
     generator, ended = random.Random(3), []
 
+    def go_on(sequence: Sequence) -> None:
+        for _ in sequence.read():
+            pass
+        sequence.first()
+        while True:
+            sequence.advance([0], [3])
+
     def client(seed: int) -> None:
         for _ in range(13):
             sequence = engine.open(LONG[: generator.randrange(2, 300)], MIXTURES[seed % 4])
             timer = threading.Timer(generator.random() * 0.05, sequence.cancel)
             timer.start()
             with pytest.raises(RuntimeError, match="cancelled"):
-                for _ in sequence.read():
-                    pass
-                sequence.first()
-                while True:
-                    sequence.advance([0], [3])
+                go_on(sequence)
             timer.join()
             sequence.close()
             ended.append(seed)
