@@ -357,6 +357,15 @@ def test_bos_comes_first_where_the_tokenizer_puts_it():
         assert (ids[0] == fresh_tokenizer.bos_token_id) == (name == "sentencepiece")
 
 
+def test_a_bos_that_the_tokenizer_does_not_put_there_is_left_out():
+    """Also when it comes last in the vocabulary, as a token that was added later does."""
+    tiny_tokenizer = tiny.tokenizer()
+    tiny_tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    assert tiny_tokenizer.bos_token_id > tiny_tokenizer("a").input_ids[0]
+    ids, _ = data_encode.encode(CONVERSATIONS[0], load("alpaca", tiny_tokenizer), tiny_tokenizer)
+    assert tiny_tokenizer.bos_token_id not in ids
+
+
 def test_the_texts_are_the_known_ones():
     """Wording and blank lines are those that models trained elsewhere have seen."""
     tiny_tokenizer = tiny.tokenizer()

@@ -1,6 +1,7 @@
 """What a checkpoint holds, which checkpoints are kept, and what is published."""
 
 import dataclasses
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from onecard.errors import UserError
+from onecard.errors import DISK, UserError
 from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as runs_folder
 from onecard.runs.checkpoint import Progress
@@ -167,6 +168,21 @@ def test_a_power_failure_leaves_the_older_model_or_the_newer_one(tmp_path, monke
     assert (run / "model" / "config.json").is_file()
     shutil.copytree(run / "model", run / ".replaced-model")
     assert runs_folder.leftovers(run) == [run / ".replaced-model"]
+
+
+def test_a_full_disk_while_an_adapter_is_published(tmp_path, monkeypatch):
+    """It is exit code 7 with the name of the file, and no half of a file stays."""
+    path = save(tmp_path, 3)
+
+    def copy(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runs_checkpoint.shutil, "copyfile", copy)
+    with pytest.raises(UserError, match="adapter_config.json") as refused:
+        runs_checkpoint.publish(path, tmp_path)
+    assert refused.value.code == DISK
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "adapter_model.safetensors"])

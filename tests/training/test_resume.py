@@ -393,6 +393,16 @@ def test_a_run_of_max_steps_is_made_longer_by_epochs(harness, tiny_model, rows, 
     assert "bit for bit" not in answer["said"]  # nothing but the length has changed
 
 
+@pytest.mark.parametrize("is_named_twice", [False, True])
+def test_the_folder_of_a_run_is_a_way_to_name_it(harness, straight, tmp_path, is_named_twice):
+    """--resume_from_checkpoint RUN means the same run, with or without the same --output_path."""
+    run = stopped_at(straight("16 bits"), STEPS - 1, tmp_path / "run")
+    wish = {"resume_from_checkpoint": run} | ({"output_path": run} if is_named_twice else {})
+    answer = harness.run("finetune_continue", wish)
+    assert answer["code"] == 0, answer["said"]
+    assert differences(outcome(straight("16 bits")), outcome(run)) == []
+
+
 @pytest.mark.parametrize(("given", "taken"), [({"dtype": "bf16"}, "bf16"), ({"dtype": "auto"}, "fp32")])
 def test_other_rows_in_another_compute_dtype(monkeypatch, given, taken):
     """A dtype that was named is used; with auto the earlier one stays."""
@@ -437,6 +447,24 @@ def test_other_rows_go_on_with_optimizer_and_rate(
     moved = load_file(tmp_path / "new" / "checkpoint-6" / "optimizer.safetensors")
     original = load_file(straight("16 bits") / "checkpoint-6" / "optimizer.safetensors")
     assert all(torch.equal(moved[name], original[name]) for name in original)
+
+
+def test_other_rows_forget_the_adapter_that_the_run_before_began_from(
+    harness, straight, tiny_model, rows, tmp_path
+):
+    """The run before records a fingerprint of it; the new run begins from a checkpoint of that run."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    begun = flags(tiny_model, rows, first, lora_path=straight("16 bits"), max_steps=1)
+    assert harness.run("finetune", begun)["code"] == 0
+    other = tiny.save_rows(tmp_path / "other.json", 12)
+    wish = {"resume_from_checkpoint": first / "checkpoint-1", "data_path": other, "output_path": second}
+    answer = harness.run("finetune_continue", {**wish, "max_steps": 2})
+    assert answer["code"] == 0, answer["said"]
+    prints = [
+        json.loads((run / "finetune_config.json").read_text())["fingerprints"] for run in (first, second)
+    ]
+    assert "starting adapter" in prints[0]
+    assert "starting adapter" not in prints[1]
 
 
 def test_other_rows_need_the_same_adapter(harness, straight, rows, tmp_path):
@@ -633,7 +661,12 @@ def test_several_processes_stop_and_go_on_as_one(tiny_model, rows, tmp_path):
 
 @pytest.mark.parametrize(
     ("before", "now", "device", "taken"),
-    [("bf16", "fp16", "cuda:0", "fp16"), ("fp16", "bf16", "cuda:0", "bf16"), ("bf16", "fp32", "cpu", "bf16")],
+    [
+        ("bf16", "fp16", "cuda:0", "fp16"),
+        ("fp16", "bf16", "cuda:0", "bf16"),
+        ("bf16", "fp32", "cpu", "bf16"),
+        ("fp32", "bf16", "cuda:0", "fp32"),
+    ],
 )
 def test_auto_dtype_changes_with_the_gpu_only(monkeypatch, before, now, device, taken):
     """With auto, bf16 and fp16 follow the card; anything else stays as it was."""
