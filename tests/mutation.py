@@ -52,15 +52,22 @@ FILES = {  # file of onecard/ -> files of tests/ about it
     ],
     "runs/checkpoint": ["runs/test_checkpoint.py", "runs/test_checkpoint_content.py"],
     "system/http_guard": ["system/test_http_guard.py"],
-    "training/loop": ["training/test_run.py", "training/test_out_of_memory.py"],
+    "training/loop": [
+        "training/test_run.py",
+        "training/test_out_of_memory.py",
+        "training/test_resume.py",
+        "training/test_train_what.py",
+    ],
     "training/plan": [
         "training/test_plan.py",
         "training/test_step.py",
+        "training/test_train_what.py",
+        "data/test_markers.py",
         "safety/test_bad_input.py",
         "training/test_run.py",
     ],
-    "training/resume": ["training/test_resume.py"],
-    "training/step": ["training/test_step.py", "training/test_run.py"],
+    "training/resume": ["training/test_resume.py", "runs/test_legacy.py"],
+    "training/step": ["training/test_step.py", "training/test_run.py", "training/test_out_of_memory.py"],
     "ui/guard": ["ui/test_exposure.py"],
 }
 WORDS = {True: "killed", False: "SURVIVED", None: "NOT JUDGED"}

@@ -165,6 +165,14 @@ def test_answers_of_a_prompt_that_are_learned_are_not_learned_in_silence():
     assert "the markers were taken off" in said["last"] and "every answer" not in said["last"]  # noqa: PT018
 
 
+@pytest.mark.parametrize("kind", [markers.WHOLE, markers.TURNS])
+def test_only_prompts_of_several_turns_become_conversations(kind):
+    rows = markers.MarkedRows(markers.Marked("llama-2", kind), 2, 1)
+    said = " ".join(plan.describe_marked([(rows, "row 1")], options("x", train_on="all")))
+    assert "the markers were taken off" in said
+    assert ("they became conversations" in said) == (kind == markers.TURNS)
+
+
 HONEST = [
     "What does `### Instruction:` mean in a prompt?",
     "Explain this file:\n\n### Instruction:\nSay hello\n\n### Response:\nHello!\n\nWhy is it written so?",

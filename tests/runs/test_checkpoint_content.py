@@ -132,6 +132,11 @@ def test_a_model_is_published_in_a_folder_of_its_own(tmp_path, monkeypatch):
     assert sizes == [(tmp_path, (path / "model.safetensors").stat().st_size)]  # room for it was looked for
 
 
+def test_a_new_run_has_counted_nothing():
+    progress = dataclasses.asdict(Progress())
+    assert {name: value for name, value in progress.items() if value and name != "evaluated"} == {}
+
+
 def whole_model(folder: Path, step: int) -> Path:
     """A checkpoint of a run that trains all weights."""
 
@@ -179,10 +184,29 @@ def test_a_full_disk_while_an_adapter_is_published(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(runs_checkpoint.shutil, "copyfile", copy)
-    with pytest.raises(UserError, match="adapter_config.json") as refused:
+    with pytest.raises(UserError, match="adapter_config") as refused:
         runs_checkpoint.publish(path, tmp_path)
     assert refused.value.code == DISK
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_a_full_disk_while_a_model_is_published(tmp_path, monkeypatch):
+    """The model that was published before stays."""
+    run = tmp_path / "run"
+    run.mkdir()
+    runs_checkpoint.publish(whole_model(run, 1), run)
+    path, before = whole_model(run, 2), (run / "model" / "model.safetensors").read_bytes()
+
+    def copy(source: Path, target: Path, ignore: object) -> None:
+        target.mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runs_checkpoint.shutil, "copytree", copy)
+    with pytest.raises(UserError, match="model") as refused:
+        runs_checkpoint.publish(path, run)
+    assert refused.value.code == DISK
+    assert (run / "model" / "model.safetensors").read_bytes() == before
+    assert sorted(file.name for file in run.iterdir()) == ["checkpoint-1", "checkpoint-2", "model"]
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "adapter_model.safetensors"])

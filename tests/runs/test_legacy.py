@@ -119,6 +119,16 @@ def test_an_older_checkpoint_goes_on(harness, request, tiny_model, tmp_path, lay
     assert (stored["lora_r"], stored["lora_alpha"]) == (RANK, ALPHA)
 
 
+def test_an_older_checkpoint_goes_on_with_the_first_row(harness, written, tiny_model, tmp_path):
+    """With --from_data_beginning only the position in the rows is new."""
+    wish = flags(tiny_model, tmp_path, resume_from_checkpoint=written, from_data_beginning=True)
+    answer = harness.run("finetune_continue", wish)
+    assert answer["code"] == 0, answer["said"]
+    steps = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in steps] == [4, 5, 6]
+    assert [record["rows_seen"] for record in steps] == [4, 8, 12]
+
+
 def at_step(source: Path, step: int, planned: int, rate: float, updates: int | None = None) -> Path:
     """Let an older checkpoint be that of a later step of a longer plan; updates: steps not skipped."""
     state = json.loads((source / "trainer_state.json").read_text())

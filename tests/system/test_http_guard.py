@@ -180,6 +180,13 @@ def test_a_refusal_waits_for_the_body_but_not_for_ever():
     assert 0 < len(list(endless)) < 500
 
 
+def test_a_file_may_have_20_mib():
+    """What an abandoned upload becomes is larger than that by a byte."""
+    gone = ({"type": "http.disconnect"},)
+    _, _, received = visit("/gradio_api/upload", ("host", HERE), messages=gone)
+    assert len(received[0]["body"]) == 20 * 2**20 + 1
+
+
 @pytest.mark.parametrize("name", ["127.0.0.1", "127.255.0.3", "::1", "localhost"])
 def test_names_of_this_machine(name):
     assert http_guard.is_local(name)
@@ -190,19 +197,19 @@ def test_names_of_other_machines(name):
     assert not http_guard.is_local(name)
 
 
-@pytest.mark.parametrize("piece", [1_000_000, 64, 7])
+@pytest.mark.parametrize(("piece", "edge"), [(1_000_000, "edge"), (64, "edge"), (7, "edge"), (1, "----")])
 @pytest.mark.parametrize("count", [1, 16, 17, 40])
-def test_an_upload_of_more_than_16_files_ends_as_one_that_is_too_large(count, piece):
-    """Whatever pieces it comes in; an upload of 16 files passes as it is."""
-    body = (
-        b"".join(b"--edge\r\nname=f%d\r\n\r\ntext\r\n" % number for number in range(count)) + b"--edge--\r\n"
-    )
+def test_an_upload_of_more_than_16_files_ends_as_one_that_is_too_large(count, piece, edge):
+    """Whatever pieces it comes in, and whatever stands between the files; one of 16 files passes as it is."""
+    border = f"--{edge}".encode()
+    parts = [b"%s\r\nname=f%d\r\n\r\ntext\r\n" % (border, number) for number in range(count)]
+    body = b"".join(parts) + border + b"--\r\n"
     pieces = [body[start : start + piece] for start in range(0, len(body), piece)]
     messages = [
         {"type": "http.request", "body": part, "more_body": number < len(pieces) - 1}
         for number, part in enumerate(pieces)
     ]
-    headers = ("host", HERE), ("content-type", "multipart/form-data; boundary=edge")
+    headers = ("host", HERE), ("content-type", f"multipart/form-data; boundary={edge}")
     _, _, received = visit("/gradio_api/upload", *headers, messages=messages)
     if count <= 16:
         assert received == messages

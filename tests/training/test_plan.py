@@ -191,6 +191,13 @@ def test_a_base_in_few_bits_is_named(plan_of, capsys, bits):
     assert f"\nbase        {bits} bits by bitsandbytes, dequantised for each product\n" in text
 
 
+@pytest.mark.parametrize(("settings", "words"), [({"bits": 4}, "4 bits by gptq"), ({}, "gptq")])
+def test_a_base_that_is_quantised_already_is_named(plan_of, capsys, settings, words):
+    plan = plan_of()
+    plan.base_config.quantization_config = {"quant_method": "gptq", **settings}
+    assert f"\nbase        {words}\n" in printed(plan, capsys)
+
+
 def test_checkpointing_is_said_to_be_on(plan_of, capsys):
     assert "gradient checkpointing is on: " in printed(plan_of(gradient_checkpointing="on"), capsys)
 
@@ -207,6 +214,12 @@ def test_checkpointing_is_said_to_be_on(plan_of, capsys):
 def test_options_that_exclude_each_other_are_refused(plan_of, changes, words):
     with pytest.raises(UserError, match=words):
         plan_of(**changes)
+
+
+def test_an_unknown_template_is_refused_before_a_model_is_looked_for(tiny_model, rows, tmp_path):
+    """Looking for it could download it."""
+    with pytest.raises(UserError, match="nonesuch"):
+        prepare(options("someone/model", rows, tmp_path / "run", template="nonesuch"), None)
 
 
 def test_a_plan_writes_nothing(plan_of, tmp_path):

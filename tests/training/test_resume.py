@@ -1,5 +1,6 @@
 """A run that was stopped in any way goes on bit for bit as if it had not been stopped."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -284,6 +286,43 @@ def test_execution_may_change(harness, tiny_model, rows, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_a_budget_that_memory_has_lowered_stays_lowered(straight, tmp_path, monkeypatch):
+    """Only who names another one gets it."""
+    run = stopped_at(straight("16 bits"), 6, tmp_path / "run")
+    read = runs_checkpoint.read_progress
+    monkeypatch.setattr(
+        runs_checkpoint, "read_progress", lambda path: dataclasses.replace(read(path), micro_batch_tokens=75)
+    )
+    for explicit, tokens in ((frozenset(), 75), (frozenset({"micro_batch_tokens"}), 150)):
+        request = config_training.ContinueConfig(output_path=str(run), micro_batch_tokens=150)
+        start = resume._same_run(run, None, request, explicit)
+        assert start.progress.micro_batch_tokens == tokens
+
+
+def test_files_of_others_in_a_checkpoint_are_named(straight, tmp_path, capsys):
+    run = stopped_at(straight("16 bits"), 6, tmp_path / "run")
+    resume._verify_chosen(run / "checkpoint-6", run)
+    assert capsys.readouterr().out == ""
+    (run / "checkpoint-6" / "notes.txt").write_text("mine")
+    resume._verify_chosen(run / "checkpoint-6", run)
+    assert "notes.txt did not come from OneCard and is ignored" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("seconds", "is_due"), [(599, False), (601, True)])
+def test_a_checkpoint_is_due_after_ten_minutes(seconds, is_due):
+    trainer = types.SimpleNamespace(
+        progress=types.SimpleNamespace(step=5, rows_seen=30),
+        plan=types.SimpleNamespace(
+            options=types.SimpleNamespace(save_steps=1000),
+            total_steps=1000,
+            data=types.SimpleNamespace(train_rows=range(19)),
+        ),
+        strategy=types.SimpleNamespace(in_any=bool),
+        saved=time.monotonic() - seconds,
+    )
+    assert loop.save_is_due(trainer) is is_due
+
+
 def test_a_changed_start_is_saved_at_once(harness, straight, tmp_path):
     """After a kill right at the start, --from_data_beginning and another budget are remembered."""
     run = stopped_at(straight("16 bits"), 6, tmp_path / "run")
@@ -393,11 +432,13 @@ def test_a_run_of_max_steps_is_made_longer_by_epochs(harness, tiny_model, rows, 
     assert "bit for bit" not in answer["said"]  # nothing but the length has changed
 
 
-@pytest.mark.parametrize("is_named_twice", [False, True])
-def test_the_folder_of_a_run_is_a_way_to_name_it(harness, straight, tmp_path, is_named_twice):
-    """--resume_from_checkpoint RUN means the same run, with or without the same --output_path."""
+@pytest.mark.parametrize(
+    ("name", "is_named_twice"), [(".", False), (".", True), (f"checkpoint-{STEPS - 1}", True)]
+)
+def test_the_folder_of_a_run_is_a_way_to_name_it(harness, straight, tmp_path, name, is_named_twice):
+    """--resume_from_checkpoint with it means the same run, and so does its own --output_path beside it."""
     run = stopped_at(straight("16 bits"), STEPS - 1, tmp_path / "run")
-    wish = {"resume_from_checkpoint": run} | ({"output_path": run} if is_named_twice else {})
+    wish = {"resume_from_checkpoint": run / name} | ({"output_path": run} if is_named_twice else {})
     answer = harness.run("finetune_continue", wish)
     assert answer["code"] == 0, answer["said"]
     assert differences(outcome(straight("16 bits")), outcome(run)) == []
