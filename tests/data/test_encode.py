@@ -72,13 +72,19 @@ def test_chat_ids_are_the_beginning_of_the_training_ids(tokenizer, name, convers
 
 @pytest.mark.parametrize("name", data_template.names())
 def test_the_last_answer_alone(tokenizer, name):
-    """--train_on last gives the same ids, with targets in the last turn only."""
-    template, conversation = load(name, tokenizer), Conversation(tuple(TURNS[1:3] + TURNS[5:]))
-    ids, all_targets = data_encode.encode(conversation, template, tokenizer)
-    again, targets = data_encode.encode(conversation, template, tokenizer, False, "last")
-    question, _ = data_encode.encode(conversation.question, template, tokenizer)
-    assert again == ids
-    assert targets == [False] * len(question) + all_targets[len(question) :]
+    """--train_on last gives the same ids, with targets in the last turn only.
+
+    So it does where the text of an earlier answer could become one token with what stands before or after it.
+    """
+    template = load(name, tokenizer)
+    for text in (" call it", "call it", "\n\ncall it\n", "red", ": 答案：", "   ", "#"):
+        turns = [TURNS[1], Turn("assistant", text), *TURNS[5:]]
+        conversation = Conversation(tuple(turns))
+        ids, all_targets = data_encode.encode(conversation, template, tokenizer)
+        again, targets = data_encode.encode(conversation, template, tokenizer, False, "last")
+        question, _ = data_encode.encode(conversation.question, template, tokenizer)
+        assert again == ids
+        assert targets == [False] * len(question) + all_targets[len(question) :]
 
 
 @pytest.mark.parametrize("name", data_template.names())

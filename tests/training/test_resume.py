@@ -293,9 +293,9 @@ def test_a_budget_that_memory_has_lowered_stays_lowered(straight, tmp_path, monk
     monkeypatch.setattr(
         runs_checkpoint, "read_progress", lambda path: dataclasses.replace(read(path), micro_batch_tokens=75)
     )
-    for explicit, tokens in ((frozenset(), 75), (frozenset({"micro_batch_tokens"}), 150)):
-        request = config_training.ContinueConfig(output_path=str(run), micro_batch_tokens=150)
-        start = resume._same_run(run, None, request, explicit)
+    for budget, tokens in ((None, 75), (150, 150), ("auto", 0)):  # 0: it is estimated again
+        request = config_training.ContinueConfig(output_path=str(run), micro_batch_tokens=budget or 150)
+        start = resume._same_run(run, None, request, frozenset({"micro_batch_tokens"} if budget else ()))
         assert start.progress.micro_batch_tokens == tokens
 
 
