@@ -12,7 +12,7 @@ from tests.support import doc_names
 from tests.support.paths import ROOT
 from tests.support.rooms import RANKS
 
-FOLDERS = ("onecard", "tests", "tools", "benchmarks", "sample", "docs")
+FOLDERS = ("onecard", "tests", "tools", "serve", "benchmarks", "sample", "docs")
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STRANGERS = ("modeling_x.py",)  # belongs to a model with code of its own
 NAMED = re.compile(r"(?<![\w/.<>-])(?:[\w-]+/)*[\w-]+\.py\b")

@@ -40,6 +40,7 @@ LEAST = {  # the least numbers of errors that programs can raise, so that a swee
     "perplexity": 100,
     "extend-vocab": 30,
     "prepare-base": 30,
+    "keys": 15,
     "json-to-parquet": 20,
 }
 

@@ -40,6 +40,16 @@ def cache_folder() -> Path:
     return older if older.is_dir() and not folder.is_dir() else folder
 
 
+def data_folder() -> Path:
+    """The folder in which the service keeps keys and files; it may not exist yet.
+
+    It is in the user's data folder of this system: on Linux $XDG_DATA_HOME/onecard or ~/.local/share/onecard.
+    """
+    import platformdirs  # imported late, as above
+
+    return platformdirs.user_data_path("onecard", appauthor=False) / "serve"
+
+
 def or_sample(path: Path) -> Path:
     """The path; where there is no such file and it is called sample/NAME, the one that OneCard brings."""
     if path.exists() or path.parts[:1] != (SAMPLE,) or ".." in path.parts:

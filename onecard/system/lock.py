@@ -18,6 +18,7 @@ from onecard.errors import UserError
 from onecard.system import files as system_files
 
 NAME = ".lock"  # the file in a run folder that its trainer locks; it contains the process id of the trainer
+TRAINS = "is training there"  # what the owner of a run folder does
 TRIES, PAUSE = 10, 0.05  # how often `take_soon` tries, and seconds between two tries
 
 
@@ -75,8 +76,8 @@ def held(path: Path, before_waiting: Callable[[], None] = lambda: None) -> Itera
 
 
 @contextlib.contextmanager
-def owned(folder: Path) -> Iterator[None]:
-    """Own a run folder while the block runs; raises UserError naming the process that owns it already.
+def owned(folder: Path, work: str = TRAINS) -> Iterator[None]:
+    """Own a folder while the block runs; raises UserError naming the process that owns it, and its work.
 
     The folder is created when it is missing, and removed when the block leaves it empty. So is the lock file.
     """
@@ -87,7 +88,7 @@ def owned(folder: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if not take_soon(descriptor):
-                raise _is_busy(folder)
+                raise _is_busy(folder, work)
             if os.path.samestat(os.fstat(descriptor), path.stat()):  # else its last owner has deleted it
                 break
         except FileNotFoundError:
@@ -111,10 +112,10 @@ def owned(folder: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
-def check_free(folder: Path) -> None:
-    """Raise UserError when a process owns the run folder; writes nothing."""
+def check_free(folder: Path, work: str = TRAINS) -> None:
+    """Raise UserError when a process owns the folder, for this work; writes nothing."""
     if is_taken(folder / NAME):
-        raise _is_busy(folder)
+        raise _is_busy(folder, work)
 
 
 def owner_of(folder: Path) -> int | None:
@@ -125,6 +126,6 @@ def owner_of(folder: Path) -> int | None:
         return None
 
 
-def _is_busy(folder: Path) -> UserError:
-    problem = f"{folder}: process {owner_of(folder) or 'unknown'} is training there."
+def _is_busy(folder: Path, work: str) -> UserError:
+    problem = f"{folder}: process {owner_of(folder) or 'unknown'} {work}."
     return UserError(problem)

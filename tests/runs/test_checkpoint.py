@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from onecard.system import whole_folder
 from tests.support import promises
 from tests.support.power_failure import optimizer, power_failures, save
 from tests.support.promises import check_old_or_new, in_child, killed_at_operation, until_untouched
+from tests.support.system_calls import traced
 
 
 @pytest.fixture(scope="module")
@@ -90,28 +90,6 @@ def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(tmp_path, call):
         killed += code != 0
     assert name == "checkpoint-3"
     assert killed >= 1
-
-
-def traced(work, inject: str) -> int:
-    """The exit code of work() in a forked child, while strace interferes with its system calls."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.read(reader, 1)
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    os.close(reader)
-    command = ["strace", "-f", "-p", str(pid), "-e", f"inject={inject}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
-        first = tracer.stderr.readline()
-        assert "attached" in first or os.kill(pid, signal.SIGKILL), first
-        os.write(writer, b"x")
-        os.close(writer)
-        tracer.stderr.read()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.mark.parametrize("fsync_works", [True, False])

@@ -18,7 +18,7 @@ from onecard.config.declaration import declared
 from onecard.system.commands import FILES
 from tests.support.paths import ROOT
 
-FOLDERS = ("benchmarks", "docs", "notebooks", "onecard", "sample", "tests", "tools")
+FOLDERS = ("benchmarks", "docs", "notebooks", "onecard", "sample", "serve", "tests", "tools")
 OTHERS = {"pip", "pip-compile", "pip-audit", "diff", "grep", "less", "freeze"}  # programs of others
 PROGRAMS = {"bash", "echo", "python", "python3", "accelerate"}  # programs that start ours
 OF_OTHERS = {
