@@ -26,6 +26,7 @@ from onecard.inference.logprobs import Record, TokenChoice
 from onecard.system.console import say
 
 FINISH_REASONS = {END: "stop", STOP: "stop", LENGTH: "length"}  # why an answer is finished, in OpenAI's words
+ANY_LENGTH = 1 << 62  # room for a prompt that is only counted
 
 
 def reply(
@@ -145,6 +146,11 @@ class Chat:
     def template_of(self, name: str = TRAINED) -> Template:
         """The template of this name; TRAINED is the one that the chat was made with. Raises UserError."""
         return self._template(name)[0]
+
+    def prompt_tokens(self, conversation: Conversation, template_name: str = TRAINED) -> int:
+        """Tokens of the whole conversation in its template; raises UserError when it cannot be written."""
+        template, tokenizer = self._template(template_name)
+        return len(history.fit(conversation, template, tokenizer, ANY_LENGTH).ids)
 
     def _template(self, name: str) -> tuple[Template, PreTrainedTokenizerBase]:
         """A template and its tokenizer: a control token of one template is ordinary text in another."""

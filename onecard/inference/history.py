@@ -36,12 +36,15 @@ def fit(
     """The newest turns within `room` tokens; the caller has set aside the tokens for the answer.
 
     memory: the most tokens of earlier turns and the question together, 0: all of the room; last_turns: the
-    most earlier questions, 0: any number. An answer at the end is continued. Raises UserError when the
-    question alone is too long, with both numbers, or when the template cannot write it.
+    most earlier questions, 0: any number. An answer at the end is continued, and so is raw text, of which
+    nothing is left out. Raises UserError when the question alone is too long, with both numbers, or when the
+    template cannot write it.
     """
     turns, answer = conversation.turns, []
     if any(HALF.search(turn.text + turn.input) for turn in turns):
         raise UserError("The conversation contains half a character.", "Type the message again.")
+    if turns and conversation.is_raw:
+        return _raw(conversation, template, tokenizer, room)
     if turns and turns[-1].role == ASSISTANT:
         answer = data_encode.encode_text(tokenizer, turns[-1].text)
         turns = turns[:-1]
@@ -76,3 +79,14 @@ def fit(
         else:
             low = middle + 1
     return Fitted(ids, answer, high)
+
+
+def _raw(
+    conversation: Conversation, template: Template, tokenizer: PreTrainedTokenizerBase, room: int
+) -> Fitted:
+    ids = data_encode.encode(conversation, template, tokenizer)[0]
+    if not ids:
+        raise UserError("There is no text to continue.", "Write one.")
+    if len(ids) > room:
+        raise UserError(f"Your text has {len(ids)} tokens, but only {room} fit.", "Shorten it.")
+    return Fitted(ids, [], 0)

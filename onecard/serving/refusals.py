@@ -4,9 +4,10 @@ The OpenAI routes write it as OpenAI does, TigerBot's routes in TigerBot's envel
 that is not meant for the caller gets here.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from starlette.exceptions import HTTPException
 
 BAD_REQUEST, NO_KEY, FORBIDDEN, NOT_FOUND = 400, 401, 403, 404
 TIMED_OUT, TOO_LARGE, WRONG_TYPE = 408, 413, 415
@@ -20,25 +21,27 @@ TYPES = {  # status -> the word that OpenAI has for it; other statuses below 500
 TIGERBOT = "/bot-service/"  # where TigerBot's calls begin
 
 
-@dataclasses.dataclass
-class RequestError(Exception):
-    """A request that is not answered."""
+class RequestError(HTTPException):
+    """A request that is not answered. FastAPI lets an HTTPException through wherever it is raised."""
 
-    status: int
-    message: str
-    param: str | None = None  # the parameter of the request that is wrong
-    code: str | None = None  # a word for programs
-    retry_after: int | None = None  # seconds
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ):
+        """param: the parameter that is wrong; code: a word for programs; retry_after: seconds."""
+        headers = {"retry-after": str(retry_after)} if retry_after is not None else {}
+        if status == NO_KEY:
+            headers["www-authenticate"] = "Bearer"
+        super().__init__(status, message, headers)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after = retry_after
 
     def __str__(self) -> str:
         return self.message
-
-    @property
-    def headers(self) -> dict[str, str]:
-        headers = {"retry-after": str(self.retry_after)} if self.retry_after is not None else {}
-        if self.status == NO_KEY:
-            headers["www-authenticate"] = "Bearer"
-        return headers
 
     def body(self, path: str) -> dict[str, Any]:
         """The JSON of the answer, in the form of the routes that the path belongs to."""

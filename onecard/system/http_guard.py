@@ -5,6 +5,7 @@ It is ASGI middleware. It knows gradio's paths and login, but no component of a 
 
 import ipaddress
 import re
+from collections.abc import Callable
 from typing import Any
 
 POLICY = "img-src 'self' data: blob:; media-src 'self' blob:; connect-src 'self' ws: wss:; frame-src 'none'"
@@ -51,9 +52,7 @@ class Guard:
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
         if self.origin and self.origin == (f"https://{host}" if origin is None else origin):
             return True
-        if self.local and not is_local(_name(host)):
-            return False
-        return origin is None or origin.split("://")[-1] == host
+        return is_expected(host, origin, is_local if self.local else lambda _: True)
 
 
 def _with_policy(send: Any) -> Any:
@@ -109,10 +108,23 @@ def _name(host: str) -> str:
     return host[1:].split("]")[0] if host.startswith("[") else host.rsplit(":", 1)[0]
 
 
+def is_expected(host: str, origin: str | None, is_name: Callable[[str], bool]) -> bool:
+    """Whether a request names this server as its Host and, with an Origin, comes from a page of it.
+
+    is_name: whether the server goes by a name, which comes without a port.
+    """
+    return is_name(_name(host)) and (origin is None or origin.split("://")[-1] == host)
+
+
 def is_local(name: str) -> bool:
-    if name == "localhost":
-        return True
+    """Whether only programs of this machine reach a server by this name."""
+    return name == "localhost" or (is_number(name) and ipaddress.ip_address(name).is_loopback)
+
+
+def is_number(name: str) -> bool:
+    """Whether it is an IP address, which no DNS server can let point to another machine."""
     try:
-        return ipaddress.ip_address(name).is_loopback
+        ipaddress.ip_address(name)
     except ValueError:
         return False
+    return True

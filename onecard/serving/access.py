@@ -1,0 +1,102 @@
+"""Who may ask: ASGI middleware that lets only holders of a key in, and a check of what the key is for.
+
+Authentication comes before routing, so no route can be forgotten: all but OPEN need a key, also those that
+do not exist. Whatever is wrong with a key, the answer is the same.
+"""
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, Protocol
+
+from fastapi import Request, Security
+from fastapi.security import HTTPBearer
+
+from onecard.serving.refusals import FORBIDDEN, NO_KEY, TOO_MANY, RequestError
+
+OPEN = frozenset({"/docs", "/openapi.json", "/health", "/ready"})
+CHAT, JOBS, KNOWLEDGE, ADMIN = "chat", "jobs", "knowledge", "admin"
+LONGEST_KEY = 200  # characters
+IN_DOCUMENT = HTTPBearer(auto_error=False)  # says in the OpenAPI document what Access checks
+
+
+class Key(Protocol):
+    """A key that is valid now."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def owner(self) -> str: ...
+
+    @property
+    def scopes(self) -> frozenset[str]: ...
+
+    @property
+    def requests_per_minute(self) -> int | None: ...
+
+
+FindKey = Callable[[str], Key | None]  # the secret -> its key; None: unknown, expired or revoked
+Wait = Callable[[Key], float]  # counts one request of the key; seconds until it may ask again, 0: now
+
+
+def no_key() -> RequestError:
+    """The one answer to a missing, unknown, expired and revoked key."""
+    message = "A valid key is needed: send exactly one header `Authorization: Bearer KEY`."
+    return RequestError(NO_KEY, message, code="invalid_api_key")
+
+
+class Access:
+    """ASGI middleware. It puts the key into the state of the request."""
+
+    def __init__(self, app: Any, find_key: FindKey, wait: Wait, wait_unknown: Callable[[str], float]):
+        """find_key and wait may block; wait_unknown: address of a caller -> seconds it has to wait.
+
+        wait_unknown counts requests without a valid key; those with one are never refused by it.
+        """
+        self.app, self.find_key, self.wait, self.wait_unknown = app, find_key, wait, wait_unknown
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN:
+            key = await self._key(scope)
+            scope.setdefault("state", {})["key"] = key
+            _refuse_if(await asyncio.to_thread(self.wait, key))
+        await self.app(scope, receive, send)
+
+    async def _key(self, scope: Any) -> Key:
+        headers = [value for name, value in scope["headers"] if name == b"authorization"]
+        secret = _secret(headers[0]) if len(headers) == 1 else None
+        key = await asyncio.to_thread(self.find_key, secret) if secret else None
+        if key is None:
+            client = scope.get("client")
+            _refuse_if(self.wait_unknown(client[0] if client else ""))
+            raise no_key()
+        return key
+
+
+def _secret(header: bytes) -> str | None:
+    """The key of a header `Bearer KEY`; None where it is not one."""
+    scheme, _, secret = header.decode("latin-1").partition(" ")
+    secret = secret.strip(" ")
+    is_key = secret.isascii() and secret.isprintable() and 0 < len(secret) <= LONGEST_KEY
+    return secret if is_key and scheme.lower() == "bearer" else None
+
+
+def _refuse_if(seconds: float) -> None:
+    if seconds > 0:
+        wait = max(1, math.ceil(seconds))
+        message = f"Too many requests. Try again in {wait} s."
+        raise RequestError(TOO_MANY, message, code="rate_limit_exceeded", retry_after=wait)
+
+
+def needs(scope: str) -> Callable[[Request], Key]:
+    """A dependency of a route: the key, which must have this scope or be an admin's."""
+
+    def key_with_scope(request: Request, _: Annotated[object, Security(IN_DOCUMENT)]) -> Key:
+        key: Key = request.state.key
+        if not {scope, ADMIN} & key.scopes:
+            message = f"This key lacks the scope {scope!r}."
+            raise RequestError(FORBIDDEN, message, code="insufficient_scope")
+        return key
+
+    return key_with_scope

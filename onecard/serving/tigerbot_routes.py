@@ -1,0 +1,47 @@
+"""TigerBot's calls, in its envelope; errors keep the envelope and have a true HTTP status."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from onecard.config.generation import BASE, Generation
+from onecard.data import conversation as data_conversation
+from onecard.serving import access
+from onecard.serving import service as serving_service
+from onecard.serving.access import Key
+from onecard.serving.answers import Task
+from onecard.serving.openai_request import WholeText
+from onecard.serving.service import Service
+
+DONE = "操作成功"
+Chatter = Annotated[Key, Depends(access.needs(access.CHAT))]
+
+
+class Question(BaseModel):
+    """The body of /bot-service/ai_service/gpt."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    text: Annotated[WholeText, Field(min_length=1)]
+    model_version: str | None = Field(None, alias="modelVersion", min_length=1, max_length=300)
+
+
+def envelope(data: Any) -> dict[str, Any]:
+    return {"code": 200, "msg": DONE, "data": data}
+
+
+def router(service: Service) -> APIRouter:
+    """The routes on a service."""
+    routes = APIRouter(prefix="/bot-service", tags=["TigerBot"])
+
+    @routes.post("/ai_service/gpt")
+    async def gpt(body: Question, request: Request, key: Chatter) -> dict[str, Any]:
+        """Answer one text. `modelVersion` is a name of /v1/models; without it the first adapter answers."""
+        first = next(iter(service.models.chat.engine.adapters), BASE)
+        served = service.models.find(body.model_version or first)
+        task = Task(served, [data_conversation.single(body.text)], Generation(max_memory=0))
+        async with service.answer(request, key, task) as answering:
+            answers = await serving_service.collected(answering)
+        return envelope({"result": [text for text, _ in answers]})
+
+    return routes
