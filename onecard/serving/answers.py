@@ -16,7 +16,9 @@ from onecard.config.generation import Generation
 from onecard.data.conversation import Conversation
 from onecard.errors import UserError, is_out_of_memory
 from onecard.inference.chat import Reply
-from onecard.inference.decoding import CANCELLED, LENGTH, NO_MEMORY
+from onecard.inference.controls import NONE as NO_CONTROLS
+from onecard.inference.controls import Controls
+from onecard.inference.decoding import CANCELLED, NO_MEMORY
 from onecard.serving.models import Served
 from onecard.serving.refusals import BAD_REQUEST, UNAVAILABLE, RequestError, failed
 
@@ -62,6 +64,7 @@ class Task(NamedTuple):
     settings: Generation
     most_tokens: int | None = None  # of an answer; None: as many as fit
     choices: int = 1  # answers to each conversation
+    controls: Controls = NO_CONTROLS
 
 
 def questions(task: Task) -> list[Question]:
@@ -75,6 +78,10 @@ def questions(task: Task) -> list[Question]:
     if not chat.engine.is_loaded:
         chat.engine.load()
     result = []
+    try:
+        chat.check(settings, task.controls, served.template_name)
+    except UserError as error:  # the other values have been checked by the request
+        raise RequestError(BAD_REQUEST, error.problem, "logit_bias", "invalid_parameter") from None
     for conversation in task.conversations:
         count = count_tokens(served, conversation)
         room = chat.engine.context - count
@@ -87,7 +94,7 @@ def questions(task: Task) -> list[Question]:
             raise RequestError(BAD_REQUEST, message, "messages", "context_length_exceeded")
         for _ in range(task.choices):
             number = len(result)
-            seed = None if settings.seed is None else settings.seed + number
+            seed = None if settings.seed is None else (settings.seed + number) % 2**63
             own = dataclasses.replace(settings, seed=seed, max_new_tokens=min(most_tokens or room, room))
             result.append(Question(conversation, own, count))
     return result
@@ -104,9 +111,10 @@ def count_tokens(served: Served, conversation: Conversation) -> int:
 class Answering:
     """The answers to some questions, one after the other, computed in a thread."""
 
-    def __init__(self, served: Served, asked: list[Question], log_failure: Callable[[BaseException], None]):
+    def __init__(self, task: Task, asked: list[Question], log_failure: Callable[[BaseException], None]):
         """log_failure: is called in the thread with an error that is not the caller's."""
-        self.served, self.asked, self.log_failure = served, asked, log_failure
+        self.served, self.controls = task.served, task.controls
+        self.asked, self.log_failure = asked, log_failure
         self.usage = Usage(prompt=sum(question.prompt_tokens for question in asked))
         self.loop = asyncio.get_running_loop()
         self.events: asyncio.Queue[Piece | Ended | RequestError | None] = asyncio.Queue()
@@ -115,8 +123,7 @@ class Answering:
 
     def start(self, executor: Executor, done: Callable[[], None]) -> None:
         """Begin; `done` is called in the event loop when nothing more is computed."""
-        future = self.loop.run_in_executor(executor, self._compute)
-        future.add_done_callback(lambda _: done())
+        executor.submit(self._compute, done)
 
     def cancel(self, why: RequestError | None = None) -> None:
         """Ask for no further token; a reader of `read` gets `why`."""
@@ -137,7 +144,7 @@ class Answering:
                 return
             yield event
 
-    def _compute(self) -> None:
+    def _compute(self, done: Callable[[], None]) -> None:
         end: RequestError | None = None
         try:
             for choice, question in enumerate(self.asked):
@@ -149,6 +156,7 @@ class Answering:
         except BaseException as error:
             end = NO_ROOM if is_out_of_memory(error) else failed()
             self.log_failure(error)
+        self._in_loop(done)  # before the end is read, which may be the last thing that the loop does
         self._tell(end)
 
     def _answer(self, choice: int, question: Question) -> None:
@@ -159,11 +167,12 @@ class Answering:
             self.served.active_adapters,
             self.is_cancelled.is_set,
             self.served.template_name,
+            self.controls,
         )
         with contextlib.closing(stream):
             for reply in stream:
                 assert not reply.left_out, "the prompt was counted before"
-                self.usage.completion = before + reply.text.tokens
+                self.usage.completion = before + reply.completion_tokens
                 if reply.finished in (CANCELLED, NO_MEMORY):
                     raise self._stopped(reply)
                 text = reply.text.stable[length:]
@@ -171,8 +180,8 @@ class Answering:
                 if text:
                     self._tell(Piece(choice, text))
                 if reply.finished:
-                    reason = "length" if reply.finished == LENGTH else "stop"
-                    self._tell(Ended(choice, reason, reply.text.tokens))
+                    assert reply.finish_reason, "cancelled and out of memory are handled above"
+                    self._tell(Ended(choice, reply.finish_reason, reply.completion_tokens))
         if self.is_cancelled.is_set() and choice + 1 < len(self.asked):
             raise self.why or RequestError(UNAVAILABLE, "The request was cancelled.", code="cancelled")
 
@@ -182,5 +191,8 @@ class Answering:
         return self.why or RequestError(UNAVAILABLE, "The request was cancelled.", code="cancelled")
 
     def _tell(self, event: Piece | Ended | RequestError | None) -> None:
+        self._in_loop(self.events.put_nowait, event)
+
+    def _in_loop(self, call: Callable[..., object], *arguments: object) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody reads any more
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+            self.loop.call_soon_threadsafe(call, *arguments)

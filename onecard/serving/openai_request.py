@@ -12,13 +12,14 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from onecard.config import generation
-from onecard.config.generation import GREEDY, LONGEST_PHRASE, MOST_PHRASES, SAMPLE, Generation
+from onecard.config.generation import LONGEST_PHRASE, Generation
 from onecard.data.conversation import Conversation, Turn
+from onecard.inference.controls import HIGHEST_BIAS, HIGHEST_PENALTY, MOST_STOPS, Controls
 
 MOST_CHOICES = 16  # answers of one request
 MOST_TOKENS = 1 << 20  # more than any context has
 MOST_MESSAGES = 4096
-COOLEST = 0.01  # the least temperature but 0, as Generation has it
+MOST_BIASED = 1024  # token ids with a bias
 ROLES = {"developer": "system"}  # OpenAI's newer name
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
@@ -36,13 +37,7 @@ NO_STORE = "this server keeps no answers"
 ONE_MACHINE = "this server is one machine with one tier"
 NO_REASONING = "these models have no setting for how long they reason"
 NOT_YET = "it is not supported yet"
-SAMPLING = {  # parameters that become fields of the models when the decoder has them
-    "frequency_penalty": Refusal(NOT_YET, (0,)),
-    "presence_penalty": Refusal(NOT_YET, (0,)),
-    "logit_bias": Refusal(NOT_YET, ({},)),
-}
 CHAT_REFUSED = {
-    **SAMPLING,
     "audio": Refusal(NO_SOUND),
     "function_call": Refusal(NO_TOOLS, ("none", "auto")),
     "functions": Refusal(NO_TOOLS, ([],)),
@@ -67,7 +62,6 @@ CHAT_REFUSED = {
     "web_search_options": Refusal("this server does not search the web"),
 }
 COMPLETION_REFUSED = {
-    **SAMPLING,
     "best_of": Refusal("choose among the answers of n yourself", (1,)),
     "echo": Refusal("put the prompt before the answer yourself", (False,)),
     "logprobs": Refusal(NOT_YET),
@@ -128,16 +122,18 @@ def _joined(content: Any) -> Any:
     return "".join(texts)
 
 
-def _short_stops(stop: Any) -> Any:
-    stops = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stops, list) or not all(isinstance(each, str) for each in stops):
-        raise PydanticCustomError("stop", "It must be a text or a list of texts.")
-    if len(stops) > MOST_PHRASES or not all(0 < len(each) <= LONGEST_PHRASE for each in stops):
-        message = f"At most {MOST_PHRASES} texts of 1 to {LONGEST_PHRASE} characters can end an answer."
-        raise PydanticCustomError("stop", "{message}", {"message": message})
-    if any("|" in each or "\\n" in each for each in stops):
-        raise PydanticCustomError("stop", "A text with | or a backslash before n cannot end an answer yet.")
-    return stops
+def _listed(stop: Any) -> Any:
+    """A single stop text as a list of one."""
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _token_ids(bias: Any) -> Any:
+    """{12: 1.5} of {"12": 1.5}: JSON has no numbers as keys."""
+    if not isinstance(bias, dict) or not all(
+        re.fullmatch(r"\d{1,9}", str(token), re.ASCII) for token in bias
+    ):
+        raise PydanticCustomError("bias", "It must be an object of token ids and numbers.")
+    return {int(token): amount for token, amount in bias.items()}
 
 
 class TextPart(BaseModel):
@@ -147,7 +143,17 @@ class TextPart(BaseModel):
 
 WholeText = Annotated[str, AfterValidator(_whole_characters)]
 Content = Annotated[WholeText, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
-Stops = Annotated[list[str], BeforeValidator(_short_stops, json_schema_input_type=str | list[str])]
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=LONGEST_PHRASE)]],
+    BeforeValidator(_listed, json_schema_input_type=str | list[str]),
+    Field(max_length=MOST_STOPS),
+]
+Penalty = Annotated[float, Field(ge=-HIGHEST_PENALTY, le=HIGHEST_PENALTY, allow_inf_nan=False)]
+Bias = Annotated[
+    dict[int, Annotated[float, Field(ge=-HIGHEST_BIAS, le=HIGHEST_BIAS, allow_inf_nan=False)]],
+    BeforeValidator(_token_ids, json_schema_input_type=dict[str, float]),
+    Field(max_length=MOST_BIASED),
+]
 STRICT = ConfigDict(strict=True, extra="allow", json_schema_extra={"additionalProperties": False})
 
 
@@ -185,9 +191,12 @@ class Common(BaseModel):
 
     model_config = STRICT
     model: Annotated[str, Field(min_length=1, max_length=300)]
+    frequency_penalty: Penalty | None = None
+    logit_bias: Bias | None = None
     max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1 - MOST_CHOICES)] | None = None
+    presence_penalty: Penalty | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -199,8 +208,6 @@ class Common(BaseModel):
         refuse_extra(self.model_extra, refused)
         if self.stream_options is not None and not self.stream:
             raise _problem("stream_options", "It is for streams: set stream to true, or leave it out.")
-        if self.temperature is not None and 0 < self.temperature < COOLEST:
-            raise _problem("temperature", f"It must be 0, or from {COOLEST} to 2.")
 
     @property
     def include_usage(self) -> bool:
@@ -214,18 +221,16 @@ class Common(BaseModel):
     def settings(self) -> Generation:
         """How to decode; max_new_tokens is set when the prompt has been counted. OpenAI's defaults hold."""
         temperature = 1.0 if self.temperature is None else self.temperature
-        return generation.seeded(
-            Generation(
-                mode=SAMPLE if temperature else GREEDY,
-                temperature=temperature or 1.0,
-                top_p=1.0 if self.top_p is None else self.top_p,
-                top_k=0,
-                repetition_penalty=1.0,
-                min_new_tokens=0,
-                stop="|".join(self.stop or ()),
-                seed=self.seed,
-                max_memory=0,
-            )
+        top_p = 1.0 if self.top_p is None else self.top_p
+        return generation.seeded(generation.of_request(temperature, top_p, seed=self.seed))
+
+    def controls(self) -> Controls:
+        """What the decoder does beyond the settings."""
+        return Controls(
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            logit_bias=self.logit_bias or {},
+            stop=tuple(self.stop or ()),
         )
 
 

@@ -123,7 +123,7 @@ async def _complete(
     if body.user:
         request.state.log["user"] = body.user
     served = service.models.find(body.model)
-    task = Task(served, body.conversations, body.settings(), body.most_tokens, body.choices)
+    task = Task(served, body.conversations, body.settings(), body.most_tokens, body.choices, body.controls())
     head = {"id": form.prefix + secrets.token_hex(12), "created": int(time.time()), "model": body.model}
     async with contextlib.AsyncExitStack() as block:
         answering = await block.enter_async_context(service.answer(request, key, task))

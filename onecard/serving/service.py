@@ -12,7 +12,7 @@ from fastapi import Request
 from onecard.serving import answers, request_log
 from onecard.serving.access import Key
 from onecard.serving.answers import Answering, Ended, Piece, Task
-from onecard.serving.models import Models, Served
+from onecard.serving.models import Models
 from onecard.serving.refusals import UNAVAILABLE, RequestError
 from onecard.serving.request_log import Metrics
 from onecard.serving.turns import Turns
@@ -55,7 +55,7 @@ class Service:
         try:
             asked = await _unless(gone, asyncio.ensure_future(asyncio.to_thread(answers.questions, task)))
             await self._place(gone, key)
-            answering = self._start(request, key, task.served, asked)
+            answering = self._start(request, key, task, asked)
             gone.add_done_callback(lambda _: answering.cancel(LEFT))
             try:
                 yield answering
@@ -75,7 +75,7 @@ class Service:
                 self.turns.leave(key.id)
             raise
 
-    def _start(self, request: Request, key: Key, served: Served, asked: list[answers.Question]) -> Answering:
+    def _start(self, request: Request, key: Key, task: Task, asked: list[answers.Question]) -> Answering:
         fields = request.state.log
 
         def log_failure(error: BaseException) -> None:
@@ -85,7 +85,7 @@ class Service:
             self.answering.discard(answering)
             self.turns.leave(key.id)
 
-        answering = Answering(served, asked, log_failure)
+        answering = Answering(task, asked, log_failure)
         self.answering.add(answering)
         answering.start(self.executor, done)
         return answering

@@ -6,6 +6,7 @@ import random
 import pytest
 from starlette.testclient import TestClient
 
+from onecard.inference.controls import Controls
 from onecard.serving.access import OPEN
 from onecard.serving.app import Settings
 from tests.support.serving_fakes import ADMIN, GOOD, POOR, Setting, events, question
@@ -152,6 +153,14 @@ def test_several_choices_with_seeds_of_their_own(setting, client):
     chunks = events(client.post("/v1/chat/completions", json=body | {"stream": True}).text)[:-1]
     roles = [each["choices"][0]["index"] for each in chunks if "role" in each["choices"][0]["delta"]]
     assert roles == [0, 1, 2]
+
+
+def test_penalties_biases_and_stops_reach_the_decoder(setting, client):
+    body = question(frequency_penalty=0.5, logit_bias={"299": 1}, stop="x|y")
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
+    assert setting.chat.controls == Controls(0.5, 0.0, {299: 1}, ("x|y",))
+    refused = client.post("/v1/chat/completions", json=question(logit_bias={"300": 1}))
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logit_bias")
 
 
 def test_completions(setting, client):

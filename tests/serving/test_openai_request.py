@@ -12,7 +12,8 @@ from openai.types.chat.chat_completion_stream_options_param import ChatCompletio
 from pydantic import BaseModel, ValidationError
 
 from onecard.config.generation import GREEDY, SAMPLE
-from onecard.serving import openai_request, refusals
+from onecard.inference.controls import Controls
+from onecard.serving import refusals
 from onecard.serving.openai_request import (
     CHAT_REFUSED,
     COMPLETION_REFUSED,
@@ -98,10 +99,20 @@ def test_stream_options():
 
 
 def test_applied_parameters_reach_the_settings():
-    body = QUESTION | {"temperature": 0.5, "top_p": 0.25, "seed": 11, "stop": ["a", "\n"]}
+    body = QUESTION | {"temperature": 0.5, "top_p": 0.25, "seed": 11}
     settings = ChatRequest.model_validate(body).settings()
     assert (settings.mode, settings.temperature, settings.top_p, settings.seed) == (SAMPLE, 0.5, 0.25, 11)
-    assert openai_request.generation.phrases(settings.stop) == ["a", "\n"]
+    wishes = {
+        "frequency_penalty": -1,
+        "presence_penalty": 2.0,
+        "logit_bias": {"7": -100},
+        "stop": ["|", "\\n"],
+    }
+    controls = ChatRequest.model_validate(QUESTION | wishes).controls()
+    assert (controls.frequency_penalty, controls.presence_penalty) == (-1, 2)
+    assert (controls.logit_bias, controls.stop) == ({7: -100}, ("|", "\\n"))
+    assert ChatRequest.model_validate(QUESTION | {"stop": "a"}).controls().stop == ("a",)
+    assert ChatRequest.model_validate(QUESTION).controls() == Controls()
     assert ChatRequest.model_validate(QUESTION | {"temperature": 0}).settings().mode == GREEDY
     usual = ChatRequest.model_validate(QUESTION).settings()
     assert (usual.mode, usual.temperature, usual.top_p, usual.top_k) == (SAMPLE, 1.0, 1.0, 0)
@@ -189,6 +200,10 @@ RIGHT = {  # values of these that are as they should be
     "user": ["'1'", "''", "'\\x00'"],
     "model": ["'1'", "'\\x00'"],
     "stream": ["True"],
+    "frequency_penalty": ["-1"],
+    "presence_penalty": ["-1"],
+    "logit_bias": ["{}"],
+    "seed": ["-1"],
 }
 NUMBERS = (
     "n",
@@ -197,6 +212,9 @@ NUMBERS = (
     "seed",
     "temperature",
     "top_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
     "stop",
     "stream",
     "user",

@@ -18,11 +18,15 @@ from onecard.data.conversation import Conversation
 from onecard.errors import UserError
 from onecard.inference import decoding
 from onecard.inference.chat import Reply
+from onecard.inference.controls import NONE as NO_CONTROLS
+from onecard.inference.controls import Controls
 from onecard.inference.detokenizer import PartialText
 from onecard.serving.app import Doors, Settings, create_app
 from onecard.serving.models import Models
 
 GOOD, ADMIN, POOR = "oc-good-0123456789", "oc-admin-0123456789", "oc-poor-0123456789"  # secrets
+
+VOCABULARY = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +78,9 @@ class FakeChat:
     def prompt_tokens(self, conversation: Conversation, template_name: str = TRAINED) -> int:
         return sum(len(turn.text.split()) for turn in conversation.turns)
 
+    def check(self, settings: Generation, controls: Controls, template_name: str = TRAINED) -> None:
+        controls.check(settings, VOCABULARY)
+
     def stream(
         self,
         conversation: Conversation,
@@ -81,7 +88,9 @@ class FakeChat:
         active_adapters: ActiveAdapters | None = None,
         cancelled: Callable[[], bool] = lambda: False,
         template_name: str = TRAINED,
+        controls: Controls = NO_CONTROLS,
     ) -> Iterator[Reply]:
+        self.controls = controls
         with self.lock:
             self.asked.append((conversation, settings, active_adapters or ()))
             self.open += 1
