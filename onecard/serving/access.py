@@ -7,36 +7,21 @@ do not exist. Whatever is wrong with a key, the answer is the same.
 import asyncio
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from fastapi import Request, Security
 from fastapi.security import HTTPBearer
 
-from onecard.serving.refusals import FORBIDDEN, NO_KEY, TOO_MANY, RequestError
+from onecard.serving.database import StoreUnavailableError
+from onecard.serving.keys import LONGEST, Key, Refusal
+from onecard.serving.refusals import FORBIDDEN, NO_KEY, TOO_MANY, UNAVAILABLE, RequestError
 
 OPEN = frozenset({"/docs", "/openapi.json", "/health", "/ready"})
 CHAT, JOBS, KNOWLEDGE, ADMIN = "chat", "jobs", "knowledge", "admin"
-LONGEST_KEY = 200  # characters
 IN_DOCUMENT = HTTPBearer(auto_error=False)  # says in the OpenAPI document what Access checks
 
 
-class Key(Protocol):
-    """A key that is valid now."""
-
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def owner(self) -> str: ...
-
-    @property
-    def scopes(self) -> frozenset[str]: ...
-
-    @property
-    def requests_per_minute(self) -> int | None: ...
-
-
-FindKey = Callable[[str], Key | None]  # the secret -> its key; None: unknown, expired or revoked
+FindKey = Callable[[str], Key | Refusal]  # of a secret; raises StoreUnavailableError
 Wait = Callable[[Key], float]  # counts one request of the key; seconds until it may ask again, 0: now
 
 
@@ -58,27 +43,38 @@ class Access:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN:
+            scope.setdefault("state", {})
             key = await self._key(scope)
-            scope.setdefault("state", {})["key"] = key
+            scope["state"]["key"] = key
             _refuse_if(await asyncio.to_thread(self.wait, key))
         await self.app(scope, receive, send)
 
     async def _key(self, scope: Any) -> Key:
         headers = [value for name, value in scope["headers"] if name == b"authorization"]
         secret = _secret(headers[0]) if len(headers) == 1 else None
-        key = await asyncio.to_thread(self.find_key, secret) if secret else None
-        if key is None:
+        key = await self._found(secret) if secret else Refusal.UNKNOWN
+        if isinstance(key, Refusal):
+            scope["state"].setdefault("log", {})["refused"] = key.name.lower()
             client = scope.get("client")
             _refuse_if(self.wait_unknown(client[0] if client else ""))
             raise no_key()
         return key
+
+    async def _found(self, secret: str) -> Key | Refusal:
+        try:
+            return await asyncio.to_thread(self.find_key, secret)
+        except StoreUnavailableError as error:
+            message = "The keys cannot be read at the moment. Try again later."
+            raise RequestError(
+                UNAVAILABLE, message, code="unavailable", retry_after=error.retry_after
+            ) from error
 
 
 def _secret(header: bytes) -> str | None:
     """The key of a header `Bearer KEY`; None where it is not one."""
     scheme, _, secret = header.decode("latin-1").partition(" ")
     secret = secret.strip(" ")
-    is_key = secret.isascii() and secret.isprintable() and 0 < len(secret) <= LONGEST_KEY
+    is_key = secret.isascii() and secret.isprintable() and 0 < len(secret) <= LONGEST
     return secret if is_key and scheme.lower() == "bearer" else None
 
 
@@ -90,11 +86,11 @@ def _refuse_if(seconds: float) -> None:
 
 
 def needs(scope: str) -> Callable[[Request], Key]:
-    """A dependency of a route: the key, which must have this scope or be an admin's."""
+    """A dependency of a route: the key, which must have this scope; none includes another one."""
 
     def key_with_scope(request: Request, _: Annotated[object, Security(IN_DOCUMENT)]) -> Key:
         key: Key = request.state.key
-        if not {scope, ADMIN} & key.scopes:
+        if scope not in key.scopes:
             message = f"This key lacks the scope {scope!r}."
             raise RequestError(FORBIDDEN, message, code="insufficient_scope")
         return key

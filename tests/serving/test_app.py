@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
@@ -9,6 +10,8 @@ from starlette.testclient import TestClient
 from onecard.inference.controls import Controls
 from onecard.serving.access import OPEN
 from onecard.serving.app import Settings
+from onecard.serving.database import BUSY, StoreUnavailableError
+from onecard.serving.keys import Refusal
 from tests.support.serving_fakes import ADMIN, GOOD, POOR, Setting, events, question
 
 
@@ -68,7 +71,7 @@ def test_the_open_routes_are_these():
 
 
 def test_a_key_without_the_scope_gets_403(setting):
-    """A key that may nothing reaches only the figures; an admin's key may everything."""
+    """A key that may nothing reaches only the figures; one with all scopes is never refused."""
     poor, admin = setting.client(POOR), setting.client(ADMIN)
     for method, path in routes(setting):
         if path in OPEN or path == "/metrics":
@@ -80,8 +83,23 @@ def test_a_key_without_the_scope_gets_403(setting):
 
 def test_a_revoked_key_ends_at_once(setting, client):
     assert client.get("/v1/models").status_code == 200
-    del setting.doors.keys[GOOD]
-    assert client.get("/v1/models").status_code == 401
+    bodies = set()
+    for refusal in Refusal:
+        setting.doors.keys[GOOD] = refusal
+        answer = client.get("/v1/models")
+        assert answer.status_code == 401
+        bodies.add(answer.text)
+    assert len(bodies) == 1
+    assert [line.get("refused") for line in setting.lines] == [None, "unknown", "expired", "revoked"]
+
+
+def test_keys_that_cannot_be_read(setting, client):
+    """A12: 503 with a time, and not 401."""
+    setting.doors.failure = StoreUnavailableError(Path("onecard.db"), BUSY)
+    answer = client.get("/v1/models")
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) > 0
+    assert "onecard.db" not in answer.text
 
 
 def test_rate_limits(setting, client):

@@ -3,7 +3,6 @@
 import asyncio
 import collections
 import contextlib
-import dataclasses
 import json
 import threading
 import time
@@ -14,6 +13,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from onecard.config.generation import TRAINED, ActiveAdapters, Generation
+from onecard.config.serving import SCOPES
 from onecard.data.conversation import Conversation
 from onecard.errors import UserError
 from onecard.inference import decoding
@@ -22,6 +22,7 @@ from onecard.inference.controls import NONE as NO_CONTROLS
 from onecard.inference.controls import Controls
 from onecard.inference.detokenizer import PartialText
 from onecard.serving.app import Doors, Settings, create_app
+from onecard.serving.keys import Key, Refusal
 from onecard.serving.models import Models
 
 GOOD, ADMIN, POOR = "oc-good-0123456789", "oc-admin-0123456789", "oc-poor-0123456789"  # secrets
@@ -29,18 +30,10 @@ GOOD, ADMIN, POOR = "oc-good-0123456789", "oc-admin-0123456789", "oc-poor-012345
 VOCABULARY = 300
 
 
-@dataclasses.dataclass(frozen=True)
-class FakeKey:
-    id: str
-    owner: str
-    scopes: frozenset[str]
-    requests_per_minute: int | None = None
-
-
 KEYS = {
-    GOOD: FakeKey("k1", "ann", frozenset({"chat"})),
-    ADMIN: FakeKey("k2", "root", frozenset({"admin"})),
-    POOR: FakeKey("k3", "bob", frozenset()),
+    GOOD: Key("k1", "ann", "ann", frozenset({"chat"}), 600, None),
+    ADMIN: Key("k2", "root", "root", frozenset(SCOPES), 600, None),
+    POOR: Key("k3", "bob", "bob", frozenset(), 600, None),
 }
 
 
@@ -140,13 +133,19 @@ class FakeDoors:
     """Keys of a table, and as many requests as a test allows."""
 
     def __init__(self) -> None:
-        self.keys = dict(KEYS)
+        self.keys: dict[str, Key | Refusal] = dict(KEYS)
+        self.failure: Exception | None = None
         self.wait_seconds: dict[str, float] = {}  # key id -> what it has to wait
         self.unknown: collections.Counter[str] = collections.Counter()
         self.most_unknown = 10**9
 
     def doors(self) -> Doors:
-        return Doors(self.keys.get, lambda key: self.wait_seconds.get(key.id, 0.0), self._wait_unknown)
+        return Doors(self._find, lambda key: self.wait_seconds.get(key.id, 0.0), self._wait_unknown)
+
+    def _find(self, secret: str) -> Key | Refusal:
+        if self.failure:
+            raise self.failure
+        return self.keys.get(secret, Refusal.UNKNOWN)
 
     def _wait_unknown(self, address: str) -> float:
         self.unknown[address] += 1
