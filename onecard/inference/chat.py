@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -190,7 +190,7 @@ class Chat:
         cancelled: Callable[[], bool] = lambda: False,
         template_name: str = TRAINED,
         controls: Controls = inference_controls.NONE,
-    ) -> Iterator[Reply]:
+    ) -> Generator[Reply, None, None]:
         """The growing answer; the last Reply has `finished`. An answer at the end is continued.
 
         cancelled: is called after every token; template_name: as template_of takes it. An answer that is

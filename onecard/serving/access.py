@@ -85,7 +85,7 @@ def _refuse_if(seconds: float) -> None:
         raise RequestError(TOO_MANY, message, code="rate_limit_exceeded", retry_after=wait)
 
 
-def needs(scope: str) -> Callable[[Request], Key]:
+def needs(scope: str) -> Callable[..., Key]:
     """A dependency of a route: the key, which must have this scope; none includes another one."""
 
     def key_with_scope(request: Request, _: Annotated[object, Security(IN_DOCUMENT)]) -> Key:

@@ -77,7 +77,7 @@ def questions(task: Task) -> list[Question]:
     chat = served.chat
     if not chat.engine.is_loaded:
         chat.engine.load()
-    result = []
+    result: list[Question] = []
     try:
         chat.check(settings, task.controls, served.template_name)
     except UserError as error:  # the other values have been checked by the request

@@ -18,8 +18,8 @@ from starlette.responses import Response
 
 from onecard.serving import access
 from onecard.serving import service as serving_service
-from onecard.serving.access import Key
 from onecard.serving.answers import Answering, Ended, Piece, Task
+from onecard.serving.keys import Key
 from onecard.serving.models import Listed
 from onecard.serving.openai_request import ChatRequest, CompletionRequest
 from onecard.serving.refusals import NOT_FOUND, RequestError

@@ -10,8 +10,8 @@ from typing import Any
 from fastapi import Request
 
 from onecard.serving import answers, request_log
-from onecard.serving.access import Key
 from onecard.serving.answers import Answering, Ended, Piece, Task
+from onecard.serving.keys import Key
 from onecard.serving.models import Models
 from onecard.serving.refusals import UNAVAILABLE, RequestError
 from onecard.serving.request_log import Metrics

@@ -9,8 +9,8 @@ from onecard.config.generation import BASE, Generation
 from onecard.data import conversation as data_conversation
 from onecard.serving import access
 from onecard.serving import service as serving_service
-from onecard.serving.access import Key
 from onecard.serving.answers import Task
+from onecard.serving.keys import Key
 from onecard.serving.openai_request import WholeText
 from onecard.serving.service import Service
 
