@@ -82,9 +82,9 @@ class Reply:
         return (self.text.tokens - 1) / max(self.seconds - self.first, 1e-9)
 
 
-def start(options: ChatConfig, to_gguf: loader.ToGguf) -> "Chat":
-    """A model that is ready to talk, by these options; to_gguf: as loader.load takes it."""
-    return Chat(*loader.load(options, to_gguf))
+def start(options: ChatConfig, to_gguf: loader.ToGguf, sequences: int = 1) -> "Chat":
+    """A model that is ready to talk, by these options; to_gguf and sequences: as loader.load takes them."""
+    return Chat(*loader.load(options, to_gguf, sequences=sequences))
 
 
 def with_its_mode(talk: "Chat", options: ChatConfig, explicit: frozenset[str]) -> ChatConfig:

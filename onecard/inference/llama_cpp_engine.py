@@ -145,8 +145,8 @@ class Engine:
             return None
         try:
             self.load()
-            mixture = llama_cpp_slots.mixture_of(active_adapters)
-            return Taken(self.memory, self.memory.open(prompt, mixture))
+            context = self.memory
+            return Taken(context, context.open(prompt, llama_cpp_slots.mixture_of(active_adapters)))
         finally:
             self.batching.leave()
 

@@ -58,15 +58,16 @@ class Loaded(NamedTuple):
     versions: dict[str, str]  # owner/name@COMMIT of the base and of adapters that come from the hub
 
 
-def load(options: ChatConfig, to_gguf: ToGguf, exact: bool = False) -> Loaded:
+def load(options: ChatConfig, to_gguf: ToGguf, exact: bool = False, sequences: int = 1) -> Loaded:
     """An engine with its model in memory, and what it is used with; raises UserError.
 
     to_gguf: folders of a model and of adapters -> files for llama.cpp; exact: for measuring, so computed in
-    fp32 where the options leave that open.
+    fp32 where the options leave that open; sequences: answers at the same time in llama.cpp, each with room
+    for a whole context. transformers has no such limit.
     """
     with hub_session.session():
         plan = prepare(options)
-        return loaded(plan, engine_of(plan, to_gguf, exact))
+        return loaded(plan, engine_of(plan, to_gguf, exact, sequences))
 
 
 def loaded(plan: EnginePlan, engine: inference_engine.Engine) -> Loaded:
@@ -108,10 +109,15 @@ def _find_base(options: ChatConfig, name: str) -> tuple[str, TrustedCode | None]
     return (str(code.folder) if code else base), code
 
 
-def engine_of(plan: EnginePlan, to_gguf: ToGguf, exact: bool = False) -> inference_engine.Engine:
-    """The engine with its model and adapters in memory; raises UserError."""
-    is_llama = plan.kind is llama_cpp_engine.Engine
-    engine: inference_engine.Engine = _llama(plan, to_gguf, exact) if is_llama else _transformers(plan, exact)
+def engine_of(
+    plan: EnginePlan, to_gguf: ToGguf, exact: bool = False, sequences: int = 1
+) -> inference_engine.Engine:
+    """The engine with its model and adapters in memory; the arguments are those of load. Raises UserError."""
+    engine: inference_engine.Engine
+    if plan.kind is llama_cpp_engine.Engine:
+        engine = _llama(plan, to_gguf, exact, sequences)
+    else:
+        engine = _transformers(plan, exact)
     plan.model.close()  # copies of adapters are in memory now
     return engine
 
@@ -162,7 +168,7 @@ def _transformers(plan: EnginePlan, exact: bool) -> transformers_engine.Engine:
     return transformers_engine.Engine(module, model.tokenizer, context, names)
 
 
-def _llama(plan: EnginePlan, to_gguf: ToGguf, exact: bool) -> llama_cpp_engine.Engine:
+def _llama(plan: EnginePlan, to_gguf: ToGguf, exact: bool, sequences: int) -> llama_cpp_engine.Engine:
     options, model, path = plan.options, plan.model, Path(plan.model.base)
     files: dict[str, Path] = {}
     if not model.base.endswith(GGUF):
@@ -176,7 +182,9 @@ def _llama(plan: EnginePlan, to_gguf: ToGguf, exact: bool) -> llama_cpp_engine.E
     context = options.context or 2048
     tokenizer = data_template.tokenizer_for(model.tokenizer, model.template)
     with errors.remedy("Use a smaller model, or a smaller --context."):
-        engine = llama_cpp_engine.Engine(path, tokenizer, context, files, threads.value, exact=exact)
+        engine = llama_cpp_engine.Engine(
+            path, tokenizer, context, files, threads.value, exact=exact, sequences=sequences
+        )
     if options.context and engine.context < options.context and not exact:
         engine.close()
         raise UserError(

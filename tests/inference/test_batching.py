@@ -3,6 +3,7 @@
 The model is a stand-in that records its batches.
 """
 
+import itertools
 import threading
 import time
 
@@ -91,6 +92,17 @@ def test_mixtures_take_turns():
     order = "".join("B" if mixture == B else "A" for mixture in model.mixtures())
     assert "AAAA" not in order[: order.rindex("B")]
     assert order.count("B") == 12
+
+
+def test_three_mixtures_go_round():
+    """Whoever asked longest ago comes next, so none waits for more than one batch of each other mixture."""
+    model, turns = Model(A, B, BASE), Batching(256)
+    together(*[(answers, turns, model, number, 12) for number in range(3)])
+    order = model.mixtures()
+    for mixture in (A, B, BASE):
+        places = [place for place, one in enumerate(order) if one == mixture]
+        assert len(places) == 12
+        assert max(after - before for before, after in itertools.pairwise(places)) <= 4
 
 
 def test_a_long_prompt_holds_no_answer_up():
