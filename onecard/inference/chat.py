@@ -22,7 +22,9 @@ from onecard.inference import decoding, detokenizer, history, lazy_engine, loade
 from onecard.inference import engine as inference_engine
 from onecard.inference.controls import Controls
 from onecard.inference.decoding import CANCELLED, END, LENGTH, NO_MEMORY, STOP
+from onecard.inference.grammar import Vocabulary
 from onecard.inference.logprobs import Record, TokenChoice
+from onecard.inference.rules import AnswerRule
 from onecard.system.console import say
 
 FINISH_REASONS = {END: "stop", STOP: "stop", LENGTH: "length"}  # why an answer is finished, in OpenAI's words
@@ -134,7 +136,8 @@ class Chat:
         self.tokenizer = data_template.tokenizer_for(tokenizer, template)
         self.eos_ids = data_encode.eos_ids(template, tokenizer)
         self.others: dict[str, tuple[Template, PreTrainedTokenizerBase]] = {}  # by their names
-        self.lock = threading.Lock()  # of `others`
+        self.vocabularies: dict[str, Vocabulary] = {}  # by the names of templates
+        self.lock = threading.Lock()  # of `others` and `vocabularies`
 
     def unused(self, mode: str) -> dict[str, tuple[str, str]]:
         """Option -> why it does nothing with this mode and engine, in English and Chinese."""
@@ -181,6 +184,22 @@ class Chat:
         """Raise UserError with the reason when an answer cannot be asked for like this; reads no weights."""
         self.check_mode(settings.mode)
         controls.check(settings, len(self._template(template_name)[1]))
+        self._rules(controls, [], template_name)
+
+    def _rules(self, controls: Controls, before: list[int], template_name: str) -> list[AnswerRule]:
+        """The rules of one answer; before: the tokens of the answer that is continued. Raises UserError."""
+        rules = controls.rules_after(before)
+        if controls.json_schema is not None:
+            rules.append(self._vocabulary(template_name).grammar(controls.json_schema, before))
+        return rules
+
+    def _vocabulary(self, template_name: str) -> Vocabulary:
+        template, tokenizer = self._template(template_name)
+        with self.lock:
+            if template_name not in self.vocabularies:
+                eos_ids = data_encode.eos_ids(template, tokenizer)
+                self.vocabularies[template_name] = Vocabulary(tokenizer, eos_ids)
+            return self.vocabularies[template_name]
 
     def stream(
         self,
@@ -216,6 +235,7 @@ class Chat:
         )
         stops, banned = controls.stops(settings), generation.phrases(settings.banned)
         growing = detokenizer.beginning(tokenizer, fitted.answer, stops)
+        rules = self._rules(controls, fitted.answer, template_name)
         record = None
         if controls.top_logprobs is not None:
             record = Record(tokenizer, stops, fitted.answer)
@@ -240,7 +260,6 @@ class Chat:
                     yield so_far(growing)
             limit = min(settings.max_new_tokens, self.engine.context - len(fitted.ids))
             watch = detokenizer.watch(tokenizer, stops, banned, fitted.answer)
-            rules = controls.rules_after(fitted.answer)
             steps = decoding.decode(
                 sequence, fitted.ids, settings, eos_ids, limit, watch, rules, controls.top_logprobs
             )

@@ -25,6 +25,7 @@ class Controls:
     presence_penalty: float = 0.0  # from -2 to 2
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)  # token id -> from -100 to 100
     stop: tuple[str, ...] = ()  # the answer ends before any of these texts, beside those of Generation.stop
+    json_schema: Mapping[str, Any] | None = None  # of the answer, which is JSON; None: any text
     top_logprobs: int | None = None  # alternatives of each token, from 0 to 20; None: no log-probabilities
 
     def stops(self, settings: Generation) -> list[str]:
@@ -61,21 +62,29 @@ class Controls:
         return problems
 
     def _unfit(self, settings: Generation) -> list[str]:
-        if settings.width == 1:
-            return []
-        unfit = [name for name, value in self._of_one_answer().items() if value]
-        return [f"{', '.join(unfit)}: beam search cannot apply this. Use greedy or sample."] if unfit else []
+        problems = []
+        of_one_answer = [name for name, value in self._of_one_answer().items() if value]
+        if settings.width > 1 and of_one_answer:
+            names = ", ".join(of_one_answer)
+            problems.append(f"{names}: beam search cannot apply this. Use greedy or sample.")
+        forbids = settings.no_repeat_ngram_size or generation.phrases(settings.banned)
+        if self.json_schema is not None and forbids:  # together they may forbid every token, within the JSON
+            problems.append("json_schema: neither banned phrases nor no_repeat_ngram_size can go with it.")
+        return problems
 
     def _penalties(self) -> dict[str, float]:
         return {"frequency_penalty": self.frequency_penalty, "presence_penalty": self.presence_penalty}
 
     def _of_one_answer(self) -> dict[str, Any]:
         """Field -> a true value where the field asks for what only one answer at a time can have."""
-        logprobs = {"top_logprobs": self.top_logprobs is not None}
-        return {**self._penalties(), "logit_bias": self.logit_bias, **logprobs}
+        if_set = {"json_schema": self.json_schema is not None, "top_logprobs": self.top_logprobs is not None}
+        return {**self._penalties(), "logit_bias": self.logit_bias, **if_set}
 
     def rules_after(self, before: Sequence[int]) -> list[inference_rules.AnswerRule]:
-        """The rules that these fields ask for, in their order; before: as rules.penalties takes it."""
+        """The rules that these fields ask for, in their order, without a grammar.
+
+        before: as rules.penalties takes it.
+        """
         asked: list[inference_rules.AnswerRule] = []
         if any(self._penalties().values()):
             asked.append(inference_rules.penalties(self.frequency_penalty, self.presence_penalty, before))
