@@ -240,7 +240,7 @@ def without_network(
     return ended, attempts_in(folder)
 
 
-PROGRAMS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
+PROGRAMS = [*sorted(ROOT.glob("*.py")), *sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("serve/*.py")])]
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)

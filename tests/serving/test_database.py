@@ -423,7 +423,7 @@ def test_a_running_service_keeps_its_schema(data, newer, monkeypatch):
 
 
 def test_processes_that_open_it_first_agree(data):
-    """Many at once: one creates the tables, the others wait."""
+    """Many at once: one creates the tables, and all of them see these."""
     results: list[object] = []
 
     def work() -> None:

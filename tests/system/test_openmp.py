@@ -15,7 +15,7 @@ from onecard.system import commands, hardware, openmp, sandbox
 from onecard.system.openmp import OURS, SPINS, USERS
 from tests.support.paths import ROOT
 
-FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")])
+FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "serve").glob("*.py")])
 LIBRARY = Path(torch.__file__).parent / "lib" / "libgomp.so.1"  # the OpenMP that torch brings on Linux
 
 
