@@ -229,7 +229,11 @@ class Chat:
         self.engine.check_active_adapters(active_adapters)
         template, tokenizer = self._template(template_name)
         eos_ids = self.eos_ids if template_name == TRAINED else data_encode.eos_ids(template, tokenizer)
-        room = self.engine.context - min(settings.max_new_tokens, self.engine.context // 2)
+        without_limit = (
+            settings.max_new_tokens == generation.NO_LIMIT
+        )  # the answer takes what the prompt leaves
+        answer_room = 1 if without_limit else min(settings.max_new_tokens, self.engine.context // 2)
+        room = self.engine.context - answer_room
         fitted = history.fit(
             conversation, template, tokenizer, room, settings.max_memory, settings.last_turns
         )

@@ -149,3 +149,21 @@ def test_a_continued_answer_counts_for_the_penalties(talk):
     assert begins(2.0, question) == "z"
     assert begins(2.0, (*question, Turn("assistant", "z" * 40))) != "z" * 41
     assert begins(0.0, (*question, Turn("assistant", "z" * 40))) == "z" * 41
+
+
+def test_without_max_tokens_the_answer_takes_what_the_prompt_leaves(talk):
+    """More than half of the context is read; one token less than the context is the most."""
+    end = next(iter(talk.eos_ids))
+    controls, settings = Controls(logit_bias={end: -100}), generation.of_request(0)
+    empty = last(talk, "", settings, controls).prompt_tokens
+    for count in (300, 511 - empty):
+        text = "z" * count
+        assert len(talk.tokenizer.encode(text, add_special_tokens=False)) == count
+        reply = last(talk, text, settings, controls)
+        assert (reply.prompt_tokens, reply.finish_reason) == (empty + count, "length")
+        assert reply.completion_tokens == 512 - empty - count
+    with pytest.raises(UserError):
+        last(talk, "z" * (512 - empty), settings, controls)
+    limited = dataclasses.replace(settings, max_new_tokens=256)
+    with pytest.raises(UserError):
+        last(talk, "z" * 300, limited, controls)
