@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from onecard.inference.llama_cpp_slots import Mixture, Slot
+from onecard.inference.slots import Mixture, Slot
 
 BESIDE = 32  # tokens of prompts in a batch while an answer grows
 SHORTEST, LONGEST = 0.001, 0.02  # seconds that a batch waits for slots that are about to ask

@@ -11,11 +11,11 @@ import contextlib
 import torch
 
 from onecard.errors import UserError
-from onecard.inference import llama_cpp_slots
+from onecard.inference import slots as inference_slots
 from onecard.inference.batching import Share
 from onecard.inference.llama_cpp_model import Part
 from onecard.inference.llama_cpp_process import ModelProcess
-from onecard.inference.llama_cpp_slots import Mixture, Slot
+from onecard.inference.slots import Mixture, Slot
 
 
 class Context:
@@ -33,7 +33,7 @@ class Context:
 
     def open(self, prompt: list[int], mixture: Mixture) -> Slot:
         """A slot for a prompt, with as much of its beginning as a slot has; one of them must be free."""
-        place = llama_cpp_slots.place_for(prompt, mixture, self.slots)
+        place = inference_slots.place_for(prompt, mixture, self.slots)
         assert place
         slot, source, keep = place.slot, place.source, place.keep
         if source is not slot:

@@ -24,13 +24,14 @@ from onecard.config.chat import ONE_SEQUENCE
 from onecard.config.generation import BEAM, BEAM_SAMPLE, ActiveAdapters
 from onecard.errors import CHECKPOINT, UserError
 from onecard.inference import engine as inference_engine
-from onecard.inference import gguf_check, llama_cpp_slots
+from onecard.inference import gguf_check
+from onecard.inference import slots as inference_slots
 from onecard.inference.batching import Batching, Step
 from onecard.inference.llama_cpp_context import Context
 from onecard.inference.llama_cpp_model import CHUNK
 from onecard.inference.llama_cpp_process import ModelProcess
 from onecard.inference.llama_cpp_restarts import Restarts
-from onecard.inference.llama_cpp_slots import Slot
+from onecard.inference.slots import Slot
 from onecard.system.console import say
 
 TURN = 0.2  # seconds after which a waiting sequence looks whether it was cancelled
@@ -146,7 +147,7 @@ class Engine:
         try:
             self.load()
             context = self.memory
-            return Taken(context, context.open(prompt, llama_cpp_slots.mixture_of(active_adapters)))
+            return Taken(context, context.open(prompt, inference_slots.mixture_of(active_adapters)))
         finally:
             self.batching.leave()
 

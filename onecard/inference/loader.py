@@ -62,8 +62,8 @@ def load(options: ChatConfig, to_gguf: ToGguf, exact: bool = False, sequences: i
     """An engine with its model in memory, and what it is used with; raises UserError.
 
     to_gguf: folders of a model and of adapters -> files for llama.cpp; exact: for measuring, so computed in
-    fp32 where the options leave that open; sequences: answers at the same time in llama.cpp, each with room
-    for a whole context. transformers has no such limit.
+    fp32 where the options leave that open; sequences: answers that are computed together, each with room for
+    a whole context. transformers has no limit to their number, and with 1 they take turns.
     """
     with hub_session.session():
         plan = prepare(options)
@@ -117,7 +117,7 @@ def engine_of(
     if plan.kind is llama_cpp_engine.Engine:
         engine = _llama(plan, to_gguf, exact, sequences)
     else:
-        engine = _transformers(plan, exact)
+        engine = _transformers(plan, exact, together=sequences > 1)
     plan.model.close()  # copies of adapters are in memory now
     return engine
 
@@ -138,7 +138,7 @@ def _check_options(options: ChatConfig, engine: str) -> None:
             raise UserError(problem, fix)
 
 
-def _transformers(plan: EnginePlan, exact: bool) -> transformers_engine.Engine:
+def _transformers(plan: EnginePlan, exact: bool, together: bool) -> transformers_engine.Engine:
     import torch
 
     options, model, device = plan.options, plan.model, plan.device
@@ -165,7 +165,7 @@ def _transformers(plan: EnginePlan, exact: bool) -> transformers_engine.Engine:
         module = models_adapter.attach(module, adapter.folder, adapter.name)
     names = [adapter.name for adapter in model.adapters]
     context = min(options.context or longest, longest)
-    return transformers_engine.Engine(module, model.tokenizer, context, names)
+    return transformers_engine.Engine(module, model.tokenizer, context, names, together)
 
 
 def _llama(plan: EnginePlan, to_gguf: ToGguf, exact: bool, sequences: int) -> llama_cpp_engine.Engine:

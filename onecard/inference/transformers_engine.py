@@ -17,7 +17,10 @@ from transformers import DynamicCache, GenerationConfig
 from onecard.config.generation import ActiveAdapters
 from onecard.errors import UserError
 from onecard.inference import engine as inference_engine
+from onecard.inference import joined_caches
+from onecard.inference.batching import Batching, Share, Step
 from onecard.inference.decoding import shared_beginning
+from onecard.inference.slots import Slot, mixture_of
 from onecard.models import adapter as models_adapter
 from onecard.models import trainable
 from onecard.system import hardware
@@ -70,19 +73,41 @@ def _ready_to_generate(model: torch.nn.Module) -> Iterator[None]:
 
 
 class Engine:
-    """A model in memory that several answers may use at once; they take turns, step by step."""
+    """A model in memory that several answers may use at once; they take turns, step by step.
+
+    With `together`, steps of one mixture of adapters are computed at once where the model allows it.
+    """
 
     name = "transformers"
     capabilities: ClassVar = inference_engine.Capabilities(interleaves=True)
     is_loaded = True
 
-    def __init__(self, model: Any, tokenizer: Any, context: int, adapters: abc.Sequence[str] = ()):
-        """context: tokens of prompt and answer together; adapters: names of the adapters in the model."""
+    is_dead = False
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        context: int,
+        adapters: abc.Sequence[str] = (),
+        together: bool = False,
+    ):
+        """context: tokens of prompt and answer together; adapters: names of the adapters in the model.
+
+        together: for many users; scores are then rounded a little differently from those of one user.
+        """
         self.model, self.tokenizer, self.context, self.adapters = model, tokenizer, context, list(adapters)
         self.device = next(model.parameters()).device
         self.lock = threading.Lock()
         self.active: ActiveAdapters | None = None
         self.caches: list[tuple[ActiveAdapters, list[int], DynamicCache]] = []
+        self.batching = Batching(CHUNK) if together else None
+        self.sequences: dict[Slot, Sequence] = {}  # those that are read or answered now, with `together`
+
+    @property
+    def slots(self) -> abc.Sequence[Slot]:
+        """For batching: one for each sequence."""
+        return list(self.sequences)
 
     @property
     def placement(self) -> inference_engine.Placement:
@@ -135,11 +160,50 @@ class Engine:
         """Scores [B, V] of the token after ids [B, T], which are added to the cache of the tokens before."""
         return self._logits(ids, cache, active_adapters, 1)[:, -1]
 
+    def add(self, batch: abc.Sequence[Share]) -> None:
+        """Compute what these steps ask for, all of one mixture: answers together, prompts one by one."""
+        shares = list(batch)
+        answers = [share for share in shares if share.step.slot.answers]
+        if len(answers) > 1 and self._add_together(
+            [self.sequences[step.slot] for step, _ in answers], answers
+        ):
+            shares = [share for share in shares if share not in answers]
+        for step, count in shares:
+            try:
+                self.sequences[step.slot].add(step.ids[:count])
+                step.count = count
+            except (MemoryError, RuntimeError) as error:
+                step.error = error
+
+    def _add_together(self, sequences: abc.Sequence["Sequence"], shares: abc.Sequence[Share]) -> bool:
+        """Add one token to each sequence; False when they have to take turns, and nothing was changed."""
+        caches = [sequence.cache for sequence in sequences]
+        if self.model is None or not joined_caches.can_be_joined(trainable.base_of(self.model), caches):
+            return False
+        ids, beside = [step.ids for step, _ in shares], joined_caches.inputs_beside(caches, self.device)
+        try:
+            joined = joined_caches.join(caches)
+            rows = self._logits(ids, joined, sequences[0].active_adapters, 1, **beside)[:, -1]
+        except (MemoryError, RuntimeError):  # there may be room for one at a time
+            return False
+        joined_caches.part_again(joined, caches)
+        for number, (sequence, (step, count)) in enumerate(zip(sequences, shares, strict=True)):
+            sequence.scores, step.count = rows[number : number + 1], count
+        return True
+
     @torch.inference_mode()
     def _logits(
-        self, ids: list[list[int]], cache: DynamicCache, active_adapters: ActiveAdapters, keep: int
+        self,
+        ids: list[list[int]],
+        cache: DynamicCache,
+        active_adapters: ActiveAdapters,
+        keep: int,
+        **beside: torch.Tensor,
     ) -> torch.Tensor:
-        """Scores [B, keep, V] after the last `keep` positions of ids [B, T]; keep 0: [B, T, V], after all."""
+        """Scores [B, keep, V] after the last `keep` positions of ids [B, T]; keep 0: [B, T, V], after all.
+
+        beside: other inputs of the model, where the rows have different lengths.
+        """
         with self.lock:
             if self.model is None:
                 raise RuntimeError("The engine is closed.")
@@ -148,7 +212,9 @@ class Engine:
                 models_adapter.mix(self.model, dict(active_adapters))
                 self.active = active_adapters
             inputs = torch.tensor(ids, device=self.device)
-            outputs = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+            outputs = self.model(
+                input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep, **beside
+            )
             logits: torch.Tensor = outputs.logits
             return logits
 
@@ -174,6 +240,7 @@ class Engine:
             return
         ids = ids[: cache.get_seq_length()]
         if ids:
+            joined_caches.let_go(cache)
             with self.lock:
                 if self.model is not None:  # a closed engine answers no further question
                     self.caches = [*self.caches, (active_adapters, ids, cache)][-KEPT:]
@@ -189,16 +256,32 @@ class Sequence:
         self.scores: torch.Tensor | None = None
         self.cancelled = self.closed = False
         self.whole = True  # False after an error within a step, when some layers have read more than others
+        self.slot = Slot(0, mixture_of(active_adapters), is_open=True)
 
     def read(self) -> Iterator[int]:
-        for start in range(self.reused, len(self.prompt), CHUNK):
+        place = self.reused
+        while place < len(self.prompt):
             if self.cancelled:
                 return
-            part = self.prompt[start : start + CHUNK]
-            self.whole = False
-            self.scores = self.engine.scores([part], self.cache, self.active_adapters)
-            self.whole = True
-            yield start + len(part)
+            place += self._step(self.prompt[place : place + CHUNK])
+            yield place
+
+    def _step(self, ids: list[int]) -> int:
+        """Add these ids, or with other sequences as many as there is room for; returns how many."""
+        batching = self.engine.batching
+        if batching is None:
+            self.add(ids)
+            return len(ids)
+        if self.slot not in self.engine.sequences:
+            with self.engine.lock:
+                self.engine.sequences = {**self.engine.sequences, self.slot: self}
+        return batching.step(Step(self.engine, self.slot, ids, memoryview(b"")))
+
+    def add(self, ids: list[int]) -> None:
+        """One step of this sequence alone, which has one row."""
+        self.whole = False
+        self.scores = self.engine.scores([ids], self.cache, self.active_adapters)
+        self.whole = True
 
     def first(self) -> torch.Tensor:
         self._check_goes_on()
@@ -207,6 +290,12 @@ class Sequence:
 
     def advance(self, parents: abc.Sequence[int], tokens: abc.Sequence[int]) -> torch.Tensor:
         self._check_goes_on()
+        if self.engine.batching and len(self.rows) == len(tokens) == 1:
+            self._step(list(tokens))
+            self.rows = [[*self.rows[0], *tokens]]
+            assert self.scores is not None
+            return self.scores
+        self._leave_batching()  # beams have steps of their own
         self.whole = False
         if list(parents) != list(range(len(self.rows))):
             self.cache.batch_select_indices(torch.tensor(parents, device=self.engine.device))
@@ -217,6 +306,16 @@ class Sequence:
 
     def cancel(self) -> None:
         self.cancelled = True
+        if self.engine.batching:
+            self.engine.batching.withdraw(self.slot, RuntimeError("The sequence was cancelled."))
+
+    def _leave_batching(self) -> None:
+        """Let no batch wait for this sequence."""
+        if self.engine.batching:
+            with self.engine.lock:
+                others = self.engine.sequences.items()
+                self.engine.sequences = {slot: one for slot, one in others if slot is not self.slot}
+            self.engine.batching.close(self.slot, 0)
 
     def _check_goes_on(self) -> None:
         if self.cancelled or self.closed:
@@ -225,6 +324,7 @@ class Sequence:
     def close(self) -> None:
         """Give keys and values back to the engine, for the next turn of this conversation."""
         closed, self.closed = self.closed, True
+        self._leave_batching()
         if self.whole and not closed:
             if len(self.rows) > 1:
                 self.cache.batch_select_indices(torch.tensor([0], device=self.engine.device))

@@ -13,7 +13,7 @@ from onecard.errors import UserError
 from onecard.inference import batching
 from onecard.inference.batching import Batching, Share, Step
 from onecard.inference.llama_cpp_restarts import FREE, Restarts
-from onecard.inference.llama_cpp_slots import Mixture, Slot, mixture_of, place_for
+from onecard.inference.slots import Mixture, Slot, mixture_of, place_for
 
 A, B, BASE = (("a", 1.0),), (("b", 1.0),), ()
 
