@@ -29,6 +29,7 @@ PROGRAMS = {  # sub-command: (file of onecard/programs/, what it does)
     "perplexity": ("perplexity", "measure the perplexity of a model on a text"),
     "extend-vocab": ("extend_vocab", "add pieces to a tokenizer"),
     "prepare-base": ("prepare_base_model", "add to a base model the embedding rows that its tokenizer needs"),
+    "serve": ("serve", "answer OpenAI's and TigerBot's calls over HTTP, on this machine"),
     "keys": ("keys", "create, list, revoke and rotate the API keys of the service"),
     "json-to-parquet": ("json_to_parquet", "write rows as one Parquet file"),
 }

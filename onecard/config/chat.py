@@ -235,9 +235,12 @@ class CpuConfig(ChatConfig):
     engine: str = inherited(ChatConfig, "engine", "llama.cpp")
 
 
-def check_used(options: ChatConfig) -> None:
-    """Raise UserError for options that this program does not use and that ask for something."""
-    absent: list[Use] = []
+def check_used(options: ChatConfig, *others: Use) -> None:
+    """Raise UserError for options that this program does not use and that ask for something.
+
+    others: uses that the program does not have either.
+    """
+    absent: list[Use] = [*others]
     if isinstance(options, SingleConfig):
         absent.append(SEVERAL_TURNS)
     if options.terminal or isinstance(options, CpuConfig):

@@ -6,9 +6,13 @@ This file knows nothing of torch, so that `--help` answers at once.
 import dataclasses
 import re
 
-from onecard.config.checks import at_least
-from onecard.config.declaration import EXECUTION, Use, option
+from onecard.config import chat as config_chat
+from onecard.config.chat import WINDOW, ChatConfig
+from onecard.config.checks import at_least, between
+from onecard.config.declaration import EXECUTION, NO_UNIT, Use, inherited, option
+from onecard.config.generation import SEVERAL_TURNS
 from onecard.config.options import refuse_unused
+from onecard.errors import UserError
 
 SCOPES = ("admin", "chat", "jobs", "knowledge")
 CREATE, LIST, REVOKE, ROTATE = "create", "list", "revoke", "rotate"
@@ -100,3 +104,53 @@ def check_used(options: KeysConfig) -> None:
     absent += [NEW_SECRET] if options.action not in (CREATE, ROTATE) else []
     absent += [NAMED] if options.action == LIST else []
     refuse_unused(options, *absent)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeConfig(ChatConfig):
+    """Options of serve/app.py. Those of an answer hold for TigerBot's call, which names none itself."""
+
+    host: str = option(
+        "127.0.0.1",
+        EXECUTION,
+        "address to listen at; one that other machines can reach needs --allow_remote",
+    )
+    port: int = option(8000, EXECUTION, "port to listen at", unit=NO_UNIT, check=between(1, 65535))
+    allow_remote: bool = option(
+        False,
+        EXECUTION,
+        "listen at an address that other machines can reach; each call needs a key there too",
+    )
+    data_dir: str | None = inherited(KeysConfig, "data_dir")
+    at_once: int = option(
+        4,
+        EXECUTION,
+        "requests that are answered at the same time",
+        unit=("requests", "次请求"),
+        check=between(1, 256),
+    )
+    max_queue: int = option(
+        32,
+        EXECUTION,
+        "requests that may wait; further ones are refused until there is room",
+        unit=("requests", "次请求"),
+        check=at_least(0),
+    )
+    drain_seconds: int = option(
+        20,
+        EXECUTION,
+        "time that running requests get when the service is stopped",
+        unit=("seconds", "秒"),
+        check=at_least(0),
+    )
+    log_prompts: bool = option(False, EXECUTION, "write what callers ask to the log")
+    origin: str | None = option(
+        None, EXECUTION, "address of a page elsewhere that may call the service, such as https://..."
+    )
+
+
+def check_served(options: ServeConfig) -> None:
+    """Raise UserError for options that the service does not use and that ask for something."""
+    config_chat.check_used(options, WINDOW, SEVERAL_TURNS)
+    if options.terminal:
+        raise UserError("--terminal: the service has no terminal to talk in.", "Leave the option out.")

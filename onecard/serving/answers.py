@@ -95,7 +95,9 @@ def questions(task: Task) -> list[Question]:
         for _ in range(task.choices):
             number = len(result)
             seed = None if settings.seed is None else (settings.seed + number) % 2**63
-            own = dataclasses.replace(settings, seed=seed, max_new_tokens=min(most_tokens or room, room))
+            own = dataclasses.replace(
+                settings, seed=seed, max_new_tokens=min(most_tokens or settings.max_new_tokens, room)
+            )
             result.append(Question(conversation, own, count))
     return result
 

@@ -13,6 +13,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from onecard.config.generation import Generation
 from onecard.serving import docs_page, openai_routes, refusals, request_log, tigerbot_routes
 from onecard.serving.access import Access, FindKey, Wait
 from onecard.serving.gate import BODY, SECONDS_PER_BODY, Gate
@@ -37,6 +38,8 @@ class Settings:
     most_body: int = BODY  # bytes
     seconds_per_body: float = SECONDS_PER_BODY
     log_prompts: bool = False
+    tigerbot: Generation = dataclasses.field(default_factory=Generation)  # how its calls are answered
+    system: str = ""  # the system prompt of its calls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,7 @@ def create_app(
     )
     app.state.service = service
     app.include_router(openai_routes.router(service))
-    app.include_router(tigerbot_routes.router(service))
+    app.include_router(tigerbot_routes.router(service, settings.tigerbot, settings.system))
     _add_own_routes(app, service)
     _add_error_handlers(app)
     app.add_middleware(Access, find_key=doors.find_key, wait=doors.wait, wait_unknown=doors.wait_unknown)

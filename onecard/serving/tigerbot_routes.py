@@ -5,8 +5,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from onecard.config import generation
 from onecard.config.generation import BASE, Generation
-from onecard.data import conversation as data_conversation
+from onecard.data.conversation import Conversation, Turn
 from onecard.serving import access
 from onecard.serving import service as serving_service
 from onecard.serving.answers import Task
@@ -30,8 +31,8 @@ def envelope(data: Any) -> dict[str, Any]:
     return {"code": 200, "msg": DONE, "data": data}
 
 
-def router(service: Service) -> APIRouter:
-    """The routes on a service."""
+def router(service: Service, settings: Generation, system: str) -> APIRouter:
+    """The routes on a service. settings, system: of an answer, as the calls have no room for them."""
     routes = APIRouter(prefix="/bot-service", tags=["TigerBot"])
 
     @routes.post("/ai_service/gpt")
@@ -39,7 +40,8 @@ def router(service: Service) -> APIRouter:
         """Answer one text. `modelVersion` is a name of /v1/models; without it the first adapter answers."""
         first = next(iter(service.models.chat.engine.adapters), BASE)
         served = service.models.find(body.model_version or first)
-        task = Task(served, [data_conversation.single(body.text)], Generation(max_memory=0))
+        turns = (*((Turn("system", system),) if system else ()), Turn("user", body.text))
+        task = Task(served, [Conversation(turns)], generation.seeded(settings))
         async with service.answer(request, key, task) as answering:
             answers = await serving_service.collected(answering)
         return envelope({"result": [text for text, _ in answers]})

@@ -29,6 +29,7 @@ FILES = {  # sub-command of onecard -> the same program as a file of a checkout
     "extend-vocab": "tools/extend_vocab.py",
     "prepare-base": "tools/prepare_base_model.py",
     "keys": "serve/keys.py",
+    "serve": "serve/app.py",
     "json-to-parquet": "tools/json_to_parquet.py",
 }
 PARTS = {  # part of the set-up -> modules that it installs; users install no other modules

@@ -34,6 +34,7 @@ SCRIPTS = {  # shell script -> sub-command that gets its arguments
     "interaction.sh": "interaction",
     "alpaca-serve.sh": "interaction",
     "cpu_chat.sh": "chat",
+    "serve.sh": "serve",
 }
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`]+)`")
