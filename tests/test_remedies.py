@@ -41,7 +41,7 @@ LEAST = {  # the least numbers of errors that programs can raise, so that a swee
     "extend-vocab": 30,
     "prepare-base": 30,
     "keys": 15,
-    "serve": 150,
+    "serve": 130,
     "json-to-parquet": 20,
 }
 
