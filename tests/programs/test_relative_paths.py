@@ -29,6 +29,7 @@ ENTRIES = {  # script: the program that it starts, and the option for each of it
     ),
     "generate.sh": ("generate.py", CHAT),
     "interaction.sh": ("interaction.py", CHAT),
+    "serve.sh": ("serve/app.py", CHAT),
     "alpaca-serve.sh": ("interaction.py", CHAT),
     "cpu_chat.sh": ("tools/cpu_chat.py", {"BASE_MODEL": "--model_path", "LORA_PATH": "--lora_path"}),
 }
