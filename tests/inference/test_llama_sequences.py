@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from onecard.config.generation import GREEDY, Generation
+from onecard.conversion import gguf
 from onecard.data import conversation as data_conversation
 from onecard.data import template as data_template
 from onecard.errors import UserError
@@ -352,3 +354,33 @@ def test_a_child_that_hangs_is_found_and_ended(talk, monkeypatch):
     assert 0.9 < time.monotonic() - started < 20
     assert not Path(f"/proc/{pid}").exists()
     assert reply(talk, "red") == expected
+
+
+def test_a_state_that_cannot_be_cut(tmp_path):
+    """Mamba: a prompt with another end is read anew, a conversation that goes on is not."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "state_size": 16, "num_hidden_layers": 2, "initializer_range": 0.3}
+    ids = {"vocab_size": 304, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    MambaForCausalLM(MambaConfig(**sizes, **ids)).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    file = gguf.base(tmp_path / "model", tmp_path / "mamba.gguf", any_tokenizer=True, kind="f32")
+    engine = Engine(file, tiny.tokenizer(), 256, threads=1, exact=True, sequences=3)
+    prompts, cold, wrong = [[*SHARED, number] for number in range(20, 26)], [], []
+    for prompt in prompts:
+        engine.forget()
+        cold.append(answer(engine, prompt, ()))
+    assert len({tuple(token for token, _ in tokens) for tokens in cold}) > 1
+
+    def client(seed: int) -> None:
+        for number in random.Random(seed).choices(range(len(prompts)), k=12):
+            wrong.append(first_difference(answer(engine, prompts[number], ()), cold[number]))
+
+    in_threads([lambda seed=seed: client(seed) for seed in range(5)])
+    assert len(wrong) == 5 * 12
+    assert not any(wrong)
+    turn = [*prompts[0], *(token for token, _ in answer(engine, prompts[0], ())), 9]
+    sequence = engine.open(turn)
+    list(sequence.read())
+    assert sequence.reused == len(turn) - 2, "all but the last token of the answer, which was not read, and 9"
+    sequence.close()
+    engine.close()

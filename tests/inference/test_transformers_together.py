@@ -9,11 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from onecard.inference import joined_caches, transformers_engine
 from onecard.inference.transformers_engine import Engine
 from onecard.models import adapter as models_adapter
-from onecard.models import base_model
+from onecard.models import base_model, trainable
 from tests.support import tiny
 from tests.support.adapters import save_adapter
 
@@ -97,19 +99,27 @@ def clients(engine: Engine, cold) -> list[bool]:
         thread.start()
     for thread in threads:
         thread.join(120)
+    assert len(equal) == CLIENTS * len(cold), "a thread has failed"
     return equal
 
 
 def test_eight_clients_get_the_answers_of_one(engine, cold):
     """Prompts of different lengths, with the same beginnings, under A, B, both and none, at once."""
-    equal = clients(engine, cold)
-    assert len(equal) == CLIENTS * len(cold)
-    assert all(equal)
+    assert all(clients(engine, cold))
     assert sum(rows > 1 for rows in engine.rows) > len(engine.rows) / 8
     assert not engine.sequences
-    for _, _, cache in engine.caches:
-        for layer in cache.layers:
-            assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes, "it keeps memory of other rows"
+
+
+def test_a_window_that_moves_is_not_joined(model):
+    """Its layers no longer hold the first tokens, so padding would be in the wrong place."""
+    row = torch.zeros(1, 4, 3, 8)
+    plain, window = (DynamicCache() for _ in range(2))
+    plain.layers, window.layers = [DynamicLayer()], [DynamicSlidingWindowLayer(sliding_window=4)]
+    for cache in (plain, window):
+        cache.update(row, row, 0)
+    base = trainable.base_of(model[0])
+    assert joined_caches.can_be_joined(base, [plain, plain])
+    assert not joined_caches.can_be_joined(base, [plain, window])
 
 
 @pytest.mark.parametrize("why", ["the model", "the memory"])
@@ -152,6 +162,9 @@ def test_scores_of_rows_of_different_lengths(engine):
     for number, right in enumerate(expected):
         assert torch.allclose(scores[number], right, rtol=0, atol=1e-4)
         sequences[number].close()
+    for _, _, cache in engine.caches:
+        for layer in cache.layers:
+            assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes, "it keeps memory of other rows"
 
 
 def test_beams_beside_answers(engine, cold):
