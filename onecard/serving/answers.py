@@ -19,6 +19,7 @@ from onecard.inference.chat import Reply
 from onecard.inference.controls import NONE as NO_CONTROLS
 from onecard.inference.controls import Controls
 from onecard.inference.decoding import CANCELLED, NO_MEMORY
+from onecard.inference.logprobs import TokenChoice
 from onecard.serving.models import Served
 from onecard.serving.refusals import BAD_REQUEST, UNAVAILABLE, RequestError, failed
 
@@ -38,6 +39,7 @@ class Piece(NamedTuple):
 
     choice: int
     text: str
+    logprobs: tuple[TokenChoice, ...] = ()  # of further tokens; empty unless they were asked for
 
 
 class Ended(NamedTuple):
@@ -46,6 +48,14 @@ class Ended(NamedTuple):
     choice: int
     reason: str  # "stop" or "length"
     tokens: int  # of the answer, without EOS
+
+
+class Choice(NamedTuple):
+    """A whole answer."""
+
+    text: str
+    logprobs: list[TokenChoice]
+    end: Ended
 
 
 @dataclasses.dataclass
@@ -81,7 +91,8 @@ def questions(task: Task) -> list[Question]:
     try:
         chat.check(settings, task.controls, served.template_name)
     except UserError as error:  # the other values have been checked by the request
-        raise RequestError(BAD_REQUEST, error.problem, "logit_bias", "invalid_parameter") from None
+        param = "logit_bias" if task.controls.json_schema is None else "response_format"
+        raise RequestError(BAD_REQUEST, error.problem, param, "invalid_parameter") from None
     for conversation in task.conversations:
         count = count_tokens(served, conversation)
         room = chat.engine.context - count
@@ -162,7 +173,7 @@ class Answering:
         self._tell(end)
 
     def _answer(self, choice: int, question: Question) -> None:
-        length, before = 0, self.usage.completion
+        length, scored, before = 0, 0, self.usage.completion
         stream = self.served.chat.stream(
             question.conversation,
             question.settings,
@@ -177,10 +188,10 @@ class Answering:
                 self.usage.completion = before + reply.completion_tokens
                 if reply.finished in (CANCELLED, NO_MEMORY):
                     raise self._stopped(reply)
-                text = reply.text.stable[length:]
-                length += len(text)
-                if text:
-                    self._tell(Piece(choice, text))
+                text, choices = reply.text.stable[length:], (reply.logprobs or ())[scored:]
+                length, scored = length + len(text), scored + len(choices)
+                if text or choices:
+                    self._tell(Piece(choice, text, choices))
                 if reply.finished:
                     assert reply.finish_reason, "cancelled and out of memory are handled above"
                     self._tell(Ended(choice, reply.finish_reason, reply.completion_tokens))

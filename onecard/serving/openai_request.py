@@ -4,6 +4,7 @@ The fields of the two models are the parameters that are applied. REFUSED has th
 that are not, with the reason and the values that ask for nothing; any other name is refused as unknown.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
@@ -14,7 +15,8 @@ from pydantic_core import PydanticCustomError
 from onecard.config import generation
 from onecard.config.generation import LONGEST_PHRASE, Generation
 from onecard.data.conversation import Conversation, Turn
-from onecard.inference.controls import HIGHEST_BIAS, HIGHEST_PENALTY, MOST_STOPS, Controls
+from onecard.inference.controls import HIGHEST_BIAS, HIGHEST_PENALTY, MOST_LOGPROBS, MOST_STOPS, Controls
+from onecard.inference.grammar import JSON_OBJECT
 
 MOST_CHOICES = 16  # answers of one request
 MOST_TOKENS = 1 << 20  # more than any context has
@@ -36,12 +38,10 @@ NO_SOUND = "these models read and write text only"
 NO_STORE = "this server keeps no answers"
 ONE_MACHINE = "this server is one machine with one tier"
 NO_REASONING = "these models have no setting for how long they reason"
-NOT_YET = "it is not supported yet"
 CHAT_REFUSED = {
     "audio": Refusal(NO_SOUND),
     "function_call": Refusal(NO_TOOLS, ("none", "auto")),
     "functions": Refusal(NO_TOOLS, ([],)),
-    "logprobs": Refusal(NOT_YET, (False,)),
     "metadata": Refusal(NO_STORE, ({},)),
     "modalities": Refusal(NO_SOUND, (["text"],)),
     "moderation": Refusal("this server has no moderation model"),
@@ -51,20 +51,18 @@ CHAT_REFUSED = {
     "prompt_cache_options": Refusal("prefixes are found by their tokens"),
     "prompt_cache_retention": Refusal("prefixes stay in memory while there is room", ("in_memory",)),
     "reasoning_effort": Refusal(NO_REASONING, ("none",)),
-    "response_format": Refusal(NOT_YET, ({"type": "text"},)),
     "safety_identifier": Refusal("this server reports nobody; a key belongs to each caller"),
     "service_tier": Refusal(ONE_MACHINE, ("auto", "default")),
     "store": Refusal(NO_STORE, (False,)),
     "tool_choice": Refusal(NO_TOOLS, ("none", "auto")),
     "tools": Refusal(NO_TOOLS, ([],)),
-    "top_logprobs": Refusal(NOT_YET, (0,)),
     "verbosity": Refusal("these models have no setting for the length of answers", ("medium",)),
     "web_search_options": Refusal("this server does not search the web"),
 }
 COMPLETION_REFUSED = {
     "best_of": Refusal("choose among the answers of n yourself", (1,)),
     "echo": Refusal("put the prompt before the answer yourself", (False,)),
-    "logprobs": Refusal(NOT_YET),
+    "logprobs": Refusal("only /v1/chat/completions has log-probabilities"),
     "suffix": Refusal("these models continue a text and do not fill gaps", ("",)),
 }
 MESSAGE_REFUSED = {
@@ -186,6 +184,35 @@ class StreamOptions(BaseModel):
         return self
 
 
+class JsonSchema(BaseModel):
+    """A schema that the answer follows."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    name: Annotated[str, Field(max_length=64)]
+    description: str | None = None  # the model does not see it, as it does not see the schema
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None  # the answer follows the schema in any case
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise _problem("json_schema", "It goes with the type json_schema, and only with that.")
+        return self
+
+    @property
+    def schema_of_answer(self) -> Mapping[str, Any] | None:
+        """The JSON schema of the answer; None: any text."""
+        if self.json_schema is not None:
+            return self.json_schema.schema_ or JSON_OBJECT
+        return JSON_OBJECT if self.type == "json_object" else None
+
+
 class Common(BaseModel):
     """What both calls have."""
 
@@ -239,6 +266,9 @@ class ChatRequest(Common):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "ChatRequest":
@@ -248,6 +278,8 @@ class ChatRequest(Common):
             and self.max_tokens != self.max_completion_tokens
         ):
             raise _problem("max_tokens", "max_tokens and max_completion_tokens contradict each other.")
+        if self.top_logprobs and not self.logprobs:
+            raise _problem("top_logprobs", "It needs logprobs: set that to true.")
         if self.messages[-1].role != "user":
             raise _problem("messages", "The last message must be the user's: the model answers it.")
         return self
@@ -255,6 +287,11 @@ class ChatRequest(Common):
     @property
     def most_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    def controls(self) -> Controls:
+        schema = self.response_format.schema_of_answer if self.response_format else None
+        top = (self.top_logprobs or 0) if self.logprobs else None
+        return dataclasses.replace(super().controls(), json_schema=schema, top_logprobs=top)
 
     @property
     def conversations(self) -> list[Conversation]:

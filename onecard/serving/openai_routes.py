@@ -8,7 +8,7 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -16,9 +16,10 @@ from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.responses import Response
 
+from onecard.inference.logprobs import TokenChoice, TokenLogprob
 from onecard.serving import access
 from onecard.serving import service as serving_service
-from onecard.serving.answers import Answering, Ended, Piece, Task
+from onecard.serving.answers import Answering, Choice, Ended, Piece, Task
 from onecard.serving.keys import Key
 from onecard.serving.models import Listed
 from onecard.serving.openai_request import ChatRequest, CompletionRequest
@@ -42,14 +43,17 @@ class ChatForm:
         return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
 
     @staticmethod
-    def piece(choice: int, text: str, reason: str | None) -> dict[str, Any]:
-        delta = {"content": text} if text else {}
-        return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def piece(piece: Piece, reason: str | None = None) -> dict[str, Any]:
+        delta = {"content": piece.text} if piece.text else {}
+        logprobs = _logprobs(piece.logprobs) if piece.logprobs else None
+        return {"index": piece.choice, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     @staticmethod
-    def complete(choice: int, text: str, reason: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": choice, "message": message, "logprobs": None, "finish_reason": reason}
+    def complete(answer: Choice, has_logprobs: bool) -> dict[str, Any]:
+        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        logprobs = _logprobs(answer.logprobs) if has_logprobs else None
+        end = answer.end
+        return {"index": end.choice, "message": message, "logprobs": logprobs, "finish_reason": end.reason}
 
 
 class CompletionForm:
@@ -62,13 +66,25 @@ class CompletionForm:
         return None
 
     @staticmethod
-    def piece(choice: int, text: str, reason: str | None) -> dict[str, Any]:
-        return {"index": choice, "text": text, "logprobs": None, "finish_reason": reason}
+    def piece(piece: Piece, reason: str | None = None) -> dict[str, Any]:
+        return {"index": piece.choice, "text": piece.text, "logprobs": None, "finish_reason": reason}
 
-    complete = piece
+    @staticmethod
+    def complete(answer: Choice, has_logprobs: bool) -> dict[str, Any]:
+        return CompletionForm.piece(Piece(answer.end.choice, answer.text), answer.end.reason)
 
 
 Form = type[ChatForm] | type[CompletionForm]
+
+
+def _logprobs(choices: Iterable[TokenChoice]) -> dict[str, Any]:
+    content = [{**_scored(each), "top_logprobs": [_scored(other) for other in each.top]} for each in choices]
+    return {"content": content, "refusal": None}
+
+
+def _scored(token: TokenLogprob) -> dict[str, Any]:
+    content = None if token.content is None else list(token.content)
+    return {"token": token.text, "logprob": token.logprob, "bytes": content}
 
 
 def router(service: Service) -> APIRouter:
@@ -130,10 +146,9 @@ async def _complete(
         if body.stream:
             events = _events(answering, form, head, body.include_usage, service.limits.keep_alive)
             return _Stream(events, block.pop_all())
-        choices = [
-            form.complete(end.choice, text, end.reason)
-            for text, end in await serving_service.collected(answering)
-        ]
+        has_logprobs = task.controls.top_logprobs is not None
+        answers = await serving_service.collected(answering)
+        choices = [form.complete(answer, has_logprobs) for answer in answers]
         whole = {**head, "object": form.whole, "choices": choices, "usage": _usage(answering)}
         return JSONResponse(whole)
 
@@ -171,9 +186,9 @@ async def _events(
                 yield chunk(first)
             opened.add(event.choice)
             if isinstance(event, Piece):
-                yield chunk(form.piece(event.choice, event.text, None))
+                yield chunk(form.piece(event))
             elif isinstance(event, Ended):
-                yield chunk(form.piece(event.choice, "", event.reason))
+                yield chunk(form.piece(Piece(event.choice, ""), event.reason))
     except RequestError as error:
         yield _event(error.as_openai())
         return

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import Request
 
 from onecard.serving import answers, request_log
-from onecard.serving.answers import Answering, Ended, Piece, Task
+from onecard.serving.answers import Answering, Choice, Ended, Piece, Task
 from onecard.serving.keys import Key
 from onecard.serving.models import Models
 from onecard.serving.refusals import UNAVAILABLE, RequestError
@@ -116,16 +116,23 @@ class Service:
         self.executor.shutdown(wait=False, cancel_futures=True)
 
 
-async def collected(answering: Answering) -> list[tuple[str, Ended]]:
-    """The whole text and the end of each choice; raises RequestError."""
-    texts: list[list[str]] = [[] for _ in answering.asked]
+async def collected(answering: Answering) -> list[Choice]:
+    """The choices as a whole; raises RequestError."""
+    pieces: list[list[Piece]] = [[] for _ in answering.asked]
     ends: list[Ended] = []
     async for event in answering.read(KEEP_ALIVE):
         if isinstance(event, Piece):
-            texts[event.choice].append(event.text)
+            pieces[event.choice].append(event)
         elif isinstance(event, Ended):
             ends.append(event)
-    return [("".join(texts[end.choice]), end) for end in ends]
+    return [
+        Choice(
+            "".join(piece.text for piece in pieces[end.choice]),
+            [each for piece in pieces[end.choice] for each in piece.logprobs],
+            end,
+        )
+        for end in ends
+    ]
 
 
 async def _gone(request: Request) -> None:

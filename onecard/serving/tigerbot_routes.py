@@ -44,6 +44,6 @@ def router(service: Service, settings: Generation, system: str) -> APIRouter:
         task = Task(served, [Conversation(turns)], generation.seeded(settings))
         async with service.answer(request, key, task) as answering:
             answers = await serving_service.collected(answering)
-        return envelope({"result": [text for text, _ in answers]})
+        return envelope({"result": [answer.text for answer in answers]})
 
     return routes

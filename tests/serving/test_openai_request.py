@@ -113,6 +113,43 @@ def test_applied_parameters_reach_the_settings():
     assert (controls.logit_bias, controls.stop) == ({7: -100}, ("|", "\\n"))
     assert ChatRequest.model_validate(QUESTION | {"stop": "a"}).controls().stop == ("a",)
     assert ChatRequest.model_validate(QUESTION).controls() == Controls()
+
+
+@pytest.mark.parametrize(
+    ("form", "schema"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "null"}}}, {"type": "null"}),
+        ({"type": "json_schema", "json_schema": {"name": "a", "strict": True}}, {"type": "object"}),
+    ],
+)
+def test_response_formats(form, schema):
+    assert ChatRequest.model_validate(QUESTION | {"response_format": form}).controls().json_schema == schema
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"type": "xml"},
+        {"type": "json_schema"},
+        {"type": "text", "json_schema": {"name": "a"}},
+        {"type": "json_schema", "json_schema": {"schema": {}}},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": []}},
+        {"type": "text", "other": 1},
+    ],
+)
+def test_wrong_response_formats(form):
+    assert refusal_of(ChatRequest, QUESTION | {"response_format": form}).param.startswith("response_format")
+
+
+def test_log_probabilities_are_asked_for():
+    body = QUESTION | {"logprobs": True}
+    assert ChatRequest.model_validate(body).controls().top_logprobs == 0
+    assert ChatRequest.model_validate(body | {"top_logprobs": 5}).controls().top_logprobs == 5
+    assert ChatRequest.model_validate(QUESTION | {"logprobs": False}).controls().top_logprobs is None
+    assert refusal_of(ChatRequest, QUESTION | {"top_logprobs": 5}).param == "top_logprobs"
     assert ChatRequest.model_validate(QUESTION | {"temperature": 0}).settings().mode == GREEDY
     usual = ChatRequest.model_validate(QUESTION).settings()
     assert (usual.mode, usual.temperature, usual.top_p, usual.top_k) == (SAMPLE, 1.0, 1.0, 0)
@@ -204,6 +241,7 @@ RIGHT = {  # values of these that are as they should be
     "presence_penalty": ["-1"],
     "logit_bias": ["{}"],
     "seed": ["-1"],
+    "logprobs": ["True"],
 }
 NUMBERS = (
     "n",

@@ -1,5 +1,7 @@
 """The service on a tiny random model: the API answers as the chat does, and leaves nothing out."""
 
+import json
+
 import pytest
 
 from onecard.config.generation import GREEDY, Generation
@@ -109,3 +111,38 @@ def test_what_the_template_cannot_write_is_refused(client):
     ]
     for body in (messages, question("")["messages"], question("\0")["messages"]):
         assert asked(client, messages=body, max_tokens=1).status_code in (200, 400)
+
+
+def test_log_probabilities_join_to_the_answer(client):
+    """Whole and streamed: one entry per token, whose bytes are the text, and the greedy one is the best."""
+    body = {"messages": question("Say red twice")["messages"], "max_tokens": 8, "logprobs": True}
+    whole = asked(client, top_logprobs=2, **body).json()["choices"][0]
+    entries = whole["logprobs"]["content"]
+    assert 1 <= len(entries) <= 8
+    assert all(len(each["top_logprobs"]) == 2 for each in entries)
+    assert all(each["logprob"] == each["top_logprobs"][0]["logprob"] <= 0 for each in entries)
+    text = b"".join(bytes(each["bytes"] or []) for each in entries).decode("utf-8", "replace")
+    assert text.strip() == whole["message"]["content"]
+    *chunks, _ = events(asked(client, stream=True, top_logprobs=2, **body).text)
+    parts = [each["choices"][0]["logprobs"] for each in chunks]
+    streamed = [entry for part in parts if part for entry in part["content"]]
+    assert [each["token"] for each in streamed] == [each["token"] for each in entries]
+    logprobs = [each["logprob"] for each in entries]  # rounded otherwise when the prompt is read anew
+    assert [each["logprob"] for each in streamed] == pytest.approx(logprobs, abs=1e-4)
+    assert asked(client, **body | {"logprobs": False}).json()["choices"][0]["logprobs"] is None
+
+
+def test_json_of_a_schema(client):
+    """The tiny model writes nonsense; with a schema it writes JSON of that schema."""
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    schema |= {"additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema, "strict": True}}
+    body = {"messages": question("A number")["messages"], "response_format": form}
+    answer = asked(client, **body, logit_bias={}).json()["choices"][0]
+    if answer["finish_reason"] == "stop":
+        assert set(json.loads(answer["message"]["content"])) == {"n"}
+    else:
+        assert answer["message"]["content"].lstrip().startswith("{")
+    form["json_schema"]["schema"] = {"type": "nonsense"}
+    refused = asked(client, **body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "response_format")
