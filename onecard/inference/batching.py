@@ -86,28 +86,36 @@ class Batching:
         Raises what the run of its batch has set as its error.
         """
         with self.lock:
-            self._ask(step)
-            try:
-                while not step.is_done:
-                    self.on_duty = self.on_duty or step
-                    if self.on_duty is not step:
-                        self.wakes[step].wait()
-                        continue
-                    batch, seconds = self._next()
-                    if batch:
-                        self._run(batch)
-                    else:
-                        self.news.wait(seconds)
-            finally:
-                self.wakes.pop(step, None)
-                if self.on_duty is step:
-                    self.on_duty = None
-                    successor = next((one for one in self.wakes if not one.is_done), None)
-                    if successor:
-                        self.wakes[successor].notify()
+            if len(step.pool.slots) == 1 and not self.busy and not self.wakes:
+                self._run([Share(step, min(len(step.ids), self.most))])  # it shares with nobody
+                self.news.notify()
+            else:
+                self._wait_for(step)
         if step.error:
             raise step.error
         return step.count
+
+    def _wait_for(self, step: Step) -> None:
+        """Wait until the step is done, on duty or not."""
+        self._ask(step)
+        try:
+            while not step.is_done:
+                self.on_duty = self.on_duty or step
+                if self.on_duty is not step:
+                    self.wakes[step].wait()
+                    continue
+                batch, seconds = self._next()
+                if batch:
+                    self._run(batch)
+                else:
+                    self.news.wait(seconds)
+        finally:
+            self.wakes.pop(step, None)
+            if self.on_duty is step:
+                self.on_duty = None
+                successor = next((one for one in self.wakes if not one.is_done), None)
+                if successor:
+                    self.wakes[successor].notify()
 
     def withdraw(self, slot: Slot, error: BaseException) -> None:
         """End the step of a slot with an error, unless its batch runs already."""

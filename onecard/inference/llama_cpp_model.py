@@ -63,6 +63,7 @@ class Model:
             self.state = self._make_state(gguf)
             stack.callback(self.library.llama_free, self.state)
             self.loaded = {name: self._load_adapter(path) for name, path in adapters.items()}
+            self.batch = self._make_batch()
             self.resources = stack.pop_all()
 
     def _load_model(self, gguf: Path) -> Any:
@@ -146,22 +147,30 @@ class Model:
         return [np.ctypeslib.as_array(row, (self.entries,)) for row in rows]
 
     def _batch_of(self, parts: list[Part], count: int) -> Any:
+        assert count <= CHUNK, count
+        batch, place = self.batch, 0
+        batch.n_tokens = count
+        for part in parts:
+            scored = len(part.ids) - part.rows
+            for number, token in enumerate(part.ids):
+                batch.token[place], batch.pos[place] = token, part.start + number
+                batch.seq_id[place] = self.names[part.sequence]
+                batch.logits[place] = number >= scored
+                place += 1
+        return batch
+
+    def _make_batch(self) -> Any:
+        """A batch for CHUNK tokens, which every call fills anew."""
         library = self.library
-        owners = [part.sequence for part in parts for _ in part.ids]
-        names = {part.sequence: (library.llama_seq_id * 1)(part.sequence) for part in parts}
         pointer = ctypes.POINTER(library.llama_seq_id)
-        is_scored = (ctypes.c_int8 * count)()
-        for number in _scored(parts):
-            is_scored[number] = 1
+        self.numbers = [(library.llama_seq_id * 1)(number) for number in range(self.sequences)]
+        self.names = [ctypes.cast(number, pointer) for number in self.numbers]
         return library.llama_batch(
-            n_tokens=count,
-            token=(library.llama_token * count)(*(token for part in parts for token in part.ids)),
-            pos=(library.llama_pos * count)(
-                *(part.start + number for part in parts for number in range(len(part.ids)))
-            ),
-            n_seq_id=(ctypes.c_int32 * count)(*[1] * count),
-            seq_id=(pointer * count)(*(ctypes.cast(names[owner], pointer) for owner in owners)),
-            logits=is_scored,
+            token=(library.llama_token * CHUNK)(),
+            pos=(library.llama_pos * CHUNK)(),
+            n_seq_id=(ctypes.c_int32 * CHUNK)(*[1] * CHUNK),
+            seq_id=(pointer * CHUNK)(),
+            logits=(ctypes.c_int8 * CHUNK)(),
         )
 
     def encode(self, text: str) -> list[int]:

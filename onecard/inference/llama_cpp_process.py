@@ -35,6 +35,7 @@ from onecard.inference.llama_cpp_model import Model, Part
 from onecard.system import sandbox
 
 PIPE_BYTES = 1 << 20  # of the pipe for scores; one row of a large vocabulary fits
+MOST_PARTS = 512  # that are written at once; Linux takes at most 1024
 LIVES = 5  # seconds that a child may take to end after its pipes were closed by a failure
 LINE = 1 << 16  # bytes of a reply that are read at once until its line ends
 # a child may work on a request for STEP seconds, TOKEN more for each token of it, and the time in which a
@@ -283,9 +284,7 @@ def _serve() -> None:
         except Exception as error:  # of a single request; the parent decides whether it goes on
             text = f"{error}" if isinstance(error, RuntimeError | MemoryError) else f"{error!r}"
             reply = {"error": text, "is_memory": is_out_of_memory(error)}
-        _write(voice, memoryview(json.dumps(reply).encode() + b"\n"))
-        for row in rows:
-            _write(voice, row)
+        _write(voice, [memoryview(json.dumps(reply).encode() + b"\n"), *rows])
 
 
 def _loaded(gguf: str, adapters: dict[str, str], **sizes: Any) -> Model:
@@ -293,9 +292,14 @@ def _loaded(gguf: str, adapters: dict[str, str], **sizes: Any) -> Model:
     return Model(Path(gguf), adapters={name: Path(path) for name, path in adapters.items()}, **sizes)
 
 
-def _write(handle: int, data: memoryview) -> None:
-    while len(data):
-        data = data[os.write(handle, data) :]
+def _write(handle: int, parts: list[memoryview]) -> None:
+    """Write all parts, at once where the pipe has room, so that the parent wakes up once."""
+    while parts:
+        count = os.writev(handle, parts[:MOST_PARTS])
+        while parts and count >= len(parts[0]):
+            count -= len(parts.pop(0))
+        if count:
+            parts[0] = parts[0][count:]
 
 
 def _end_with_parent() -> None:
