@@ -232,6 +232,17 @@ def test_slow_heads():
             answer, seconds = received(port, data or b"G", pause)
             assert answer.startswith(b"HTTP/1.1 408 ")
             assert seconds < 4
+        whole = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(whole)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+            time.sleep(0.2)
+            connection.sendall(b"GET /health HTT")  # a second request that never ends
+            started, answer = time.monotonic(), b""
+            while part := connection.recv(65536):
+                answer += part
+        assert b"HTTP/1.1 408 " in answer
+        assert time.monotonic() - started < 4
         with httpx.Client(base_url=f"http://127.0.0.1:{port}") as web:
             for _ in range(3):
                 assert web.get("/health").status_code == 200

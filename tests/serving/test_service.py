@@ -10,6 +10,7 @@ from onecard.serving.service import Limits
 from tests.support.serving_fakes import (
     ADMIN,
     GOOD,
+    KEYS,
     Caller,
     FakeChat,
     Setting,
@@ -207,3 +208,25 @@ def test_the_stop_drains(patience):
     else:
         assert [end["error"]["code"] for end in ends] == ["stopping"] * 10
         assert waiting.status == 503
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_a_place_that_comes_as_its_caller_leaves_is_given_back(steps):
+    """However many steps of the event loop lie between the two, the place is used or free again."""
+
+    async def run(service) -> None:
+        await service.turns.take("other")
+        gone = asyncio.get_running_loop().create_future()
+        waiting = asyncio.create_task(service._place(gone, KEYS[GOOD]))
+        await until(lambda: service.turns.waiting == 1)
+        service.turns.leave("other")
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert service.turns.answering == (0 if waiting.cancelled() else 1)
+
+    with closing(one_at_a_time(FakeChat())) as setting:
+        asyncio.run(run(setting.app.state.service))
