@@ -25,6 +25,10 @@ from onecard.serving.refusals import BAD_REQUEST, UNAVAILABLE, RequestError, fai
 
 NO_ROOM = RequestError(UNAVAILABLE, "The memory does not suffice for this answer.", code="out_of_memory")
 
+NO_MODEL = RequestError(
+    UNAVAILABLE, "The model cannot answer at the moment.", code="unavailable", retry_after=10
+)
+
 
 class Question(NamedTuple):
     """One answer that is to be computed."""
@@ -86,7 +90,10 @@ def questions(task: Task) -> list[Question]:
     served, settings, most_tokens = task.served, task.settings, task.most_tokens
     chat = served.chat
     if not chat.engine.is_loaded:
-        chat.engine.load()
+        try:
+            chat.engine.load()
+        except UserError as error:
+            raise NO_MODEL from error
     result: list[Question] = []
     try:
         chat.check(settings, task.controls, served.template_name)
@@ -164,8 +171,9 @@ class Answering:
                 self._answer(choice, question)
         except RequestError as error:
             end = error
-        except UserError as error:
-            end = RequestError(BAD_REQUEST, error.problem)
+        except UserError as error:  # not the caller's: its request was checked before
+            end = NO_MODEL
+            self.log_failure(error)
         except BaseException as error:
             end = NO_ROOM if is_out_of_memory(error) else failed()
             self.log_failure(error)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from onecard.errors import UserError
 from onecard.inference.controls import Controls
 from onecard.serving.access import OPEN
 from onecard.serving.app import Settings
@@ -309,9 +310,14 @@ def test_failures_show_nothing(setting, client):
     assert any("serving_fakes.py" in place for place in setting.lines[0]["places"])
 
 
-def test_out_of_memory(setting, client):
-    setting.chat.failure = MemoryError()
-    assert client.post("/v1/chat/completions", json=question()).status_code == 503
+@pytest.mark.parametrize("failure", [MemoryError(), UserError("/home/ann/model.gguf was removed.")])
+def test_what_the_caller_cannot_help_is_no_bad_request(setting, client, failure):
+    """Too little memory, and a model that is gone: 503, and the log names the kind of error."""
+    setting.chat.failure = failure
+    answer = client.post("/v1/chat/completions", json=question())
+    assert answer.status_code == 503
+    assert "model.gguf" not in answer.text
+    assert setting.lines[0]["error"] == type(failure).__name__
 
 
 def test_log_lines(setting, client):
