@@ -35,6 +35,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tenacity
+
 from tests.support import warm_pytest
 from tests.support.paths import ROOT
 from tests.support.warm_pytest import LINES, Tests
@@ -74,6 +76,7 @@ WORDS = {True: "killed", False: "SURVIVED", None: "NOT JUDGED"}
 FAILED = (1, 2)  # exit codes of pytest when a test fails, and when a file of tests cannot be imported
 LONGEST = 20.0  # seconds
 MOST = 60.0  # seconds of all tests of one mutant together
+LOCKED = 120.0  # seconds that another process may keep the session locked
 LEAST = 10  # mutants of each file, if it has so many
 LIBRARIES = """accelerate anyio bitsandbytes deepspeed fastapi gradio numpy peft pyarrow pytest readline
     safetensors.torch sentencepiece torch tqdm transformers uvicorn peft.tuners.lora.bnb
@@ -241,7 +244,6 @@ def path_name(path: str | Path) -> str:
 def try_all(place: Path, tree: Path, items: list[Any]) -> None:
     """Try one mutant after the other, and record each result in the session."""
     from cosmic_ray import mutating, plugins, work_item
-    from cosmic_ray.work_db import use_db
 
     sound: dict[str, bool] = {}
     for number, item in enumerate(items):
@@ -267,13 +269,25 @@ def try_all(place: Path, tree: Path, items: list[Any]) -> None:
             None: work_item.TestOutcome.INCOMPETENT,
         }
         result = work_item.WorkResult(worker, output, outcomes[verdict], diff)
-        with use_db(place / "session.sqlite") as session:
-            session.set_result(item.job_id, result)
+        record(place, item.job_id, result)
         print(
             f"{number + 1}/{len(items)} {WORDS[verdict]} {where(item)} "
             f"{len(tests)} tests, {time.monotonic() - started:.0f} s",
             flush=True,
         )
+
+
+def record(place: Path, job: str, result: Any) -> None:
+    """Write a result into the session, once no other process or reader has it locked."""
+    from cosmic_ray.work_db import use_db
+    from sqlalchemy.exc import OperationalError
+
+    patience = tenacity.stop_after_delay(LOCKED)
+    for attempt in tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(OperationalError), stop=patience, wait=tenacity.wait_fixed(0.5)
+    ):
+        with attempt, use_db(place / "session.sqlite") as session:
+            session.set_result(job, result)
 
 
 def passes(tree: Path, tests: Tests) -> bool:

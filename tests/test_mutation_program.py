@@ -1,13 +1,17 @@
 """What tests/mutation.py decides: which mutants count, which tests run, and when a child is late."""
 
 import ast
+import contextlib
 import json
 import os
+import sys
 import time
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from tests import mutation
 from tests.support import warm_pytest
@@ -146,3 +150,20 @@ def test_the_lines_that_each_test_runs_are_recorded(tmp_path):
         "test_second": [6],
         "test_third": [10],
     }
+
+
+def test_a_session_that_another_process_has_locked_is_waited_for(tmp_path, monkeypatch):
+    """Two processes record results, and a third may read them meanwhile."""
+    recorded, locked = [], [True, True]
+
+    @contextlib.contextmanager
+    def use_db(path: Path):
+        if locked:
+            locked.pop()
+            raise OperationalError("insert", {}, Exception("database is locked"))
+        yield types.SimpleNamespace(set_result=lambda *pair: recorded.append(pair))
+
+    monkeypatch.setitem(sys.modules, "cosmic_ray", types.ModuleType("cosmic_ray"))
+    monkeypatch.setitem(sys.modules, "cosmic_ray.work_db", types.SimpleNamespace(use_db=use_db))
+    mutation.record(tmp_path, "job", "killed")
+    assert recorded == [("job", "killed")]
