@@ -74,6 +74,7 @@ FILES = {  # file of onecard/ -> files of tests/ about it
 }
 WORDS = {True: "killed", False: "SURVIVED", None: "NOT JUDGED"}
 FAILED = (1, 2)  # exit codes of pytest when a test fails, and when a file of tests cannot be imported
+NOT_MADE = 3  # in place of an exit code of pytest; its own 3 is an error within pytest
 LONGEST = 20.0  # seconds
 MOST = 60.0  # seconds of all tests of one mutant together
 LOCKED = 120.0  # seconds that another process may keep the session locked
@@ -257,11 +258,16 @@ def try_all(place: Path, tree: Path, items: list[Any]) -> None:
             continue
         tests = choose(everything, path, mutation)
         started, operator = time.monotonic(), plugins.get_operator(mutation.operator_name)()
-        with mutating.use_mutation(path, operator, mutation.occurrence) as (old, new):
-            code, output = run_tests(tree, tests)
+        original, diff = path.read_bytes(), ""
+        try:
+            with mutating.use_mutation(path, operator, mutation.occurrence) as (old, new):
+                code, output = run_tests(tree, tests)
+            diff = "\n".join(mutating._make_diff(old, new, name))
+        except AttributeError as error:  # cosmic-ray cannot replace `except a.b`, for example
+            path.write_bytes(original)
+            code, output = NOT_MADE, f"cosmic-ray could not make it: {error}"
         verdict = judged(code)
         output = "timeout" if code is None else output[-2000:]
-        diff = "\n".join(mutating._make_diff(old, new, name))
         worker = work_item.WorkerOutcome.EXCEPTION if verdict is None else work_item.WorkerOutcome.NORMAL
         outcomes = {
             True: work_item.TestOutcome.KILLED,
@@ -376,7 +382,8 @@ def report(place: Path) -> None:
             lines = [line for line in result.diff.split("\n")[3:] if line[:1] in "+-"]
             print(where(item), *lines, sep="\n    ")
     errors = [pair for pair in completed if pair[1].worker_outcome != WorkerOutcome.NORMAL]
-    print(f"\nNot judged: {len(errors)} because pytest ended in an error, {len(waiting)} not tried.\n")
+    print(f"\nNot judged: {len(errors)} that cosmic-ray could not make, or with an error within pytest.")
+    print(f"{len(waiting)} were not tried.\n")
     for item, result in errors:
         print(where(item), *result.output.strip().splitlines()[-1:], sep="\n    ")
 
