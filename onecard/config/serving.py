@@ -125,7 +125,7 @@ class ServeConfig(ChatConfig):
     at_once: int = option(
         4,
         EXECUTION,
-        "requests that are answered at the same time",
+        "answers that are computed together; each takes the memory of a whole context",
         unit=("requests", "次请求"),
         check=between(1, 256),
     )

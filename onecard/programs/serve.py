@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
 
     folder = Path(options.data_dir) if options.data_dir else system_files.data_folder()
     with listening(options) as address, serving_store.served(folder) as store:
-        session = chat.start(options, gguf_cache.for_llama)
+        session = chat.start(options, gguf_cache.for_llama, sequences=options.at_once)
         app = application(options, session, store)
         system_console.say(welcome(options, session, store))
         server.run(app, address, options.drain_seconds)

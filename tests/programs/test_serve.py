@@ -14,6 +14,7 @@ import pytest
 
 from onecard.config.serving import ServeConfig
 from onecard.errors import UserError
+from onecard.inference import chat
 from onecard.programs import serve
 from tests.support.paths import ROOT
 
@@ -42,6 +43,19 @@ class Service:
         self.process.send_signal(number)
         _, errors = self.process.communicate(timeout=60)
         return self.process.returncode, errors
+
+
+def test_answers_are_computed_together(tiny_model, tmp_path, monkeypatch):
+    class StartedError(Exception):
+        pass
+
+    def start(options, to_gguf, sequences):
+        raise StartedError(sequences)
+
+    monkeypatch.setattr(chat, "start", start)
+    command = ["--model_path", str(tiny_model), "--data_dir", str(tmp_path), "--port", str(free_port())]
+    with pytest.raises(StartedError, match="3"):
+        serve.main([*command, "--at_once", "3"])
 
 
 def test_first_start(tiny_model, tmp_path):
