@@ -78,7 +78,8 @@ def test_the_last_answer_alone(tokenizer, name):
     """
     template = load(name, tokenizer)
     for text in (" call it", "call it", "\n\ncall it\n", "red", ": 答案：", "   ", "#"):
-        turns = [TURNS[1], Turn("assistant", text), *TURNS[5:]]
+        turns = [TURNS[1], Turn("".join("assistant"), text), *TURNS[5:]]
+        turns[-1] = turns[-1]._replace(role="".join("assistant"))  # equal, but another object
         conversation = Conversation(tuple(turns))
         ids, all_targets = data_encode.encode(conversation, template, tokenizer)
         again, targets = data_encode.encode(conversation, template, tokenizer, False, "last")

@@ -3,7 +3,9 @@
 import dataclasses
 import errno
 import json
+import os
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,31 @@ def test_a_model_is_published_in_a_folder_of_its_own(tmp_path, monkeypatch):
     assert sorted(file.name for file in (tmp_path / "model").iterdir()) == expected
     assert digest == sha256(tmp_path / "model" / "model.safetensors")
     assert sizes == [(tmp_path, (path / "model.safetensors").stat().st_size)]  # room for it was looked for
+
+
+def test_an_optimizer_state_of_any_depth_comes_back():
+    """Such as that of DeepSpeed, whose entries are in groups."""
+    restored = {}
+    saved = types.SimpleNamespace(
+        state_dict=lambda: {"param_groups": ["group"]}, load_state_dict=restored.update
+    )
+    flat = {"0.step": 3, "0.moments.first": 4, "0.moments.scales.low": 5, "12.moments.first": 6}
+    runs_checkpoint.restore_optimizer(saved, flat)
+    states = {0: {"step": 3, "moments": {"first": 4, "scales": {"low": 5}}}, 12: {"moments": {"first": 6}}}
+    assert restored == {"state": states, "param_groups": ["group"]}
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_a_killed_process_with_the_same_number_left_is_in_no_way(tmp_path, is_link):
+    left = tmp_path / f".saving-3-{os.getpid()}"
+    if is_link:
+        left.symlink_to(tmp_path / "nowhere")
+    else:
+        left.mkdir()
+        (left / "half").write_text("a")
+    path = save(tmp_path, 3)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert not (path / "half").exists()
 
 
 def test_a_new_run_has_counted_nothing():

@@ -1,5 +1,6 @@
 """A run that was stopped in any way goes on bit for bit as if it had not been stopped."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -22,10 +23,12 @@ from safetensors.torch import load_file
 
 from onecard.config import options as config_options
 from onecard.config import training as config_training
+from onecard.errors import UserError
 from onecard.runs import checkpoint as runs_checkpoint
 from onecard.runs import folder as runs_folder
 from onecard.system import hardware
 from onecard.training import loop, resume
+from onecard.training.starting_point import StartingPoint
 from tests.support import fake_hub, faults, promises, tiny
 from tests.support.paths import ROOT
 from tests.support.resume_cases import STEPS, VARIANTS, differences, flags, outcome, stopped_at, straight_runs
@@ -297,6 +300,23 @@ def test_a_budget_that_memory_has_lowered_stays_lowered(straight, tmp_path, monk
         request = config_training.ContinueConfig(output_path=str(run), micro_batch_tokens=budget or 150)
         start = resume._same_run(run, None, request, frozenset({"micro_batch_tokens"} if budget else ()))
         assert start.progress.micro_batch_tokens == tokens
+
+
+@pytest.mark.parametrize("begun_from", [None, "an adapter"])
+def test_a_run_of_an_earlier_version_has_a_log_from_its_first_step(straight, tmp_path, begun_from):
+    """It does not say where it began; one that began from an adapter may have begun at a later step."""
+    run = stopped_at(straight("16 bits"), 6, tmp_path / "run")
+    (run / "log.jsonl").write_text("")
+    chosen = run / "checkpoint-6"
+    start = StartingPoint(
+        config_training.FinetuneConfig(),
+        runs_checkpoint.read_progress(chosen),
+        stored={"resolved": {}},
+        begun_from=begun_from,
+    )
+    refusal = contextlib.nullcontext() if begun_from else pytest.raises(UserError, match="log")
+    with refusal:
+        resume._check_log(run, chosen, start)
 
 
 def test_files_of_others_in_a_checkpoint_are_named(straight, tmp_path, capsys):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -302,6 +303,17 @@ def test_a_loss_that_is_no_number_stops_before_the_update(
     assert last["row_numbers"]
     assert not (folder / "finished.json").exists()
     assert not (folder / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("count", "end"), [(3, "1, 2, 3 of"), (20, "19, 20 of"), (21, "19, 20 ... of")])
+def test_at_most_twenty_bad_rows_are_named(count, end):
+    trainer = types.SimpleNamespace(
+        progress=types.SimpleNamespace(step=4),
+        metrics=types.SimpleNamespace(event=lambda record: None),
+        plan=types.SimpleNamespace(options=types.SimpleNamespace(data_path="x.json")),
+    )
+    problem = step.NonFiniteError("loss", float("nan"), list(range(1, count + 1)))
+    assert f"{end} x.json" in loop.stop_non_finite(trainer, problem).problem
 
 
 def test_fp16_overflow_skips_the_step(tiny_model, tiny_rows, tmp_path, monkeypatch):
