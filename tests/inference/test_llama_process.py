@@ -87,9 +87,10 @@ def is_gone(pid: int, seconds: float = 20) -> bool:
     while time.monotonic() < until:
         try:
             state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0]
+            threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
         except (FileNotFoundError, ProcessLookupError):
             return True
-        if state == "Z":
+        if state == "Z" and threads == 1:  # while others end, nobody can wait for the process
             return True
         time.sleep(0.02)
     return False
