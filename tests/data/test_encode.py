@@ -383,13 +383,24 @@ def test_the_texts_are_the_known_ones():
             *data_encode.encode(single(*parts), data_template.load(name, tiny_tokenizer), tiny_tokenizer),
         )
 
-    assert text("alpaca", "Do it.").endswith("request.\n\n### Instruction:\nDo it.\n\n### Response:\n")
+    assert text("alpaca", "Do it.").endswith(
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "request.\n\n### Instruction:\nDo it.\n\n### Response:\n"
+    )
     filled = text("alpaca", "Do it.", "this", "done")
     assert "provides further context" in filled
     assert filled.endswith("### Instruction:\nDo it.\n\n### Input:\nthis\n\n### Response:\n«done<end>»")
     assert text("vicuna-chat", "Hi").endswith("questions of user.\n\nUser:Hi\n\nAssistant:")
     assert text("tigerbot", "Hi", "", "Ho") == "\n\n### Instruction:\nHi\n\n### Response:\n«Ho<end>»"
     assert text("cutegpt", "Hi").endswith("请给出对应请求的回答。\n问：Hi\n答：\n")
+
+
+@pytest.mark.parametrize("roles", [("text",), ("prompt", "completion"), ("context", "completion")])
+def test_the_end_of_raw_text_is_learned(tokenizer, roles):
+    turns = tuple(Turn(role, f"{role} red") for role in roles)
+    ids, is_target = data_encode.encode(Conversation(turns), load("alpaca", tokenizer), tokenizer)
+    assert (ids[-1], is_target[-1]) == (tokenizer.eos_token_id, True)
+    assert (False in is_target[1:]) == (len(roles) > 1)
 
 
 def test_training_on_inputs_marks_all_but_the_start(tokenizer):

@@ -309,6 +309,9 @@ PROGRAMS: dict[str, tuple[str, ...]] = {  # sub-command -> its writers; () for o
     "continue": TRAININGS,
     "generate": CHATS,
     "interaction": (*CHATS, "start a job"),
+    # SQLite syncs the database of keys itself, and tests/serving/test_blobs.py has the files beside it
+    "serve": ("convert for a chat",),
+    "keys": (),
     "chat": (*CHATS, "convert for a chat"),
     "check-data": ("check",),
     "download": ("download", "copy the demo", "make the demo"),
