@@ -15,19 +15,13 @@ from typing import NamedTuple
 from onecard.config.generation import Generation
 from onecard.data.conversation import Conversation
 from onecard.errors import UserError, is_out_of_memory
-from onecard.inference.chat import Reply
 from onecard.inference.controls import NONE as NO_CONTROLS
 from onecard.inference.controls import Controls
 from onecard.inference.decoding import CANCELLED, NO_MEMORY
 from onecard.inference.logprobs import TokenChoice
+from onecard.serving import refusals
 from onecard.serving.models import Served
-from onecard.serving.refusals import BAD_REQUEST, UNAVAILABLE, RequestError, failed
-
-NO_ROOM = RequestError(UNAVAILABLE, "The memory does not suffice for this answer.", code="out_of_memory")
-
-NO_MODEL = RequestError(
-    UNAVAILABLE, "The model cannot answer at the moment.", code="unavailable", retry_after=10
-)
+from onecard.serving.refusals import BAD_REQUEST, RequestError
 
 
 class Question(NamedTuple):
@@ -93,7 +87,7 @@ def questions(task: Task) -> list[Question]:
         try:
             chat.engine.load()
         except UserError as error:
-            raise NO_MODEL from error
+            raise refusals.no_model() from error
     result: list[Question] = []
     try:
         chat.check(settings, task.controls, served.template_name)
@@ -172,10 +166,10 @@ class Answering:
         except RequestError as error:
             end = error
         except UserError as error:  # not the caller's: its request was checked before
-            end = NO_MODEL
+            end = refusals.no_model()
             self.log_failure(error)
         except BaseException as error:
-            end = NO_ROOM if is_out_of_memory(error) else failed()
+            end = refusals.no_room() if is_out_of_memory(error) else refusals.failed()
             self.log_failure(error)
         self._in_loop(done)  # before the end is read, which may be the last thing that the loop does
         self._tell(end)
@@ -194,8 +188,10 @@ class Answering:
             for reply in stream:
                 assert not reply.left_out, "the prompt was counted before"
                 self.usage.completion = before + reply.completion_tokens
-                if reply.finished in (CANCELLED, NO_MEMORY):
-                    raise self._stopped(reply)
+                if reply.finished == NO_MEMORY:
+                    raise refusals.no_room()
+                if reply.finished == CANCELLED:
+                    raise self.why or refusals.cancelled()
                 text, choices = reply.text.stable[length:], (reply.logprobs or ())[scored:]
                 length, scored = length + len(text), scored + len(choices)
                 if text or choices:
@@ -204,12 +200,7 @@ class Answering:
                     assert reply.finish_reason, "cancelled and out of memory are handled above"
                     self._tell(Ended(choice, reply.finish_reason, reply.completion_tokens))
         if self.is_cancelled.is_set() and choice + 1 < len(self.asked):
-            raise self.why or RequestError(UNAVAILABLE, "The request was cancelled.", code="cancelled")
-
-    def _stopped(self, reply: Reply) -> RequestError:
-        if reply.finished == NO_MEMORY:
-            return NO_ROOM
-        return self.why or RequestError(UNAVAILABLE, "The request was cancelled.", code="cancelled")
+            raise self.why or refusals.cancelled()
 
     def _tell(self, event: Piece | Ended | RequestError | None) -> None:
         self._in_loop(self.events.put_nowait, event)

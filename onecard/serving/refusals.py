@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 BAD_REQUEST, NO_KEY, FORBIDDEN, NOT_FOUND = 400, 401, 403, 404
 TIMED_OUT, TOO_LARGE, WRONG_TYPE = 408, 413, 415
 TOO_MANY, HEADERS_TOO_LARGE = 429, 431
+GONE = 499  # status in the log of a caller that left before the answer began, as nginx has it
 FAILED, UNAVAILABLE = 500, 503
 TYPES = {  # status -> the word that OpenAI has for it; other statuses below 500 are invalid requests
     NO_KEY: "authentication_error",
@@ -56,9 +57,38 @@ class RequestError(HTTPException):
         return {"code": self.status, "msg": self.message, "data": None}
 
 
+# These are functions, because an error that was raised keeps its traceback, and with that the request.
+
+
 def failed() -> RequestError:
     """What the caller learns about an error of ours; the log has more."""
     return RequestError(FAILED, "The server failed to answer this. Its log says why.", code="internal_error")
+
+
+def no_room() -> RequestError:
+    """Memory ran out while an answer was computed."""
+    return RequestError(UNAVAILABLE, "The memory does not suffice for this answer.", code="out_of_memory")
+
+
+def no_model() -> RequestError:
+    """The process with the model has ended, or cannot be started now."""
+    message = "The model cannot answer at the moment."
+    return RequestError(UNAVAILABLE, message, code="unavailable", retry_after=10)
+
+
+def stopping() -> RequestError:
+    """The server takes no more requests."""
+    return RequestError(UNAVAILABLE, "The server is stopping.", code="stopping")
+
+
+def left() -> RequestError:
+    """The caller has left; nobody reads this but the log."""
+    return RequestError(GONE, "The caller left.", code="left")
+
+
+def cancelled() -> RequestError:
+    """An answer was cancelled without a reason of its own."""
+    return RequestError(UNAVAILABLE, "The request was cancelled.", code="cancelled")
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> RequestError:

@@ -19,11 +19,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.responses import JSONResponse
 
 from onecard.serving import gate
-from onecard.serving.refusals import FAILED, RequestError, failed
+from onecard.serving.refusals import FAILED, GONE, RequestError, failed
 
 FRAMES = 8  # of an error, the innermost
 NO_ROUTE = "none"
-GONE = 499  # status in the log of a caller that left before the answer began, as nginx has it
 Write = Callable[[dict[str, Any]], None]
 
 

@@ -9,17 +9,14 @@ from typing import Any
 
 from fastapi import Request
 
-from onecard.serving import answers, request_log
+from onecard.serving import answers, refusals, request_log
 from onecard.serving.answers import Answering, Choice, Ended, Piece, Task
 from onecard.serving.keys import Key
 from onecard.serving.models import Models
-from onecard.serving.refusals import UNAVAILABLE, RequestError
 from onecard.serving.request_log import Metrics
 from onecard.serving.turns import Turns
 
 KEEP_ALIVE = 10.0  # seconds without a token after which a stream gets a comment
-STOPPING = RequestError(UNAVAILABLE, "The server is stopping.", code="stopping")
-LEFT = RequestError(request_log.GONE, "The caller left.", code="left")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +46,18 @@ class Service:
         When the block ends, or the caller leaves, nothing more is computed. Raises RequestError.
         """
         if self.is_stopping:
-            raise STOPPING
+            raise refusals.stopping()
         self.turns.check(key.id)
         gone = asyncio.ensure_future(_gone(request))
         try:
             asked = await _unless(gone, asyncio.ensure_future(asyncio.to_thread(answers.questions, task)))
             await self._place(gone, key)
             answering = self._start(request, key, task, asked)
-            gone.add_done_callback(lambda _: answering.cancel(LEFT))
+            gone.add_done_callback(lambda _: answering.cancel(refusals.left()))
             try:
                 yield answering
             finally:
-                answering.cancel(LEFT)
+                answering.cancel(refusals.left())
                 self._log(request, answering)
         finally:
             gone.cancel()
@@ -109,7 +106,7 @@ class Service:
                     await asyncio.sleep(0.05)
         self.turns.refuse_waiting()
         for answering in list(self.answering):
-            answering.cancel(STOPPING)
+            answering.cancel(refusals.stopping())
 
     def close(self) -> None:
         """Free the threads; nothing can be answered afterwards."""
@@ -146,7 +143,7 @@ async def _unless(gone: "asyncio.Future[None]", work: "asyncio.Task[Any]") -> An
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise LEFT
+            raise refusals.left()
         return work.result()
     finally:
         work.cancel()

@@ -8,7 +8,8 @@ key can keep others out.
 import asyncio
 import collections
 
-from onecard.serving.refusals import TOO_MANY, UNAVAILABLE, RequestError
+from onecard.serving import refusals
+from onecard.serving.refusals import TOO_MANY, RequestError
 
 SECONDS_PER_REQUEST = 5  # a guess of how long one takes, for Retry-After
 
@@ -18,12 +19,10 @@ class Turns:
 
     def __init__(self, at_once: int, most_waiting: int):
         self.at_once, self.most_waiting = at_once, most_waiting
-        self.running: collections.Counter[str] = (
-            collections.Counter()
-        )  # key -> its requests that have a place
-        self.queues: collections.OrderedDict[str, collections.deque[asyncio.Future[None]]] = (
-            collections.OrderedDict()
-        )  # key -> who waits, the oldest first; the key at the front has had no place for the longest time
+        # key -> its requests that have a place
+        self.running = collections.Counter[str]()
+        # key -> who waits, the oldest first; the key at the front has had no place for the longest time
+        self.queues = collections.OrderedDict[str, collections.deque[asyncio.Future[None]]]()
 
     @property
     def answering(self) -> int:
@@ -80,7 +79,7 @@ class Turns:
         """Let nobody wait any longer, because the server stops."""
         for queue in self.queues.values():
             for mine in queue:
-                self._refuse(mine, RequestError(UNAVAILABLE, "The server is stopping.", code="stopping"))
+                self._refuse(mine, refusals.stopping())
         self.queues.clear()
 
     def _greedier(self, key: str) -> str | None:

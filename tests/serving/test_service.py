@@ -1,10 +1,13 @@
 """Streams, callers that leave, overload and the stop of the server, on a fake chat in one event loop."""
 
 import asyncio
+import gc
 
 import pytest
 from fastapi.sse import format_sse_event
 
+from onecard.errors import UserError
+from onecard.serving.answers import Task
 from onecard.serving.app import Settings
 from onecard.serving.service import Limits
 from tests.support.serving_fakes import (
@@ -208,6 +211,20 @@ def test_the_stop_drains(patience):
     else:
         assert [end["error"]["code"] for end in ends] == ["stopping"] * 10
         assert waiting.status == 503
+
+
+def test_a_question_that_cannot_be_answered_is_not_kept():
+    """An error that every refusal shared would hold its last cause, and with that what a caller has asked."""
+
+    def load() -> None:
+        raise UserError("The file is gone.")
+
+    chat = FakeChat()
+    chat.engine.is_loaded, chat.engine.load = False, load
+    with closing(Setting(chat)) as setting:
+        assert asyncio.run(Caller(setting.app, PATH, question("a secret")).run()).status == 503
+        gc.collect()
+        assert [each for each in gc.get_objects() if type(each) is Task] == []
 
 
 @pytest.mark.parametrize("steps", range(6))
