@@ -182,9 +182,13 @@ class Chat:
         self, settings: Generation, controls: Controls = inference_controls.NONE, template_name: str = TRAINED
     ) -> None:
         """Raise UserError with the reason when an answer cannot be asked for like this; reads no weights."""
+        self._check_values(settings, controls, template_name)
+        self._rules(controls, [], template_name)
+
+    def _check_values(self, settings: Generation, controls: Controls, template_name: str) -> None:
+        """What `check` does, but for the grammar, which takes some milliseconds."""
         self.check_mode(settings.mode)
         controls.check(settings, len(self._template(template_name)[1]))
-        self._rules(controls, [], template_name)
 
     def _rules(self, controls: Controls, before: list[int], template_name: str) -> list[AnswerRule]:
         """The rules of one answer; before: the tokens of the answer that is continued. Raises UserError."""
@@ -225,13 +229,11 @@ class Chat:
             self.engine.load()
             started = time.monotonic()
         active_adapters = self.active_adapters if active_adapters is None else active_adapters
-        self.check(settings, controls, template_name)
+        self._check_values(settings, controls, template_name)
         self.engine.check_active_adapters(active_adapters)
         template, tokenizer = self._template(template_name)
         eos_ids = self.eos_ids if template_name == TRAINED else data_encode.eos_ids(template, tokenizer)
-        without_limit = (
-            settings.max_new_tokens == generation.NO_LIMIT
-        )  # the answer takes what the prompt leaves
+        without_limit = settings.max_new_tokens == generation.NO_LIMIT
         answer_room = 1 if without_limit else min(settings.max_new_tokens, self.engine.context // 2)
         room = self.engine.context - answer_room
         fitted = history.fit(
