@@ -14,7 +14,8 @@ from onecard.config.generation import SEVERAL_TURNS
 from onecard.config.options import refuse_unused
 from onecard.errors import UserError
 
-SCOPES = ("admin", "chat", "jobs", "knowledge")
+ADMIN, CHAT, JOBS, KNOWLEDGE = "admin", "chat", "jobs", "knowledge"
+SCOPES = (ADMIN, CHAT, JOBS, KNOWLEDGE)
 CREATE, LIST, REVOKE, ROTATE = "create", "list", "revoke", "rotate"
 REQUESTS_PER_MINUTE = 600  # of a key that nobody has given a number
 PERIOD = re.compile(r"([1-9]\d{0,4})([mhdw])")

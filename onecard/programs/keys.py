@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 import typing
-from pathlib import Path
 
 from onecard.config import options as config_options
 from onecard.config import serving as config_serving
@@ -30,9 +29,8 @@ def main(arguments: list[str]) -> None:
     if options.action != config_serving.LIST and not options.name:
         raise UserError(f"{options.action}: no key is named.", "Add the name of the key.")
     from onecard.serving import store as serving_store  # imported late, because --help needs no database
-    from onecard.system import files as system_files
 
-    folder = Path(options.data_dir) if options.data_dir else system_files.data_folder()
+    folder = serving_store.folder_of(options.data_dir)
     with serving_store.opened(folder) as store:
         run(options, store.keys)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import socket
 import typing
-from pathlib import Path
 
 from onecard.config import declaration, generation
 from onecard.config import options as config_options
@@ -39,9 +38,8 @@ def main(arguments: list[str]) -> None:
     from onecard.inference import chat
     from onecard.serving import server
     from onecard.serving import store as serving_store
-    from onecard.system import files as system_files
 
-    folder = Path(options.data_dir) if options.data_dir else system_files.data_folder()
+    folder = serving_store.folder_of(options.data_dir)
     with listening(options) as address, serving_store.served(folder) as store:
         session = chat.start(options, gguf_cache.for_llama, sequences=options.at_once)
         app = application(options, session, store)

@@ -9,15 +9,15 @@ import math
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import Request, Security
+from fastapi import Depends, Request, Security
 from fastapi.security import HTTPBearer
 
+from onecard.config.serving import CHAT
 from onecard.serving.database import StoreUnavailableError
 from onecard.serving.keys import LONGEST, Key, Refusal
 from onecard.serving.refusals import FORBIDDEN, NO_KEY, TOO_MANY, UNAVAILABLE, RequestError
 
 OPEN = frozenset({"/docs", "/openapi.json", "/health", "/ready"})
-CHAT, JOBS, KNOWLEDGE, ADMIN = "chat", "jobs", "knowledge", "admin"
 IN_DOCUMENT = HTTPBearer(auto_error=False)  # says in the OpenAPI document what Access checks
 
 
@@ -96,3 +96,6 @@ def needs(scope: str) -> Callable[..., Key]:
         return key
 
     return key_with_scope
+
+
+Chatter = Annotated[Key, Depends(needs(CHAT))]  # the key of a call that needs the scope chat

@@ -106,12 +106,10 @@ class Gate:
 
 
 async def read_on(receive: Any) -> None:
-    """Read some of a body that is not wanted: closing on it would reset the connection and the answer."""
+    """Read some of a body that is not wanted, for SECONDS_TO_READ_ON at most."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(SECONDS_TO_READ_ON):
-            for _ in range(64):
-                if not (await receive()).get("more_body"):
-                    return
+            await http_guard.read_on(receive)
 
 
 def _values(headers: list[tuple[bytes, bytes]], name: bytes) -> list[str]:

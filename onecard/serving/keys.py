@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 import sqlalchemy
 import sqlalchemy.exc
 
-from onecard.config.serving import REQUESTS_PER_MINUTE, SCOPES
+from onecard.config.serving import ADMIN, REQUESTS_PER_MINUTE, SCOPES
 from onecard.errors import UserError
 from onecard.serving.database import Database
 from onecard.serving.tables import KEYS
@@ -26,7 +26,6 @@ RANDOM_BYTES = 32  # 256 bits
 SHOWN = 8  # characters of a key that stay readable, BEGINNING included
 LONGEST = 200  # characters of what may be a key
 LONGEST_NAME = 64  # characters
-ADMIN = "admin"  # scope, and the name of the first key
 NOBODY = hashlib.sha256(b"").hexdigest()  # no key has this digest
 
 

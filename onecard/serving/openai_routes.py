@@ -9,16 +9,16 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterable
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.responses import Response
 
 from onecard.inference.logprobs import TokenChoice, TokenLogprob
-from onecard.serving import access
 from onecard.serving import service as serving_service
+from onecard.serving.access import Chatter
 from onecard.serving.answers import Answering, Choice, Ended, Piece, Task
 from onecard.serving.keys import Key
 from onecard.serving.models import Listed
@@ -28,7 +28,6 @@ from onecard.serving.service import Service
 
 OWNER = "onecard"
 DONE = "[DONE]"
-Chatter = Annotated[Key, Depends(access.needs(access.CHAT))]
 
 
 class ChatForm:

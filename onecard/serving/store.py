@@ -46,6 +46,11 @@ class Store:
         return None
 
 
+def folder_of(data_dir: str | None) -> Path:
+    """The data folder of an option --data_dir."""
+    return Path(data_dir) if data_dir else system_files.data_folder()
+
+
 @contextlib.contextmanager
 def opened(
     folder: Path,

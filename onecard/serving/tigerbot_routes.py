@@ -2,21 +2,19 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from onecard.config import generation
 from onecard.config.generation import BASE, Generation
 from onecard.data.conversation import Conversation, Turn
-from onecard.serving import access
 from onecard.serving import service as serving_service
+from onecard.serving.access import Chatter
 from onecard.serving.answers import Task
-from onecard.serving.keys import Key
 from onecard.serving.openai_request import WholeText
 from onecard.serving.service import Service
 
 DONE = "操作成功"
-Chatter = Annotated[Key, Depends(access.needs(access.CHAT))]
 
 
 class Question(BaseModel):

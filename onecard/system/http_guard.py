@@ -95,10 +95,15 @@ def _limited_upload(scope: Any, receive: Any) -> Any:
     return receiving
 
 
-async def _refuse(receive: Any, send: Any, status: int, why: bytes) -> None:
-    for _ in range(64):  # a connection closed on a body half sent would be reset, and the answer lost
+async def read_on(receive: Any) -> None:
+    """Read some of a body that is not wanted: closing on it would reset the connection and the answer."""
+    for _ in range(64):
         if not (await receive()).get("more_body"):
             break
+
+
+async def _refuse(receive: Any, send: Any, status: int, why: bytes) -> None:
+    await read_on(receive)
     await send({"type": "http.response.start", "status": status, "headers": []})
     await send({"type": "http.response.body", "body": why})
 
