@@ -25,13 +25,14 @@ from onecard.inference import llama_cpp_process
 from onecard.inference.chat import Chat
 from onecard.inference.engine import Sequence
 from onecard.inference.llama_cpp_engine import Engine
-from tests.support import tiny
+from tests.support import cold_answers, tiny
+from tests.support.cold_answers import first_difference
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is an extra of its own: bash tools/setup.sh cpu")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COUNT, TIE = 16, 1e-3  # tokens of an answer; log-probabilities this near may come in either order
+COUNT = 16  # tokens of an answer
 CLIENTS, SEQUENCES = 8, 5
 MIXTURES = ((), (("a", 1.0),), (("b", 1.0),), (("a", 0.5), ("b", 0.7)))
 SHARED = [5, 6, 7, 8, 9, 10, 11, 12]  # a beginning that all prompts have, so that caches could be confused
@@ -66,31 +67,8 @@ def cold(tiny_gguf) -> dict[tuple[int, tuple], list[tuple[int, float]]]:
     return answers
 
 
-def answer(engine: Engine, prompt: list[int], mixture, count: int = COUNT) -> list[tuple[int, float]]:
-    """Greedy tokens, and how much more probable (in nats) each is than the second best."""
-    sequence = engine.open(prompt, mixture)
-    try:
-        for _ in sequence.read():
-            pass
-        scores, tokens = sequence.first(), []
-        while True:
-            best = torch.log_softmax(scores[0], 0).topk(2)
-            tokens.append((int(best.indices[0]), float(best.values[0] - best.values[1])))
-            if len(tokens) == count:
-                return tokens
-            scores = sequence.advance([0], [tokens[-1][0]])
-    finally:
-        sequence.close()
-
-
-def first_difference(tokens: list[tuple[int, float]], expected: list[tuple[int, float]]) -> str:
-    """What differs from the cold answer before two of its tokens are nearly equal; "" if nothing does."""
-    for place, ((token, _), (right, margin)) in enumerate(zip(tokens, expected, strict=True)):
-        if margin < TIE:
-            return ""
-        if token != right:
-            return f"token {place} is {token} and not {right}, which is better by {margin:.4f}"
-    return ""
+def answer(engine: Engine, prompt: list[int], mixture, count: int = COUNT) -> cold_answers.Answer:
+    return cold_answers.answer(engine, prompt, mixture, count)
 
 
 def in_threads(works) -> None:
